@@ -1,0 +1,70 @@
+# ParaGen-Dataset: prompt-checkpoint pairs, one command each. `make` alone lists the targets.
+
+PYTHON ?= python3
+PY := .venv/bin/python
+RUFF := .venv/bin/ruff
+CODE := utils tests bench
+
+# What a user sets on the command line reaches the scripts through the environment.
+export DATASET MODEL RANK KEEP SEED FORCE DEVICES FILE NAME CATEGORY MAP
+RANK ?= 8
+
+.DEFAULT_GOAL := help
+.PHONY: help setup lock model register check-data pretrain finetune collect verify clean-checkpoints demo test lint format
+
+help:  ## list the targets
+	@awk -F ':.*## ' '/^##@/ {print "\n" substr($$0, 5)} /^[a-z-]+:.*## / {printf "  make %-18s %s\n", $$1, $$2}' Makefile
+	@printf '\nSettings: DATASET=ARC-c MODEL=smollm2-135m RANK=8 (default 8) KEEP=n SEED=n FORCE=1 DEVICES=0,1\n'
+
+##@ Start here
+demo: setup  ## everything once, for real: model, training, 16 checkpoints, verification, answers (minutes)
+	@$(PY) utils/demo.py
+
+test: setup  ## run the tests
+	@$(PY) -m pytest -q tests
+
+##@ Prepare
+setup:  ## make .venv from requirements.txt (every target does so by itself)
+	@$(PYTHON) utils/setup_env.py
+
+model: setup  ## bring a base model: MODEL=smollm2-135m
+	@$(PY) utils/fetch_model.py "$$MODEL"
+
+register: setup  ## register a dataset: FILE=data/math/X.json [NAME=X] [MAP="prompt=question response=answer"]
+	@$(PY) utils/register_dataset.py $${FILE:+"$$FILE"} $${NAME:+--name "$$NAME"} $${CATEGORY:+--category "$$CATEGORY"} \
+		$${MAP:+--columns $$MAP} $(if $(PROMPTS_ONLY),--prompts-only) $(if $(REPLACE),--replace)
+
+check-data: setup  ## check every dataset in data/dataset_info.json
+	@$(PY) utils/register_dataset.py --check
+
+##@ Train and collect
+pretrain: setup  ## train the adapter to a good region: DATASET=ARC-c RANK=8
+	@recipe=$$($(PY) utils/cells.py pretrain) && \
+		bash utils/train_with_rank.sh "$$recipe" "$$RANK" $${SEED:+"seed=$$SEED"}
+
+finetune: setup  ## go on from the pretrain and collect the last checkpoints: DATASET=ARC-c RANK=8 [KEEP=n]
+	@recipe=$$($(PY) utils/cells.py finetune) && \
+		bash utils/train_with_rank.sh "$$recipe" "$$RANK" $${SEED:+"seed=$$SEED"} $${KEEP:+"save_total_limit=$$KEEP"}
+
+collect: setup  ## pretrain if it is missing, finetune, verify: DATASET=ARC-c RANK=8
+	@bash utils/collect.sh
+
+##@ Look after what was collected
+verify: setup  ## re-read every collection, or DATASET's: hashes, shapes, steps, values, PEFT
+	@$(PY) utils/verify.py
+
+clean-checkpoints: setup  ## make DATASET's stock LLaMA-Factory runs collections [KEEP=n]
+	@$(PY) utils/clean_dataset_dir.py $${KEEP:+--keep "$$KEEP"}
+
+##@ Work on this repository
+lint: setup  ## check style and format
+	@$(RUFF) check --quiet $(CODE)
+	@$(RUFF) format --quiet --check $(CODE) || { echo "run: make format"; exit 1; }
+
+format: setup  ## put the code into the shape that lint asks for
+	@$(RUFF) check --quiet --select I --fix $(CODE)
+	@$(RUFF) format --quiet $(CODE)
+
+lock: setup  ## resolve requirements.in into requirements.txt, versions and hashes
+	@.venv/bin/uv pip compile --quiet --universal --python-version 3.11 --generate-hashes --no-emit-index-url \
+		--custom-compile-command "make lock" requirements.in --output-file requirements.txt

@@ -1,0 +1,106 @@
+"""What the tests share: a tiny random model, a small dataset, recipes for both, and real LLaMA-Factory runs of them."""
+
+import json
+import os
+import shutil
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).resolve().parent.parent
+sys.path.insert(0, str(ROOT / "utils"))
+sys.path.insert(0, str(ROOT / "tests"))
+for name in ("DATASET", "MODEL", "RANK", "KEEP", "SEED", "FORCE", "DEVICES", "CUDA_VISIBLE_DEVICES"):
+    os.environ.pop(name, None)
+os.environ["DEVICES"] = "cpu"  # the same hashes on a machine with a GPU
+os.environ["OMP_NUM_THREADS"] = "1"  # tiny tensors; two runs at once then do not fight for two cores
+
+import tiny  # noqa: E402
+import warm  # noqa: E402
+
+CATEGORY = "common-sense-reasoning"
+
+
+@pytest.fixture(scope="session")
+def model_folder(tmp_path_factory) -> Path:
+    """A random two-layer Llama with its own tokenizer, made in another process so that this one stays fork-safe."""
+    folder = tmp_path_factory.mktemp("models") / "Tiny-Llama"
+    subprocess.run([sys.executable, ROOT / "tests" / "tiny.py", folder], check=True)
+    return folder
+
+
+class Project:
+    """A user's folder tree: models/, data/, collect_scripts/, saves/, with a space in its path."""
+
+    def __init__(self, top: Path, model: Path):
+        self.top = top
+        self.scripts = top / "collect_scripts" / CATEGORY / "Toy"
+        self.saves = top / "saves" / CATEGORY / "Toy"
+        self.scripts.mkdir(parents=True)
+        shutil.copytree(model, top / "models" / model.name)
+        (top / "data" / CATEGORY).mkdir(parents=True)
+        rows = [{"prompt": f"is {n} even?", "response": f"[{'AB'[n % 2]}]", "system": "answer"} for n in range(64)]
+        self.data = top / "data" / CATEGORY / "Toy.json"
+        self.data.write_text(json.dumps(rows))
+        columns = {"prompt": "prompt", "response": "response", "system": "system"}
+        info = {"Toy": {"file_name": f"{CATEGORY}/Toy.json", "columns": columns}}
+        (top / "data" / "dataset_info.json").write_text(json.dumps(info))
+        self.pretrain = self.scripts / "tiny_Toy_pretrain.yaml"
+        self.finetune = self.scripts / "tiny_Toy_finetune.yaml"
+        self.pretrain.write_text(tiny.RECIPE.format(phase="pretrain", model=model.name) + tiny.PRETRAIN)
+        self.finetune.write_text(
+            tiny.RECIPE.format(phase="finetune", model=model.name) + tiny.FINETUNE.format(model=model.name)
+        )
+
+    def run_folder(self, phase: str, rank: int = 4, seed: str = "") -> Path:
+        return self.saves / f"Tiny-Llama_lora-rank_{rank}{seed}_{phase}"
+
+    def train(self, recipe: Path, *arguments: str, rank: int = 4, **environment: str) -> warm.Result:
+        """Run utils/train.py on a recipe, forked from a process that has imported LLaMA-Factory."""
+        return self.start(recipe, *arguments, rank=rank, **environment).wait()
+
+    def start(self, recipe: Path, *arguments: str, rank: int = 4, **environment: str) -> warm.Run:
+        return warm.start("train", [str(recipe), str(rank), *arguments], environment, self.top / "log.txt")
+
+    def copy(self, top: Path) -> "Project":
+        """The same project at another place, whatever it holds by now."""
+        shutil.copytree(self.top, top)
+        twin = object.__new__(Project)
+        for name, value in vars(self).items():
+            setattr(twin, name, top / value.relative_to(self.top))
+        return twin
+
+
+@pytest.fixture
+def project(tmp_path, model_folder) -> Project:
+    return Project(tmp_path / "my project", model_folder)
+
+
+@pytest.fixture(scope="session")
+def trained_once(tmp_path_factory, model_folder) -> Project:
+    """A project whose pretrain and collection are complete. Read only: tests that change something take `collected`."""
+    project = Project(tmp_path_factory.mktemp("trained") / "my project", model_folder)
+    for recipe in (project.pretrain, project.finetune):
+        result = project.train(recipe)
+        assert result.status == 0, result.output
+    return project
+
+
+@pytest.fixture(scope="session")
+def pretrained_once(trained_once, tmp_path_factory) -> Project:
+    """The same with the pretrain alone. Read only."""
+    project = trained_once.copy(tmp_path_factory.mktemp("pretrained") / "my project")
+    shutil.rmtree(project.run_folder("finetune"))
+    return project
+
+
+@pytest.fixture
+def pretrained(pretrained_once, tmp_path) -> Project:
+    return pretrained_once.copy(tmp_path / "my project")
+
+
+@pytest.fixture
+def collected(trained_once, tmp_path) -> Project:
+    return trained_once.copy(tmp_path / "my project")

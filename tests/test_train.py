@@ -1,0 +1,339 @@
+"""Training and collecting for real: LLaMA-Factory on a tiny model, what ends up on disk, and what is refused."""
+
+import json
+import os
+import shutil
+import signal
+import subprocess
+from pathlib import Path
+
+import pytest
+import warm
+from safetensors.torch import load_file
+
+ROOT = Path(__file__).resolve().parent.parent
+STEPS = range(7, 13)  # the last 6 of 12
+
+
+def hashes(folder: Path) -> dict[int, str]:
+    manifest = json.loads((folder / "manifest.json").read_text())
+    return {entry["step"]: entry["sha256"] for entry in manifest["checkpoints"]}
+
+
+def snapshot(folder: Path) -> dict[str, tuple[int, bytes]]:
+    """Every file below a folder: name, time, content."""
+    return {str(p): (p.stat().st_mtime_ns, p.read_bytes()) for p in sorted(folder.rglob("*")) if p.is_file()}
+
+
+def one_error_line(result) -> str:
+    """The `error:` line of a failed run; there is exactly one and no traceback."""
+    assert result.status == 1, result.output
+    assert "Traceback" not in result.output
+    lines = [line for line in result.output.splitlines() if line.startswith("error: ")]
+    assert len(lines) == 1, result.output
+    return lines[0]
+
+
+def test_the_documented_command_pretrains_and_collects_from_the_recipes_folder(project):
+    """`bash train_with_rank.sh <recipe> <rank>` from the recipe's own folder, in processes of their own."""
+    script = ROOT / "utils" / "train_with_rank.sh"
+    for recipe in (project.pretrain, project.finetune):
+        done = subprocess.run(["bash", script, recipe.name, "4"], cwd=project.scripts, capture_output=True, text=True)
+        assert done.returncode == 0, done.stdout + done.stderr
+    expected = {f"checkpoint-{step}.safetensors" for step in STEPS}
+    expected |= {"adapter_config.json", "manifest.json", "trainer_log.jsonl", "training_loss.png"}
+    assert {path.name for path in project.run_folder("finetune").iterdir()} == expected
+    assert sorted(path.name for path in project.scripts.iterdir()) == [project.finetune.name, project.pretrain.name]
+    assert sorted(path.name for path in project.saves.iterdir()) == sorted(
+        [project.run_folder("finetune").name, project.run_folder("pretrain").name]
+    )
+    pretrain = {path.name for path in (project.run_folder("pretrain") / "checkpoint-4").iterdir()}
+    assert "tokenizer.json" not in pretrain and {"optimizer.pt", "adapter_model.safetensors"} <= pretrain
+
+
+def test_each_checkpoint_is_bit_identical_to_what_the_stock_trainer_saves(trained_once, tmp_path):
+    """The same recipe under LLaMA-Factory's own trainer, after the known repair of the resumed trainer state."""
+    twin = trained_once.copy(tmp_path / "stock")
+    resumed = twin.run_folder("pretrain") / "checkpoint-4"
+    state = json.loads((resumed / "trainer_state.json").read_text())
+    (resumed / "trainer_state.json").write_text(json.dumps({**state, "save_steps": 1}))
+    import rank_config
+
+    config = rank_config.render(twin.finetune, 4) | {
+        "use_cpu": True,
+        "bf16": False,
+        "output_dir": str(tmp_path / "out"),
+    }
+    (tmp_path / "stock.json").write_text(json.dumps(config))
+    result = warm.start("stock", [str(tmp_path / "stock.json"), str(twin.scripts)], {}, tmp_path / "log").wait()
+    assert result.status == 0, result.output
+    ours = trained_once.run_folder("finetune")
+    assert sorted(tmp_path.glob("out/checkpoint-*")) == sorted(
+        tmp_path / "out" / f"checkpoint-{step}" for step in STEPS
+    )
+    for step in STEPS:
+        stock = (tmp_path / "out" / f"checkpoint-{step}" / "adapter_model.safetensors").read_bytes()
+        assert (ours / f"checkpoint-{step}.safetensors").read_bytes() == stock, step
+    stock_config = json.loads((tmp_path / "out" / "checkpoint-12" / "adapter_config.json").read_text())
+    our_config = json.loads((ours / "adapter_config.json").read_text())
+    differing = {key for key in stock_config if stock_config[key] != our_config.get(key)} - {"target_modules"}
+    assert differing == {"base_model_name_or_path"}
+    assert our_config["base_model_name_or_path"] == "Tiny-Llama"
+    assert sorted(stock_config["target_modules"]) == our_config["target_modules"]
+
+
+def test_every_kept_step_has_its_own_loss_and_the_pretrain_is_untouched(pretrained):
+    before = snapshot(pretrained.run_folder("pretrain"))
+    result = pretrained.train(pretrained.finetune)
+    assert result.status == 0, result.output
+    assert snapshot(pretrained.run_folder("pretrain")) == before
+    folder = pretrained.run_folder("finetune")
+    entries = json.loads((folder / "manifest.json").read_text())["checkpoints"]
+    assert [entry["step"] for entry in entries] == list(STEPS)
+    assert len({entry["loss"] for entry in entries}) == len(entries)
+    log = [json.loads(line) for line in (folder / "trainer_log.jsonl").read_text().splitlines()]
+    logged = {line["current_steps"]: line["loss"] for line in log if "loss" in line}
+    assert min(logged) > 4, "the log is this phase's, not the pretrain's"
+    assert {entry["step"]: entry["loss"] for entry in entries} == {step: logged[step] for step in STEPS}
+
+
+def test_the_manifest_tells_what_was_trained_on_what(trained_once):
+    manifest = json.loads((trained_once.run_folder("finetune") / "manifest.json").read_text())
+    assert (manifest["dataset"], manifest["rank"], manifest["seed"]) == ("Toy", 4, 42)
+    assert manifest["category"] == "common-sense-reasoning" and manifest["phase"] == "finetune"
+    (data,) = manifest["data"]
+    assert (data["rows_in_file"], data["rows"], manifest["trained_rows"]) == (64, 48, 48)
+    assert manifest["pretrain"]["step"] == 4 and manifest["recipe"]["learning_rate"] == 5e-3
+    assert manifest["base_model"]["name"] == "Tiny-Llama" and len(manifest["base_model"]["sha256"]) == 64
+    assert manifest["device"] == "cpu" and manifest["precision"] == "float32"
+    assert manifest["versions"]["llamafactory"] and manifest["attempt"]["id"]
+    assert str(trained_once.top) not in json.dumps(manifest), "no path of this machine"
+
+
+def test_a_complete_run_is_not_done_again(trained_once):
+    before = snapshot(trained_once.saves)
+    result = trained_once.train(trained_once.finetune)
+    assert result.status == 0 and "complete" in result.output
+    assert snapshot(trained_once.saves) == before
+
+
+@pytest.mark.parametrize(
+    ("change", "said"),
+    [
+        (
+            lambda p: p.finetune.write_text(p.finetune.read_text().replace("5e-3", "4e-3")),
+            "learning_rate (0.005 -> 0.004)",
+        ),
+        (lambda p: p.data.write_text(p.data.read_text().replace("is 3 even", "is 3 odd")), "the rows of"),
+        (lambda p: (p.top / "models/Tiny-Llama/tokenizer_config.json").write_text("{}"), "the tokenizer's files"),
+        (lambda p: (p.top / "models/Tiny-Llama/config.json").open("a").write(" "), "the base model's files"),
+    ],
+)
+def test_a_run_whose_recipe_data_or_base_changed_is_stale_and_kept(collected, change, said):
+    change(collected)
+    before = snapshot(collected.run_folder("finetune"))
+    line = one_error_line(collected.train(collected.finetune))
+    assert "stale" in line and said in line and "FORCE=1" in line
+    assert snapshot(collected.run_folder("finetune")) == before
+
+
+def test_a_comment_or_rows_that_are_not_trained_on_make_nothing_stale(collected):
+    collected.finetune.write_text("# a comment\r\n" + collected.finetune.read_text().replace("\n", "\r\n"))
+    rows = json.loads(collected.data.read_text())
+    collected.data.write_text(json.dumps(rows + rows[:1]))  # max_samples takes the first 48
+    assert "complete" in collected.train(collected.finetune).output
+
+
+def test_force_redoes_a_stale_run_with_the_same_result(collected):
+    folder = collected.run_folder("finetune")
+    before = hashes(folder)
+    collected.finetune.write_text(collected.finetune.read_text().replace("save_total_limit: 6", "save_total_limit: 3"))
+    result = collected.train(collected.finetune, FORCE="1")
+    assert result.status == 0, result.output
+    assert hashes(folder) == {step: before[step] for step in (10, 11, 12)}
+    assert {p.name for p in collected.saves.iterdir()} == {folder.name, collected.run_folder("pretrain").name}
+
+
+def test_keeping_fewer_steps_is_an_override(pretrained):
+    assert pretrained.train(pretrained.finetune, "save_total_limit=2").status == 0
+    assert sorted(hashes(pretrained.run_folder("finetune"))) == [11, 12]
+
+
+def test_another_seed_gets_a_folder_of_its_own(project):
+    assert project.train(project.pretrain, "seed=7").status == 0
+    assert project.train(project.finetune, "seed=7").status == 0
+    manifest = json.loads((project.run_folder("finetune", seed="_seed-7") / "manifest.json").read_text())
+    assert manifest["seed"] == 7 and manifest["pretrain"]["run"].endswith("_lora-rank_4_seed-7_pretrain")
+
+
+def test_the_phase_is_read_from_the_content_not_the_name(project):
+    named = project.top / "any name.yaml"
+    text = project.pretrain.read_text().replace("../../../", "")
+    named.write_text(text.replace("_lora-rank_4_pretrain", "_plain"))
+    result = project.train(named)
+    assert result.status == 0, result.output
+    folder = project.saves / "Tiny-Llama_plain"
+    assert json.loads((folder / "manifest.json").read_text())["phase"] == "pretrain"
+    assert (folder / "checkpoint-8" / "optimizer.pt").is_file()
+
+
+def test_a_finetune_without_its_pretrain_names_the_command_and_the_steps(project):
+    line = one_error_line(project.train(project.finetune))
+    assert "train_with_rank.sh" in line and project.pretrain.name in line and "no checkpoints" in line
+    assert not project.saves.exists() or not any(project.saves.iterdir())
+
+
+def test_a_resume_step_that_was_not_saved_lists_those_that_were(pretrained):
+    pretrained.finetune.write_text(pretrained.finetune.read_text().replace("checkpoint-4", "checkpoint-5"))
+    line = one_error_line(pretrained.train(pretrained.finetune))
+    assert "checkpoint-5 does not exist" in line and "4, 8" in line
+
+
+def test_a_resumed_checkpoint_of_another_rank_is_refused(pretrained):
+    pretrained.run_folder("pretrain").rename(pretrained.saves / "pre")
+    text = pretrained.finetune.read_text()
+    pretrained.finetune.write_text(text.replace("Tiny-Llama_lora-rank_4_pretrain/", "pre/"))
+    assert "has rank 4, not 2" in one_error_line(pretrained.train(pretrained.finetune, rank=2))
+
+
+def test_more_kept_steps_than_remain_are_refused(pretrained):
+    line = one_error_line(pretrained.train(pretrained.finetune, "save_total_limit=9"))
+    assert "only 8 remain" in line and "max_steps to 13" in line
+    assert not pretrained.run_folder("finetune").exists()
+
+
+@pytest.mark.parametrize(
+    ("argument", "said"),
+    [
+        ("learning_rat=1e-4", "learning_rat"),
+        ("lr_scheduler_type=cosin", "cosin"),
+        ("template=smollm3", "template 'smollm3' is not known"),
+        ("dataset=Nothing", "Nothing"),
+        ("model_name_or_path=../../../models/Absent", "models/Absent"),
+        ("finetuning_type=full", "has no rank"),
+        ("output_dir=saves/x_lora-rank_16_y", "names rank 16"),
+        ("lora_rank=16", "contradicts rank 4"),
+        ("save_safetensors=true", "save_safetensors"),
+    ],
+)
+def test_what_cannot_be_trained_is_one_line_and_leaves_nothing(project, argument, said):
+    before = snapshot(project.top)
+    result = project.train(project.pretrain, argument)
+    assert said in one_error_line(result)
+    (project.top / "log.txt").unlink()
+    assert {name for name in snapshot(project.top) if ".hashes.json" not in name} == set(before)
+
+
+def test_training_on_prompts_alone_says_why_it_cannot(project):
+    info = project.top / "data" / "dataset_info.json"
+    project.data.write_text(json.dumps([{"prompt": "x"}]))
+    entry = {"file_name": "common-sense-reasoning/Toy.json", "columns": {"prompt": "prompt"}, "prompts_only": True}
+    info.write_text(json.dumps({"Toy": entry}))
+    assert "prompts" in one_error_line(project.train(project.pretrain))
+
+
+def test_a_second_run_of_the_same_recipe_and_rank_leaves_at_once(project):
+    first = project.start(project.pretrain, "max_steps=2000", "save_steps=2000")
+    temporary = project.scripts / "tiny_Toy_pretrain_temp_rank_4.yaml"
+    while not temporary.exists():
+        assert first.process.is_alive(), first.log.read_text()
+    log = project.top / "second.txt"
+    second = warm.start("train", [str(project.pretrain), "4"], {}, log).wait()
+    assert "is running already" in one_error_line(second)
+    assert temporary.exists() and first.process.is_alive()
+    assert first.kill_when(lambda: True, signal.SIGTERM)
+    assert first.process.exitcode == 143
+    assert not temporary.exists() and not any(project.saves.iterdir()), "a stopped run leaves nothing behind"
+
+
+def test_ctrl_c_removes_the_rendered_recipe(project):
+    run = project.start(project.pretrain, "max_steps=2000", "save_steps=2000")
+    temporary = project.scripts / "tiny_Toy_pretrain_temp_rank_4.yaml"
+    assert run.kill_when(temporary.exists, signal.SIGINT)
+    assert run.process.exitcode == 130
+    assert not temporary.exists() and "Traceback" not in run.log.read_text()
+
+
+KILL_POINTS = {
+    "rendered": lambda project: (project.scripts / "tiny_Toy_finetune_temp_rank_4.yaml").exists(),
+    "staging": lambda project: any(project.saves.glob(".*staging*")),
+    "first checkpoint": lambda project: any(project.saves.glob(".*staging*/checkpoint-7.safetensors")),
+    "half a file": lambda project: any(project.saves.glob(".*staging*/.checkpoint-*.tmp")),
+    "collected": lambda project: any(project.saves.glob(".*staging*/collected.json")),
+    "manifest": lambda project: any(project.saves.glob(".*staging*/manifest.json")),
+    "published": lambda project: project.run_folder("finetune").exists(),
+}
+
+
+@pytest.mark.parametrize("point", KILL_POINTS)
+def test_killed_at_any_moment_the_next_run_ends_with_the_same_collection(pretrained, trained_once, point):
+    killed = pretrained.start(pretrained.finetune)
+    killed.kill_when(lambda: KILL_POINTS[point](pretrained))
+    folder = pretrained.run_folder("finetune")
+    if folder.exists():
+        assert hashes(folder) == hashes(trained_once.run_folder("finetune"))
+    for path in pretrained.saves.rglob("checkpoint-*.safetensors"):
+        load_file(path)  # under its name, so whole
+    result = pretrained.train(pretrained.finetune)
+    assert result.status == 0, result.output
+    assert hashes(folder) == hashes(trained_once.run_folder("finetune"))
+    assert {path.name for path in pretrained.saves.iterdir()} == {folder.name, pretrained.run_folder("pretrain").name}
+    assert len(list(pretrained.scripts.iterdir())) == 2
+
+
+def test_a_forced_run_killed_between_the_two_renames_keeps_the_old_one(collected):
+    folder = collected.run_folder("finetune")
+    before = hashes(folder)
+    folder.rename(folder.with_name(f".{folder.name}.old"))  # where a kill inside the swap leaves it
+    folder.with_name(f".{folder.name}.staging-dead").mkdir()
+    assert "complete" in collected.train(collected.finetune).output
+    assert hashes(folder) == before
+    assert not any(path.name.startswith(".") for path in collected.saves.iterdir())
+
+
+@pytest.mark.parametrize("phase", ["pretrain", "finetune"])
+def test_a_full_disk_is_one_line_and_leaves_no_run(project, phase):
+    """A file-size limit stands in for the disk; it hits the adapters (300 kB), not the tokenised rows (60 kB)."""
+    recipe = getattr(project, phase)
+    if phase == "finetune":
+        assert project.train(project.pretrain, rank=64).status == 0
+    before = snapshot(project.saves) if project.saves.exists() else {}
+    result = project.train(recipe, rank=64, FILE_SIZE_LIMIT="200000")
+    assert "File too large" in one_error_line(result)
+    assert snapshot(project.saves) == before
+
+
+def test_two_processes_train_the_same_adapters_as_one(pretrained, trained_once):
+    """Asked for by name, through torchrun on our own script: the same rows in each step, so the same weights."""
+    result = pretrained.train(pretrained.finetune, DEVICES="cpu,cpu")
+    assert result.status == 0, result.output
+    manifest = json.loads((pretrained.run_folder("finetune") / "manifest.json").read_text())
+    assert manifest["processes"] == 2 and manifest["trained_rows"] == 48
+    for step in STEPS:
+        ours = load_file(pretrained.run_folder("finetune") / f"checkpoint-{step}.safetensors")
+        alone = load_file(trained_once.run_folder("finetune") / f"checkpoint-{step}.safetensors")
+        for key in alone:
+            assert (ours[key] - alone[key]).norm() <= 1e-4 * alone[key].norm() + 1e-8, (step, key)
+
+
+def test_a_gpu_that_torch_cannot_use_is_an_error_and_not_a_cpu_run(project, tmp_path):
+    fake = tmp_path / "bin" / "nvidia-smi"
+    fake.parent.mkdir()
+    fake.write_text("#!/bin/sh\necho 470.57.02\n")
+    fake.chmod(0o755)
+    environment = {"PATH": f"{fake.parent}:{os.environ['PATH']}", "DEVICES": ""}
+    line = one_error_line(project.train(project.pretrain, **environment))
+    assert "470.57.02" in line and "DEVICES=cpu" in line
+
+
+def test_a_bfloat16_base_is_trained_in_float32_on_the_cpu(project, tmp_path):
+    model = project.top / "models" / "Tiny-Llama"
+    shutil.rmtree(model)
+    subprocess.run([ROOT / ".venv/bin/python", ROOT / "tests/tiny.py", model, "bfloat16"], check=True)
+    result = project.train(project.pretrain)
+    assert result.status == 0 and "float32 on the CPU" in result.output, result.output
+
+
+def test_a_template_of_ours_needs_no_edit_of_llamafactory(project):
+    result = project.train(project.pretrain, "template=question_answer")
+    assert result.status == 0 and "Question: is " in result.output, result.output

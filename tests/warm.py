@@ -1,0 +1,73 @@
+"""Runs of the project's scripts in processes forked from one that has imported LLaMA-Factory: a second each, not ten.
+
+The fork happens before any tensor is made, so a run behaves as in a process of its own; it can be killed like one.
+"""
+
+import multiprocessing
+import os
+import resource
+import signal
+import sys
+import time
+from collections.abc import Callable
+from pathlib import Path
+from typing import NamedTuple
+
+context = multiprocessing.get_context("forkserver")
+context.set_forkserver_preload(["llamafactory.train.tuner", "matplotlib.pyplot", "peft", "safetensors.torch"])
+
+
+class Result(NamedTuple):
+    status: int  # as a shell shows it; negative: killed by that signal
+    output: str
+
+
+class Run:
+    def __init__(self, process: multiprocessing.Process, log: Path):
+        self.process, self.log = process, log
+
+    def wait(self) -> Result:
+        self.process.join(300)
+        assert self.process.exitcode is not None, "the run hangs"
+        return Result(self.process.exitcode, self.log.read_text())
+
+    def kill_when(self, condition: Callable[[], bool], kind: int = signal.SIGKILL) -> bool:
+        """Send a signal as soon as the condition holds; False when the run ended before."""
+        while self.process.is_alive():
+            if condition():
+                os.kill(self.process.pid, kind)
+                self.process.join()
+                return True
+            time.sleep(0.001)
+        return False
+
+
+def start(script: str, arguments: list[str], environment: dict[str, str], log: Path) -> Run:
+    """Start utils/<script>.py (or `stock`: LLaMA-Factory's own entry on a JSON config) with these arguments."""
+    process = context.Process(target=_run, args=(script, arguments, environment, str(log), os.getcwd()))
+    process.start()
+    return Run(process, log)
+
+
+def _run(script: str, arguments: list[str], environment: dict[str, str], log: str, folder: str) -> None:
+    handle = os.open(log, os.O_WRONLY | os.O_CREAT | os.O_TRUNC)
+    os.dup2(handle, 1)
+    os.dup2(handle, 2)
+    os.environ.update({"DEVICES": "cpu", "HF_HUB_OFFLINE": "1", **environment})
+    os.chdir(folder)
+    if limit := int(environment.get("FILE_SIZE_LIMIT", 0)):
+        signal.signal(signal.SIGXFSZ, signal.SIG_IGN)  # writing past the limit is then an error, as on a full disk
+        resource.setrlimit(resource.RLIMIT_FSIZE, (limit, limit))
+    sys.path.insert(0, str(Path(__file__).parent.parent / "utils"))
+    sys.argv = [script, *arguments]
+    if script == "stock":
+        import json
+
+        from llamafactory.train.tuner import run_exp
+
+        os.chdir(arguments[1])
+        run_exp(json.loads(Path(arguments[0]).read_text()))
+        return
+    import cli
+
+    cli.run(__import__(script).main)

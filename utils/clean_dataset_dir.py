@@ -1,0 +1,58 @@
+"""Clean every finetune run of a dataset (checkpoint_cleaner.py for each) and end with a table.
+
+    python utils/clean_dataset_dir.py FOLDER [--keep 100] [--dry-run]        FOLDER such as saves/math/MATH
+    DATASET=MATH python utils/clean_dataset_dir.py                           the same by name (make clean-checkpoints)
+
+Pretrain runs are left as they are, clean ones are skipped; status 1 when one could not be cleaned.
+"""
+
+import argparse
+import os
+from pathlib import Path
+
+import checkpoint_cleaner
+import cli
+import paths
+from cli import UserError
+
+
+def main() -> int:
+    parser = argparse.ArgumentParser(description="Make every stock finetune run of a dataset a collection.")
+    parser.add_argument("folder", type=Path, nargs="?", help="the dataset's folder under saves/")
+    checkpoint_cleaner.add_options(parser)
+    args = parser.parse_args()
+    folder = args.folder or dataset_folder(os.environ.get("DATASET", ""))
+    if not folder.is_dir():
+        raise UserError(f"{folder}: no such folder")
+    rows, failed = [], 0
+    for run in sorted(path for path in folder.iterdir() if path.is_dir() and not path.name.startswith(".")):
+        if run.name.endswith("_pretrain"):
+            rows.append((run.name, "pretrain, left alone", "", ""))
+            continue
+        try:
+            outcome = checkpoint_cleaner.clean(run, args.keep, args.dry_run)
+            rows.append((run.name, outcome.state, str(outcome.checkpoints), f"{outcome.freed / 1e6:.1f}"))
+        except UserError as error:
+            failed += 1
+            rows.append((run.name, f"failed: {str(error).removeprefix(f'{run.absolute()}: ')}", "", ""))
+    print_table(("run", "state", "checkpoints", "MB to free" if args.dry_run else "MB freed"), rows)
+    return 1 if failed else 0
+
+
+def dataset_folder(name: str) -> Path:
+    """The folder under saves/ of a dataset as the user types it."""
+    found = {path.name: path for path in paths.SAVES.glob("*/*") if path.is_dir() and not path.name.startswith(".")}
+    if not name:
+        raise UserError(f"say which dataset: DATASET=... or a folder; there: {', '.join(sorted(found)) or 'none yet'}")
+    return found[paths.choose(name, found, "collected dataset")]
+
+
+def print_table(head: tuple[str, ...], rows: list[tuple[str, ...]]) -> None:
+    """Print rows under their heads, columns aligned."""
+    widths = [max(len(row[column]) for row in [head, *rows]) for column in range(len(head))]
+    for row in [head, *rows]:
+        print("  ".join(text.ljust(width) for text, width in zip(row, widths, strict=True)).rstrip())
+
+
+if __name__ == "__main__":
+    cli.run(main)

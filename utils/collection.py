@@ -1,0 +1,234 @@
+"""What a finished run folder is: its files, its manifest, how it is made whole and how it is checked.
+
+Imported by train.py, verify.py and the cleaners. A folder with a manifest.json is complete, one without is not.
+"""
+
+import json
+import os
+import platform
+import socket
+import tempfile
+from importlib.metadata import version
+from pathlib import Path
+from typing import Any
+
+import files
+import paths
+import run_identity
+from cli import UserError
+
+FORMAT = 1
+MANIFEST = "manifest.json"
+LOG, PICTURE = "trainer_log.jsonl", "training_loss.png"
+PACKAGES = ("llamafactory", "transformers", "peft", "accelerate", "datasets", "torch", "safetensors")
+
+
+def checkpoint_name(step: int) -> str:
+    """The file name of a collection's checkpoint."""
+    return f"checkpoint-{step}.safetensors"
+
+
+def read_manifest(folder: Path) -> dict | None:
+    """A run folder's manifest, or None where there is none. Raises UserError when it cannot be read."""
+    try:
+        manifest = json.loads((folder / MANIFEST).read_bytes())
+    except FileNotFoundError:
+        return None
+    except ValueError as error:
+        raise UserError(f"{paths.relative(folder / MANIFEST)}: broken ({error}); train again with FORCE=1") from None
+    if not isinstance(manifest, dict) or manifest.get("format") != FORMAT:
+        raise UserError(
+            f"{paths.relative(folder / MANIFEST)}: not a manifest of format {FORMAT}; train again with FORCE=1"
+        )
+    return manifest
+
+
+def state_of(folder: Path, identity: dict) -> tuple[str, list[str]]:
+    """How a run folder stands to what is asked for: (`missing` | `complete` | `stale` | `unknown`, what changed).
+
+    `unknown` is a folder without a manifest: not made by this project, or not cleaned yet.
+    """
+    if not folder.exists():
+        return "missing", []
+    manifest = read_manifest(folder)
+    if manifest is None:
+        return "unknown", []
+    changed = run_identity.changes(manifest, identity)
+    return ("stale", changed) if changed else ("complete", [])
+
+
+def manifest_of(
+    folder: Path, phase: str, rank: int, identity: dict[str, Any], checkpoints: list[dict], facts: dict[str, Any]
+) -> dict:
+    """The manifest of a run.
+
+    Args:
+        folder: the run folder by its final name.
+        identity: as `run_identity.identity_of` gives it; a section that is not known is null.
+        checkpoints: step, loss, learning_rate, bytes and sha256 of each, in the order of steps.
+        facts: seed, device, precision, trained_rows, attempt and package versions, each null where not known.
+    """
+    category = folder.parent.parent.name
+    recipe = identity["recipe"]
+    return {
+        "format": FORMAT,
+        "phase": phase,
+        "category": category if category in paths.CATEGORIES else None,
+        "dataset": recipe["dataset"] if recipe else folder.parent.name,
+        "run": folder.name,
+        "rank": rank,
+        "recipe_sha256": files.sha256_of_value(recipe) if recipe else None,
+        **identity,
+        **facts,
+        "checkpoints": checkpoints,
+    }
+
+
+def attempt_facts(attempt: str, started: str, finished: str) -> dict[str, Any]:
+    """The facts of a run made by this process: versions and attempt."""
+    return {
+        "versions": {"python": platform.python_version(), **{name: version(name) for name in PACKAGES}},
+        "attempt": {"id": attempt, "host": socket.gethostname(), "started": started, "finished": finished},
+    }
+
+
+def read_back(folder: Path, checkpoints: list[dict]) -> None:
+    """Raise unless each checkpoint file of a collection is on disk with the bytes that were recorded."""
+    for entry in checkpoints:
+        path = folder / checkpoint_name(entry["step"])
+        if not path.is_file() or path.stat().st_size != entry["bytes"] or files.sha256_of(path) != entry["sha256"]:
+            raise UserError(f"{path}: does not hold what was written (a failing disk?); run it again")
+
+
+def same_tensors(one: Path, other: Path) -> bool:
+    """Whether two safetensors files hold the same keys, dtypes, shapes and bits."""
+    import torch
+    from safetensors.torch import load_file
+
+    first, second = load_file(one), load_file(other)
+    return first.keys() == second.keys() and all(
+        first[key].dtype == second[key].dtype and torch.equal(first[key], second[key]) for key in first
+    )
+
+
+def tidy(folder: Path, keep: set[str]) -> None:
+    """Remove every entry of a staging folder whose name is not in `keep`."""
+    for path in folder.iterdir():
+        if path.name in keep:
+            continue
+        if path.is_dir():
+            files.remove_folder(path)
+        else:
+            path.unlink()
+
+
+def draw_loss(folder: Path, title: str, kept_from: int | None = None) -> None:
+    """training_loss.png from trainer_log.jsonl: this phase's loss per step, the kept window shaded."""
+    import matplotlib.pyplot as plt
+    from llamafactory.extras.ploting import gen_loss_plot
+
+    with open(folder / LOG, encoding="utf-8") as file:
+        log = [json.loads(line) for line in file]
+    figure = gen_loss_plot(log)
+    axes = figure.axes[0]
+    axes.set_title(title, fontsize=9)
+    if kept_from is not None:
+        axes.axvspan(kept_from - 0.5, log[-1]["current_steps"] + 0.5, alpha=0.12, color="tab:green", label="kept")
+        axes.legend()
+    figure.savefig(folder / PICTURE, dpi=100)
+    plt.close(figure)
+
+
+def set_base_name(adapter_config: Path, base: dict) -> None:
+    """Name the base model in adapter_config.json by hub id and revision, or by its folder's name: no local path.
+
+    PEFT keeps target_modules as a set; they are sorted so that equal runs have equal files.
+    """
+    config = json.loads(adapter_config.read_bytes())
+    config["base_model_name_or_path"] = base["hub_id"] or base["name"]
+    config["revision"] = base["revision"]
+    for key in ("target_modules", "modules_to_save"):
+        if isinstance(config.get(key), list):
+            config[key] = sorted(config[key])
+    files.write_json(adapter_config, config)
+
+
+def faults_of(folder: Path, manifest: dict) -> list[str]:
+    """What is wrong with a collection, a phrase each: files, hashes, steps, keys, shapes, values, loading with PEFT."""
+    entries = manifest["checkpoints"]
+    faults = [] if entries else ["the manifest lists no checkpoint"]
+    if manifest["recipe"] is not None and files.sha256_of_value(manifest["recipe"]) != manifest["recipe_sha256"]:
+        faults.append("the manifest's recipe does not have the hash beside it: it was edited")
+    expected = {checkpoint_name(entry["step"]) for entry in entries}
+    expected |= {MANIFEST, "adapter_config.json", LOG, PICTURE}
+    there = {path.name for path in folder.iterdir()}
+    faults += [f"{name} is missing" for name in sorted(expected - there - {LOG, PICTURE})]
+    faults += [f"{name} does not belong here" for name in sorted(there - expected)]
+    steps = [entry["step"] for entry in entries]
+    if steps and manifest["recipe"] is not None and steps != list(range(steps[0], steps[0] + len(steps))):
+        faults.append(f"the steps are not consecutive: {steps}")
+    kept = manifest["recipe"] and manifest["recipe"].get("save_total_limit")
+    if kept and len(steps) != kept:
+        faults.append(f"{len(steps)} checkpoints, but the recipe keeps {kept}")
+    present = [entry for entry in entries if checkpoint_name(entry["step"]) in there]
+    faults += _checkpoint_faults(folder, present, manifest["rank"])
+    return faults
+
+
+def _checkpoint_faults(folder: Path, entries: list[dict], rank: int) -> list[str]:
+    """Faults in the checkpoint files themselves; only a file whose hash is right is opened as tensors."""
+    import torch
+    from safetensors import SafetensorError
+    from safetensors.torch import load_file
+
+    faults, layout = [], None
+    for entry in entries:
+        path = folder / checkpoint_name(entry["step"])
+        if path.stat().st_size != entry["bytes"]:
+            faults.append(f"{path.name} has {path.stat().st_size} bytes, not {entry['bytes']}")
+            continue
+        if files.sha256_of(path) != entry["sha256"]:
+            faults.append(f"{path.name} does not have its recorded sha256")
+            continue
+        try:
+            tensors = load_file(path)
+        except SafetensorError as error:
+            faults.append(f"{path.name} is not a safetensors file: {error}")
+            continue
+        found = {key: (tuple(tensor.shape), tensor.dtype) for key, tensor in tensors.items()}
+        layout = layout or found
+        if found != layout:
+            faults.append(f"{path.name} has other keys, shapes or types than the first checkpoint")
+        ranks = {shape[0] for key, (shape, _) in found.items() if key.endswith("lora_A.weight")}
+        if ranks != {rank}:
+            faults.append(f"{path.name} holds rank {sorted(ranks)}, not {rank}")
+        if not all(torch.isfinite(tensor).all() for tensor in tensors.values()):
+            faults.append(f"{path.name} holds values that are not finite")
+    return faults
+
+
+def peft_faults(folder: Path, step: int, base: Path) -> list[str]:
+    """Load one checkpoint through PEFT onto the base model's bare structure (no weights are read)."""
+    import torch
+    from peft import PeftModel, get_peft_model_state_dict
+    from safetensors import safe_open
+    from transformers import AutoConfig, AutoModelForCausalLM
+
+    with torch.device("meta"):
+        model = AutoModelForCausalLM.from_config(AutoConfig.from_pretrained(base, trust_remote_code=False))
+    with tempfile.TemporaryDirectory() as adapter:
+        for name, source in (
+            ("adapter_model.safetensors", folder / checkpoint_name(step)),
+            ("adapter_config.json", folder / "adapter_config.json"),
+        ):
+            os.symlink(source.absolute(), Path(adapter, name))
+        try:
+            loaded = PeftModel.from_pretrained(model, adapter, low_cpu_mem_usage=True)
+        except (ValueError, RuntimeError, TypeError, KeyError) as error:
+            return [f"PEFT does not load checkpoint {step}: {' '.join(str(error).split())[:300]}"]
+        with safe_open(Path(adapter, "adapter_model.safetensors"), "pt") as file:
+            stored = set(file.keys())
+    differing = stored ^ set(get_peft_model_state_dict(loaded, save_embedding_layers=False))
+    if differing:
+        return [f"PEFT does not take checkpoint {step}: {len(differing)} keys differ, such as {min(differing)}"]
+    return []

@@ -1,0 +1,167 @@
+"""The trainer callbacks: one keeps the recipe's rules in a resumed run, one collects the last N adapters.
+
+Imported by train_worker.py. Writes checkpoint-<step>.safetensors, adapter_config.json and collected.json into the run's
+staging folder while training goes on.
+"""
+
+import hashlib
+import queue
+import threading
+from pathlib import Path
+from typing import Any
+
+import torch
+from peft import PeftModel, get_peft_model_state_dict
+from safetensors.torch import save
+from transformers import TrainerCallback
+
+import files
+from cli import UserError
+
+IN_FLIGHT = 2  # adapters in memory beside the trained one: one being written, one waiting
+
+
+def check_window(keep: int | None, resumed_step: int, max_steps: int) -> None:
+    """Refuse a recipe whose last N steps reach back behind the step it resumes from.
+
+    Args:
+        keep: N, the number of adapters to keep (None: every step's).
+        resumed_step, max_steps: the step before the first trained one, and the last one.
+    """
+    steps = max(0, max_steps - resumed_step)
+    if steps == 0 or (keep and keep > steps):
+        asked = f"{keep} kept steps" if keep else "at least one step"
+        raise UserError(
+            f"save_total_limit asks for {asked}, but only {steps} remain between the resumed step {resumed_step} and "
+            f"the last one, {max_steps}; set max_steps to {resumed_step + (keep or 1)} or more, or keep fewer (KEEP)"
+        )
+
+
+class Rules(TrainerCallback):
+    """Lets the recipe's own logging and saving rhythm count in a resumed run, and notes what only the trainer knows.
+
+    transformers replaces the whole trainer state by the one stored with the checkpoint, so that the rhythm and the log
+    history of the pretrain would go on. `facts` is filled in the main process alone.
+    """
+
+    def __init__(self):
+        self.facts: dict[str, Any] = {}
+
+    def on_train_begin(self, args, state, control, model=None, train_dataloader=None, **kwargs):
+        state.compute_steps(args, state.max_steps)
+        state.log_history = []
+        if state.is_world_process_zero:
+            self.facts = {
+                "processes": args.world_size,
+                "precision": "bfloat16" if args.bf16 else "float16" if args.fp16 else "float32",
+                "trained_rows": len(train_dataloader.dataset),
+                "total_steps": state.max_steps,
+            }
+
+
+class Collector(TrainerCallback):
+    """Writes the adapter after each of the last `keep` optimizer steps.
+
+    The training thread only copies the adapter (a few MB) out of the way; serialising, hashing and writing happen in
+    one thread of its own. At most IN_FLIGHT copies exist. An error in that thread ends the training at its next step.
+
+    Args:
+        folder: where the checkpoints go; it exists.
+        keep: how many of the last steps are kept, None for all.
+    """
+
+    def __init__(self, folder: Path, keep: int | None):
+        self.folder = folder
+        self.keep = keep
+        self.records: dict[int, dict[str, Any]] = {}
+        self.waiting: queue.Queue = queue.Queue(IN_FLIGHT - 1)
+        self.error: BaseException | None = None
+        self.writer: threading.Thread | None = None
+
+    def on_train_begin(self, args, state, control, model=None, **kwargs):
+        check_window(self.keep, state.global_step, state.max_steps)
+        self.first = state.max_steps - (self.keep or state.max_steps - state.global_step) + 1
+        if not state.is_world_process_zero:
+            return
+        adapter = getattr(model, "module", model)
+        if not isinstance(adapter, PeftModel):
+            raise UserError("a collection holds LoRA adapters, but this recipe trains no PEFT model")
+        # These share the parameters' memory, which the optimizer updates in place, so one look-up serves all steps.
+        self.live = get_peft_model_state_dict(adapter)
+        save_adapter_config(adapter, self.folder)
+        self.writer = threading.Thread(target=self._write_all, name="collector", daemon=True)
+        self.writer.start()
+
+    def on_step_end(self, args, state, control, **kwargs):
+        if state.global_step >= self.first - 1:
+            control.should_log = True  # each kept step gets a loss of its own, not a mean that reaches back further
+        if state.global_step >= self.first and state.is_world_process_zero:
+            self._put((state.global_step, *copy_to_cpu(self.live)))
+        return control
+
+    def on_log(self, args, state, control, logs=None, **kwargs):
+        if "loss" in (logs or {}):
+            self.records.setdefault(state.global_step, {}).update(
+                loss=logs["loss"], learning_rate=logs["learning_rate"]
+            )
+
+    def on_train_end(self, args, state, control, **kwargs):
+        if self.writer is None:
+            return
+        self._put(None)
+        self.writer.join()
+        if self.error is not None:
+            raise self.error
+        kept = [{"step": step, **record} for step, record in sorted(self.records.items()) if step >= self.first]
+        files.write_json(self.folder / "collected.json", kept)
+
+    def _put(self, item: tuple | None) -> None:
+        """Hand one copy to the writer; waits while it has enough to do, and raises what went wrong there."""
+        while True:
+            if self.error is not None:
+                raise self.error
+            try:
+                return self.waiting.put(item, timeout=1)
+            except queue.Full:
+                continue
+
+    def _write_all(self) -> None:
+        try:
+            while (item := self.waiting.get()) is not None:
+                step, tensors, ready = item
+                if ready is not None:
+                    ready.synchronize()
+                data = save(tensors, metadata={"format": "pt"})
+                del item, tensors
+                files.write_atomically(self.folder / f"checkpoint-{step}.safetensors", data)
+                self.records.setdefault(step, {}).update(bytes=len(data), sha256=hashlib.sha256(data).hexdigest())
+        except BaseException as error:  # handed to the training thread, which raises it
+            self.error = error
+
+
+def save_adapter_config(model: PeftModel, folder: Path) -> None:
+    """PEFT's adapter_config.json for a checkpoint of this model, as its own `save_pretrained` writes it."""
+    config = model.peft_config["default"]
+    trained_for = config.inference_mode
+    config.inference_mode = True
+    try:
+        config.save_pretrained(str(folder))
+    finally:
+        config.inference_mode = trained_for
+
+
+def copy_to_cpu(tensors: dict[str, torch.Tensor]) -> tuple[dict[str, torch.Tensor], "torch.cuda.Event | None"]:
+    """Copies of the tensors in CPU memory, same dtypes and shapes, contiguous.
+
+    From a CUDA device the copies go through pinned memory without holding up the host; they are valid once the returned
+    event has passed. Work queued later on the device's stream (the next optimizer step) cannot change them.
+    """
+    if not any(tensor.is_cuda for tensor in tensors.values()):
+        return {key: tensor.detach().to("cpu", copy=True).contiguous() for key, tensor in tensors.items()}, None
+    copies = {}
+    for key, tensor in tensors.items():
+        copies[key] = torch.empty(tensor.shape, dtype=tensor.dtype, pin_memory=True)
+        copies[key].copy_(tensor.detach(), non_blocking=True)
+    ready = torch.cuda.Event()
+    ready.record()
+    return copies, ready

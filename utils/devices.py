@@ -1,0 +1,101 @@
+"""Which devices a run gets. Imported by train.py before torch, because CUDA_VISIBLE_DEVICES is read when torch starts.
+
+DEVICES=1            the second GPU              DEVICES=0,1   two GPUs, one process each, same effective batch
+DEVICES=cpu          the CPU                     DEVICES=cpu,cpu   two CPU processes
+(nothing)            the first visible GPU, else whatever accelerator torch finds, else the CPU
+"""
+
+import os
+import re
+import shutil
+import subprocess
+from pathlib import Path
+
+from cli import UserError, say
+
+# What a recipe for GPUs says and a CPU cannot do; float32 there.
+CPU_SETTINGS = {"use_cpu": True, "bf16": False, "fp16": False, "pure_bf16": False, "tf32": False}
+
+
+def choose() -> list[str]:
+    """The devices of this run: `cpu` entries, or GPU numbers or UUIDs as CUDA_VISIBLE_DEVICES takes them.
+
+    An empty list means that there is no NVIDIA GPU and torch decides. Raises UserError for a mixture or repetition.
+    """
+    asked = [part.strip() for part in os.environ.get("DEVICES", "").split(",") if part.strip()]
+    if asked:
+        gpus = [device for device in asked if device != "cpu"]
+        if gpus and (len(gpus) != len(asked) or len(set(gpus)) != len(gpus)):
+            raise UserError(f"DEVICES={','.join(asked)}: give GPU numbers, each once, or only cpu")
+        if any(not re.fullmatch(r"\d+|(GPU|MIG)-[\w-]+", gpu) for gpu in gpus):
+            raise UserError(f"DEVICES={','.join(asked)}: not GPU numbers or UUIDs; write 0 or 0,1 or cpu")
+        return asked
+    visible = os.environ.get("CUDA_VISIBLE_DEVICES")
+    if visible is not None:
+        found = [part.strip() for part in visible.split(",") if part.strip() not in ("", "-1")]
+        if len(found) > 1:
+            say(f"CUDA_VISIBLE_DEVICES={visible}: training on {found[0]} alone; DEVICES={visible} asks for all of them")
+        return found[:1] or ["cpu"]
+    return ["0"] if nvidia_driver() else []
+
+
+def pin(devices: list[str]) -> None:
+    """Let torch see these devices and no others. Call it before torch is imported."""
+    if devices:
+        os.environ["CUDA_VISIBLE_DEVICES"] = "" if devices[0] == "cpu" else ",".join(devices)
+
+
+def settings(devices: list[str]) -> dict:
+    """Recipe keys that the devices demand: none on an accelerator, float32 on the CPU (one line says so).
+
+    Raises UserError when there is an NVIDIA GPU that this torch build cannot use.
+    """
+    import torch
+    from llamafactory.extras.misc import is_accelerator_available
+
+    if devices and devices[0] != "cpu" and not torch.cuda.is_available():
+        raise UserError(
+            f"GPU {devices[0]} cannot be used: the driver ({nvidia_driver() or 'none found'}) does not serve torch "
+            f"{torch.__version__}; update the driver, or train on the CPU with DEVICES=cpu"
+        )
+    if devices[:1] != ["cpu"] and is_accelerator_available():
+        return {}
+    say("no accelerator: training in float32 on the CPU" if not devices else "training in float32 on the CPU, as asked")
+    return CPU_SETTINGS
+
+
+def split_batch(config: dict, count: int) -> dict:
+    """Recipe keys that keep the effective batch when it is spread over `count` devices.
+
+    The rows of a step stay the same rows: accumulation is divided first, else the rows per device.
+    """
+    accumulated = config.get("gradient_accumulation_steps", 1)
+    rows = config.get("per_device_train_batch_size", 8)  # transformers.TrainingArguments' default
+    if accumulated % count == 0:
+        return {"gradient_accumulation_steps": accumulated // count}
+    if rows % count == 0:
+        return {"per_device_train_batch_size": rows // count}
+    raise UserError(
+        f"{count} devices cannot share a batch of {rows} rows x {accumulated} accumulated; "
+        f"use a number of devices that divides {accumulated} or {rows}"
+    )
+
+
+def describe() -> str:
+    """The device this process trains on, as the manifest names it."""
+    import torch
+
+    return torch.cuda.get_device_name() if torch.cuda.is_available() else "cpu"
+
+
+def nvidia_driver() -> str | None:
+    """The version of the NVIDIA driver of a machine that has a GPU, or None."""
+    if shutil.which("nvidia-smi"):
+        asked = subprocess.run(
+            ["nvidia-smi", "--query-gpu=driver_version", "--format=csv,noheader"], capture_output=True, text=True
+        )
+        if asked.returncode == 0 and asked.stdout.strip():
+            return asked.stdout.split("\n")[0].strip()
+    if Path("/dev/nvidia0").exists() and (version := Path("/proc/driver/nvidia/version")).is_file():
+        return (re.search(r"\d+\.\d+(\.\d+)?", version.read_text()) or ["unknown"])[0]
+    return None

@@ -1,0 +1,138 @@
+"""Files that are whole or not there: atomic writes, hashes, locks that die with their process, swapped folders."""
+
+import contextlib
+import fcntl
+import hashlib
+import json
+import os
+import shutil
+from collections.abc import Iterable, Iterator
+from pathlib import Path
+from typing import Any
+
+
+def write_atomically(path: Path, data: bytes) -> None:
+    """Put `data` at `path` so that no reader, also after a crash, ever sees a part of it."""
+    path = Path(path)
+    temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
+    try:
+        with open(temporary, "wb") as file:
+            file.write(data)
+            file.flush()
+            os.fsync(file.fileno())
+        os.replace(temporary, path)
+    except BaseException:
+        temporary.unlink(missing_ok=True)
+        raise
+    sync_folder(path.parent)
+
+
+def write_json(path: Path, value: Any) -> None:
+    """`value` as indented JSON at `path`, atomically."""
+    write_atomically(path, (json.dumps(value, indent=2, ensure_ascii=False) + "\n").encode())
+
+
+def sync_folder(folder: Path) -> None:
+    """Make the names in `folder` (creations, renames, removals) survive a power cut."""
+    handle = os.open(folder, os.O_RDONLY)
+    try:
+        os.fsync(handle)
+    finally:
+        os.close(handle)
+
+
+def sha256_of(path: Path) -> str:
+    """The hexadecimal SHA-256 of a file."""
+    with open(path, "rb") as file:
+        return hashlib.file_digest(file, "sha256").hexdigest()
+
+
+def sha256_of_value(value: Any) -> str:
+    """The hexadecimal SHA-256 of a JSON value, the same for any order of its keys."""
+    return hashlib.sha256(json.dumps(value, sort_keys=True, ensure_ascii=False).encode()).hexdigest()
+
+
+class Busy(Exception):
+    """Another process holds the lock."""
+
+
+@contextlib.contextmanager
+def lock(path: Path, waiting: str | None = None) -> Iterator[int]:
+    """Hold the lock file `path`; yields its descriptor.
+
+    When a live process holds it: raises Busy at once, or, with a text for `waiting`, prints that and waits. The kernel
+    drops the lock with the process, however that ends; the file itself is removed on a normal end.
+    """
+    path.parent.mkdir(parents=True, exist_ok=True)
+    while True:
+        handle = os.open(path, os.O_RDWR | os.O_CREAT, 0o644)
+        try:
+            fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            if waiting is None:
+                os.close(handle)
+                raise Busy(str(path)) from None
+            print(waiting, flush=True)
+            fcntl.flock(handle, fcntl.LOCK_EX)
+        try:
+            if os.path.samestat(os.fstat(handle), os.stat(path)):
+                break
+        except FileNotFoundError:
+            pass
+        os.close(handle)  # its last holder removed the file between our open and our lock: take the new one
+    try:
+        yield handle
+    finally:
+        path.unlink(missing_ok=True)
+        os.close(handle)
+
+
+def beside(folder: Path, kind: str) -> Path:
+    """The hidden companion of `folder` in the same parent: its `lock`, a `staging-...` folder, the `old` one."""
+    return folder.with_name(f".{folder.name}.{kind}")
+
+
+def companions(folder: Path, kind: str) -> list[Path]:
+    """All companions of `folder` whose kind starts with `kind`."""
+    prefix = beside(folder, kind).name
+    return (
+        sorted(path for path in folder.parent.iterdir() if path.name.startswith(prefix))
+        if folder.parent.is_dir()
+        else []
+    )
+
+
+def publish_folder(staging: Path, folder: Path) -> None:
+    """Give the whole folder `staging` its final name; what stood there before is deleted only afterwards.
+
+    Call it with the folder's lock held. A crash in the middle is put right by `recover_folder`.
+    """
+    old = beside(folder, "old")
+    for path in [staging, *staging.rglob("*")]:
+        if path.is_dir():
+            sync_folder(path)
+    if folder.exists():
+        folder.rename(old)
+    staging.rename(folder)
+    sync_folder(folder.parent)
+    remove_folder(old)
+
+
+def recover_folder(folder: Path) -> None:
+    """Undo what a dead process left of `publish_folder` and of its staging folders. Call it with the lock held."""
+    old = beside(folder, "old")
+    if old.exists() and not folder.exists():
+        old.rename(folder)
+    for left_over in [old, *companions(folder, "staging-")]:
+        remove_folder(left_over)
+
+
+def remove_folder(folder: Path) -> None:
+    """Delete a folder and all in it; none there is fine."""
+    with contextlib.suppress(FileNotFoundError):
+        shutil.rmtree(folder)
+
+
+def size_of(paths: Iterable[Path]) -> int:
+    """Bytes in the files among `paths`."""
+    return sum(path.stat().st_size for path in paths if path.is_file())

@@ -1,0 +1,170 @@
+"""What a run was trained from, so that a later run of the same name can tell whether it would be the same.
+
+Imported by train.py and collection.py. An identity is a JSON value with the sections recipe, data, base_model,
+tokenizer and pretrain: contents and hashes, never this machine's paths.
+"""
+
+import json
+import os
+from pathlib import Path
+
+import dataset_info
+import files
+import models
+import paths
+from cli import UserError
+from rank_config import resolve
+
+# Recipe keys that say where files lie or how they are read and logged, not what is trained. The contents behind the
+# paths are hashed in the other sections.
+NOT_TRAINED = {
+    "model_name_or_path", "dataset_dir", "media_dir", "output_dir", "resume_from_checkpoint", "overwrite_output_dir",
+    "overwrite_cache", "cache_dir", "tokenized_path", "preprocessing_num_workers", "preprocessing_batch_size",
+    "dataloader_num_workers", "dataloader_pin_memory", "logging_steps", "logging_first_step", "plot_loss", "report_to",
+    "run_name", "disable_tqdm", "log_level", "do_train", "save_only_model",
+}  # fmt: skip
+# What a checkpoint folder must hold to be resumed, all of it decisive for what follows.
+RESUMED = ("adapter_model.safetensors", "optimizer.pt", "scheduler.pt", "rng_state.pth", "trainer_state.json")
+
+
+def identity_of(recipe: Path, config: dict) -> dict:
+    """The identity of the run that a rendered recipe asks for.
+
+    Args:
+        recipe: the recipe's path; the paths in it are relative to its folder.
+        config: the recipe as `rank_config.render` gives it.
+
+    Raises UserError when the model, the data or the pretrain checkpoint is not there, with the command that makes it.
+    """
+    base = models.local_folder(resolve(recipe, config["model_name_or_path"]))
+    return {
+        "recipe": {key: value for key, value in sorted(config.items()) if key not in NOT_TRAINED},
+        "data": [_data_of(name.strip(), recipe, config) for name in config["dataset"].split(",")],
+        "base_model": models.identity_of(base),
+        "tokenizer": {"sha256": models.hash_of(base, models.tokenizer_files(base))},
+        "pretrain": pretrain_of(resume_folder(recipe, config)),
+    }
+
+
+def resume_folder(recipe: Path, config: dict) -> Path | None:
+    """The checkpoint folder that a rendered recipe resumes from, or None."""
+    resume = config.get("resume_from_checkpoint")
+    return resolve(recipe, resume) if resume else None
+
+
+def pretrain_of(checkpoint: Path | None) -> dict | None:
+    """Run, step and hash of the checkpoint that is resumed; None without one, also where it is gone."""
+    if checkpoint is None or not (checkpoint / "trainer_state.json").is_file():
+        return None
+    present = [checkpoint / name for name in RESUMED if (checkpoint / name).is_file()]
+    sha256 = files.sha256_of_value({path.name: files.sha256_of(path) for path in present})
+    _check_against_manifest(checkpoint, sha256)
+    return {"run": checkpoint.parent.name, "step": step_of(checkpoint), "sha256": sha256}
+
+
+def step_of(checkpoint: Path) -> int:
+    """The optimizer step at which a stock checkpoint folder was saved."""
+    with open(checkpoint / "trainer_state.json", encoding="utf-8") as file:
+        return json.load(file)["global_step"]
+
+
+def changes(old: dict, new: dict) -> list[str]:
+    """What differs between two identities, a phrase each; a section that the old one could not know is passed over."""
+    found = []
+    for key in sorted({*(old["recipe"] or {}), *new["recipe"]}) if old["recipe"] is not None else []:
+        before, after = old["recipe"].get(key), new["recipe"].get(key)
+        if before != after:
+            found.append(f"{key} ({before} -> {after})")
+    if old["data"] is not None and old["data"] != new["data"]:
+        found += _data_changes(old["data"], new["data"])
+    for section, what in (("base_model", "the base model"), ("tokenizer", "the tokenizer")):
+        if old[section] is not None and old[section]["sha256"] not in (None, new[section]["sha256"]):
+            found.append(f"{what}'s files")
+    if old["pretrain"] is not None and new["pretrain"] is not None and old["pretrain"]["sha256"] is not None:
+        if old["pretrain"]["step"] != new["pretrain"]["step"]:
+            found.append(f"the resumed step ({old['pretrain']['step']} -> {new['pretrain']['step']})")
+        elif old["pretrain"]["sha256"] != new["pretrain"]["sha256"]:
+            found.append(f"the pretrain checkpoint {new['pretrain']['run']}/checkpoint-{new['pretrain']['step']}")
+    return found
+
+
+def _data_of(name: str, recipe: Path, config: dict) -> dict:
+    """What is read of one dataset: its entry, its file, and the first `max_samples` rows, which are trained on."""
+    folder = resolve(recipe, config.get("dataset_dir", "data"))
+    entry = dataset_info.entry_of(name, folder)
+    dataset_info.require_trainable(name, entry)
+    path = dataset_info.data_file(name, folder)
+    rows = dataset_info.load_rows(path)
+    used = rows[: config.get("max_samples") or len(rows)]
+    return {
+        "name": name,
+        "file": entry["file_name"],
+        "entry": {key: value for key, value in entry.items() if key != "file_name"},
+        "sha256": files.sha256_of(path),
+        "rows_in_file": len(rows),
+        "rows": len(used),
+        "rows_sha256": files.sha256_of_value(used),
+    }
+
+
+def _data_changes(old: list[dict], new: list[dict]) -> list[str]:
+    if [data["name"] for data in old] != [data["name"] for data in new]:
+        return []  # the recipe's `dataset` key says so already
+    found = []
+    for before, after in zip(old, new, strict=True):
+        if before["rows_sha256"] != after["rows_sha256"]:
+            found.append(f"the rows of {after['file']} ({before['rows']} -> {after['rows']} rows)")
+        if before["entry"] != after["entry"]:
+            found.append(f"the entry of {after['name']} in dataset_info.json")
+    return found
+
+
+def _check_against_manifest(checkpoint: Path, sha256: str) -> None:
+    manifest = checkpoint.parent / "manifest.json"
+    if not manifest.is_file():
+        return
+    with open(manifest, encoding="utf-8") as file:
+        recorded = {entry["step"]: entry["sha256"] for entry in json.load(file)["checkpoints"]}
+    if recorded.get(step_of(checkpoint)) != sha256:
+        raise UserError(
+            f"{paths.relative(checkpoint)}: differs from what its run's manifest.json recorded; "
+            "train the pretrain recipe again with FORCE=1"
+        )
+
+
+def check_resumable(checkpoint: Path, rank: int, how_to_make: str) -> None:
+    """Refuse a checkpoint that is not there (listing those that are) or was trained at another rank.
+
+    Args:
+        checkpoint: the folder a recipe resumes from.
+        rank: the rank that is to be trained.
+        how_to_make: the command that makes the missing checkpoint.
+    """
+    if not (checkpoint / "adapter_model.safetensors").is_file():
+        run = checkpoint.parent
+        steps = sorted(
+            int(match[1])
+            for path in (run.iterdir() if run.is_dir() else ())
+            if (match := paths.CHECKPOINT.fullmatch(path.name))
+        )
+        there = f"steps there: {', '.join(map(str, steps))}" if steps else f"{paths.relative(run)} has no checkpoints"
+        raise UserError(
+            f"resume_from_checkpoint {paths.relative(checkpoint)} does not exist ({there}); make it with: {how_to_make}"
+        )
+    missing = [name for name in RESUMED if not (checkpoint / name).is_file() and name != "rng_state.pth"]
+    if missing:
+        raise UserError(
+            f"{paths.relative(checkpoint)}: cannot be resumed, {missing[0]} is missing; "
+            "a pretrain recipe keeps it with save_only_model: false"
+        )
+    with open(checkpoint / "adapter_config.json", encoding="utf-8") as file:
+        there = json.load(file).get("r")
+    if there != rank:
+        raise UserError(
+            f"{paths.relative(checkpoint)}: has rank {there}, not {rank}; name the rank in resume_from_checkpoint"
+        )
+
+
+def force_asked() -> bool:
+    """Whether the user said FORCE=1: redo what is complete or stale."""
+    return os.environ.get("FORCE", "") not in ("", "0")

@@ -1,0 +1,214 @@
+"""Train one recipe at one rank with LLaMA-Factory; a finetune recipe ends as a collection.
+
+    bash utils/train_with_rank.sh RECIPE.yaml RANK [key=value ...]     is the way to call it
+    python utils/train.py --check RECIPE.yaml RANK [key=value ...]     only says how the run stands; status 0: complete
+
+Reads the recipe, its data and its base model; fills saves/.../<run folder>. FORCE=1 redoes a complete or stale run,
+DEVICES chooses devices (see devices.py). HF_HUB_OFFLINE is set: everything a run needs is on disk before it starts.
+"""
+
+import argparse
+import contextlib
+import ctypes
+import json
+import os
+import secrets
+import shutil
+import signal
+import subprocess
+import sys
+from collections.abc import Iterator
+from datetime import UTC, datetime
+from pathlib import Path
+
+import cli
+import collection
+import devices
+import files
+import paths
+import rank_config
+import run_identity
+from cli import UserError, say
+
+ADAPTER = "adapter_model.safetensors"
+FULL = 2**20  # bytes free on a disk that counts as full
+# What a pretrain checkpoint keeps: the adapter and what a finetune resumes from.
+CHECKPOINT_FILES = {"adapter_config.json", *run_identity.RESUMED, "scaler.pt"}
+
+
+def main() -> int:
+    parser = argparse.ArgumentParser(description="Train one recipe at one LoRA rank.")
+    parser.add_argument("--check", action="store_true", help="say how the run stands and train nothing")
+    parser.add_argument("recipe", type=Path)
+    parser.add_argument("rank")
+    parser.add_argument("overrides", nargs="*", metavar="key=value", help="override keys of the recipe")
+    args = parser.parse_args()
+    config = rank_config.render(args.recipe, rank_config.parse_rank(args.rank), args.overrides)
+    folder = rank_config.run_folder(args.recipe, config)
+    identity = run_identity.identity_of(args.recipe, config)
+    if args.check:
+        state, changed = collection.state_of(folder, identity)
+        say(f"{state}: {paths.relative(folder)}{' (changed: ' + '; '.join(changed) + ')' if changed else ''}")
+        return 0 if state == "complete" else 3
+    try:
+        with files.lock(files.beside(folder, "lock")), rendered(args.recipe, config):
+            files.recover_folder(folder)
+            if not already_there(folder, identity):
+                check_pretrain(args.recipe, config)
+                run(args.recipe, config, folder, identity)
+    except files.Busy as busy:
+        raise UserError(f"{args.recipe} at rank {config['lora_rank']} is running already (it holds {busy})") from None
+    return 0
+
+
+@contextlib.contextmanager
+def rendered(recipe: Path, config: dict) -> Iterator[Path]:
+    """The rendered recipe beside the recipe while the body runs. It is its own lock; raises files.Busy."""
+    path = rank_config.temporary_path(recipe, config)
+    with files.lock(path) as handle:
+        os.ftruncate(handle, 0)
+        os.write(handle, rank_config.dump(config).encode())
+        yield path
+
+
+def already_there(folder: Path, identity: dict) -> bool:
+    """Whether the run is complete as asked for. Raises UserError where something else stands at its place."""
+    if run_identity.force_asked():
+        return False
+    state, changed = collection.state_of(folder, identity)
+    name = paths.relative(folder)
+    if state == "stale":
+        raise UserError(
+            f"{name} is stale, changed since: {'; '.join(changed)}; FORCE=1 redoes it, keeping the old one until then"
+        )
+    if state == "unknown":
+        raise UserError(
+            f"{name} has no manifest.json: a stock run (utils/checkpoint_cleaner.py makes a finetune one a collection) "
+            "or other files; move it away, or replace it with FORCE=1"
+        )
+    if state == "complete":
+        say(f"complete: {name}")
+    return state == "complete"
+
+
+def check_pretrain(recipe: Path, config: dict) -> None:
+    """Refuse a recipe whose pretrain checkpoint is not there, naming the command that makes it."""
+    checkpoint = run_identity.resume_folder(recipe, config)
+    if checkpoint is None:
+        return
+    pretrain = recipe.with_name(recipe.name.replace("_finetune", "_pretrain"))
+    script = paths.relative(paths.ROOT / "utils" / "train_with_rank.sh")
+    named = pretrain if pretrain.is_file() and pretrain != recipe else "<the pretrain recipe>"
+    seed = paths.rank_in(config["resume_from_checkpoint"])
+    seed = f" seed={seed[1]}" if seed and seed[1] is not None else ""
+    run_identity.check_resumable(checkpoint, config["lora_rank"], f"bash {script} {named} {config['lora_rank']}{seed}")
+
+
+def run(recipe: Path, config: dict, folder: Path, identity: dict) -> None:
+    """Train into a staging folder beside the run folder, make it whole, give it its name."""
+    attempt, started = secrets.token_hex(4), now()
+    phase = rank_config.phase_of(config)
+    if phase == "pretrain" and config.get("resume_from_checkpoint"):
+        say(f"save_steps is {config.get('save_steps')}, not 1: this run resumes and trains on, but collects nothing")
+    staging = files.beside(folder, f"staging-{attempt}")
+    staging.mkdir(parents=True)
+    try:
+        wanted = devices.choose()
+        devices.pin(wanted)
+        job = {"recipe": str(recipe.absolute()), "config": config, "staging": str(staging), "devices": wanted}
+        say(f"{phase} {recipe.name} at rank {config['lora_rank']} -> {paths.relative(folder)}")
+        if len(wanted) > 1:
+            spread(job, len(wanted))
+        else:
+            import train_worker  # imports LLaMA-Factory: after the devices are pinned
+
+            train_worker.train(job)
+        facts = json.loads((staging / "facts.json").read_bytes())
+        facts |= collection.attempt_facts(attempt, started, now())
+        facts = {"seed": config.get("seed", rank_config.DEFAULT_SEED), **facts}
+        finish = finish_finetune if phase == "finetune" else finish_pretrain
+        checkpoints = finish(staging, folder, identity)
+        manifest = collection.manifest_of(folder, phase, config["lora_rank"], identity, checkpoints, facts)
+        files.write_json(staging / collection.MANIFEST, manifest)
+        files.publish_folder(staging, folder)
+    except RuntimeError as error:
+        if shutil.disk_usage(staging).free < FULL:  # torch.save says "unexpected pos" and hides the cause
+            raise UserError(
+                f"{paths.relative(folder.parent)}: the disk is full; free some space and run it again"
+            ) from error
+        raise
+    finally:
+        files.remove_folder(staging)
+    say(f"done: {paths.relative(folder)}, {len(checkpoints)} checkpoints")
+
+
+def finish_finetune(staging: Path, folder: Path, identity: dict) -> list[dict]:
+    """Make a staging folder a collection, all but its manifest; the entries of its checkpoints."""
+    entries = json.loads((staging / "collected.json").read_bytes())
+    kept = identity["recipe"].get("save_total_limit")
+    if not entries or (kept and len(entries) != kept):
+        raise UserError(
+            f"{paths.relative(folder)}: training stopped early, {len(entries)} of {kept} checkpoints were collected"
+        )
+    collection.read_back(staging, entries)
+    if not collection.same_tensors(staging / collection.checkpoint_name(entries[-1]["step"]), staging / ADAPTER):
+        raise RuntimeError("the last collected checkpoint is not the adapter that LLaMA-Factory saved at its end")
+    collection.set_base_name(staging / "adapter_config.json", identity["base_model"])
+    collection.draw_loss(staging, folder.name, kept_from=entries[0]["step"])
+    names = {collection.checkpoint_name(entry["step"]) for entry in entries}
+    collection.tidy(staging, {*names, "adapter_config.json", collection.LOG, collection.PICTURE})
+    return entries
+
+
+def finish_pretrain(staging: Path, folder: Path, identity: dict) -> list[dict]:
+    """Tidy a staging folder down to resumable checkpoints, log and picture; the entries of its checkpoints."""
+    saved = sorted((p for p in staging.iterdir() if paths.CHECKPOINT.fullmatch(p.name)), key=run_identity.step_of)
+    if not saved:
+        raise UserError(f"{paths.relative(folder)}: training ended without a checkpoint; set save_steps in the recipe")
+    with open(staging / collection.LOG, encoding="utf-8") as file:
+        logged = {line["current_steps"]: line for line in map(json.loads, file) if "loss" in line}
+    entries = []
+    for checkpoint in saved:
+        collection.tidy(checkpoint, CHECKPOINT_FILES)
+        collection.set_base_name(checkpoint / "adapter_config.json", identity["base_model"])
+        step = run_identity.step_of(checkpoint)
+        log = logged.get(step, {})
+        entries.append({
+            "step": step,
+            "loss": log.get("loss"),
+            "learning_rate": log.get("lr"),
+            "bytes": files.size_of(checkpoint.iterdir()),
+            "sha256": run_identity.pretrain_of(checkpoint)["sha256"],
+        })  # fmt: skip
+    collection.draw_loss(staging, folder.name)
+    collection.tidy(staging, {*(p.name for p in saved), collection.LOG, collection.PICTURE})
+    return entries
+
+
+def spread(job: dict, count: int) -> None:
+    """Run the job in one process per device, through torchrun on our own script; they die with this process."""
+    path = Path(job["staging"], "job.json")
+    job["config"] |= devices.split_batch(job["config"], count)
+    files.write_json(path, job)
+    worker = Path(__file__).with_name("train_worker.py")
+    command = [sys.executable, "-m", "torch.distributed.run", "--standalone", f"--nproc-per-node={count}", worker, path]
+    on_linux = sys.platform == "linux"
+    child = subprocess.Popen(
+        command, preexec_fn=(lambda: ctypes.CDLL(None).prctl(1, signal.SIGTERM)) if on_linux else None
+    )
+    try:
+        status = child.wait()
+    finally:
+        child.terminate()
+        child.wait()
+    if status:
+        raise UserError(f"training on {count} devices failed with status {status}; the cause stands above")
+
+
+def now() -> str:
+    """The time as the manifest writes it: UTC, to the second."""
+    return datetime.now(UTC).isoformat(timespec="seconds")
+
+
+if __name__ == "__main__":
+    cli.run(main)

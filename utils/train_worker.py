@@ -1,0 +1,96 @@
+"""The training process itself: real LLaMA-Factory, called through its Python entry with our templates and callbacks.
+
+train.py calls `train` in its own process for one device; for several, torchrun runs this file once per device:
+    python -m torch.distributed.run ... utils/train_worker.py JOB.json
+Leaves in the staging folder what LLaMA-Factory leaves, the collected checkpoints, and facts.json.
+"""
+
+import json
+import os
+import sys
+from pathlib import Path
+
+import cli
+import devices
+import files
+import prompt_templates
+import rank_config
+from cli import UserError
+
+# Checked again by LLaMA-Factory itself, whose messages then name the key.
+SETTINGS_ERRORS = (ValueError, TypeError, ImportError, OSError, KeyError)
+
+
+def train(job: dict) -> None:
+    """Run one job.
+
+    Args:
+        job: `recipe` (absolute path; its paths are relative to its folder), `config` (the rendered recipe), `staging`
+            (absolute path of an existing empty folder) and `devices` (as devices.choose gives them, already pinned).
+
+    Raises UserError for what the recipe asks and LLaMA-Factory or this machine cannot do.
+    """
+    os.environ.setdefault("LLAMAFACTORY_VERBOSITY", "WARN")
+    os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
+    import torch
+    from llamafactory.train.tuner import run_exp
+
+    from collector import Collector, Rules
+
+    recipe, config, staging = Path(job["recipe"]), job["config"], Path(job["staging"])
+    os.chdir(recipe.parent)
+    if job["devices"][:1] == ["cpu"] and len(job["devices"]) > 1:
+        # accelerate calls the device of a CPU process cpu:0, cpu:1, ...; torch.load, on resuming, knows only cpu
+        torch.serialization.register_package(
+            priority=30,
+            tagger=lambda storage: None,
+            deserializer=lambda storage, location: storage if location.startswith("cpu:") else None,
+        )
+    collects = rank_config.phase_of(config) == "finetune"
+    arguments = {**config, **devices.settings(job["devices"]), "output_dir": str(staging), "plot_loss": False}
+    if collects:
+        arguments["save_strategy"] = "no"  # the collector saves
+    prompt_templates.register()
+    check_arguments(recipe, arguments)
+    rules = Rules()
+    callbacks = [rules, Collector(staging, config.get("save_total_limit"))] if collects else [rules]
+    try:
+        run_exp(arguments, callbacks)
+    except torch.OutOfMemoryError:
+        raise UserError(
+            f"{recipe}: out of device memory; halve per_device_train_batch_size and double "
+            "gradient_accumulation_steps, or set disable_gradient_checkpointing: false"
+        ) from None
+    except BaseException:
+        print(file=sys.stderr)  # what is said next does not go on in the progress bar's line
+        raise
+    if rules.facts:
+        files.write_json(staging / "facts.json", {"device": devices.describe(), **rules.facts})
+
+
+def check_arguments(recipe: Path, arguments: dict) -> None:
+    """Let LLaMA-Factory read the arguments before anything is loaded; its objection becomes one line."""
+    from llamafactory.data import TEMPLATES
+    from llamafactory.hparams import get_train_args
+
+    try:
+        _, data_args, training_args, *_ = get_train_args(dict(arguments))
+    except SETTINGS_ERRORS as error:
+        raise UserError(f"{recipe}: LLaMA-Factory refuses it: {' '.join(str(error).split())}") from None
+    template = data_args.template
+    if template is not None and template not in TEMPLATES:
+        near = sorted(name for name in TEMPLATES if name.startswith(str(template)[:2]))
+        raise UserError(
+            f"{recipe}: template {template!r} is not known to LLaMA-Factory nor in utils/prompt_templates.py"
+            f"{'; near ones: ' + ', '.join(near) if near else ''}"
+        )
+
+
+def main() -> None:
+    job = json.loads(Path(sys.argv[1]).read_bytes())
+    devices.pin(job["devices"])
+    train(job)
+
+
+if __name__ == "__main__":
+    cli.run(main)

@@ -1,0 +1,104 @@
+"""Re-read collections: hashes, keys, shapes, steps, finite values, and that PEFT loads them.
+
+    python utils/verify.py [FOLDER ...]                            all collections below the folders (default: saves/)
+    python utils/verify.py --recipe RECIPE.yaml RANK [key=value ...]     the collection of one recipe
+    DATASET=... python utils/verify.py                             those of one dataset (make verify)
+
+Prints a line for each; status 1 when one is not whole.
+"""
+
+import argparse
+import os
+from pathlib import Path
+
+import cli
+import collection
+import files
+import models
+import paths
+import rank_config
+from cli import UserError, say
+
+
+def main() -> int:
+    parser = argparse.ArgumentParser(description="Verify collections on disk.")
+    parser.add_argument("--recipe", nargs="+", metavar=("RECIPE", "RANK"), help="verify the collection of this recipe")
+    parser.add_argument("folders", nargs="*", type=Path, default=[])
+    args = parser.parse_args()
+    if args.recipe:
+        if len(args.recipe) < 2:
+            raise UserError("--recipe needs a recipe and a rank")
+        recipe = Path(args.recipe[0])
+        config = rank_config.render(recipe, rank_config.parse_rank(args.recipe[1]), args.recipe[2:])
+        found = [rank_config.run_folder(recipe, config)]
+    else:
+        found = asked_for(args.folders, os.environ.get("DATASET", ""))
+    if not found:
+        say("no collections yet")
+        return 0
+    return 1 if sum(not verify(folder) for folder in found) else 0
+
+
+def asked_for(folders: list[Path], dataset: str) -> list[Path]:
+    """The finetune run folders below some folders, or those of a dataset."""
+    for folder in folders:
+        if not folder.is_dir():
+            raise UserError(f"{folder}: no such folder")
+    found = run_folders(folders or [paths.SAVES])
+    if dataset:
+        name = paths.choose(dataset, {folder.parent.name for folder in found}, "collected dataset")
+        found = [folder for folder in found if folder.parent.name == name]
+    return found
+
+
+def run_folders(tops: list[Path]) -> list[Path]:
+    """All folders below `tops` (or they themselves) that are collections, or by their name should be."""
+    found = set()
+    for top in tops:
+        for folder in [top.absolute(), *(path for path in top.absolute().rglob("*") if path.is_dir())]:
+            hidden = any(part.startswith(".") for part in folder.relative_to(top.absolute()).parts)
+            if not hidden and (folder.name.endswith("_finetune") or is_collection(folder)):
+                found.add(folder)
+    return sorted(found)
+
+
+def is_collection(folder: Path) -> bool:
+    """Whether a folder's manifest calls it a finetune run."""
+    if not (folder / collection.MANIFEST).is_file():
+        return False
+    return collection.read_manifest(folder)["phase"] == "finetune"
+
+
+def verify(folder: Path) -> bool:
+    """Check one collection, print how it is, and tell whether it is whole."""
+    name = paths.relative(folder)
+    try:
+        manifest = collection.read_manifest(folder) if folder.is_dir() else None
+        if manifest is None:
+            faults = ["has no manifest.json: no finished collection (make clean-checkpoints makes one of a stock run)"]
+            faults = faults if folder.is_dir() else ["does not exist"]
+        else:
+            faults = collection.faults_of(folder, manifest) or peft_faults(folder, manifest)
+    except UserError as error:
+        faults = [str(error)]
+    for fault in faults:
+        print(f"FAULTY {name}: {fault}", flush=True)
+    if not faults:
+        steps = [entry["step"] for entry in manifest["checkpoints"]]
+        size = files.size_of(folder.iterdir()) / 1e6
+        say(f"whole  {name}: {len(steps)} checkpoints, steps {steps[0]}-{steps[-1]}, {size:.1f} MB")
+    return not faults
+
+
+def peft_faults(folder: Path, manifest: dict) -> list[str]:
+    """What PEFT says to the collection's last checkpoint."""
+    base = paths.MODELS / (manifest["base_model"] or {}).get("name", "")
+    if not (base / "config.json").is_file():
+        return [
+            f"cannot be loaded with PEFT here, models/{base.name} is missing; bring it with: {models.how_to_get(base)}"
+        ]
+    return collection.peft_faults(folder, manifest["checkpoints"][-1]["step"], base)
+
+
+if __name__ == "__main__":
+    cli.run(main)
