@@ -5,9 +5,9 @@ PY := .venv/bin/python
 RUFF := .venv/bin/ruff
 CODE := utils tests bench
 
+RANK := $(or $(RANK),8)
 # What a user sets on the command line reaches the scripts through the environment.
 export DATASET MODEL RANK KEEP SEED FORCE DEVICES FILE NAME CATEGORY MAP
-RANK ?= 8
 
 .DEFAULT_GOAL := help
 .PHONY: help setup lock model register check-data pretrain finetune collect verify clean-checkpoints demo test lint format

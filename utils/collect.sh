@@ -14,8 +14,13 @@ keep=(${KEEP:+"save_total_limit=$KEEP"})
 pretrain=$("$python" "$utils/cells.py" pretrain)
 finetune=$("$python" "$utils/cells.py" finetune)
 
-# A complete collection needs no pretrain folder any more.
-if [ -n "${FORCE:-}" ] || ! "$python" "$utils/train.py" --check "$finetune" "$rank" "${seed[@]}" "${keep[@]}" >/dev/null; then
+# A complete collection needs no pretrain folder any more. Status 3: there is something to do.
+status=0
+"$python" "$utils/train.py" --check "$finetune" "$rank" "${seed[@]}" "${keep[@]}" >/dev/null || status=$?
+if [ "$status" -ne 0 ] && [ "$status" -ne 3 ]; then
+    exit "$status"
+fi
+if [ "$status" -eq 3 ] || [ -n "${FORCE:-}" ]; then
     bash "$utils/train_with_rank.sh" "$pretrain" "$rank" "${seed[@]}"
     bash "$utils/train_with_rank.sh" "$finetune" "$rank" "${seed[@]}" "${keep[@]}"
 fi

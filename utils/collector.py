@@ -5,6 +5,7 @@ staging folder while training goes on.
 """
 
 import hashlib
+import json
 import queue
 import threading
 from pathlib import Path
@@ -18,7 +19,7 @@ from transformers import TrainerCallback
 import files
 from cli import UserError
 
-IN_FLIGHT = 2  # adapters in memory beside the trained one: one being written, one waiting
+IN_FLIGHT = 2  # copies of the adapter in memory: one being written, one being filled or waiting
 
 
 def check_window(keep: int | None, resumed_step: int, max_steps: int) -> None:
@@ -62,8 +63,9 @@ class Rules(TrainerCallback):
 class Collector(TrainerCallback):
     """Writes the adapter after each of the last `keep` optimizer steps.
 
-    The training thread only copies the adapter (a few MB) out of the way; serialising, hashing and writing happen in
-    one thread of its own. At most IN_FLIGHT copies exist. An error in that thread ends the training at its next step.
+    The training thread only copies the adapter (a few MB) out of the way, straight into the bytes of the file to be;
+    hashing and writing happen in one thread of its own. At most IN_FLIGHT copies exist. An error in that thread ends
+    the training at its next step.
 
     Args:
         folder: where the checkpoints go; it exists.
@@ -74,7 +76,8 @@ class Collector(TrainerCallback):
         self.folder = folder
         self.keep = keep
         self.records: dict[int, dict[str, Any]] = {}
-        self.waiting: queue.Queue = queue.Queue(IN_FLIGHT - 1)
+        self.free: queue.Queue[Frame] = queue.Queue()
+        self.full: queue.Queue[tuple[int, Frame] | None] = queue.Queue()
         self.error: BaseException | None = None
         self.writer: threading.Thread | None = None
 
@@ -89,54 +92,93 @@ class Collector(TrainerCallback):
         # These share the parameters' memory, which the optimizer updates in place, so one look-up serves all steps.
         self.live = get_peft_model_state_dict(adapter)
         save_adapter_config(adapter, self.folder)
+        for _ in range(IN_FLIGHT):
+            self.free.put(Frame(self.live))
         self.writer = threading.Thread(target=self._write_all, name="collector", daemon=True)
         self.writer.start()
 
     def on_step_end(self, args, state, control, **kwargs):
         if state.global_step >= self.first - 1:
             control.should_log = True  # each kept step gets a loss of its own, not a mean that reaches back further
-        if state.global_step >= self.first and state.is_world_process_zero:
-            self._put((state.global_step, *copy_to_cpu(self.live)))
+        if state.global_step >= self.first and self.writer is not None:
+            frame = self._free_frame()
+            frame.fill(self.live)
+            self.full.put((state.global_step, frame))
         return control
 
     def on_log(self, args, state, control, logs=None, **kwargs):
         if "loss" in (logs or {}):
-            self.records.setdefault(state.global_step, {}).update(
-                loss=logs["loss"], learning_rate=logs["learning_rate"]
-            )
+            record = self.records.setdefault(state.global_step, {})
+            record.update(loss=logs["loss"], learning_rate=logs["learning_rate"])
 
     def on_train_end(self, args, state, control, **kwargs):
         if self.writer is None:
             return
-        self._put(None)
+        self.full.put(None)
         self.writer.join()
         if self.error is not None:
             raise self.error
         kept = [{"step": step, **record} for step, record in sorted(self.records.items()) if step >= self.first]
         files.write_json(self.folder / "collected.json", kept)
 
-    def _put(self, item: tuple | None) -> None:
-        """Hand one copy to the writer; waits while it has enough to do, and raises what went wrong there."""
+    def _free_frame(self) -> "Frame":
+        """A frame that is not being written; waits for one, and raises what went wrong in the writer."""
         while True:
             if self.error is not None:
                 raise self.error
             try:
-                return self.waiting.put(item, timeout=1)
-            except queue.Full:
+                return self.free.get(timeout=1)
+            except queue.Empty:
                 continue
 
     def _write_all(self) -> None:
         try:
-            while (item := self.waiting.get()) is not None:
-                step, tensors, ready = item
-                if ready is not None:
-                    ready.synchronize()
-                data = save(tensors, metadata={"format": "pt"})
-                del item, tensors
+            while (item := self.full.get()) is not None:
+                step, frame = item
+                data = frame.content()
                 files.write_atomically(self.folder / f"checkpoint-{step}.safetensors", data)
                 self.records.setdefault(step, {}).update(bytes=len(data), sha256=hashlib.sha256(data).hexdigest())
+                self.free.put(frame)
         except BaseException as error:  # handed to the training thread, which raises it
             self.error = error
+
+
+class Frame:
+    """The bytes of a safetensors file whose tensors can be filled in again and again.
+
+    The safetensors library lays the file out once; filling copies each tensor to its place in it, so that a checkpoint
+    is serialised by the one copy that it needs anyway. From a CUDA device the copies go through pinned memory and do
+    not hold up the host; work queued later on the device's stream (the next optimizer step) cannot change them.
+
+    Args:
+        tensors: by name; any device and dtype. Their shapes and dtypes are those of every later filling.
+    """
+
+    def __init__(self, tensors: dict[str, torch.Tensor]):
+        layout = save({key: tensor.detach().cpu().contiguous() for key, tensor in tensors.items()}, {"format": "pt"})
+        start = 8 + int.from_bytes(layout[:8], "little")
+        self.on_cuda = any(tensor.is_cuda for tensor in tensors.values())
+        self.bytes = torch.empty(len(layout), dtype=torch.uint8, pin_memory=self.on_cuda)
+        self.bytes.copy_(torch.frombuffer(bytearray(layout), dtype=torch.uint8))
+        self.places = {}
+        for key, entry in json.loads(layout[8:start]).items():
+            if key != "__metadata__":
+                first, last = (start + offset for offset in entry["data_offsets"])
+                self.places[key] = self.bytes[first:last].view(tensors[key].dtype).view(tensors[key].shape)
+        self.filled = torch.cuda.Event() if self.on_cuda else None
+
+    def fill(self, tensors: dict[str, torch.Tensor]) -> None:
+        """Copy the tensors in; on a CUDA device this returns before the copies are done."""
+        for key, place in self.places.items():
+            place.copy_(tensors[key].detach(), non_blocking=True)
+        if self.filled is not None:
+            self.filled.record()
+
+    def content(self) -> memoryview:
+        """The file's bytes, once the copies are done; valid until the next filling."""
+        if self.filled is not None:
+            self.filled.synchronize()
+        return memoryview(self.bytes.numpy())
 
 
 def save_adapter_config(model: PeftModel, folder: Path) -> None:
@@ -148,20 +190,3 @@ def save_adapter_config(model: PeftModel, folder: Path) -> None:
         config.save_pretrained(str(folder))
     finally:
         config.inference_mode = trained_for
-
-
-def copy_to_cpu(tensors: dict[str, torch.Tensor]) -> tuple[dict[str, torch.Tensor], "torch.cuda.Event | None"]:
-    """Copies of the tensors in CPU memory, same dtypes and shapes, contiguous.
-
-    From a CUDA device the copies go through pinned memory without holding up the host; they are valid once the returned
-    event has passed. Work queued later on the device's stream (the next optimizer step) cannot change them.
-    """
-    if not any(tensor.is_cuda for tensor in tensors.values()):
-        return {key: tensor.detach().to("cpu", copy=True).contiguous() for key, tensor in tensors.items()}, None
-    copies = {}
-    for key, tensor in tensors.items():
-        copies[key] = torch.empty(tensor.shape, dtype=tensor.dtype, pin_memory=True)
-        copies[key].copy_(tensor.detach(), non_blocking=True)
-    ready = torch.cuda.Event()
-    ready.record()
-    return copies, ready

@@ -166,6 +166,8 @@ def line_of(recipe: Path, key: str) -> int | None:
     """The line (from 1) at which a recipe sets a key, or None."""
     with open(recipe, encoding="utf-8") as file:
         root = yaml.compose(file, Loader=yaml.SafeLoader)
+    if not isinstance(root, yaml.MappingNode):
+        return None
     return next((name.start_mark.line + 1 for name, _ in root.value if name.value == key), None)
 
 

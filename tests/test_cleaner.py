@@ -1,0 +1,149 @@
+"""Bringing stock LLaMA-Factory runs to the collection layout: a real stock run, and every way it can be broken."""
+
+import json
+import shutil
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import warm
+
+import checkpoint_cleaner
+import clean_dataset_dir
+import collection
+import rank_config
+from cli import UserError
+
+ROOT = Path(__file__).resolve().parent.parent
+
+
+@pytest.fixture(scope="session")
+def stock_once(pretrained_once, tmp_path_factory) -> Path:
+    """A finetune as LLaMA-Factory leaves it, optimizer states and all: every step saved, from scratch as stock can."""
+    top = tmp_path_factory.mktemp("stock")
+    folder = top / "Toy" / "Tiny-Llama_lora-rank_4_finetune"
+    config = rank_config.render(pretrained_once.finetune, 4)
+    config |= {"use_cpu": True, "bf16": False, "save_only_model": False, "output_dir": str(folder)}
+    config |= {"resume_from_checkpoint": None, "save_total_limit": None, "logging_steps": 1}
+    (top / "config.json").write_text(json.dumps(config))
+    result = warm.start("stock", [str(top / "config.json"), str(pretrained_once.scripts)], {}, top / "log").wait()
+    assert result.status == 0, result.output
+    return folder
+
+
+@pytest.fixture
+def stock(stock_once, tmp_path) -> Path:
+    return Path(shutil.copytree(stock_once, tmp_path / "a b" / stock_once.parent.name / stock_once.name))
+
+
+def content(folder: Path) -> dict[str, bytes]:
+    return {str(path.relative_to(folder)): path.read_bytes() for path in folder.rglob("*") if path.is_file()}
+
+
+def test_a_stock_run_becomes_a_collection_of_its_newest_checkpoints(stock, stock_once):
+    outcome = checkpoint_cleaner.clean(stock, keep=5)
+    assert (outcome.state, outcome.checkpoints) == ("cleaned", 5) and outcome.freed > 0
+    kept = {f"checkpoint-{step}.safetensors" for step in range(8, 13)}
+    expected = {"adapter_config.json", "manifest.json", "trainer_log.jsonl", "training_loss.png"}
+    assert {path.name for path in stock.iterdir()} == kept | expected
+    for step in range(8, 13):
+        original = stock_once / f"checkpoint-{step}" / "adapter_model.safetensors"
+        assert (stock / f"checkpoint-{step}.safetensors").read_bytes() == original.read_bytes()
+    manifest = collection.read_manifest(stock)
+    assert manifest["recipe"] is None and manifest["data"] is None and manifest["seed"] is None
+    assert manifest["rank"] == 4 and manifest["base_model"]["name"] == "Tiny-Llama"
+    assert all(entry["loss"] is not None for entry in manifest["checkpoints"])
+    assert collection.faults_of(stock, manifest) == []
+    assert str(stock.parent) not in (stock / "manifest.json").read_text()
+
+
+def test_cleaning_twice_changes_nothing(stock):
+    checkpoint_cleaner.clean(stock)
+    before = content(stock)
+    assert checkpoint_cleaner.clean(stock).state == "clean"
+    assert content(stock) == before
+
+
+def test_a_dry_run_tells_what_it_would_free_and_changes_nothing(stock):
+    before = content(stock)
+    outcome = checkpoint_cleaner.clean(stock, keep=5, dry_run=True)
+    assert content(stock) == before and outcome.state == "would clean"
+    real = checkpoint_cleaner.clean(stock, keep=5)
+    assert abs(real.freed - outcome.freed) < 100_000, "but for log, picture and manifest"
+
+
+def test_newest_means_by_step_number_also_where_steps_are_not_consecutive(stock):
+    for step in (1, 2, 4, 7, 8, 11):
+        shutil.rmtree(stock / f"checkpoint-{step}")
+    checkpoint_cleaner.clean(stock, keep=3)
+    manifest = collection.read_manifest(stock)
+    assert [entry["step"] for entry in manifest["checkpoints"]] == [9, 10, 12]
+
+
+def test_a_crash_in_the_middle_is_put_right_by_the_next_call(stock):
+    (stock.parent / f".{stock.name}.staging-dead").mkdir()
+    stock.rename(stock.with_name(f".{stock.name}.old"))  # killed between the two renames
+    assert checkpoint_cleaner.clean(stock).state == "cleaned"
+    assert [path.name for path in stock.parent.iterdir()] == [stock.name]
+
+
+def break_adapter(folder):
+    path = folder / "checkpoint-3" / "adapter_model.safetensors"
+    path.write_bytes(path.read_bytes()[:-1])
+
+
+def set_state(folder, **values):
+    path = folder / "trainer_state.json"
+    path.write_text(json.dumps({**json.loads(path.read_text()), **values}))
+
+
+@pytest.mark.parametrize(
+    ("damage", "said"),
+    [
+        (lambda f: (f / "trainer_state.json").unlink(), "did not finish"),
+        (lambda f: set_state(f, max_steps=99), "did not finish"),
+        (lambda f: (f / "trainer_state.json").write_text("{"), "broken"),
+        (break_adapter, "checkpoint-3: its adapter is broken"),
+        (lambda f: (f / "checkpoint-3/adapter_model.safetensors").unlink(), "is missing"),
+        (lambda f: (f / "checkpoint-3/adapter_config.json").write_text("{}"), "no LoRA adapter"),
+        (lambda f: shutil.rmtree(f / "checkpoint-12"), "the checkpoint of its last step, 12, is missing"),
+        (lambda f: [shutil.rmtree(path) for path in f.glob("checkpoint-*")], "holds no checkpoint"),
+        (lambda f: (f / "manifest.json").write_text("{"), "broken"),
+    ],
+)
+def test_a_folder_that_is_no_finished_finetune_is_refused_untouched(stock, damage, said):
+    damage(stock)
+    before = content(stock)
+    with pytest.raises(UserError) as refused:
+        checkpoint_cleaner.clean(stock)
+    assert said in str(refused.value) and str(stock) in str(refused.value)
+    assert content(stock) == before
+
+
+def test_a_pretrain_run_is_refused(stock, trained_once):
+    renamed = stock.rename(stock.with_name("Tiny-Llama_lora-rank_4_pretrain"))
+    with pytest.raises(UserError, match="no finetune run"):
+        checkpoint_cleaner.clean(renamed)
+    with pytest.raises(UserError, match="is a pretrain run"):
+        checkpoint_cleaner.clean(trained_once.run_folder("pretrain"))
+
+
+def test_a_running_run_is_left_alone(stock):
+    import files
+
+    with files.lock(files.beside(stock, "lock")), pytest.raises(UserError, match="going on"):
+        checkpoint_cleaner.clean(stock)
+
+
+def test_a_dataset_folder_ends_with_a_table_and_fails_where_one_run_failed(stock):
+    twin = Path(shutil.copytree(stock, stock.with_name("Tiny-Llama_lora-rank_8_finetune")))
+    break_adapter(twin)
+    shutil.copytree(stock, stock.with_name("Tiny-Llama_lora-rank_4_pretrain"))
+    script = ROOT / "utils" / "clean_dataset_dir.py"
+    done = subprocess.run([sys.executable, script, stock.parent], capture_output=True, text=True)
+    assert done.returncode == 1 and "Traceback" not in done.stderr
+    head, *rows = done.stdout.splitlines()
+    assert head.split()[0] == "run" and len(rows) == 3
+    assert "cleaned" in rows[0] and "left alone" in rows[1] and "checkpoint-3" in rows[2]
+    assert clean_dataset_dir.checkpoint_cleaner.clean(stock).state == "clean"

@@ -1,0 +1,99 @@
+"""`verify` finds what happened to a collection after it was made."""
+
+import json
+import shutil
+from pathlib import Path
+
+import pytest
+import torch
+from safetensors.torch import load_file, save_file
+
+import verify
+
+STEP = "checkpoint-9.safetensors"
+
+
+@pytest.fixture
+def folder(collected, monkeypatch) -> Path:
+    monkeypatch.setattr(verify.paths, "MODELS", collected.top / "models")
+    return collected.run_folder("finetune")
+
+
+def edit_manifest(folder: Path, change) -> None:
+    path = folder / "manifest.json"
+    manifest = json.loads(path.read_text())
+    change(manifest)
+    path.write_text(json.dumps(manifest))
+
+
+def rewrite(folder: Path, change) -> None:
+    """Change a checkpoint's tensors and record its new hash, as a careless tool would."""
+    import files
+
+    tensors = load_file(folder / STEP)
+    change(tensors)
+    save_file(tensors, folder / STEP)
+
+    def record(manifest):
+        (entry,) = [entry for entry in manifest["checkpoints"] if entry["step"] == 9]
+        entry.update(bytes=(folder / STEP).stat().st_size, sha256=files.sha256_of(folder / STEP))
+
+    edit_manifest(folder, record)
+
+
+def flip_a_bit(folder: Path) -> None:
+    data = bytearray((folder / STEP).read_bytes())
+    data[-1] ^= 1
+    (folder / STEP).write_bytes(data)
+
+
+def add_key(manifest):
+    manifest["recipe"]["learning_rate"] = 1.0
+
+
+def test_a_fresh_collection_is_whole_and_loads_with_peft(folder, capsys):
+    assert verify.verify(folder)
+    assert "6 checkpoints, steps 7-12" in capsys.readouterr().out
+
+
+@pytest.mark.parametrize(
+    ("damage", "said"),
+    [
+        (flip_a_bit, f"{STEP} does not have its recorded sha256"),
+        (lambda f: (f / STEP).write_bytes((f / STEP).read_bytes()[:100]), f"{STEP} has 100 bytes"),
+        (lambda f: (f / STEP).unlink(), f"{STEP} is missing"),
+        (lambda f: shutil.copy(f / "checkpoint-8.safetensors", f / STEP), f"{STEP} does not have its recorded sha256"),
+        (lambda f: (f / "optimizer.pt").touch(), "optimizer.pt does not belong here"),
+        (lambda f: (f / "adapter_config.json").unlink(), "adapter_config.json is missing"),
+        (lambda f: (f / "manifest.json").unlink(), "has no manifest.json"),
+        (lambda f: (f / "manifest.json").write_text("["), "broken"),
+        (lambda f: edit_manifest(f, add_key), "it was edited"),
+        (lambda f: edit_manifest(f, lambda m: m["checkpoints"].pop(2)), "the steps are not consecutive"),
+        (lambda f: rewrite(f, lambda t: t[min(t)].fill_(torch.nan)), "values that are not finite"),
+        (lambda f: rewrite(f, lambda t: t.pop(min(t))), "other keys, shapes or types"),
+        (lambda f: rewrite(f, lambda t: t.update({min(t): t[min(t)].half()})), "other keys, shapes or types"),
+        (lambda f: edit_manifest(f, lambda m: m.update(rank=8)), "holds rank [4], not 8"),
+        (lambda f: edit_manifest(f, lambda m: m.update(base_model={"name": "Gone"})), "hf download <org>/Gone"),
+    ],
+)
+def test_what_happened_to_a_collection_is_named(folder, capsys, damage, said):
+    damage(folder)
+    assert not verify.verify(folder)
+    said_lines = capsys.readouterr().out.splitlines()
+    assert any(said in line for line in said_lines), said_lines
+    assert all(line.startswith("FAULTY") for line in said_lines)
+
+
+def test_an_adapter_that_does_not_fit_its_base_is_found_by_peft(folder, capsys):
+    config = json.loads((folder / "adapter_config.json").read_text())
+    config["target_modules"] = ["q_proj"]
+    (folder / "adapter_config.json").write_text(json.dumps(config))
+    assert not verify.verify(folder)
+    assert "PEFT does not" in capsys.readouterr().out
+
+
+def test_all_collections_below_a_folder_are_found_and_hidden_ones_are_not(collected):
+    shutil.copytree(collected.run_folder("finetune"), collected.saves / ".x_finetune.staging-1")
+    shutil.copytree(collected.run_folder("finetune"), collected.saves / "any name")
+    found = verify.run_folders([collected.top / "saves"])
+    assert [path.name for path in found] == ["Tiny-Llama_lora-rank_4_finetune", "any name"]
