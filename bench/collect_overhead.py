@@ -1,10 +1,11 @@
-"""What saving a checkpoint after every step costs: our collector and stock LLaMA-Factory beside no saving at all.
+"""What saving a checkpoint after every step costs: our collector and stock LLaMA-Factory, each beside no saving.
 
-    python bench/collect_overhead.py [--steps 40] [--rank 8] [--rounds 3] [--random-qwen]
+    python bench/collect_overhead.py [--steps 48] [--rank 8] [--rounds 2] [--random-qwen] [--no-stock]
 
-Trains the Demo finetune recipe, without its pretrain, once per way of saving and round, each in a process forked from
-one that has imported LLaMA-Factory. --random-qwen takes random weights of Qwen2.5-0.5B's shape instead of SmolLM2-135M
-(for a GPU). Prints a table, no pass or fail; everything is written to a temporary folder and removed.
+Trains the Demo finetune recipe, without its pretrain, once per way of saving and round, each in a process of its own.
+Within a run, blocks of steps that save take turns with blocks that do not, so that both see the same machine.
+--random-qwen takes random weights of Qwen2.5-0.5B's shape instead of SmolLM2-135M (for a GPU). Prints a table, no pass
+or fail; everything is written to a temporary folder and removed.
 """
 
 import argparse
@@ -27,10 +28,11 @@ import models
 import paths
 import rank_config
 
-WARM_UP = 5  # steps left out of the medians
+WARM_UP = 4  # steps at the start that no median counts
+BLOCK = 6  # steps; the first of a block is not counted, since writing what was saved before may reach into it
+OURS = "our collector"
 WAYS = {
-    "no saving": {"save_strategy": "no"},
-    "our collector": {"save_strategy": "no"},
+    OURS: {"save_strategy": "no"},
     "stock, save_only_model": {"save_steps": 1, "save_only_model": True},
     "stock, optimizer states too": {"save_steps": 1, "save_only_model": False},
 }
@@ -38,29 +40,31 @@ WAYS = {
 
 def main() -> None:
     parser = argparse.ArgumentParser(description="Measure what collecting costs per step.")
-    parser.add_argument("--steps", type=int, default=40, help="optimizer steps per run (default: %(default)s)")
+    parser.add_argument("--steps", type=int, default=48, help="optimizer steps per run (default: %(default)s)")
     parser.add_argument("--rank", type=int, default=8)
-    parser.add_argument("--rounds", type=int, default=3, help="runs per way, taken in turns (default: %(default)s)")
+    parser.add_argument("--rounds", type=int, default=2, help="runs per way, taken in turns (default: %(default)s)")
     parser.add_argument("--random-qwen", action="store_true", help="random weights of Qwen2.5-0.5B's shape")
+    parser.add_argument("--no-stock", action="store_true", help="measure our collector alone")
     args = parser.parse_args()
-    context = multiprocessing.get_context("forkserver")
+    # LLaMA-Factory asks the GPU for its type while it is imported, and CUDA cannot be used again in a fork after that.
+    context = multiprocessing.get_context("spawn" if devices.nvidia_driver() else "forkserver")
     context.set_forkserver_preload(["llamafactory.train.tuner"])
+    measured = {way: [] for way in WAYS if way == OURS or not args.no_stock}
     with tempfile.TemporaryDirectory(prefix="collect_overhead_") as top:
         base = paths.MODELS / models.KNOWN["smollm2-135m"][0]
         if args.random_qwen:
             base = Path(top, "Qwen2.5-0.5B-random")
             in_process(context, make_random_qwen, str(base), str(tokenizer_source()))
-        measured = {way: [] for way in WAYS}
         for _ in range(args.rounds):
-            for way in WAYS:
+            for way, results in measured.items():
                 result = Path(top, "result.json")
                 in_process(context, measure, way, str(base), args.steps, args.rank, top, str(result))
-                measured[way].append(json.loads(result.read_text()))
-        print_table(measured, base, args)
+                results.append(json.loads(result.read_text()))
+    print_table(measured, base, args)
 
 
 def in_process(context, function, *arguments) -> None:
-    """Run a function in a fresh fork; leave with an error when it fails."""
+    """Run a function in a process of its own; leave with an error when it fails."""
     process = context.Process(target=function, args=arguments)
     process.start()
     process.join()
@@ -93,7 +97,7 @@ def make_random_qwen(folder: str, tokenizer: str) -> None:
 
 
 def measure(way: str, base: str, steps: int, rank: int, top: str, result: str) -> None:
-    """Train once and write the steps' times (ms) and the bytes saved per step as JSON to `result`."""
+    """Train once; write the times (ms) of the steps that save and of those that do not as JSON to `result`."""
     os.environ.setdefault("LLAMAFACTORY_VERBOSITY", "WARN")
     wanted = devices.choose()
     devices.pin(wanted)
@@ -108,47 +112,56 @@ def measure(way: str, base: str, steps: int, rank: int, top: str, result: str) -
     arguments = {**config, "resume_from_checkpoint": None, "save_total_limit": None, "plot_loss": False}
     arguments |= {"model_name_or_path": base, "max_steps": steps, "output_dir": str(out), **WAYS[way]}
     arguments |= {"dataset_dir": str(paths.DATA), **devices.settings(wanted)}
-    times: list[float] = []
-    callbacks = [make_timer(times), Rules()] + ([Collector(out, steps)] if way == "our collector" else [])
-    run_exp(arguments, callbacks)
-    step_times = [after - before for before, after in zip(times, times[1:], strict=False)][WARM_UP:]
+    collector = Collector(out, steps) if way == OURS else None
+    turns = make_turns(collector)
+    run_exp(arguments, [Rules(), turns, *([collector] if collector else [])])
     saved = [path for path in out.rglob("*") if path.is_file() and "checkpoint-" in str(path.relative_to(out))]
-    Path(result).write_text(json.dumps({
-        "steps_ms": [1000 * seconds for seconds in step_times],
-        "saved_MB": sum(path.stat().st_size for path in saved) / steps / 1e6,
-        "device": devices.describe(),
-    }))  # fmt: skip
+    saving_steps = len({path.relative_to(out).parts[0] for path in saved})
+    size = sum(path.stat().st_size for path in saved) / saving_steps / 1e6
+    Path(result).write_text(json.dumps({**turns.times, "saved_MB": size, "device": devices.describe()}))
     shutil.rmtree(out)
 
 
-def make_timer(times: list[float]):
-    """A trainer callback that notes when each step begins, the device idle; a step's time includes its saving."""
+def make_turns(collector):
+    """A trainer callback that lets blocks of steps save and not save in turn, and notes each step's time."""
     import torch
     from transformers import TrainerCallback
 
-    class Timer(TrainerCallback):
+    class Turns(TrainerCallback):
+        times = {"saving": [], "plain": []}
+
         def on_step_begin(self, args, state, control, **kwargs):
             if torch.cuda.is_available():
                 torch.cuda.synchronize()
-            times.append(time.perf_counter())
+            now, step = time.perf_counter(), state.global_step
+            if step > WARM_UP and (step - 1) % BLOCK:
+                self.times["saving" if self.saves else "plain"].append(1000 * (now - self.began))
+            self.saves = (step // BLOCK) % 2 == 0
+            self.began = now
+            if collector:
+                collector.first = 0 if self.saves else sys.maxsize
+
+        def on_step_end(self, args, state, control, **kwargs):
+            if not self.saves:
+                control.should_save = False
+            return control
 
         def on_train_end(self, args, state, control, **kwargs):
-            self.on_step_begin(args, state, control)
+            if collector:
+                collector.first = 0
 
-    return Timer()
+    return Turns()
 
 
 def print_table(measured: dict[str, list[dict]], base: Path, args: argparse.Namespace) -> None:
-    """Print the median step per way over all rounds, and how much it is above no saving."""
-    device = measured["no saving"][0]["device"]
+    """Print the median step with and without saving per way, over all rounds."""
+    device = measured[OURS][0]["device"]
     print(f"\n{base.name}, rank {args.rank}, {args.rounds} rounds of {args.steps} steps, {device}")
-    print(f"{'way of saving':30}{'median ms/step':>16}{'over no saving':>16}{'mean ms/step':>14}{'MB/checkpoint':>15}")
-    steps = {way: [ms for one in rounds for ms in one["steps_ms"]] for way, rounds in measured.items()}
-    plain = statistics.median(steps["no saving"])
-    for way, times in steps.items():
-        median, mean = statistics.median(times), statistics.mean(times)
-        over = f"{100 * (median / plain - 1):+.1f} %"
-        print(f"{way:30}{median:16.1f}{over:>16}{mean:14.1f}{measured[way][0]['saved_MB']:15.1f}")
+    print(f"{'way of saving':30}{'ms/step, not saving':>21}{'ms/step, saving':>17}{'cost':>9}{'MB/checkpoint':>15}")
+    for way, rounds in measured.items():
+        plain, saving = (statistics.median(ms for one in rounds for ms in one[kind]) for kind in ("plain", "saving"))
+        cost = f"{100 * (saving / plain - 1):+.1f} %"
+        print(f"{way:30}{plain:21.1f}{saving:17.1f}{cost:>9}{rounds[0]['saved_MB']:15.1f}")
 
 
 if __name__ == "__main__":

@@ -90,10 +90,10 @@ class Collector(TrainerCallback):
         if not isinstance(adapter, PeftModel):
             raise UserError("a collection holds LoRA adapters, but this recipe trains no PEFT model")
         # These share the parameters' memory, which the optimizer updates in place, so one look-up serves all steps.
-        self.live = get_peft_model_state_dict(adapter)
+        live = get_peft_model_state_dict(adapter)
         save_adapter_config(adapter, self.folder)
         for _ in range(IN_FLIGHT):
-            self.free.put(Frame(self.live))
+            self.free.put(Frame(live))
         self.writer = threading.Thread(target=self._write_all, name="collector", daemon=True)
         self.writer.start()
 
@@ -102,7 +102,7 @@ class Collector(TrainerCallback):
             control.should_log = True  # each kept step gets a loss of its own, not a mean that reaches back further
         if state.global_step >= self.first and self.writer is not None:
             frame = self._free_frame()
-            frame.fill(self.live)
+            frame.fill()
             self.full.put((state.global_step, frame))
         return control
 
@@ -146,32 +146,36 @@ class Collector(TrainerCallback):
 class Frame:
     """The bytes of a safetensors file whose tensors can be filled in again and again.
 
-    The safetensors library lays the file out once; filling copies each tensor to its place in it, so that a checkpoint
-    is serialised by the one copy that it needs anyway. From a CUDA device the copies go through pinned memory and do
-    not hold up the host; work queued later on the device's stream (the next optimizer step) cannot change them.
+    The safetensors library lays the file out once; filling joins the tensors into its data, so that a checkpoint is
+    serialised by the one copy that it needs anyway. From a CUDA device that is one kernel and one transfer into pinned
+    memory, which do not hold up the host; work queued later on the device's stream (the next optimizer step) cannot
+    change what is copied.
 
     Args:
-        tensors: by name; any device and dtype. Their shapes and dtypes are those of every later filling.
+        tensors: by name; of any dtype, contiguous, all on one device. Filling reads them as they are then.
     """
 
     def __init__(self, tensors: dict[str, torch.Tensor]):
-        layout = save({key: tensor.detach().cpu().contiguous() for key, tensor in tensors.items()}, {"format": "pt"})
+        layout = save({key: tensor.detach().cpu() for key, tensor in tensors.items()}, {"format": "pt"})
         start = 8 + int.from_bytes(layout[:8], "little")
-        self.on_cuda = any(tensor.is_cuda for tensor in tensors.values())
-        self.bytes = torch.empty(len(layout), dtype=torch.uint8, pin_memory=self.on_cuda)
+        entries = json.loads(layout[8:start])
+        entries.pop("__metadata__")
+        in_file_order = sorted(entries, key=lambda key: entries[key]["data_offsets"][0])
+        self.sources = [tensors[key].detach().view(-1).view(torch.uint8) for key in in_file_order]
+        on_cuda = self.sources[0].is_cuda
+        self.bytes = torch.empty(len(layout), dtype=torch.uint8, pin_memory=on_cuda)
         self.bytes.copy_(torch.frombuffer(bytearray(layout), dtype=torch.uint8))
-        self.places = {}
-        for key, entry in json.loads(layout[8:start]).items():
-            if key != "__metadata__":
-                first, last = (start + offset for offset in entry["data_offsets"])
-                self.places[key] = self.bytes[first:last].view(tensors[key].dtype).view(tensors[key].shape)
-        self.filled = torch.cuda.Event() if self.on_cuda else None
+        self.data = self.bytes[start:]
+        self.on_device = torch.empty_like(self.data, device=self.sources[0].device) if on_cuda else None
+        self.filled = torch.cuda.Event() if on_cuda else None
 
-    def fill(self, tensors: dict[str, torch.Tensor]) -> None:
-        """Copy the tensors in; on a CUDA device this returns before the copies are done."""
-        for key, place in self.places.items():
-            place.copy_(tensors[key].detach(), non_blocking=True)
-        if self.filled is not None:
+    def fill(self) -> None:
+        """Take the tensors' present values; on a CUDA device this returns before the copies are done."""
+        if self.filled is None:
+            torch.cat(self.sources, out=self.data)
+        else:
+            torch.cat(self.sources, out=self.on_device)
+            self.data.copy_(self.on_device, non_blocking=True)
             self.filled.record()
 
     def content(self) -> memoryview:
