@@ -159,6 +159,13 @@ def test_keeping_fewer_steps_is_an_override(pretrained):
     assert sorted(hashes(pretrained.run_folder("finetune"))) == [11, 12]
 
 
+def test_a_learning_rate_that_resuming_overrides_is_told(pretrained):
+    result = pretrained.train(pretrained.finetune, "learning_rate=1e-3")
+    assert result.status == 0 and "learning_rate 0.001 has no effect" in result.output
+    entries = json.loads((pretrained.run_folder("finetune") / "manifest.json").read_text())["checkpoints"]
+    assert max(entry["learning_rate"] for entry in entries) > 1e-3, "the pretrain's 5e-3 went on"
+
+
 def test_another_seed_gets_a_folder_of_its_own(project):
     assert project.train(project.pretrain, "seed=7").status == 0
     assert project.train(project.finetune, "seed=7").status == 0

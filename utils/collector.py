@@ -17,7 +17,7 @@ from safetensors.torch import save
 from transformers import TrainerCallback
 
 import files
-from cli import UserError
+from cli import UserError, say
 
 IN_FLIGHT = 2  # copies of the adapter in memory: one being written, one being filled or waiting
 
@@ -48,10 +48,13 @@ class Rules(TrainerCallback):
     def __init__(self):
         self.facts: dict[str, Any] = {}
 
-    def on_train_begin(self, args, state, control, model=None, train_dataloader=None, **kwargs):
+    def on_train_begin(self, args, state, control, lr_scheduler=None, train_dataloader=None, **kwargs):
         state.compute_steps(args, state.max_steps)
         state.log_history = []
         if state.is_world_process_zero:
+            going_on_with = getattr(lr_scheduler, "base_lrs", [args.learning_rate])[0]
+            if going_on_with != args.learning_rate:
+                say(f"learning_rate {args.learning_rate} has no effect: the resumed pretrain's {going_on_with} goes on")
             self.facts = {
                 "processes": args.world_size,
                 "precision": "bfloat16" if args.bf16 else "float16" if args.fp16 else "float32",
