@@ -7,10 +7,10 @@ CODE := utils tests bench
 
 RANK := $(or $(RANK),8)
 # What a user sets on the command line reaches the scripts through the environment.
-export DATASET MODEL RANK KEEP SEED FORCE DEVICES FILE NAME CATEGORY MAP
+export DATASET MODEL MODELS RANK RANKS KEEP SEED FORCE DEVICES PRUNE_PRETRAIN FILE NAME CATEGORY MAP
 
 .DEFAULT_GOAL := help
-.PHONY: help setup lock model register check-data pretrain finetune collect verify clean-checkpoints demo test lint format
+.PHONY: help setup lock model register check-data pretrain finetune collect collect-all status verify clean-checkpoints demo test test-all lint format
 
 help:  ## list the targets
 	@awk -F ':.*## ' '/^##@/ {print "\n" substr($$0, 5)} /^[a-z-]+:.*## / {printf "  make %-18s %s\n", $$1, $$2}' Makefile
@@ -21,6 +21,9 @@ demo: setup  ## everything once, for real: model, training, 16 checkpoints, veri
 	@$(PY) utils/demo.py
 
 test: setup  ## run the tests
+	@$(PY) -m pytest -q -m "not slow" tests
+
+test-all: setup  ## run the tests that take minutes too
 	@$(PY) -m pytest -q tests
 
 ##@ Prepare
@@ -49,7 +52,13 @@ finetune: setup  ## go on from the pretrain and collect the last checkpoints: DA
 collect: setup  ## pretrain if it is missing, finetune, verify: DATASET=ARC-c RANK=8
 	@bash utils/collect.sh
 
+collect-all: setup  ## collect all of a category: CATEGORY=math [DATASET="MATH Mu-Math"] [MODELS=..] [RANKS="2 8"]
+	@$(PY) utils/collect_all.py "$$CATEGORY" $$DATASET
+
 ##@ Look after what was collected
+status: setup  ## how every cell stands [CATEGORY=..] [DATASET=..] [MODEL=..] [RANKS="2 8"]
+	@$(PY) utils/status.py
+
 verify: setup  ## re-read every collection, or DATASET's: hashes, shapes, steps, values, PEFT
 	@$(PY) utils/verify.py
 

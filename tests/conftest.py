@@ -104,3 +104,7 @@ def pretrained(pretrained_once, tmp_path) -> Project:
 @pytest.fixture
 def collected(trained_once, tmp_path) -> Project:
     return trained_once.copy(tmp_path / "my project")
+
+
+def pytest_configure(config):
+    config.addinivalue_line("markers", "slow: takes minutes; `make test-all` runs it, `make test` does not")

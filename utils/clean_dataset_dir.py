@@ -13,6 +13,7 @@ from pathlib import Path
 import checkpoint_cleaner
 import cli
 import paths
+import status
 from cli import UserError
 
 
@@ -35,7 +36,7 @@ def main() -> int:
         except UserError as error:
             failed += 1
             rows.append((run.name, f"failed: {str(error).removeprefix(f'{run.absolute()}: ')}", "", ""))
-    print_table(("run", "state", "checkpoints", "MB to free" if args.dry_run else "MB freed"), rows)
+    status.print_table(("run", "state", "checkpoints", "MB to free" if args.dry_run else "MB freed"), rows)
     return 1 if failed else 0
 
 
@@ -45,13 +46,6 @@ def dataset_folder(name: str) -> Path:
     if not name:
         raise UserError(f"say which dataset: DATASET=... or a folder; there: {', '.join(sorted(found)) or 'none yet'}")
     return found[paths.choose(name, found, "collected dataset")]
-
-
-def print_table(head: tuple[str, ...], rows: list[tuple[str, ...]]) -> None:
-    """Print rows under their heads, columns aligned."""
-    widths = [max(len(row[column]) for row in [head, *rows]) for column in range(len(head))]
-    for row in [head, *rows]:
-        print("  ".join(text.ljust(width) for text, width in zip(row, widths, strict=True)).rstrip())
 
 
 if __name__ == "__main__":

@@ -6,6 +6,7 @@ import hashlib
 import json
 import os
 import shutil
+import socket
 from collections.abc import Iterable, Iterator
 from pathlib import Path
 from typing import Any
@@ -81,10 +82,32 @@ def lock(path: Path, waiting: str | None = None) -> Iterator[int]:
             pass
         os.close(handle)  # its last holder removed the file between our open and our lock: take the new one
     try:
+        os.truncate(handle, 0)
+        os.write(handle, f"{os.getpid()} {socket.gethostname()}\n".encode())
         yield handle
     finally:
         path.unlink(missing_ok=True)
         os.close(handle)
+
+
+def is_held(path: Path) -> bool:
+    """Whether a live process seems to hold the lock file `path`; the lock itself is not touched.
+
+    Goes by the process number written into it; a holder on another host counts as alive.
+    """
+    try:
+        number, host = path.read_text().split()
+    except (FileNotFoundError, ValueError):
+        return False
+    if host != socket.gethostname():
+        return True
+    try:
+        os.kill(int(number), 0)
+    except ProcessLookupError:
+        return False
+    except PermissionError:
+        pass
+    return True
 
 
 def beside(folder: Path, kind: str) -> Path:

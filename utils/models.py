@@ -101,6 +101,29 @@ def hash_of(folder: Path, members: list[Path]) -> str:
     return files.sha256_of_value(hashes)
 
 
+def adapter_bytes(folder: Path, rank: int, lora_target: str) -> int:
+    """About how many bytes a float32 LoRA adapter of this rank takes on a base model.
+
+    Goes by the shapes in the headers of the weight files: every matrix named by `lora_target` (a comma list of module
+    names), or with `all` every one but embeddings and heads.
+    """
+    names = None if lora_target == "all" else set(lora_target.split(","))
+    total = 0
+    for path in weight_files(folder):
+        with open(path, "rb") as file:
+            header = json.loads(file.read(int.from_bytes(file.read(8), "little")))
+        for key, entry in header.items():
+            module = key.split(".")[-2] if key.endswith(".weight") else ""
+            if len(entry.get("shape", ())) == 2 and (module in names if names else is_adapted_by_all(key)):
+                total += 4 * rank * sum(entry["shape"])
+    return total
+
+
+def is_adapted_by_all(key: str) -> bool:
+    """Whether LLaMA-Factory's `lora_target: all` adapts the matrix of this name."""
+    return not re.search(r"embed|lm_head|wte|wpe|cls\.|visual|vision|multi_modal_projector", key)
+
+
 def _read_cache(path: Path) -> dict:
     """The remembered hashes; a missing or broken cache only costs reading the files again."""
     try:

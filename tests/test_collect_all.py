@@ -1,0 +1,136 @@
+"""Whole categories: what is done, skipped, continued and counted, on two tiny models, two datasets and two ranks."""
+
+import json
+import os
+import random
+import shutil
+import signal
+import subprocess
+import time
+from pathlib import Path
+
+import pytest
+import tiny
+
+ROOT = Path(__file__).resolve().parent.parent
+CATEGORY = "common-sense-reasoning"
+
+
+@pytest.fixture
+def repository(tmp_path, model_folder) -> Path:
+    """A copy of the repository with recipes for tiny models alone."""
+    top = tmp_path / "a clone"
+    shutil.copytree(ROOT / "utils", top / "utils", ignore=shutil.ignore_patterns("__pycache__"))
+    for name in ("Makefile", "requirements.in", "requirements.txt"):
+        shutil.copy(ROOT / name, top)
+    (top / ".venv").symlink_to(ROOT / ".venv")
+    for model in ("Tiny-One", "Tiny-Two"):
+        shutil.copytree(model_folder, top / "models" / model)
+    (top / "data" / CATEGORY).mkdir(parents=True)
+    info = {}
+    for dataset in ("To-y", "Other"):
+        rows = [{"prompt": f"{dataset} {n}", "response": "[A]", "system": ""} for n in range(16)]
+        (top / "data" / CATEGORY / f"{dataset}.json").write_text(json.dumps(rows))
+        columns = {"prompt": "prompt", "response": "response", "system": "system"}
+        info[dataset] = {"file_name": f"{CATEGORY}/{dataset}.json", "columns": columns}
+        folder = top / "collect_scripts" / CATEGORY / dataset
+        folder.mkdir(parents=True)
+        for model in ("Tiny-One", "Tiny-Two"):
+            for phase, ending in (("pretrain", tiny.PRETRAIN), ("finetune", tiny.FINETUNE.format(model=model))):
+                text = (tiny.RECIPE.format(phase=phase, model=model) + ending).replace("Toy", dataset)
+                (folder / f"{model.lower()}_{dataset}_{phase}.yaml").write_text(text)
+    (top / "data" / "dataset_info.json").write_text(json.dumps(info))
+    shutil.copy(ROOT / "collect_scripts" / CATEGORY / "collect_all_dataset.sh", top / "collect_scripts" / CATEGORY)
+    return top
+
+
+def collect_all(repository: Path, *datasets: str, **environment: str) -> subprocess.Popen:
+    environment = {**os.environ, "DEVICES": "cpu", **environment}
+    return subprocess.Popen(
+        ["bash", "collect_all_dataset.sh", *datasets],
+        cwd=repository / "collect_scripts" / CATEGORY,
+        env=environment,
+        stdout=subprocess.PIPE,
+        stderr=subprocess.STDOUT,
+        text=True,
+        start_new_session=True,
+    )
+
+
+def collections(repository: Path) -> list[str]:
+    return sorted(path.parent.name for path in repository.glob(f"saves/{CATEGORY}/*/*_finetune/manifest.json"))
+
+
+def status(repository: Path, **environment: str) -> str:
+    environment = {**os.environ, "RANKS": "2 4", **environment}
+    done = subprocess.run(["make", "status"], cwd=repository, env=environment, capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+    return done.stdout
+
+
+@pytest.mark.slow
+def test_a_category_killed_twice_ends_complete_with_every_cell_once(repository):
+    """The whole process group is killed, as on a machine that goes down; the next call goes on."""
+    for delay in (random.uniform(8, 30), random.uniform(8, 30)):
+        run = collect_all(repository, RANKS="2 4")
+        time.sleep(delay)
+        os.killpg(run.pid, signal.SIGKILL)
+        run.wait()
+        subprocess.run(["pkill", "-KILL", "-f", f"{repository}/utils/"])
+    last = collect_all(repository, RANKS="2 4")
+    output = last.communicate()[0]
+    assert last.returncode == 0, output
+    assert len(collections(repository)) == 8
+    assert status(repository).count("complete") == 8
+    again = collect_all(repository, RANKS="2 4")
+    output = again.communicate()[0]
+    assert again.returncode == 0 and "8 complete" in output and "to do" not in output
+    left = [path.name for path in repository.glob(f"saves/{CATEGORY}/*/.*")]
+    assert left == [], "no staging folder or lock of a killed attempt is left"
+
+
+def test_a_failed_cell_costs_that_cell_and_the_status_says_so(repository):
+    """Also: short names choose, the pretrain goes when asked for, and Ctrl-C stops the whole of a cell."""
+    broken = repository / "collect_scripts" / CATEGORY / "To-y" / "tiny-one_To-y_finetune.yaml"
+    broken.write_text(broken.read_text() + "lora_rang: 3\n")
+    settings = {"RANKS": "4", "MODELS": "tinyone tiny-two", "PRUNE_PRETRAIN": "1"}
+    run = collect_all(repository, "toy", **settings)
+    output = run.communicate()[0]
+    assert run.returncode == 1 and "Traceback" not in output, output
+    table = output.splitlines()[-3:]
+    assert table[0].split() == ["dataset", "model", "rank", "outcome"]
+    assert "failed: " in table[1] and "lora_rang" in table[1] and ".log" in table[1]
+    assert table[2].split()[-1] == "collected"
+    assert [path.name for path in repository.glob(f"saves/{CATEGORY}/*/Tiny-Two_*")] == [
+        "Tiny-Two_lora-rank_4_finetune",
+        "Tiny-Two_lora-rank_4_finetune.log",
+    ]
+    lines = {line.split()[1]: line.split()[2:] for line in status(repository, DATASET="To-y").splitlines()[1:3]}
+    assert lines == {"tiny-one": ["missing", "pretrained"], "tiny-two": ["missing", "complete"]}
+
+
+def test_ctrl_c_stops_the_cell_too_and_leaves_nothing_running(repository):
+    run = collect_all(repository, RANKS="4")
+    saves = repository / "saves" / CATEGORY
+    while not list(saves.glob("*/.*staging*")):
+        assert run.poll() is None
+        time.sleep(0.05)
+    os.killpg(run.pid, signal.SIGINT)
+    assert run.wait(30) == 130
+    assert not list(saves.glob("*/.*staging*"))
+    assert "collecting" not in status(repository)
+
+
+@pytest.mark.parametrize(
+    ("arguments", "environment", "said"),
+    [
+        (["Nothing"], {}, "dataset 'Nothing' is not known; known: Other, To-y"),
+        ([], {"MODELS": "gpt9"}, "model 'gpt9' is not known; known: tiny-one, tiny-two"),
+        ([], {"RANKS": "4 x"}, "rank 'x' is not a positive whole number"),
+    ],
+)
+def test_a_wrong_name_lists_the_right_ones_and_starts_nothing(repository, arguments, environment, said):
+    run = collect_all(repository, *arguments, **environment)
+    output = run.communicate()[0]
+    assert run.returncode == 1 and said in output and "Traceback" not in output
+    assert not (repository / "saves").exists()
