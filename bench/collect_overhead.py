@@ -51,7 +51,7 @@ def main() -> None:
     context.set_forkserver_preload(["llamafactory.train.tuner"])
     measured = {way: [] for way in WAYS if way == OURS or not args.no_stock}
     with tempfile.TemporaryDirectory(prefix="collect_overhead_") as top:
-        base = paths.MODELS / models.KNOWN["smollm2-135m"][0]
+        base = paths.MODELS / models.table()["smollm2-135m"]["folder"]
         if args.random_qwen:
             base = Path(top, "Qwen2.5-0.5B-random")
             in_process(context, make_random_qwen, str(base), str(tokenizer_source()))
@@ -74,7 +74,7 @@ def in_process(context, function, *arguments) -> None:
 
 def tokenizer_source() -> Path:
     """A folder with a tokenizer for the random model: the embedded model's, or TOKENIZER."""
-    return Path(os.environ.get("TOKENIZER", paths.MODELS / models.KNOWN["smollm2-135m"][0]))
+    return Path(os.environ.get("TOKENIZER", paths.MODELS / models.table()["smollm2-135m"]["folder"]))
 
 
 def make_random_qwen(folder: str, tokenizer: str) -> None:

@@ -25,6 +25,7 @@ def repository(tmp_path) -> Path:
         shutil.copy(ROOT / name, top)
     for name in ("models", "saves"):
         (top / name).mkdir()
+    shutil.copy(ROOT / "models" / "models.yaml", top / "models")
     (top / ".venv").symlink_to(ROOT / ".venv")
     return top
 
@@ -58,7 +59,7 @@ def test_make_alone_lists_every_target_with_a_line_of_help(repository):
         (["collect", "DATASET=Demo"], "make model MODEL=smollm2-135m"),
         (["pretrain", "DATASET=Demo"], "make model MODEL=smollm2-135m"),
         (["pretrain", "DATASET=ARC c", "MODEL=smollm2"], "known: qwen2.5-0.5b, smollm2-135m"),
-        (["model", "MODEL=llama-9b"], "model 'llama-9b' is not known; known: qwen2.5-0.5b, smollm2-135m"),
+        (["model", "MODEL=llama-9b"], "model 'llama-9b' is not known; known: bert, gemma-3-4b, gpt2,"),
         (["model", "MODEL=qwen2.5-0.5b"], "hf download Qwen/Qwen2.5-0.5B-Instruct"),
         (["verify", "DATASET=Demo"], "'Demo' is not known; known: none yet"),
         (["clean-checkpoints", "DATASET=Demo"], "known: none yet"),

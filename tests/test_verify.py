@@ -73,7 +73,7 @@ def test_a_fresh_collection_is_whole_and_loads_with_peft(folder, capsys):
         (lambda f: rewrite(f, lambda t: t.pop(min(t))), "other keys, shapes or types"),
         (lambda f: rewrite(f, lambda t: t.update({min(t): t[min(t)].half()})), "other keys, shapes or types"),
         (lambda f: edit_manifest(f, lambda m: m.update(rank=8)), "holds rank [4], not 8"),
-        (lambda f: edit_manifest(f, lambda m: m.update(base_model={"name": "Gone"})), "hf download <org>/Gone"),
+        (lambda f: edit_manifest(f, lambda m: m.update(base_model={"name": "Gone"})), "make model MODEL=<org>/Gone"),
     ],
 )
 def test_what_happened_to_a_collection_is_named(folder, capsys, damage, said):

@@ -28,9 +28,9 @@ QUESTION, ANSWER = "What is the capital of France?", "Paris"
 
 def main() -> None:
     parser = argparse.ArgumentParser(description="Bring a base model into models/.")
-    parser.add_argument("model", help="a short name: " + ", ".join(models.KNOWN))
-    name = paths.choose(parser.parse_args().model, models.KNOWN, "model")
-    folder_name, hub_id = models.KNOWN[name]
+    parser.add_argument("model", help="a short name: " + ", ".join(models.table()))
+    _, entry = models.entry(parser.parse_args().model)
+    folder_name, hub_id = entry["folder"], entry["hub_id"]
     folder = paths.MODELS / folder_name
     if hub_id is not None:
         bring_from_hub(folder, hub_id)

@@ -9,30 +9,73 @@ import json
 import os
 import re
 import sys
+from functools import cache
 from pathlib import Path
+
+import yaml
 
 import cli
 import files
 import paths
 from cli import UserError
 
-# short name in a recipe's file name: (folder under models/, hub repository or None where the weights are made here)
-KNOWN = {
-    "smollm2-135m": ("SmolLM2-135M-Instruct-Q4_1", None),
-    "qwen2.5-0.5b": ("Qwen2.5-0.5B-Instruct", "Qwen/Qwen2.5-0.5B-Instruct"),
-}
+TABLE = paths.ROOT / "models" / "models.yaml"
 SOURCE_FILE = "source.json"  # written by `make model` into the folders that it makes
 HASH_CACHE = ".hashes.json"
+PROCESSOR_FILES = ("preprocessor_config.json", "processor_config.json")
 TOKENIZER_FILES = re.compile(
     r"tokenizer.*\.(json|model)|special_tokens_map\.json|added_tokens\.json|vocab\.(json|txt)|merges\.txt|spiece\.model"
     r"|chat_template.*|(pre)?processor_config\.json|video_preprocessor_config\.json"
 )
 
 
+@cache
+def table() -> dict[str, dict]:
+    """The models of models/models.yaml, by short name; its head explains the keys of each."""
+    return yaml.safe_load(TABLE.read_text(encoding="utf-8"))
+
+
+def entry(name: str) -> tuple[str, dict]:
+    """The model that `name` means: its short name and its mapping, as in the table.
+
+    `name` is a short name, matched without case and punctuation; a folder's name under models/ works too. A folder that
+    is not in the table gives null where nothing is known. Raises UserError listing the short names when there is none.
+    """
+    by_folder = {values["folder"]: short for short, values in table().items()}
+    others = {folder.name.lower(): folder for folder in _other_folders()}
+    if name in by_folder:
+        return by_folder[name], table()[by_folder[name]]
+    short = paths.choose(name, [*table(), *others], "model")
+    return (short, table()[short]) if short in table() else (short, _entry_of(others[short]))
+
+
+def _other_folders() -> list[Path]:
+    """The model folders under models/ that the table does not name."""
+    named = {values["folder"] for values in table().values()}
+    found = sorted(path.parent for path in paths.MODELS.glob("*/config.json"))
+    return [folder for folder in found if folder.name not in named and not folder.name.startswith(".")]
+
+
+def _entry_of(folder: Path) -> dict:
+    """The table's keys for a model folder that is not in the table, from what lies in it."""
+    hub_id, revision = hub_origin(folder)
+    return {
+        "hub_id": hub_id,
+        "revision": revision,
+        "folder": folder.name,
+        "template": None,
+        "lora_target": "all",
+        "parameters": None,
+        "gated": None,
+        "license": source_of(folder).get("license"),
+        "processor": any((folder / name).is_file() for name in PROCESSOR_FILES),
+    }
+
+
 def how_to_get(folder: Path) -> str:
     """The command that brings the model of a folder name."""
-    short = next((short for short, (name, _) in KNOWN.items() if name == folder.name), None)
-    return f"make model MODEL={short}" if short else f"hf download <org>/{folder.name} --local-dir models/{folder.name}"
+    short = next((short for short, values in table().items() if values["folder"] == folder.name), None)
+    return f"make model MODEL={short or f'<org>/{folder.name}'}"
 
 
 def local_folder(folder: Path) -> Path:
@@ -72,16 +115,20 @@ def identity_of(folder: Path) -> dict:
 
 def hub_origin(folder: Path) -> tuple[str | None, str | None]:
     """The hub repository and the commit a model folder came from, each None where it is not known."""
-    source = folder / SOURCE_FILE
-    if source.is_file():
-        with open(source, encoding="utf-8") as file:
-            told = json.load(file)
+    told = source_of(folder)
+    if told:
         return told.get("hub_id"), told.get("revision")
-    hub_id = next((hub for name, hub in KNOWN.values() if name == folder.name), None)
+    hub_id = next((values["hub_id"] for values in table().values() if values["folder"] == folder.name), None)
     # huggingface_hub notes the commit of each file that `hf download --local-dir` brings
     note = folder / ".cache" / "huggingface" / "download" / "config.json.metadata"
     revision = note.read_text().split("\n")[0].strip() if note.is_file() else None
     return hub_id, revision
+
+
+def source_of(folder: Path) -> dict:
+    """What `make model` wrote on where a folder's model came from; empty where it was put there by hand."""
+    source = folder / SOURCE_FILE
+    return json.loads(source.read_bytes()) if source.is_file() else {}
 
 
 def hash_of(folder: Path, members: list[Path]) -> str:
@@ -136,9 +183,10 @@ def _read_cache(path: Path) -> dict:
 def main() -> None:
     if sys.argv[1:] != ["list"]:
         raise UserError("usage: models.py list")
-    for short, (name, hub_id) in KNOWN.items():
-        state = "here" if (paths.MODELS / name / "config.json").is_file() else "not here yet"
-        print(f"{short:16} models/{name:32} {hub_id or 'made by make model':32} {state}")
+    for short, values in [*table().items(), *(entry(folder.name.lower()) for folder in _other_folders())]:
+        state = "here" if (paths.MODELS / values["folder"] / "config.json").is_file() else "not here yet"
+        origin = values["hub_id"] or ("made by make model" if short in table() else "put there by hand")
+        print(f"{short:16} models/{values['folder']:32} {origin:40} {state}")
 
 
 if __name__ == "__main__":
