@@ -26,6 +26,7 @@ def repository(tmp_path, model_folder) -> Path:
     (top / ".venv").symlink_to(ROOT / ".venv")
     for model in ("Tiny-One", "Tiny-Two"):
         shutil.copytree(model_folder, top / "models" / model)
+    shutil.copy(ROOT / "models" / "models.yaml", top / "models")
     (top / "data" / CATEGORY).mkdir(parents=True)
     info = {}
     for dataset in ("To-y", "Other"):

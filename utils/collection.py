@@ -19,6 +19,7 @@ from cli import UserError
 
 FORMAT = 1
 MANIFEST = "manifest.json"
+KEYS = {"phase", "dataset", "run", "rank", "recipe", "data", "base_model", "tokenizer", "pretrain", "checkpoints"}
 LOG, PICTURE = "trainer_log.jsonl", "training_loss.png"
 PACKAGES = ("llamafactory", "transformers", "peft", "accelerate", "datasets", "torch", "safetensors")
 
@@ -36,7 +37,7 @@ def read_manifest(folder: Path) -> dict | None:
         return None
     except ValueError as error:
         raise UserError(f"{paths.relative(folder / MANIFEST)}: broken ({error}); train again with FORCE=1") from None
-    if not isinstance(manifest, dict) or manifest.get("format") != FORMAT:
+    if not isinstance(manifest, dict) or manifest.get("format") != FORMAT or not KEYS <= manifest.keys():
         raise UserError(
             f"{paths.relative(folder / MANIFEST)}: not a manifest of format {FORMAT}; train again with FORCE=1"
         )

@@ -112,9 +112,9 @@ def _data_changes(old: list[dict], new: list[dict]) -> list[str]:
         return []  # the recipe's `dataset` key says so already
     found = []
     for before, after in zip(old, new, strict=True):
-        if before["rows_sha256"] != after["rows_sha256"]:
-            found.append(f"the rows of {after['file']} ({before['rows']} -> {after['rows']} rows)")
-        if before["entry"] != after["entry"]:
+        if before.get("rows_sha256") != after["rows_sha256"]:
+            found.append(f"the rows of {after['file']} ({before.get('rows')} -> {after['rows']} rows)")
+        if before.get("entry") != after["entry"]:
             found.append(f"the entry of {after['name']} in dataset_info.json")
     return found
 
