@@ -1,6 +1,6 @@
 # ParaGen-Dataset: prompt-checkpoint pairs, one command each. `make` alone lists the targets.
 
-PYTHON ?= python3
+PYTHON ?= $(or $(wildcard .venv/bin/python),python3)
 PY := .venv/bin/python
 RUFF := .venv/bin/ruff
 CODE := utils tests bench
@@ -34,8 +34,8 @@ model: setup  ## bring a base model: MODEL=smollm2-135m
 	@$(PY) utils/fetch_model.py "$$MODEL"
 
 register: setup  ## register a dataset: FILE=data/math/X.json [NAME=X] [MAP="prompt=question response=answer"]
-	@$(PY) utils/register_dataset.py $${FILE:+"$$FILE"} $${NAME:+--name "$$NAME"} $${CATEGORY:+--category "$$CATEGORY"} \
-		$${MAP:+--columns $$MAP} $(if $(PROMPTS_ONLY),--prompts-only) $(if $(REPLACE),--replace)
+	@set -f; $(PY) utils/register_dataset.py $${FILE:+"$$FILE"} $${NAME:+--name "$$NAME"} $${CATEGORY:+--category "$$CATEGORY"} \
+		$${MAP:+--columns $$MAP} $(if $(filter-out 0,$(PROMPTS_ONLY)),--prompts-only) $(if $(filter-out 0,$(REPLACE)),--replace)
 
 check-data: setup  ## check every dataset in data/dataset_info.json
 	@$(PY) utils/register_dataset.py --check
@@ -43,14 +43,14 @@ check-data: setup  ## check every dataset in data/dataset_info.json
 ##@ Train and collect
 pretrain: setup  ## train the adapter to a good region: DATASET=ARC-c RANK=8
 	@recipe=$$($(PY) utils/cells.py pretrain) && \
-		bash utils/train_with_rank.sh "$$recipe" "$$RANK" $${SEED:+"seed=$$SEED"}
+		exec bash utils/train_with_rank.sh "$$recipe" "$$RANK" $${SEED:+"seed=$$SEED"}
 
 finetune: setup  ## go on from the pretrain and collect the last checkpoints: DATASET=ARC-c RANK=8 [KEEP=n]
 	@recipe=$$($(PY) utils/cells.py finetune) && \
-		bash utils/train_with_rank.sh "$$recipe" "$$RANK" $${SEED:+"seed=$$SEED"} $${KEEP:+"save_total_limit=$$KEEP"}
+		exec bash utils/train_with_rank.sh "$$recipe" "$$RANK" $${SEED:+"seed=$$SEED"} $${KEEP:+"save_total_limit=$$KEEP"}
 
 collect: setup  ## pretrain if it is missing, finetune, verify: DATASET=ARC-c RANK=8
-	@bash utils/collect.sh
+	@exec $(PY) utils/collect.py
 
 collect-all: setup  ## collect all of a category: CATEGORY=math [DATASET="MATH Mu-Math"] [MODELS=..] [RANKS="2 8"]
 	@$(PY) utils/collect_all.py "$$CATEGORY" $$DATASET

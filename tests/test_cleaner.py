@@ -130,10 +130,14 @@ def test_a_pretrain_run_is_refused(stock, trained_once):
 
 
 def test_a_running_run_is_left_alone(stock):
-    import files
-
-    with files.lock(files.beside(stock, "lock")), pytest.raises(UserError, match="going on"):
+    lock = stock.with_name(f".{stock.name}.lock")
+    hold = f"import sys; sys.path.insert(0, {str(ROOT / 'utils')!r}); import files, pathlib\n"
+    hold += f"with files.lock(pathlib.Path({str(lock)!r})): print('held', flush=True); input()"
+    holder = subprocess.Popen([sys.executable, "-c", hold], stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True)
+    holder.stdout.readline()
+    with pytest.raises(UserError, match="going on"):
         checkpoint_cleaner.clean(stock)
+    holder.communicate("\n")
 
 
 def test_a_dataset_folder_ends_with_a_table_and_fails_where_one_run_failed(stock):

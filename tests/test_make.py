@@ -55,7 +55,7 @@ def test_make_alone_lists_every_target_with_a_line_of_help(repository):
         (["collect", "DATASET=arcc", "MODEL=gpt5"], "known: qwen2.5-0.5b, smollm2-135m"),
         (["pretrain", "DATASET=arcc", "RANK=0"], "rank '0' is not a positive whole number"),
         (["collect", "DATASET=Demo", "SEED=x"], "seed 'x' is not a whole number"),
-        (["collect", "DATASET=Demo", "KEEP=0"], "save_total_limit 0 keeps nothing"),
+        (["collect", "DATASET=Demo", "KEEP=0"], "save_total_limit 0 is less than 1"),
         (["collect", "DATASET=Demo"], "make model MODEL=smollm2-135m"),
         (["pretrain", "DATASET=Demo"], "make model MODEL=smollm2-135m"),
         (["pretrain", "DATASET=ARC c", "MODEL=smollm2"], "known: qwen2.5-0.5b, smollm2-135m"),

@@ -99,7 +99,7 @@ def test_windows_line_ends_and_a_byte_order_mark_are_read(recipe):
         ("dataset: D", "dataset: [", "not valid YAML"),
         ("dataset: D", "dataset: !!python/object/apply:os.getcwd []", "not valid YAML"),
         ("save_steps: 1", "save_steps: 1\nfinetuning_type: full", "finetuning_type 'full'"),
-        ("save_steps: 1", "save_total_limit: 0", ":8: save_total_limit 0"),
+        ("save_steps: 1", "save_total_limit: 0", "save_total_limit 0 is less than 1"),
         ('"saves/M_lora-rank_8_pretrain/checkpoint-70"', "true", ":9: resume_from_checkpoint True"),
     ],
 )
@@ -125,6 +125,22 @@ def test_what_is_no_recipe_is_refused(recipe, content):
 def test_an_override_that_is_no_key_value_is_refused(recipe, text):
     with pytest.raises(UserError, match="is not key=value"):
         rank_config.render(recipe, 8, [text])
+
+
+def test_a_seed_of_the_recipes_own_stays_in_its_paths(recipe):
+    edit(recipe, "save_steps", "seed: 7\nsave_steps")
+    edit(recipe, "lora-rank_8_", "lora-rank_8_seed-7_")
+    assert rank_config.render(recipe, 4)["output_dir"] == "saves/M_lora-rank_4_seed-7_finetune"
+    assert rank_config.render(recipe, 4, ["seed=9"])["output_dir"] == "saves/M_lora-rank_4_seed-9_finetune"
+    edit(recipe, "seed: 7", "seed: 8")
+    with pytest.raises(UserError, match="names seed 7 but seed is 8"):
+        rank_config.render(recipe, 4)
+
+
+@pytest.mark.parametrize("ending", ["/", "/.", "//"])
+def test_a_trailing_slash_or_dot_hides_no_rank(recipe, ending):
+    edit(recipe, "M_lora-rank_8_finetune", f"M_lora-rank_8_finetune{ending}")
+    assert rank_config.render(recipe, 16)["output_dir"] == f"saves/M_lora-rank_16_finetune{ending}"
 
 
 def test_a_seed_other_than_the_recipes_is_named_in_the_folders(recipe):

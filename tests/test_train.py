@@ -154,6 +154,56 @@ def test_force_redoes_a_stale_run_with_the_same_result(collected):
     assert {p.name for p in collected.saves.iterdir()} == {folder.name, collected.run_folder("pretrain").name}
 
 
+def test_force_replaces_runs_of_its_own_kind_and_nothing_else(collected):
+    """A run folder's name forgotten in output_dir must not cost what stands there."""
+    before = snapshot(collected.saves) | snapshot(collected.scripts)
+    for output_dir in (str(collected.saves), ".", str(collected.run_folder("pretrain"))):
+        result = collected.train(collected.finetune, f"output_dir={output_dir}", FORCE="1")
+        assert "change output_dir" in one_error_line(result), output_dir
+    assert snapshot(collected.saves) | snapshot(collected.scripts) == before
+
+
+def test_what_is_trained_on_is_what_the_manifest_says_also_with_equal_file_times(pretrained):
+    """datasets caches a file by its time and size, and `cp -p` or rsync keep both."""
+    assert pretrained.train(pretrained.finetune).status == 0
+    before = hashes(pretrained.run_folder("finetune"))
+    stat = pretrained.data.stat()
+    pretrained.data.write_text(pretrained.data.read_text().replace("[A]", "[C]"))
+    os.utime(pretrained.data, ns=(stat.st_atime_ns, stat.st_mtime_ns))
+    assert pretrained.train(pretrained.finetune, FORCE="1").status == 0
+    assert hashes(pretrained.run_folder("finetune"))[12] != before[12]
+
+
+def test_rows_that_change_while_they_are_trained_on_end_the_run(project):
+    run = project.start(project.pretrain, "max_steps=300", "save_steps=300")
+    while not list(project.saves.glob(".*staging*/trainer_log.jsonl")):
+        assert run.process.is_alive(), run.log.read_text()
+    project.data.write_text(project.data.read_text().replace("[A]", "[C]"))
+    assert "changed while it was trained on" in one_error_line(run.wait())
+    assert not project.run_folder("pretrain").exists()
+
+
+def test_a_run_folder_may_be_a_link_to_a_larger_disk(collected, tmp_path):
+    folder = collected.run_folder("finetune")
+    shutil.move(folder, tmp_path / folder.name)
+    folder.symlink_to(tmp_path / folder.name)
+    before = hashes(folder)
+    assert collected.train(collected.finetune, "save_total_limit=2", FORCE="1").status == 0
+    assert folder.is_symlink() and hashes(folder) == {step: before[step] for step in (11, 12)}
+
+
+def test_recipes_may_be_reached_through_a_link(project, tmp_path):
+    (tmp_path / "short").symlink_to(project.scripts)
+    assert project.train(tmp_path / "short" / project.pretrain.name).status == 0
+    assert project.run_folder("pretrain").is_dir()
+
+
+def test_a_training_that_diverged_is_no_success(project):
+    result = project.train(project.pretrain, "learning_rate=1e30", "max_grad_norm=0")
+    assert "diverged" in one_error_line(result)
+    assert not project.run_folder("pretrain").exists()
+
+
 def test_keeping_fewer_steps_is_an_override(pretrained):
     assert pretrained.train(pretrained.finetune, "save_total_limit=2").status == 0
     assert sorted(hashes(pretrained.run_folder("finetune"))) == [11, 12]
@@ -221,6 +271,14 @@ def test_more_kept_steps_than_remain_are_refused(pretrained):
         ("output_dir=saves/x_lora-rank_16_y", "names rank 16"),
         ("lora_rank=16", "contradicts rank 4"),
         ("save_safetensors=true", "save_safetensors"),
+        ("max_samples=abc", "max_samples 'abc' is not a whole number"),
+        ("per_device_train_batch_size=0", "is less than 1"),
+        ("lora_target=nonsense", "nonsense"),
+        ("learning_rate=fast", "fast"),
+        ("stage=dpo", "cannot be trained"),
+        ("tokenized_path=x", "tokenized_path reads other rows"),
+        ("hf_hub_token=hf_x", "is no place for a token"),
+        ("dataset_dir=null", "dataset_dir"),
     ],
 )
 def test_what_cannot_be_trained_is_one_line_and_leaves_nothing(project, argument, said):
@@ -259,6 +317,20 @@ def test_ctrl_c_removes_the_rendered_recipe(project):
     assert run.kill_when(temporary.exists, signal.SIGINT)
     assert run.process.exitcode == 130
     assert not temporary.exists() and "Traceback" not in run.log.read_text()
+
+
+def test_a_pretrain_killed_at_any_moment_is_made_again_with_the_same_hashes(project, trained_once):
+    points = [
+        lambda: any(project.saves.glob(".*staging*")),
+        lambda: any(project.saves.glob(".*staging*/checkpoint-4/adapter_model.safetensors")),
+        lambda: any(project.saves.glob(".*staging*/manifest.json")),
+    ]
+    for point in points:
+        project.start(project.pretrain).kill_when(point)
+        folder = project.run_folder("pretrain")
+        assert not folder.exists() or (folder / "manifest.json").is_file()
+    assert project.train(project.pretrain).status == 0
+    assert hashes(folder) == hashes(trained_once.run_folder("pretrain"))
 
 
 KILL_POINTS = {

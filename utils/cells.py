@@ -25,7 +25,12 @@ def recipes(scripts: Path = paths.SCRIPTS) -> dict[tuple[str, str, str], Path]:
         for phase in paths.PHASES:
             ending = f"_{dataset}_{phase}.yaml"
             if path.name.endswith(ending) and path.name != ending:
-                found[dataset, path.name.removesuffix(ending), phase] = path
+                key = (dataset, path.name.removesuffix(ending), phase)
+                if key in found:
+                    raise UserError(
+                        f"{path}: the same recipe stands at {found[key]}; a dataset belongs to one category"
+                    )
+                found[key] = path
     return found
 
 

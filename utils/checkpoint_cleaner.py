@@ -66,6 +66,9 @@ def clean(folder: Path, keep: int = DEFAULT_KEEP, dry_run: bool = False) -> Outc
     if keep < 1:
         raise UserError(f"--keep {keep}: keep at least one checkpoint")
     folder = Path(os.path.normpath(folder.absolute()))
+    folder = folder.resolve() if folder.is_symlink() else folder
+    if not folder.parent.is_dir():
+        raise UserError(f"{folder}: no such folder")
     try:
         with files.lock(files.beside(folder, "lock")):
             if not dry_run:
@@ -91,7 +94,7 @@ def finished_checkpoints(folder: Path) -> list[Path]:
 
     Raises UserError saying what the folder lacks.
     """
-    found = {int(match[1]): path for path in folder.iterdir() if (match := paths.CHECKPOINT.fullmatch(path.name))}
+    found = {int(path.name.split("-")[1]): path for path in folder.iterdir() if is_checkpoint(path)}
     if not found:
         raise UserError(f"{folder}: holds no checkpoint-<step> folder, so it is no run folder")
     checkpoints = [found[step] for step in sorted(found)]
@@ -105,6 +108,11 @@ def finished_checkpoints(folder: Path) -> list[Path]:
     for path in checkpoints:
         check_adapter(path)
     return checkpoints
+
+
+def is_checkpoint(path: Path) -> bool:
+    """Whether a path is a checkpoint folder by its name."""
+    return path.is_dir() and paths.CHECKPOINT.fullmatch(path.name) is not None
 
 
 def saved_every_step(state: dict, found: dict[int, Path]) -> bool:

@@ -7,13 +7,16 @@ import errno
 import os
 import re
 import signal
+import subprocess
 import sys
 from collections.abc import Callable
+from typing import IO
 
 # All that a script reads is on disk before it starts; libraries that would look a name up on the hub are told not to.
 # The scripts that download say HF_HUB_OFFLINE=0 themselves.
 os.environ.setdefault("HF_HUB_OFFLINE", "1")
 
+PATIENCE = 20  # seconds that a stopped script has to unwind
 STORAGE_ERRORS = {errno.ENOSPC, errno.EDQUOT, errno.EROFS, errno.EACCES, errno.EPERM, errno.EFBIG}
 
 
@@ -29,10 +32,12 @@ def say(line: str) -> None:
 def run(main: Callable[[], int | None]) -> None:
     """Run `main` and leave the process with its status.
 
-    A UserError or a storage error (full disk, no permission) ends in one line on stderr and status 1; Ctrl-C and
-    SIGTERM unwind through every `finally` and end in 130 and 143. Any other exception is a bug and keeps its traceback.
+    A UserError or a storage error (full disk, no permission) ends in one line on stderr and status 1; Ctrl-C, SIGTERM
+    and SIGHUP (a lost terminal) unwind through every `finally` and end in 130, 143 and 129. Any other exception is a
+    bug and keeps its traceback.
     """
-    signal.signal(signal.SIGTERM, lambda *_: sys.exit(143))
+    for number in (signal.SIGTERM, signal.SIGHUP):
+        signal.signal(number, lambda number, _: sys.exit(128 + number))
     try:
         sys.exit(main() or 0)
     except UserError as error:
@@ -45,6 +50,37 @@ def run(main: Callable[[], int | None]) -> None:
         if fault is None:
             raise
         fail(fault)
+
+
+def call(command: list, environment: dict[str, str] | None = None, output: IO | None = None, own_group=False) -> int:
+    """Run another script and return its status; when this process is stopped, that one unwinds first.
+
+    Args:
+        command: program and arguments; anything that has a text.
+        environment: variables to set beside the present ones.
+        output: where its stdout and stderr go (default: this process's).
+        own_group: start it in a session of its own and stop all that it started.
+    """
+    child = subprocess.Popen(
+        [str(part) for part in command],
+        env={**os.environ, **(environment or {})},
+        stdout=output,
+        stderr=subprocess.STDOUT if output else None,
+        start_new_session=own_group,
+    )
+    try:
+        return child.wait()
+    except BaseException as error:
+        if own_group:
+            os.killpg(child.pid, signal.SIGTERM)
+        elif not isinstance(error, KeyboardInterrupt):  # Ctrl-C reached it, too; a second signal would cut its clean-up
+            child.terminate()
+        try:
+            child.wait(PATIENCE)
+        except subprocess.TimeoutExpired:
+            child.terminate()
+            child.wait()
+        raise
 
 
 def storage_fault(error: BaseException) -> str | None:

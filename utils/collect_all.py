@@ -2,15 +2,13 @@
 
     [MODELS="m1 m2"] [RANKS="2 8"] [PRUNE_PRETRAIN=1] [FORCE=1] python utils/collect_all.py CATEGORY [DATASET ...]
 
-Shows what it will do, then runs collect.sh for each cell that is not complete, each into a log of its own beside its
+Shows what it will do, then runs collect.py for each cell that is not complete, each into a log of its own beside its
 run folder. A cell that fails does not stop the others. Stopped or killed, the next call goes on. Ends with a table;
 status 1 when a cell failed. PRUNE_PRETRAIN=1 removes a cell's pretrain folder once its collection has been verified.
 """
 
 import os
 import shutil
-import signal
-import subprocess
 import sys
 import time
 from datetime import timedelta
@@ -94,17 +92,8 @@ def collect(cell: Cell, counter: str) -> str:
     wait_for_others([pretrain, folder])
     settings = {"DATASET": cell.dataset, "MODEL": cell.model, "RANK": str(cell.rank), "SEED": "", "KEEP": ""}
     with open(log, "w", encoding="utf-8") as output:
-        command = ["bash", str(paths.ROOT / "utils" / "collect.sh")]
-        # In a session of its own, so that stopping this process stops the whole of the cell.
-        child = subprocess.Popen(
-            command, env={**os.environ, **settings}, stdout=output, stderr=subprocess.STDOUT, start_new_session=True
-        )
-        try:
-            failed = child.wait()
-        finally:
-            if child.poll() is None:
-                os.killpg(child.pid, signal.SIGTERM)
-                child.wait()
+        command = [sys.executable, paths.ROOT / "utils" / "collect.py"]
+        failed = cli.call(command, settings, output, own_group=True)
     if failed:
         return f"failed: {cause_in(log)}"
     if os.environ.get("PRUNE_PRETRAIN", "") not in ("", "0"):

@@ -37,7 +37,7 @@ def read_manifest(folder: Path) -> dict | None:
         return None
     except ValueError as error:
         raise UserError(f"{paths.relative(folder / MANIFEST)}: broken ({error}); train again with FORCE=1") from None
-    if not isinstance(manifest, dict) or manifest.get("format") != FORMAT or not KEYS <= manifest.keys():
+    if not isinstance(manifest, dict) or manifest.get("format") != FORMAT or not manifest.keys() >= KEYS:
         raise UserError(
             f"{paths.relative(folder / MANIFEST)}: not a manifest of format {FORMAT}; train again with FORCE=1"
         )
@@ -108,8 +108,19 @@ def same_tensors(one: Path, other: Path) -> bool:
 
     first, second = load_file(one), load_file(other)
     return first.keys() == second.keys() and all(
-        first[key].dtype == second[key].dtype and torch.equal(first[key], second[key]) for key in first
+        first[key].dtype == second[key].dtype
+        and torch.equal(first[key].view(-1).view(torch.uint8), second[key].view(-1).view(torch.uint8))
+        for key in first
     )
+
+
+def check_finite(path: Path) -> None:
+    """Raise UserError when a safetensors file holds values that are not finite: the training diverged."""
+    import torch
+    from safetensors.torch import load_file
+
+    if not all(torch.isfinite(tensor).all() for tensor in load_file(path).values()):
+        raise UserError("the training diverged: the adapter holds values that are not finite; lower learning_rate")
 
 
 def tidy(folder: Path, keep: set[str]) -> None:

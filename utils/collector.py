@@ -47,8 +47,10 @@ class Rules(TrainerCallback):
 
     def __init__(self):
         self.facts: dict[str, Any] = {}
+        self.began = False
 
     def on_train_begin(self, args, state, control, lr_scheduler=None, train_dataloader=None, **kwargs):
+        self.began = True
         state.compute_steps(args, state.max_steps)
         state.log_history = []
         if state.is_world_process_zero:
@@ -117,12 +119,17 @@ class Collector(TrainerCallback):
     def on_train_end(self, args, state, control, **kwargs):
         if self.writer is None:
             return
-        self.full.put(None)
-        self.writer.join()
+        self.close()
         if self.error is not None:
             raise self.error
         kept = [{"step": step, **record} for step, record in sorted(self.records.items()) if step >= self.first]
         files.write_json(self.folder / "collected.json", kept)
+
+    def close(self) -> None:
+        """Let the writer finish what it has and end; nothing is written after this, also when the training failed."""
+        if self.writer is not None:
+            self.full.put(None)
+            self.writer.join()
 
     def _free_frame(self) -> "Frame":
         """A frame that is not being written; waits for one, and raises what went wrong in the writer."""

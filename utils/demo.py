@@ -5,8 +5,6 @@ the base and the last checkpoint answer to held-out questions. What is there alr
 """
 
 import json
-import os
-import subprocess
 import sys
 import time
 from pathlib import Path
@@ -30,7 +28,7 @@ def main() -> None:
     call([sys.executable, UTILS / "fetch_model.py", MODEL])
     step("training and collecting")
     settings = {"DATASET": DATASET, "MODEL": MODEL, "RANK": str(RANK), "KEEP": "", "SEED": ""}
-    call(["bash", UTILS / "collect.sh"], settings)
+    call([sys.executable, UTILS / "collect.py"], settings)
     recipe = cells.find(DATASET, MODEL, "finetune")
     config = rank_config.render(recipe, RANK)
     folder = rank_config.run_folder(recipe, config)
@@ -48,7 +46,7 @@ def step(what: str) -> None:
 
 def call(command: list, settings: dict[str, str] | None = None) -> None:
     """Run one of this repository's scripts; its own output tells what is going on."""
-    if subprocess.run(command, env={**os.environ, **(settings or {})}).returncode:
+    if cli.call(command, settings):
         raise UserError("the demo stopped at this part; the cause stands above")
 
 
@@ -82,16 +80,15 @@ def show_table(folder: Path, manifest: dict) -> None:
     """Print what was collected, where it is, how big, how the loss went, and how to load it."""
     entries = manifest["checkpoints"]
     steps = [entry["step"] for entry in entries]
-    pretrain = collection.read_manifest(folder.with_name(manifest["pretrain"]["run"]))
-    with open(folder.with_name(manifest["pretrain"]["run"]) / collection.LOG, encoding="utf-8") as file:
-        first_loss = json.loads(file.readline())["loss"]
+    log = folder.with_name(manifest["pretrain"]["run"]) / collection.LOG
+    first = json.loads(log.read_text().splitlines()[0]) if log.is_file() else {}
     table = {
         "collected": f"{len(entries)} checkpoints of rank {manifest['rank']}, steps {steps[0]} to {steps[-1]}",
         "of": f"{manifest['base_model']['name']} on {manifest['dataset']} ({manifest['trained_rows']} prompts)",
         "in": paths.relative(folder),
         "size": f"{files.size_of(folder.iterdir()) / 1e6:.1f} MB, {entries[0]['bytes'] / 1e6:.1f} MB each",
-        "loss": f"{first_loss:.3f} at the first of {pretrain['total_steps']} pretrain steps, "
-        f"{sum(entry['loss'] for entry in entries) / len(entries):.3f} over the kept ones",
+        "loss": f"{first.get('loss', entries[0]['loss']):.3f} first, {entries[-1]['loss']:.3f} last, "
+        f"{sum(entry['loss'] for entry in entries) / len(entries):.3f} mean of the kept steps",
     }
     print()
     for name, value in table.items():

@@ -22,6 +22,7 @@ def choose() -> list[str]:
 
     An empty list means that there is no NVIDIA GPU and torch decides. Raises UserError for a mixture or repetition.
     """
+    visible = os.environ.get("CUDA_VISIBLE_DEVICES")
     asked = [part.strip() for part in os.environ.get("DEVICES", "").split(",") if part.strip()]
     if asked:
         gpus = [device for device in asked if device != "cpu"]
@@ -29,8 +30,9 @@ def choose() -> list[str]:
             raise UserError(f"DEVICES={','.join(asked)}: give GPU numbers, each once, or only cpu")
         if any(not re.fullmatch(r"\d+|(GPU|MIG)-[\w-]+", gpu) for gpu in gpus):
             raise UserError(f"DEVICES={','.join(asked)}: not GPU numbers or UUIDs; write 0 or 0,1 or cpu")
+        if gpus and visible and not set(gpus) <= set(visible.split(",")):
+            raise UserError(f"DEVICES={','.join(asked)}: outside CUDA_VISIBLE_DEVICES={visible}, which was given to us")
         return asked
-    visible = os.environ.get("CUDA_VISIBLE_DEVICES")
     if visible is not None:
         found = [part.strip() for part in visible.split(",") if part.strip() not in ("", "-1")]
         if len(found) > 1:

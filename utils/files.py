@@ -62,19 +62,20 @@ def lock(path: Path, waiting: str | None = None) -> Iterator[int]:
     """Hold the lock file `path`; yields its descriptor.
 
     When a live process holds it: raises Busy at once, or, with a text for `waiting`, prints that and waits. The kernel
-    drops the lock with the process, however that ends; the file itself is removed on a normal end.
+    drops the lock with the process, however that ends, also where it has forked; the file itself is removed on a normal
+    end. (It is a POSIX lock: opening and closing the file again in this process would drop it.)
     """
     path.parent.mkdir(parents=True, exist_ok=True)
     while True:
         handle = os.open(path, os.O_RDWR | os.O_CREAT, 0o644)
         try:
-            fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except BlockingIOError:
+            fcntl.lockf(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except (BlockingIOError, PermissionError):
             if waiting is None:
                 os.close(handle)
                 raise Busy(str(path)) from None
             print(waiting, flush=True)
-            fcntl.flock(handle, fcntl.LOCK_EX)
+            fcntl.lockf(handle, fcntl.LOCK_EX)
         try:
             if os.path.samestat(os.fstat(handle), os.stat(path)):
                 break
@@ -151,9 +152,12 @@ def recover_folder(folder: Path) -> None:
 
 
 def remove_folder(folder: Path) -> None:
-    """Delete a folder and all in it; none there is fine."""
-    with contextlib.suppress(FileNotFoundError):
-        shutil.rmtree(folder)
+    """Delete a folder and all in it (of a link, the link alone); none there is fine."""
+    if folder.is_symlink():
+        folder.unlink()
+    while folder.exists():
+        with contextlib.suppress(FileNotFoundError):  # somebody else deleted a part of it meanwhile
+            shutil.rmtree(folder)
 
 
 def size_of(paths: Iterable[Path]) -> int:

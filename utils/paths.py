@@ -9,7 +9,6 @@ from cli import UserError
 ROOT = Path(__file__).resolve().parent.parent
 SCRIPTS = ROOT / "collect_scripts"
 DATA = ROOT / "data"
-DATASET_INFO = DATA / "dataset_info.json"
 MODELS = ROOT / "models"
 SAVES = ROOT / "saves"
 CATEGORIES = ("coding", "common-sense-reasoning", "math", "multimodal")
@@ -51,14 +50,15 @@ def rank_in(path: str) -> tuple[int, int | None] | None:
 
 
 def with_rank(path: str, rank: int, seed: int | None = None) -> str:
-    """`path` (a run folder or a checkpoint in it) for another rank and seed; unchanged where it names no rank.
+    """`path` (a run folder or a checkpoint in it) for another rank; unchanged where it names no rank.
 
-    A `seed` is named even where no rank is, since two seeds must not share a folder.
+    A `seed` replaces the one in the path; it is named even where no rank is, since two seeds must not share a folder.
     """
     before, name, after = _split_run(path)
     seed_part = "" if seed is None else f"_seed-{seed}"
     match = _rank_match(name)
     if match:
+        seed_part = seed_part or (f"_seed-{match[2]}" if match[2] else "")
         name = f"{name[: match.start()]}_lora-rank_{rank}{seed_part}{name[match.end() :]}"
     elif seed is not None:
         stem, phase = re.fullmatch(r"(.*?)(_pretrain|_finetune)?", name).groups(default="")
@@ -72,7 +72,7 @@ def _rank_match(name: str) -> re.Match | None:
 
 def _split_run(path: str) -> tuple[str, str, str]:
     """`path` as (folders before, the run folder's name, what follows it)."""
-    found = re.fullmatch(r"(.*?)([^/]*)(/checkpoint-\d+)?(/*)", path, re.DOTALL)
+    found = re.fullmatch(r"(.*?)([^/]*)(/checkpoint-\d+)?((?:/\.?)*)", path, re.DOTALL)
     return found[1], found[2], (found[3] or "") + found[4]
 
 

@@ -21,12 +21,25 @@ from cli import UserError
 
 DEFAULT_SEED = 42  # transformers.TrainingArguments.seed
 DEFAULT_RANK = 8  # llamafactory FinetuningArguments.lora_rank
+WHOLE_NUMBERS = (
+    "seed", "max_steps", "save_total_limit", "max_samples", "cutoff_len", "per_device_train_batch_size",
+    "gradient_accumulation_steps",
+)  # fmt: skip
+# Keys with which something else would be trained than the manifest could say, or in a way the collector cannot follow.
+REFUSED = {
+    "tokenized_path": "reads other rows than the dataset's; leave it away",
+    "streaming": "does not fix which rows are trained on; leave it away",
+    "adapter_name_or_path": "starts from an adapter that is not recorded; use resume_from_checkpoint",
+    "deepspeed": "is not served by the collector; leave it away",
+    "fsdp": "is not served by the collector; leave it away",
+    "push_to_hub": "is not done from here; publish a finished collection instead",
+}
 PATH_KEYS = ("output_dir", "resume_from_checkpoint")
 
 
 def parse_rank(text: str) -> int:
     """A LoRA rank as typed; raises UserError unless it is a positive whole number."""
-    if not re.fullmatch(r"[0-9]+", str(text)) or int(text) == 0:
+    if not re.fullmatch(r"[0-9]{1,6}", str(text)) or int(text) == 0:
         raise UserError(f"rank {text!r} is not a positive whole number")
     return int(text)
 
@@ -49,7 +62,7 @@ def load(recipe: Path) -> dict:
         if isinstance(error, PermissionError):
             raise
         raise UserError(f"{recipe}: not a recipe: {str(error).splitlines()[0]}") from None
-    if not isinstance(config, dict) or not config:
+    if not isinstance(config, dict) or not config or not all(isinstance(key, str) for key in config):
         raise UserError(f"{recipe}: not a recipe: a mapping of LLaMA-Factory keys is expected")
     return config
 
@@ -98,7 +111,7 @@ def run_folder(recipe: Path, config: dict) -> Path:
 
 def resolve(recipe: Path, path: str) -> Path:
     """A path of a recipe, relative to the recipe's folder, as an absolute one."""
-    return Path(os.path.normpath(recipe.absolute().parent / os.path.expanduser(path)))
+    return Path(os.path.normpath(recipe.parent.resolve() / os.path.expanduser(path)))
 
 
 def temporary_path(recipe: Path, config: dict) -> Path:
@@ -133,6 +146,9 @@ def _check_own_ranks(recipe: Path, own: dict) -> None:
         if named and named[0] != rank:
             said = f"lora_rank is {rank}" if "lora_rank" in own else f"lora_rank is not set (so {DEFAULT_RANK})"
             raise UserError(f"{recipe}:{line_of(recipe, key)}: {key} names rank {named[0]} but {said}; make them agree")
+        seed = own.get("seed", DEFAULT_SEED)
+        if named and named[1] not in (None, seed):
+            raise UserError(f"{recipe}:{line_of(recipe, key)}: {key} names seed {named[1]} but seed is {seed}")
 
 
 def _check_keys(recipe: Path, config: dict) -> None:
@@ -153,13 +169,20 @@ def _check_keys(recipe: Path, config: dict) -> None:
         refuse("finetuning_type", f"{config['finetuning_type']!r} has no rank: only lora can be collected")
     if config.get("do_train") is not True:
         refuse("do_train", "is not true, so nothing would be trained")
-    for key in ("seed", "save_total_limit", "max_steps"):
+    for key, why in REFUSED.items():
+        if config.get(key):
+            refuse(key, why)
+    for key in config:
+        if key.endswith("_token") and config[key]:
+            refuse(key, "is no place for a token; log in with .venv/bin/hf auth login, or set HF_TOKEN")
+    if not isinstance(config.get("dataset_dir", ""), str):
+        refuse("dataset_dir", f"{config['dataset_dir']!r} is not a folder's path")
+    for key in WHOLE_NUMBERS:
         value = config.get(key)
         if value is not None and (not isinstance(value, int) or isinstance(value, bool)):
             refuse(key, f"{value!r} is not a whole number")
-    limit = config.get("save_total_limit")
-    if limit is not None and limit < 1:
-        refuse("save_total_limit", f"{limit} keeps nothing")
+        if value is not None and value < 1 and key not in ("seed", "max_steps"):
+            refuse(key, f"{value} is less than 1")
 
 
 def line_of(recipe: Path, key: str) -> int | None:

@@ -4,24 +4,28 @@ Imported by train.py and collection.py. An identity is a JSON value with the sec
 tokenizer and pretrain: contents and hashes, never this machine's paths.
 """
 
+import ast
 import json
 import os
+import re
 from pathlib import Path
 
 import dataset_info
 import files
 import models
 import paths
+import prompt_templates
 from cli import UserError
-from rank_config import resolve
+from rank_config import DEFAULT_SEED, resolve
 
 # Recipe keys that say where files lie or how they are read and logged, not what is trained. The contents behind the
 # paths are hashed in the other sections.
 NOT_TRAINED = {
     "model_name_or_path", "dataset_dir", "media_dir", "output_dir", "resume_from_checkpoint", "overwrite_output_dir",
-    "overwrite_cache", "cache_dir", "tokenized_path", "preprocessing_num_workers", "preprocessing_batch_size",
+    "overwrite_cache", "cache_dir", "preprocessing_num_workers", "dataloader_prefetch_factor", "ddp_timeout",
     "dataloader_num_workers", "dataloader_pin_memory", "logging_steps", "logging_first_step", "plot_loss", "report_to",
-    "run_name", "disable_tqdm", "log_level", "do_train", "save_only_model",
+    "run_name", "disable_tqdm", "log_level", "do_train", "save_only_model", "use_cpu", "dataloader_persistent_workers",
+    "logging_dir",
 }  # fmt: skip
 # What a checkpoint folder must hold to be resumed, all of it decisive for what follows.
 RESUMED = ("adapter_model.safetensors", "optimizer.pt", "scheduler.pt", "rng_state.pth", "trainer_state.json")
@@ -37,13 +41,26 @@ def identity_of(recipe: Path, config: dict) -> dict:
     Raises UserError when the model, the data or the pretrain checkpoint is not there, with the command that makes it.
     """
     base = models.local_folder(resolve(recipe, config["model_name_or_path"]))
+    recipe_keys = {"seed": DEFAULT_SEED, **{key: value for key, value in config.items() if key not in NOT_TRAINED}}
+    if template_hash := hash_of_template(config.get("template")):
+        recipe_keys["template_sha256"] = template_hash
     return {
-        "recipe": {key: value for key, value in sorted(config.items()) if key not in NOT_TRAINED},
+        "recipe": dict(sorted(recipe_keys.items())),
         "data": [_data_of(name.strip(), recipe, config) for name in config["dataset"].split(",")],
         "base_model": models.identity_of(base),
         "tokenizer": {"sha256": models.hash_of(base, models.tokenizer_files(base))},
         "pretrain": pretrain_of(resume_folder(recipe, config)),
     }
+
+
+def hash_of_template(name: str | None) -> str | None:
+    """The hash of one of our own templates, as prompt_templates.py says it; None for LLaMA-Factory's."""
+    for node in ast.walk(ast.parse(Path(prompt_templates.__file__).read_text(encoding="utf-8"))):
+        if isinstance(node, ast.Call) and getattr(node.func, "id", "") == "register_template":
+            said = {keyword.arg: keyword.value for keyword in node.keywords}
+            if getattr(said.get("name"), "value", None) == name and name is not None:
+                return files.sha256_of_value(ast.dump(node))
+    return None
 
 
 def resume_folder(recipe: Path, config: dict) -> Path | None:
@@ -56,16 +73,24 @@ def pretrain_of(checkpoint: Path | None) -> dict | None:
     """Run, step and hash of the checkpoint that is resumed; None without one, also where it is gone."""
     if checkpoint is None or not (checkpoint / "trainer_state.json").is_file():
         return None
-    present = [checkpoint / name for name in RESUMED if (checkpoint / name).is_file()]
-    sha256 = files.sha256_of_value({path.name: files.sha256_of(path) for path in present})
+    resumed = sorted(path for path in checkpoint.iterdir() if is_resumed(path.name))
+    sha256 = files.sha256_of_value({path.name: files.sha256_of(path) for path in resumed})
     _check_against_manifest(checkpoint, sha256)
     return {"run": checkpoint.parent.name, "step": step_of(checkpoint), "sha256": sha256}
 
 
+def is_resumed(name: str) -> bool:
+    """Whether a file of a checkpoint folder decides what follows (several processes have an rng_state each)."""
+    return name in RESUMED or re.fullmatch(r"rng_state_\d+\.pth", name) is not None
+
+
 def step_of(checkpoint: Path) -> int:
     """The optimizer step at which a stock checkpoint folder was saved."""
-    with open(checkpoint / "trainer_state.json", encoding="utf-8") as file:
-        return json.load(file)["global_step"]
+    path = checkpoint / "trainer_state.json"
+    try:
+        return int(json.loads(path.read_bytes())["global_step"])
+    except (ValueError, KeyError, TypeError) as error:
+        raise UserError(f"{paths.relative(path)}: broken ({error!r}); train that recipe again with FORCE=1") from None
 
 
 def changes(old: dict, new: dict) -> list[str]:
@@ -93,6 +118,8 @@ def _data_of(name: str, recipe: Path, config: dict) -> dict:
     folder = resolve(recipe, config.get("dataset_dir", "data"))
     entry = dataset_info.entry_of(name, folder)
     dataset_info.require_trainable(name, entry)
+    if entry.get("num_samples") is not None:
+        raise UserError(f"{name}: num_samples in dataset_info.json draws rows at random; use max_samples in the recipe")
     path = dataset_info.data_file(name, folder)
     rows = dataset_info.load_rows(path)
     used = rows[: config.get("max_samples") or len(rows)]
@@ -123,8 +150,10 @@ def _check_against_manifest(checkpoint: Path, sha256: str) -> None:
     manifest = checkpoint.parent / "manifest.json"
     if not manifest.is_file():
         return
-    with open(manifest, encoding="utf-8") as file:
-        recorded = {entry["step"]: entry["sha256"] for entry in json.load(file)["checkpoints"]}
+    try:
+        recorded = {entry["step"]: entry["sha256"] for entry in json.loads(manifest.read_bytes())["checkpoints"]}
+    except (ValueError, KeyError, TypeError):
+        raise UserError(f"{paths.relative(manifest)}: broken; train that recipe again with FORCE=1") from None
     if recorded.get(step_of(checkpoint)) != sha256:
         raise UserError(
             f"{paths.relative(checkpoint)}: differs from what its run's manifest.json recorded; "

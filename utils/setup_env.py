@@ -44,7 +44,7 @@ def main() -> None:
         if not (STAMP.is_file() and answers()):
             files.remove_folder(VENV)
             say(f"setting up {VENV.name} with Python {'.'.join(map(str, sys.version_info[:3]))} ...")
-            run([sys.executable, "-m", "venv", str(VENV)])
+            run([sys._base_executable, "-m", "venv", str(VENV)])  # this Python may be the venv's own
         STAMP.unlink(missing_ok=True)
         uv = shutil.which("uv") or install_uv()
         say("installing requirements.txt ...")
@@ -70,11 +70,12 @@ def answers() -> bool:
 
 
 def missing_packages() -> list[str]:
-    """Direct requirements that the venv does not hold."""
+    """Requirements that the venv does not hold: the direct ones and all that the lock wants on every machine."""
     names = re.findall(r"^([A-Za-z0-9_.-]+)", DIRECT.read_text(), re.MULTILINE)
+    names += re.findall(r"^([A-Za-z0-9_.-]+)==\S+ \\$", REQUIREMENTS.read_text(), re.MULTILINE)
     folders = [str(path) for path in VENV.glob("lib/python*/site-packages")]
     there = {normal(found.metadata["Name"]) for found in distributions(path=folders) if found.metadata["Name"]}
-    return [name for name in names if normal(name) not in there]
+    return sorted({name for name in names if normal(name) not in there})
 
 
 def normal(name: str) -> str:
@@ -84,8 +85,10 @@ def normal(name: str) -> str:
 
 def install_uv() -> str:
     """Put the locked uv into the venv, for machines that have none; returns its path."""
-    pinned = re.search(r"^uv==\S+", REQUIREMENTS.read_text(), re.MULTILINE)[0]
-    run([str(PYTHON), "-m", "pip", "install", "--quiet", "--disable-pip-version-check", pinned])
+    pinned = VENV / "uv.txt"
+    pinned.write_text(re.search(r"^uv==.*\n(    --hash.*\n)+", REQUIREMENTS.read_text(), re.MULTILINE)[0])
+    options = ["--quiet", "--disable-pip-version-check", "--require-hashes", "--no-deps"]
+    run([str(PYTHON), "-m", "pip", "install", *options, "-r", str(pinned)])
     return str(VENV / "bin" / "uv")
 
 

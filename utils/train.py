@@ -32,8 +32,6 @@ from cli import UserError, say
 
 ADAPTER = "adapter_model.safetensors"
 FULL = 2**20  # bytes free on a disk that counts as full
-# What a pretrain checkpoint keeps: the adapter and what a finetune resumes from.
-CHECKPOINT_FILES = {"adapter_config.json", *run_identity.RESUMED, "scaler.pt"}
 
 
 def main() -> int:
@@ -44,7 +42,7 @@ def main() -> int:
     parser.add_argument("overrides", nargs="*", metavar="key=value", help="override keys of the recipe")
     args = parser.parse_args()
     config = rank_config.render(args.recipe, rank_config.parse_rank(args.rank), args.overrides)
-    folder = rank_config.run_folder(args.recipe, config)
+    folder = folder_of(args.recipe, config)
     identity = run_identity.identity_of(args.recipe, config)
     if args.check:
         state, changed = collection.state_of(folder, identity)
@@ -53,12 +51,18 @@ def main() -> int:
     try:
         with files.lock(files.beside(folder, "lock")), rendered(args.recipe, config):
             files.recover_folder(folder)
-            if not already_there(folder, identity):
+            if not already_there(folder, identity, rank_config.phase_of(config)):
                 check_pretrain(args.recipe, config)
                 run(args.recipe, config, folder, identity)
     except files.Busy as busy:
         raise UserError(f"{args.recipe} at rank {config['lora_rank']} is running already (it holds {busy})") from None
     return 0
+
+
+def folder_of(recipe: Path, config: dict) -> Path:
+    """The run folder of a rendered recipe; where that is a link (to a larger disk), the folder it leads to."""
+    folder = rank_config.run_folder(recipe, config)
+    return folder.resolve() if folder.is_symlink() else folder
 
 
 @contextlib.contextmanager
@@ -71,12 +75,22 @@ def rendered(recipe: Path, config: dict) -> Iterator[Path]:
         yield path
 
 
-def already_there(folder: Path, identity: dict) -> bool:
-    """Whether the run is complete as asked for. Raises UserError where something else stands at its place."""
-    if run_identity.force_asked():
+def already_there(folder: Path, identity: dict, phase: str) -> bool:
+    """Whether the run is complete as asked for.
+
+    Raises UserError where a stale run or something else stands at its place. FORCE=1 replaces runs of this phase alone.
+    """
+    name = paths.relative(folder)
+    if run_identity.force_asked() and (folder / collection.MANIFEST).is_file() and folder.name.endswith(f"_{phase}"):
+        return False
+    manifest = collection.read_manifest(folder)
+    if manifest is not None and manifest["phase"] != phase:
+        raise UserError(
+            f"{name} holds a {manifest['phase']} run, but this recipe makes a {phase} one; change output_dir"
+        )
+    if manifest is not None and run_identity.force_asked():
         return False
     state, changed = collection.state_of(folder, identity)
-    name = paths.relative(folder)
     if state == "stale":
         raise UserError(
             f"{name} is stale, changed since: {'; '.join(changed)}; FORCE=1 redoes it, keeping the old one until then"
@@ -84,7 +98,7 @@ def already_there(folder: Path, identity: dict) -> bool:
     if state == "unknown":
         raise UserError(
             f"{name} has no manifest.json: a stock run (utils/checkpoint_cleaner.py makes a finetune one a collection) "
-            "or other files; move it away, or replace it with FORCE=1"
+            "or something else; change output_dir or move it away"
         )
     if state == "complete":
         say(f"complete: {name}")
@@ -115,7 +129,7 @@ def run(recipe: Path, config: dict, folder: Path, identity: dict) -> None:
     try:
         wanted = devices.choose()
         devices.pin(wanted)
-        job = {"recipe": str(recipe.absolute()), "config": config, "staging": str(staging), "devices": wanted}
+        job = {"recipe": str(recipe.absolute()), "config": dict(config), "staging": str(staging), "devices": wanted}
         say(f"{phase} {recipe.name} at rank {config['lora_rank']} -> {paths.relative(folder)}")
         if len(wanted) > 1:
             spread(job, len(wanted))
@@ -128,6 +142,8 @@ def run(recipe: Path, config: dict, folder: Path, identity: dict) -> None:
         facts = {"seed": config.get("seed", rank_config.DEFAULT_SEED), **facts}
         finish = finish_finetune if phase == "finetune" else finish_pretrain
         checkpoints = finish(staging, folder, identity)
+        if changed := run_identity.changes(identity, run_identity.identity_of(recipe, config)):
+            raise UserError(f"{'; '.join(changed)}: changed while it was trained on; run it again")
         manifest = collection.manifest_of(folder, phase, config["lora_rank"], identity, checkpoints, facts)
         files.write_json(staging / collection.MANIFEST, manifest)
         files.publish_folder(staging, folder)
@@ -151,6 +167,7 @@ def finish_finetune(staging: Path, folder: Path, identity: dict) -> list[dict]:
             f"{paths.relative(folder)}: training stopped early, {len(entries)} of {kept} checkpoints were collected"
         )
     collection.read_back(staging, entries)
+    collection.check_finite(staging / ADAPTER)
     if not collection.same_tensors(staging / collection.checkpoint_name(entries[-1]["step"]), staging / ADAPTER):
         raise RuntimeError("the last collected checkpoint is not the adapter that LLaMA-Factory saved at its end")
     collection.set_base_name(staging / "adapter_config.json", identity["base_model"])
@@ -165,11 +182,13 @@ def finish_pretrain(staging: Path, folder: Path, identity: dict) -> list[dict]:
     saved = sorted((p for p in staging.iterdir() if paths.CHECKPOINT.fullmatch(p.name)), key=run_identity.step_of)
     if not saved:
         raise UserError(f"{paths.relative(folder)}: training ended without a checkpoint; set save_steps in the recipe")
+    collection.check_finite(saved[-1] / ADAPTER)
     with open(staging / collection.LOG, encoding="utf-8") as file:
         logged = {line["current_steps"]: line for line in map(json.loads, file) if "loss" in line}
     entries = []
     for checkpoint in saved:
-        collection.tidy(checkpoint, CHECKPOINT_FILES)
+        resumed = {path.name for path in checkpoint.iterdir() if run_identity.is_resumed(path.name)}
+        collection.tidy(checkpoint, {"adapter_config.json", "scaler.pt", *resumed})
         collection.set_base_name(checkpoint / "adapter_config.json", identity["base_model"])
         step = run_identity.step_of(checkpoint)
         log = logged.get(step, {})

@@ -8,7 +8,10 @@ Leaves in the staging folder what LLaMA-Factory leaves, the collected checkpoint
 import json
 import os
 import sys
+import traceback
 from pathlib import Path
+
+from safetensors import SafetensorError
 
 import cli
 import devices
@@ -17,8 +20,18 @@ import prompt_templates
 import rank_config
 from cli import UserError
 
-# Checked again by LLaMA-Factory itself, whose messages then name the key.
-SETTINGS_ERRORS = (ValueError, TypeError, ImportError, OSError, KeyError)
+# What a wrong recipe, model or data file makes LLaMA-Factory and the libraries below it raise before the first step.
+SETTINGS_ERRORS = (
+    ValueError,
+    TypeError,
+    LookupError,
+    AttributeError,
+    ImportError,
+    OSError,
+    RuntimeError,
+    AssertionError,
+)
+SETTINGS_ERRORS += (SafetensorError,)
 
 
 def train(job: dict) -> None:
@@ -48,24 +61,43 @@ def train(job: dict) -> None:
         )
     collects = rank_config.phase_of(config) == "finetune"
     arguments = {**config, **devices.settings(job["devices"]), "output_dir": str(staging), "plot_loss": False}
+    for key in ("model_name_or_path", "dataset_dir", "media_dir", "resume_from_checkpoint"):
+        if arguments.get(key):
+            arguments[key] = str(rank_config.resolve(recipe, arguments[key]))
+    # datasets knows a file by its time and size; a cache of this run's own cannot give it rows of another day
+    arguments["cache_dir"] = str(staging / "cache")
     if collects:
         arguments["save_strategy"] = "no"  # the collector saves
     prompt_templates.register()
     check_arguments(recipe, arguments)
     rules = Rules()
-    callbacks = [rules, Collector(staging, config.get("save_total_limit"))] if collects else [rules]
+    collector = Collector(staging, config.get("save_total_limit")) if collects else None
     try:
-        run_exp(arguments, callbacks)
+        run_exp(arguments, [rules, collector] if collector else [rules])
     except torch.OutOfMemoryError:
         raise UserError(
             f"{recipe}: out of device memory; halve per_device_train_batch_size and double "
             "gradient_accumulation_steps, or set disable_gradient_checkpointing: false"
         ) from None
-    except BaseException:
+    except BaseException as error:
         print(file=sys.stderr)  # what is said next does not go on in the progress bar's line
+        if isinstance(error, SETTINGS_ERRORS) and not rules.began and cli.storage_fault(error) is None:
+            raise refusal(recipe, error) from error
         raise
+    finally:
+        if collector:
+            collector.close()
     if rules.facts:
         files.write_json(staging / "facts.json", {"device": devices.describe(), **rules.facts})
+
+
+def refusal(recipe: Path, error: BaseException) -> UserError:
+    """What LLaMA-Factory or a library below it objected to before the first step, as one line."""
+    where = traceback.extract_tb(error.__traceback__)[-1] if error.__traceback__ else None
+    place = f" ({Path(where.filename).name}:{where.lineno})" if where else ""
+    return UserError(
+        f"{recipe}: cannot be trained: {type(error).__name__}: {' '.join(str(error).split())[:500]}{place}"
+    )
 
 
 def check_arguments(recipe: Path, arguments: dict) -> None:
@@ -76,7 +108,7 @@ def check_arguments(recipe: Path, arguments: dict) -> None:
     try:
         _, data_args, training_args, *_ = get_train_args(dict(arguments))
     except SETTINGS_ERRORS as error:
-        raise UserError(f"{recipe}: LLaMA-Factory refuses it: {' '.join(str(error).split())}") from None
+        raise refusal(recipe, error) from None
     template = data_args.template
     if template is not None and template not in TEMPLATES:
         near = sorted(name for name in TEMPLATES if name.startswith(str(template)[:2]))

@@ -25,18 +25,20 @@ def main() -> int:
     parser.add_argument("--recipe", nargs="+", metavar=("RECIPE", "RANK"), help="verify the collection of this recipe")
     parser.add_argument("folders", nargs="*", type=Path, default=[])
     args = parser.parse_args()
+    base = None
     if args.recipe:
         if len(args.recipe) < 2:
             raise UserError("--recipe needs a recipe and a rank")
         recipe = Path(args.recipe[0])
         config = rank_config.render(recipe, rank_config.parse_rank(args.recipe[1]), args.recipe[2:])
         found = [rank_config.run_folder(recipe, config)]
+        base = rank_config.resolve(recipe, config["model_name_or_path"])
     else:
         found = asked_for(args.folders, os.environ.get("DATASET", ""))
     if not found:
         say("no collections yet")
         return 0
-    return 1 if sum(not verify(folder) for folder in found) else 0
+    return 1 if sum(not verify(folder, base) for folder in found) else 0
 
 
 def asked_for(folders: list[Path], dataset: str) -> list[Path]:
@@ -55,10 +57,14 @@ def run_folders(tops: list[Path]) -> list[Path]:
     """All folders below `tops` (or they themselves) that are collections, or by their name should be."""
     found = set()
     for top in tops:
-        for folder in [top.absolute(), *(path for path in top.absolute().rglob("*") if path.is_dir())]:
-            hidden = any(part.startswith(".") for part in folder.relative_to(top.absolute()).parts)
-            if not hidden and (folder.name.endswith("_finetune") or is_collection(folder)):
+        for name, subfolders, _ in os.walk(top.absolute(), followlinks=True):
+            folder = Path(name)
+            if folder.name.endswith("_finetune") or is_collection(folder):
                 found.add(folder)
+            for lost in subfolders:  # a crash between two renames; the next training puts it back
+                if lost.startswith(".") and lost.endswith("_finetune.old"):
+                    found.add(folder / lost[1 : -len(".old")])
+            subfolders[:] = [subfolder for subfolder in subfolders if not subfolder.startswith(".")]
     return sorted(found)
 
 
@@ -66,11 +72,17 @@ def is_collection(folder: Path) -> bool:
     """Whether a folder's manifest calls it a finetune run."""
     if not (folder / collection.MANIFEST).is_file():
         return False
-    return collection.read_manifest(folder)["phase"] == "finetune"
+    try:
+        return collection.read_manifest(folder)["phase"] == "finetune"
+    except UserError:
+        return False  # some other program's manifest.json; a run folder by its name is looked at all the same
 
 
-def verify(folder: Path) -> bool:
-    """Check one collection, print how it is, and tell whether it is whole."""
+def verify(folder: Path, base: Path | None = None) -> bool:
+    """Check one collection, print how it is, and tell whether it is whole.
+
+    `base` is the base model's folder (default: the one under models/ that the manifest names).
+    """
     name = paths.relative(folder)
     try:
         manifest = collection.read_manifest(folder) if folder.is_dir() else None
@@ -78,7 +90,7 @@ def verify(folder: Path) -> bool:
             faults = ["has no manifest.json: no finished collection (make clean-checkpoints makes one of a stock run)"]
             faults = faults if folder.is_dir() else ["does not exist"]
         else:
-            faults = collection.faults_of(folder, manifest) or peft_faults(folder, manifest)
+            faults = collection.faults_of(folder, manifest) or peft_faults(folder, manifest, base)
     except UserError as error:
         faults = [str(error)]
     for fault in faults:
@@ -90,9 +102,9 @@ def verify(folder: Path) -> bool:
     return not faults
 
 
-def peft_faults(folder: Path, manifest: dict) -> list[str]:
+def peft_faults(folder: Path, manifest: dict, base: Path | None) -> list[str]:
     """What PEFT says to the collection's last checkpoint."""
-    base = paths.MODELS / (manifest["base_model"] or {}).get("name", "")
+    base = base or paths.MODELS / ((manifest["base_model"] or {}).get("name") or "unknown")
     if not (base / "config.json").is_file():
         return [
             f"cannot be loaded with PEFT here, models/{base.name} is missing; bring it with: {models.how_to_get(base)}"
