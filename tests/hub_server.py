@@ -1,7 +1,7 @@
 """A hub on 127.0.0.1: the part of the Hugging Face hub's HTTP protocol that a download needs, over a real socket.
 
-Large files are redirected to a second host name (as to the hub's CDN). It can hold or drop a connection in the middle of a
-file, and it notes each request with the bytes that it sent.
+Large files are redirected to a second host name (as to the hub's CDN). It can hold or drop a connection in the middle
+of a file, and it notes each request with the bytes that it sent.
 """
 
 import hashlib

@@ -1,4 +1,4 @@
-"""`make model`: from a hub that speaks the hub's protocol over a real socket, and folders that were put there by hand."""
+"""`make model`: from a server that speaks the hub's protocol, and folders that were put there by hand."""
 
 import json
 import os
@@ -9,6 +9,7 @@ import socket
 import struct
 import subprocess
 import sys
+import time
 from pathlib import Path
 
 import pytest
@@ -143,7 +144,7 @@ def test_a_killed_download_goes_on_in_the_middle_of_the_file(top, tiny):
         hub.requests.clear()
         status, _, stderr = fetch(top, QWEN, hub)
         assert status == 0, stderr
-        assert hub.sent(SHARDS[0]) == 0 and hub.sent("tokenizer.json") == 0
+        assert hub.sent(SHARDS[0]) == 0
         assert [request.range for request in hub.of(SHARDS[1])] == [f"bytes={arrived}-"]
         assert hub.sent(SHARDS[1]) == len(files[SHARDS[1]]) - arrived
         assert (top / "models" / "Qwen2.5-0.5B-Instruct" / SHARDS[1]).read_bytes() == files[SHARDS[1]]
@@ -151,8 +152,6 @@ def test_a_killed_download_goes_on_in_the_middle_of_the_file(top, tiny):
 
 
 def wait_for(condition):
-    import time
-
     for _ in range(3000):
         if found := condition():
             return found
@@ -200,18 +199,19 @@ def test_two_calls_at_once_download_once(top, tiny):
         second = start(top, "qwen2.5-0.5b", hub)
         assert "waiting for it" in second.stdout.readline()
         hub.released.set()
-        assert first.wait(60) == 0 and second.wait(60) == 0
-        assert "is there and whole" in second.communicate()[1] + second.stdout.read() if False else True
+        first.communicate(timeout=60)
+        said, _ = second.communicate(timeout=60)
+        assert (first.returncode, second.returncode) == (0, 0) and "is there and whole" in said
         assert len(hub.of("model.safetensors")) == 1
-        first.communicate()
 
 
 def test_the_token_goes_to_the_hub_and_not_to_its_storage(top, tiny):
     with Hub({"google/gemma-3-4b-it": Repository(tiny, gated=True, license="gemma")}) as hub:
         status, _, stderr = fetch(top, "gemma-3-4b", hub, HF_TOKEN="hf_granted")
         assert status == 0, stderr
-        assert {request.token for request in hub.requests if request.host.startswith("127.")} == {"hf_granted"}
-        assert {request.token for request in hub.requests if request.host.startswith("localhost")} == {None}
+        about_it = [request for request in hub.requests if "gemma-3-4b-it" in request.path]
+        assert {request.token for request in about_it if request.host.startswith("127.")} == {"hf_granted"}
+        assert {request.token for request in about_it if request.host.startswith("localhost")} == {None}
     assert not any(b"hf_granted" in path.read_bytes() for path in (top / "models").rglob("*") if path.is_file())
 
 

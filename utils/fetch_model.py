@@ -95,15 +95,15 @@ def check(folder: Path, entry: dict) -> None:
 
 
 def bring_from_hub(folder: Path, entry: dict) -> None:
-    """Download a model of the hub into a folder beside `folder`, which outlives interruptions, then give it its name."""
+    """Download a model of the hub into a staging folder, which outlives an interruption, then give that its name."""
     set_hub_environment()
     try:
         info = look_up(entry)
         chosen = choose_files(entry["hub_id"], info)
         staging = files.beside(folder, "download")
-        staging.mkdir(parents=True, exist_ok=True)
         tidy(staging, chosen)
         check_disk(folder, staging, chosen)
+        staging.mkdir(exist_ok=True)
         download(entry["hub_id"], info.sha, chosen, staging)
     except Exception as error:
         if isinstance(error, UserError) or cli.storage_fault(error):
@@ -163,7 +163,7 @@ def tidy(staging: Path, chosen: dict) -> None:
     for path in (staging / ".cache").rglob("*.incomplete"):
         path.unlink()
     parts = {part_of(staging, file).name for file in chosen.values()}
-    for path in staging.iterdir():
+    for path in staging.glob("*"):
         if path.is_file() and path.name not in chosen and path.name not in parts:
             path.unlink()
 
@@ -173,7 +173,7 @@ def check_disk(folder: Path, staging: Path, chosen: dict) -> None:
     total = sum(file.size or 0 for file in chosen.values())
     here = files.size_of([staging / name for name in chosen])
     here += files.size_of(part_of(staging, file) for file in chosen.values())
-    free = shutil.disk_usage(staging).free
+    free = shutil.disk_usage(folder.parent).free
     if total - here > free:
         raise UserError(
             f"{paths.relative(folder)}: {gigabytes(total - here)} are to be downloaded, {gigabytes(free)} of disk are "
@@ -192,16 +192,14 @@ def download(hub_id: str, commit: str, chosen: dict, staging: Path) -> None:
     """Bring all chosen files into `staging`; what is there whole is not fetched again."""
     from huggingface_hub import constants, snapshot_download
 
-    small = [name for name in chosen if not name.endswith(".safetensors")]
-    snapshot_download(hub_id, revision=commit, local_dir=staging, allow_patterns=small)
     if constants.HF_HUB_DISABLE_XET:
         for file in chosen.values():
             if file.lfs is not None:
-                bring_weights(hub_id, commit, file, staging)
+                bring_large_file(hub_id, commit, file, staging)
     snapshot_download(hub_id, revision=commit, local_dir=staging, allow_patterns=list(chosen))
 
 
-def bring_weights(hub_id: str, commit: str, file, staging: Path) -> None:
+def bring_large_file(hub_id: str, commit: str, file, staging: Path) -> None:
     """Bring one large file, going on in its middle where a killed process stopped.
 
     huggingface_hub starts such a file again: it resumes a dropped connection only within one process. Its
