@@ -40,17 +40,21 @@ def top(tmp_path) -> Path:
     return top
 
 
-def start(top: Path, model: str, hub: Hub | str = "http://127.0.0.1:9", **environment: str) -> subprocess.Popen:
+NOWHERE = "http://127.0.0.1:9"  # nothing listens there
+
+
+def start(top: Path, model: str, hub: Hub | str = NOWHERE, python=(sys.executable,), **environment: str):
+    """`fetch_model.py` as a process whose hub is `hub`, and that is not logged in."""
     clean = {name: value for name, value in os.environ.items() if not re.match("HF_|HUGGING|.*proxy", name, re.I)}
     clean |= {"HF_HOME": str(top / "no login"), "HF_ENDPOINT": hub if isinstance(hub, str) else hub.url}
-    command = [sys.executable, top / "utils" / "fetch_model.py", model]
+    command = [*python, top / "utils" / "fetch_model.py", model]
     pipes = {"stdout": subprocess.PIPE, "stderr": subprocess.PIPE, "text": True}
     return subprocess.Popen(command, env={**clean, **environment}, **pipes)
 
 
-def fetch(top: Path, model: str, hub: Hub | str = "http://127.0.0.1:9", **environment: str):
+def fetch(top: Path, model: str, hub: Hub | str = NOWHERE, **options) -> tuple[int, str, str]:
     """Status, stdout and stderr of `fetch_model.py`."""
-    process = start(top, model, hub, **environment)
+    process = start(top, model, hub, **options)
     stdout, stderr = process.communicate(timeout=60)
     return process.returncode, stdout, stderr
 
@@ -239,11 +243,13 @@ def test_the_hubs_own_login_is_used(top, tiny):
         ("org/huge", {}, "of disk are free"),
         ("org/tiny", {"HF_ENDPOINT": "hf-mirror.com"}, "HF_ENDPOINT=hf-mirror.com: is no address"),
         ("org/tiny", {"HF_ENDPOINT": "{hub}/elsewhere"}, "knows no such address; is HF_ENDPOINT a hub"),
+        ("org/tiny", {"HF_ENDPOINT": "{hub}/a%20page"}, "does not answer as a hub does"),
         ("org/tiny", {"HF_ENDPOINT": "http://127.0.0.1:{closed}"}, "cannot be reached"),
         ("org/..", {}, "is not a hub repository's name"),
         ("org/name/more", {}, "is not a hub repository's name"),
         ("llama-9b", {}, "is not known; known: bert, gemma-3-4b"),
         ("smollm2-135m@main", {}, "is not from the hub"),
+        ("", {}, "say which model: make model MODEL=...; known: smollm2-135m, qwen2.5-0.5b"),
     ],
 )
 def test_what_the_hub_refuses_is_one_line_with_the_way_out(top, tiny, model, environment, said):
@@ -272,6 +278,15 @@ def test_a_file_that_does_not_have_the_told_hash_is_fetched_again_next_time(top,
         repository.told_hashes = {}
         status, _, stderr = fetch(top, QWEN, hub)
         assert status == 0, stderr
+
+
+def test_a_disk_that_fills_up_is_one_line_and_what_came_is_kept(top, tiny):
+    with Hub({QWEN: Repository({**tiny, "model.safetensors": weights_of(24 * MB)})}) as hub:
+        limited = ["bash", "-c", f'ulimit -f {15 * MB // 1024}; exec "$@"', "limited", sys.executable]
+        assert "File too large; no file is left half-written" in error_of(fetch(top, QWEN, hub, python=limited))
+        status, _, stderr = fetch(top, QWEN, hub)
+        assert status == 0, stderr
+        assert [request.range for request in hub.of("model.safetensors")] == [None, f"bytes={15 * MB}-"]
 
 
 def test_another_model_of_the_same_name_and_a_changed_one_are_not_taken_for_the_one_asked_for(top, tiny):

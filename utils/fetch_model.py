@@ -48,6 +48,10 @@ def main() -> None:
 def asked_for(text: str) -> dict:
     """What is to be brought: the table's mapping, or one for another model (hub_id, revision, folder, license)."""
     name, _, revision = text.strip().partition("@")
+    if not name:
+        raise UserError(
+            f"say which model: make model MODEL=...; known: {', '.join(models.table())}; any other: org/name"
+        )
     if "/" in name:
         if not REPOSITORY.fullmatch(name) or ".." in name:
             raise UserError(f"model {name!r} is not a hub repository's name; it looks like org/name")
@@ -76,6 +80,8 @@ def check(folder: Path, entry: dict) -> None:
     if not told:
         say(f"{name} is there and whole (put there by hand)")
         return
+    if not {"hub_id", "revision", "sha256"} <= set(told):
+        raise UserError(f"{name}/{models.SOURCE_FILE}: make model did not write this; remove it and run it again")
     if entry["hub_id"] and (told["hub_id"] or "").lower() != entry["hub_id"].lower():
         raise UserError(f"{name}: holds {told['hub_id']}, not {entry['hub_id']}; move it away and run it again")
     wanted = entry["revision"]
@@ -191,8 +197,10 @@ def gigabytes(size: int) -> str:
 def download(hub_id: str, commit: str, chosen: dict, staging: Path) -> None:
     """Bring all chosen files into `staging`; what is there whole is not fetched again."""
     from huggingface_hub import constants, snapshot_download
+    from huggingface_hub.utils import disable_progress_bars
 
     if constants.HF_HUB_DISABLE_XET:
+        disable_progress_bars("huggingface_hub.snapshot_download")  # the large files have their own, the rest is small
         for file in chosen.values():
             if file.lfs is not None:
                 bring_large_file(hub_id, commit, file, staging)
