@@ -184,15 +184,17 @@ def test_a_stopped_download_ends_at_once_and_is_kept(top, tiny):
         assert left_in(top) == [".Qwen2.5-0.5B-Instruct.download"]
 
 
-def test_a_part_of_an_older_commit_is_not_continued(top, tiny):
+def test_what_came_of_an_older_commit_is_not_used(top, tiny):
     staging = top / "models" / ".Qwen2.5-0.5B-Instruct.download"
     staging.mkdir()
     (staging / ".model.safetensors.0123456789abcdef.part").write_bytes(b"old")
     (staging / "model-00001-of-00009.safetensors").write_bytes(b"old")
+    (staging / "model.safetensors").write_bytes(bytes(len(tiny["model.safetensors"])))
     with Hub({QWEN: Repository(tiny)}) as hub:
         assert fetch(top, QWEN, hub)[0] == 0
-    names = {path.name for path in (top / "models" / "Qwen2.5-0.5B-Instruct").iterdir()}
-    assert names == {*tiny, "source.json"}
+    folder = top / "models" / "Qwen2.5-0.5B-Instruct"
+    assert {path.name for path in folder.iterdir()} == {*tiny, "source.json"}
+    assert (folder / "model.safetensors").read_bytes() == tiny["model.safetensors"]
 
 
 def test_two_calls_at_once_download_once(top, tiny):
@@ -246,6 +248,8 @@ def test_the_hubs_own_login_is_used(top, tiny):
         ("org/tiny", {"HF_ENDPOINT": "{hub}/a%20page"}, "does not answer as a hub does"),
         ("org/tiny", {"HF_ENDPOINT": "http://127.0.0.1:{closed}"}, "cannot be reached"),
         ("org/..", {}, "is not a hub repository's name"),
+        ("org/gpt2", {}, "models/gpt2 would be taken for gpt2 (openai-community/gpt2)"),
+        ("org/BERT", {}, "would be taken for bert"),
         ("org/name/more", {}, "is not a hub repository's name"),
         ("llama-9b", {}, "is not known; known: bert, gemma-3-4b"),
         ("smollm2-135m@main", {}, "is not from the hub"),

@@ -55,8 +55,7 @@ def asked_for(text: str) -> dict:
     if "/" in name:
         if not REPOSITORY.fullmatch(name) or ".." in name:
             raise UserError(f"model {name!r} is not a hub repository's name; it looks like org/name")
-        known = (values for values in models.table().values() if (values["hub_id"] or "").lower() == name.lower())
-        entry = next(known, {"hub_id": name, "revision": None, "folder": name.split("/")[1], "license": None})
+        entry = entry_of_repository(name)
     else:
         try:
             _, entry = models.entry(name)
@@ -65,6 +64,20 @@ def asked_for(text: str) -> dict:
     if revision and not entry["hub_id"]:
         raise UserError(f"model {text!r}: {name} is not from the hub, so it has no revision; leave @{revision} away")
     return {**entry, "revision": revision or entry["revision"]}
+
+
+def entry_of_repository(hub_id: str) -> dict:
+    """The table's mapping of a hub repository, or a new one that is filed under the repository's name."""
+    folder = hub_id.split("/")[1]
+    for short, values in models.table().items():
+        if (values["hub_id"] or "").lower() == hub_id.lower():
+            return values
+        if folder.lower() in (short, values["folder"].lower()):
+            raise UserError(
+                f"{hub_id}: models/{folder} would be taken for {short} ({values['hub_id']}); "
+                "give it a short name and a folder of its own in models/models.yaml"
+            )
+    return {"hub_id": hub_id, "revision": None, "folder": folder, "license": None}
 
 
 # ---------------------------------------------------------------------------------------------- what is there already
@@ -85,10 +98,8 @@ def check(folder: Path, entry: dict) -> None:
     if entry["hub_id"] and (told["hub_id"] or "").lower() != entry["hub_id"].lower():
         raise UserError(f"{name}: holds {told['hub_id']}, not {entry['hub_id']}; move it away and run it again")
     wanted = entry["revision"]
-    if models.is_commit(wanted) and not told["revision"].startswith(wanted):
-        raise UserError(
-            f"{name}: is at revision {told['revision'][:12]}, not {wanted[:12]}; move it away and run it again"
-        )
+    if models.is_commit(wanted) and not (told["revision"] or "").startswith(wanted):
+        raise UserError(f"{name}: is at revision {told['revision']}, not {wanted}; move it away and run it again")
     if models.identity_of(folder)["sha256"] != told["sha256"]:
         changed = models.changed_files(folder)
         raise UserError(
@@ -218,7 +229,7 @@ def bring_large_file(hub_id: str, commit: str, file, staging: Path) -> None:
     from huggingface_hub.utils import build_hf_headers
 
     final, part = staging / file.rfilename, part_of(staging, file)
-    if final.is_file():
+    if final.is_file() and final.stat().st_size == file.size:
         return
     if part.is_file() and part.stat().st_size > file.size:
         part.unlink()
