@@ -30,7 +30,7 @@ test-all: setup  ## run the tests that take minutes too
 setup:  ## make .venv from requirements.txt (every target does so by itself)
 	@$(PYTHON) utils/setup_env.py
 
-model: setup  ## bring a base model: MODEL=smollm2-135m
+model: setup  ## bring a base model: MODEL=qwen2.5-0.5b, or any of the hub: MODEL=org/name
 	@$(PY) utils/fetch_model.py "$$MODEL"
 
 register: setup  ## register a dataset: FILE=data/math/X.json [NAME=X] [MAP="prompt=question response=answer"]
