@@ -51,11 +51,11 @@ save_only_model: true
 
 
 class Projects:
-    """A user's folder tree with every tiny model, a dataset of text and one of pictures."""
+    """A user's folder tree with tiny models (all of them by default), a dataset of text and one of pictures."""
 
-    def __init__(self, top: Path):
+    def __init__(self, top: Path, names: tuple[str, ...] = ()):
         self.top = top
-        command = [sys.executable, ROOT / "tests" / "tiny_models.py", top / "models"]
+        command = [sys.executable, ROOT / "tests" / "tiny_models.py", top / "models", *names]
         subprocess.run(command, check=True, capture_output=True)
         subprocess.run([sys.executable, ROOT / "tests" / "tiny_pictures.py", top / "data"], check=True)
 
@@ -76,9 +76,14 @@ class Projects:
 
         recipe = self.recipe(name, phase)
         overrides = SMALL_PRETRAIN if phase == "pretrain" else SMALL_FINETUNE
-        result = warm.start("train", [str(recipe), str(RANK), *overrides], {}, self.top / "log.txt").wait()
+        result = self.start(recipe, *overrides)
         assert result.status == 0, result.output
         return rank_config.run_folder(recipe, rank_config.render(recipe, RANK, list(overrides)))
+
+    def start(self, recipe: Path, *overrides: str, **environment: str) -> warm.Result:
+        """Run utils/train.py on a recipe to its end."""
+        arguments = [str(recipe), str(RANK), *overrides]
+        return warm.start("train", arguments, environment, self.top / "log.txt").wait()
 
 
 @pytest.fixture(scope="module")

@@ -81,7 +81,7 @@ def tokenizer_of(name: str):
 
 
 def make(name: str, folder: Path) -> None:
-    """Write the tiny model of a short name, its tokenizer and, where the real one has one, its processor to `folder`."""
+    """Write the tiny model of a short name with its tokenizer, and a processor where the real one has one."""
     import torch
     import transformers as hf
 
