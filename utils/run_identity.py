@@ -14,6 +14,7 @@ import dataset_info
 import files
 import models
 import paths
+import pictures
 import prompt_templates
 from cli import UserError
 from rank_config import DEFAULT_SEED, resolve
@@ -114,7 +115,7 @@ def changes(old: dict, new: dict) -> list[str]:
 
 
 def _data_of(name: str, recipe: Path, config: dict) -> dict:
-    """What is read of one dataset: its entry, its file, and the first `max_samples` rows, which are trained on."""
+    """What is read of one dataset: entry, file, and the first `max_samples` rows, trained on, with their pictures."""
     folder = resolve(recipe, config.get("dataset_dir", "data"))
     entry = dataset_info.entry_of(name, folder)
     dataset_info.require_trainable(name, entry)
@@ -123,6 +124,7 @@ def _data_of(name: str, recipe: Path, config: dict) -> dict:
     path = dataset_info.data_file(name, folder)
     rows = dataset_info.load_rows(path)
     used = rows[: config.get("max_samples") or len(rows)]
+    media = resolve(recipe, config["media_dir"]) if config.get("media_dir") else folder
     return {
         "name": name,
         "file": entry["file_name"],
@@ -131,6 +133,7 @@ def _data_of(name: str, recipe: Path, config: dict) -> dict:
         "rows_in_file": len(rows),
         "rows": len(used),
         "rows_sha256": files.sha256_of_value(used),
+        "pictures": pictures.identity_of(used, entry, path, media),
     }
 
 
@@ -141,6 +144,8 @@ def _data_changes(old: list[dict], new: list[dict]) -> list[str]:
     for before, after in zip(old, new, strict=True):
         if before.get("rows_sha256") != after["rows_sha256"]:
             found.append(f"the rows of {after['file']} ({before.get('rows')} -> {after['rows']} rows)")
+        if before.get("pictures") != after.get("pictures"):
+            found.append(f"the pictures of {after['file']}")
         if before.get("entry") != after["entry"]:
             found.append(f"the entry of {after['name']} in dataset_info.json")
     return found

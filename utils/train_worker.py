@@ -16,6 +16,8 @@ from safetensors import SafetensorError
 import cli
 import devices
 import files
+import models
+import paths
 import prompt_templates
 import rank_config
 from cli import UserError
@@ -30,8 +32,8 @@ SETTINGS_ERRORS = (
     OSError,
     RuntimeError,
     AssertionError,
+    SafetensorError,
 )
-SETTINGS_ERRORS += (SafetensorError,)
 
 
 def train(job: dict) -> None:
@@ -39,7 +41,8 @@ def train(job: dict) -> None:
 
     Args:
         job: `recipe` (absolute path; its paths are relative to its folder), `config` (the rendered recipe), `staging`
-            (absolute path of an existing empty folder) and `devices` (as devices.choose gives them, already pinned).
+            (absolute path of an existing empty folder), `devices` (as devices.choose gives them, already pinned) and
+            `pictures` (whether a dataset has some).
 
     Raises UserError for what the recipe asks and LLaMA-Factory or this machine cannot do.
     """
@@ -64,12 +67,14 @@ def train(job: dict) -> None:
     for key in ("model_name_or_path", "dataset_dir", "media_dir", "resume_from_checkpoint"):
         if arguments.get(key):
             arguments[key] = str(rank_config.resolve(recipe, arguments[key]))
-    # datasets knows a file by its time and size; a cache of this run's own cannot give it rows of another day
+    # datasets knows a file by its time and size, and tokenised rows by their text without their pictures; a cache of
+    # this run's own cannot give it rows or pictures of another day
     arguments["cache_dir"] = str(staging / "cache")
     if collects:
         arguments["save_strategy"] = "no"  # the collector saves
     prompt_templates.register()
     check_arguments(recipe, arguments)
+    check_template(recipe, arguments, job["pictures"])
     rules = Rules()
     collector = Collector(staging, config.get("save_total_limit")) if collects else None
     try:
@@ -102,19 +107,37 @@ def refusal(recipe: Path, error: BaseException) -> UserError:
 
 def check_arguments(recipe: Path, arguments: dict) -> None:
     """Let LLaMA-Factory read the arguments before anything is loaded; its objection becomes one line."""
-    from llamafactory.data import TEMPLATES
     from llamafactory.hparams import get_train_args
 
     try:
-        _, data_args, training_args, *_ = get_train_args(dict(arguments))
+        get_train_args(dict(arguments))
     except SETTINGS_ERRORS as error:
         raise refusal(recipe, error) from None
-    template = data_args.template
-    if template is not None and template not in TEMPLATES:
+
+
+def check_template(recipe: Path, arguments: dict, has_pictures: bool) -> None:
+    """Refuse a template that is not known, or that does not go with the data or the model as to pictures."""
+    from llamafactory.data import TEMPLATES
+
+    template = arguments.get("template")
+    if template is None:
+        return
+    if template not in TEMPLATES:
         near = sorted(name for name in TEMPLATES if name.startswith(str(template)[:2]))
         raise UserError(
             f"{recipe}: template {template!r} is not known to LLaMA-Factory nor in utils/prompt_templates.py"
             f"{'; near ones: ' + ', '.join(near) if near else ''}"
+        )
+    takes_pictures = TEMPLATES[template].mm_plugin.image_token is not None
+    if has_pictures and not takes_pictures:
+        raise UserError(
+            f"{recipe}: template {template!r} takes no pictures, but the data have some; one such is qwen2_vl"
+        )
+    model = rank_config.resolve(recipe, arguments["model_name_or_path"])
+    if takes_pictures and not any((model / name).is_file() for name in models.PROCESSOR_FILES):
+        raise UserError(
+            f"{recipe}: template {template!r} is for models that read pictures, but {paths.relative(model)} has no "
+            "preprocessor_config.json; bring the whole model, or use the template of its text-only kin"
         )
 
 
