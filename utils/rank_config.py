@@ -25,6 +25,7 @@ WHOLE_NUMBERS = (
     "seed", "max_steps", "save_total_limit", "max_samples", "cutoff_len", "per_device_train_batch_size",
     "gradient_accumulation_steps",
 )  # fmt: skip
+NUMBERS = ("learning_rate", "num_train_epochs", "lora_alpha", "lora_dropout", "weight_decay", "max_grad_norm")
 # Keys with which something else would be trained than the manifest could say, or in a way the collector cannot follow.
 REFUSED = {
     "tokenized_path": "reads other rows than the dataset's; leave it away",
@@ -177,6 +178,10 @@ def _check_keys(recipe: Path, config: dict) -> None:
             refuse(key, "is no place for a token; log in with .venv/bin/hf auth login, or set HF_TOKEN")
     if not isinstance(config.get("dataset_dir", ""), str):
         refuse("dataset_dir", f"{config['dataset_dir']!r} is not a folder's path")
+    for key in NUMBERS:
+        value = config.get(key)
+        if value is not None and (not isinstance(value, int | float) or isinstance(value, bool)):
+            refuse(key, f"{value!r} is not a number")
     for key in WHOLE_NUMBERS:
         value = config.get(key)
         if value is not None and (not isinstance(value, int) or isinstance(value, bool)):
