@@ -20,7 +20,9 @@ from typing import Any
 import files
 from cli import UserError, run, say
 from dataset_info import (
+    ACCEPTED_ROWS,
     FOREIGN_KEYS,
+    HELD_OUT,
     PROMPTS_ONLY,
     columns_in,
     columns_of,
@@ -86,31 +88,62 @@ def file_of(name: str, category: str, data_dir: Path) -> Path:
     raise UserError(f"{relative(data_dir / category)}: {holds} {name}_train.json; give the file itself")
 
 
-def register(file: Path, name: str, named: dict[str, str], prompts_only: bool, replace: bool, data_dir: Path) -> None:
+def register(
+    file: Path,
+    name: str,
+    named: dict[str, str],
+    prompts_only: bool,
+    replace: bool,
+    data_dir: Path,
+    marks: dict[str, Any] | None = None,
+) -> None:
     """Write the entry `name` for `file` into the dataset_info.json of `data_dir` when every row of it is sound.
 
     `named`: columns that the user names, e.g. {"prompt": "question"}. `replace`: `name` may stand for another file.
+    `marks`: held_out and accepted_rows; those that the entry has already stay where `marks` does not name them.
     Raises UserError for the first of all things that are wrong; then nothing is written.
     """
     file_name, label = place_of(file, data_dir), relative(file)
     file = Path(data_dir) / file_name
-    if not NAME.fullmatch(name):
-        raise UserError(f"{label}: {name!r} {NAME_RULE}; give another --name")
     rows = load_rows(file)
-    try:
-        entry = {"file_name": file_name} | infer_entry(rows, named, prompts_only)
-    except UserError as error:
-        raise UserError(f"{label}: {error}") from None
     info = read_info(data_dir)
-    faults = entry_faults(entry) + row_faults(rows, entry) + split_faults(name, file, rows, info, data_dir)
-    if faults:
-        more = [f"{label}: {len(faults)} faults in all"] if len(faults) > SHOWN else []
-        raise UserError("\n".join([f"{label}: {fault}" for fault in faults[:SHOWN]] + more))
+    entry = sound_entry(rows, file_name, label, name, named, prompts_only, marks or {}, info, data_dir)
     outcome = store(name, entry, replace, data_dir)
     say(f"{name}: {outcome}: {label}, {len(rows)} rows{', prompts only: not for training' if prompts_only else ''}")
     say(f"columns: {', '.join(f'{kind}={column}' for kind, column in columns_of(entry).items())}")
     for note in notes_on(name, file, rows, entry, info, data_dir):
         say(f"note: {note}")
+
+
+def sound_entry(
+    rows: list[dict],
+    file_name: str,
+    label: str,
+    name: str,
+    named: dict[str, str],
+    prompts_only: bool,
+    marks: dict[str, Any],
+    info: dict[str, Any],
+    data_dir: Path,
+) -> dict[str, Any]:
+    """The entry `name` for these rows of data/`file_name`, which messages call `label`. Raises UserError like
+    `register`, which says what the other arguments are."""
+    if not NAME.fullmatch(name):
+        raise UserError(f"{label}: {name!r} {NAME_RULE}; give another --name")
+    try:
+        entry = {"file_name": file_name} | infer_entry(rows, named, prompts_only)
+    except UserError as error:
+        raise UserError(f"{label}: {error}") from None
+    old = info.get(name)
+    if isinstance(old, dict) and old.get("file_name") == file_name:
+        marks = {key: old[key] for key in (HELD_OUT, ACCEPTED_ROWS) if key in old} | marks
+    entry |= {key: value for key, value in marks.items() if value}
+    faults = entry_faults(entry) or row_faults(rows, entry)
+    faults += split_faults(name, Path(data_dir) / file_name, rows, info, data_dir)
+    if faults:
+        more = [f"{label}: {len(faults)} faults in all"] if len(faults) > SHOWN else []
+        raise UserError("\n".join([f"{label}: {fault}" for fault in faults[:SHOWN]] + more))
+    return entry
 
 
 def place_of(file: Path, data_dir: Path) -> str:
@@ -135,18 +168,25 @@ def store(name: str, entry: dict[str, Any], replace: bool, data_dir: Path) -> st
     with waiting_lock(files.beside(path, "lock")):
         content = path.read_bytes() if path.exists() else b"{}\n"
         info = parse_info(content, path)
+        old_file = require_free(name, entry["file_name"], replace, info, path)
         old = info.get(name)
-        old_file = old.get("file_name") if isinstance(old, dict) else None
-        if name in info and old_file != entry["file_name"] and not replace:
-            way_out = "give another --name, or --replace to register this file in its place"
-            raise UserError(f"{relative(path)}: {name!r} is already registered for {old_file!r}; {way_out}")
         if old_file == entry["file_name"]:
-            ours = {"formatting", "columns", "tags", PROMPTS_ONLY, *FOREIGN_KEYS}
+            ours = {"formatting", "columns", "tags", PROMPTS_ONLY, HELD_OUT, ACCEPTED_ROWS, *FOREIGN_KEYS}
             entry = entry | {key: value for key, value in old.items() if key not in ours}
         if old == entry:
             return "already registered, nothing to change"
         files.write_atomically(path, with_entry(content.decode(), name, entry).encode())
         return "registered anew" if name in info else "registered"
+
+
+def require_free(name: str, file_name: str, replace: bool, info: dict[str, Any], path: Path) -> str | None:
+    """The file that `name` stands for by now. Raises UserError when that is another one and `replace` is not given."""
+    old = info.get(name)
+    old_file = old.get("file_name") if isinstance(old, dict) else None
+    if name in info and old_file != file_name and not replace:
+        way_out = "give another --name, or --replace to register this file in its place"
+        raise UserError(f"{relative(path)}: {name!r} is already registered for {old_file!r}; {way_out}")
+    return old_file
 
 
 @contextlib.contextmanager
