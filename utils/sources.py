@@ -63,7 +63,9 @@ def family(dataset: str) -> str:
 
 
 def selected(files: dict[str, dict], datasets: list[str], category: str | None) -> list[str]:
-    """The names of the files of `datasets` (loose names of datasets, splits or files) and of a category; [] and None: all.
+    """The names of the files of `datasets` and of a category; [] and None: all.
+
+    A dataset brings its splits; a split or a file may be named too, all without case and punctuation.
 
     Raises UserError for a name that is not known.
     """
