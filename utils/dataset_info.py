@@ -11,6 +11,7 @@ from collections.abc import Iterable
 from pathlib import Path, PurePosixPath
 from typing import Any
 
+import sources
 from cli import UserError
 from paths import CATEGORIES, DATA, relative
 
@@ -81,13 +82,22 @@ def entry_of(name: str, data_dir: Path = DATA) -> dict[str, Any]:
     """The entry of the dataset `name`. Raises UserError when there is none or LLaMA-Factory could not use it."""
     info, where = read_info(data_dir), relative(Path(data_dir) / "dataset_info.json")
     if name not in info:
-        files = files_named(name, CATEGORIES, data_dir) or [Path(data_dir) / "<category>" / "<file>.json"]
-        way_out = " or ".join(f"`make register FILE={relative(file)}`" for file in files)
+        files = files_named(name, CATEGORIES, data_dir)
+        ways = [
+            f"`make register FILE={relative(file)}`" for file in files or [Path(data_dir) / "<category>/<file>.json"]
+        ]
+        way_out = " or ".join(ways if files or not is_prepared(name, data_dir) else [f"`make data DATASET={name}`"])
         known = ", ".join(info) or "none yet"
         raise UserError(f"dataset {name!r} is not registered in {where}: {way_out}; registered: {known}")
     for fault in entry_faults(info[name]):
         raise UserError(f"{where}: {name}: {fault}")
     return info[name]
+
+
+def is_prepared(name: str, data_dir: Path) -> bool:
+    """Whether `make data` can bring the dataset `name`."""
+    table = Path(data_dir) / "sources.yaml"
+    return table.is_file() and any(entry["dataset"] == name for entry in sources.table(table)["files"].values())
 
 
 def data_file(name: str, data_dir: Path = DATA) -> Path:
@@ -202,6 +212,11 @@ def entry_faults(entry: Any) -> list[str]:
         given = "a response column and prompts_only" if "response" in columns else "no response column"
         faults.append(f"the entry has {given}; register the file again, with --prompts-only if it has prompts only")
     return faults
+
+
+def without_marks(entry: dict[str, Any]) -> dict[str, Any]:
+    """What of an entry decides how its rows are trained on."""
+    return {key: value for key, value in entry.items() if key not in (HELD_OUT, ACCEPTED_ROWS)}
 
 
 def mark_faults(entry: dict[str, Any]) -> list[str]:

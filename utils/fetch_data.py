@@ -149,6 +149,7 @@ def fetched(
         threading.Thread(target=work, daemon=True).start()
     left = len(wanted)
     while left:
+        bar.set_description(f"{left} to go")
         try:
             yield done.get(timeout=PLAIN_PROGRESS_S if bar.disable else None)
             left -= 1
@@ -184,6 +185,8 @@ def bring(name: str, entry: dict, source: "Source", force: bool, tries: int, dat
             raise
         size = part.stat().st_size
         os.replace(part, target)
+        for left_over in target.parent.glob(f".{name}.*.part"):  # of what the table named before
+            left_over.unlink()
         files.sync_folder(target.parent)
         seconds = max(time.monotonic() - start, 1e-3)
     return f"fetched, {size / 1e6:.1f} MB, {size / 1e6 / seconds:.1f} MB/s"
@@ -381,9 +384,9 @@ def register(name: str, entry: dict, force: bool, data_dir: Path) -> None:
     prompts_only = entry["kind"] == "prompts"
     try:
         found = dataset_info.infer_entry(rows, named, prompts_only)
-    except UserError:
+    except UserError as error:
         if entry["kind"] != "test":
-            raise UserError(f"is at {relative(file)}, but does not register; see `make register FILE=...`") from None
+            raise UserError(f"is at {relative(file)}, but cannot be registered: {error}") from None
         prompts_only = True
         found = dataset_info.infer_entry(rows, named, prompts_only)
     gaps = dataset_info.gaps(rows, found)

@@ -114,7 +114,7 @@ def _data_changes(old: list[dict], new: list[dict]) -> list[str]:
     for before, after in zip(old, new, strict=True):
         if before["rows_sha256"] != after["rows_sha256"]:
             found.append(f"the rows of {after['file']} ({before['rows']} -> {after['rows']} rows)")
-        if before["entry"] != after["entry"]:
+        if dataset_info.without_marks(before["entry"]) != dataset_info.without_marks(after["entry"]):
             found.append(f"the entry of {after['name']} in dataset_info.json")
     return found
 
