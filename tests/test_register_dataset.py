@@ -170,12 +170,26 @@ def test_llama_factory_reads_every_row_that_was_accepted(data):
     for place, rows in files.items():
         registered(data, put(data, place, rows))
     registered(data, put(data, "math/Asks.json", [{"prompt": "a"}]), "--prompts-only")
+    gap = [*sums(), {"prompt": "a", "response": ""}]
+    registered(data, put(data, "math/Gap.json", gap), "--accept-rows", 4, "--held-out", 1)
     names = list(manifest(data))
     for name, attributes in zip(names, get_dataset_list(names, str(data)), strict=True):
         convert = get_dataset_converter(attributes.formatting, attributes, SimpleNamespace(media_dir=str(data)))
         for row in dataset_info.load_rows(dataset_info.data_file(name, data)):
             read = convert(row)
             assert len(read["_prompt"]) % 2 == 1 and len(read["_response"]) == (name != "Asks")
+
+
+def test_rows_with_gaps_are_accepted_only_by_number_and_only_where_there_is_one(data):
+    rows = sums() + [{"prompt": "a", "response": ""}, {"prompt": "b", "response": None}]
+    file = put(data, "math/Gap.json", rows)
+    assert refused(data, file, "--accept-rows", 4) == [f"error: {file}: row 5: empty response (column 'response')"]
+    assert "row 1: stands among the accepted_rows, but nothing is" in refused(data, file, "--accept-rows", 1, 4, 5)[0]
+    assert "accepted_rows: no row 6" in refused(data, file, "--accept-rows", 4, 5, 6)[0]
+    info, _ = registered(data, file, "--accept-rows", 4, 5)
+    assert info["Gap"]["accepted_rows"] == [4, 5]
+    put(data, "math/Gap.json", sums() + [{"prompt": 1, "response": ""}, {"prompt": "b", "response": ""}])
+    assert "row 4: the column 'prompt' holds a number, not text" in refused(data, file)[0]
 
 
 # What happens to dataset_info.json
@@ -334,7 +348,7 @@ def test_files_elsewhere_are_refused(data):
     assert "A.json: unknown category 'maths'; the categories are coding, common-sense-reasoning, math, multi" in unknown
     assert "unknown category 'Math'; the categories are coding" in refused(data, "--name", "A", "--category", "Math")[0]
     assert "does not lie right in data/<category>/" in refused(data, put(data, "A.json", sums()))[0]
-    assert "is not a .json file" in refused(data, put(data, "math/A.jsonl", sums()))[0]
+    assert "is not a .json file" in refused(data, put(data, "math/A.txt", sums()))[0]
     assert "there is no such file" in refused(data, data / "math/None.json")[0]
     assert "there is no such file" in refused(data, data / "math")[0]
 
@@ -499,6 +513,10 @@ def test_an_unregistered_dataset_names_the_way_out(data):
         dataset_info.entry_of("Sums", data)
     with pytest.raises(UserError, match=r"make register FILE=.*data/<category>/<file>.json`; registered: none yet"):
         dataset_info.entry_of("Other", data)
+    table = Path(__file__).parent.parent / "data" / "sources.yaml"
+    put(data, "sources.yaml", table.read_text(encoding="utf-8"))
+    with pytest.raises(UserError, match=r"'ARC-c' is not registered in .*: `make data DATASET=ARC-c`"):
+        dataset_info.entry_of("ARC-c", data)
 
 
 def test_a_file_that_went_away_is_named(data):

@@ -146,7 +146,7 @@ def _data_changes(old: list[dict], new: list[dict]) -> list[str]:
             found.append(f"the rows of {after['file']} ({before.get('rows')} -> {after['rows']} rows)")
         if before.get("pictures") != after.get("pictures"):
             found.append(f"the pictures of {after['file']}")
-        if before.get("entry") != after["entry"]:
+        if dataset_info.without_marks(before.get("entry") or {}) != dataset_info.without_marks(after["entry"]):
             found.append(f"the entry of {after['name']} in dataset_info.json")
     return found
 
