@@ -7,10 +7,10 @@ CODE := utils tests bench
 
 RANK := $(or $(RANK),8)
 # What a user sets on the command line reaches the scripts through the environment.
-export DATASET MODEL RANK KEEP SEED FORCE DEVICES FILE NAME CATEGORY MAP
+export DATASET MODEL RANK KEEP SEED FORCE DEVICES FILE NAME CATEGORY MAP FROM TEMPLATE
 
 .DEFAULT_GOAL := help
-.PHONY: help setup lock model register check-data pretrain finetune collect verify clean-checkpoints demo test lint format
+.PHONY: help setup lock model register check-data recipe check-recipes pretrain finetune collect verify clean-checkpoints demo test lint format
 
 help:  ## list the targets
 	@awk -F ':.*## ' '/^##@/ {print "\n" substr($$0, 5)} /^[a-z-]+:.*## / {printf "  make %-18s %s\n", $$1, $$2}' Makefile
@@ -36,6 +36,12 @@ register: setup  ## register a dataset: FILE=data/math/X.json [NAME=X] [MAP="pro
 
 check-data: setup  ## check every dataset in data/dataset_info.json
 	@$(PY) utils/register_dataset.py --check
+
+recipe: setup  ## write a new pair of recipes to edit: DATASET=X MODEL=gpt2 [FROM=ARC-c] [TEMPLATE=..] [CATEGORY=..]
+	@$(PY) utils/make_recipe.py
+
+check-recipes: setup  ## check every recipe, or FILE and its other half: names, keys, templates, the pair's agreement
+	@$(PY) utils/check_recipes.py $${FILE:+"$$FILE"}
 
 ##@ Train and collect
 pretrain: setup  ## train the adapter to a good region: DATASET=ARC-c RANK=8
