@@ -7,10 +7,10 @@ CODE := utils tests bench
 
 RANK := $(or $(RANK),8)
 # What a user sets on the command line reaches the scripts through the environment.
-export DATASET MODEL RANK KEEP SEED FORCE DEVICES FILE NAME CATEGORY MAP FROM TEMPLATE
+export DATASET MODEL RANK KEEP SEED FORCE DEVICES FILE NAME CATEGORY MAP ACCEPT HELD_OUT FROM TEMPLATE
 
 .DEFAULT_GOAL := help
-.PHONY: help setup lock model register check-data recipe check-recipes pretrain finetune collect verify clean-checkpoints demo test lint format
+.PHONY: help setup lock model data data-all register check-data recipe check-recipes pretrain finetune collect verify clean-checkpoints demo test lint format
 
 help:  ## list the targets
 	@awk -F ':.*## ' '/^##@/ {print "\n" substr($$0, 5)} /^[a-z-]+:.*## / {printf "  make %-18s %s\n", $$1, $$2}' Makefile
@@ -30,9 +30,16 @@ setup:  ## make .venv from requirements.txt (every target does so by itself)
 model: setup  ## bring a base model: MODEL=smollm2-135m
 	@$(PY) utils/fetch_model.py "$$MODEL"
 
-register: setup  ## register a dataset: FILE=data/math/X.json [NAME=X] [MAP="prompt=question response=answer"]
+data: setup  ## bring prepared datasets and register them: DATASET=ARC-c, or CATEGORY=math
+	@$(PY) utils/fetch_data.py $${DATASET:+"$$DATASET"} $${CATEGORY:+--category "$$CATEGORY"}
+
+data-all: setup  ## bring all prepared datasets of all categories
+	@$(PY) utils/fetch_data.py --all
+
+register: setup  ## register your own: FILE=data/math/X.json (or .csv .jsonl .parquet hub:org/name CATEGORY=math) [NAME= MAP=]
 	@$(PY) utils/register_dataset.py $${FILE:+"$$FILE"} $${NAME:+--name "$$NAME"} $${CATEGORY:+--category "$$CATEGORY"} \
-		$${MAP:+--columns $$MAP} $(if $(PROMPTS_ONLY),--prompts-only) $(if $(REPLACE),--replace)
+		$${MAP:+--columns "$$MAP"} $${ACCEPT:+--accept-rows $$ACCEPT} $${HELD_OUT:+--held-out "$$HELD_OUT"} \
+		$(if $(PROMPTS_ONLY),--prompts-only) $(if $(REPLACE),--replace)
 
 check-data: setup  ## check every dataset in data/dataset_info.json
 	@$(PY) utils/register_dataset.py --check

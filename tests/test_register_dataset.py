@@ -334,7 +334,7 @@ def test_files_elsewhere_are_refused(data):
     assert "A.json: unknown category 'maths'; the categories are coding, common-sense-reasoning, math, multi" in unknown
     assert "unknown category 'Math'; the categories are coding" in refused(data, "--name", "A", "--category", "Math")[0]
     assert "does not lie right in data/<category>/" in refused(data, put(data, "A.json", sums()))[0]
-    assert "is not a .json file" in refused(data, put(data, "math/A.jsonl", sums()))[0]
+    assert "is not a .json file" in refused(data, put(data, "math/A.txt", sums()))[0]
     assert "there is no such file" in refused(data, data / "math/None.json")[0]
     assert "there is no such file" in refused(data, data / "math")[0]
 

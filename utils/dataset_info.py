@@ -14,7 +14,10 @@ from typing import Any
 from cli import UserError
 from paths import CATEGORIES, DATA, relative
 
-PROMPTS_ONLY = "prompts_only"  # our mark in an entry; LLaMA-Factory ignores keys that it does not know
+# Our marks in an entry; LLaMA-Factory ignores keys that it does not know.
+PROMPTS_ONLY = "prompts_only"
+HELD_OUT = "held_out"  # the last so many rows are for scoring: no recipe trains on them
+ACCEPTED_ROWS = "accepted_rows"  # rows with a gap (no text, no answer) that stay as they are, by number
 IMAGES = ("images", "image")
 # What an entry may map, by its formatting, and the columns that are taken for it when the user names none.
 CANDIDATES = {
@@ -182,6 +185,7 @@ def entry_faults(entry: Any) -> list[str]:
             return [f"{key} is not an object of names"]
     faults = [f"{entry['file_name']}: lies outside data/"] if is_outside(entry["file_name"]) else []
     faults += [f"key {key!r} has no place in an entry here" for key in FOREIGN_KEYS if key in entry]
+    faults += mark_faults(entry)
     columns, tags = columns_of(entry), tags_of(entry)
     known = CANDIDATES[formatting]
     strange = [kind for kind in columns if kind not in known]
@@ -197,6 +201,15 @@ def entry_faults(entry: Any) -> list[str]:
     elif ("response" in columns) == bool(entry.get(PROMPTS_ONLY)):
         given = "a response column and prompts_only" if "response" in columns else "no response column"
         faults.append(f"the entry has {given}; register the file again, with --prompts-only if it has prompts only")
+    return faults
+
+
+def mark_faults(entry: dict[str, Any]) -> list[str]:
+    """What is wrong with an entry's marks by themselves."""
+    held_out, accepted = entry.get(HELD_OUT, 0), entry.get(ACCEPTED_ROWS, [])
+    faults = [] if type(held_out) is int and held_out >= 0 else [f"{HELD_OUT} {held_out!r} is not a number of rows"]
+    if not isinstance(accepted, list) or not all(type(number) is int and number > 0 for number in accepted):
+        faults.append(f"{ACCEPTED_ROWS} is not a list of row numbers")
     return faults
 
 
@@ -293,30 +306,65 @@ def row_faults(rows: list[dict[str, Any]], entry: dict[str, Any]) -> list[str]:
     if unmapped:
         return [f"{kind} is mapped to {column!r}, which no row has; there are {names}" for kind, column in unmapped]
     kinds: dict[str, tuple[str, int]] = {}
-    faults = []
+    accepted, faults = set(entry.get(ACCEPTED_ROWS, ())), mark_faults_in(rows, entry)
     for number, row in enumerate(rows, 1):
         missing = [column for column in present if column not in row] if len(row) < len(present) else []
         if missing:
             cause = f"lacks the column {missing[0]!r}, which others have (row {present[missing[0]]})"
         elif "messages" in columns:
-            cause = messages_fault(row[columns["messages"]], tags, bool(entry.get(PROMPTS_ONLY)))
+            cause = messages_fault(row[columns["messages"]], tags)
         else:
             cause = alpaca_fault(row, columns)
+        if not cause:
+            gap = gap_in(row, columns, tags, bool(entry.get(PROMPTS_ONLY)))
+            unfounded = f"stands among the {ACCEPTED_ROWS}, but nothing is wrong with it"
+            cause = gap if number not in accepted else None if gap else unfounded
         cause = cause or text_fault(row, columns, ("system",)) or picture_fault(row, columns)
         if cause := cause or kind_fault(row, number, kinds):
             faults.append(f"row {number}: {cause}")
     return faults
 
 
+def mark_faults_in(rows: list[dict[str, Any]], entry: dict[str, Any]) -> list[str]:
+    """What of an entry's marks does not fit its rows."""
+    count, held_out = len(rows), entry.get(HELD_OUT, 0)
+    faults = [f"{HELD_OUT} is {held_out}, which leaves none of {count} rows to train on"] if held_out >= count else []
+    return faults + [f"{ACCEPTED_ROWS}: no row {number}" for number in entry.get(ACCEPTED_ROWS, ()) if number > count]
+
+
+def gaps(rows: list[dict[str, Any]], entry: dict[str, Any]) -> dict[int, str]:
+    """The rows, by number, with which nothing is wrong but that a text or an answer is missing, and what is missing.
+
+    LLaMA-Factory loads such rows: it learns an empty answer as one, and drops a conversation out of turn.
+    """
+    columns, tags, found = columns_of(entry), tags_of(entry), {}
+    for number, row in enumerate(rows, 1):
+        if "messages" in columns:
+            fault = messages_fault(row.get(columns["messages"]), tags)
+        else:
+            fault = alpaca_fault(row, columns)
+        gap = None if fault else gap_in(row, columns, tags, bool(entry.get(PROMPTS_ONLY)))
+        if gap:
+            found[number] = gap
+    return found
+
+
+def gap_in(row: dict[str, Any], columns: dict[str, str], tags: dict[str, str], prompts_only: bool) -> str | None:
+    """What a row of the right shape lacks: a prompt, a response, the right order of turns."""
+    if "messages" in columns:
+        return messages_gap(row[columns["messages"]], tags, prompts_only)
+    if is_blank(row.get(columns.get("prompt"))) and is_blank(row.get(columns.get("query"))):
+        return f"empty prompt (column {columns.get('prompt') or columns['query']!r})"
+    if "response" in columns and is_blank(row.get(columns["response"])):
+        return f"empty response (column {columns['response']!r})"
+    return None
+
+
 def alpaca_fault(row: dict[str, Any], columns: dict[str, str]) -> str | None:
-    """What is wrong with the prompt, query, response and history of a row."""
+    """What is wrong with the shape of the prompt, query, response and history of a row."""
     fault = text_fault(row, columns, ("prompt", "query", "response"))
     if fault:
         return fault
-    if is_blank(row.get(columns.get("prompt"))) and is_blank(row.get(columns.get("query"))):
-        return f"empty prompt (column {columns.get('prompt') or columns['query']!r})"
-    if "response" in columns and is_blank(row[columns["response"]]):
-        return f"empty response (column {columns['response']!r})"
     history = row.get(columns.get("history")) or []
     whole = isinstance(history, list) and all(isinstance(turn, list) and len(turn) == 2 for turn in history)
     if not whole or not all(isinstance(text, str) and is_unicode(text) for turn in history for text in turn):
@@ -324,24 +372,31 @@ def alpaca_fault(row: dict[str, Any], columns: dict[str, str]) -> str | None:
     return None
 
 
-def messages_fault(messages: Any, tags: dict[str, str], prompts_only: bool) -> str | None:
-    """What is wrong with the messages of a row: user and assistant by turns, a response last unless `prompts_only`."""
+def messages_fault(messages: Any, tags: dict[str, str]) -> str | None:
+    """What is wrong with the shape of the messages of a row: a list of objects with a role and a text."""
     if not isinstance(messages, list):
         return f"the messages are {kind_of(messages)}, not a list"
-    turn = 0
     for number, message in enumerate(messages, 1):
         if not isinstance(message, dict):
             return f"message {number} is {kind_of(message)}, not an object"
         role, content = message.get(tags["role_tag"]), message.get(tags["content_tag"])
         if not isinstance(role, str):
             return f"message {number} has no role (key {tags['role_tag']!r})"
+        if not isinstance(content, str) or not is_unicode(content):
+            return f"message {number} holds {kind_of(content)}, not Unicode text (key {tags['content_tag']!r})"
+    return None
+
+
+def messages_gap(messages: list[dict], tags: dict[str, str], prompts_only: bool) -> str | None:
+    """What messages of the right shape lack: user and assistant by turns, a response last unless `prompts_only`."""
+    turn = 0
+    for number, message in enumerate(messages, 1):
+        role, content = message[tags["role_tag"]], message[tags["content_tag"]]
         leads = number == 1 and role == tags.get("system_tag")
         due = [tags.get(tag) for tag in (("user_tag", "observation_tag"), ("assistant_tag", "function_tag"))[turn % 2]]
         if not leads and role not in due:
             return f"message {number} is from {role!r} where {due[0]!r} is due"
         turn += not leads
-        if not isinstance(content, str) or not is_unicode(content):
-            return f"message {number} holds {kind_of(content)}, not Unicode text (key {tags['content_tag']!r})"
         if is_blank(content) and not leads:
             return f"message {number} is an empty {'response' if role == tags['assistant_tag'] else 'prompt'}"
     if turn == 0:

@@ -80,7 +80,6 @@ def main() -> None:
 
 def cell_of(model: str, dataset: str, template: str | None = None, category: str | None = None) -> Cell:
     """The cell that is meant by what a user types. Raises UserError naming the value and the right ones."""
-    data_dir = paths.DATA
     dataset = choose_dataset(dataset)
     place = recipe_facts.category_of(dataset)
     if category:
@@ -102,8 +101,8 @@ def cell_of(model: str, dataset: str, template: str | None = None, category: str
         lora_target=entry["lora_target"] if short in models.table() else lora_target_of(folder),
         parameters=entry["parameters"] or parameters_of(folder),
         processor=bool(entry["processor"]),
-        rows=recipe_facts.rows_of(dataset, data_dir)[0] or guess,
-        usable=recipe_facts.trainable_rows(dataset, data_dir, guess),
+        rows=recipe_facts.rows_of(dataset)[0] or guess,
+        usable=recipe_facts.trainable_rows(dataset, guess),
     )
 
 

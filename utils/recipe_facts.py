@@ -11,15 +11,12 @@ from collections.abc import Iterator
 from functools import cache
 from pathlib import Path
 
-import yaml
-
 import dataset_info
 import paths
+import sources
 from cli import UserError
 
 OUR_TEMPLATES = Path(__file__).with_name("prompt_templates.py")
-# data/sources.yaml: of a training set without a test split all rows after these stay unseen, and at least 5 %.
-FIRST_ROWS = 5000
 ARGUMENT_FILES = (
     ("llamafactory", "hparams/model_args.py"),
     ("llamafactory", "hparams/data_args.py"),
@@ -103,60 +100,47 @@ def _syntax_of(path: Path) -> ast.Module:
 
 
 @cache
-def listed(data_dir: Path = paths.DATA) -> dict[str, dict]:
+def listed() -> dict[str, dict]:
     """The training sets that data/sources.yaml lists and `make data` brings, by the name they are registered under."""
-    path = Path(data_dir) / "sources.yaml"
-    if not path.is_file():
-        return {}
-    text = path.read_text(encoding="utf-8")
-    try:
-        content = yaml.load(text, Loader=getattr(yaml, "CSafeLoader", yaml.SafeLoader)) or {}
-    except yaml.YAMLError as error:
-        raise UserError(f"{paths.relative(path)}: not valid YAML: {str(error).splitlines()[0]}") from None
-    entries = (content.get("files") or content).values()
-    return {
-        entry["dataset"]: entry
-        for entry in entries
-        if isinstance(entry, dict) and entry.get("kind") == "train" and entry.get("dataset")
-    }
+    return {entry["dataset"]: entry for entry in sources.table()["files"].values() if entry["kind"] == "train"}
 
 
-def trainable(data_dir: Path = paths.DATA) -> list[str]:
+def trainable() -> list[str]:
     """The names of all datasets that are registered with responses, or listed as training sets."""
-    registered = dataset_info.read_info(data_dir)
+    registered = dataset_info.read_info()
     own = [name for name, entry in registered.items() if not (isinstance(entry, dict) and entry.get("prompts_only"))]
-    return sorted({*own, *listed(data_dir)})
+    return sorted({*own, *listed()})
 
 
-def category_of(dataset: str, data_dir: Path = paths.DATA) -> str | None:
+def category_of(dataset: str) -> str | None:
     """The category that a dataset is filed in, from where its file lies or should; None where that does not tell."""
-    registered = dataset_info.read_info(data_dir).get(dataset)
+    registered = dataset_info.read_info().get(dataset)
     if isinstance(registered, dict):
         folder = str(registered.get("file_name", "")).split("/")[0]
         return folder if folder in paths.CATEGORIES else None
-    return listed(data_dir).get(dataset, {}).get("category")
+    return listed().get(dataset, {}).get("category")
 
 
-def rows_of(dataset: str, data_dir: Path = paths.DATA) -> tuple[int | None, int | None]:
+def rows_of(dataset: str) -> tuple[int | None, int | None]:
     """The rows of a dataset, and how many at its end no recipe trains on; each None where nothing tells it.
 
     Asked are the entry in dataset_info.json, the list in sources.yaml, and for the rows the file itself.
     """
-    told = listed(data_dir).get(dataset, {})
-    entry = dataset_info.read_info(data_dir).get(dataset)
+    told = listed().get(dataset, {})
+    entry = dataset_info.read_info().get(dataset)
     entry = entry if isinstance(entry, dict) else {}
     held_out = entry.get("held_out", told.get("held_out", None if told else 0))
-    rows = told.get("rows") or _rows_in(Path(data_dir) / str(entry.get("file_name")))
+    rows = told.get("rows") or _rows_in(paths.DATA / str(entry.get("file_name")))
     return rows, held_out
 
 
-def trainable_rows(dataset: str, data_dir: Path = paths.DATA, rows: int | None = None) -> int | None:
+def trainable_rows(dataset: str, rows: int | None = None) -> int | None:
     """How many of a dataset's first rows may be trained on; None: all, or not known. `rows`: where nothing else tells."""
-    known, held_out = rows_of(dataset, data_dir)
+    known, held_out = rows_of(dataset)
     known = known or rows
     if held_out is not None:
         return known and known - held_out
-    return min(FIRST_ROWS, int(known * 0.95)) if known else FIRST_ROWS
+    return known - sources.held_out(known) if known else sources.TRAINED_ROWS
 
 
 def _rows_in(path: Path) -> int | None:

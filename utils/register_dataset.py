@@ -1,9 +1,11 @@
 """Registers a data file in data/dataset_info.json after a look at every row, or checks all that is registered there.
 
     python utils/register_dataset.py data/math/GSM8K_train.json [--columns prompt=question response=answer]
+    python utils/register_dataset.py table.csv --category math    (.jsonl, .parquet, hub:<repo>[:config[:split]] too)
     python utils/register_dataset.py --check
 
-Reads data/<category>/<file>.json and data/dataset_info.json; writes the one entry of the latter, or nothing at all.
+Reads data/<category>/<file>.json and data/dataset_info.json; writes the one entry of the latter, or nothing at all. Of
+another kind of file it first writes data/<category>/<name>.json, with the columns that are read (convert_dataset.py).
 """
 
 import argparse
@@ -17,10 +19,13 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
+import convert_dataset
 import files
 from cli import UserError, run, say
 from dataset_info import (
+    ACCEPTED_ROWS,
     FOREIGN_KEYS,
+    HELD_OUT,
     PROMPTS_ONLY,
     columns_in,
     columns_of,
@@ -46,10 +51,18 @@ NAME_RULE = "is no dataset name: letters, digits, . + - _ and single blanks"
 def main() -> int:
     """Read the command line; register one file or check all. The status of the process."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("file", nargs="?", type=Path, help="the data file, in data/<category>/")
+    parser.add_argument("file", nargs="?", help="the data file, in data/<category>/, or what is to be converted")
     parser.add_argument("--name", help="the dataset's name; default: the file's, without .json and _train")
-    parser.add_argument("--category", help=f"with --name in place of the file: one of {', '.join(CATEGORIES)}")
+    parser.add_argument(
+        "--category", help=f"with --name in place of the file, or of what is converted: one of {', '.join(CATEGORIES)}"
+    )
     parser.add_argument("--columns", nargs="+", default=[], metavar="KIND=COLUMN", help="e.g. prompt=question")
+    parser.add_argument(
+        "--held-out", type=int, metavar="ROWS", help="the last so many rows are for scoring, not training"
+    )
+    parser.add_argument(
+        "--accept-rows", nargs="+", type=int, metavar="ROW", help="rows that may lack a text or an answer, by number"
+    )
     parser.add_argument("--prompts-only", action="store_true", help="the rows have no responses: not for training")
     parser.add_argument("--replace", action="store_true", help="the name may be registered for another file")
     parser.add_argument("--check", action="store_true", help="check every entry and list all that is wrong")
@@ -57,18 +70,80 @@ def main() -> int:
     asked = parser.parse_args()
     if asked.check:
         return check(asked.data_dir)
-    if (asked.file is None) != bool(asked.name and asked.category) or (asked.file and asked.category):
-        parser.error("give the file, or --name and --category")
-    file = asked.file or file_of(asked.name, asked.category, asked.data_dir)
-    if not os.path.exists(file) and os.path.exists(asked.data_dir.parent / file):
-        file = asked.data_dir.parent / file  # data/..., typed in another folder than the repository's
+    converts = bool(asked.file) and convert_dataset.is_source(asked.file)
+    if (asked.file is None) != bool(asked.name and asked.category) or (asked.file and asked.category and not converts):
+        parser.error("give the file, or --name and --category; --category with a file only where it is converted")
+    named, marks = named_columns(asked.columns), {HELD_OUT: asked.held_out, ACCEPTED_ROWS: asked.accept_rows}
+    marks = {key: value for key, value in marks.items() if value is not None}
+    if converts:
+        source = asked.file if asked.file.startswith(convert_dataset.HUB) else str(found(asked.file, asked.data_dir))
+        stem = asked.name or convert_dataset.stem_of(source)
+        target = target_of(source, asked.category, stem, asked.data_dir)
+        name = asked.name or stem.removesuffix("_train")
+        register_converted(source, target, name, named, asked.prompts_only, asked.replace, asked.data_dir, marks)
+        return 0
+    file = found(asked.file, asked.data_dir) if asked.file else file_of(asked.name, asked.category, asked.data_dir)
     name = asked.name or file.stem.removesuffix("_train")
-    register(file, name, named_columns(asked.columns), asked.prompts_only, asked.replace, asked.data_dir)
+    register(file, name, named, asked.prompts_only, asked.replace, asked.data_dir, marks)
     return 0
 
 
+def found(file: str, data_dir: Path) -> Path:
+    """`file`, or the one that it is from the repository: data/..., typed in another folder."""
+    from_root = data_dir.parent / file
+    return from_root if not os.path.exists(file) and os.path.exists(from_root) else Path(file)
+
+
+def target_of(source: str, category: str | None, stem: str, data_dir: Path) -> Path:
+    """Where what is made of `source` goes: into its category's folder. Raises UserError when that is not said."""
+    inside = None
+    if not source.startswith(convert_dataset.HUB):
+        folder = Path(source).resolve().parent
+        inside = folder.name if folder.parent == Path(data_dir).resolve() and folder.name in CATEGORIES else None
+    category = category or inside
+    if category is None:
+        raise UserError(f"{source}: say which CATEGORY= (--category) it is of: {', '.join(CATEGORIES)}")
+    if category not in CATEGORIES:
+        raise UserError(f"unknown category {category!r}; the categories are {', '.join(CATEGORIES)}")
+    if not NAME.fullmatch(stem):
+        raise UserError(f"{source}: {stem!r} {NAME_RULE}; give another --name")
+    return Path(data_dir) / category / f"{stem}.json"
+
+
+def register_converted(
+    source: str,
+    target: Path,
+    name: str,
+    named: dict[str, str],
+    prompts_only: bool,
+    replace: bool,
+    data_dir: Path,
+    marks: dict[str, Any],
+) -> None:
+    """Write the rows of `source` to `target` as LLaMA-Factory reads them, and register that. Arguments of `register`.
+
+    Raises UserError when something is wrong with them, or when other rows are there and `replace` is not given; then
+    nothing is written.
+    """
+    rows, notes = convert_dataset.convert(source, named, prompts_only)
+    file_name, info = f"{target.parent.name}/{target.name}", read_info(data_dir)
+    require_free(name, file_name, replace, info, Path(data_dir) / "dataset_info.json")
+    sound_entry(rows, file_name, source, name, {}, prompts_only, marks, info, data_dir)
+    content = convert_dataset.as_json(rows)
+    same = target.is_file() and target.read_bytes() == content
+    if target.exists() and not same and not replace:
+        raise UserError(f"{relative(target)}: is there with other rows; give another --name, or --replace")
+    if not same:
+        target.parent.mkdir(parents=True, exist_ok=True)
+        files.write_atomically(target, content)
+    register(target, name, {}, prompts_only, replace, data_dir, marks)
+    for note in notes:
+        say(f"note: {note}")
+
+
 def named_columns(pairs: list[str]) -> dict[str, str]:
-    """["prompt=question"] as {"prompt": "question"}. Raises UserError for what is no such pair."""
+    """["prompt=question"] as {"prompt": "question"}; a column's name may hold blanks. Raises UserError for no pair."""
+    pairs = re.split(r"\s+(?=\w+=)", " ".join(pairs).strip()) if pairs else []
     for pair in pairs:
         if "=" not in pair:
             raise UserError(f"--columns {pair}: say it as kind=column, e.g. prompt=question")
@@ -86,31 +161,62 @@ def file_of(name: str, category: str, data_dir: Path) -> Path:
     raise UserError(f"{relative(data_dir / category)}: {holds} {name}_train.json; give the file itself")
 
 
-def register(file: Path, name: str, named: dict[str, str], prompts_only: bool, replace: bool, data_dir: Path) -> None:
+def register(
+    file: Path,
+    name: str,
+    named: dict[str, str],
+    prompts_only: bool,
+    replace: bool,
+    data_dir: Path,
+    marks: dict[str, Any] | None = None,
+) -> None:
     """Write the entry `name` for `file` into the dataset_info.json of `data_dir` when every row of it is sound.
 
     `named`: columns that the user names, e.g. {"prompt": "question"}. `replace`: `name` may stand for another file.
+    `marks`: held_out and accepted_rows; those that the entry has already stay where `marks` does not name them.
     Raises UserError for the first of all things that are wrong; then nothing is written.
     """
     file_name, label = place_of(file, data_dir), relative(file)
     file = Path(data_dir) / file_name
-    if not NAME.fullmatch(name):
-        raise UserError(f"{label}: {name!r} {NAME_RULE}; give another --name")
     rows = load_rows(file)
-    try:
-        entry = {"file_name": file_name} | infer_entry(rows, named, prompts_only)
-    except UserError as error:
-        raise UserError(f"{label}: {error}") from None
     info = read_info(data_dir)
-    faults = entry_faults(entry) + row_faults(rows, entry) + split_faults(name, file, rows, info, data_dir)
-    if faults:
-        more = [f"{label}: {len(faults)} faults in all"] if len(faults) > SHOWN else []
-        raise UserError("\n".join([f"{label}: {fault}" for fault in faults[:SHOWN]] + more))
+    entry = sound_entry(rows, file_name, label, name, named, prompts_only, marks or {}, info, data_dir)
     outcome = store(name, entry, replace, data_dir)
     say(f"{name}: {outcome}: {label}, {len(rows)} rows{', prompts only: not for training' if prompts_only else ''}")
     say(f"columns: {', '.join(f'{kind}={column}' for kind, column in columns_of(entry).items())}")
     for note in notes_on(name, file, rows, entry, info, data_dir):
         say(f"note: {note}")
+
+
+def sound_entry(
+    rows: list[dict],
+    file_name: str,
+    label: str,
+    name: str,
+    named: dict[str, str],
+    prompts_only: bool,
+    marks: dict[str, Any],
+    info: dict[str, Any],
+    data_dir: Path,
+) -> dict[str, Any]:
+    """The entry `name` for these rows of data/`file_name`, which messages call `label`. Raises UserError like
+    `register`, which says what the other arguments are."""
+    if not NAME.fullmatch(name):
+        raise UserError(f"{label}: {name!r} {NAME_RULE}; give another --name")
+    try:
+        entry = {"file_name": file_name} | infer_entry(rows, named, prompts_only)
+    except UserError as error:
+        raise UserError(f"{label}: {error}") from None
+    old = info.get(name)
+    if isinstance(old, dict) and old.get("file_name") == file_name:
+        marks = {key: old[key] for key in (HELD_OUT, ACCEPTED_ROWS) if key in old} | marks
+    entry |= {key: value for key, value in marks.items() if value}
+    faults = entry_faults(entry) or row_faults(rows, entry)
+    faults += split_faults(name, Path(data_dir) / file_name, rows, info, data_dir)
+    if faults:
+        more = [f"{label}: {len(faults)} faults in all"] if len(faults) > SHOWN else []
+        raise UserError("\n".join([f"{label}: {fault}" for fault in faults[:SHOWN]] + more))
+    return entry
 
 
 def place_of(file: Path, data_dir: Path) -> str:
@@ -135,18 +241,25 @@ def store(name: str, entry: dict[str, Any], replace: bool, data_dir: Path) -> st
     with waiting_lock(files.beside(path, "lock")):
         content = path.read_bytes() if path.exists() else b"{}\n"
         info = parse_info(content, path)
+        old_file = require_free(name, entry["file_name"], replace, info, path)
         old = info.get(name)
-        old_file = old.get("file_name") if isinstance(old, dict) else None
-        if name in info and old_file != entry["file_name"] and not replace:
-            way_out = "give another --name, or --replace to register this file in its place"
-            raise UserError(f"{relative(path)}: {name!r} is already registered for {old_file!r}; {way_out}")
         if old_file == entry["file_name"]:
-            ours = {"formatting", "columns", "tags", PROMPTS_ONLY, *FOREIGN_KEYS}
+            ours = {"formatting", "columns", "tags", PROMPTS_ONLY, HELD_OUT, ACCEPTED_ROWS, *FOREIGN_KEYS}
             entry = entry | {key: value for key, value in old.items() if key not in ours}
         if old == entry:
             return "already registered, nothing to change"
         files.write_atomically(path, with_entry(content.decode(), name, entry).encode())
         return "registered anew" if name in info else "registered"
+
+
+def require_free(name: str, file_name: str, replace: bool, info: dict[str, Any], path: Path) -> str | None:
+    """The file that `name` stands for by now. Raises UserError when that is another one and `replace` is not given."""
+    old = info.get(name)
+    old_file = old.get("file_name") if isinstance(old, dict) else None
+    if name in info and old_file != file_name and not replace:
+        way_out = "give another --name, or --replace to register this file in its place"
+        raise UserError(f"{relative(path)}: {name!r} is already registered for {old_file!r}; {way_out}")
+    return old_file
 
 
 @contextlib.contextmanager
