@@ -212,10 +212,17 @@ def peft_faults(folder: Path, step: int, base: Path) -> list[str]:
     import torch
     from peft import PeftModel, get_peft_model_state_dict
     from safetensors import safe_open
-    from transformers import AutoConfig, AutoModelForCausalLM
+    from transformers import (
+        MODEL_FOR_IMAGE_TEXT_TO_TEXT_MAPPING,
+        AutoConfig,
+        AutoModelForCausalLM,
+        AutoModelForImageTextToText,
+    )
 
+    config = AutoConfig.from_pretrained(base, trust_remote_code=False)
+    reads_pictures = type(config) in MODEL_FOR_IMAGE_TEXT_TO_TEXT_MAPPING  # LLaMA-Factory chooses its class so
     with torch.device("meta"):
-        model = AutoModelForCausalLM.from_config(AutoConfig.from_pretrained(base, trust_remote_code=False))
+        model = (AutoModelForImageTextToText if reads_pictures else AutoModelForCausalLM).from_config(config)
     with tempfile.TemporaryDirectory() as adapter:
         for name, source in (
             ("adapter_model.safetensors", folder / checkpoint_name(step)),

@@ -12,6 +12,7 @@ import dataset_info
 import files
 import models
 import paths
+import pictures
 from cli import UserError
 from rank_config import resolve
 
@@ -89,13 +90,14 @@ def changes(old: dict, new: dict) -> list[str]:
 
 
 def _data_of(name: str, recipe: Path, config: dict) -> dict:
-    """What is read of one dataset: its entry, its file, and the first `max_samples` rows, which are trained on."""
+    """What is read of one dataset: entry, file, and the first `max_samples` rows, which are trained on, with pictures."""
     folder = resolve(recipe, config.get("dataset_dir", "data"))
     entry = dataset_info.entry_of(name, folder)
     dataset_info.require_trainable(name, entry)
     path = dataset_info.data_file(name, folder)
     rows = dataset_info.load_rows(path)
     used = rows[: config.get("max_samples") or len(rows)]
+    media = resolve(recipe, config["media_dir"]) if config.get("media_dir") else folder
     return {
         "name": name,
         "file": entry["file_name"],
@@ -104,6 +106,7 @@ def _data_of(name: str, recipe: Path, config: dict) -> dict:
         "rows_in_file": len(rows),
         "rows": len(used),
         "rows_sha256": files.sha256_of_value(used),
+        "pictures": pictures.identity_of(used, entry, path, media),
     }
 
 
@@ -114,6 +117,8 @@ def _data_changes(old: list[dict], new: list[dict]) -> list[str]:
     for before, after in zip(old, new, strict=True):
         if before["rows_sha256"] != after["rows_sha256"]:
             found.append(f"the rows of {after['file']} ({before['rows']} -> {after['rows']} rows)")
+        if before.get("pictures") != after.get("pictures"):
+            found.append(f"the pictures of {after['file']}")
         if before["entry"] != after["entry"]:
             found.append(f"the entry of {after['name']} in dataset_info.json")
     return found

@@ -116,6 +116,7 @@ def run(recipe: Path, config: dict, folder: Path, identity: dict) -> None:
         wanted = devices.choose()
         devices.pin(wanted)
         job = {"recipe": str(recipe.absolute()), "config": config, "staging": str(staging), "devices": wanted}
+        job["pictures"] = [data["pictures"]["sha256"] for data in identity["data"] if data["pictures"]]
         say(f"{phase} {recipe.name} at rank {config['lora_rank']} -> {paths.relative(folder)}")
         if len(wanted) > 1:
             spread(job, len(wanted))

@@ -26,13 +26,15 @@ def train(job: dict) -> None:
 
     Args:
         job: `recipe` (absolute path; its paths are relative to its folder), `config` (the rendered recipe), `staging`
-            (absolute path of an existing empty folder) and `devices` (as devices.choose gives them, already pinned).
+            (absolute path of an existing empty folder), `devices` (as devices.choose gives them, already pinned) and
+            `pictures` (a hash for each dataset that has some).
 
     Raises UserError for what the recipe asks and LLaMA-Factory or this machine cannot do.
     """
     os.environ.setdefault("LLAMAFACTORY_VERBOSITY", "WARN")
     os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
     import torch
+    from datasets.config import HF_DATASETS_CACHE
     from llamafactory.train.tuner import run_exp
 
     from collector import Collector, Rules
@@ -50,6 +52,10 @@ def train(job: dict) -> None:
     arguments = {**config, **devices.settings(job["devices"]), "output_dir": str(staging), "plot_loss": False}
     if collects:
         arguments["save_strategy"] = "no"  # the collector saves
+    if job["pictures"]:
+        # Tokenised rows are cached by their text alone, but hold as many tokens as their pictures' sizes ask for.
+        cache = config.get("cache_dir") or HF_DATASETS_CACHE
+        arguments["cache_dir"] = str(Path(cache, f"pictures-{files.sha256_of_value(job['pictures'])[:16]}"))
     prompt_templates.register()
     check_arguments(recipe, arguments)
     rules = Rules()

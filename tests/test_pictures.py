@@ -1,0 +1,139 @@
+"""Pictures of a dataset: refused before training when they are not safe and sound, part of what a run was trained on."""
+
+import json
+import os
+import shutil
+from pathlib import Path
+
+import pytest
+import tiny_pictures
+from test_architectures import RANK, SMALL_FINETUNE, SMALL_PRETRAIN, Projects
+
+import pictures
+import rank_config
+import run_identity
+from cli import UserError
+
+NAME = "qwen2.5-vl-3b"
+
+
+@pytest.fixture(scope="module")
+def made_once(tmp_path_factory) -> Projects:
+    return Projects(tmp_path_factory.mktemp("pictures") / "my project", (NAME,))
+
+
+@pytest.fixture
+def project(made_once, tmp_path) -> Projects:
+    copy = object.__new__(Projects)
+    copy.top = shutil.copytree(made_once.top, tmp_path / "my project")
+    return copy
+
+
+def folder(project: Projects) -> Path:
+    return project.top / "data" / tiny_pictures.PICTURES
+
+
+def data_of(project: Projects, *overrides: str) -> dict:
+    """The data section of a run's identity, as before any training."""
+    recipe = project.recipe(NAME, "pretrain")
+    config = rank_config.render(recipe, RANK, [*SMALL_PRETRAIN, *overrides])
+    (data,) = run_identity.identity_of(recipe, config)["data"]
+    return data
+
+
+def edit_row(project: Projects, number: int, picture: str) -> None:
+    """Let row `number` (from 1) show another picture first."""
+    path = project.top / "data" / "multimodal" / "Colours.json"
+    rows = json.loads(path.read_text())
+    rows[number - 1]["images"][0] = picture
+    path.write_text(json.dumps(rows))
+
+
+def link(path: Path, target: Path) -> None:
+    path.unlink(missing_ok=True)
+    path.symlink_to(target)
+
+
+def cut(path: Path) -> None:
+    path.write_bytes(path.read_bytes()[:-40])
+
+
+PICTURE = f"{tiny_pictures.PICTURES}/4.png"
+
+
+@pytest.mark.parametrize(
+    ("fault", "said"),
+    [
+        (lambda p: (folder(p) / "4.png").unlink(), "row 5: the picture 'multimodal/colours/4.png' is not there"),
+        (lambda p: cut(folder(p) / "4.png"), "row 5: the picture 'multimodal/colours/4.png' cannot be read"),
+        (lambda p: (folder(p) / "4.png").write_text("<html>"), "row 5: the picture 'multimodal/colours/4.png' cannot"),
+        (lambda p: edit_row(p, 5, str(folder(p) / "4.png")), "outside data/"),
+        (lambda p: edit_row(p, 5, "../data/multimodal/colours/4.png"), "outside data/"),
+        (lambda p: edit_row(p, 5, "multimodal/colours"), "row 5: the picture 'multimodal/colours' is not a file"),
+        (lambda p: edit_row(p, 5, "multimodal/\0.png"), "row 5: the picture 'multimodal/\\x00.png' is not there"),
+        (lambda p: edit_row(p, 5, "x" * 5000), "is not there"),
+        (lambda p: link(folder(p) / "4.png", p.top / "secret.png"), "leads out of"),
+        (lambda p: link(folder(p) / "4.png", folder(p) / "4.png"), "is not there"),
+    ],
+)
+def test_a_picture_that_cannot_be_trained_on_is_named_by_row_before_training(project, fault, said):
+    shutil.copy(folder(project) / "4.png", project.top / "secret.png")
+    fault(project)
+    with pytest.raises(UserError) as refused:
+        data_of(project)
+    message = str(refused.value)
+    assert "Colours.json: row 5: " in message and said in message and "\n" not in message
+
+
+def test_of_many_faulty_rows_the_first_and_their_number_are_told(project):
+    shutil.rmtree(folder(project))
+    recipe = project.recipe(NAME, "pretrain")
+    result = project.start(recipe, *SMALL_PRETRAIN)
+    assert result.status == 1 and "Traceback" not in result.output
+    (line,) = [line for line in result.output.splitlines() if line.startswith("error: ")]
+    assert all(f"row {number}: the picture" in line for number in (1, 2, 3)) and "row 4:" not in line
+    assert "12 of 12 rows" in line and "media_dir" in line
+    assert not (project.top / "saves").exists() or not list((project.top / "saves").rglob("*pretrain*"))
+
+
+def test_rows_that_are_not_trained_on_need_no_pictures(project):
+    (folder(project) / "14.png").unlink()
+    assert data_of(project, "max_samples=12")["pictures"]["count"] == 12
+    with pytest.raises(UserError, match="row 15: the picture"):
+        data_of(project, "max_samples=16")
+
+
+def test_media_dir_is_relative_to_the_recipe_and_may_lie_anywhere(project):
+    before = data_of(project)
+    elsewhere = project.top / "big disk"
+    elsewhere.mkdir()
+    (project.top / "data" / "multimodal" / "colours").rename(elsewhere / "colours")
+    (elsewhere / "multimodal").mkdir()
+    (elsewhere / "colours").rename(elsewhere / "multimodal" / "colours")
+    assert data_of(project, "media_dir=../../../big disk") == before, "the place of equal pictures changes nothing"
+    result = project.start(project.recipe(NAME, "pretrain"), *SMALL_PRETRAIN, "media_dir=../../../big disk")
+    assert result.status == 0, result.output
+
+
+def test_a_changed_picture_makes_the_run_stale_and_the_redone_one_sees_it(project):
+    pretrain, finetune = project.recipe(NAME, "pretrain"), project.recipe(NAME, "finetune")
+    for recipe, overrides in ((pretrain, SMALL_PRETRAIN), (finetune, SMALL_FINETUNE)):
+        result = project.start(recipe, *overrides)
+        assert result.status == 0, result.output
+    assert "complete" in project.start(finetune, *SMALL_FINETUNE).output
+    tiny_pictures.draw(folder(project) / "14.png", "red")  # of a row behind max_samples
+    assert "complete" in project.start(finetune, *SMALL_FINETUNE).output
+    tiny_pictures.draw(folder(project) / "2.png", "red", size=(112, 84))  # more tokens than before
+    stale = project.start(finetune, *SMALL_FINETUNE)
+    assert stale.status == 1 and "stale, changed since: the pictures of multimodal/Colours.json" in stale.output
+    redone = project.start(finetune, *SMALL_FINETUNE, FORCE="1")
+    assert redone.status == 0, redone.output
+
+
+def test_pictures_that_did_not_change_are_not_read_again(project, monkeypatch):
+    first = data_of(project)
+    read = []
+    monkeypatch.setattr(pictures, "hash_of_picture", lambda path: read.append(path.name) or "new")
+    assert data_of(project) == first and not read
+    os.utime(folder(project) / "3.png")
+    assert data_of(project) != first and read == ["3.png"]

@@ -1,0 +1,48 @@
+"""A data/ folder with a text dataset and a ShareGPT one with drawn pictures. `python tests/tiny_pictures.py DATA`."""
+
+import json
+import sys
+from pathlib import Path
+
+from PIL import Image, ImageDraw
+
+COLOURS = ("red", "green", "blue", "white")
+PICTURES = "multimodal/colours"  # below data/
+
+
+def draw(path: Path, colour: str, size: tuple[int, int] = (64, 48)) -> None:
+    """A PNG with a disc of a colour."""
+    picture = Image.new("RGB", size, "black")
+    ImageDraw.Draw(picture).ellipse((8, 8, size[0] - 8, size[1] - 8), fill=colour)
+    path.parent.mkdir(parents=True, exist_ok=True)
+    picture.save(path)
+
+
+def rows(count: int = 16) -> list[dict]:
+    """ShareGPT rows, a picture each, and every fourth with two."""
+    found = []
+    for number in range(count):
+        images = [f"{PICTURES}/{number}.png", f"{PICTURES}/0.png"][: 2 if number % 4 == 3 else 1]
+        asked = {"from": "human", "value": "<image>" * len(images) + "which colour?"}
+        found.append({"conversations": [asked, {"from": "gpt", "value": COLOURS[number % 4]}], "images": images})
+    return found
+
+
+def make(data: Path) -> None:
+    """Write Toy.json, Colours.json, the pictures and dataset_info.json below `data`."""
+    for number in range(16):
+        draw(data / PICTURES / f"{number}.png", COLOURS[number % 4])
+    questions = [{"prompt": f"is {n} even?", "response": f"[{'AB'[n % 2]}]", "system": "answer"} for n in range(16)]
+    (data / "multimodal" / "Colours.json").write_text(json.dumps(rows()))
+    (data / "multimodal" / "Toy.json").write_text(json.dumps(questions))
+    text = {"prompt": "prompt", "response": "response", "system": "system"}
+    pictures = {"messages": "conversations", "images": "images"}
+    info = {
+        "Toy": {"file_name": "multimodal/Toy.json", "columns": text},
+        "Colours": {"file_name": "multimodal/Colours.json", "formatting": "sharegpt", "columns": pictures},
+    }
+    (data / "dataset_info.json").write_text(json.dumps(info))
+
+
+if __name__ == "__main__":
+    make(Path(sys.argv[1]))

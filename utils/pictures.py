@@ -1,0 +1,132 @@
+"""The pictures that a dataset's rows show: safely below one folder, readable before training starts, part of the identity.
+
+Imported by run_identity.py. LLaMA-Factory itself only warns of a picture that is not there and fails in the middle of
+the training. Readable pictures are remembered in `.hashes.json` in the media folder, so that each is decoded once.
+"""
+
+import hashlib
+import io
+import json
+import os
+from collections.abc import Iterable
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+from typing import Any
+
+import dataset_info
+import files
+import paths
+from cli import UserError, say
+
+CACHE = ".hashes.json"
+NAMED = 3  # faulty rows that an error names
+MANY = 500  # pictures whose reading takes so long that a line is due
+
+
+def identity_of(rows: list[dict[str, Any]], entry: dict[str, Any], file: Path, media: Path) -> dict[str, Any] | None:
+    """How many pictures the rows show and a hash over their names and contents; None for a dataset without pictures.
+
+    Args:
+        rows: the rows of `file` that are trained on, from its first.
+        entry: the dataset's entry in dataset_info.json.
+        file: the data file, for messages.
+        media: the folder that the rows' picture paths are relative to: the recipe's media_dir, or data/.
+
+    Raises UserError naming the first faulty rows and their number: a path that leaves `media`, also through a link; a
+    picture that is not there or cannot be decoded; another number of pictures than of <image> marks.
+    """
+    column = dataset_info.columns_of(entry).get("images")
+    if column is None:
+        return None
+    names = [dataset_info.pictures_of(row, column) for row in rows]
+    faults = {number: fault for number, row in enumerate(rows, 1) if (fault := _row_fault(row, entry))}
+    sound = {name for number, shown in enumerate(names, 1) if number not in faults for name in shown}
+    read = hashes_of(sound, media)
+    for number, shown in enumerate(names, 1):
+        wrong = [f"the picture {name!r} {read[name]}" for name in shown if isinstance(read.get(name), Fault)]
+        if number not in faults and wrong:
+            faults[number] = wrong[0]
+    if faults:
+        first = "; ".join(f"row {number}: {faults[number]}" for number in sorted(faults)[:NAMED])
+        total = f"; {len(faults)} of {len(rows)} rows" if len(faults) > NAMED else ""
+        way_out = f"the pictures belong below {paths.relative(media)}, or below the recipe's media_dir"
+        raise UserError(f"{paths.relative(file)}: {first}{total}; {way_out}")
+    return {"count": len(sound), "sha256": files.sha256_of_value(read)}
+
+
+class Fault(str):
+    """What is wrong with a picture, in words that follow its name."""
+
+
+def hashes_of(names: Iterable[str], media: Path) -> dict[str, str]:
+    """The SHA-256 of each picture below `media`, or a Fault. A file that is unchanged since it was read is not read."""
+    top = Path(os.path.realpath(media))
+    cache = _read_cache(top / CACHE)
+    found: dict[str, str] = {}
+    unread = {}
+    for name in sorted(names):
+        path = Path(os.path.realpath(top / name.replace("\0", "")))
+        if not path.is_relative_to(top):
+            found[name] = Fault(f"leads out of {paths.relative(media)}, to {path}")
+        elif "\0" in name or not os.path.isfile(path):
+            found[name] = Fault("is not a file" if os.path.exists(path) else "is not there")
+        else:
+            stat = path.stat()
+            state = [stat.st_size, stat.st_mtime_ns, stat.st_ctime_ns, stat.st_ino]
+            known = cache.get(name)
+            if isinstance(known, list) and known[:-1] == state:
+                found[name] = known[-1]
+            else:
+                unread[name] = (path, state)
+    if unread:
+        if len(unread) >= MANY:
+            say(f"reading {len(unread)} pictures once; later runs read only those that change")
+        _read_into(found, cache, unread)
+        _write_cache(top / CACHE, cache)
+    return found
+
+
+def _read_into(found: dict[str, str], cache: dict[str, list], unread: dict[str, tuple[Path, list]]) -> None:
+    """Read pictures on all cores (decoding does not hold the interpreter) and note each hash, or what is wrong."""
+    pool = ThreadPoolExecutor(os.cpu_count())
+    try:
+        read = pool.map(hash_of_picture, [path for path, _ in unread.values()])
+        for (name, (_, state)), sha256 in zip(unread.items(), read, strict=True):
+            found[name] = sha256
+            if not isinstance(sha256, Fault):
+                cache[name] = [*state, sha256]
+    finally:
+        pool.shutdown(cancel_futures=True)
+
+
+def hash_of_picture(path: Path) -> str:
+    """The SHA-256 of a picture file, or a Fault when it cannot be decoded to the end, as LLaMA-Factory will do."""
+    from PIL import Image
+
+    try:
+        data = path.read_bytes()
+        with Image.open(io.BytesIO(data)) as picture:
+            picture.convert("RGB")
+    except Exception as error:  # each of the many decoders has exceptions of its own for a broken file
+        return Fault(f"cannot be read: {' '.join(str(error).split()) or type(error).__name__}"[:120])
+    return hashlib.sha256(data).hexdigest()
+
+
+def _row_fault(row: dict[str, Any], entry: dict[str, Any]) -> str | None:
+    return dataset_info.picture_fault(row, dataset_info.columns_of(entry))
+
+
+def _read_cache(path: Path) -> dict[str, list]:
+    """The remembered pictures; a missing or broken cache only costs reading the files again."""
+    try:
+        cache = json.loads(path.read_bytes())
+    except (OSError, ValueError):
+        return {}
+    return cache if isinstance(cache, dict) else {}
+
+
+def _write_cache(path: Path, cache: dict[str, list]) -> None:
+    """Remember the pictures that are still there; a folder that cannot be written to only costs time later."""
+    if os.access(path.parent, os.W_OK):
+        kept = {name: known for name, known in cache.items() if (path.parent / name).is_file()}
+        files.write_atomically(path, json.dumps(kept).encode())
