@@ -27,7 +27,7 @@ test: setup  ## run the tests
 setup:  ## make .venv from requirements.txt (every target does so by itself)
 	@$(PYTHON) utils/setup_env.py
 
-model: setup  ## bring a base model: MODEL=smollm2-135m
+model: setup  ## bring a base model: MODEL=qwen2.5-0.5b, or any of the hub: MODEL=org/name
 	@$(PY) utils/fetch_model.py "$$MODEL"
 
 data: setup  ## bring prepared datasets and register them: DATASET=ARC-c, or CATEGORY=math

