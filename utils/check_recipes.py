@@ -1,10 +1,10 @@
-"""Checks recipes without training them: names against contents, keys, templates, LoRA targets, and each pair's agreement.
+"""Checks recipes without training them: names against contents, keys, templates, LoRA targets, a pair's agreement.
 
     python utils/check_recipes.py                     all recipes under collect_scripts/       (make check-recipes)
     python utils/check_recipes.py RECIPE.yaml ...     these, each with its other half
 
-Reads the recipes, models/models.yaml, data/dataset_info.json and data/sources.yaml, and writes nothing. Every fault is a
-line on stderr with file, line and key; the status is 1 when there is one.
+Reads the recipes, models/models.yaml, data/dataset_info.json and data/sources.yaml, and writes nothing. Every fault is
+a line on stderr with file, line and key; the status is 1 when there is one.
 """
 
 import argparse
@@ -30,13 +30,21 @@ from cli import UserError, say
 
 FIGURES = paths.SCRIPTS / "figures.yaml"
 # What a finetune says as its pretrain does; any other key that both have may differ.
+# fmt: off
 SHARED = (
-    "model_name_or_path dataset dataset_dir template learning_rate finetuning_type lora_rank lora_target lora_alpha "
-    "lora_dropout use_rslora use_dora pissa_init cutoff_len max_samples image_max_pixels bf16 fp16 seed"
-).split()
-HEADS = "lm_head embed_out embed_tokens word_embeddings wte wpe decoder predictions cls score".split()
+    "model_name_or_path", "dataset", "dataset_dir", "template", "learning_rate", "finetuning_type", "lora_rank",
+    "lora_target", "lora_alpha", "lora_dropout", "use_rslora", "use_dora", "pissa_init", "cutoff_len", "max_samples",
+    "image_max_pixels", "bf16", "fp16", "seed",
+)
+HEADS = {
+    "lm_head", "embed_out", "embed_tokens", "word_embeddings", "wte", "wpe", "decoder", "predictions", "cls", "score",
+}
 # The linear layers of the table's models on which LLaMA-Factory's `all` trains, those of vision towers included.
-LINEAR = set("q_proj k_proj v_proj o_proj gate_proj up_proj down_proj qkv proj out_proj fc1 fc2".split())
+LINEAR = {
+    "q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj", "qkv", "proj", "out_proj",
+    "fc1", "fc2",
+}
+# fmt: on
 TYPES = {"bool": (bool,), "int": (int,), "float": (int, float), "str": (str,)}
 KIND = {"bool": "true or false", "int": "a whole number", "float": "a number", "str": "a text"}
 
@@ -45,7 +53,7 @@ Fault = tuple[str, str]  # the key, and what is wrong with it
 
 @dataclass
 class Recipe:
-    """A recipe that could be read. Where it is not filed as collect_scripts/<category>/<dataset>/..., names are empty."""
+    """A recipe that could be read; its names are empty where it does not lie in collect_scripts/<category>/<dataset>/."""
 
     path: Path
     config: dict[str, Any]
@@ -229,7 +237,7 @@ def model_faults(recipe: Recipe) -> Iterator[Fault]:
 
 
 def target_faults(target: Any, folder: Path | None, entry: dict | None) -> Iterator[str]:
-    """What is wrong with a LoRA target for a model: its folder, and its `entry` in models/models.yaml (None: not there)."""
+    """What is wrong with a LoRA target for the model in `folder`; `entry`: the model's in models/models.yaml, or None."""
     told = entry["lora_target"] if entry else "all"
     if not isinstance(target, str) or not target.strip():
         yield f"{target!r} is not `all` or a comma list of layer names"
@@ -284,7 +292,10 @@ def dataset_faults(recipe: Recipe) -> Iterator[Fault]:
     usable, most = recipe_facts.trainable_rows(dataset), recipe.config.get("max_samples")
     if usable is not None and usable != rows and (most is None or (isinstance(most, int) and most > usable)):
         said = "is missing, so all rows are trained on" if most is None else f"{most} is too much"
-        yield "max_samples", f"{said}: the rows of {dataset} after the first {usable} stay unseen, to score checkpoints on"
+        yield (
+            "max_samples",
+            f"{said}: the rows of {dataset} after the first {usable} stay unseen, to score checkpoints on",
+        )
 
 
 def path_faults(recipe: Recipe) -> Iterator[Fault]:

@@ -14,7 +14,6 @@ import difflib
 import json
 import math
 import os
-import re
 import shlex
 from dataclasses import dataclass
 from pathlib import Path
@@ -29,19 +28,14 @@ import models
 import paths
 import rank_config
 import recipe_facts
+import register_dataset
 from cli import UserError, say
 
 FIGURES = paths.SCRIPTS / "figures.yaml"
 UP = "../../.."  # from a recipe's folder to the repository
 SMALL = 2_000_000_000  # parameters
-ROW_NAME = re.compile(r"\w[\w.+-]*(?: [\w.+-]+)*")
-# The keys that a recipe gets from here; the others of a FROM pair are taken over as they stand.
-OWN_KEYS = set(
-    "model_name_or_path trust_remote_code stage do_train finetuning_type lora_rank lora_target dataset dataset_dir template "
-    "cutoff_len max_samples image_max_pixels output_dir logging_steps save_steps save_total_limit save_only_model plot_loss "
-    "resume_from_checkpoint per_device_train_batch_size gradient_accumulation_steps disable_gradient_checkpointing "
-    "learning_rate max_steps num_train_epochs lr_scheduler_type warmup_steps warmup_ratio bf16".split()
-)
+# Keys of a FROM pair that are not taken over: what they say is said otherwise, or holds for its own data only.
+LEFT_OUT = {"num_train_epochs", "warmup_ratio", "image_max_pixels"}
 
 
 @dataclass
@@ -115,8 +109,10 @@ def choose_dataset(typed: str) -> str:
             f"known: {', '.join(known)}"
         )
     name = paths.choose(typed, known, "dataset")
-    if not ROW_NAME.fullmatch(name):
-        raise UserError(f"dataset {name!r} cannot be a folder's name; register it under another one: make register NAME=..")
+    if not register_dataset.NAME.fullmatch(name):
+        raise UserError(
+            f"dataset {name!r} cannot be a folder's name; register it under another one: make register NAME=.."
+        )
     return name
 
 
@@ -134,8 +130,9 @@ def choose_template(short: str, typed: str | None) -> str:
             f"template {typed!r} is neither LLaMA-Factory's nor in utils/prompt_templates.py; near: {', '.join(near)}"
         )
     raise UserError(
-        f"model {short!r} is not in models/models.yaml, so say its prompt template: TEMPLATE=...; near: {', '.join(near)}; "
-        "`default` suits a base model without a chat format, others go into utils/prompt_templates.py"
+        f"model {short!r} is not in models/models.yaml, so say its prompt template: TEMPLATE=...; "
+        f"near: {', '.join(near)}; `default` suits a base model without a chat format, "
+        "others go into utils/prompt_templates.py"
     )
 
 
@@ -189,13 +186,21 @@ def figures_from(typed: str, cell: Cell) -> dict[str, Any]:
     recipes = cells.recipes()
     pretrain, finetune = (rank_config.load(recipes[dataset, model, phase]) for phase in paths.PHASES)
     figures = {"note": f"those of {model} on {dataset}", "keep": finetune.get("save_total_limit", 100)}
-    for key in ("lora_rank", "cutoff_len", "max_samples", "image_max_pixels", "learning_rate", "warmup_steps", "save_steps"):
+    for key in (
+        "lora_rank",
+        "cutoff_len",
+        "max_samples",
+        "image_max_pixels",
+        "learning_rate",
+        "warmup_steps",
+        "save_steps",
+    ):
         if key in pretrain:
             figures[key] = pretrain[key]
     for phase, config in (("pretrain", pretrain), ("finetune", finetune)):
         split = (config.get("per_device_train_batch_size", 8), config.get("gradient_accumulation_steps", 1))
         figures[f"{phase}_batch"] = list(split)
-        figures[f"{phase}_extra"] = {key: value for key, value in config.items() if key not in OWN_KEYS}
+        figures[f"{phase}_taken"] = config
     figures["resume_step"] = int(Path(str(finetune["resume_from_checkpoint"])).name.removeprefix("checkpoint-"))
     if dataset != cell.dataset:
         del figures["save_steps"]
@@ -221,8 +226,8 @@ def find_pair(typed: str, cell: Cell) -> tuple[str, str]:
         return found[0]
     near = [f"{d}/{m}" for d, m in pairs if {paths.loose(d), paths.loose(m)} & {*wanted, paths.loose(cell.dataset)}]
     raise UserError(
-        f"FROM={typed}: no such pair for {cell.dataset} and {cell.short}; say a model of {cell.dataset}, a dataset with "
-        f"{cell.short}, or one of: {', '.join(near or [f'{d}/{m}' for d, m in pairs])}"
+        f"FROM={typed}: no such pair for {cell.dataset} and {cell.short}; say a model of {cell.dataset}, "
+        f"a dataset with {cell.short}, or one of: {', '.join(near or [f'{d}/{m}' for d, m in pairs])}"
     )
 
 
@@ -236,8 +241,8 @@ def finish(figures: dict[str, Any], cell: Cell) -> dict[str, Any]:
     if "resume_step" not in figures:
         if cell.usable is None:
             raise UserError(
-                f"dataset {cell.dataset!r}: its rows are not known, so neither are the steps of an epoch; bring it first: "
-                f"make data DATASET={shlex.quote(cell.dataset)}"
+                f"dataset {cell.dataset!r}: its rows are not known, so neither are the steps of an epoch; "
+                f"bring it first: make data DATASET={shlex.quote(cell.dataset)}"
             )
         per_epoch = steps_per_epoch(min(cell.usable, figures["max_samples"]), figures["pretrain_batch"])
         figures["resume_step"] = max(1, math.ceil(round(figures["epochs"] * per_epoch, 6)))
@@ -261,10 +266,10 @@ def context_of(folder: Path) -> int:
 def split(batch: list[int], cell: Cell, cutoff_len: int) -> tuple[int, int, bool]:
     """Rows in a micro-batch, micro-batches a step, and whether to do without gradient checkpointing.
 
-    For a model with a processor the source's split stays: its loss is a mean of micro-batch means. For others every split
-    of the same rows is the same mean over tokens, so the largest micro-batch is taken that fits a 24 GB card: short rows
-    of a small model in one batch with all activations kept; else, with activations computed twice, about 8,000 tokens at
-    once, or half as many for a large model.
+    For a model with a processor the source's split stays: its loss is a mean of micro-batch means. For others every
+    split of the same rows is the same mean over tokens, so the largest micro-batch is taken that fits a 24 GB card:
+    short rows of a small model in one batch with all activations kept; else, with activations computed twice, about
+    8,800 tokens at once (the logits over 150,000 words are what fills the card), or half as many for a large model.
     """
     rows = batch[0] * batch[1]
     if cell.processor:
@@ -314,6 +319,11 @@ def text_of(cell: Cell, figures: dict[str, Any], phase: str) -> str:
         "output": output_lines(cell, figures, phase),
         "train": train_lines(cell, figures, phase),
     }
+    own = {key for name in ("method", "dataset", "model") for key, *_ in sections[name]} | LEFT_OUT
+    for each in paths.PHASES:
+        own |= {key for key, *_ in output_lines(cell, figures, each) + train_lines(cell, figures, each)}
+    taken = figures.get(f"{phase}_taken", {})
+    sections["train"] += [(key, value, "") for key, value in taken.items() if key not in own]
     blocks = [header(cell, figures, phase)]
     for name, lines in sections.items():
         blocks.append(f"### {name}\n" + "".join(line(*values) for values in lines))
@@ -323,7 +333,7 @@ def text_of(cell: Cell, figures: dict[str, Any], phase: str) -> str:
 def header(cell: Cell, figures: dict[str, Any], phase: str) -> str:
     """What a recipe is for, the commands that run it, and where its figures come from."""
     if phase == "pretrain":
-        lines = [f"Pretrain {cell.folder} on {cell.dataset}: bring the adapter to a good region, where the finetune collects."]
+        lines = [f"Pretrain {cell.folder} on {cell.dataset}: bring the adapter to a region worth collecting in."]
     else:
         count = f"{figures['keep']} consecutive checkpoints"
         lines = [f"Collect {count} of {cell.folder} on {cell.dataset}, going on from the pretrain's last step."]
@@ -332,7 +342,9 @@ def header(cell: Cell, figures: dict[str, Any], phase: str) -> str:
     lines.append(f"  make model MODEL={shlex.quote(cell.short)}")
     lines.append("  " + command("pretrain" if phase == "pretrain" else "collect", cell, figures["lora_rank"]))
     if cell.template in recipe_facts.our_templates():
-        lines.append(f"The template {cell.template} is in utils/prompt_templates.py: the commands above, our runner, know it;")
+        lines.append(
+            f"The template {cell.template} is in utils/prompt_templates.py: the commands above, our runner, know it;"
+        )
         lines.append("stock LLaMA-Factory runs this recipe only after the template is added to its source.")
     lines.append(f"Figures: {figures['note']}.")
     return "".join(f"# {text}\n" for text in lines)
@@ -388,7 +400,13 @@ def train_lines(cell: Cell, figures: dict[str, Any], phase: str) -> list[tuple]:
     lines.append(("per_device_train_batch_size", micro, batch_comment(batch, micro, cell)))
     lines.append(("gradient_accumulation_steps", accumulated, f"{micro * accumulated} rows a step"))
     why = "short rows, a small model: fits a 24 GB card, and nothing is computed twice"
-    lines.append(("disable_gradient_checkpointing", keep_activations, why if keep_activations else "activations are computed twice: slower, less memory"))
+    lines.append(
+        (
+            "disable_gradient_checkpointing",
+            keep_activations,
+            why if keep_activations else "activations are computed twice: slower, less memory",
+        )
+    )
     if phase == "pretrain":
         lines.append(("learning_rate", figures["learning_rate"], "at its highest"))
         lines.append(("max_steps", step, length_comment(cell, figures)))
@@ -401,7 +419,7 @@ def train_lines(cell: Cell, figures: dict[str, Any], phase: str) -> list[tuple]:
     share = "of all steps (below 1: a fraction)" if 0 < figures["warmup_steps"] < 1 else "steps"
     lines.append(("warmup_steps", figures["warmup_steps"], share))
     lines.append(("bf16", True, "float32 on a machine without an accelerator"))
-    return lines + [(key, value, "") for key, value in figures.get(f"{phase}_extra", {}).items()]
+    return lines
 
 
 def batch_comment(batch: list[int], micro: int, cell: Cell) -> str:
@@ -430,12 +448,16 @@ def line(key: str, value: Any, comment: str) -> str:
 
 
 def scalar(value: Any) -> str:
-    """A value so that every YAML reader takes it for the same: `5.0e-5`, not `5e-05`; text in quotes where it must be."""
+    """A value as every YAML reader takes it for the same: `5.0e-5`, not `5e-05`; text in quotes where it must be."""
     if isinstance(value, float) and 0 < abs(value) < 1e-3:
         mantissa, exponent = f"{value:e}".split("e")
         mantissa = mantissa.rstrip("0")
         return f"{mantissa}{'0' if mantissa.endswith('.') else ''}e{int(exponent)}"
-    return yaml.safe_dump(value, default_flow_style=True, width=10_000, allow_unicode=True).removesuffix("\n").removesuffix("\n...")
+    return (
+        yaml.safe_dump(value, default_flow_style=True, width=10_000, allow_unicode=True)
+        .removesuffix("\n")
+        .removesuffix("\n...")
+    )
 
 
 if __name__ == "__main__":
