@@ -53,7 +53,7 @@ Fault = tuple[str, str]  # the key, and what is wrong with it
 
 @dataclass
 class Recipe:
-    """A recipe that could be read; its names are empty where it does not lie in collect_scripts/<category>/<dataset>/."""
+    """A recipe that could be read; names are empty where it does not lie in collect_scripts/<category>/<dataset>/."""
 
     path: Path
     config: dict[str, Any]
@@ -237,7 +237,7 @@ def model_faults(recipe: Recipe) -> Iterator[Fault]:
 
 
 def target_faults(target: Any, folder: Path | None, entry: dict | None) -> Iterator[str]:
-    """What is wrong with a LoRA target for the model in `folder`; `entry`: the model's in models/models.yaml, or None."""
+    """What is wrong with a LoRA target for the model in `folder`, whose `entry` in models/models.yaml may be None."""
     told = entry["lora_target"] if entry else "all"
     if not isinstance(target, str) or not target.strip():
         yield f"{target!r} is not `all` or a comma list of layer names"

@@ -14,6 +14,7 @@ import difflib
 import json
 import math
 import os
+import re
 import shlex
 from dataclasses import dataclass
 from pathlib import Path
@@ -138,10 +139,10 @@ def choose_template(short: str, typed: str | None) -> str:
 
 def near_templates(name: str, known: list[str]) -> list[str]:
     """The templates whose names are most like a model's or a template's name, nearest first."""
-    plain = paths.loose(name)
-    shared = {template: len(os.path.commonprefix([plain, paths.loose(template)])) for template in known}
-    alike = {template: difflib.SequenceMatcher(None, plain, paths.loose(template)).ratio() for template in known}
-    return sorted(known, key=lambda template: (-min(shared[template], 4), -alike[template]))[:6]
+    starts = [paths.loose(name[found.start() :]) for found in re.finditer(r"[A-Za-z]+", name)] or [paths.loose(name)]
+    shared = {each: max(len(os.path.commonprefix([start, paths.loose(each)])) for start in starts) for each in known}
+    alike = {each: difflib.SequenceMatcher(None, starts[0], paths.loose(each)).ratio() for each in known}
+    return sorted(known, key=lambda each: (-shared[each], -alike[each]))[:6]
 
 
 def lora_target_of(folder: Path) -> str:

@@ -135,7 +135,10 @@ def rows_of(dataset: str) -> tuple[int | None, int | None]:
 
 
 def trainable_rows(dataset: str, rows: int | None = None) -> int | None:
-    """How many of a dataset's first rows may be trained on; None: not known. `rows`: all it has, where nothing else tells."""
+    """How many of a dataset's first rows may be trained on; None: not known.
+
+    `rows`: all that it has, used where nothing else tells.
+    """
     known, held_out = rows_of(dataset)
     known = known or rows
     if held_out is not None:
