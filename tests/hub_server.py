@@ -1,7 +1,7 @@
 """A hub on 127.0.0.1: the part of the Hugging Face hub's HTTP protocol that a download needs, over a real socket.
 
-Large files are redirected to a second host name (as to the hub's CDN). It can hold or drop a connection in the middle of a
-file, and it notes each request with the bytes that it sent.
+Large files are redirected to a second host name (as to the hub's CDN). It can hold or drop a connection in the middle
+of a file, and it notes each request with the bytes that it sent.
 """
 
 import hashlib
@@ -80,6 +80,8 @@ class Handler(BaseHTTPRequestHandler):
         token = (self.headers["Authorization"] or "").removeprefix("Bearer ") or None
         self.noted = Request(self.command, path, self.headers["Host"], token, self.headers["Range"])
         self.hub.requests.append(self.noted)
+        if path.startswith("/a page/"):
+            return self.send_json("<html>a login page, say</html>")
         if token == "hf_wrong":
             return self.refuse(401, None, "Invalid credentials in Authorization header")
         if found := re.fullmatch(r"/api/models/([^/]+/[^/]+)(?:/(revision|tree)/([^/]+))?", path):
@@ -176,7 +178,7 @@ class Handler(BaseHTTPRequestHandler):
             self.noted.sent += len(piece)
 
     def send_json(self, value) -> None:
-        data = json.dumps(value).encode()
+        data = value.encode() if isinstance(value, str) else json.dumps(value).encode()
         self.send_response(200)
         self.send_header("Content-Type", "application/json")
         self.send_header("Content-Length", str(len(data)))

@@ -27,7 +27,7 @@ def repository(tmp_path) -> Path:
 
 
 def make(repository: Path, *arguments: str) -> subprocess.CompletedProcess:
-    environment = {**os.environ, "DEVICES": "cpu"}
+    environment = {**os.environ, "DEVICES": "cpu", "HF_ENDPOINT": "http://127.0.0.1:9"}  # no hub is reached from here
     return subprocess.run(["make", *arguments], cwd=repository, env=environment, capture_output=True, text=True)
 
 
@@ -56,7 +56,7 @@ def test_make_alone_lists_every_target_with_a_line_of_help(repository):
         (["pretrain", "DATASET=Demo"], "make model MODEL=smollm2-135m"),
         (["pretrain", "DATASET=ARC c", "MODEL=smollm2"], "known: bert, gemma-3-4b, gpt2,"),
         (["model", "MODEL=llama-9b"], "model 'llama-9b' is not known; known: bert, gemma-3-4b, gpt2,"),
-        (["model", "MODEL=qwen2.5-0.5b"], "hf download Qwen/Qwen2.5-0.5B-Instruct"),
+        (["model", "MODEL=qwen2.5-0.5b"], "Qwen/Qwen2.5-0.5B-Instruct: http://127.0.0.1:9 cannot be reached"),
         (["recipe", "MODEL=gpt2"], "make recipe MODEL=... DATASET=..."),
         (["recipe", "MODEL=gpt2", "DATASET=arcc"], "gpt2_ARC-c_pretrain.yaml: is there already"),
         (["recipe", "MODEL=gpt2", "DATASET=Demo", "FROM=; touch injected"], "touch injected"),

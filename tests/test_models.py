@@ -1,4 +1,4 @@
-"""`make model`: from a hub that speaks the hub's protocol over a real socket, and folders that were put there by hand."""
+"""`make model`: from a server that speaks the hub's protocol, and folders that were put there by hand."""
 
 import json
 import os
@@ -9,6 +9,7 @@ import socket
 import struct
 import subprocess
 import sys
+import time
 from pathlib import Path
 
 import pytest
@@ -39,17 +40,21 @@ def top(tmp_path) -> Path:
     return top
 
 
-def start(top: Path, model: str, hub: Hub | str = "http://127.0.0.1:9", **environment: str) -> subprocess.Popen:
+NOWHERE = "http://127.0.0.1:9"  # nothing listens there
+
+
+def start(top: Path, model: str, hub: Hub | str = NOWHERE, python=(sys.executable,), **environment: str):
+    """`fetch_model.py` as a process whose hub is `hub`, and that is not logged in."""
     clean = {name: value for name, value in os.environ.items() if not re.match("HF_|HUGGING|.*proxy", name, re.I)}
     clean |= {"HF_HOME": str(top / "no login"), "HF_ENDPOINT": hub if isinstance(hub, str) else hub.url}
-    command = [sys.executable, top / "utils" / "fetch_model.py", model]
+    command = [*python, top / "utils" / "fetch_model.py", model]
     pipes = {"stdout": subprocess.PIPE, "stderr": subprocess.PIPE, "text": True}
     return subprocess.Popen(command, env={**clean, **environment}, **pipes)
 
 
-def fetch(top: Path, model: str, hub: Hub | str = "http://127.0.0.1:9", **environment: str):
+def fetch(top: Path, model: str, hub: Hub | str = NOWHERE, **options) -> tuple[int, str, str]:
     """Status, stdout and stderr of `fetch_model.py`."""
-    process = start(top, model, hub, **environment)
+    process = start(top, model, hub, **options)
     stdout, stderr = process.communicate(timeout=60)
     return process.returncode, stdout, stderr
 
@@ -143,7 +148,7 @@ def test_a_killed_download_goes_on_in_the_middle_of_the_file(top, tiny):
         hub.requests.clear()
         status, _, stderr = fetch(top, QWEN, hub)
         assert status == 0, stderr
-        assert hub.sent(SHARDS[0]) == 0 and hub.sent("tokenizer.json") == 0
+        assert hub.sent(SHARDS[0]) == 0
         assert [request.range for request in hub.of(SHARDS[1])] == [f"bytes={arrived}-"]
         assert hub.sent(SHARDS[1]) == len(files[SHARDS[1]]) - arrived
         assert (top / "models" / "Qwen2.5-0.5B-Instruct" / SHARDS[1]).read_bytes() == files[SHARDS[1]]
@@ -151,8 +156,6 @@ def test_a_killed_download_goes_on_in_the_middle_of_the_file(top, tiny):
 
 
 def wait_for(condition):
-    import time
-
     for _ in range(3000):
         if found := condition():
             return found
@@ -181,15 +184,17 @@ def test_a_stopped_download_ends_at_once_and_is_kept(top, tiny):
         assert left_in(top) == [".Qwen2.5-0.5B-Instruct.download"]
 
 
-def test_a_part_of_an_older_commit_is_not_continued(top, tiny):
+def test_what_came_of_an_older_commit_is_not_used(top, tiny):
     staging = top / "models" / ".Qwen2.5-0.5B-Instruct.download"
     staging.mkdir()
     (staging / ".model.safetensors.0123456789abcdef.part").write_bytes(b"old")
     (staging / "model-00001-of-00009.safetensors").write_bytes(b"old")
+    (staging / "model.safetensors").write_bytes(bytes(len(tiny["model.safetensors"])))
     with Hub({QWEN: Repository(tiny)}) as hub:
         assert fetch(top, QWEN, hub)[0] == 0
-    names = {path.name for path in (top / "models" / "Qwen2.5-0.5B-Instruct").iterdir()}
-    assert names == {*tiny, "source.json"}
+    folder = top / "models" / "Qwen2.5-0.5B-Instruct"
+    assert {path.name for path in folder.iterdir()} == {*tiny, "source.json"}
+    assert (folder / "model.safetensors").read_bytes() == tiny["model.safetensors"]
 
 
 def test_two_calls_at_once_download_once(top, tiny):
@@ -200,18 +205,19 @@ def test_two_calls_at_once_download_once(top, tiny):
         second = start(top, "qwen2.5-0.5b", hub)
         assert "waiting for it" in second.stdout.readline()
         hub.released.set()
-        assert first.wait(60) == 0 and second.wait(60) == 0
-        assert "is there and whole" in second.communicate()[1] + second.stdout.read() if False else True
+        first.communicate(timeout=60)
+        said, _ = second.communicate(timeout=60)
+        assert (first.returncode, second.returncode) == (0, 0) and "is there and whole" in said
         assert len(hub.of("model.safetensors")) == 1
-        first.communicate()
 
 
 def test_the_token_goes_to_the_hub_and_not_to_its_storage(top, tiny):
     with Hub({"google/gemma-3-4b-it": Repository(tiny, gated=True, license="gemma")}) as hub:
         status, _, stderr = fetch(top, "gemma-3-4b", hub, HF_TOKEN="hf_granted")
         assert status == 0, stderr
-        assert {request.token for request in hub.requests if request.host.startswith("127.")} == {"hf_granted"}
-        assert {request.token for request in hub.requests if request.host.startswith("localhost")} == {None}
+        about_it = [request for request in hub.requests if "gemma-3-4b-it" in request.path]
+        assert {request.token for request in about_it if request.host.startswith("127.")} == {"hf_granted"}
+        assert {request.token for request in about_it if request.host.startswith("localhost")} == {None}
     assert not any(b"hf_granted" in path.read_bytes() for path in (top / "models").rglob("*") if path.is_file())
 
 
@@ -239,11 +245,15 @@ def test_the_hubs_own_login_is_used(top, tiny):
         ("org/huge", {}, "of disk are free"),
         ("org/tiny", {"HF_ENDPOINT": "hf-mirror.com"}, "HF_ENDPOINT=hf-mirror.com: is no address"),
         ("org/tiny", {"HF_ENDPOINT": "{hub}/elsewhere"}, "knows no such address; is HF_ENDPOINT a hub"),
+        ("org/tiny", {"HF_ENDPOINT": "{hub}/a%20page"}, "does not answer as a hub does"),
         ("org/tiny", {"HF_ENDPOINT": "http://127.0.0.1:{closed}"}, "cannot be reached"),
         ("org/..", {}, "is not a hub repository's name"),
+        ("org/gpt2", {}, "models/gpt2 would be taken for gpt2 (openai-community/gpt2)"),
+        ("org/BERT", {}, "would be taken for bert"),
         ("org/name/more", {}, "is not a hub repository's name"),
         ("llama-9b", {}, "is not known; known: bert, gemma-3-4b"),
         ("smollm2-135m@main", {}, "is not from the hub"),
+        ("", {}, "say which model: make model MODEL=...; known: smollm2-135m, qwen2.5-0.5b"),
     ],
 )
 def test_what_the_hub_refuses_is_one_line_with_the_way_out(top, tiny, model, environment, said):
@@ -272,6 +282,15 @@ def test_a_file_that_does_not_have_the_told_hash_is_fetched_again_next_time(top,
         repository.told_hashes = {}
         status, _, stderr = fetch(top, QWEN, hub)
         assert status == 0, stderr
+
+
+def test_a_disk_that_fills_up_is_one_line_and_what_came_is_kept(top, tiny):
+    with Hub({QWEN: Repository({**tiny, "model.safetensors": weights_of(24 * MB)})}) as hub:
+        limited = ["bash", "-c", f'ulimit -f {15 * MB // 1024}; exec "$@"', "limited", sys.executable]
+        assert "File too large; no file is left half-written" in error_of(fetch(top, QWEN, hub, python=limited))
+        status, _, stderr = fetch(top, QWEN, hub)
+        assert status == 0, stderr
+        assert [request.range for request in hub.of("model.safetensors")] == [None, f"bytes={15 * MB}-"]
 
 
 def test_another_model_of_the_same_name_and_a_changed_one_are_not_taken_for_the_one_asked_for(top, tiny):

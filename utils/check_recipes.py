@@ -79,7 +79,7 @@ class Recipe:
 def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("recipes", nargs="*", type=Path, metavar="RECIPE.yaml")
-    asked = [path.absolute() for path in parser.parse_args().recipes]
+    asked = [path.absolute().parent.resolve() / path.name for path in parser.parse_args().recipes]
     found = [path for path in asked for path in (path, other_half(path)) if path in asked or path.is_file()]
     chosen = sorted(set(found)) or all_recipes()
     messages, faulty = check(chosen)

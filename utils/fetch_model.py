@@ -48,11 +48,14 @@ def main() -> None:
 def asked_for(text: str) -> dict:
     """What is to be brought: the table's mapping, or one for another model (hub_id, revision, folder, license)."""
     name, _, revision = text.strip().partition("@")
+    if not name:
+        raise UserError(
+            f"say which model: make model MODEL=...; known: {', '.join(models.table())}; any other: org/name"
+        )
     if "/" in name:
         if not REPOSITORY.fullmatch(name) or ".." in name:
             raise UserError(f"model {name!r} is not a hub repository's name; it looks like org/name")
-        known = (values for values in models.table().values() if (values["hub_id"] or "").lower() == name.lower())
-        entry = next(known, {"hub_id": name, "revision": None, "folder": name.split("/")[1], "license": None})
+        entry = entry_of_repository(name)
     else:
         try:
             _, entry = models.entry(name)
@@ -61,6 +64,20 @@ def asked_for(text: str) -> dict:
     if revision and not entry["hub_id"]:
         raise UserError(f"model {text!r}: {name} is not from the hub, so it has no revision; leave @{revision} away")
     return {**entry, "revision": revision or entry["revision"]}
+
+
+def entry_of_repository(hub_id: str) -> dict:
+    """The table's mapping of a hub repository, or a new one that is filed under the repository's name."""
+    folder = hub_id.split("/")[1]
+    for short, values in models.table().items():
+        if (values["hub_id"] or "").lower() == hub_id.lower():
+            return values
+        if folder.lower() in (short, values["folder"].lower()):
+            raise UserError(
+                f"{hub_id}: models/{folder} would be taken for {short} ({values['hub_id']}); "
+                "give it a short name and a folder of its own in models/models.yaml"
+            )
+    return {"hub_id": hub_id, "revision": None, "folder": folder, "license": None}
 
 
 # ---------------------------------------------------------------------------------------------- what is there already
@@ -76,13 +93,13 @@ def check(folder: Path, entry: dict) -> None:
     if not told:
         say(f"{name} is there and whole (put there by hand)")
         return
+    if not {"hub_id", "revision", "sha256"} <= set(told):
+        raise UserError(f"{name}/{models.SOURCE_FILE}: make model did not write this; remove it and run it again")
     if entry["hub_id"] and (told["hub_id"] or "").lower() != entry["hub_id"].lower():
         raise UserError(f"{name}: holds {told['hub_id']}, not {entry['hub_id']}; move it away and run it again")
     wanted = entry["revision"]
-    if models.is_commit(wanted) and not told["revision"].startswith(wanted):
-        raise UserError(
-            f"{name}: is at revision {told['revision'][:12]}, not {wanted[:12]}; move it away and run it again"
-        )
+    if models.is_commit(wanted) and not (told["revision"] or "").startswith(wanted):
+        raise UserError(f"{name}: is at revision {told['revision']}, not {wanted}; move it away and run it again")
     if models.identity_of(folder)["sha256"] != told["sha256"]:
         changed = models.changed_files(folder)
         raise UserError(
@@ -95,15 +112,15 @@ def check(folder: Path, entry: dict) -> None:
 
 
 def bring_from_hub(folder: Path, entry: dict) -> None:
-    """Download a model of the hub into a folder beside `folder`, which outlives interruptions, then give it its name."""
+    """Download a model of the hub into a staging folder, which outlives an interruption, then give that its name."""
     set_hub_environment()
     try:
         info = look_up(entry)
         chosen = choose_files(entry["hub_id"], info)
         staging = files.beside(folder, "download")
-        staging.mkdir(parents=True, exist_ok=True)
         tidy(staging, chosen)
         check_disk(folder, staging, chosen)
+        staging.mkdir(exist_ok=True)
         download(entry["hub_id"], info.sha, chosen, staging)
     except Exception as error:
         if isinstance(error, UserError) or cli.storage_fault(error):
@@ -163,7 +180,7 @@ def tidy(staging: Path, chosen: dict) -> None:
     for path in (staging / ".cache").rglob("*.incomplete"):
         path.unlink()
     parts = {part_of(staging, file).name for file in chosen.values()}
-    for path in staging.iterdir():
+    for path in staging.glob("*"):
         if path.is_file() and path.name not in chosen and path.name not in parts:
             path.unlink()
 
@@ -173,7 +190,7 @@ def check_disk(folder: Path, staging: Path, chosen: dict) -> None:
     total = sum(file.size or 0 for file in chosen.values())
     here = files.size_of([staging / name for name in chosen])
     here += files.size_of(part_of(staging, file) for file in chosen.values())
-    free = shutil.disk_usage(staging).free
+    free = shutil.disk_usage(folder.parent).free
     if total - here > free:
         raise UserError(
             f"{paths.relative(folder)}: {gigabytes(total - here)} are to be downloaded, {gigabytes(free)} of disk are "
@@ -191,17 +208,17 @@ def gigabytes(size: int) -> str:
 def download(hub_id: str, commit: str, chosen: dict, staging: Path) -> None:
     """Bring all chosen files into `staging`; what is there whole is not fetched again."""
     from huggingface_hub import constants, snapshot_download
+    from huggingface_hub.utils import disable_progress_bars
 
-    small = [name for name in chosen if not name.endswith(".safetensors")]
-    snapshot_download(hub_id, revision=commit, local_dir=staging, allow_patterns=small)
     if constants.HF_HUB_DISABLE_XET:
+        disable_progress_bars("huggingface_hub.snapshot_download")  # the large files have their own, the rest is small
         for file in chosen.values():
             if file.lfs is not None:
-                bring_weights(hub_id, commit, file, staging)
+                bring_large_file(hub_id, commit, file, staging)
     snapshot_download(hub_id, revision=commit, local_dir=staging, allow_patterns=list(chosen))
 
 
-def bring_weights(hub_id: str, commit: str, file, staging: Path) -> None:
+def bring_large_file(hub_id: str, commit: str, file, staging: Path) -> None:
     """Bring one large file, going on in its middle where a killed process stopped.
 
     huggingface_hub starts such a file again: it resumes a dropped connection only within one process. Its
@@ -212,7 +229,7 @@ def bring_weights(hub_id: str, commit: str, file, staging: Path) -> None:
     from huggingface_hub.utils import build_hf_headers
 
     final, part = staging / file.rfilename, part_of(staging, file)
-    if final.is_file():
+    if final.is_file() and final.stat().st_size == file.size:
         return
     if part.is_file() and part.stat().st_size > file.size:
         part.unlink()

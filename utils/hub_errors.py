@@ -32,11 +32,13 @@ def explain(error: BaseException, hub_id: str, revision: str | None) -> str | No
             return f"HF_ENDPOINT={endpoint}: is no address of a hub; the mirror's is https://hf-mirror.com"
         if isinstance(link, errors.FileMetadataError | json.JSONDecodeError):
             return f"HF_ENDPOINT={endpoint}: does not answer as a hub does; unset it, or name a mirror"
-        if isinstance(link, httpx.TransportError):
+        if isinstance(link, httpx.RequestError):
             why = str(link) or type(link).__name__
             return f"{hub_id}: {endpoint} cannot be reached ({why}); {MIRROR}; {kept}"
     if isinstance(error, OSError) and "Consistency check failed" in str(error):
         return f"{hub_id}: a file did not arrive whole; {kept}"
+    if isinstance(error, errors.EntryNotFoundError):
+        return f"{hub_id}: {str(error).splitlines()[0]}; {kept}"
     return None
 
 

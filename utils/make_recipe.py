@@ -86,7 +86,7 @@ def cell_of(model: str, dataset: str, template: str | None = None, category: str
         raise UserError(f"dataset {dataset!r} lies in no category; say CATEGORY= one of {', '.join(paths.CATEGORIES)}")
     short, entry = models.entry(model)
     folder = paths.MODELS / entry["folder"]
-    guess = read_figures().get("datasets", {}).get(dataset, {}).get("rows")
+    guess = read_figures()["datasets"].get(dataset, {}).get("rows")
     return Cell(
         short=short,
         folder=entry["folder"],
@@ -160,8 +160,15 @@ def parameters_of(folder: Path) -> int:
 
 
 def read_figures() -> dict:
-    """collect_scripts/figures.yaml; its head explains it."""
-    return yaml.safe_load(FIGURES.read_text(encoding="utf-8"))
+    """collect_scripts/figures.yaml; its head explains it. Raises UserError when it is not such a table."""
+    try:
+        table = yaml.safe_load(FIGURES.read_text(encoding="utf-8"))
+    except (OSError, ValueError, yaml.YAMLError) as error:
+        raise UserError(f"{paths.relative(FIGURES)}: cannot be read: {' '.join(str(error).split())}") from None
+    parts = ("models", "categories", "datasets")
+    if not isinstance(table, dict) or not all(isinstance(table.get(part), dict) for part in parts):
+        raise UserError(f"{paths.relative(FIGURES)}: a mapping with {', '.join(parts)} is due")
+    return table
 
 
 def figures_for(cell: Cell) -> dict[str, Any]:
@@ -202,7 +209,13 @@ def figures_from(typed: str, cell: Cell) -> dict[str, Any]:
         split = (config.get("per_device_train_batch_size", 8), config.get("gradient_accumulation_steps", 1))
         figures[f"{phase}_batch"] = list(split)
         figures[f"{phase}_taken"] = config
-    figures["resume_step"] = int(Path(str(finetune["resume_from_checkpoint"])).name.removeprefix("checkpoint-"))
+    resumed = paths.CHECKPOINT.search(str(finetune.get("resume_from_checkpoint")))
+    if not resumed:
+        raise UserError(
+            f"{paths.relative(recipes[dataset, model, 'finetune'])}: resume_from_checkpoint names no "
+            "checkpoint-<step>, so there are no steps to take from it; see: make check-recipes"
+        )
+    figures["resume_step"] = int(resumed[1])
     if dataset != cell.dataset:
         del figures["save_steps"]
         rows = recipe_facts.trainable_rows(dataset, rows=read_figures()["datasets"].get(dataset, {}).get("rows"))
@@ -261,6 +274,7 @@ def context_of(folder: Path) -> int:
     """The tokens that a model on disk has positions for; without end where its config is not here or does not say."""
     config = folder / "config.json"
     told = json.loads(config.read_bytes()) if config.is_file() else {}
+    told = {**told, **told.get("text_config", {})}
     return told.get("max_position_embeddings") or told.get("n_positions") or 1 << 40
 
 
@@ -268,9 +282,9 @@ def split(batch: list[int], cell: Cell, cutoff_len: int) -> tuple[int, int, bool
     """Rows in a micro-batch, micro-batches a step, and whether to do without gradient checkpointing.
 
     For a model with a processor the source's split stays: its loss is a mean of micro-batch means. For others every
-    split of the same rows is the same mean over tokens, so the largest micro-batch is taken that fits a 24 GB card:
-    short rows of a small model in one batch with all activations kept; else, with activations computed twice, about
-    8,800 tokens at once (the logits over 150,000 words are what fills the card), or half as many for a large model.
+    split of the same rows is the same mean over tokens, so as many rows go at once as a 24 GB card takes: all of them
+    where the model is small and the rows are short, with all activations kept; else, with activations computed twice,
+    about 8,800 tokens (logits over 150,000 words fill the card), half as many for a large model, but at least one row.
     """
     rows = batch[0] * batch[1]
     if cell.processor:
