@@ -25,7 +25,7 @@ from cli import UserError, storage_fault
 from paths import relative
 
 HUB = "hub:"
-HUB_NAME = re.compile(r"[\w.-]+(/[\w.-]+)?")
+HUB_NAME = re.compile(r"\w[\w.-]*(/\w[\w.-]*)?")
 SUFFIXES = (".jsonl", ".csv", ".parquet")
 TEXTS = ("prompt", "query", "response", "system")
 # What a text column may hold besides text, and is written as text.
@@ -183,7 +183,7 @@ def read_hub(source: str) -> Iterator[dict[str, Any]]:
     except Exception as error:
         if storage_fault(error):
             raise
-        raise UserError(f"{source}: {type(error).__name__}: {first_line(error)}") from None
+        raise UserError(f"{source}: cannot be loaded: {first_line(error)}") from None
     pictures = [name for name, kind in table.features.items() if type(kind).__name__ in ("Image", "Audio", "Video")]
     table = table.remove_columns(pictures)  # LLaMA-Factory reads paths of files, not what these columns hold
     labels = {name: kind for name, kind in table.features.items() if isinstance(kind, datasets.ClassLabel)}

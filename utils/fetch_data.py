@@ -34,11 +34,11 @@ UPSTREAM = "https://raw.githubusercontent.com/{repository}/{commit}"
 SOURCE_VARIABLE = "PARAGEN_DATA_SOURCE"
 AT_ONCE = 4
 TRIES = 5  # without progress between them
-LONGEST_PAUSE_S = 30
+FIRST_PAUSE_S, LONGEST_PAUSE_S = 0.5, 30  # each pause before another try is twice the one before
 PLAIN_PROGRESS_S = 10  # between two lines of progress where there is no terminal for a bar
 TIMEOUT_S = httpx.Timeout(30, connect=20)
 PROGRESS_BYTES = 1 << 20  # a try that brought so much starts the counting anew
-CHUNK = 1 << 16
+COPIED_AT_ONCE = 1 << 20
 SHOWN = 5  # failed files that the last line names
 PASSING = {408, 425, 429, 500, 502, 503, 504}  # HTTP states that may be over at the next try
 LFS_MARK = b"version https://git-lfs.github.com/spec/"
@@ -230,7 +230,7 @@ def receive(name: str, entry: dict, source: "Source", part: Path, tries: int, ba
             if failures >= tries:
                 kept = f"; {size} bytes are kept for the next call" if size else ""
                 raise UserError(f"{error}, {failures} times without progress{kept}") from None
-            time.sleep(min(2 ** (failures - 1), LONGEST_PAUSE_S))
+            time.sleep(min(FIRST_PAUSE_S * 2 ** (failures - 1), LONGEST_PAUSE_S))
 
 
 def places(name: str, entry: dict) -> list[str]:
@@ -266,7 +266,7 @@ class Folder:
             raise UserError(f"{self.folder}: does not hold it; {looked_for(name, entry)}")
         right = next((path for path in found if blob_id(path) == entry["blob"]), found[0])
         with open(right, "rb") as file, open(part, "wb") as copy:
-            while chunk := file.read(CHUNK * 16):
+            while chunk := file.read(COPIED_AT_ONCE):
                 copy.write(chunk)
                 bar.update(len(chunk))
 
@@ -335,7 +335,7 @@ class Server:
             grow_total(bar, size, response)
             with open(part, "ab" if goes_on else "wb") as file:
                 bar.update(have if goes_on else 0)
-                for chunk in response.iter_raw(CHUNK):
+                for chunk in response.iter_raw():
                     file.write(chunk)
                     bar.update(len(chunk))
         if size and part.stat().st_size < size:  # a server that says no length ends so when it is cut off
@@ -364,7 +364,7 @@ def blob_id(path: Path) -> str:
     """Git's id of a file's content: SHA-1 over `blob <size>`, a zero byte and the content."""
     digest = hashlib.sha1(b"blob %d\0" % path.stat().st_size, usedforsecurity=False)
     with open(path, "rb") as file:
-        while chunk := file.read(1 << 20):
+        while chunk := file.read(COPIED_AT_ONCE):
             digest.update(chunk)
     return digest.hexdigest()
 

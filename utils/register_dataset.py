@@ -71,7 +71,8 @@ def main() -> int:
     if asked.check:
         return check(asked.data_dir)
     converts = bool(asked.file) and convert_dataset.is_source(asked.file)
-    if (asked.file is None) != bool(asked.name and asked.category) or (asked.file and asked.category and not converts):
+    named_alone = bool(asked.name and asked.category)
+    if not converts and ((asked.file is None) != named_alone or (asked.file and asked.category)):
         parser.error("give the file, or --name and --category; --category with a file only where it is converted")
     named, marks = named_columns(asked.columns), {HELD_OUT: asked.held_out, ACCEPTED_ROWS: asked.accept_rows}
     marks = {key: value for key, value in marks.items() if value is not None}
