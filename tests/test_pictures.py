@@ -1,4 +1,4 @@
-"""Pictures of a dataset: refused before training when they are not safe and sound, part of what a run was trained on."""
+"""Pictures of a dataset: refused before training unless safe and sound, and part of what a run was trained on."""
 
 import json
 import os
@@ -49,6 +49,14 @@ def edit_row(project: Projects, number: int, picture: str) -> None:
     path.write_text(json.dumps(rows))
 
 
+def edit_text(project: Projects, number: int, text: str) -> None:
+    """Let row `number` (from 1) ask something else."""
+    path = project.top / "data" / "multimodal" / "Colours.json"
+    rows = json.loads(path.read_text())
+    rows[number - 1]["conversations"][0]["value"] = text
+    path.write_text(json.dumps(rows))
+
+
 def link(path: Path, target: Path) -> None:
     path.unlink(missing_ok=True)
     path.symlink_to(target)
@@ -72,6 +80,8 @@ PICTURE = f"{tiny_pictures.PICTURES}/4.png"
         (lambda p: edit_row(p, 5, "multimodal/colours"), "row 5: the picture 'multimodal/colours' is not a file"),
         (lambda p: edit_row(p, 5, "multimodal/\0.png"), "row 5: the picture 'multimodal/\\x00.png' is not there"),
         (lambda p: edit_row(p, 5, "x" * 5000), "is not there"),
+        (lambda p: edit_row(p, 5, ["a list"]), "is not a path"),
+        (lambda p: edit_text(p, 5, "no mark"), "row 5: 1 pictures, but 0 <image> marks"),
         (lambda p: link(folder(p) / "4.png", p.top / "secret.png"), "leads out of"),
         (lambda p: link(folder(p) / "4.png", folder(p) / "4.png"), "is not there"),
     ],
@@ -137,3 +147,29 @@ def test_pictures_that_did_not_change_are_not_read_again(project, monkeypatch):
     assert data_of(project) == first and not read
     os.utime(folder(project) / "3.png")
     assert data_of(project) != first and read == ["3.png"]
+
+
+def test_a_picture_that_cutoff_len_cuts_short_is_refused_before_the_first_step(project):
+    """LLaMA-Factory would stop in the middle of the training, at the first such row, with a shape mismatch."""
+    result = project.start(project.recipe(NAME, "pretrain"), *SMALL_PRETRAIN, "cutoff_len=56")
+    assert result.status == 1 and "Traceback" not in result.output, result.output
+    assert "cutoff_len 56 cuts pictures short in 3 rows, first in row 4" in result.output
+
+
+def test_cutting_text_alone_is_fine(project):
+    edit_text(project, 1, "<image>look" + " closely" * 30)
+    result = project.start(project.recipe(NAME, "pretrain"), *SMALL_PRETRAIN)
+    assert result.status == 0, result.output
+
+
+def test_a_template_that_takes_no_pictures_is_refused_with_them(project):
+    result = project.start(project.recipe(NAME, "pretrain"), *SMALL_PRETRAIN, "template=qwen")
+    assert result.status == 1 and "Traceback" not in result.output, result.output
+    assert "template 'qwen' takes no pictures" in result.output
+
+
+def test_a_template_for_pictures_needs_a_model_with_a_processor(project):
+    (project.top / "models" / NAME / "processor_config.json").unlink()
+    result = project.start(project.recipe(NAME, "pretrain"), *SMALL_PRETRAIN)
+    assert result.status == 1 and "Traceback" not in result.output, result.output
+    assert "has no preprocessor_config.json" in result.output

@@ -46,27 +46,22 @@ def byte_level(special: list[str], **named: str):
 
 
 def word_piece():
-    """BERT's kind: WordPiece over lower characters, cased, with [CLS], [SEP] and [PAD] and neither bos nor eos."""
-    from tokenizers import Tokenizer, decoders, models, normalizers, pre_tokenizers
-    from transformers import PreTrainedTokenizerFast
+    """BERT's: WordPiece over single characters, cased, with [CLS], [SEP] and [PAD] and neither bos nor eos."""
+    from transformers import BertTokenizer
 
-    special = ["[PAD]", "[UNK]", "[CLS]", "[SEP]", "[MASK]"]
     characters = [chr(code) for code in range(33, 127)]
-    pieces = [*special, *characters, *("##" + character for character in characters)]
-    tokenizer = Tokenizer(models.WordPiece({piece: n for n, piece in enumerate(pieces)}, unk_token="[UNK]"))
-    tokenizer.normalizer = normalizers.BertNormalizer(lowercase=False)
-    tokenizer.pre_tokenizer = pre_tokenizers.BertPreTokenizer()
-    tokenizer.decoder = decoders.WordPiece()
-    names = ("pad_token", "unk_token", "cls_token", "sep_token", "mask_token")
-    return PreTrainedTokenizerFast(tokenizer_object=tokenizer, **dict(zip(names, special, strict=True)))
+    pieces = ["[PAD]", "[UNK]", "[CLS]", "[SEP]", "[MASK]", *characters, *("##" + char for char in characters)]
+    return BertTokenizer(vocab={piece: number for number, piece in enumerate(pieces)}, do_lower_case=False)
 
 
 def tokenizer_of(name: str):
     """The tokenizer of a tiny model, with the special tokens that the real one has for its template."""
+    from transformers import GPT2Tokenizer
+
     if name == "bert":
         return word_piece()
     if name == "gpt2":
-        return byte_level(CHATML[:1], bos_token=CHATML[0], eos_token=CHATML[0], unk_token=CHATML[0])
+        return GPT2Tokenizer(vocab=byte_level(CHATML[:1]).get_vocab(), merges=[])
     if name in ("llama-7b", "mistral-7b"):
         marks = ["[INST]", "[/INST]"] if name == "mistral-7b" else []
         return byte_level(["<unk>", "<s>", "</s>", *marks], unk_token="<unk>", bos_token="<s>", eos_token="</s>")

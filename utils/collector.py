@@ -17,6 +17,7 @@ from safetensors.torch import save
 from transformers import TrainerCallback
 
 import files
+import pictures
 from cli import UserError, say
 
 IN_FLIGHT = 2  # copies of the adapter in memory: one being written, one being filled or waiting
@@ -39,7 +40,7 @@ def check_window(keep: int | None, resumed_step: int, max_steps: int) -> None:
 
 
 class Rules(TrainerCallback):
-    """Lets the recipe's own logging and saving rhythm count in a resumed run, and notes what only the trainer knows.
+    """Lets the recipe's own logging and saving rhythm count in a resumed run, and sees what only the trainer knows.
 
     transformers replaces the whole trainer state by the one stored with the checkpoint, so that the rhythm and the log
     history of the pretrain would go on. `facts` is filled in the main process alone.
@@ -51,6 +52,7 @@ class Rules(TrainerCallback):
     def on_train_begin(self, args, state, control, lr_scheduler=None, train_dataloader=None, **kwargs):
         state.compute_steps(args, state.max_steps)
         state.log_history = []
+        pictures.check_not_cut(train_dataloader.dataset, train_dataloader.collate_fn)
         if state.is_world_process_zero:
             going_on_with = getattr(lr_scheduler, "base_lrs", [args.learning_rate])[0]
             if going_on_with != args.learning_rate:

@@ -1,7 +1,8 @@
-"""The pictures that a dataset's rows show: safely below one folder, readable before training starts, part of the identity.
+"""The pictures that a dataset's rows show: below one folder, readable before training starts, part of the identity.
 
-Imported by run_identity.py. LLaMA-Factory itself only warns of a picture that is not there and fails in the middle of
-the training. Readable pictures are remembered in `.hashes.json` in the media folder, so that each is decoded once.
+Imported by run_identity.py and collector.py. LLaMA-Factory itself only warns of a picture that is not there, and fails
+in the middle of the training. Readable pictures are remembered in `.hashes.json` in the media folder, so that each is
+decoded once.
 """
 
 import hashlib
@@ -35,17 +36,19 @@ def identity_of(rows: list[dict[str, Any]], entry: dict[str, Any], file: Path, m
     Raises UserError naming the first faulty rows and their number: a path that leaves `media`, also through a link; a
     picture that is not there or cannot be decoded; another number of pictures than of <image> marks.
     """
-    column = dataset_info.columns_of(entry).get("images")
-    if column is None:
+    columns = dataset_info.columns_of(entry)
+    if "images" not in columns:
         return None
-    names = [dataset_info.pictures_of(row, column) for row in rows]
-    faults = {number: fault for number, row in enumerate(rows, 1) if (fault := _row_fault(row, entry))}
+    names = [dataset_info.pictures_of(row, columns["images"]) for row in rows]
+    faults = {
+        number: fault for number, row in enumerate(rows, 1) if (fault := dataset_info.picture_fault(row, columns))
+    }
     sound = {name for number, shown in enumerate(names, 1) if number not in faults for name in shown}
     read = hashes_of(sound, media)
     for number, shown in enumerate(names, 1):
-        wrong = [f"the picture {name!r} {read[name]}" for name in shown if isinstance(read.get(name), Fault)]
-        if number not in faults and wrong:
-            faults[number] = wrong[0]
+        wrong = [] if number in faults else [name for name in shown if isinstance(read[name], Fault)]
+        if wrong:
+            faults[number] = f"the picture {wrong[0]!r:.200} {read[wrong[0]]}"
     if faults:
         first = "; ".join(f"row {number}: {faults[number]}" for number in sorted(faults)[:NAMED])
         total = f"; {len(faults)} of {len(rows)} rows" if len(faults) > NAMED else ""
@@ -67,7 +70,7 @@ def hashes_of(names: Iterable[str], media: Path) -> dict[str, str]:
     for name in sorted(names):
         path = Path(os.path.realpath(top / name.replace("\0", "")))
         if not path.is_relative_to(top):
-            found[name] = Fault(f"leads out of {paths.relative(media)}, to {path}")
+            found[name] = Fault(f"leads out of {paths.relative(media)}, to {str(path)!r}")
         elif "\0" in name or not os.path.isfile(path):
             found[name] = Fault("is not a file" if os.path.exists(path) else "is not there")
         else:
@@ -112,8 +115,34 @@ def hash_of_picture(path: Path) -> str:
     return hashlib.sha256(data).hexdigest()
 
 
-def _row_fault(row: dict[str, Any], entry: dict[str, Any]) -> str | None:
-    return dataset_info.picture_fault(row, dataset_info.columns_of(entry))
+def check_not_cut(dataset: Any, collator: Any) -> None:
+    """Refuse tokenised rows in which cutoff_len cut off tokens of a picture: the model could not place the rest.
+
+    Args:
+        dataset: LLaMA-Factory's training set, with `input_ids` and `images`.
+        collator: the data loader's collate_fn, which holds template, tokenizer and processor.
+
+    Raises UserError with the number of such rows.
+    """
+    plugin = collator.template.mm_plugin
+    if plugin.image_token is None or "images" not in (dataset.column_names or []):
+        return
+    lengths = [len(ids) for ids in dataset["input_ids"]]
+    longest = max(lengths)
+    token = collator.tokenizer.convert_tokens_to_ids(plugin.image_token)
+    cut = []
+    for index in (index for index, length in enumerate(lengths) if length == longest):  # every row that was cut is
+        row = dataset[index]
+        shown = row["images"] or []
+        asked = [{"role": "user", "content": "<image>" * len(shown)}]
+        (whole,) = plugin.process_messages(asked, shown, [], [], collator.processor)
+        if row["input_ids"].count(token) != whole["content"].count(plugin.image_token):
+            cut.append(index + 1)
+    if cut:
+        raise UserError(
+            f"cutoff_len {longest} cuts pictures short in {len(cut)} rows, first in row {cut[0]}; "
+            "raise cutoff_len, or lower image_max_pixels"
+        )
 
 
 def _read_cache(path: Path) -> dict[str, list]:

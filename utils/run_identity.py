@@ -90,7 +90,7 @@ def changes(old: dict, new: dict) -> list[str]:
 
 
 def _data_of(name: str, recipe: Path, config: dict) -> dict:
-    """What is read of one dataset: entry, file, and the first `max_samples` rows, which are trained on, with pictures."""
+    """What is read of one dataset: entry, file, and the first `max_samples` rows, trained on, with their pictures."""
     folder = resolve(recipe, config.get("dataset_dir", "data"))
     entry = dataset_info.entry_of(name, folder)
     dataset_info.require_trainable(name, entry)

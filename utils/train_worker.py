@@ -13,12 +13,14 @@ from pathlib import Path
 import cli
 import devices
 import files
+import paths
 import prompt_templates
 import rank_config
 from cli import UserError
 
 # Checked again by LLaMA-Factory itself, whose messages then name the key.
 SETTINGS_ERRORS = (ValueError, TypeError, ImportError, OSError, KeyError)
+PROCESSOR_FILES = ("preprocessor_config.json", "processor_config.json")  # one of them where there is a processor
 
 
 def train(job: dict) -> None:
@@ -58,6 +60,7 @@ def train(job: dict) -> None:
         arguments["cache_dir"] = str(Path(cache, f"pictures-{files.sha256_of_value(job['pictures'])[:16]}"))
     prompt_templates.register()
     check_arguments(recipe, arguments)
+    check_template(recipe, arguments, bool(job["pictures"]))
     rules = Rules()
     callbacks = [rules, Collector(staging, config.get("save_total_limit"))] if collects else [rules]
     try:
@@ -76,19 +79,37 @@ def train(job: dict) -> None:
 
 def check_arguments(recipe: Path, arguments: dict) -> None:
     """Let LLaMA-Factory read the arguments before anything is loaded; its objection becomes one line."""
-    from llamafactory.data import TEMPLATES
     from llamafactory.hparams import get_train_args
 
     try:
-        _, data_args, training_args, *_ = get_train_args(dict(arguments))
+        get_train_args(dict(arguments))
     except SETTINGS_ERRORS as error:
         raise UserError(f"{recipe}: LLaMA-Factory refuses it: {' '.join(str(error).split())}") from None
-    template = data_args.template
-    if template is not None and template not in TEMPLATES:
+
+
+def check_template(recipe: Path, arguments: dict, has_pictures: bool) -> None:
+    """Refuse a template that is not known, or that does not go with the data or the model as to pictures."""
+    from llamafactory.data import TEMPLATES
+
+    template = arguments.get("template")
+    if template is None:
+        return
+    if template not in TEMPLATES:
         near = sorted(name for name in TEMPLATES if name.startswith(str(template)[:2]))
         raise UserError(
             f"{recipe}: template {template!r} is not known to LLaMA-Factory nor in utils/prompt_templates.py"
             f"{'; near ones: ' + ', '.join(near) if near else ''}"
+        )
+    takes_pictures = TEMPLATES[template].mm_plugin.image_token is not None
+    if has_pictures and not takes_pictures:
+        raise UserError(
+            f"{recipe}: template {template!r} takes no pictures, but the data have some; one such is qwen2_vl"
+        )
+    model = rank_config.resolve(recipe, arguments["model_name_or_path"])
+    if takes_pictures and not any((model / name).is_file() for name in PROCESSOR_FILES):
+        raise UserError(
+            f"{recipe}: template {template!r} is for models that read pictures, but {paths.relative(model)} has no "
+            "preprocessor_config.json; bring the whole model, or use the template of its text-only kin"
         )
 
 
