@@ -7,10 +7,11 @@ CODE := utils tests bench
 
 RANK := $(or $(RANK),8)
 # What a user sets on the command line reaches the scripts through the environment.
-export DATASET MODEL MODELS RANK RANKS KEEP SEED FORCE DEVICES PRUNE_PRETRAIN FILE NAME CATEGORY MAP ACCEPT HELD_OUT
+export DATASET MODEL MODELS RANK RANKS KEEP SEED FORCE DEVICES PRUNE_PRETRAIN FILE NAME CATEGORY MAP ACCEPT HELD_OUT FROM TEMPLATE
 
 .DEFAULT_GOAL := help
-.PHONY: help setup lock model data data-all register check-data pretrain finetune collect collect-all status verify clean-checkpoints demo test test-all lint format
+.PHONY: help setup lock model data data-all register check-data recipe check-recipes pretrain finetune collect collect-all \
+	status verify clean-checkpoints demo test test-all lint format
 
 help:  ## list the targets
 	@awk -F ':.*## ' '/^##@/ {print "\n" substr($$0, 5)} /^[a-z-]+:.*## / {printf "  make %-18s %s\n", $$1, $$2}' Makefile
@@ -46,6 +47,12 @@ register: setup  ## register your own: FILE=data/math/X.json (or .csv .jsonl .pa
 
 check-data: setup  ## check every dataset in data/dataset_info.json
 	@$(PY) utils/register_dataset.py --check
+
+recipe: setup  ## write a new pair of recipes to edit: DATASET=X MODEL=gpt2 [FROM=ARC-c] [TEMPLATE=..] [CATEGORY=..]
+	@$(PY) utils/make_recipe.py
+
+check-recipes: setup  ## check every recipe, or FILE and its other half: names, keys, templates, the pair's agreement
+	@$(PY) utils/check_recipes.py $${FILE:+"$$FILE"}
 
 ##@ Train and collect
 pretrain: setup  ## train the adapter to a good region: DATASET=ARC-c RANK=8

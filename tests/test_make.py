@@ -6,14 +6,10 @@ import subprocess
 from pathlib import Path
 
 import pytest
-import yaml
-
-import cells
-import rank_config
 
 ROOT = Path(__file__).resolve().parent.parent
 TARGETS = ["setup", "lock", "model", "register", "check-data", "pretrain", "finetune", "collect", "clean-checkpoints"]
-TARGETS += ["verify", "demo", "test", "lint"]
+TARGETS += ["recipe", "check-recipes", "verify", "demo", "test", "lint"]
 
 
 @pytest.fixture
@@ -51,16 +47,19 @@ def test_make_alone_lists_every_target_with_a_line_of_help(repository):
     ("arguments", "said"),
     [
         (["pretrain"], "say which dataset"),
-        (["pretrain", "DATASET=arcd"], "dataset 'arcd' is not known; known: ARC-c, Demo"),
-        (["collect", "DATASET=arcc", "MODEL=gpt5"], "known: qwen2.5-0.5b, smollm2-135m"),
+        (["pretrain", "DATASET=arcd"], "dataset 'arcd' is not known; known: ARC-c, ARC-e, BoolQ,"),
+        (["collect", "DATASET=arcc", "MODEL=gpt5"], "known: bert, gemma-3-4b, gpt2,"),
         (["pretrain", "DATASET=arcc", "RANK=0"], "rank '0' is not a positive whole number"),
         (["collect", "DATASET=Demo", "SEED=x"], "seed 'x' is not a whole number"),
         (["collect", "DATASET=Demo", "KEEP=0"], "save_total_limit 0 is less than 1"),
         (["collect", "DATASET=Demo"], "make model MODEL=smollm2-135m"),
         (["pretrain", "DATASET=Demo"], "make model MODEL=smollm2-135m"),
-        (["pretrain", "DATASET=ARC c", "MODEL=smollm2"], "known: qwen2.5-0.5b, smollm2-135m"),
+        (["pretrain", "DATASET=ARC c", "MODEL=smollm2"], "known: bert, gemma-3-4b, gpt2,"),
         (["model", "MODEL=llama-9b"], "model 'llama-9b' is not known; known: bert, gemma-3-4b, gpt2,"),
         (["model", "MODEL=qwen2.5-0.5b"], "Qwen/Qwen2.5-0.5B-Instruct: http://127.0.0.1:9 cannot be reached"),
+        (["recipe", "MODEL=gpt2"], "make recipe MODEL=... DATASET=..."),
+        (["recipe", "MODEL=gpt2", "DATASET=arcc"], "gpt2_ARC-c_pretrain.yaml: is there already"),
+        (["recipe", "MODEL=gpt2", "DATASET=Demo", "FROM=; touch injected"], "touch injected"),
         (["verify", "DATASET=Demo"], "'Demo' is not known; known: none yet"),
         (["clean-checkpoints", "DATASET=Demo"], "known: none yet"),
         (["register", "FILE=data/nowhere/x.json"], "x.json"),
@@ -93,29 +92,14 @@ def test_register_takes_a_users_file(repository):
     assert make(repository, "check-data").returncode == 0
 
 
-@pytest.mark.parametrize("path", cells.recipes().values(), ids=lambda path: path.name)
-def test_each_recipe_that_we_ship_is_filed_under_its_own_name(path):
-    """Model, dataset, phase and rank in the file's name, its paths and its keys agree; a pair resumes what it saved."""
-    config = rank_config.load(path)
-    dataset = path.parent.name
-    phase = rank_config.phase_of(config)
-    assert path.name.endswith(f"_{dataset}_{phase}.yaml") and config["dataset"] == dataset
-    category = path.parent.parent.name
-    model = Path(config["model_name_or_path"]).name
-    run = f"{model}_lora-rank_{config['lora_rank']}_{phase}"
-    assert rank_config.run_folder(path, config) == ROOT / "saves" / category / dataset / run
-    assert rank_config.resolve(path, config["dataset_dir"]) == ROOT / "data"
-    if phase == "finetune":
-        pretrain = rank_config.load(path.with_name(path.name.replace("_finetune", "_pretrain")))
-        resumed = rank_config.resolve(path, config["resume_from_checkpoint"])
-        assert resumed.parent == rank_config.run_folder(path, pretrain)
-        step = int(resumed.name.removeprefix("checkpoint-"))
-        assert step % pretrain["save_steps"] == 0 and step <= pretrain["max_steps"]
-        assert config["max_steps"] == step + config["save_total_limit"]
-        for key in ("template", "learning_rate", "lora_target", "cutoff_len", "max_samples"):
-            assert config[key] == pretrain[key], key
-
-
-def test_recipes_are_read_by_plain_yaml_too():
-    for path in cells.recipes().values():
-        assert yaml.safe_load(path.read_text()) == rank_config.load(path), path
+def test_recipe_writes_a_pair_that_check_recipes_accepts(repository):
+    done = make(repository, "recipe", "MODEL=gpt2", "DATASET=demo", "FROM=smollm2-135m", "TEMPLATE=default")
+    assert done.returncode == 0, done.stderr
+    pair = sorted(repository.glob("collect_scripts/*/Demo/gpt2_Demo_*.yaml"))
+    assert len(pair) == 2 and "template: default" in pair[0].read_text()
+    assert make(repository, "check-recipes").returncode == 0
+    done = make(repository, "check-recipes", f"FILE={pair[0]}")
+    assert done.returncode == 0 and "2 recipes, no faults" in done.stdout
+    pair[0].write_text(pair[0].read_text().replace("template: default", "template: none"))
+    done = make(repository, "check-recipes")
+    assert done.returncode != 0 and "template" in done.stderr
