@@ -11,43 +11,18 @@ import tiny_models
 import warm
 from safetensors import safe_open
 
+import models
+import rank_config
+
 ROOT = Path(__file__).resolve().parent.parent
 RANK = 2
-# What makes a real recipe small. The names of recipe keys; paths are the recipe's own.
-SMALL = ("max_samples=12", "cutoff_len=96", "logging_steps=1", "per_device_train_batch_size=2", "warmup_steps=0")
-SMALL_PRETRAIN = (*SMALL, "max_steps=2", "save_steps=2")
+# What makes a real recipe small. Its template, targets, figures and paths stay its own.
+SMALL = (
+    "max_samples=12", "cutoff_len=96", "image_max_pixels=12544", "logging_steps=1", "warmup_steps=0",
+    "per_device_train_batch_size=2", "disable_gradient_checkpointing=true",
+)  # fmt: skip
+SMALL_PRETRAIN = (*SMALL, "gradient_accumulation_steps=2", "max_steps=2", "save_steps=2")
 SMALL_FINETUNE = (*SMALL, "gradient_accumulation_steps=1", "max_steps=5", "save_total_limit=3")
-RECIPE = """### model
-model_name_or_path: ../../../models/{name}
-image_max_pixels: 12544
-### method
-stage: sft
-do_train: true
-finetuning_type: lora
-lora_rank: 8
-lora_target: {target}
-### dataset
-dataset: {dataset}
-dataset_dir: ../../../data
-template: {template}
-cutoff_len: 512
-### output
-output_dir: ../../../saves/multimodal/{dataset}/{name}_lora-rank_8_{phase}
-plot_loss: true
-### train
-gradient_accumulation_steps: 2
-learning_rate: 1e-3
-lr_scheduler_type: cosine
-bf16: true
-disable_gradient_checkpointing: true
-"""
-PRETRAIN = "max_steps: 75\nsave_steps: 25\n"
-FINETUNE = """resume_from_checkpoint: ../../../saves/multimodal/{dataset}/{name}_lora-rank_8_pretrain/checkpoint-2
-max_steps: 125
-save_steps: 1
-save_total_limit: 100
-save_only_model: true
-"""
 
 
 class Projects:
@@ -55,30 +30,39 @@ class Projects:
 
     def __init__(self, top: Path, names: tuple[str, ...] = ()):
         self.top = top
-        command = [sys.executable, ROOT / "tests" / "tiny_models.py", top / "models", *names]
-        subprocess.run(command, check=True, capture_output=True)
+        subprocess.run(
+            [sys.executable, ROOT / "tests" / "tiny_models.py", top, *names], check=True, capture_output=True
+        )
+        (top / "models").mkdir()
+        for name in names or tiny_models.NAMES:
+            (top / name).rename(top / "models" / models.table()[name]["folder"])
         subprocess.run([sys.executable, ROOT / "tests" / "tiny_pictures.py", top / "data"], check=True)
 
     def recipe(self, name: str, phase: str) -> Path:
-        """A recipe of the model, as the repository's own are written."""
-        kind = tiny_models.NAMES[name]
-        dataset = "Colours" if name == "qwen2.5-vl-3b" else "Toy"
-        text = RECIPE + (PRETRAIN if phase == "pretrain" else FINETUNE)
-        path = self.top / "collect_scripts" / "multimodal" / dataset / f"{name}_{dataset}_{phase}.yaml"
-        path.parent.mkdir(parents=True, exist_ok=True)
-        names = {"name": name, "dataset": dataset, "phase": phase}
-        path.write_text(text.format(**names, target=kind.lora_target, template=kind.template))
-        return path
+        """The repository's recipe of the model, at its place in this tree."""
+        dataset = "multimodal/MathV360K" if name == "qwen2.5-vl-3b" else "common-sense-reasoning/ARC-c"
+        place = Path("collect_scripts", dataset, f"{name}_{Path(dataset).name}_{phase}.yaml")
+        (self.top / place).parent.mkdir(parents=True, exist_ok=True)
+        return shutil.copy(ROOT / place, self.top / place)
+
+    def overrides(self, name: str, phase: str) -> list[str]:
+        """The `key=value` arguments that make a recipe small."""
+        if phase == "pretrain":
+            return list(SMALL_PRETRAIN)
+        resumed = rank_config.render(self.recipe(name, phase), RANK)["resume_from_checkpoint"]
+        return [*SMALL_FINETUNE, f"resume_from_checkpoint={Path(resumed).parent}/checkpoint-2"]
+
+    def model(self, name: str) -> Path:
+        """The folder of a tiny model, named as the real one's."""
+        return self.top / "models" / models.table()[name]["folder"]
 
     def train(self, name: str, phase: str) -> Path:
         """Train a phase of a model through utils/train.py; the run folder."""
-        import rank_config
-
         recipe = self.recipe(name, phase)
-        overrides = SMALL_PRETRAIN if phase == "pretrain" else SMALL_FINETUNE
+        overrides = self.overrides(name, phase)
         result = self.start(recipe, *overrides)
         assert result.status == 0, result.output
-        return rank_config.run_folder(recipe, rank_config.render(recipe, RANK, list(overrides)))
+        return rank_config.run_folder(recipe, rank_config.render(recipe, RANK, overrides))
 
     def start(self, recipe: Path, *overrides: str, **environment: str) -> warm.Result:
         """Run utils/train.py on a recipe to its end."""
@@ -89,6 +73,18 @@ class Projects:
 @pytest.fixture(scope="module")
 def projects(tmp_path_factory) -> Projects:
     return Projects(tmp_path_factory.mktemp("architectures"))
+
+
+def test_the_tiny_models_stand_for_all_of_the_table():
+    def kind(entry: dict) -> tuple:
+        return entry["template"], entry["lora_target"], entry["processor"]
+
+    table = models.table()
+    assert {name: kind(table[name]) for name in tiny_models.NAMES} == {
+        name: (known.template, known.lora_target, known.image_token is not None)
+        for name, known in tiny_models.NAMES.items()
+    }
+    assert {kind(entry) for entry in table.values()} == {kind(table[name]) for name in tiny_models.NAMES}
 
 
 @pytest.mark.parametrize("name", tiny_models.NAMES)
@@ -116,14 +112,14 @@ def test_every_architecture_trains_and_its_collection_is_whole(projects, monkeyp
 
 @pytest.mark.parametrize("name", tiny_models.NAMES)
 def test_a_later_token_never_changes_what_is_said_before_it(projects, name):
-    logits, changed = logits_before_and_after(projects.top / "models" / name)
+    logits, changed = logits_before_and_after(projects.model(name))
     assert (logits[:-1] - changed[:-1]).abs().max() < 1e-6
     assert (logits[-1] - changed[-1]).abs().max() > 1e-2, "the test would see a difference"
 
 
 def test_bert_without_is_decoder_would_see_its_own_labels(projects, tmp_path):
     """Why models/ must not hold a BERT as it comes from the hub."""
-    bidirectional = shutil.copytree(projects.top / "models" / "bert", tmp_path / "bert")
+    bidirectional = shutil.copytree(projects.model("bert"), tmp_path / "bert")
     config = json.loads((bidirectional / "config.json").read_text())
     (bidirectional / "config.json").write_text(json.dumps({**config, "is_decoder": False}))
     logits, changed = logits_before_and_after(bidirectional)

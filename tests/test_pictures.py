@@ -7,7 +7,7 @@ from pathlib import Path
 
 import pytest
 import tiny_pictures
-from test_architectures import RANK, SMALL_FINETUNE, SMALL_PRETRAIN, Projects
+from test_architectures import RANK, SMALL_PRETRAIN, Projects
 
 import pictures
 import rank_config
@@ -43,7 +43,7 @@ def data_of(project: Projects, *overrides: str) -> dict:
 
 def edit_row(project: Projects, number: int, picture: str) -> None:
     """Let row `number` (from 1) show another picture first."""
-    path = project.top / "data" / "multimodal" / "Colours.json"
+    path = project.top / "data" / "multimodal" / "MathV360K.json"
     rows = json.loads(path.read_text())
     rows[number - 1]["images"][0] = picture
     path.write_text(json.dumps(rows))
@@ -51,7 +51,7 @@ def edit_row(project: Projects, number: int, picture: str) -> None:
 
 def edit_text(project: Projects, number: int, text: str) -> None:
     """Let row `number` (from 1) ask something else."""
-    path = project.top / "data" / "multimodal" / "Colours.json"
+    path = project.top / "data" / "multimodal" / "MathV360K.json"
     rows = json.loads(path.read_text())
     rows[number - 1]["conversations"][0]["value"] = text
     path.write_text(json.dumps(rows))
@@ -92,7 +92,7 @@ def test_a_picture_that_cannot_be_trained_on_is_named_by_row_before_training(pro
     with pytest.raises(UserError) as refused:
         data_of(project)
     message = str(refused.value)
-    assert "Colours.json: row 5: " in message and said in message and "\n" not in message
+    assert "MathV360K.json: row 5: " in message and said in message and "\n" not in message
 
 
 def test_of_many_faulty_rows_the_first_and_their_number_are_told(project):
@@ -126,17 +126,16 @@ def test_media_dir_is_relative_to_the_recipe_and_may_lie_anywhere(project):
 
 
 def test_a_changed_picture_makes_the_run_stale_and_the_redone_one_sees_it(project):
-    pretrain, finetune = project.recipe(NAME, "pretrain"), project.recipe(NAME, "finetune")
-    for recipe, overrides in ((pretrain, SMALL_PRETRAIN), (finetune, SMALL_FINETUNE)):
-        result = project.start(recipe, *overrides)
-        assert result.status == 0, result.output
-    assert "complete" in project.start(finetune, *SMALL_FINETUNE).output
+    finetune, overrides = project.recipe(NAME, "finetune"), project.overrides(NAME, "finetune")
+    for phase in ("pretrain", "finetune"):
+        project.train(NAME, phase)
+    assert "complete" in project.start(finetune, *overrides).output
     tiny_pictures.draw(folder(project) / "14.png", "red")  # of a row behind max_samples
-    assert "complete" in project.start(finetune, *SMALL_FINETUNE).output
+    assert "complete" in project.start(finetune, *overrides).output
     tiny_pictures.draw(folder(project) / "2.png", "red", size=(112, 84))  # more tokens than before
-    stale = project.start(finetune, *SMALL_FINETUNE)
-    assert stale.status == 1 and "stale, changed since: the pictures of multimodal/Colours.json" in stale.output
-    redone = project.start(finetune, *SMALL_FINETUNE, FORCE="1")
+    stale = project.start(finetune, *overrides)
+    assert stale.status == 1 and "stale, changed since: the pictures of multimodal/MathV360K.json" in stale.output
+    redone = project.start(finetune, *overrides, FORCE="1")
     assert redone.status == 0, redone.output
 
 
@@ -169,7 +168,7 @@ def test_a_template_that_takes_no_pictures_is_refused_with_them(project):
 
 
 def test_a_template_for_pictures_needs_a_model_with_a_processor(project):
-    (project.top / "models" / NAME / "processor_config.json").unlink()
+    (project.model(NAME) / "processor_config.json").unlink()
     result = project.start(project.recipe(NAME, "pretrain"), *SMALL_PRETRAIN)
     assert result.status == 1 and "Traceback" not in result.output, result.output
     assert "has no preprocessor_config.json" in result.output

@@ -187,7 +187,7 @@ FAULTS = [
     (PRETRAIN, "lora_target: all", "lora_target: q_porj,v_proj", "lora_target", "'q_porj'"),
     (PRETRAIN, "lora_target: all", "lora_target: q_proj,lm_head", "lora_target", "tied"),
     ("gpt2_ARC-c_pretrain.yaml", "lora_target: c_attn,c_proj,c_fc", "lora_target: all", "lora_target", "c_attn,c_proj"),
-    ("bert_ARC-c_pretrain.yaml", "key,value,dense", "key,decoder", "lora_target", "head or an embedding"),
+    ("bert_ARC-c_pretrain.yaml", "intermediate.dense,output.dense", "decoder", "lora_target", "head or an embedding"),
     (PRETRAIN, "lora-rank_8_pretrain", "lora-rank_16_pretrain", "output_dir", "lora-rank_8_pretrain"),
     (PRETRAIN, "lora-rank_8_pretrain", "lora-rank_8_finetune", "output_dir", "lora-rank_8_pretrain"),
     (PRETRAIN, "../../../saves/", "../../../../saves/", "output_dir", "leaves the repository"),

@@ -1,4 +1,4 @@
-"""A data/ folder with a text dataset and a ShareGPT one with drawn pictures. `python tests/tiny_pictures.py DATA`."""
+"""A data/ folder with rows for ARC-c and, with drawn pictures, for MathV360K. `python tests/tiny_pictures.py DATA`."""
 
 import json
 import sys
@@ -29,17 +29,18 @@ def rows(count: int = 16) -> list[dict]:
 
 
 def make(data: Path) -> None:
-    """Write Toy.json, Colours.json, the pictures and dataset_info.json below `data`."""
+    """Write both files, the pictures and dataset_info.json below `data`."""
     for number in range(16):
         draw(data / PICTURES / f"{number}.png", COLOURS[number % 4])
     questions = [{"prompt": f"is {n} even?", "response": f"[{'AB'[n % 2]}]", "system": "answer"} for n in range(16)]
-    (data / "multimodal" / "Colours.json").write_text(json.dumps(rows()))
-    (data / "multimodal" / "Toy.json").write_text(json.dumps(questions))
+    (data / "common-sense-reasoning").mkdir()
+    (data / "multimodal" / "MathV360K.json").write_text(json.dumps(rows()))
+    (data / "common-sense-reasoning" / "ARC-c_train.json").write_text(json.dumps(questions))
     text = {"prompt": "prompt", "response": "response", "system": "system"}
     pictures = {"messages": "conversations", "images": "images"}
     info = {
-        "Toy": {"file_name": "multimodal/Toy.json", "columns": text},
-        "Colours": {"file_name": "multimodal/Colours.json", "formatting": "sharegpt", "columns": pictures},
+        "ARC-c": {"file_name": "common-sense-reasoning/ARC-c_train.json", "columns": text},
+        "MathV360K": {"file_name": "multimodal/MathV360K.json", "formatting": "sharegpt", "columns": pictures},
     }
     (data / "dataset_info.json").write_text(json.dumps(info))
 

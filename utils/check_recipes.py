@@ -253,7 +253,7 @@ def target_faults(target: Any, folder: Path | None, entry: dict | None) -> Itera
             yield f"{part!r} is the head or an embedding, which is tied to the other one in many models; leave it out"
         elif layers and not any(name == part or name.endswith(f".{part}") for name in layers):
             yield f"{part!r}: models/{folder.name} has no such layer"
-        elif not layers and known and part.split(".")[-1] not in known:
+        elif not layers and known and part not in known and part.split(".")[-1] not in known:
             yield f"{part!r}: {folder.name} has no such layer; it has {','.join(sorted(known))}"
 
 

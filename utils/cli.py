@@ -36,17 +36,23 @@ def run(main: Callable[[], int | None]) -> None:
     and SIGHUP (a lost terminal) unwind through every `finally` and end in 130, 143 and 129. Any other exception is a
     bug and keeps its traceback.
     """
+    received: list[int] = []
+
+    def stop(number: int, _frame) -> None:
+        received.append(number)
+        sys.exit(128 + number)
+
     for number in (signal.SIGTERM, signal.SIGHUP):
-        signal.signal(number, lambda number, _: sys.exit(128 + number))
+        signal.signal(number, stop)
     try:
         sys.exit(main() or 0)
-    except UserError as error:
-        fail(str(error))
     except KeyboardInterrupt:
         print("stopped", file=sys.stderr)
         sys.exit(130)
     except Exception as error:
-        fault = storage_fault(error)
+        if received:  # a library made another exception of the SystemExit
+            sys.exit(128 + received[0])
+        fault = str(error) if isinstance(error, UserError) else storage_fault(error)
         if fault is None:
             raise
         fail(fault)

@@ -257,16 +257,15 @@ def adapter_bytes(folder: Path, rank: int, lora_target: str) -> int:
     """About how many bytes a float32 LoRA adapter of this rank takes on a base model.
 
     Goes by the shapes in the headers of the weight files: every matrix named by `lora_target` (a comma list of module
-    names), or with `all` every one but embeddings and heads.
+    names or their ends), or with `all` every one but embeddings and heads.
     """
-    names = None if lora_target == "all" else set(lora_target.split(","))
+    ends = None if lora_target == "all" else tuple(f".{name.strip()}.weight" for name in lora_target.split(","))
     total = 0
     for path in weight_files(folder):
         with open(path, "rb") as file:
             header = json.loads(file.read(int.from_bytes(file.read(8), "little")))
         for key, entry in header.items():
-            module = key.split(".")[-2] if key.endswith(".weight") else ""
-            if len(entry.get("shape", ())) == 2 and (module in names if names else is_adapted_by_all(key)):
+            if len(entry.get("shape", ())) == 2 and (key.endswith(ends) if ends else is_adapted_by_all(key)):
                 total += 4 * rank * sum(entry["shape"])
     return total
 
