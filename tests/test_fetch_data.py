@@ -329,6 +329,14 @@ def test_a_source_that_is_nothing_is_named(upstream, tmp_path):
     assert "does not hold it; looked for prepare/data/Sums_train.json" in "".join(failed(upstream, tmp_path))
 
 
+def test_a_server_that_never_answers_is_not_waited_for_file_by_file(upstream):
+    for number in range(20):
+        upstream.add(f"More{number}.json", rows(1))
+    start = time.monotonic()
+    errors = failed(upstream, "http://127.0.0.1:9", "--all", "--tries", "3")
+    assert len(errors) == 23 and time.monotonic() - start < 2 * 1.5 + 2
+
+
 @pytest.mark.parametrize(
     ("manner", "ranges"),
     [
