@@ -304,6 +304,16 @@ def test_a_users_own_choice_of_columns_outlives_another_call(upstream, serve):
     assert upstream.manifest()["Own"]["columns"] == {"prompt": "prompt", "response": "response"}
 
 
+def test_a_name_that_stands_for_another_file_is_kept_unless_force_is_said(upstream, serve):
+    mine = {"Sums": {"file_name": "math/Mine.json", "columns": {"prompt": "p", "response": "r"}}}
+    (upstream.data / "dataset_info.json").write_text(json.dumps(mine))
+    site = serve()
+    assert "but 'Sums' is registered for 'math/Mine.json'; FORCE=1 registers" in "".join(failed(upstream, site.address))
+    assert upstream.manifest()["Sums"] == mine["Sums"] and "Sums_test" in upstream.manifest()
+    brought(upstream, site.address, FORCE="1")
+    assert upstream.manifest()["Sums"]["file_name"] == "math/Sums_train.json"
+
+
 # Servers and folders
 
 

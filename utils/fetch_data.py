@@ -389,8 +389,12 @@ def register(name: str, entry: dict, force: bool, data_dir: Path) -> None:
     """
     file, dataset = data_dir / entry["category"] / name, entry["dataset"]
     rows = dataset_info.load_rows(file)
-    old = dataset_info.read_info(data_dir).get(dataset)
-    named = columns_kept(old) if isinstance(old, dict) and old.get("file_name") == f"{entry['category']}/{name}" else {}
+    old = dataset_info.read_info(data_dir).get(dataset, {})
+    old_file = old.get("file_name") if isinstance(old, dict) else None
+    if old and old_file != f"{entry['category']}/{name}" and not force:
+        way_out = "FORCE=1 registers this one in its place"
+        raise UserError(f"is at {relative(file)}, but {dataset!r} is registered for {old_file!r}; {way_out}")
+    named = columns_kept(old) if old_file == f"{entry['category']}/{name}" else {}
     prompts_only = entry["kind"] == "prompts"
     try:
         found = dataset_info.infer_entry(rows, named, prompts_only)
