@@ -40,7 +40,7 @@ data: setup  ## bring prepared datasets and register them: DATASET=ARC-c, or CAT
 data-all: setup  ## bring all prepared datasets of all categories
 	@$(PY) utils/fetch_data.py --all
 
-register: setup  ## register your own: FILE=data/math/X.json (or .csv .jsonl .parquet hub:org/name CATEGORY=math) [NAME= MAP=]
+register: setup  ## register your own: FILE=data/math/X.json, or FILE=X.csv CATEGORY=math [NAME=X] [MAP="prompt=question"]
 	@set -f; $(PY) utils/register_dataset.py $${FILE:+"$$FILE"} $${NAME:+--name "$$NAME"} $${CATEGORY:+--category "$$CATEGORY"} \
 		$${MAP:+--columns "$$MAP"} $${ACCEPT:+--accept-rows $$ACCEPT} $${HELD_OUT:+--held-out "$$HELD_OUT"} \
 		$(if $(filter-out 0,$(PROMPTS_ONLY)),--prompts-only) $(if $(filter-out 0,$(REPLACE)),--replace)

@@ -304,6 +304,16 @@ def test_a_users_own_choice_of_columns_outlives_another_call(upstream, serve):
     assert upstream.manifest()["Own"]["columns"] == {"prompt": "prompt", "response": "response"}
 
 
+def test_a_name_that_stands_for_another_file_is_kept_unless_force_is_said(upstream, serve):
+    mine = {"Sums": {"file_name": "math/Mine.json", "columns": {"prompt": "p", "response": "r"}}}
+    (upstream.data / "dataset_info.json").write_text(json.dumps(mine))
+    site = serve()
+    assert "but 'Sums' is registered for 'math/Mine.json'; FORCE=1 registers" in "".join(failed(upstream, site.address))
+    assert upstream.manifest()["Sums"] == mine["Sums"] and "Sums_test" in upstream.manifest()
+    brought(upstream, site.address, FORCE="1")
+    assert upstream.manifest()["Sums"]["file_name"] == "math/Sums_train.json"
+
+
 # Servers and folders
 
 
@@ -327,6 +337,14 @@ def test_a_source_that_is_nothing_is_named(upstream, tmp_path):
     assert "neither an http(s) address nor a folder" in failed(upstream, "ftp://127.0.0.1/x")[0]
     assert "cannot be reached" in failed(upstream, "http://127.0.0.1:9", "Sums_test", "--tries", "1")[0]
     assert "does not hold it; looked for prepare/data/Sums_train.json" in "".join(failed(upstream, tmp_path))
+
+
+def test_a_server_that_never_answers_is_not_waited_for_file_by_file(upstream):
+    for number in range(20):
+        upstream.add(f"More{number}.json", rows(1))
+    start = time.monotonic()
+    errors = failed(upstream, "http://127.0.0.1:9", "--all", "--tries", "3")
+    assert len(errors) == 23 and time.monotonic() - start < 2 * 1.5 + 2
 
 
 @pytest.mark.parametrize(

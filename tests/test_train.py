@@ -141,6 +141,8 @@ def test_a_comment_or_rows_that_are_not_trained_on_make_nothing_stale(collected)
     collected.finetune.write_text("# a comment\r\n" + collected.finetune.read_text().replace("\n", "\r\n"))
     rows = json.loads(collected.data.read_text())
     collected.data.write_text(json.dumps(rows + rows[:1]))  # max_samples takes the first 48
+    info = collected.top / "data" / "dataset_info.json"
+    info.write_text(json.dumps({"Toy": json.loads(info.read_text())["Toy"] | {"held_out": 16}}))
     assert "complete" in collected.train(collected.finetune).output
 
 

@@ -224,6 +224,8 @@ def receive(name: str, entry: dict, source: "Source", part: Path, tries: int, ba
     """Bring all bytes that the source has for a file into `part`, going on after a dropped connection."""
     failures = 0
     while True:
+        if source.unreachable:
+            raise UserError(source.unreachable)
         before = part.stat().st_size if part.exists() else 0
         try:
             return source.receive(name, entry, part, bar)
@@ -232,6 +234,7 @@ def receive(name: str, entry: dict, source: "Source", part: Path, tries: int, ba
             failures = 1 if size - before >= PROGRESS_BYTES else failures + 1
             if failures >= tries:
                 kept = f"; {size} bytes are kept for the next call" if size else ""
+                source.give_up(str(error))
                 raise UserError(f"{error}, {failures} times without progress{kept}") from None
             time.sleep(min(FIRST_PAUSE_S * 2 ** (failures - 1), LONGEST_PAUSE_S))
 
@@ -258,6 +261,8 @@ def source_of(base: str) -> "Source":
 
 class Folder:
     """A folder on disk that holds the files already."""
+
+    unreachable = None
 
     def __init__(self, folder: Path):
         self.folder, self.label = folder, str(folder)
@@ -286,6 +291,11 @@ class Server:
         except (ImportError, ValueError, httpx.InvalidURL) as error:
             raise UserError(f"the proxy that the environment names (HTTPS_PROXY, ALL_PROXY): {error}") from None
         self.found: dict[str, str] = {}  # where each file was, so that a resumed transfer asks there at once
+        self.answered, self.unreachable = False, None
+
+    def give_up(self, cause: str) -> None:
+        """Spare the other files their tries when the server has never answered."""
+        self.unreachable = None if self.answered else cause
 
     def receive(self, name: str, entry: dict, part: Path, bar: tqdm) -> None:
         """Bring what is missing in `part`. Raises Dropped when the rest may come at another try, else UserError."""
@@ -310,7 +320,7 @@ class Server:
         if isinstance(error, (httpx.UnsupportedProtocol, httpx.ProxyError, httpx.TooManyRedirects)):
             return UserError(f"{self.base}: {error}")
         if isinstance(error, (httpx.ConnectError, httpx.ConnectTimeout)):
-            return Dropped(f"{self.base} cannot be reached: {error}")
+            return Dropped(f"{self.base} cannot be reached ({error}); {SOURCE_VARIABLE} can name a mirror or a folder")
         return Dropped(f"{self.base} dropped the connection ({type(error).__name__}: {error})")
 
     def receive_from(self, url: str, part: Path, size: int | None, bar: tqdm) -> bool:
@@ -320,7 +330,7 @@ class Server:
         """
         have = part.stat().st_size if part.exists() else 0
         with self.client.stream("GET", url, headers={"Range": f"bytes={have}-"} if have else {}) as response:
-            state = response.status_code
+            state, self.answered = response.status_code, True
             if state == 404:
                 return False
             if state == 416:  # nothing is missing, or `part` is no part of this file: the blob id will tell
@@ -379,8 +389,12 @@ def register(name: str, entry: dict, force: bool, data_dir: Path) -> None:
     """
     file, dataset = data_dir / entry["category"] / name, entry["dataset"]
     rows = dataset_info.load_rows(file)
-    old = dataset_info.read_info(data_dir).get(dataset)
-    named = columns_kept(old) if isinstance(old, dict) and old.get("file_name") == f"{entry['category']}/{name}" else {}
+    old = dataset_info.read_info(data_dir).get(dataset, {})
+    old_file = old.get("file_name") if isinstance(old, dict) else None
+    if old and old_file != f"{entry['category']}/{name}" and not force:
+        way_out = "FORCE=1 registers this one in its place"
+        raise UserError(f"is at {relative(file)}, but {dataset!r} is registered for {old_file!r}; {way_out}")
+    named = columns_kept(old) if old_file == f"{entry['category']}/{name}" else {}
     prompts_only = entry["kind"] == "prompts"
     try:
         found = dataset_info.infer_entry(rows, named, prompts_only)
