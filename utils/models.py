@@ -205,11 +205,12 @@ def hub_origin(folder: Path) -> tuple[str | None, str | None]:
     told = source_of(folder)
     if told:
         return told.get("hub_id"), told.get("revision")
-    hub_id = next((values["hub_id"] for values in table().values() if values["folder"] == folder.name), None)
-    # huggingface_hub notes the commit of each file that `hf download --local-dir` brings
+    # huggingface_hub notes the commit of each file that `hf download --local-dir` brings; a name alone proves nothing
     note = folder / ".cache" / "huggingface" / "download" / "config.json.metadata"
-    revision = note.read_text().split("\n")[0].strip() if note.is_file() else None
-    return hub_id, revision
+    if not note.is_file():
+        return None, None
+    hub_id = next((values["hub_id"] for values in table().values() if values["folder"] == folder.name), None)
+    return hub_id, note.read_text().split("\n")[0].strip()
 
 
 def source_of(folder: Path) -> dict:
