@@ -66,20 +66,22 @@ def settings(devices: list[str]) -> dict:
     return CPU_SETTINGS
 
 
-def split_batch(config: dict, count: int) -> dict:
+def split_batch(config: dict, count: int, has_processor: bool) -> dict:
     """Recipe keys that keep the effective batch when it is spread over `count` devices.
 
-    The rows of a step stay the same rows: accumulation is divided first, else the rows per device.
+    The rows of a step stay the same rows: accumulation is divided first, else the rows per device. A model with a
+    processor averages its loss over micro-batches, so that other micro-batches would be another objective.
     """
     accumulated = config.get("gradient_accumulation_steps", 1)
     rows = config.get("per_device_train_batch_size", 8)  # transformers.TrainingArguments' default
     if accumulated % count == 0:
         return {"gradient_accumulation_steps": accumulated // count}
-    if rows % count == 0:
+    if rows % count == 0 and not has_processor:
         return {"per_device_train_batch_size": rows // count}
+    shared = f"{accumulated}" if has_processor else f"{accumulated} or {rows}"
     raise UserError(
         f"{count} devices cannot share a batch of {rows} rows x {accumulated} accumulated; "
-        f"use a number of devices that divides {accumulated} or {rows}"
+        f"use a number of devices that divides {shared}"
     )
 
 

@@ -100,8 +100,8 @@ def check(folder: Path, entry: dict) -> None:
     wanted = entry["revision"]
     if models.is_commit(wanted) and not (told["revision"] or "").startswith(wanted):
         raise UserError(f"{name}: is at revision {told['revision']}, not {wanted}; move it away and run it again")
-    if models.identity_of(folder)["sha256"] != told["sha256"]:
-        changed = models.changed_files(folder)
+    changed = models.changed_files(folder)
+    if changed or models.identity_of(folder)["sha256"] != told["sha256"]:
         raise UserError(
             f"{name}: {', '.join(changed) or 'its files'} changed since it was made; remove the folder and run it again"
         )

@@ -77,7 +77,7 @@ def _entry_of(folder: Path) -> dict:
         "parameters": None,
         "gated": None,
         "license": source_of(folder).get("license"),
-        "processor": any((folder / name).is_file() for name in PROCESSOR_FILES),
+        "processor": has_processor(folder),
     }
 
 
@@ -252,6 +252,11 @@ def hashes_of(folder: Path, members: list[Path]) -> dict[str, str]:
         kept = {key: value for key, value in cache.items() if os.path.exists(key.split("|")[0])}
         files.write_json(cache_file, kept)
     return hashes
+
+
+def has_processor(folder: Path) -> bool:
+    """Whether a model reads more than text, so that LLaMA-Factory averages its loss over micro-batches."""
+    return any((folder / name).is_file() for name in PROCESSOR_FILES)
 
 
 def adapter_bytes(folder: Path, rank: int, lora_target: str) -> int:

@@ -25,6 +25,7 @@ import cli
 import collection
 import devices
 import files
+import models
 import paths
 import rank_config
 import run_identity
@@ -208,7 +209,8 @@ def finish_pretrain(staging: Path, folder: Path, identity: dict) -> list[dict]:
 def spread(job: dict, count: int) -> None:
     """Run the job in one process per device, through torchrun on our own script; they die with this process."""
     path = Path(job["staging"], "job.json")
-    job["config"] |= devices.split_batch(job["config"], count)
+    base = rank_config.resolve(Path(job["recipe"]), job["config"]["model_name_or_path"])
+    job["config"] |= devices.split_batch(job["config"], count, models.has_processor(base))
     files.write_json(path, job)
     worker = Path(__file__).with_name("train_worker.py")
     command = [sys.executable, "-m", "torch.distributed.run", "--standalone", f"--nproc-per-node={count}", worker, path]

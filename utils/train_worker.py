@@ -134,7 +134,7 @@ def check_template(recipe: Path, arguments: dict, has_pictures: bool) -> None:
             f"{recipe}: template {template!r} takes no pictures, but the data have some; one such is qwen2_vl"
         )
     model = rank_config.resolve(recipe, arguments["model_name_or_path"])
-    if takes_pictures and not any((model / name).is_file() for name in models.PROCESSOR_FILES):
+    if takes_pictures and not models.has_processor(model):
         raise UserError(
             f"{recipe}: template {template!r} is for models that read pictures, but {paths.relative(model)} has no "
             "preprocessor_config.json; bring the whole model, or use the template of its text-only kin"
