@@ -12,7 +12,18 @@ import pytest
 ROOT = Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(ROOT / "utils"))
 sys.path.insert(0, str(ROOT / "tests"))
-for name in ("DATASET", "MODEL", "RANK", "KEEP", "SEED", "FORCE", "DEVICES", "CUDA_VISIBLE_DEVICES"):
+for name in (
+    "DATASET",
+    "MODEL",
+    "RANK",
+    "KEEP",
+    "SEED",
+    "FORCE",
+    "DEVICES",
+    "CUDA_VISIBLE_DEVICES",
+    "MAKEFLAGS",
+    "MAKELEVEL",
+):
     os.environ.pop(name, None)
 os.environ["DEVICES"] = "cpu"  # the same hashes on a machine with a GPU
 os.environ["OMP_NUM_THREADS"] = "1"  # tiny tensors; two runs at once then do not fight for two cores

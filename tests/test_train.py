@@ -362,6 +362,13 @@ def test_killed_at_any_moment_the_next_run_ends_with_the_same_collection(pretrai
     assert len(list(pretrained.scripts.iterdir())) == 2
 
 
+def test_workers_that_outlive_a_killed_run_do_not_keep_its_lock(project):
+    run = project.start(project.pretrain, "max_steps=3000", "save_steps=3000", "dataloader_num_workers=2")
+    assert run.kill_when(lambda: any(project.saves.glob(".*staging*/trainer_log.jsonl")))
+    result = project.train(project.pretrain)
+    assert result.status == 0, result.output
+
+
 def test_a_forced_run_killed_between_the_two_renames_keeps_the_old_one(collected):
     folder = collected.run_folder("finetune")
     before = hashes(folder)

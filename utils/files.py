@@ -57,36 +57,49 @@ class Busy(Exception):
     """Another process holds the lock."""
 
 
+HELD: set[int] = set()  # descriptors of the locks that this process holds
+
+
+def _leave_locks_to_parent() -> None:
+    """A forked child (a data loader's worker) that outlives its killed parent must not keep the parent's locks."""
+    while HELD:
+        os.close(HELD.pop())
+
+
+os.register_at_fork(after_in_child=_leave_locks_to_parent)
+
+
 @contextlib.contextmanager
 def lock(path: Path, waiting: str | None = None) -> Iterator[int]:
     """Hold the lock file `path`; yields its descriptor.
 
     When a live process holds it: raises Busy at once, or, with a text for `waiting`, prints that and waits. The kernel
-    drops the lock with the process, however that ends, also where it has forked; the file itself is removed on a normal
-    end. (It is a POSIX lock: opening and closing the file again in this process would drop it.)
+    drops the lock with the process, however that ends; the file itself is removed on a normal end.
     """
     path.parent.mkdir(parents=True, exist_ok=True)
     while True:
         handle = os.open(path, os.O_RDWR | os.O_CREAT, 0o644)
         try:
-            fcntl.lockf(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except (BlockingIOError, PermissionError):
+            fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
             if waiting is None:
                 os.close(handle)
                 raise Busy(str(path)) from None
             print(waiting, flush=True)
-            fcntl.lockf(handle, fcntl.LOCK_EX)
+            fcntl.flock(handle, fcntl.LOCK_EX)
         try:
             if os.path.samestat(os.fstat(handle), os.stat(path)):
                 break
         except FileNotFoundError:
             pass
         os.close(handle)  # its last holder removed the file between our open and our lock: take the new one
+    HELD.add(handle)
     try:
         os.truncate(handle, 0)
         os.write(handle, f"{os.getpid()} {socket.gethostname()}\n".encode())
         yield handle
     finally:
+        HELD.discard(handle)
         path.unlink(missing_ok=True)
         os.close(handle)
 
