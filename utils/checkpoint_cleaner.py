@@ -24,7 +24,7 @@ import paths
 from cli import UserError, say
 
 DEFAULT_KEEP = 100
-ADAPTER, CONFIG, STATE = "adapter_model.safetensors", "adapter_config.json", "trainer_state.json"
+CONFIG, STATE = "adapter_config.json", "trainer_state.json"
 
 
 class Outcome(NamedTuple):
@@ -81,7 +81,7 @@ def clean(folder: Path, keep: int = DEFAULT_KEEP, dry_run: bool = False) -> Outc
                     raise UserError(f"{folder}: is a pretrain run; only a finetune run becomes a collection")
                 return Outcome("clean", len(manifest["checkpoints"]), 0)
             kept = finished_checkpoints(folder)[-keep:]
-            freed = files.size_of(folder.rglob("*")) - sum((path / ADAPTER).stat().st_size for path in kept)
+            freed = files.size_of(folder.rglob("*")) - sum((path / paths.ADAPTER).stat().st_size for path in kept)
             if dry_run:
                 return Outcome("would clean", len(kept), freed)
             return rebuild(folder, kept)
@@ -138,9 +138,9 @@ def check_adapter(checkpoint: Path) -> None:
 
     try:
         adapter = json.loads((checkpoint / CONFIG).read_bytes())
-        load_file(checkpoint / ADAPTER)
+        load_file(checkpoint / paths.ADAPTER)
     except FileNotFoundError as error:
-        raise UserError(f"{error.filename or checkpoint / ADAPTER}: is missing; nothing was changed") from None
+        raise UserError(f"{error.filename or checkpoint / paths.ADAPTER}: is missing; nothing was changed") from None
     except (ValueError, SafetensorError) as error:
         raise UserError(
             f"{checkpoint}: its adapter is broken ({error}); remove that folder to go on without it"
@@ -160,7 +160,7 @@ def rebuild(folder: Path, kept: list[Path]) -> Outcome:
         for checkpoint in kept:
             step = int(paths.CHECKPOINT.fullmatch(checkpoint.name)[1])
             target = staging / collection.checkpoint_name(step)
-            link_or_copy(checkpoint / ADAPTER, target)
+            link_or_copy(checkpoint / paths.ADAPTER, target)
             log = losses.get(step, {})
             entries.append({
                 "step": step,

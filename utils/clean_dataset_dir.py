@@ -13,7 +13,6 @@ from pathlib import Path
 import checkpoint_cleaner
 import cli
 import paths
-import status
 from cli import UserError
 
 
@@ -36,7 +35,7 @@ def main() -> int:
         except UserError as error:
             failed += 1
             rows.append((run.name, f"failed: {str(error).removeprefix(f'{run.absolute()}: ')}", "", ""))
-    status.print_table(("run", "state", "checkpoints", "MB to free" if args.dry_run else "MB freed"), rows)
+    cli.print_table(("run", "state", "checkpoints", "MB to free" if args.dry_run else "MB freed"), rows)
     return 1 if failed else 0
 
 

@@ -29,6 +29,13 @@ def say(line: str) -> None:
     print(line, flush=True)
 
 
+def print_table(head: tuple[str, ...], rows: list[tuple[str, ...]]) -> None:
+    """Print rows under their heads, columns aligned."""
+    widths = [max(len(row[column]) for row in [head, *rows]) for column in range(len(head))]
+    for row in [head, *rows]:
+        say("  ".join(text.ljust(width) for text, width in zip(row, widths, strict=True)).rstrip())
+
+
 def run(main: Callable[[], int | None]) -> None:
     """Run `main` and leave the process with its status.
 

@@ -15,7 +15,6 @@ import cli
 import collection
 import rank_config
 import run_identity
-import train
 
 UTILS = Path(__file__).resolve().parent
 
@@ -44,7 +43,7 @@ def state_of(recipe: Path, rank: int, overrides: list[str]) -> str:
     """How the run folder of a recipe stands to it (see collection.state_of)."""
     config = rank_config.render(recipe, rank, overrides)
     identity = run_identity.identity_of(recipe, config)
-    return collection.state_of(train.folder_of(recipe, config), identity)[0]
+    return collection.state_of(rank_config.run_folder(recipe, config), identity)[0]
 
 
 if __name__ == "__main__":

@@ -43,7 +43,7 @@ def main() -> int:
         left = timedelta(seconds=round(elapsed / number * (len(to_do) - number)))
         say(f"[{number}/{len(to_do)}] {outcomes[cell]}: {cell} ({left} left)")
     say("")
-    status.print_table(
+    cli.print_table(
         ("dataset", "model", "rank", "outcome"),
         [(cell.dataset, cell.model, str(cell.rank), outcomes.get(cell, "complete already")) for cell in chosen],
     )

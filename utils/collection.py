@@ -18,7 +18,7 @@ import run_identity
 from cli import UserError
 
 FORMAT = 1
-MANIFEST = "manifest.json"
+MANIFEST = paths.MANIFEST
 KEYS = {"phase", "dataset", "run", "rank", "recipe", "data", "base_model", "tokenizer", "pretrain", "checkpoints"}
 LOG, PICTURE = "trainer_log.jsonl", "training_loss.png"
 PACKAGES = ("llamafactory", "transformers", "peft", "accelerate", "datasets", "torch", "safetensors")
@@ -237,7 +237,7 @@ def peft_faults(folder: Path, step: int, base: Path) -> list[str]:
         model = (AutoModelForImageTextToText if reads_pictures else AutoModelForCausalLM).from_config(config)
     with tempfile.TemporaryDirectory() as adapter:
         for name, source in (
-            ("adapter_model.safetensors", folder / checkpoint_name(step)),
+            (paths.ADAPTER, folder / checkpoint_name(step)),
             ("adapter_config.json", folder / "adapter_config.json"),
         ):
             os.symlink(source.absolute(), Path(adapter, name))
@@ -245,7 +245,7 @@ def peft_faults(folder: Path, step: int, base: Path) -> list[str]:
             loaded = PeftModel.from_pretrained(model, adapter, low_cpu_mem_usage=True)
         except (ValueError, RuntimeError, TypeError, KeyError) as error:
             return [f"PEFT does not load checkpoint {step}: {' '.join(str(error).split())[:300]}"]
-        with safe_open(Path(adapter, "adapter_model.safetensors"), "pt") as file:
+        with safe_open(Path(adapter, paths.ADAPTER), "pt") as file:
             stored = set(file.keys())
     differing = stored ^ set(get_peft_model_state_dict(loaded, save_embedding_layers=False))
     if differing:

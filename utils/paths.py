@@ -13,6 +13,8 @@ MODELS = ROOT / "models"
 SAVES = ROOT / "saves"
 CATEGORIES = ("coding", "common-sense-reasoning", "math", "multimodal")
 PHASES = ("pretrain", "finetune")
+ADAPTER = "adapter_model.safetensors"  # PEFT's name for the weights in a checkpoint folder
+MANIFEST = "manifest.json"
 
 # The part of a run folder's name that says which adapter it holds. A model's own name may hold such a part too
 # (a merged adapter, say), so the last one counts.

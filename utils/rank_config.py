@@ -106,8 +106,9 @@ def phase_of(config: dict) -> str:
 
 
 def run_folder(recipe: Path, config: dict) -> Path:
-    """The absolute path of the run folder that a rendered recipe fills."""
-    return resolve(recipe, config["output_dir"])
+    """The absolute path of the run folder that a rendered recipe fills; of a link (to a larger disk), its target."""
+    folder = resolve(recipe, config["output_dir"])
+    return folder.resolve() if folder.is_symlink() else folder
 
 
 def resolve(recipe: Path, path: str) -> Path:

@@ -29,7 +29,7 @@ NOT_TRAINED = {
     "logging_dir",
 }  # fmt: skip
 # What a checkpoint folder must hold to be resumed, all of it decisive for what follows.
-RESUMED = ("adapter_model.safetensors", "optimizer.pt", "scheduler.pt", "rng_state.pth", "trainer_state.json")
+RESUMED = (paths.ADAPTER, "optimizer.pt", "scheduler.pt", "rng_state.pth", "trainer_state.json")
 
 
 def identity_of(recipe: Path, config: dict) -> dict:
@@ -152,7 +152,7 @@ def _data_changes(old: list[dict], new: list[dict]) -> list[str]:
 
 
 def _check_against_manifest(checkpoint: Path, sha256: str) -> None:
-    manifest = checkpoint.parent / "manifest.json"
+    manifest = checkpoint.parent / paths.MANIFEST
     if not manifest.is_file():
         return
     try:
@@ -174,7 +174,7 @@ def check_resumable(checkpoint: Path, rank: int, how_to_make: str) -> None:
         rank: the rank that is to be trained.
         how_to_make: the command that makes the missing checkpoint.
     """
-    if not (checkpoint / "adapter_model.safetensors").is_file():
+    if not (checkpoint / paths.ADAPTER).is_file():
         run = checkpoint.parent
         steps = sorted(
             int(match[1])

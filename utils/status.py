@@ -45,7 +45,7 @@ def main() -> None:
         if reason:
             reasons.append(f"{state}: {cell}: {reason}")
     ranks = sorted({cell.rank for cell in chosen})
-    print_table(
+    cli.print_table(
         ("dataset", "model", *(f"rank {rank}" for rank in ranks)),
         [(dataset, model, *(states[rank] for rank in ranks)) for (dataset, model), states in by_pair.items()],
     )
@@ -110,13 +110,6 @@ def run_folders(cell: Cell) -> tuple[Path, Path]:
     """The pretrain and the finetune run folder of a cell."""
     pretrain = rank_config.run_folder(cell.pretrain, rank_config.render(cell.pretrain, cell.rank))
     return pretrain, rank_config.run_folder(cell.finetune, rank_config.render(cell.finetune, cell.rank))
-
-
-def print_table(head: tuple[str, ...], rows: list[tuple[str, ...]]) -> None:
-    """Print rows under their heads, columns aligned."""
-    widths = [max(len(row[column]) for row in [head, *rows]) for column in range(len(head))]
-    for row in [head, *rows]:
-        say("  ".join(text.ljust(width) for text, width in zip(row, widths, strict=True)).rstrip())
 
 
 if __name__ == "__main__":

@@ -1,7 +1,6 @@
 """Train one recipe at one rank with LLaMA-Factory; a finetune recipe ends as a collection.
 
     bash utils/train_with_rank.sh RECIPE.yaml RANK [key=value ...]     is the way to call it
-    python utils/train.py --check RECIPE.yaml RANK [key=value ...]     only says how the run stands; status 0: complete
 
 Reads the recipe, its data and its base model; fills saves/.../<run folder>. FORCE=1 redoes a complete or stale run,
 DEVICES chooses devices (see devices.py). HF_HUB_OFFLINE is set: everything a run needs is on disk before it starts.
@@ -31,24 +30,18 @@ import rank_config
 import run_identity
 from cli import UserError, say
 
-ADAPTER = "adapter_model.safetensors"
 FULL = 2**20  # bytes free on a disk that counts as full
 
 
-def main() -> int:
+def main() -> None:
     parser = argparse.ArgumentParser(description="Train one recipe at one LoRA rank.")
-    parser.add_argument("--check", action="store_true", help="say how the run stands and train nothing")
     parser.add_argument("recipe", type=Path)
     parser.add_argument("rank")
     parser.add_argument("overrides", nargs="*", metavar="key=value", help="override keys of the recipe")
     args = parser.parse_args()
     config = rank_config.render(args.recipe, rank_config.parse_rank(args.rank), args.overrides)
-    folder = folder_of(args.recipe, config)
+    folder = rank_config.run_folder(args.recipe, config)
     identity = run_identity.identity_of(args.recipe, config)
-    if args.check:
-        state, changed = collection.state_of(folder, identity)
-        say(f"{state}: {paths.relative(folder)}{' (changed: ' + '; '.join(changed) + ')' if changed else ''}")
-        return 0 if state == "complete" else 3
     try:
         with files.lock(files.beside(folder, "lock")), rendered(args.recipe, config):
             files.recover_folder(folder)
@@ -57,13 +50,6 @@ def main() -> int:
                 run(args.recipe, config, folder, identity)
     except files.Busy as busy:
         raise UserError(f"{args.recipe} at rank {config['lora_rank']} is running already (it holds {busy})") from None
-    return 0
-
-
-def folder_of(recipe: Path, config: dict) -> Path:
-    """The run folder of a rendered recipe; where that is a link (to a larger disk), the folder it leads to."""
-    folder = rank_config.run_folder(recipe, config)
-    return folder.resolve() if folder.is_symlink() else folder
 
 
 @contextlib.contextmanager
@@ -169,8 +155,8 @@ def finish_finetune(staging: Path, folder: Path, identity: dict) -> list[dict]:
             f"{paths.relative(folder)}: training stopped early, {len(entries)} of {kept} checkpoints were collected"
         )
     collection.read_back(staging, entries)
-    collection.check_finite(staging / ADAPTER)
-    if not collection.same_tensors(staging / collection.checkpoint_name(entries[-1]["step"]), staging / ADAPTER):
+    collection.check_finite(staging / paths.ADAPTER)
+    if not collection.same_tensors(staging / collection.checkpoint_name(entries[-1]["step"]), staging / paths.ADAPTER):
         raise RuntimeError("the last collected checkpoint is not the adapter that LLaMA-Factory saved at its end")
     collection.set_base_name(staging / "adapter_config.json", identity["base_model"])
     collection.draw_loss(staging, folder.name, kept_from=entries[0]["step"])
@@ -184,7 +170,7 @@ def finish_pretrain(staging: Path, folder: Path, identity: dict) -> list[dict]:
     saved = sorted((p for p in staging.iterdir() if paths.CHECKPOINT.fullmatch(p.name)), key=run_identity.step_of)
     if not saved:
         raise UserError(f"{paths.relative(folder)}: training ended without a checkpoint; set save_steps in the recipe")
-    collection.check_finite(saved[-1] / ADAPTER)
+    collection.check_finite(saved[-1] / paths.ADAPTER)
     with open(staging / collection.LOG, encoding="utf-8") as file:
         logged = {line["current_steps"]: line for line in map(json.loads, file) if "loss" in line}
     entries = []
