@@ -52,6 +52,7 @@ def make(folder: Path) -> None:
             "gguf_sha256": GGUF_SHA256,
             "derived_from": "HuggingFaceTB/SmolLM2-135M-Instruct",
             "license": "apache-2.0",
+            "files": models.hashes_of(made, sorted(path for path in made.iterdir() if path.is_file())),
             "sha256": models.identity_of(made)["sha256"],
         })  # fmt: skip
         files.publish_folder(made, folder)
