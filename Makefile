@@ -5,13 +5,13 @@ PY := .venv/bin/python
 RUFF := .venv/bin/ruff
 CODE := utils tests bench
 
-RANK := $(or $(RANK),8)
 # What a user sets on the command line reaches the scripts through the environment.
-export DATASET MODEL MODELS RANK RANKS KEEP SEED FORCE DEVICES PRUNE_PRETRAIN FILE NAME CATEGORY MAP ACCEPT HELD_OUT FROM TEMPLATE
+export DATASET MODEL MODELS RANK RANKS KEEP SEED FORCE DEVICES PRUNE_PRETRAIN FILE NAME CATEGORY MAP ACCEPT HELD_OUT FROM TEMPLATE \
+	FORMAT OUT DTYPE REPO
 
 .DEFAULT_GOAL := help
 .PHONY: help setup lock model data data-all register check-data recipe check-recipes pretrain finetune collect collect-all \
-	status verify clean-checkpoints demo test test-all lint format
+	status verify clean-checkpoints index export demo test test-all lint format
 
 help:  ## list the targets
 	@awk -F ':.*## ' '/^##@/ {print "\n" substr($$0, 5)} /^[a-z-]+:.*## / {printf "  make %-18s %s\n", $$1, $$2}' Makefile
@@ -57,11 +57,11 @@ check-recipes: setup  ## check every recipe, or FILE and its other half: names, 
 ##@ Train and collect
 pretrain: setup  ## train the adapter to a good region: DATASET=ARC-c RANK=8
 	@recipe=$$($(PY) utils/cells.py pretrain) && \
-		exec bash utils/train_with_rank.sh "$$recipe" "$$RANK" $${SEED:+"seed=$$SEED"}
+		exec bash utils/train_with_rank.sh "$$recipe" "$${RANK:-8}" $${SEED:+"seed=$$SEED"}
 
 finetune: setup  ## go on from the pretrain and collect the last checkpoints: DATASET=ARC-c RANK=8 [KEEP=n]
 	@recipe=$$($(PY) utils/cells.py finetune) && \
-		exec bash utils/train_with_rank.sh "$$recipe" "$$RANK" $${SEED:+"seed=$$SEED"} $${KEEP:+"save_total_limit=$$KEEP"}
+		exec bash utils/train_with_rank.sh "$$recipe" "$${RANK:-8}" $${SEED:+"seed=$$SEED"} $${KEEP:+"save_total_limit=$$KEEP"}
 
 collect: setup  ## pretrain if it is missing, finetune, verify: DATASET=ARC-c RANK=8
 	@exec $(PY) utils/collect.py
@@ -78,6 +78,13 @@ verify: setup  ## re-read every collection, or DATASET's: hashes, shapes, steps,
 
 clean-checkpoints: setup  ## make DATASET's stock LLaMA-Factory runs collections [KEEP=n]
 	@$(PY) utils/clean_dataset_dir.py $${KEEP:+--keep "$$KEEP"}
+
+##@ Use what was collected
+index: setup  ## one table over all collections: saves/index.parquet
+	@$(PY) utils/index.py
+
+export: setup  ## FORMAT=dnd|peft|canonical|archive [CATEGORY=..] [DATASET=..] [MODEL=..] [RANK=..] [OUT=..] [DTYPE=..]
+	@$(PY) utils/export.py
 
 ##@ Work on this repository
 lint: setup  ## check style and format

@@ -8,6 +8,7 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 
+import collection
 import verify
 
 STEP = "checkpoint-9.safetensors"
@@ -19,11 +20,12 @@ def folder(collected, monkeypatch) -> Path:
     return collected.run_folder("finetune")
 
 
-def edit_manifest(folder: Path, change) -> None:
+def edit_manifest(folder: Path, change, seal: bool = True) -> None:
+    """Change a manifest; without `seal` as with an editor, else as a tool that gives it its hash again."""
     path = folder / "manifest.json"
     manifest = json.loads(path.read_text())
     change(manifest)
-    path.write_text(json.dumps(manifest))
+    path.write_text(json.dumps(collection.sealed(manifest) if seal else manifest))
 
 
 def rewrite(folder: Path, change) -> None:
@@ -67,7 +69,7 @@ def test_a_fresh_collection_is_whole_and_loads_with_peft(folder, capsys):
         (lambda f: (f / "adapter_config.json").unlink(), "adapter_config.json is missing"),
         (lambda f: (f / "manifest.json").unlink(), "has no manifest.json"),
         (lambda f: (f / "manifest.json").write_text("["), "broken"),
-        (lambda f: edit_manifest(f, add_key), "it was edited"),
+        (lambda f: edit_manifest(f, add_key, seal=False), "was edited after it was written"),
         (lambda f: edit_manifest(f, lambda m: m["checkpoints"].pop(2)), "the steps are not consecutive"),
         (lambda f: rewrite(f, lambda t: t[min(t)].fill_(torch.nan)), "values that are not finite"),
         (lambda f: rewrite(f, lambda t: t.pop(min(t))), "other keys, shapes or types"),
@@ -95,5 +97,5 @@ def test_an_adapter_that_does_not_fit_its_base_is_found_by_peft(folder, capsys):
 def test_all_collections_below_a_folder_are_found_and_hidden_ones_are_not(collected):
     shutil.copytree(collected.run_folder("finetune"), collected.saves / ".x_finetune.staging-1")
     shutil.copytree(collected.run_folder("finetune"), collected.saves / "any name")
-    found = verify.run_folders([collected.top / "saves"])
+    found = collection.run_folders([collected.top / "saves"])
     assert [path.name for path in found] == ["Tiny-Llama_lora-rank_4_finetune", "any name"]

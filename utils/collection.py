@@ -1,6 +1,7 @@
 """What a finished run folder is: its files, its manifest, how it is made whole and how it is checked.
 
-Imported by train.py, verify.py and the cleaners. A folder with a manifest.json is complete, one without is not.
+Imported by train.py, verify.py, index.py and the cleaners. A folder with a manifest.json is complete, one without is
+not. A manifest carries the hash of its own content, so that an edited one is known.
 """
 
 import json
@@ -17,9 +18,11 @@ import paths
 import run_identity
 from cli import UserError
 
-FORMAT = 1
+FORMAT = 2
 MANIFEST = paths.MANIFEST
-KEYS = {"phase", "dataset", "run", "rank", "recipe", "data", "base_model", "tokenizer", "pretrain", "checkpoints"}
+KEYS = {
+    "phase", "dataset", "run", "rank", "recipe", "data", "base_model", "tokenizer", "pretrain", "checkpoints", "sha256",
+}  # fmt: skip
 LOG, PICTURE = "trainer_log.jsonl", "training_loss.png"
 PACKAGES = ("llamafactory", "transformers", "peft", "accelerate", "datasets", "torch", "safetensors")
 
@@ -41,7 +44,44 @@ def read_manifest(folder: Path) -> dict | None:
         raise UserError(
             f"{paths.relative(folder / MANIFEST)}: not a manifest of format {FORMAT}; train again with FORCE=1"
         )
+    if sealed(manifest)["sha256"] != manifest["sha256"]:
+        raise UserError(
+            f"{paths.relative(folder / MANIFEST)}: was edited after it was written; put it back, or train again with "
+            "FORCE=1"
+        )
     return manifest
+
+
+def sealed(manifest: dict) -> dict:
+    """`manifest` with the hash of its other content as its last key, `sha256`."""
+    content = {key: value for key, value in manifest.items() if key != "sha256"}
+    return {**content, "sha256": files.sha256_of_value(content)}
+
+
+def run_folders(tops: list[Path]) -> list[Path]:
+    """All folders below `tops` (or they themselves) that are collections, or by their name should be, sorted."""
+    found = set()
+    for top in tops:
+        for name, subfolders, _ in os.walk(top.absolute(), followlinks=True):
+            folder = Path(name)
+            if folder.name.endswith("_finetune") or (not folder.name.endswith("_pretrain") and is_collection(folder)):
+                found.add(folder)
+            for lost in subfolders:  # a crash between two renames; the next training puts it back
+                if lost.startswith(".") and lost.endswith("_finetune.old"):
+                    found.add(folder / lost[1 : -len(".old")])
+            skipped = paths.DERIVED if folder == paths.SAVES else ()
+            subfolders[:] = [name for name in subfolders if not name.startswith(".") and name not in skipped]
+    return sorted(found)
+
+
+def is_collection(folder: Path) -> bool:
+    """Whether a folder's manifest calls it a finetune run."""
+    if not (folder / MANIFEST).is_file():
+        return False
+    try:
+        return read_manifest(folder)["phase"] == "finetune"
+    except UserError:
+        return False  # some other program's manifest.json; a run folder by its name is looked at all the same
 
 
 def state_of(folder: Path, identity: dict) -> tuple[str, list[str]]:
@@ -71,7 +111,7 @@ def manifest_of(
     """
     category = folder.parent.parent.name
     recipe = identity["recipe"]
-    return {
+    return sealed({
         "format": FORMAT,
         "phase": phase,
         "category": category if category in paths.CATEGORIES else None,
@@ -82,7 +122,7 @@ def manifest_of(
         **identity,
         **facts,
         "checkpoints": checkpoints,
-    }
+    })  # fmt: skip
 
 
 def attempt_facts(attempt: str, started: str, finished: str) -> dict[str, Any]:
@@ -169,8 +209,6 @@ def faults_of(folder: Path, manifest: dict) -> list[str]:
     """What is wrong with a collection, a phrase each: files, hashes, steps, keys, shapes, values, loading with PEFT."""
     entries = manifest["checkpoints"]
     faults = [] if entries else ["the manifest lists no checkpoint"]
-    if manifest["recipe"] is not None and files.sha256_of_value(manifest["recipe"]) != manifest["recipe_sha256"]:
-        faults.append("the manifest's recipe does not have the hash beside it: it was edited")
     expected = {checkpoint_name(entry["step"]) for entry in entries}
     expected |= {MANIFEST, "adapter_config.json", LOG, PICTURE}
     there = {path.name for path in folder.iterdir()}

@@ -165,8 +165,8 @@ def recover_folder(folder: Path) -> None:
 
 
 def remove_folder(folder: Path) -> None:
-    """Delete a folder and all in it (of a link, the link alone); none there is fine."""
-    if folder.is_symlink():
+    """Delete a folder and all in it, or a file (of a link, the link alone); none there is fine."""
+    if folder.is_symlink() or folder.is_file():
         folder.unlink()
     while folder.exists():
         with contextlib.suppress(FileNotFoundError):  # somebody else deleted a part of it meanwhile

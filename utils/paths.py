@@ -15,6 +15,8 @@ CATEGORIES = ("coding", "common-sense-reasoning", "math", "multimodal")
 PHASES = ("pretrain", "finetune")
 ADAPTER = "adapter_model.safetensors"  # PEFT's name for the weights in a checkpoint folder
 MANIFEST = "manifest.json"
+INDEX = "index.parquet"  # below saves/, as are the folders of what is made from collections and can be made again:
+DERIVED = ("exports", "stats", "report", "publish")
 
 # The part of a run folder's name that says which adapter it holds. A model's own name may hold such a part too
 # (a merged adapter, say), so the last one counts.

@@ -31,7 +31,6 @@ VENV = ROOT / ".venv"
 PYTHON = VENV / "bin" / "python"
 STAMP = VENV / "installed.sha256"  # written last: a venv without it was interrupted
 REQUIREMENTS = ROOT / "requirements.txt"
-DIRECT = ROOT / "requirements.in"
 
 
 def main() -> None:
@@ -57,7 +56,7 @@ def main() -> None:
 
 
 def is_ready(wanted: str) -> bool:
-    """Whether the venv was finished for these requirements and still holds what they name directly."""
+    """Whether the venv was finished for these requirements and still holds what they name."""
     return STAMP.is_file() and STAMP.read_text() == wanted and answers() and not missing_packages()
 
 
@@ -70,9 +69,8 @@ def answers() -> bool:
 
 
 def missing_packages() -> list[str]:
-    """Requirements that the venv does not hold: the direct ones and all that the lock wants on every machine."""
-    names = re.findall(r"^([A-Za-z0-9_.-]+)", DIRECT.read_text(), re.MULTILINE)
-    names += re.findall(r"^([A-Za-z0-9_.-]+)==\S+ \\$", REQUIREMENTS.read_text(), re.MULTILINE)
+    """Packages that the lock wants on every machine and that the venv does not hold."""
+    names = re.findall(r"^([A-Za-z0-9_.-]+)==\S+ \\$", REQUIREMENTS.read_text(), re.MULTILINE)
     folders = [str(path) for path in VENV.glob("lib/python*/site-packages")]
     there = {normal(found.metadata["Name"]) for found in distributions(path=folders) if found.metadata["Name"]}
     return sorted({name for name in names if normal(name) not in there})

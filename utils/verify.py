@@ -46,36 +46,11 @@ def asked_for(folders: list[Path], dataset: str) -> list[Path]:
     for folder in folders:
         if not folder.is_dir():
             raise UserError(f"{folder}: no such folder")
-    found = run_folders(folders or [paths.SAVES])
+    found = collection.run_folders(folders or [paths.SAVES])
     if dataset:
         name = paths.choose(dataset, {folder.parent.name for folder in found}, "collected dataset")
         found = [folder for folder in found if folder.parent.name == name]
     return found
-
-
-def run_folders(tops: list[Path]) -> list[Path]:
-    """All folders below `tops` (or they themselves) that are collections, or by their name should be."""
-    found = set()
-    for top in tops:
-        for name, subfolders, _ in os.walk(top.absolute(), followlinks=True):
-            folder = Path(name)
-            if folder.name.endswith("_finetune") or is_collection(folder):
-                found.add(folder)
-            for lost in subfolders:  # a crash between two renames; the next training puts it back
-                if lost.startswith(".") and lost.endswith("_finetune.old"):
-                    found.add(folder / lost[1 : -len(".old")])
-            subfolders[:] = [subfolder for subfolder in subfolders if not subfolder.startswith(".")]
-    return sorted(found)
-
-
-def is_collection(folder: Path) -> bool:
-    """Whether a folder's manifest calls it a finetune run."""
-    if not (folder / collection.MANIFEST).is_file():
-        return False
-    try:
-        return collection.read_manifest(folder)["phase"] == "finetune"
-    except UserError:
-        return False  # some other program's manifest.json; a run folder by its name is looked at all the same
 
 
 def verify(folder: Path, base: Path | None = None) -> bool:

@@ -1,0 +1,97 @@
+"""Reads the checkpoints of collections: never one that differs from what its manifest recorded.
+
+Imported by all that uses collected weights. A file is hashed when a process first reads it, not again while it stays
+unchanged; its tensors are memory-mapped.
+"""
+
+import os
+from collections.abc import Iterable, Iterator
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import files
+import paths
+from cli import UserError
+
+if TYPE_CHECKING:
+    import torch
+
+_verified: dict[tuple, str] = {}  # what was hashed by this process: (path, inode, size, times) -> sha256
+
+
+def verified(path: Path, size: int, sha256: str) -> Path:
+    """`path`, checked to hold the bytes that were recorded.
+
+    Args:
+        path: a checkpoint file.
+        size: its recorded length, bytes.
+        sha256: its recorded hash, hexadecimal.
+
+    Raises UserError naming the file when it is gone, has another length or other content.
+    """
+    try:
+        stat = os.stat(path)
+    except FileNotFoundError:
+        raise UserError(f"{paths.relative(path)}: is gone; collect it again, or run: make index") from None
+    if stat.st_size != size:
+        raise UserError(f"{paths.relative(path)}: has {stat.st_size} bytes, {size} were recorded; {_way_out(path)}")
+    key = (str(path), stat.st_ino, stat.st_size, stat.st_mtime_ns, stat.st_ctime_ns)
+    if key not in _verified:
+        _verified[key] = files.sha256_of(path)
+    if _verified[key] != sha256:
+        raise UserError(f"{paths.relative(path)}: does not have its recorded sha256; {_way_out(path)}")
+    return path
+
+
+def _way_out(path: Path) -> str:
+    return f"make verify tells what else differs in {path.parent.name}; put the file back or collect again with FORCE=1"
+
+
+def opened(path: Path, size: int, sha256: str) -> Any:
+    """An open `safetensors.safe_open` handle on a verified checkpoint (memory-mapped, PyTorch tensors, CPU)."""
+    from safetensors import SafetensorError, safe_open
+
+    try:
+        return safe_open(verified(path, size, sha256), "pt")
+    except SafetensorError as error:
+        raise UserError(f"{paths.relative(path)}: is not a safetensors file: {error}") from None
+
+
+def load(path: Path, size: int, sha256: str) -> "dict[str, torch.Tensor]":
+    """All tensors of a verified checkpoint by PEFT's key, in the order of the keys; memory-mapped, so do not write."""
+    handle = opened(path, size, sha256)
+    return {key: handle.get_tensor(key) for key in sorted(handle.keys())}
+
+
+def open_all(folder: Path, entries: Iterable[dict]) -> Iterator[Any]:
+    """A handle per checkpoint of a collection, in the order of `entries` (the manifest's `checkpoints`)."""
+    for entry in entries:
+        yield opened(folder / f"checkpoint-{entry['step']}.safetensors", entry["bytes"], entry["sha256"])
+
+
+def layers_of(keys: Iterable[str]) -> list[str]:
+    """The names of the adapted layers among PEFT's keys, sorted by their numbers then names.
+
+    A layer `X` has the factors `X.lora_A.weight` (rank x inputs) and `X.lora_B.weight` (outputs x rank).
+
+    Raises UserError for a key that is no such factor (DoRA's magnitudes, embeddings' factors) or has no other half.
+    """
+    halves: dict[str, set[str]] = {}
+    for key in keys:
+        layer, _, end = key.rpartition(".lora_")
+        if not layer or end not in ("A.weight", "B.weight"):
+            raise UserError(f"{key}: is not a LoRA factor of a linear layer, which is all that is understood here")
+        halves.setdefault(layer, set()).add(end)
+    lonely = [layer for layer, ends in halves.items() if len(ends) < 2]
+    if lonely:
+        raise UserError(f"{lonely[0]}: has only one of lora_A and lora_B")
+    return sorted(halves, key=_by_number)
+
+
+def _by_number(name: str) -> list:
+    return [(0, int(part), "") if part.isdigit() else (1, 0, part) for part in name.split(".")]
+
+
+def short_layer(layer: str) -> str:
+    """A layer's name as pictures and tables show it: without PEFT's and the model's prefixes."""
+    return layer.removeprefix("base_model.model.").removeprefix("model.")
