@@ -69,6 +69,51 @@ def open_all(folder: Path, entries: Iterable[dict]) -> Iterator[Any]:
         yield opened(folder / f"checkpoint-{entry['step']}.safetensors", entry["bytes"], entry["sha256"])
 
 
+def layout_of(handle: Any) -> dict[str, tuple[int, ...]]:
+    """The shape of each tensor in an open checkpoint, by PEFT's key."""
+    return {key: tuple(handle.get_slice(key).get_shape()) for key in handle.keys()}  # noqa: SIM118 (not a dict)
+
+
+def in_chunks(folder: Path, entries: list[dict], size: int) -> Iterator[tuple[slice, list[Any]]]:
+    """The checkpoints of a collection, `size` at a time: (which of `entries`, an open handle each).
+
+    Raises UserError for a checkpoint whose keys or shapes are not the first one's.
+    """
+    layout = None
+    for start in range(0, len(entries), size):
+        part = slice(start, min(start + size, len(entries)))
+        handles = list(open_all(folder, entries[part]))
+        for entry, handle in zip(entries[part], handles, strict=True):
+            layout = layout or layout_of(handle)
+            if layout_of(handle) != layout:
+                path = folder / f"checkpoint-{entry['step']}.safetensors"
+                raise UserError(
+                    f"{paths.relative(path)}: has other keys or shapes than the collection's first checkpoint; "
+                    "make verify names all such files"
+                )
+        yield part, handles
+
+
+def factors_of(
+    folder: Path, entries: list[dict], handles: list[Any], layer: str
+) -> "tuple[torch.Tensor, torch.Tensor]":
+    """One layer's factors in some open checkpoints, as float64: (A, steps x r x inputs; B, steps x outputs x r).
+
+    Raises UserError naming the checkpoint that holds a value that is not finite.
+    """
+    import torch
+
+    both = []
+    for key in (f"{layer}.lora_A.weight", f"{layer}.lora_B.weight"):
+        values = torch.stack([handle.get_tensor(key) for handle in handles]).double()
+        finite = values.isfinite().flatten(1).all(1)
+        if not finite.all():
+            path = folder / f"checkpoint-{entries[finite.tolist().index(False)]['step']}.safetensors"
+            raise UserError(f"{paths.relative(path)}: {key} holds values that are not finite; collect it again")
+        both.append(values)
+    return both[0], both[1]
+
+
 def layers_of(keys: Iterable[str]) -> list[str]:
     """The names of the adapted layers among PEFT's keys, sorted by their numbers then names.
 
