@@ -4,6 +4,7 @@ Imported by all that uses collected weights. A file is hashed when a process fir
 unchanged; its tensors are memory-mapped.
 """
 
+import json
 import os
 from collections.abc import Iterable, Iterator
 from pathlib import Path
@@ -112,6 +113,17 @@ def factors_of(
             raise UserError(f"{paths.relative(path)}: {key} holds values that are not finite; collect it again")
         both.append(values)
     return both[0], both[1]
+
+
+def adapter_config(folder: Path) -> dict[str, Any]:
+    """The content of a collection's adapter_config.json. Raises UserError when it is gone or broken."""
+    path = folder / "adapter_config.json"
+    try:
+        return json.loads(path.read_bytes())
+    except FileNotFoundError:
+        raise UserError(f"{paths.relative(path)}: is gone; put it back or collect again with FORCE=1") from None
+    except ValueError as error:
+        raise UserError(f"{paths.relative(path)}: broken ({error}); put it back or collect again") from None
 
 
 def layers_of(keys: Iterable[str]) -> list[str]:

@@ -15,7 +15,6 @@ import checkpoints
 import exported
 import files
 import index
-import paths
 from cli import UserError
 
 BUDGET = 1 << 30  # bytes that the steps which are worked on together may take
@@ -50,7 +49,7 @@ def write(one: index.Chosen, source: dict[str, Any], folder: Path, budget: int =
     import torch
     from safetensors.torch import save
 
-    config = adapter_config_of(one)
+    config = checkpoints.adapter_config(one.folder)
     entries = one.manifest["checkpoints"]
     dtype = getattr(torch, source["dtype"])
     folder.mkdir()
@@ -67,7 +66,7 @@ def write(one: index.Chosen, source: dict[str, Any], folder: Path, budget: int =
         for entry, tensors in zip(entries[part], steps, strict=True):
             path = folder / f"checkpoint-{entry['step']}.safetensors"
             files.write_atomically(path, save(tensors, metadata={"format": "pt"}))
-    files.write_atomically(folder / "adapter_config.json", config)
+    files.write_json(folder / "adapter_config.json", config)
     files.write_json(folder / ABOUT, about(one, source))
 
 
@@ -76,15 +75,6 @@ def steps_within(budget: int, one: index.Chosen, entries: list[dict]) -> int:
     layout = checkpoints.layout_of(next(checkpoints.open_all(one.folder, entries[:1])))
     sizes = [rows * columns for rows, columns in layout.values()]
     return max(1, budget // (8 * sum(sizes) + 8 * 8 * 2 * max(sizes)))
-
-
-def adapter_config_of(one: index.Chosen) -> bytes:
-    """A collection's adapter_config.json as it stands. Raises UserError when it is gone."""
-    path = one.folder / "adapter_config.json"
-    try:
-        return path.read_bytes()
-    except FileNotFoundError:
-        raise UserError(f"{paths.relative(path)}: is gone; make verify tells what else is") from None
 
 
 def about(one: index.Chosen, source: dict[str, Any]) -> dict[str, Any]:
