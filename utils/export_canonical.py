@@ -15,6 +15,7 @@ import checkpoints
 import exported
 import files
 import index
+import parallel
 from cli import UserError
 
 BUDGET = 1 << 30  # bytes that the steps which are worked on together may take
@@ -54,13 +55,11 @@ def write(one: index.Chosen, source: dict[str, Any], folder: Path, budget: int =
     dtype = getattr(torch, source["dtype"])
     folder.mkdir()
     for part, handles in checkpoints.in_chunks(one.folder, entries, steps_within(budget, one, entries)):
+        layers = checkpoints.layers_of(handles[0].keys())
+        factors = partial(canonical_factors, one.folder, entries[part], handles, dtype)
         steps: list[dict[str, torch.Tensor]] = [{} for _ in handles]
-        for layer in checkpoints.layers_of(handles[0].keys()):
-            a, b = checkpoints.factors_of(one.folder, entries[part], handles, layer)
-            for end, values in zip(("lora_A", "lora_B"), canonical.canonical(a, b), strict=True):
-                values = values.to(dtype).contiguous()
-                if not values.isfinite().all():
-                    raise UserError(f"{layer}: does not fit into {source['dtype']}; choose DTYPE=float32")
+        for layer, both in zip(layers, parallel.each(factors, layers), strict=True):
+            for end, values in zip(("lora_A", "lora_B"), both, strict=True):
                 for step, value in zip(steps, values, strict=True):
                     step[f"{layer}.{end}.weight"] = value
         for entry, tensors in zip(entries[part], steps, strict=True):
@@ -70,11 +69,21 @@ def write(one: index.Chosen, source: dict[str, Any], folder: Path, budget: int =
     files.write_json(folder / ABOUT, about(one, source))
 
 
+def canonical_factors(folder: Path, entries: list[dict], handles: list, dtype: Any, layer: str) -> list:
+    """[A', B'] of one layer in some open checkpoints, rounded to `dtype`. Raises UserError where that overflows."""
+    both = []
+    for values in canonical.canonical(*checkpoints.factors_of(folder, entries, handles, layer)):
+        both.append(values.to(dtype).contiguous())
+        if not both[-1].isfinite().all():
+            raise UserError(f"{layer}: does not fit into {str(dtype).removeprefix('torch.')}; leave DTYPE out")
+    return both
+
+
 def steps_within(budget: int, one: index.Chosen, entries: list[dict]) -> int:
     """How many steps are worked on together: their results, and a layer's float64 work of about eight copies."""
     layout = checkpoints.layout_of(next(checkpoints.open_all(one.folder, entries[:1])))
     sizes = [rows * columns for rows, columns in layout.values()]
-    return max(1, budget // (8 * sum(sizes) + 8 * 8 * 2 * max(sizes)))
+    return max(1, budget // (8 * sum(sizes) + parallel.WORKERS * 8 * 8 * 2 * max(sizes)))
 
 
 def about(one: index.Chosen, source: dict[str, Any]) -> dict[str, Any]:

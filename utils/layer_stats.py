@@ -29,8 +29,8 @@ def merged(before: Moments | None, values: torch.Tensor) -> Moments:
         before: those of the steps so far; None at the start.
         values: the further ones, steps x ..., float64.
     """
-    squares, mean = torch.var_mean(values, dim=0, correction=0)
-    new = Moments(len(values), mean, squares * len(values))
+    mean = values.mean(0)
+    new = Moments(len(values), mean, (values - mean).square_().sum(0))
     if before is None:
         return new
     count = before.count + new.count
@@ -49,8 +49,9 @@ def deviation(moments: Moments) -> torch.Tensor:
 
 def standardised(values: torch.Tensor) -> torch.Tensor:
     """Each step's tensor with mean 0 and population standard deviation 1 over its entries; a constant one becomes 0."""
-    variance, mean = torch.var_mean(values, dim=(1, 2), correction=0, keepdim=True)
-    return (values - mean) / torch.where(variance > 0, variance, 1.0).sqrt()
+    centred = values - values.mean((1, 2), keepdim=True)
+    spread = norms(centred)[:, None, None] / centred[0].numel() ** 0.5
+    return centred.div_(torch.where(spread > 0, spread, 1.0))
 
 
 def with_before(before: torch.Tensor | None, values: torch.Tensor) -> torch.Tensor:
@@ -63,16 +64,23 @@ def norms(values: torch.Tensor) -> torch.Tensor:
     return values.flatten(1).norm(dim=1)
 
 
-def difference_norms(a: torch.Tensor, b: torch.Tensor, a_before: torch.Tensor, b_before: torch.Tensor) -> torch.Tensor:
+def difference_norms(
+    b: torch.Tensor, a_before: torch.Tensor, a_change: torch.Tensor, b_change: torch.Tensor
+) -> torch.Tensor:
     """The Frobenius norm of B·A - B'·A' per step, exact to rounding, without forming outputs x inputs.
 
-    B·A - B'·A' = B·dA + dB·A' = [B dB]·[dA; A'], and |L·R|² = tr(LᵀL · RRᵀ), which takes 2r x 2r matrices only. The
-    small differences are taken of the factors, so nothing cancels as it would in |BA|² + |B'A'|² - 2<BA, B'A'>.
+    The difference is B·dA + dB·A', so its square is a sum over products of r x r Gram matrices. As the small changes
+    are taken of the factors, nothing cancels as it would in |BA|² + |B'A'|² - 2<BA, B'A'>.
+
+    Args:
+        b: B.
+        a_before: A', that of the step before.
+        a_change, b_change: dA = A - A' and dB = B - B'.
     """
-    left = torch.cat([b, b - b_before], dim=2)
-    right = torch.cat([a - a_before, a_before], dim=1)
-    square = ((left.mT @ left) * (right @ right.mT)).sum((1, 2))
-    return square.clamp(min=0).sqrt()
+    square = (b.mT @ b) * (a_change @ a_change.mT)
+    square += (b_change.mT @ b_change) * (a_before @ a_before.mT)
+    square += (b.mT @ b_change) * (a_change @ a_before.mT) * 2
+    return square.sum((1, 2)).clamp(min=0).sqrt()
 
 
 def effective_ranks(values: torch.Tensor) -> torch.Tensor:
@@ -143,15 +151,16 @@ def taken_in(running: Running, a: torch.Tensor, b: torch.Tensor) -> tuple[Runnin
     number per step; its `sketch`, steps x 1024; `factor_norm` and `factor_change` of A and B, 2 x steps).
     """
     scaling = running.scaling
-    a_before, b_before = with_before(running.before[0], a), with_before(running.before[1], b)
+    a_before = with_before(running.before[0], a)
+    a_change, b_change = a - a_before, b - with_before(running.before[1], b)
     values = canonical.singular_values(a, b)
     figures = {
         "norm": scaling * values.norm(dim=1),
-        "change": scaling * difference_norms(a, b, a_before, b_before),
+        "change": scaling * difference_norms(b, a_before, a_change, b_change),
         "effective_rank": effective_ranks(values),
         "sketch": scaling * sketched(a, b, *running.projections),
         "factor_norm": torch.stack([norms(a), norms(b)]),
-        "factor_change": torch.stack([norms(a - a_before), norms(b - b_before)]),
+        "factor_change": torch.stack([norms(a_change), norms(b_change)]),
     }
     moments = tuple(map(merged, running.moments, (a, b, standardised(a), standardised(b))))
     return running._replace(moments=moments, before=(a[-1].clone(), b[-1].clone())), figures

@@ -28,6 +28,7 @@ import exported
 import files
 import index
 import layer_stats as ls
+import parallel
 import paths
 
 METHOD = "stats-1"  # changes with every change of the numbers
@@ -141,9 +142,13 @@ def measure(
     for group in groups_of(shapes, budget):
         running = {number: ls.start(config, base, layers[number], *shapes[number]) for number in group}
         for part, handles in checkpoints.in_chunks(folder, entries, steps_within(chunk, shapes)):
-            for number in group:
+
+            def take_in(number: int, running=running, part=part, handles=handles) -> tuple:
                 a, b = checkpoints.factors_of(folder, entries[part], handles, layers[number])
-                running[number], figures = ls.taken_in(running[number], a, b)
+                return ls.taken_in(running[number], a, b)
+
+            for number, (after, figures) in zip(group, parallel.each(take_in, group), strict=True):
+                running[number] = after
                 sketch[part] += figures.pop("sketch")
                 for name, values in figures.items():
                     kept[name][number, ..., part] = values
@@ -169,7 +174,7 @@ def groups_of(shapes: list[tuple[int, int, int]], budget: int) -> list[list[int]
 def steps_within(chunk: int, shapes: list[tuple[int, int, int]]) -> int:
     """How many steps are worked on together: a layer's float64 copies (about eight) and the open files' own bytes."""
     sizes = [(outputs + inputs) * rank for outputs, inputs, rank in shapes]
-    return max(1, min(MOST_STEPS, chunk // (8 * 8 * max(sizes) + 4 * sum(sizes))))
+    return max(1, min(MOST_STEPS, chunk // (parallel.WORKERS * 8 * 8 * max(sizes) + 4 * sum(sizes))))
 
 
 def importance_of(measured: Measured) -> tuple[torch.Tensor, torch.Tensor]:
