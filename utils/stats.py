@@ -52,7 +52,7 @@ ARRAYS = {
     "steps": "int64, N: the optimizer steps",
     "sketch": "float32, N x 1024: random projection of a step's updates, the same for all collections of base_model",
     "norm": "float32, L x N: Frobenius norm of each layer's update",
-    "change": "float32, L x N: Frobenius norm of the update's difference to the step before; first column 0",
+    "change": "float32, L x N: Frobenius norm of the update's difference to the kept step before; first column 0",
     "effective_rank": "float32, L x N: effective rank of each layer's update",
 }  # fmt: skip
 
