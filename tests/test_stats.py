@@ -320,6 +320,12 @@ def test_it_is_made_once_and_again_when_the_collection_or_the_method_changed(col
     files.write_json(manifest_file, collection.sealed({**manifest, "device": "another"}))
     assert first_line().startswith("statistics: ")
     assert json.loads((folder / "stats.json").read_bytes())["manifest"] != manifest["sha256"]
+    before = load_file(folder / "steps.safetensors")["norm"]
+    config_file = collected.run_folder("finetune") / "adapter_config.json"
+    config = json.loads(config_file.read_bytes())
+    files.write_json(config_file, {**config, "lora_alpha": 2 * config["lora_alpha"]})
+    assert first_line().startswith("statistics: ")
+    torch.testing.assert_close(load_file(folder / "steps.safetensors")["norm"], 2 * before)
 
 
 def test_it_prints_a_line_per_kind_of_layer(collected, capsys):

@@ -85,16 +85,17 @@ def update(chosen: list[index.Chosen], out: Path | None = None) -> None:
     """Bring the statistics of some collections up to date below `out` (saves/stats) and print a table of each."""
     out = out or paths.SAVES / "stats"
     for one in chosen:
-        source = {"method": METHOD, "manifest": one.manifest["sha256"]}
-        exported.part(out, one.name, source, partial(write, one), done="statistics")
+        config = checkpoints.adapter_config(one.folder)  # its scaling counts, and no manifest knows its content
+        source = {"format": "stats", "method": METHOD, "manifest": one.manifest["sha256"]}
+        source |= {"adapter_config": files.sha256_of_value(config)}
+        exported.part(out, one.name, source, partial(write, one, config), done="statistics")
         print_table(out / one.name)
 
 
-def write(one: index.Chosen, folder: Path) -> None:
-    """Measure a collection and write its four files to `folder`, which is not there yet."""
+def write(one: index.Chosen, config: dict[str, Any], folder: Path) -> None:
+    """Measure a collection, whose adapter_config.json is `config`, and write its four files to the new `folder`."""
     from safetensors.torch import save
 
-    config = checkpoints.adapter_config(one.folder)
     base = base_model_of(one, config)
     steps = [entry["step"] for entry in one.manifest["checkpoints"]]
     measured = measure(one.folder, one.manifest["checkpoints"], config, base)
@@ -140,7 +141,8 @@ def measure(
     totals = {name: torch.zeros(len(layers), 2, dtype=torch.float64) for name in TOTALS}
     sketch = torch.zeros(len(entries), ls.SKETCH_SIDE**2, dtype=torch.float64)
     for group in groups_of(shapes, budget):
-        running = {number: ls.start(config, base, layers[number], *shapes[number]) for number in group}
+        begun = parallel.each(lambda number: ls.start(config, base, layers[number], *shapes[number]), group)
+        running = dict(zip(group, begun, strict=True))
         for part, handles in checkpoints.in_chunks(folder, entries, steps_within(chunk, shapes)):
 
             def take_in(number: int, running=running, part=part, handles=handles) -> tuple:
