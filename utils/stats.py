@@ -83,13 +83,18 @@ def main() -> None:
 
 def update(chosen: list[index.Chosen], out: Path | None = None) -> None:
     """Bring the statistics of some collections up to date below `out` (saves/stats) and print a table of each."""
-    out = out or paths.SAVES / "stats"
     for one in chosen:
-        config = checkpoints.adapter_config(one.folder)  # its scaling counts, and no manifest knows its content
-        source = {"format": "stats", "method": METHOD, "manifest": one.manifest["sha256"]}
-        source |= {"adapter_config": files.sha256_of_value(config)}
-        exported.part(out, one.name, source, partial(write, one, config), done="statistics")
-        print_table(out / one.name)
+        print_table(of(one, out))
+
+
+def of(one: index.Chosen, out: Path | None = None) -> Path:
+    """The folder with a collection's statistics below `out` (saves/stats), measured unless they are there already."""
+    out = out or paths.SAVES / "stats"
+    config = checkpoints.adapter_config(one.folder)  # its scaling counts, and no manifest knows its content
+    source = {"format": "stats", "method": METHOD, "manifest": one.manifest["sha256"]}
+    source |= {"adapter_config": files.sha256_of_value(config)}
+    exported.part(out, one.name, source, partial(write, one, config), done="statistics")
+    return out / one.name
 
 
 def write(one: index.Chosen, config: dict[str, Any], folder: Path) -> None:
