@@ -202,7 +202,7 @@ def check_alike(sources: dict[str, dict], out: Path) -> None:
         for name, value in known.items():
             if value != known[first]:
                 told = "" if key == "layers_sha256" else f" ({value}, not {known[first]})"
-                raise UserError(f"{name}: has another {what} than {first}{told}; take another OUT for it")
+                raise UserError(f"{name}: has another {what}{told} than {first}; take another OUT for it")
 
 
 def steps_of(one: Planned) -> list[dict]:

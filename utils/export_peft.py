@@ -185,7 +185,7 @@ def card_of(one: Planned, entry: dict, dtype: str | None) -> str:
     """The model card of one step; only a hub id is named as the base model, a folder's name would be no link."""
     manifest = one.chosen.manifest
     base = manifest["base_model"] or {}
-    named = base.get("hub_id") or f"models/{base.get('name')}"
+    named = base.get("hub_id") or (f"models/{base['name']}" if base.get("name") else "its base model")
     kind = "ImageTextToText" if any(".language_model." in key for key in one.keys) else "CausalLM"
     rank = vllm_rank(one.config["r"])
     facts = {
@@ -204,7 +204,7 @@ def card_of(one: Planned, entry: dict, dtype: str | None) -> str:
         "tags: [lora, paragen]",
         "---",
         "",
-        f"# {manifest['dataset']}, step {entry['step']}: LoRA for {base.get('name')}",
+        f"# {manifest['dataset']}, step {entry['step']}: LoRA for {base.get('name') or named}",
         "",
         *(f"- {what}: {value}" for what, value in facts.items() if value is not None),
         "",
