@@ -164,6 +164,24 @@ def test_a_part_cut_off_at_any_moment_is_made_whole_by_the_next_run(place, monke
     assert tree(place.out) == whole and sorted(os.listdir(folder.parent)) == ["A"]
 
 
+@pytest.mark.parametrize("format_name", ["dnd", "peft"])
+def test_a_part_that_has_its_name_but_not_yet_its_record_is_still_ours(place, monkeypatch, format_name):
+    place.collect()
+    place.export(format_name)
+    whole = tree(place.out)
+    shutil.rmtree(place.out)
+
+    def publish_and_be_stopped(staging, target, publish=files.publish_folder):
+        publish(staging, target)
+        raise SystemExit(143)  # what SIGTERM becomes
+
+    with monkeypatch.context() as patch, pytest.raises(SystemExit):
+        patch.setattr(files, "publish_folder", publish_and_be_stopped)
+        place.export(format_name)
+    place.export(format_name)
+    assert tree(place.out) == whole
+
+
 def test_killed_runs_and_two_at_once_end_with_the_same_export(place):
     for name in "AB":
         place.collect(dataset=name, steps=range(1, 40))

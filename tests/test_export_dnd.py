@@ -10,6 +10,7 @@ import handmade
 import pytest
 from handmade import CATEGORY, tree
 
+import dnd_prompts
 import export_dnd
 
 CODING, MULTIMODAL = "coding", "multimodal"
@@ -83,6 +84,28 @@ def test_drag_and_drop_reads_the_layers_of_a_vision_language_model(place):
     ]  # fmt: skip
     assert rows[3]["system"] == "look" and rows[3]["images"] == ["pictures/3.png"]
     assert (root / "prepare" / "data" / "Pics_train.json").read_text() == json.dumps(rows, ensure_ascii=False, indent=1)
+
+
+@pytest.mark.parametrize(
+    "roles, kept",
+    [("system user assistant", "human gpt"), ("assistant user function observation", "human function_call observation"),
+     ("system assistant", "gpt"), ("user assistant user assistant", "human gpt human gpt")],
+)  # fmt: skip
+def test_a_conversation_begins_with_its_prompt(roles, kept):
+    said = [{"role": role, "content": f"{role} {number}"} for number, role in enumerate(roles.split())]
+    row = dnd_prompts.as_row({"system": "s", "prompt": "", "response": "", "images": [], "messages": said})
+    assert " ".join(turn["from"] for turn in row["conversations"]) == kept
+    assert row["system"] == "s" and "images" not in row
+
+
+def test_what_was_removed_from_an_export_no_longer_counts(place, capsys):
+    place.collect(dataset="A", rank=4)
+    place.collect(dataset="B", rank=8)
+    place.export("dnd", DATASET="A")
+    shutil.rmtree(place.out / "data")
+    capsys.readouterr()
+    place.export("dnd", DATASET="B")
+    assert "different numbers" not in capsys.readouterr().out
 
 
 def test_renamed_layers_keep_their_values(place):

@@ -193,7 +193,7 @@ def check_alike(sources: dict[str, dict], out: Path) -> None:
     there = {
         f"{paths.relative(out)}/{name}": entry["source"]
         for name, entry in exported.read_record(out).items()
-        if "layers_sha256" in entry["source"]
+        if "layers_sha256" in entry["source"] and (out / name).exists()
     }
     everyone = there | sources
     for key, what in (("model", "model"), ("rank", "rank"), ("seed", "seed"), ("layers_sha256", "set of layers")):
@@ -226,7 +226,7 @@ def say_figures(plan: list[Planned], out: Path) -> None:
         counts = {
             Path(name).name: len(entry["files"] or {})
             for name, entry in record.items()
-            if name.startswith(f"data/{task}/")
+            if name.startswith(f"data/{task}/") and (out / name).exists()
         }
         least = min(counts.values())
         for one in plan:
