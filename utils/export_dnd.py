@@ -87,10 +87,8 @@ def export(chosen: list[Chosen], out: Path, dtype: str | None) -> None:
     missing = [one for one in plan if not exported.is_there(out, one.folder, sources[one.folder])]
     for one in missing:
         exported.check_replaceable(out, one.folder, sources[one.folder])
-    exported.check_room(
-        out,
-        sum(exported.bytes_of(entry, one.stored, dtype) for one in missing for entry in steps_of(one)),
-    )
+    sizes = [exported.bytes_of(entry, one.stored, dtype) for one in missing for entry in steps_of(one)]
+    exported.check_room(out / "data", sum(sizes))  # which may be a link to a larger disk
     for one, stays in zip(plan, kept, strict=True):
         exported.part(out, one.folder, sources[one.folder], lambda staging, one=one: write_steps(one, staging, dtype))
         for name in one.prompt_files:

@@ -18,7 +18,6 @@ from typing import Any, NamedTuple
 
 import checkpoints
 import exported
-import files
 import paths
 from cli import UserError, say
 from index import Chosen
@@ -177,7 +176,7 @@ def write_adapter(one: Planned, entry: dict, folder: Path, dtype: str | None) ->
     """Write the adapter folder of one step."""
     folder.mkdir(parents=True)
     exported.write_checkpoint(one.chosen.folder, entry, folder / paths.ADAPTER, dtype)
-    files.write_json(folder / CONFIG, one.config)
+    (folder / CONFIG).write_text(json.dumps(one.config, indent=2, ensure_ascii=False) + "\n", encoding="utf-8")
     (folder / "README.md").write_text(card_of(one, entry, dtype), encoding="utf-8")
 
 
