@@ -7,7 +7,7 @@ CODE := utils tests bench
 
 # What a user sets on the command line reaches the scripts through the environment.
 export DATASET MODEL MODELS RANK RANKS KEEP SEED FORCE DEVICES PRUNE_PRETRAIN FILE NAME CATEGORY MAP ACCEPT HELD_OUT FROM TEMPLATE \
-	FORMAT OUT DTYPE REPO
+	FORMAT OUT DTYPE STEPS REPO
 
 .DEFAULT_GOAL := help
 .PHONY: help setup lock model data data-all register check-data recipe check-recipes pretrain finetune collect collect-all \
@@ -83,7 +83,7 @@ clean-checkpoints: setup  ## make DATASET's stock LLaMA-Factory runs collections
 index: setup  ## one table over all collections: saves/index.parquet
 	@$(PY) utils/index.py
 
-export: setup  ## FORMAT=dnd|peft|canonical|archive [CATEGORY=..] [DATASET=..] [MODEL=..] [RANK=..] [OUT=..] [DTYPE=..]
+export: setup  ## FORMAT=dnd|peft|canonical|archive [CATEGORY=..] [DATASET=..] [MODEL=..] [RANK=..] [OUT=..] [DTYPE=..] [STEPS=..]
 	@$(PY) utils/export.py
 
 stats: setup  ## norms, changes, effective ranks, importance of layers: [DATASET=..] [MODEL=..] [RANK=..]

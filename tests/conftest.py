@@ -19,6 +19,10 @@ for name in (
     "KEEP",
     "SEED",
     "FORCE",
+    "FORMAT",
+    "OUT",
+    "DTYPE",
+    "STEPS",
     "DEVICES",
     "CUDA_VISIBLE_DEVICES",
     "MAKEFLAGS",
@@ -28,6 +32,7 @@ for name in (
 os.environ["DEVICES"] = "cpu"  # the same hashes on a machine with a GPU
 os.environ["OMP_NUM_THREADS"] = "1"  # tiny tensors; two runs at once then do not fight for two cores
 
+import handmade  # noqa: E402
 import tiny  # noqa: E402
 import warm  # noqa: E402
 
@@ -115,6 +120,20 @@ def pretrained(pretrained_once, tmp_path) -> Project:
 @pytest.fixture
 def collected(trained_once, tmp_path) -> Project:
     return trained_once.copy(tmp_path / "my project")
+
+
+@pytest.fixture
+def place(tmp_path, monkeypatch) -> handmade.Workplace:
+    """A saves/ and a data/ for handmade collections, which every script of this process takes for its own."""
+    return handmade.Workplace(tmp_path / "work place", monkeypatch)
+
+
+@pytest.fixture
+def trained_place(place, trained_once) -> handmade.Workplace:
+    """The same with the really trained collection."""
+    shutil.copytree(trained_once.top / "saves", place.saves, dirs_exist_ok=True)
+    shutil.copytree(trained_once.top / "data", place.data)
+    return place
 
 
 def pytest_configure(config):

@@ -230,7 +230,7 @@ def chosen(saves: Path | None = None) -> list[Chosen]:
         values = [paths.choose(value, known, f"collected {name}") for value in asked[name]]
         if values:
             table = table.filter(pc.is_in(table[name], pa.array(values)))
-    for name, parse in (("rank", rank_config.parse_rank), ("seed", int)):
+    for name, parse in (("rank", rank_config.parse_rank), ("seed", parse_seed)):
         if asked[name]:
             values = pa.array([parse(value) for value in asked[name]], table.schema.field(name).type)
             table = table.filter(pc.is_in(table[name], values))
@@ -243,6 +243,13 @@ def chosen(saves: Path | None = None) -> list[Chosen]:
         what = f"no collection fits {wanted}" if wanted else "no collections yet"
         raise UserError(f"{paths.relative(saves)}: {what}; make index lists those there are")
     return [Chosen(name, saves / name, collection.read_manifest(saves / name)) for name in names]
+
+
+def parse_seed(text: str) -> int:
+    """A seed as typed; raises UserError unless it is a whole number that the index can hold."""
+    if not text.isdecimal() or int(text) >= 2**63:
+        raise UserError(f"SEED={text}: is not a whole number")
+    return int(text)
 
 
 def concerns(name: str, asked: dict[str, list[str]]) -> bool:
