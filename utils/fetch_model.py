@@ -23,7 +23,6 @@ import models
 import paths
 from cli import UserError, say
 
-REPOSITORY = re.compile(r"[A-Za-z0-9][\w.-]*/[A-Za-z0-9][\w.-]*")
 SHARD = re.compile(r"model-\d+-of-\d+\.safetensors")
 # What is downloaded beside weights and tokenizer: never code, never weights in formats that can run code.
 SMALL_FILES = re.compile(r"(config|generation_config)\.json|(LICENSE|LICENCE|NOTICE)(\.\w+)?")
@@ -53,7 +52,7 @@ def asked_for(text: str) -> dict:
             f"say which model: make model MODEL=...; known: {', '.join(models.table())}; any other: org/name"
         )
     if "/" in name:
-        if not REPOSITORY.fullmatch(name) or ".." in name:
+        if not hub_errors.REPOSITORY.fullmatch(name) or ".." in name:
             raise UserError(f"model {name!r} is not a hub repository's name; it looks like org/name")
         entry = entry_of_repository(name)
     else:
@@ -114,22 +113,18 @@ def check(folder: Path, entry: dict) -> None:
 def bring_from_hub(folder: Path, entry: dict) -> None:
     """Download a model of the hub into a staging folder, which outlives an interruption, then give that its name."""
     set_hub_environment()
-    try:
+    staging = files.beside(folder, "download")
+
+    def bring() -> tuple:
         info = look_up(entry)
         chosen = choose_files(entry["hub_id"], info)
-        staging = files.beside(folder, "download")
         tidy(staging, chosen)
         check_disk(folder, staging, chosen)
         staging.mkdir(exist_ok=True)
         download(entry["hub_id"], info.sha, chosen, staging)
-    except Exception as error:
-        if isinstance(error, UserError) or cli.storage_fault(error):
-            raise
-        line = hub_errors.explain(error, entry["hub_id"], entry["revision"])
-        if line is None:
-            raise
-        raise UserError(line) from error
-    finish(staging, folder, entry, info, chosen)
+        return info, chosen
+
+    finish(staging, folder, entry, *hub_errors.translated(entry["hub_id"], entry["revision"], bring))
 
 
 def set_hub_environment() -> None:
