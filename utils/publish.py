@@ -9,12 +9,9 @@ Collections that do not verify are refused, as are data and base models of unkno
 RAW=1 publishes the collections' folders in place of archives.
 """
 
-import contextlib
 import glob
 import os
-import signal
 import sys
-from collections.abc import Iterator
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -23,6 +20,7 @@ import cli
 import collection
 import files
 import hub_errors
+import hub_transfer
 import index
 import licenses
 import paths
@@ -39,7 +37,7 @@ def main() -> None:
     repository = hub_errors.repository_of(os.environ.get("REPO", ""), "make publish")
     raw, private, dry = (asked(name) for name in ("RAW", "PRIVATE", "DRY_RUN"))
     if not dry:
-        set_hub_environment()
+        hub_transfer.allow_hub()
         hub_errors.translated(repository, None, require_account, uploads=True)
     chosen = index.chosen()
     table = rows_of(chosen)
@@ -118,15 +116,6 @@ def print_tree(tree: Path) -> None:
 # ---------------------------------------------------------------------------------------------------------- the upload
 
 
-def set_hub_environment() -> None:
-    """Let huggingface_hub, which is imported after this, reach the hub.
-
-    Files go up as the hub prefers, through its Xet storage, where an interrupted file goes on in its middle;
-    HF_HUB_DISABLE_XET=1 asks for plain HTTP, where files that arrived whole are not sent again.
-    """
-    os.environ["HF_HUB_OFFLINE"] = "0"
-
-
 def require_account() -> None:
     """Raise UserError when nobody is logged in, before anything is made."""
     from huggingface_hub import HfApi, get_token
@@ -139,10 +128,14 @@ def require_account() -> None:
 def upload(repository: str, tree: Path, private: bool) -> None:
     """Create the repository where it is missing and bring it to what the tree holds; after an interruption, go on.
 
+    Files go up as the hub prefers, through its Xet storage, where an interrupted file goes on in its middle;
+    HF_HUB_DISABLE_XET=1 asks for plain HTTP, where files that arrived whole are not sent again.
+
     Raises UserError when the repository is public and should not be, or holds files of other things.
     """
     from huggingface_hub import HfApi
 
+    hub_transfer.quiet()
     api = HfApi()
     api.create_repo(repository, repo_type="dataset", private=private or None, exist_ok=True)
     info = api.dataset_info(repository, files_metadata=True)
@@ -155,7 +148,7 @@ def upload(repository: str, tree: Path, private: bool) -> None:
             f"{repository}: holds {len(strangers)} files that are not in this selection, such as {strangers[0]}; "
             f"select what they are of, too, name another REPO, or: {FORCE_HINT}"
         )
-    with stopping_at_once():
+    with hub_transfer.stopping_at_once():
         api.upload_folder(
             repo_id=repository,
             repo_type="dataset",
@@ -167,24 +160,6 @@ def upload(repository: str, tree: Path, private: bool) -> None:
     check_arrived(api.dataset_info(repository, files_metadata=True), tree, ours)
     where = f"{api.endpoint}/datasets/{repository}"
     say(f"published: {where} ({len(ours)} files{', private' if info.private else ''})")
-
-
-@contextlib.contextmanager
-def stopping_at_once() -> Iterator[None]:
-    """While files are sent, a signal ends the process at once: what has arrived is known to the hub, and the library's
-    threads would send all the rest before they let go."""
-
-    def stop(number: int, _frame) -> None:
-        os.write(2, b"stopped; run it again to go on\n")
-        os._exit(128 + number)
-
-    numbers = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP)
-    before = [signal.signal(number, stop) for number in numbers]
-    try:
-        yield
-    finally:
-        for number, handler in zip(numbers, before, strict=True):
-            signal.signal(number, handler)
 
 
 def check_arrived(info, tree: Path, ours: list[str]) -> None:

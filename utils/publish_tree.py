@@ -188,7 +188,7 @@ def index_of(table: "pa.Table", marks: dict[str, Any]) -> bytes:
     import pyarrow.parquet
 
     sink = pa.BufferOutputStream()
-    text = json.dumps(marks, sort_keys=True, ensure_ascii=False)
+    text = json.dumps(marks, ensure_ascii=False)
     pyarrow.parquet.write_table(table.combine_chunks().replace_schema_metadata({"paragen": text}), sink)
     return sink.getvalue().to_pybytes()
 
