@@ -34,6 +34,7 @@ if TYPE_CHECKING:
 
 THREADS = 8
 NAME = re.compile(r"\w[\w.+ -]*")  # a dataset's, a run folder's or a file's name
+PART = re.compile(r"(.+?)(?:-\d{5}-of-\d{5})?\.archive")
 CHECKPOINT = re.compile(r"checkpoint-\d+\.safetensors")
 
 
@@ -130,7 +131,7 @@ def marks_faults(marks: dict[str, Any], names: set[str]) -> list[str]:
             if marks["layout"] == "raw":
                 right = folder == name and (last in publish_tree.OTHER_FILES or CHECKPOINT.fullmatch(last))
             else:
-                right = file.startswith(f"{name}.archive") and NAME.fullmatch(last) and folder == "/".join(parts[:2])
+                right = PART.fullmatch(file) is not None and PART.fullmatch(file)[1] == name
             if not right:
                 faults.append(f"{file!r} is no file of {name}")
     for file in marks["data"]:
