@@ -11,7 +11,7 @@ export DATASET MODEL MODELS RANK RANKS KEEP SEED FORCE DEVICES PRUNE_PRETRAIN FI
 
 .DEFAULT_GOAL := help
 .PHONY: help setup lock model data data-all register check-data recipe check-recipes pretrain finetune collect collect-all \
-	status verify clean-checkpoints index export publish pull demo test test-all lint format
+	status verify clean-checkpoints index export import publish pull demo test test-all lint format
 
 help:  ## list the targets
 	@awk -F ':.*## ' '/^##@/ {print "\n" substr($$0, 5)} /^[a-z-]+:.*## / {printf "  make %-18s %s\n", $$1, $$2}' Makefile
@@ -85,6 +85,9 @@ index: setup  ## one table over all collections: saves/index.parquet
 
 export: setup  ## FORMAT=dnd|peft|canonical|archive [CATEGORY=..] [DATASET=..] [MODEL=..] [RANK=..] [OUT=..] [DTYPE=..]
 	@$(PY) utils/export.py
+
+import: setup  ## bring archived collections back into saves/: FILE=x.archive, or a folder of them
+	@$(PY) utils/import_archive.py "$$FILE"
 
 publish: setup  ## put collections on the Hugging Face hub: REPO=user/name [PRIVATE=1] [DRY_RUN=1] [RAW=1] [DATASET=..] ...
 	@exec $(PY) utils/publish.py

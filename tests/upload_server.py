@@ -98,7 +98,7 @@ class UploadHandler(Handler):
         """Answer as a test told to."""
         for pattern, status, message in self.hub.answers:
             if re.fullmatch(pattern, path):
-                self.refuse(status, None, message)
+                self.send_json({"error": message, "errors": [{"message": message}]}, status)
                 return True
         return False
 

@@ -1,4 +1,4 @@
-"""FORMAT=archive of make export: one small, lossless file per collection, OUT/<category>/<dataset>/<run folder>.archive.
+"""FORMAT=archive of make export: one lossless file per collection, OUT/<category>/<dataset>/<run folder>.archive.
 
 Called by export.py. `make import FILE=x.archive` brings a collection back, bit for bit. With DTYPE the checkpoints are
 cast first: the archive's manifest is then another one, whose key `converted` says so.

@@ -51,15 +51,15 @@ def refused(error: BaseException, repository: str) -> str | None:
             continue
         status, said = link.response.status_code, link.server_message or ""
         said = f" ({' '.join(said.split())})" if said else ""
+        if status == 402 or status == 413 or "storage" in said.lower():
+            return (
+                f"{repository}: the hub has no room for it{said}; free or buy storage at {HUB}/settings/billing; {kept}"
+            )
         if status == 403:
             owner = repository.split("/")[0]
             return (
                 f"{repository}: the token may not write there{said}; give it write access to {owner} at "
                 f"{HUB}/settings/tokens, or publish under your own name"
-            )
-        if status == 402 or status == 413 or "storage" in said.lower():
-            return (
-                f"{repository}: the hub has no room for it{said}; free or buy storage at {HUB}/settings/billing; {kept}"
             )
         if status in (409, 412):
             return f"{repository}: somebody else changed it meanwhile{said}; {kept}"
