@@ -1,5 +1,6 @@
 """`make publish` and `make pull`: real huggingface_hub calls to a server on loopback that speaks the hub's protocol."""
 
+import hashlib
 import json
 import os
 import re
@@ -14,9 +15,11 @@ import pyarrow.parquet
 import pytest
 from upload_server import READS, USER, WRITES, UploadHub
 
+import card
 import collection
 import files
 import index
+import licenses
 import paths
 import publish
 import publish_tree
@@ -38,7 +41,7 @@ def licensed(collected) -> Path:
     info = json.loads((collected.top / "data" / "dataset_info.json").read_bytes())
     rows = json.loads(collected.data.read_bytes())
     (collected.data.parent / "Toy_test.json").write_text(json.dumps([{**row, "prompt": "so?"} for row in rows[:8]]))
-    info["Toy"] |= {"license": "cc-by-4.0", "source": "our own", "language": "en"}
+    info["Toy"] |= {"license": "cc-by-4.0", "source": "our|own", "language": "en"}
     info["Toy_test"] = {**info["Toy"], "file_name": f"{CATEGORY}/Toy_test.json"}
     info["Unused"] = {**info["Toy"]}
     (collected.top / "data" / "dataset_info.json").write_text(json.dumps(info))
@@ -187,7 +190,13 @@ def test_load_dataset_shows_the_index_and_the_card_has_sound_metadata(licensed, 
     assert (card.data.license, card.data.language, card.data.size_categories) == ("other", ["en"], ["n<1K"])
     assert card.data.to_dict()["license_name"] == "cc-by-4.0-and-mit"
     assert {"lora", "peft", "parameter-generation", "weight-space"} <= set(card.data.tags)
-    for told in ("| Toy | tiny-llama | 4 |", "our own | cc-by-4.0", "make pull REPO=user/toy", "llamafactory 0.9.5"):
+    for told in (
+        "| Toy | tiny-llama | 4 |",
+        "our\\|own | cc-by-4.0",
+        "make pull REPO=user/toy",
+        "llamafactory 0.9.5",
+        "| Toy | tiny-llama | 4 | 0.0",
+    ):
         assert told in card.text, told
 
 
@@ -230,6 +239,27 @@ def test_the_hubs_limits_are_known_before_anything_is_written(table, raw, told):
 
 
 # ---------------------------------------------------------------------------------------------------------- refusals
+
+
+def test_prepared_data_are_known_by_their_content_and_a_licence_in_the_entry_counts_first(tmp_path):
+    (tmp_path / "math").mkdir()
+    (tmp_path / "math" / "X.json").write_bytes(b"[{}]")
+    entry = {"dataset": "X", "category": "math", "kind": "train", "path": "X.json", "license": "MIT", "source": "there"}
+    entry["blob"] = hashlib.sha1(b"blob 4\0[{}]").hexdigest()
+    (tmp_path / "sources.yaml").write_text(json.dumps({"repository": "r", "commit": "c", "files": {"X.json": entry}}))
+    assert licenses.of_file("X", "math/X.json", tmp_path)["license"] == "MIT"
+    (tmp_path / "math" / "X.json").write_bytes(b"[{},{}]")
+    assert licenses.of_file("X", "math/X.json", tmp_path)["license"] is None
+    info = {"X": {"file_name": "math/X.json", "license": "cc0-1.0"}}
+    (tmp_path / "dataset_info.json").write_text(json.dumps(info))
+    assert licenses.of_file("X", "math/X.json", tmp_path)["license"] == "cc0-1.0"
+
+
+def test_a_hub_model_is_known_by_its_hub_id_and_not_by_its_folders_name(tmp_path):
+    base = {"name": "gemma-3-4b-it", "hub_id": "google/gemma-3-4b-it", "revision": "1" * 40, "sha256": "2" * 64}
+    known = licenses.of_base(base, tmp_path)
+    assert known["license"] == "gemma" and known["gated"] and card.is_custom(known["license"])
+    assert licenses.of_base({**base, "hub_id": None}, tmp_path)["license"] is None
 
 
 def without_license(top: Path) -> None:
@@ -295,6 +325,18 @@ def test_what_was_published_comes_back_with_the_same_hashes(licensed, empty, run
     assert index.load(empty / "saves").num_rows == len(manifest_of(licensed)["checkpoints"])
     assert "Toy" in out and not list((empty / "saves" / "publish").iterdir())
     assert "there already" in run(pull, empty)
+
+
+def test_an_archive_too_large_for_one_file_goes_in_parts(licensed, empty, run, hub, monkeypatch):
+    run(publish, licensed, DRY_RUN="1")
+    [whole] = (tree_of(licensed) / "collections" / CATEGORY / "Toy").iterdir()
+    monkeypatch.setattr(publish_tree, "PART_BYTES", whole.stat().st_size * 2 // 3)
+    run(publish, licensed)
+    parts = sorted(name for name in hub.repositories[REPO].files if "collections/" in name)
+    assert len(parts) > 1 and not whole.exists()
+    assert max(len(hub.repositories[REPO].files[name]) for name in parts) <= publish_tree.PART_BYTES
+    run(pull, empty)
+    assert hashes(empty / "saves" / NAME) == hashes(licensed / "saves" / NAME)
 
 
 def test_private_is_private_and_a_public_repository_is_not_taken_for_one(licensed, empty, run, hub, monkeypatch):

@@ -41,7 +41,7 @@ def render(
     from huggingface_hub import DatasetCard
 
     data, bases = data_facts(chosen, data_dir), base_facts(chosen, models_dir)
-    environment = jinja2.Environment(undefined=jinja2.StrictUndefined, keep_trailing_newline=True)
+    environment = jinja2.Environment(undefined=jinja2.StrictUndefined, keep_trailing_newline=True, finalize=in_a_table)
     text = environment.from_string(TEMPLATE.read_text(encoding="utf-8")).render(
         title=repository.split("/")[1],
         repository=repository,
@@ -60,6 +60,11 @@ def render(
         repository, table.num_rows, data, bases, unknown=any(i.manifest["data"] is None for i in chosen)
     )
     return str(DatasetCard(f"---\n{metadata.to_yaml()}\n---\n\n{text}"))
+
+
+def in_a_table(value: Any) -> Any:
+    """A value as it can stand in a table's cell: on one line, its bars escaped."""
+    return " ".join(value.split()).replace("|", "\\|") if isinstance(value, str) else value
 
 
 def metadata_of(repository: str, rows: int, data: list[dict], bases: list[dict], unknown: bool) -> Any:
