@@ -4,6 +4,7 @@ Imported by all that uses collected weights. A file is hashed when a process fir
 unchanged; its tensors are memory-mapped.
 """
 
+import hashlib
 import json
 import os
 from collections.abc import Iterable, Iterator
@@ -30,12 +31,7 @@ def verified(path: Path, size: int, sha256: str) -> Path:
 
     Raises UserError naming the file when it is gone, has another length or other content.
     """
-    try:
-        stat = os.stat(path)
-    except FileNotFoundError:
-        raise UserError(f"{paths.relative(path)}: is gone; collect it again, or run: make index") from None
-    if stat.st_size != size:
-        raise UserError(f"{paths.relative(path)}: has {stat.st_size} bytes, {size} were recorded; {_way_out(path)}")
+    stat = verified_length(path, size)
     key = (str(path), stat.st_ino, stat.st_size, stat.st_mtime_ns, stat.st_ctime_ns)
     if key not in _verified:
         _verified[key] = files.sha256_of(path)
@@ -44,8 +40,28 @@ def verified(path: Path, size: int, sha256: str) -> Path:
     return path
 
 
+def verified_length(path: Path, size: int) -> os.stat_result:
+    """A checkpoint file's stat; raises UserError when it is gone or has another length than recorded."""
+    try:
+        stat = os.stat(path)
+    except FileNotFoundError:
+        raise UserError(f"{paths.relative(path)}: is gone; collect it again, or run: make index") from None
+    if stat.st_size != size:
+        raise UserError(f"{paths.relative(path)}: has {stat.st_size} bytes, {size} were recorded; {_way_out(path)}")
+    return stat
+
+
 def _way_out(path: Path) -> str:
     return f"make verify tells what else differs in {path.parent.name}; put the file back or collect again with FORCE=1"
+
+
+def read(path: Path, size: int, sha256: str) -> bytes:
+    """The bytes of a checkpoint file, themselves checked; arguments and errors as for `verified`."""
+    verified_length(path, size)
+    data = path.read_bytes()
+    if hashlib.sha256(data).hexdigest() != sha256:
+        raise UserError(f"{paths.relative(path)}: does not have its recorded sha256; {_way_out(path)}")
+    return data
 
 
 def opened(path: Path, size: int, sha256: str) -> Any:

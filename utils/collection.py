@@ -35,20 +35,22 @@ def checkpoint_name(step: int) -> str:
 def read_manifest(folder: Path) -> dict | None:
     """A run folder's manifest, or None where there is none. Raises UserError when it cannot be read."""
     try:
-        manifest = json.loads((folder / MANIFEST).read_bytes())
+        data = (folder / MANIFEST).read_bytes()
     except FileNotFoundError:
         return None
+    return parse_manifest(data, paths.relative(folder / MANIFEST), "train again with FORCE=1")
+
+
+def parse_manifest(data: bytes, name: str, way_out: str) -> dict:
+    """The manifest in the bytes of a manifest.json; raises UserError with `name` and `way_out` when it is not sound."""
+    try:
+        manifest = json.loads(data)
     except ValueError as error:
-        raise UserError(f"{paths.relative(folder / MANIFEST)}: broken ({error}); train again with FORCE=1") from None
+        raise UserError(f"{name}: broken ({error}); {way_out}") from None
     if not isinstance(manifest, dict) or manifest.get("format") != FORMAT or not manifest.keys() >= KEYS:
-        raise UserError(
-            f"{paths.relative(folder / MANIFEST)}: not a manifest of format {FORMAT}; train again with FORCE=1"
-        )
+        raise UserError(f"{name}: not a manifest of format {FORMAT}; {way_out}")
     if sealed(manifest)["sha256"] != manifest["sha256"]:
-        raise UserError(
-            f"{paths.relative(folder / MANIFEST)}: was edited after it was written; put it back, or train again with "
-            "FORCE=1"
-        )
+        raise UserError(f"{name}: was edited after it was written; put it back, or {way_out}")
     return manifest
 
 

@@ -215,11 +215,28 @@ def chosen(saves: Path | None = None) -> list[Chosen]:
 
     Raises UserError for a name that no collection has, when nothing is left, or when a selected one is broken.
     """
+    saves = saves or paths.SAVES
+    table, faults = update(saves)
+    table, asked = selected(table)
+    for name, fault in faults.items():
+        if concerns(name, asked):
+            raise UserError(fault)
+    names = sorted(set(table["collection"].to_pylist()))
+    if not names:
+        wanted = " ".join(f"{name.upper()}={' '.join(values)}" for name, values in asked.items() if values)
+        what = f"no collection fits {wanted}" if wanted else "no collections yet"
+        raise UserError(f"{paths.relative(saves)}: {what}; make index lists those there are")
+    return [Chosen(name, saves / name, collection.read_manifest(saves / name)) for name in names]
+
+
+def selected(table: "pa.Table") -> "tuple[pa.Table, dict[str, list[str]]]":
+    """(the rows of an index that CATEGORY, DATASET, MODEL, RANK and SEED select, what these ask for).
+
+    Raises UserError for a name that no row has.
+    """
     import pyarrow as pa
     import pyarrow.compute as pc
 
-    saves = saves or paths.SAVES
-    table, faults = update(saves)
     asked = {
         name: os.environ.get(name.upper(), "").split() for name in ("category", "dataset", "model", "rank", "seed")
     }
@@ -234,15 +251,7 @@ def chosen(saves: Path | None = None) -> list[Chosen]:
         if asked[name]:
             values = pa.array([parse(value) for value in asked[name]], table.schema.field(name).type)
             table = table.filter(pc.is_in(table[name], values))
-    for name, fault in faults.items():
-        if concerns(name, asked):
-            raise UserError(fault)
-    names = sorted(set(table["collection"].to_pylist()))
-    if not names:
-        wanted = " ".join(f"{name.upper()}={' '.join(values)}" for name, values in asked.items() if values)
-        what = f"no collection fits {wanted}" if wanted else "no collections yet"
-        raise UserError(f"{paths.relative(saves)}: {what}; make index lists those there are")
-    return [Chosen(name, saves / name, collection.read_manifest(saves / name)) for name in names]
+    return table, asked
 
 
 def parse_seed(text: str) -> int:

@@ -108,6 +108,7 @@ def check_pretrain(recipe: Path, config: dict) -> None:
 def run(recipe: Path, config: dict, folder: Path, identity: dict) -> None:
     """Train into a staging folder beside the run folder, make it whole, give it its name."""
     attempt, started = secrets.token_hex(4), now()
+    recipe = recipe.absolute()  # the training changes the current folder
     phase = rank_config.phase_of(config)
     if phase == "pretrain" and config.get("resume_from_checkpoint"):
         say(f"save_steps is {config.get('save_steps')}, not 1: this run resumes and trains on, but collects nothing")
