@@ -12,6 +12,7 @@ import argparse
 import hashlib
 import json
 import os
+import re
 import sys
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NamedTuple
@@ -289,7 +290,7 @@ def chosen(saves: Path | None = None) -> list[Chosen]:
     asked["rank"] = asked["rank"] or os.environ.get("RANKS", "").split()
     asked["rank"] = [str(rank_config.parse_rank(value)) for value in asked["rank"]]
     for value in asked["seed"]:
-        if not value.isdecimal():
+        if not re.fullmatch(r"[0-9]{1,18}", value):
             raise UserError(f"SEED {value!r} is not a whole number")
     for name, fault in faults.items():
         if concerns(name, asked):

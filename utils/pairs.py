@@ -144,7 +144,7 @@ class Pairs(Dataset):
         `vectors.to_dict(vector, layout)` turns a vector back into the dict of tensors.
         """
         if name not in self._layouts:
-            number = pc.index(self.table["collection"], name).as_py()
+            number = pc.index(self.table["collection"].cast(pa.string()), name).as_py()
             if number < 0:
                 raise UserError(f"{name}: no such collection among these pairs")
             self._read(number, self.row(number))
