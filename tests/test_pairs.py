@@ -1,4 +1,4 @@
-"""`Pairs`: prompts and a checkpoint at a time, the same on every run, never from a file that is not what was recorded."""
+"""`Pairs`: prompts and a checkpoint at a time, the same on every run, never from a file other than was recorded."""
 
 import os
 import pickle
@@ -135,10 +135,9 @@ def test_a_vector_has_a_layout_and_turns_back_into_the_checkpoint(project, folde
     back = vectors.to_dict(flat, layout)
     assert list(back) == list(Pairs(prompts=1)[2].checkpoint)
     assert all(torch.equal(back[key], stored[key]) for key in stored)
-    flat.zero_()  # a copy: the file and the next reading are not touched
-    assert torch.equal(vector[2].checkpoint, vectors.to_vector(back)) is False or not any(
-        t.any() for t in back.values()
-    )
+    flat.zero_()  # the vector is a copy, and the dict a view of it: the file is not touched
+    assert not any(tensor.any() for tensor in back.values())
+    assert vector[2].checkpoint.any()
     with pytest.raises(UserError, match="does not hold the"):
         vectors.to_dict(flat[:-1], layout)
     with pytest.raises(UserError, match="no such collection among these pairs"):
@@ -172,7 +171,6 @@ def test_filters_on_any_column(mixed):
     assert [pair.row["loss"] for pair in below] == [loss for loss in losses if loss < middle]
     assert len(Pairs(prompts=0, where=(pc.field("seed") == 42) & (pc.field("rank") == 8), dataset="Toy")) == 6
     assert len(Pairs(prompts=0, file=Pairs(prompts=0).row(0)["file"])) == 1
-    assert len(Pairs(prompts=0, category=None, rank=4)) == 0 if False else True
 
 
 @pytest.mark.parametrize(
@@ -225,15 +223,25 @@ def damage_of_files():
     ]
 
 
-@pytest.mark.parametrize("workers", [0, 1])
 @pytest.mark.parametrize(("damage", "said"), damage_of_files())
-def test_a_file_that_is_not_what_was_recorded_is_named_and_not_loaded(folder, workers, damage, said):
+def test_a_file_that_is_not_what_was_recorded_is_named_and_not_loaded(folder, damage, said):
     opened_before = Pairs(prompts=1, step=9)
     damage(folder)
     with pytest.raises(UserError, match=said):
         Pairs(prompts=1, step=9)[0]
     with pytest.raises(UserError, match=said):
-        list(DataLoader(opened_before, batch_size=None, num_workers=workers))
+        opened_before[0]
+
+
+def test_a_worker_says_what_is_wrong_as_the_process_itself_would(folder):
+    flip_a_bit(folder / STEP)
+    said = ""
+    try:
+        for _ in DataLoader(Pairs(prompts=1), batch_size=None, num_workers=1):
+            pass
+    except UserError as error:
+        said = str(error)
+    assert f"{STEP}: does not have its recorded sha256" in said
 
 
 @pytest.mark.parametrize(("damage", "said"), damage_of_files()[:5])
@@ -287,26 +295,25 @@ def sent(method: str, pairs: Pairs, persistent: bool = False) -> DataLoader:
     )
 
 
-@pytest.mark.parametrize("method", ["fork", "spawn"])
-def test_workers_give_what_the_process_itself_gives(project, method):
-    for vector in (False, True):
-        pairs = Pairs(prompts=3, vector=vector)
-        loader = sent(method, pairs, persistent=True)
-        for epoch in (0, 1):
-            pairs.set_epoch(epoch)
-            here = [pairs[number] for number in range(6)]
-            there = [
-                Pair(*one)
-                for batch in loader
-                for one in zip(batch["prompts"], batch["checkpoint"], batch["row"], strict=True)
-            ]
-            for one, other in zip(here, there, strict=True):
-                assert one.prompts == other.prompts and one.row == other.row
-                if vector:
-                    assert torch.equal(one.checkpoint, other.checkpoint)
-                else:
-                    assert list(one.checkpoint) == list(other.checkpoint)
-                    assert all(torch.equal(one.checkpoint[key], other.checkpoint[key]) for key in one.checkpoint)
+@pytest.mark.parametrize(("method", "vector"), [("fork", False), ("fork", True), ("spawn", False)])
+def test_workers_give_what_the_process_itself_gives(project, method, vector):
+    pairs = Pairs(prompts=3, vector=vector)
+    loader = sent(method, pairs, persistent=True)
+    for epoch in (0, 1):
+        pairs.set_epoch(epoch)
+        here = [pairs[number] for number in range(6)]
+        there = [
+            Pair(*one)
+            for batch in loader
+            for one in zip(batch["prompts"], batch["checkpoint"], batch["row"], strict=True)
+        ]
+        for one, other in zip(here, there, strict=True):
+            assert one.prompts == other.prompts and one.row == other.row
+            if vector:
+                assert torch.equal(one.checkpoint, other.checkpoint)
+            else:
+                assert list(one.checkpoint) == list(other.checkpoint)
+                assert all(torch.equal(one.checkpoint[key], other.checkpoint[key]) for key in one.checkpoint)
 
 
 def test_a_mixed_batch_is_padded_vectors_with_their_lengths(mixed):
@@ -369,7 +376,7 @@ def test_a_workers_own_number_changes_nothing(project):
     assert get_worker_info() is None
     pairs = Pairs(prompts=5)
     alone = [texts(pair) for pair in pairs]
-    for workers in (1, 2, 3):
+    for workers in (1, 2):
         loader = DataLoader(pairs, batch_size=None, num_workers=workers)
         assert [texts(pair) for pair in loader] == alone
 
