@@ -6,6 +6,8 @@ import json
 import multiprocessing
 import os
 import shutil
+import subprocess
+import sys
 from pathlib import Path
 
 import pyarrow as pa
@@ -19,6 +21,7 @@ import index
 import paths
 from cli import UserError
 
+ROOT = Path(__file__).resolve().parent.parent
 STEP = "checkpoint-9.safetensors"
 NAME = "common-sense-reasoning/Toy/Tiny-Llama_lora-rank_4_finetune"
 
@@ -83,6 +86,19 @@ def test_the_index_is_a_plain_parquet_file_and_a_printed_table(saves, monkeypatc
     rows = list(csv.DictReader(io.StringIO(out)))
     assert [row["step"] for row in rows] == ["7", "8", "9", "10", "11", "12"]
     assert rows[0]["file"].endswith("checkpoint-7.safetensors")
+
+
+@pytest.mark.parametrize("argument", ["", "--rows", "--csv"])
+def test_a_reader_that_has_seen_enough_is_no_error(saves, argument):
+    """As in `make index | head -1`."""
+    shutil.copytree(ROOT / "utils", saves.parent / "utils", ignore=shutil.ignore_patterns("__pycache__"))
+    shutil.copy(ROOT / "models" / "models.yaml", saves.parent / "models" / "models.yaml")
+    reading, writing = os.pipe()
+    os.close(reading)
+    command = [sys.executable, saves.parent / "utils" / "index.py", *argument.split()]
+    result = subprocess.run(command, stdout=writing, stderr=subprocess.PIPE, text=True)
+    os.close(writing)
+    assert (result.returncode, "Traceback" in result.stderr) == (0, False), result.stderr
 
 
 def test_without_collections_the_index_is_empty_and_says_so(saves, monkeypatch, capsys):
@@ -206,6 +222,13 @@ def test_a_damaged_index_is_never_loaded_and_is_made_again(saves, damage):
     assert index.load(saves).equals(first)
 
 
+def test_a_damaged_index_is_made_again_where_there_is_no_collection(saves):
+    shutil.rmtree(saves / "common-sense-reasoning")
+    (saves / "index.parquet").write_text("no parquet")
+    index.update(saves)
+    assert pyarrow.parquet.read_table(saves / "index.parquet").num_rows == 0
+
+
 def test_a_bit_flipped_anywhere_in_the_index_is_noticed(saves):
     first, _ = index.update(saves)
     path = saves / "index.parquet"
@@ -258,7 +281,10 @@ def test_what_is_made_from_collections_and_half_made_runs_are_no_collections(sav
     shutil.copytree(folder, saves / "exports" / "peft" / "X_finetune")
     shutil.copytree(folder, folder.with_name(".X_finetune.staging-1"))
     monkeypatch.setattr(paths, "SAVES", tmp_path / "another one")
+    shutil.copytree(folder, saves / "my export" / "Toy_finetune")
+    (saves / "my export" / "export.json").write_text("{}")
     assert names_in(index.update(saves)[0]) == [NAME]
+    assert index.load(saves).num_rows == 6
 
 
 def test_a_link_to_a_collection_is_followed_and_a_link_upwards_ends(saves, folder, tmp_path):

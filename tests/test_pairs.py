@@ -94,6 +94,15 @@ def test_a_pair_is_prompts_a_checkpoint_and_its_row(project, folder):
         pairs[6]
 
 
+def test_writing_into_a_checkpoint_does_not_reach_its_file(project, folder):
+    pairs = Pairs(prompts=0)
+    checkpoint = pairs[2].checkpoint
+    for tensor in checkpoint.values():
+        tensor.fill_(7)
+    assert files.sha256_of(folder / STEP) == pairs.row(2)["sha256"]
+    assert all(torch.equal(tensor, load_file(folder / STEP)[key]) for key, tensor in pairs[2].checkpoint.items())
+
+
 def test_keys_stand_in_natural_order():
     keys = [f"m.layers.{number}.q_proj.lora_{half}.weight" for number in (10, 9, 2) for half in "BA"]
     assert [key.split(".")[2] + key[-8] for key in checkpoints.in_natural_order(tuple(keys))] == [

@@ -71,6 +71,9 @@ def run_folders(tops: list[Path]) -> list[Path]:
     for top in tops:
         for name, subfolders, names in os.walk(top.absolute(), followlinks=True):
             folder, enter = Path(name), []
+            if paths.EXPORT_RECORD in names:
+                subfolders[:] = []
+                continue
             if folder.name.endswith("_finetune") or (
                 not folder.name.endswith("_pretrain") and is_collection(folder, names)
             ):

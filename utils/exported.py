@@ -15,7 +15,7 @@ import paths
 import run_identity
 from cli import UserError, say
 
-RECORD = "export.json"
+RECORD = paths.EXPORT_RECORD
 
 
 def part(out: Path, name: str, source: dict[str, Any], make: Callable[[Path], None]) -> bool:

@@ -53,6 +53,17 @@ def main() -> int:
     parser.add_argument("--csv", action="store_true", help="print every checkpoint as CSV")
     args = parser.parse_args()
     table, faults = update()
+    try:
+        show(table, args)
+    except BrokenPipeError:  # `| head` has seen enough; Python shall not try again at its end
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+    for fault in faults.values():
+        print(f"FAULTY {fault}", file=sys.stderr, flush=True)
+    return 1 if faults else 0
+
+
+def show(table: "pa.Table", args: argparse.Namespace) -> None:
+    """Print the index as the user asked."""
     if args.csv:
         import pyarrow.csv
 
@@ -61,9 +72,6 @@ def main() -> int:
         print_rows(table)
     else:
         print_collections(table)
-    for fault in faults.values():
-        print(f"FAULTY {fault}", file=sys.stderr, flush=True)
-    return 1 if faults else 0
 
 
 def update(saves: Path | None = None) -> "tuple[pa.Table, dict[str, str]]":
@@ -93,7 +101,7 @@ def update(saves: Path | None = None) -> "tuple[pa.Table, dict[str, str]]":
         tables.append(part)
         seen[name] = {"stamp": stamp, "sha256": seal, "files": found}
     table = pa.concat_tables(tables).combine_chunks() if tables else schema().empty_table()
-    if seen != known or (not known and not (saves / paths.INDEX).exists() and saves.is_dir()):
+    if seen != known or (not seen and saves.is_dir()):
         write(saves, table, seen)
     return table, faults
 

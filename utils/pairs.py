@@ -86,14 +86,12 @@ class Pairs(Dataset):
         data_dir: str | Path | None = None,
         **filters: Any,
     ):
-        for name, value in (("prompts", prompts), ("seed", seed)):
-            if isinstance(value, bool) or not isinstance(value, int) or value < 0:
-                raise UserError(f"{name}={value!r} is not a whole number from 0 up")
+        self.prompts, self.seed = whole("prompts", prompts), whole("seed", seed)
         if split not in prompts_module.SPLITS:
             raise UserError(f"split={split!r} is not known; known: {', '.join(prompts_module.SPLITS)}")
         self.saves = Path(saves or paths.SAVES).absolute()
         self.data_dir = Path(data_dir or paths.DATA).absolute()
-        self.prompts, self.seed, self.split, self.vector = prompts, seed, split, vector
+        self.split, self.vector = split, vector
         table, self._seals = index.load_sealed(self.saves)
         table = select(table, where, filters)
         if not table.num_rows:
@@ -121,7 +119,7 @@ class Pairs(Dataset):
 
     def set_epoch(self, epoch: int) -> None:
         """Let all pairs have other prompts, in the workers of a DataLoader too; call it before each epoch."""
-        self._shared[0] = epoch
+        self._shared[0] = whole("epoch", epoch)
 
     def row(self, number: int) -> dict[str, Any]:
         """A checkpoint's row of the index."""
@@ -197,6 +195,13 @@ class Pairs(Dataset):
         if self._layouts.setdefault(row["collection"], layout) != layout:
             raise UserError(f"{paths.relative(path)}: has other keys, shapes or types than the rest of its collection")
         return tensors
+
+
+def whole(name: str, value: Any) -> int:
+    """`value`, checked to be a whole number from 0 up."""
+    if isinstance(value, bool) or not isinstance(value, int) or value < 0:
+        raise UserError(f"{name}={value!r} is not a whole number from 0 up")
+    return value
 
 
 def collate(pairs: Sequence[Pair]) -> dict[str, Any]:
