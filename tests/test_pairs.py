@@ -301,6 +301,7 @@ def sent(method: str, pairs: Pairs, persistent: bool = False) -> DataLoader:
         collate_fn=collate,
         multiprocessing_context=method,
         persistent_workers=persistent,
+        timeout=60,  # a worker that cannot send ends the test, not hangs it
     )
 
 
