@@ -8,6 +8,7 @@ import hashlib
 import json
 import os
 from collections.abc import Iterable, Iterator
+from functools import lru_cache
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -18,7 +19,7 @@ from cli import UserError
 if TYPE_CHECKING:
     import torch
 
-_verified: dict[tuple, str] = {}  # what was hashed by this process: (path, inode, size, times) -> sha256
+_verified: dict[str, tuple[tuple, str]] = {}  # what was hashed: path -> (its stamp, its sha256)
 
 
 def verified(path: Path, size: int, sha256: str) -> Path:
@@ -32,10 +33,10 @@ def verified(path: Path, size: int, sha256: str) -> Path:
     Raises UserError naming the file when it is gone, has another length or other content.
     """
     stat = verified_length(path, size)
-    key = (str(path), stat.st_ino, stat.st_size, stat.st_mtime_ns, stat.st_ctime_ns)
-    if key not in _verified:
-        _verified[key] = files.sha256_of(path)
-    if _verified[key] != sha256:
+    stamp, known = _stamp(stat), _verified.get(str(path))
+    if known is None or known[0] != stamp:
+        known = _verified[str(path)] = stamp, files.sha256_of(path)
+    if known[1] != sha256:
         raise UserError(f"{paths.relative(path)}: does not have its recorded sha256; {_way_out(path)}")
     return path
 
@@ -49,6 +50,20 @@ def verified_length(path: Path, size: int) -> os.stat_result:
     if stat.st_size != size:
         raise UserError(f"{paths.relative(path)}: has {stat.st_size} bytes, {size} were recorded; {_way_out(path)}")
     return stat
+
+
+def stamp_of(path: Path) -> tuple[int, ...]:
+    """What tells whether a file is still the one that was hashed. Raises FileNotFoundError when it is gone."""
+    return _stamp(os.stat(path))
+
+
+def _stamp(stat: os.stat_result) -> tuple[int, ...]:
+    return stat.st_size, stat.st_mtime_ns, stat.st_ctime_ns, stat.st_ino
+
+
+def vouch(path: Path, stamp: tuple[int, ...], sha256: str) -> None:
+    """Take over what another process found: the file that had this `stamp` has this hash. It is not hashed here."""
+    _verified[str(path)] = stamp, sha256
 
 
 def _way_out(path: Path) -> str:
@@ -75,9 +90,18 @@ def opened(path: Path, size: int, sha256: str) -> Any:
 
 
 def load(path: Path, size: int, sha256: str) -> "dict[str, torch.Tensor]":
-    """All tensors of a verified checkpoint by PEFT's key, in the order of the keys; memory-mapped, so do not write."""
+    """All tensors of a verified checkpoint by PEFT's key, in natural order (layer 2 before layer 10).
+
+    They are memory-mapped, nothing is copied and no file stays open; do not write into them.
+    """
     handle = opened(path, size, sha256)
-    return {key: handle.get_tensor(key) for key in sorted(handle.keys())}
+    return {key: handle.get_tensor(key) for key in in_natural_order(tuple(handle.keys()))}
+
+
+@lru_cache(maxsize=256)
+def in_natural_order(keys: tuple[str, ...]) -> tuple[str, ...]:
+    """PEFT's keys by the numbers and names of their layers, lora_A before lora_B."""
+    return tuple(sorted(keys, key=_by_number))
 
 
 def open_all(folder: Path, entries: Iterable[dict]) -> Iterator[Any]:
@@ -162,7 +186,7 @@ def layers_of(keys: Iterable[str]) -> list[str]:
 
 
 def _by_number(name: str) -> list:
-    return [(0, int(part), "") if part.isdigit() else (1, 0, part) for part in name.split(".")]
+    return [(0, int(part), "") if part.isdecimal() else (1, 0, part) for part in name.split(".")]
 
 
 def short_layer(layer: str) -> str:

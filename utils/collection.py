@@ -7,6 +7,7 @@ not. A manifest carries the hash of its own content, so that an edited one is kn
 import json
 import os
 import platform
+import re
 import socket
 import tempfile
 from importlib.metadata import version
@@ -23,6 +24,7 @@ MANIFEST = paths.MANIFEST
 KEYS = {
     "phase", "dataset", "run", "rank", "recipe", "data", "base_model", "tokenizer", "pretrain", "checkpoints", "sha256",
 }  # fmt: skip
+CHECKPOINT_FILE = re.compile(r"checkpoint-\d+\.safetensors")
 LOG, PICTURE = "trainer_log.jsonl", "training_loss.png"
 PACKAGES = ("llamafactory", "transformers", "peft", "accelerate", "datasets", "torch", "safetensors")
 
@@ -38,6 +40,8 @@ def read_manifest(folder: Path) -> dict | None:
         data = (folder / MANIFEST).read_bytes()
     except FileNotFoundError:
         return None
+    except OSError as error:
+        raise UserError(f"{paths.relative(folder / MANIFEST)}: cannot be read: {error.strerror}") from None
     return parse_manifest(data, paths.relative(folder / MANIFEST), "train again with FORCE=1")
 
 
@@ -61,29 +65,45 @@ def sealed(manifest: dict) -> dict:
 
 
 def run_folders(tops: list[Path]) -> list[Path]:
-    """All folders below `tops` (or they themselves) that are collections, or by their name should be, sorted."""
-    found = set()
+    """All folders below `tops` (or they themselves) that are collections, or by name or content should be, sorted.
+
+    Nothing inside a collection or a stock checkpoint folder is looked at, nor what is made from collections (exports).
+    """
+    found, linked = set(), set()
     for top in tops:
-        for name, subfolders, _ in os.walk(top.absolute(), followlinks=True):
-            folder = Path(name)
-            if folder.name.endswith("_finetune") or (not folder.name.endswith("_pretrain") and is_collection(folder)):
+        for name, subfolders, names in os.walk(top.absolute(), followlinks=True):
+            folder, enter = Path(name), []
+            if paths.EXPORT_RECORD in names:
+                subfolders[:] = []
+                continue
+            if folder.name.endswith("_finetune") or (
+                not folder.name.endswith("_pretrain") and is_collection(folder, names)
+            ):
                 found.add(folder)
-            for lost in subfolders:  # a crash between two renames; the next training puts it back
-                if lost.startswith(".") and lost.endswith("_finetune.old"):
-                    found.add(folder / lost[1 : -len(".old")])
-            skipped = paths.DERIVED if folder == paths.SAVES else ()
-            subfolders[:] = [name for name in subfolders if not name.startswith(".") and name not in skipped]
+            skipped = paths.DERIVED if folder == top.absolute() or folder == paths.SAVES else ()
+            for sub in sorted(subfolders):
+                if sub.startswith(".") and sub.endswith("_finetune.old"):
+                    found.add(folder / sub[1 : -len(".old")])  # a crash between two renames; the next training mends it
+                elif sub.endswith("_finetune") and (folder / sub / MANIFEST).is_file():
+                    found.add(folder / sub)
+                elif not (sub.startswith(".") or sub in skipped or paths.CHECKPOINT.fullmatch(sub)):
+                    enter.append(sub)
+            links = {sub: os.path.realpath(folder / sub) for sub in enter if (folder / sub).is_symlink()}
+            subfolders[:] = [sub for sub in enter if sub not in links or links[sub] not in linked]
+            linked.update(links.values())  # each is entered once, so that a link upwards ends
     return sorted(found)
 
 
-def is_collection(folder: Path) -> bool:
-    """Whether a folder's manifest calls it a finetune run."""
-    if not (folder / MANIFEST).is_file():
-        return False
+def is_collection(folder: Path, names: list[str]) -> bool:
+    """Whether a folder, whatever its name, is a collection going by its manifest or by the files (`names`) in it."""
+    has_checkpoints = any(CHECKPOINT_FILE.fullmatch(name) for name in names)
+    if MANIFEST not in names:
+        return has_checkpoints
     try:
-        return read_manifest(folder)["phase"] == "finetune"
-    except UserError:
-        return False  # some other program's manifest.json; a run folder by its name is looked at all the same
+        manifest = json.loads((folder / MANIFEST).read_bytes())
+    except (ValueError, OSError):
+        return has_checkpoints
+    return isinstance(manifest, dict) and (manifest.get("phase") == "finetune" or has_checkpoints)
 
 
 def state_of(folder: Path, identity: dict) -> tuple[str, list[str]]:

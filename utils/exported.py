@@ -21,7 +21,7 @@ from cli import UserError, say
 if TYPE_CHECKING:
     import torch
 
-RECORD = "export.json"
+RECORD = paths.EXPORT_RECORD
 
 
 def part(out: Path, name: str, source: dict[str, Any], make: Callable[[Path], None], done="exported") -> bool:

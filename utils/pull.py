@@ -69,7 +69,7 @@ def pull(repository: str, revision: str | None, staging: Path) -> "pa.Table":
     info = HfApi().dataset_info(repository, revision=revision, files_metadata=True)
     source = Source(repository, info.sha, {file.rfilename: file for file in info.siblings or []}, staging)
     table, marks = read_index(source)
-    table, _ = index.selected(table)
+    table = index.selected(table, index.asked())
     if not table.num_rows:
         raise UserError(f"{repository}: has no collection that fits the selection")
     names = sorted(set(table["collection"].to_pylist()))
