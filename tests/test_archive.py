@@ -286,6 +286,24 @@ def test_a_strangers_names_do_not_leave_saves(tmp_path):
     assert not (tmp_path / "saves").exists() and not list(tmp_path.rglob("evil*"))
 
 
+def test_what_differs_from_the_manifest_or_lies_between_blocks_is_refused(synthetic, tmp_path, monkeypatch):
+    target, manifest = tmp_path / "x.archive", collection.read_manifest(synthetic)
+    entries = [dict(entry) for entry in manifest["checkpoints"]]
+    entries[4]["sha256"] = entries[3]["sha256"]
+    crafted = collection.sealed(manifest | {"checkpoints": entries})
+    small = {paths.MANIFEST: json.dumps(crafted).encode()}
+    archive_write._write_part(target, synthetic, None, crafted["sha256"], small, manifest["checkpoints"], None)
+    with pytest.raises(UserError, match="checkpoint 9 is not the one that its manifest records"):
+        archive.restore([target], tmp_path / "saves")
+    assert not list(tmp_path.glob("saves/*/*/*")) and not left_overs(tmp_path / "saves")
+
+    put = archive_write._put
+    monkeypatch.setattr(archive_write, "_put", lambda file, *block: (file.write(b"?"), put(file, *block))[1])
+    archived(synthetic, target)
+    with pytest.raises(UserError, match=r"x\.archive: its index is not one of format"):
+        archive.restore([target], tmp_path / "saves")
+
+
 def test_a_collection_of_no_category_comes_back(tmp_path):
     folder = make_collection(tmp_path / "mine" / "Toy" / RUN, 3)
     assert collection.read_manifest(folder)["category"] is None
