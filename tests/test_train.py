@@ -51,6 +51,13 @@ def test_the_documented_command_pretrains_and_collects_from_the_recipes_folder(p
     assert "tokenizer.json" not in pretrain and {"optimizer.pt", "adapter_model.safetensors"} <= pretrain
 
 
+def test_a_recipe_may_be_given_relative_to_any_folder(project, monkeypatch):
+    monkeypatch.chdir(project.top)
+    result = project.train(project.pretrain.relative_to(project.top))
+    assert result.status == 0, result.output
+    assert (project.run_folder("pretrain") / "manifest.json").is_file()
+
+
 def test_each_checkpoint_is_bit_identical_to_what_the_stock_trainer_saves(trained_once, tmp_path):
     """The same recipe under LLaMA-Factory's own trainer, after the known repair of the resumed trainer state."""
     twin = trained_once.copy(tmp_path / "stock")

@@ -23,7 +23,7 @@ from cli import UserError
 
 SUFFIX = ".archive"
 GROUP, STRIDE = 16, 4  # steps
-PAYS = 0.97  # a plane is compressed when that leaves at most this share of it
+PAYS = 0.9  # a plane is compressed when that leaves at most this share of it
 SMALL = ("adapter_config.json", collection.LOG, collection.PICTURE)  # files beside manifest and checkpoints
 INDEX_BLOCK = 140  # bytes that a block takes in the index, at most
 
@@ -86,6 +86,7 @@ def _write_part(
     zstd = codec()
     index: dict[str, Any] = {"manifest": seal, "files": {}, "headers": [], "steps": []}
     known: dict[bytes, int] = {}  # header -> its number
+    blocks = len(small)
     bases: dict[int, list[np.ndarray]] = {}  # position -> planes, of those that a later one may be stored against
     with open(path, "wb") as file, ThreadPoolExecutor(threads()) as pool:
         file.write(bytes(HEAD))
@@ -94,7 +95,7 @@ def _write_part(
         for position, entry in enumerate(entries):
             data = _checkpoint(folder, entry, dtype)
             header = byte_planes.header_of(data)
-            if part_bytes and _bound(file.tell(), index, data, header) > part_bytes:
+            if part_bytes and _bound(file.tell(), blocks, data, header) > part_bytes:
                 if not position:
                     raise UserError(f"{part_bytes} bytes are too few for one checkpoint of {paths.relative(folder)}")
                 break
@@ -115,6 +116,7 @@ def _write_part(
             })  # fmt: skip
             bases = {place: bases[place] for place in bases if place % STRIDE == 0 and position - place < STRIDE}
             bases[position] = planes
+            blocks += len(stored) + 2
         text = json.dumps(index, separators=(",", ":")).encode()
         _finish(file, zstd.compress(text, asbytes=True), len(text))
     return len(index["steps"])
@@ -137,11 +139,10 @@ def _checkpoint(folder: Path, entry: dict, dtype: str | None) -> bytes:
     return data
 
 
-def _bound(written: int, index: dict, data: bytes, header: bytes) -> int:
-    """The most bytes that an archive has which takes this checkpoint, too, and ends with it."""
-    planes = len(byte_planes.runs_of(header, len(data) - len(header))) * 8
-    blocks = 10 + len(index["headers"]) + sum(len(step["planes"]) + 1 for step in index["steps"]) + planes
-    return written + len(data) + blocks * INDEX_BLOCK + 100
+def _bound(written: int, blocks: int, data: bytes, header: bytes) -> int:
+    """The most bytes that an archive has which takes this checkpoint, too, beside `blocks` blocks, and ends with it."""
+    planes = len(byte_planes.sizes_of(byte_planes.runs_of(header, len(data) - len(header))))
+    return written + len(data) + (blocks + planes + 4) * INDEX_BLOCK + 500
 
 
 def _packed(zstd, plane: np.ndarray, base: np.ndarray | None) -> tuple[str, Any]:
