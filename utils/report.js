@@ -257,9 +257,9 @@
     else if (button.dataset.close) close(button.dataset.close);
     else if (button.dataset.copy) copy(button);
   });
-  document.addEventListener("input", ({ target }) => {
-    if (target.dataset.for) filter(target.dataset.for);
-  });
+  for (const event of ["input", "change"]) {
+    document.addEventListener(event, ({ target }) => target.dataset.for && filter(target.dataset.for));
+  }
   chooser?.addEventListener("change", () => {
     drawLegend();
     drawn.forEach((kind, element) => kind === "map" && draw(element));

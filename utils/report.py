@@ -2,14 +2,15 @@
 
     python utils/report.py        (make report)
 
-Reads recipes, manifests, logs and the statistics of each collection (computed where they are missing); writes the index,
-the statistics and the page. A collection that is broken is on the page as such, and named on stderr.
+Reads recipes, manifests, logs and the statistics of each collection (computed where they are missing); writes the
+index, the statistics and the page. A broken collection is on the page as such, and named on stderr.
 """
 
 import base64
 import datetime
 import hashlib
 import json
+import math
 import sys
 import urllib.parse
 from pathlib import Path
@@ -59,7 +60,7 @@ def gather(saves: Path) -> dict[str, Any]:
     recipe pair and its cells by rank), `ranks`, `map` (a panel for each base model), `totals`, `faults` (lines).
     """
     table, faults = index.update(saves)
-    names = sorted({*table["collection"].to_pylist(), *faults})
+    names = [folder.relative_to(saves.absolute()).as_posix() for folder in collection.run_folders([saves])]
     states = cell_states(table)
     found, faulty = [], []
     for name in names:
@@ -117,32 +118,34 @@ def cell_states(table: "pa.Table") -> dict[str, Any]:
 def described(saves: Path, name: str, state: str, reason: str, total: int) -> dict[str, Any]:
     """The row and the pictures of one collection, of `total` checkpoints in all.
 
-    `sketch` holds what the map shows of it: (steps, sketches), or None. Raises UserError where its manifest or its files
-    are not right.
+    `sketch` holds what the map shows of it: (steps, sketches), or None. Raises UserError where its manifest or its
+    files are not right.
     """
     folder = saves / name
     manifest = collection.read_manifest(folder)
     if manifest is None:
         raise UserError(f"{paths.relative(folder)}: is gone")
-    entries, base = manifest["checkpoints"], manifest["base_model"] or {}
-    losses = [entry["loss"] for entry in entries if entry["loss"] is not None]
+    entries, base_model = manifest["checkpoints"], (manifest["base_model"] or {}).get("name")
+    if not entries:
+        raise UserError(f"{paths.relative(folder)}: its manifest lists no checkpoint")
+    losses = [entry["loss"] for entry in entries if entry["loss"] is not None and math.isfinite(entry["loss"])]
     pictures, shown = {"curve": report_data.curve(folder, manifest)}, None
     try:
-        layers, steps, sketch, change = statistics(index.Chosen(name, folder, manifest))
+        base_model, layers, steps, sketch, change = statistics(index.Chosen(name, folder, manifest))
         pictures["trajectory"] = report_data.trajectory(steps, sketch)
         pictures["heat"] = report_data.heat([checkpoints.short_layer(layer) for layer in layers], steps, change)
         places = report_data.chosen_places(len(steps), total)
         shown = steps[places], sketch[places]
     except UserError as error:
-        collection.read_back(folder, entries)  # the files are what was recorded: it is their kind that is not known
+        for entry in entries:  # where the files are as recorded, it is their kind that is not known
+            checkpoints.verified(folder / collection.checkpoint_name(entry["step"]), entry["bytes"], entry["sha256"])
         pictures["none"] = report_data.without_places(str(error), saves)
-    base_name = base.get("name")
     return {
         **named(name),
         "category": manifest["category"] or named(name)["category"],
         "dataset": manifest["dataset"],
-        "model": models.short_name(Path(base_name)) if base_name else "?",
-        "base_model": base_name or "unknown base model",
+        "model": models.short_name(Path(base_model)) if base_model else "?",
+        "base_model": base_model or "unknown base model",
         "rank": manifest["rank"],
         "seed": manifest["seed"],
         "state": state,
@@ -162,10 +165,10 @@ def described(saves: Path, name: str, state: str, reason: str, total: int) -> di
     }
 
 
-def statistics(chosen: index.Chosen) -> "tuple[list[str], np.ndarray, np.ndarray, np.ndarray]":
+def statistics(chosen: index.Chosen) -> "tuple[str, list[str], np.ndarray, np.ndarray, np.ndarray]":
     """What pictures take of a collection's statistics, which are computed where they are not there yet.
 
-    Returns layers (names), steps (n,), sketches (n, d), and changes (layers, n): the norm of each layer's update less
+    Returns the base model's name, layers (names), steps (n,), sketches (n, d), and changes (layers, n): the norm of each layer's update less
     the one of the step before, over the norm of the update; NaN at the first step.
     """
     import numpy as np
@@ -175,11 +178,11 @@ def statistics(chosen: index.Chosen) -> "tuple[list[str], np.ndarray, np.ndarray
 
     folder = stats.of(chosen)
     tensors = load_file(folder / "steps.safetensors")
-    layers = json.loads((folder / "stats.json").read_bytes())["layers"]
+    about = json.loads((folder / "stats.json").read_bytes())
     change, norm = (tensors[name].astype(np.float64) for name in ("change", "norm"))
     relative = np.divide(change, norm, out=np.full(change.shape, np.nan), where=norm > 0)
     relative[:, 0] = np.nan
-    return layers, tensors["steps"], tensors["sketch"], relative
+    return about["base_model"], about["layers"], tensors["steps"], tensors["sketch"], relative
 
 
 def named(name: str) -> dict[str, Any]:
@@ -305,7 +308,7 @@ def as_data(value: Any) -> Any:
 
 def digits(value: float | None) -> str:
     """A loss or a rate as a table shows it."""
-    return "" if value is None else f"{value:.4g}"
+    return "" if value is None else f"{value:#.4g}"
 
 
 if __name__ == "__main__":

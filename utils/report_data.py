@@ -51,7 +51,7 @@ def curve(folder: Path, manifest: dict[str, Any]) -> dict[str, Any]:
     losses = [(step, loss) for points in phases.values() for step, loss, _ in points if loss is not None]
     if losses:
         label = (
-            f"Loss from {losses[0][1]:.3g} at step {losses[0][0]} to {losses[-1][1]:.3g} at step {losses[-1][0]}; "
+            f"Loss from {losses[0][1]:#.3g} at step {losses[0][0]} to {losses[-1][1]:#.3g} at step {losses[-1][0]}; "
             f"steps {kept[0]} to {kept[1]} kept"
         )
     else:
@@ -127,23 +127,29 @@ def principal(vectors: "np.ndarray") -> "tuple[np.ndarray, list[float], np.ndarr
     (2,)), each component's largest coordinate positive, or None where all vectors are the same or one is not finite.
     """
     import numpy as np
+    import scipy.linalg
 
     vectors = np.asarray(vectors, dtype=np.float64)
-    if len(vectors) < 2 or not np.isfinite(vectors).all():
+    count, width = vectors.shape
+    if count < 2 or not np.isfinite(vectors).all():
         return None
     mean = vectors.mean(0)
-    left, values, directions = np.linalg.svd(vectors - mean, full_matrices=False)
-    total = float((values**2).sum())
-    if total <= 1e-20 * float((vectors**2).sum()) or total == 0:
+    apart = vectors - mean
+    total = float((apart**2).sum())
+    if total <= 1e-20 * float((vectors**2).sum()):
         return None
-    places = np.zeros((len(vectors), 2))
-    zero, shares = np.zeros(2), [0.0, 0.0]
-    for number in range(min(2, len(values))):
-        column = left[:, number] * values[number]
+    few = count <= width  # the smaller of the two Gram matrices has the same eigenvalues
+    gram = apart @ apart.T if few else apart.T @ apart
+    values, found = scipy.linalg.eigh(gram, subset_by_index=[max(0, len(gram) - 2), len(gram) - 1])
+    places, zero, shares = np.zeros((count, 2)), np.zeros(2), [0.0, 0.0]
+    for number, place in enumerate(range(len(values) - 1, -1, -1)):
+        if values[place] <= 1e-12 * total:
+            break  # rounding: there is no such component
+        direction = apart.T @ found[:, place] / values[place] ** 0.5 if few else found[:, place]
+        column = apart @ direction
         sign = 1.0 if column[np.abs(column).argmax()] >= 0 else -1.0
-        places[:, number] = sign * column
-        zero[number] = -sign * float(mean @ directions[number])
-        shares[number] = float(values[number] ** 2) / total
+        places[:, number], zero[number] = sign * column, -sign * float(mean @ direction)
+        shares[number] = float(values[place]) / total
     return places, shares, zero
 
 
@@ -265,7 +271,7 @@ def panel(base_model: str, points: list[tuple[int, int]], sketch: "np.ndarray", 
     """
     found = principal(sketch)
     owners = sorted({owner for owner, _ in points})
-    counted = f"{len(points)} of {total} checkpoints" if len(points) < total else f"{total} checkpoints"
+    counted = f"{len(points):,} of {total:,} checkpoints" if len(points) < total else f"{total:,} checkpoints"
     said = f"{base_model}: {counted} of {len(owners)} collection{'s' if len(owners) > 1 else ''}"
     if found is None:
         return {"name": base_model, "label": f"{said}; they do not differ, so there is no map"}
