@@ -11,7 +11,7 @@ export DATASET MODEL MODELS RANK RANKS KEEP SEED FORCE DEVICES PRUNE_PRETRAIN FI
 
 .DEFAULT_GOAL := help
 .PHONY: help setup lock model data data-all register check-data recipe check-recipes pretrain finetune collect collect-all \
-	status verify clean-checkpoints index export report demo test test-all lint format
+	status verify clean-checkpoints index export stats report demo test test-all lint format
 
 help:  ## list the targets
 	@awk -F ':.*## ' '/^##@/ {print "\n" substr($$0, 5)} /^[a-z-]+:.*## / {printf "  make %-18s %s\n", $$1, $$2}' Makefile
@@ -85,6 +85,9 @@ index: setup  ## one table over all collections: saves/index.parquet
 
 export: setup  ## FORMAT=dnd|peft|canonical|archive [CATEGORY=..] [DATASET=..] [MODEL=..] [RANK=..] [OUT=..] [DTYPE=..]
 	@$(PY) utils/export.py
+
+stats: setup  ## norms, changes, effective ranks, importance of layers: [DATASET=..] [MODEL=..] [RANK=..]
+	@$(PY) utils/stats.py
 
 report: setup  ## a page to look at all of it, offline: saves/report/index.html
 	@$(PY) utils/report.py

@@ -209,11 +209,11 @@ def test_a_cell_of_the_grid_opens_its_collection(browser):
 
 def test_the_map_is_coloured_by_what_is_chosen(browser):
     assert drawn(browser, "#map ~ .pictures .plot")
-    assert len(browser.find_elements(By.CSS_SELECTOR, "#map ~ .pictures .plot")) == 3  # a panel for each base model
+    assert len(browser.find_elements(By.CSS_SELECTOR, "#map ~ .pictures .plot")) == 2  # a panel for each base model
     legend = find(browser, "#legend")
     marks = "return [...document.querySelectorAll('#map ~ .pictures .plot .point')].map(p => p.style.fill)"
     by_dataset = browser.execute_script(marks)
-    assert len(by_dataset) == 4 * 6 + 3  # the checkpoints, and each base model's cross
+    assert len(by_dataset) == 4 * 6 + 2  # the checkpoints, and each base model's cross
     assert "GSM8K" in legend.text
     find(browser, "#colour option[value=rank]").click()
     assert legend.text.split("\n") == ["rank 4", "rank 16"]

@@ -4,6 +4,7 @@ Imported by all that uses collected weights. A file is hashed when a process fir
 unchanged; its tensors are memory-mapped.
 """
 
+import json
 import os
 from collections.abc import Iterable, Iterator
 from pathlib import Path
@@ -67,6 +68,62 @@ def open_all(folder: Path, entries: Iterable[dict]) -> Iterator[Any]:
     """A handle per checkpoint of a collection, in the order of `entries` (the manifest's `checkpoints`)."""
     for entry in entries:
         yield opened(folder / f"checkpoint-{entry['step']}.safetensors", entry["bytes"], entry["sha256"])
+
+
+def layout_of(handle: Any) -> dict[str, tuple[int, ...]]:
+    """The shape of each tensor in an open checkpoint, by PEFT's key."""
+    return {key: tuple(handle.get_slice(key).get_shape()) for key in handle.keys()}  # noqa: SIM118 (not a dict)
+
+
+def in_chunks(folder: Path, entries: list[dict], size: int) -> Iterator[tuple[slice, list[Any]]]:
+    """The checkpoints of a collection, `size` at a time: (which of `entries`, an open handle each).
+
+    Raises UserError for a checkpoint whose keys or shapes are not the first one's.
+    """
+    layout = None
+    for start in range(0, len(entries), size):
+        part = slice(start, min(start + size, len(entries)))
+        handles = list(open_all(folder, entries[part]))
+        for entry, handle in zip(entries[part], handles, strict=True):
+            layout = layout or layout_of(handle)
+            if layout_of(handle) != layout:
+                path = folder / f"checkpoint-{entry['step']}.safetensors"
+                raise UserError(
+                    f"{paths.relative(path)}: has other keys or shapes than the collection's first checkpoint; "
+                    "make verify names all such files"
+                )
+        yield part, handles
+
+
+def factors_of(
+    folder: Path, entries: list[dict], handles: list[Any], layer: str
+) -> "tuple[torch.Tensor, torch.Tensor]":
+    """One layer's factors in some open checkpoints, as float64: (A, steps x r x inputs; B, steps x outputs x r).
+
+    Raises UserError naming the checkpoint that holds a value that is not finite.
+    """
+    import torch
+
+    both = []
+    for key in (f"{layer}.lora_A.weight", f"{layer}.lora_B.weight"):
+        values = torch.stack([handle.get_tensor(key) for handle in handles]).double()
+        finite = values.sum((1, 2)).isfinite()  # a sum of float32 cannot overflow float64
+        if not finite.all():
+            path = folder / f"checkpoint-{entries[finite.tolist().index(False)]['step']}.safetensors"
+            raise UserError(f"{paths.relative(path)}: {key} holds values that are not finite; collect it again")
+        both.append(values)
+    return both[0], both[1]
+
+
+def adapter_config(folder: Path) -> dict[str, Any]:
+    """The content of a collection's adapter_config.json. Raises UserError when it is gone or broken."""
+    path = folder / "adapter_config.json"
+    try:
+        return json.loads(path.read_bytes())
+    except FileNotFoundError:
+        raise UserError(f"{paths.relative(path)}: is gone; put it back or collect again with FORCE=1") from None
+    except ValueError as error:
+        raise UserError(f"{paths.relative(path)}: broken ({error}); put it back or collect again") from None
 
 
 def layers_of(keys: Iterable[str]) -> list[str]:

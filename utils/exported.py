@@ -18,7 +18,7 @@ from cli import UserError, say
 RECORD = "export.json"
 
 
-def part(out: Path, name: str, source: dict[str, Any], make: Callable[[Path], None]) -> bool:
+def part(out: Path, name: str, source: dict[str, Any], make: Callable[[Path], None], done="exported") -> bool:
     """Make one part of an export, a file or a folder, unless it is there and was made from the same.
 
     Args:
@@ -26,6 +26,7 @@ def part(out: Path, name: str, source: dict[str, Any], make: Callable[[Path], No
         name: the part's path in it.
         source: what decides its content, as a JSON value: format, the manifest's `sha256`, dtype.
         make: writes the part at the path it is given (beside its place; nothing is there yet).
+        done: the word that says so.
 
     Returns whether it was made. Raises UserError, with nothing changed, where something else stands at its place.
     """
@@ -60,7 +61,7 @@ def part(out: Path, name: str, source: dict[str, Any], make: Callable[[Path], No
             files.remove_folder(staging)
         record = read_record(out) | {name: {"source": source, "files": sizes_of(target)}}
         files.write_json(out / RECORD, dict(sorted(record.items())))
-    say(f"exported: {paths.relative(target)}")
+    say(f"{done}: {paths.relative(target)}")
     return True
 
 

@@ -168,8 +168,8 @@ def described(saves: Path, name: str, state: str, reason: str, total: int) -> di
 def statistics(chosen: index.Chosen) -> "tuple[str, list[str], np.ndarray, np.ndarray, np.ndarray]":
     """What pictures take of a collection's statistics, which are computed where they are not there yet.
 
-    Returns the base model's name, layers (names), steps (n,), sketches (n, d), and changes (layers, n): the norm of each layer's update less
-    the one of the step before, over the norm of the update; NaN at the first step.
+    Returns the base model's name, layers (names), steps (n,), sketches (n, d), and changes (layers, n): the norm of
+    each layer's update less the one of the step before, over the norm of the update; NaN at the first step.
     """
     import numpy as np
     from safetensors.numpy import load_file
