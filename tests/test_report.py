@@ -255,7 +255,7 @@ def test_names_cannot_become_markup_or_script(browser):
     assert not browser.find_elements(By.CSS_SELECTOR, "img, td b, h4 i, article b")
 
 
-def test_what_is_not_whole_is_shown_with_its_reason(page, capfd):
+def test_what_is_not_whole_is_shown_with_its_reason(page):
     rows = {row["name"].split("/")[1]: row for row in report.gather(paths.SAVES)["collections"]}
     assert rows["Edited"]["state"] == "broken" and "was edited" in rows["Edited"]["reason"]
     assert rows["Half"]["state"] == "broken" and "has no manifest.json" in rows["Half"]["reason"]

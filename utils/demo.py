@@ -16,6 +16,7 @@ import collection
 import files
 import paths
 import rank_config
+import report
 from cli import UserError, say
 
 DATASET, MODEL, RANK = "Demo", "smollm2-135m", 8
@@ -39,7 +40,9 @@ def main() -> None:
     show_table(folder, manifest)
     step("drawing the report")
     call([sys.executable, UTILS / "report.py"])
-    say(f"\nall of it took {time.monotonic() - started:.0f} s")
+    say(
+        f"\nall of it took {time.monotonic() - started:.0f} s; look at it in a browser: {paths.relative(report.page_of())}"
+    )
 
 
 def step(what: str) -> None:

@@ -89,7 +89,7 @@
   });
   const text = (words) => ({ text: words, standoff: 6, font: { size: 12 } });
   const share = (number, of) => text(`component ${number} (${percent(of[number - 1])} of the variance)`);
-  const percent = (value) => (value >= 0.0995 ? (100 * value).toFixed(0) : (100 * value).toPrecision(2)) + " %";
+  const percent = (value) => (value >= 0.0995 ? (100 * value).toFixed(0) : (100 * value).toPrecision(2)) + "\u00a0%";
   const layout = (more) => ({
     paper_bgcolor: "rgba(0,0,0,0)", plot_bgcolor: "rgba(0,0,0,0)", dragmode: false, hovermode: "closest",
     font: { family: getComputedStyle(document.body).fontFamily, size: 12, color: css("ink") },

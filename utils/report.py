@@ -31,7 +31,6 @@ if TYPE_CHECKING:
     import numpy as np
     import pyarrow as pa
 
-PAGE = "report/index.html"
 TEMPLATE, SCRIPT = "report.html", "report.js"
 STATES = ("complete", "stale", "broken", "collecting", "pretrained", "missing")
 
@@ -47,10 +46,15 @@ def make(saves: Path | None = None) -> Path:
     facts = gather(saves)
     for fault in facts["faults"]:
         print(f"FAULTY {fault}", file=sys.stderr, flush=True)
-    path = saves / PAGE
+    path = page_of(saves)
     path.parent.mkdir(parents=True, exist_ok=True)
     files.write_atomically(path, render(facts).encode())
     return path
+
+
+def page_of(saves: Path | None = None) -> Path:
+    """Where the page lies."""
+    return (saves or paths.SAVES) / "report" / "index.html"
 
 
 def gather(saves: Path) -> dict[str, Any]:

@@ -176,8 +176,8 @@ def trajectory(steps: "np.ndarray", sketch: "np.ndarray") -> dict[str, Any]:
 
 
 def percent(share: float) -> str:
-    """A share as a text: `71 %`, `0.4 %`."""
-    return f"{100 * share:.0f} %" if share >= 0.0995 else f"{100 * share:.2g} %"
+    """A share as a text that is not broken over lines: `71 %`, `0.4 %`."""
+    return f"{100 * share:.0f}\u00a0%" if share >= 0.0995 else f"{100 * share:.2g}\u00a0%"
 
 
 def heat(layers: list[str], steps: "np.ndarray", change: "np.ndarray") -> dict[str, Any]:
