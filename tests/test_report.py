@@ -18,6 +18,7 @@ from selenium.webdriver.common.keys import Keys
 from selenium.webdriver.support.wait import WebDriverWait
 
 import collection
+import files
 import paths
 import report
 import report_data
@@ -266,6 +267,26 @@ def test_what_is_not_whole_is_shown_with_its_reason(page):
     assert rows["Toy"]["pictures"]["curve"]["notes"] == []
 
 
+def test_a_collection_that_is_being_made_is_no_broken_one(collected, monkeypatch, capsys):
+    for name in ("SAVES", "DATA", "MODELS"):
+        monkeypatch.setattr(paths, name, collected.top / name.lower())
+    monkeypatch.setattr(paths, "SCRIPTS", collected.top / "collect_scripts")
+    folder = collected.run_folder("finetune")
+    (folder / "manifest.json").unlink()
+    with files.lock(files.beside(folder, "lock")):
+        facts = report.gather(paths.SAVES)
+    assert [row["state"] for row in facts["collections"]] == ["collecting"]
+    assert facts["pairs"][0]["cells"][4]["state"] == "collecting"
+    assert facts["faults"] == []
+
+
+def test_a_page_without_collections_or_recipes_is_a_page(tmp_path, monkeypatch):
+    monkeypatch.setattr(paths, "SCRIPTS", tmp_path / "none")
+    (tmp_path / "saves").mkdir()
+    text = report.make(tmp_path / "saves").read_text()
+    assert "Nothing is collected yet" in text and "There are no recipes" in text
+
+
 def test_a_changed_checkpoint_makes_its_collection_broken(collected, monkeypatch, capsys):
     for name in ("SAVES", "DATA", "MODELS"):
         monkeypatch.setattr(paths, name, collected.top / name.lower())
@@ -335,6 +356,12 @@ def test_a_heat_map_keeps_two_digits_zeros_and_gaps():
     assert heat["steps"] == [8, 9] and shades.tolist() == [[2, 1], [255, 0]]
     assert (heat["low"], heat["high"]) == (-4, -2)
     assert "largest 0.01 at step 8 in b" in heat["label"]
+
+
+def test_a_long_log_is_thinned_outside_of_the_kept_window():
+    rows = [(step, 1.0, 0.1) for step in range(1, 20_001)]
+    steps = [row[0] for row in report_data.thinned(rows, [19_901, 20_000])]
+    assert len(steps) < 600 and steps[0] == 1 and steps[-100:] == list(range(19_901, 20_001))
 
 
 def test_the_map_is_thinned_evenly_but_shows_every_collection():

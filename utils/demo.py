@@ -40,9 +40,8 @@ def main() -> None:
     show_table(folder, manifest)
     step("drawing the report")
     call([sys.executable, UTILS / "report.py"])
-    say(
-        f"\nall of it took {time.monotonic() - started:.0f} s; look at it in a browser: {paths.relative(report.page_of())}"
-    )
+    say(f"\nall of it took {time.monotonic() - started:.0f} s")
+    say(f"look at it in a browser: {paths.relative(report.page_of())}")
 
 
 def step(what: str) -> None:
