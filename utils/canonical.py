@@ -1,6 +1,6 @@
 """The canonical factors of a LoRA update: one form for all factorizations of the same B·A.
 
-Imported by export_canonical.py and layer_stats.py; plain functions on tensors, batched over leading dimensions.
+Imported by export_canonical.py and layer_stats.py; plain functions on tensors, batched over a leading dimension.
 B·A = (B·G)(G^-1·A) for every invertible G, so the factors as trained are an arbitrary choice. The canonical ones are
 B' = U sqrt(S) and A' = sqrt(S) V^T from the singular value decomposition U S V^T of B·A. The scaling (lora_alpha / r)
 is not part of it: it stays in adapter_config.json.
@@ -24,11 +24,14 @@ def canonical(a: torch.Tensor, b: torch.Tensor) -> tuple[torch.Tensor, torch.Ten
     their columns, as are those beyond min(inputs, outputs): an update of lower rank than its factors has one form, too.
 
     Args:
-        a: the factor A, ... x r x inputs, any floating dtype, finite.
-        b: the factor B, ... x outputs x r.
+        a: the factor A, r x inputs or n x r x inputs, any floating dtype, finite.
+        b: the factor B, outputs x r or n x outputs x r.
 
-    Returns (A', B') with the same shapes, float64. B'·A' differs from B·A by the noise that was cut off.
+    Returns (A', B') with the same shapes, float64; each of n the same bits as alone. B'·A' differs from B·A by the
+    noise that was cut off.
     """
+    if a.dim() == 2:  # a single product is computed by another kernel than a batch of one, and differs in the last bit
+        return tuple(values[0] for values in canonical(a[None], b[None]))
     rank = a.shape[-2]
     q_b, r_b = torch.linalg.qr(b.double())
     q_a, r_a = torch.linalg.qr(a.double().mT)

@@ -29,7 +29,7 @@ def export(chosen: list[index.Chosen], out: Path, dtype: str | None) -> None:
         chosen: the collections.
         out: the export's folder.
         dtype: what the factors are rounded to; None is float32, also for adapters trained in bfloat16: new factors
-            in bfloat16 would have another product (by 0.4 %).
+            in bfloat16 would have another product (by up to 0.4 %).
     """
     for one in chosen:
         source = source_of(one, dtype or "float32")
@@ -38,7 +38,13 @@ def export(chosen: list[index.Chosen], out: Path, dtype: str | None) -> None:
 
 def source_of(one: index.Chosen, dtype: str) -> dict[str, Any]:
     """What decides the content of a collection's canonical form."""
-    return {"format": "canonical", "method": canonical.METHOD, "manifest": one.manifest["sha256"], "dtype": dtype}
+    return {
+        "format": "canonical",
+        "method": canonical.METHOD,
+        "manifest": one.manifest["sha256"],
+        "adapter_config": files.sha256_of_value(checkpoints.adapter_config(one.folder)),
+        "dtype": dtype,
+    }
 
 
 def write(one: index.Chosen, source: dict[str, Any], folder: Path, budget: int = BUDGET) -> None:

@@ -52,7 +52,7 @@ ARRAYS = {
     "steps": "int64, N: the optimizer steps",
     "sketch": "float32, N x 1024: random projection of a step's updates, the same for all collections of base_model",
     "norm": "float32, L x N: Frobenius norm of each layer's update",
-    "change": "float32, L x N: Frobenius norm of the update's difference to the step before; first column 0",
+    "change": "float32, L x N: Frobenius norm of the update's difference to the kept step before; first column 0",
     "effective_rank": "float32, L x N: effective rank of each layer's update",
 }  # fmt: skip
 
@@ -90,16 +90,17 @@ def update(chosen: list[index.Chosen], out: Path | None = None) -> None:
 def of(one: index.Chosen, out: Path | None = None) -> Path:
     """The folder with a collection's statistics below `out` (saves/stats), measured unless they are there already."""
     out = out or paths.SAVES / "stats"
-    source = {"method": METHOD, "manifest": one.manifest["sha256"]}
-    exported.part(out, one.name, source, partial(write, one), done="statistics")
+    config = checkpoints.adapter_config(one.folder)  # its scaling counts, and no manifest knows its content
+    source = {"format": "stats", "method": METHOD, "manifest": one.manifest["sha256"]}
+    source |= {"adapter_config": files.sha256_of_value(config)}
+    exported.part(out, one.name, source, partial(write, one, config), done="statistics")
     return out / one.name
 
 
-def write(one: index.Chosen, folder: Path) -> None:
-    """Measure a collection and write its four files to `folder`, which is not there yet."""
+def write(one: index.Chosen, config: dict[str, Any], folder: Path) -> None:
+    """Measure a collection, whose adapter_config.json is `config`, and write its four files to the new `folder`."""
     from safetensors.torch import save
 
-    config = checkpoints.adapter_config(one.folder)
     base = base_model_of(one, config)
     steps = [entry["step"] for entry in one.manifest["checkpoints"]]
     measured = measure(one.folder, one.manifest["checkpoints"], config, base)
@@ -145,7 +146,8 @@ def measure(
     totals = {name: torch.zeros(len(layers), 2, dtype=torch.float64) for name in TOTALS}
     sketch = torch.zeros(len(entries), ls.SKETCH_SIDE**2, dtype=torch.float64)
     for group in groups_of(shapes, budget):
-        running = {number: ls.start(config, base, layers[number], *shapes[number]) for number in group}
+        begun = parallel.each(lambda number: ls.start(config, base, layers[number], *shapes[number]), group)
+        running = dict(zip(group, begun, strict=True))
         for part, handles in checkpoints.in_chunks(folder, entries, steps_within(chunk, shapes)):
 
             def take_in(number: int, running=running, part=part, handles=handles) -> tuple:
