@@ -89,6 +89,9 @@ export: setup  ## FORMAT=dnd|peft|canonical|archive [CATEGORY=..] [DATASET=..] [
 stats: setup  ## norms, changes, effective ranks, importance of layers: [DATASET=..] [MODEL=..] [RANK=..]
 	@$(PY) utils/stats.py
 
+report: setup  ## a page to look at all of it, offline: saves/report/index.html
+	@$(PY) utils/report.py
+
 import: setup  ## bring archived collections back into saves/: FILE=x.archive, or a folder of them
 	@$(PY) utils/import_archive.py "$$FILE"
 
