@@ -88,6 +88,7 @@ def collect(
         "category": category if category in paths.CATEGORIES else None,
         "dataset": dataset, "run": run.name, "rank": rank, "recipe": {"dataset": dataset} if data else None,
         "data": [data] if data else None, "tokenizer": None, "pretrain": None, "seed": seed,
+        "adapter_config_sha256": files.sha256_of(run / "adapter_config.json"),
         "base_model": {"name": model, "hub_id": hub_id, "revision": None, "sha256": f"hash of {model}"},
         "checkpoints": entries,
     }  # fmt: skip

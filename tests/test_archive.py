@@ -48,7 +48,8 @@ def make_collection(folder: Path, steps: int = 20, dtypes=(torch.float32,), size
         )
     (folder / "adapter_config.json").write_text('{"r": 2}')
     identity = dict.fromkeys(("recipe", "data", "base_model", "tokenizer", "pretrain"))
-    manifest = collection.manifest_of(folder, "finetune", 2, identity, entries, {"seed": None})
+    facts = {"seed": None, "adapter_config_sha256": hashlib.sha256(b'{"r": 2}').hexdigest()}
+    manifest = collection.manifest_of(folder, "finetune", 2, identity, entries, facts)
     (folder / paths.MANIFEST).write_text(json.dumps(collection.sealed(manifest | changed)))
     return folder
 

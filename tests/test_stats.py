@@ -138,7 +138,7 @@ def test_importance_is_the_deviation_of_standardised_factors_over_its_mean_and_a
 
 def test_chunks_of_steps_and_groups_of_layers_change_nothing(measured_once):
     one, _ = measured_once
-    config, entries = checkpoints.adapter_config(one.folder), one.manifest["checkpoints"]
+    config, entries = checkpoints.adapter_config(one.folder, one.manifest), one.manifest["checkpoints"]
     whole = stats.measure(one.folder, entries, config, "base")
     parted = stats.measure(one.folder, entries, config, "base", budget=1, chunk=1)
     assert len(stats.groups_of(whole.shapes, 1)) == len(whole.layers)
@@ -320,12 +320,6 @@ def test_it_is_made_once_and_again_when_the_collection_or_the_method_changed(col
     files.write_json(manifest_file, collection.sealed({**manifest, "device": "another"}))
     assert first_line().startswith("statistics: ")
     assert json.loads((folder / "stats.json").read_bytes())["manifest"] != manifest["sha256"]
-    before = load_file(folder / "steps.safetensors")["norm"]
-    config_file = collected.run_folder("finetune") / "adapter_config.json"
-    config = json.loads(config_file.read_bytes())
-    files.write_json(config_file, {**config, "lora_alpha": 2 * config["lora_alpha"]})
-    assert first_line().startswith("statistics: ")
-    torch.testing.assert_close(load_file(folder / "steps.safetensors")["norm"], 2 * before)
 
 
 def test_it_prints_a_line_per_kind_of_layer(collected, capsys):
@@ -349,7 +343,7 @@ def test_a_collection_of_a_stock_run_has_statistics_too(collected, capsys):
     "damage, message",
     [
         (lambda folder: (folder / "adapter_config.json").unlink(), "adapter_config.json: is gone"),
-        (lambda folder: (folder / "adapter_config.json").write_text("{"), "adapter_config.json: broken"),
+        (lambda folder: (folder / "adapter_config.json").write_text("{"), "adapter_config.json: does not have"),
         (lambda folder: swap(*sorted(folder.glob("*.safetensors"))[:2]), "does not have its recorded sha256"),
     ],
     ids=["no config", "half a config", "two files swapped"],

@@ -155,15 +155,16 @@ def factors_of(
     return both[0], both[1]
 
 
-def adapter_config(folder: Path) -> dict[str, Any]:
-    """The content of a collection's adapter_config.json. Raises UserError when it is gone or broken."""
+def adapter_config(folder: Path, manifest: dict[str, Any]) -> dict[str, Any]:
+    """The content of a collection's adapter_config.json. Raises UserError when it is gone or was edited."""
     path = folder / "adapter_config.json"
     try:
-        return json.loads(path.read_bytes())
+        data = path.read_bytes()
     except FileNotFoundError:
         raise UserError(f"{paths.relative(path)}: is gone; put it back or collect again with FORCE=1") from None
-    except ValueError as error:
-        raise UserError(f"{paths.relative(path)}: broken ({error}); put it back or collect again") from None
+    if hashlib.sha256(data).hexdigest() != manifest["adapter_config_sha256"]:
+        raise UserError(f"{paths.relative(path)}: does not have its recorded sha256; {_way_out(path)}")
+    return json.loads(data)
 
 
 def layers_of(keys: Iterable[str]) -> list[str]:

@@ -8,7 +8,6 @@ import json
 import os
 import platform
 import re
-import socket
 import tempfile
 from importlib.metadata import version
 from pathlib import Path
@@ -22,7 +21,8 @@ from cli import UserError
 FORMAT = 2
 MANIFEST = paths.MANIFEST
 KEYS = {
-    "phase", "dataset", "run", "rank", "recipe", "data", "base_model", "tokenizer", "pretrain", "checkpoints", "sha256",
+    "phase", "dataset", "run", "rank", "recipe", "data", "base_model", "tokenizer", "pretrain", "adapter_config_sha256",
+    "checkpoints", "sha256",
 }  # fmt: skip
 CHECKPOINT_FILE = re.compile(r"checkpoint-\d+\.safetensors")
 LOG, PICTURE = "trainer_log.jsonl", "training_loss.png"
@@ -129,7 +129,8 @@ def manifest_of(
         folder: the run folder by its final name.
         identity: as `run_identity.identity_of` gives it; a section that is not known is null.
         checkpoints: step, loss, learning_rate, bytes and sha256 of each, in the order of steps.
-        facts: seed, device, precision, trained_rows, attempt and package versions, each null where not known.
+        facts: seed, device, precision, trained_rows, attempt and package versions, each null where not known, and, of a
+            collection, adapter_config_sha256.
     """
     category = folder.parent.parent.name
     recipe = identity["recipe"]
@@ -142,6 +143,7 @@ def manifest_of(
         "rank": rank,
         "recipe_sha256": files.sha256_of_value(recipe) if recipe else None,
         **identity,
+        "adapter_config_sha256": None,
         **facts,
         "checkpoints": checkpoints,
     })  # fmt: skip
@@ -151,7 +153,7 @@ def attempt_facts(attempt: str, started: str, finished: str) -> dict[str, Any]:
     """The facts of a run made by this process: versions and attempt."""
     return {
         "versions": {"python": platform.python_version(), **{name: version(name) for name in PACKAGES}},
-        "attempt": {"id": attempt, "host": socket.gethostname(), "started": started, "finished": finished},
+        "attempt": {"id": attempt, "started": started, "finished": finished},
     }
 
 
@@ -242,6 +244,9 @@ def faults_of(folder: Path, manifest: dict) -> list[str]:
     kept = manifest["recipe"] and manifest["recipe"].get("save_total_limit")
     if kept and len(steps) != kept:
         faults.append(f"{len(steps)} checkpoints, but the recipe keeps {kept}")
+    config = folder / "adapter_config.json"
+    if config.name in there and files.sha256_of(config) != manifest["adapter_config_sha256"]:
+        faults.append(f"{config.name} does not have its recorded sha256")
     present = [entry for entry in entries if checkpoint_name(entry["step"]) in there]
     faults += _checkpoint_faults(folder, present, manifest["rank"])
     return faults

@@ -42,7 +42,6 @@ def source_of(one: index.Chosen, dtype: str) -> dict[str, Any]:
         "format": "canonical",
         "method": canonical.METHOD,
         "manifest": one.manifest["sha256"],
-        "adapter_config": files.sha256_of_value(checkpoints.adapter_config(one.folder)),
         "dtype": dtype,
     }
 
@@ -56,7 +55,7 @@ def write(one: index.Chosen, source: dict[str, Any], folder: Path, budget: int =
     import torch
     from safetensors.torch import save
 
-    config = checkpoints.adapter_config(one.folder)
+    config = checkpoints.adapter_config(one.folder, one.manifest)
     entries = one.manifest["checkpoints"]
     dtype = getattr(torch, source["dtype"])
     folder.mkdir()

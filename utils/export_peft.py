@@ -71,10 +71,10 @@ def export(chosen: list[Chosen], out: Path, dtype: str | None) -> None:
 
 def planned(chosen: Chosen, asked: str) -> Planned:
     """What exporting a collection takes. Raises UserError when it is no adapter that PEFT would load."""
-    entries, config = selected(chosen.manifest["checkpoints"], asked), config_of(chosen)
+    entries = selected(chosen.manifest["checkpoints"], asked)
+    config = checkpoints.adapter_config(chosen.folder, chosen.manifest)
     first = next(checkpoints.open_all(chosen.folder, entries))
     keys = sorted(first.keys())
-    check_config(chosen, config, keys)
     kind = first.get_slice(keys[0]).get_dtype()
     return Planned(chosen, entries, config, keys, {"BF16": "bfloat16", "F16": "float16"}.get(kind, "float32"))
 
@@ -97,40 +97,6 @@ def source_of(one: Planned, dtype: str | None) -> dict[str, Any]:
         "steps": [entry["step"] for entry in one.entries],
         "dtype": dtype or one.stored,
     }
-
-
-def config_of(one: Chosen) -> dict[str, Any]:
-    """A collection's adapter_config.json. Raises UserError when it is not there or is broken."""
-    path = one.folder / CONFIG
-    try:
-        config = json.loads(path.read_bytes())
-    except FileNotFoundError:
-        raise UserError(f"{paths.relative(path)}: is missing; collect it again with FORCE=1") from None
-    except ValueError as error:
-        raise UserError(f"{paths.relative(path)}: broken ({error}); collect it again with FORCE=1") from None
-    if not isinstance(config, dict):
-        raise UserError(f"{paths.relative(path)}: is no JSON object; collect it again with FORCE=1")
-    return config
-
-
-def check_config(one: Chosen, config: dict[str, Any], keys: list[str]) -> None:
-    """Raise UserError unless an adapter_config.json fits its collection: the manifest has no hash of it.
-
-    Its rank is the manifest's, its alpha the recipe's, and its target modules are those that the checkpoints hold.
-    """
-    name, recipe = paths.relative(one.folder / CONFIG), one.manifest["recipe"] or {}
-    alpha = recipe.get("lora_alpha") or (recipe and 2 * one.manifest["rank"]) or config.get("lora_alpha")
-    for key, wanted in (("peft_type", "LORA"), ("r", one.manifest["rank"]), ("lora_alpha", alpha)):
-        if config.get(key) != wanted:
-            raise UserError(
-                f"{name}: {key} is {config.get(key)!r}, {wanted!r} was trained; collect it again with FORCE=1"
-            )
-    targets = config.get("target_modules")
-    if not targets or not isinstance(targets, list | str):
-        raise UserError(f"{name}: names no target_modules; collect it again with FORCE=1")
-    for layer in modules_of(keys):
-        if isinstance(targets, list) and not any(layer == target or layer.endswith(f".{target}") for target in targets):
-            raise UserError(f"{name}: target_modules lacks {layer}, which was trained; collect it again with FORCE=1")
 
 
 def modules_of(keys: list[str]) -> list[str]:

@@ -90,17 +90,16 @@ def update(chosen: list[index.Chosen], out: Path | None = None) -> None:
 def of(one: index.Chosen, out: Path | None = None) -> Path:
     """The folder with a collection's statistics below `out` (saves/stats), measured unless they are there already."""
     out = out or paths.SAVES / "stats"
-    config = checkpoints.adapter_config(one.folder)  # its scaling counts, and no manifest knows its content
     source = {"format": "stats", "method": METHOD, "manifest": one.manifest["sha256"]}
-    source |= {"adapter_config": files.sha256_of_value(config)}
-    exported.part(out, one.name, source, partial(write, one, config), done="statistics")
+    exported.part(out, one.name, source, partial(write, one), done="statistics")
     return out / one.name
 
 
-def write(one: index.Chosen, config: dict[str, Any], folder: Path) -> None:
-    """Measure a collection, whose adapter_config.json is `config`, and write its four files to the new `folder`."""
+def write(one: index.Chosen, folder: Path) -> None:
+    """Measure a collection and write its four files to the new `folder`."""
     from safetensors.torch import save
 
+    config = checkpoints.adapter_config(one.folder, one.manifest)
     base = base_model_of(one, config)
     steps = [entry["step"] for entry in one.manifest["checkpoints"]]
     measured = measure(one.folder, one.manifest["checkpoints"], config, base)

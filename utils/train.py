@@ -131,6 +131,8 @@ def run(recipe: Path, config: dict, folder: Path, identity: dict) -> None:
         facts = {"seed": config.get("seed", rank_config.DEFAULT_SEED), **facts}
         finish = finish_finetune if phase == "finetune" else finish_pretrain
         checkpoints = finish(staging, folder, identity)
+        if phase == "finetune":
+            facts["adapter_config_sha256"] = files.sha256_of(staging / "adapter_config.json")
         if changed := run_identity.changes(identity, run_identity.identity_of(recipe, config)):
             raise UserError(f"{'; '.join(changed)}: changed while it was trained on; run it again")
         manifest = collection.manifest_of(folder, phase, config["lora_rank"], identity, checkpoints, facts)
