@@ -278,7 +278,7 @@ print(next(line.split()[1] for line in open("/proc/self/status") if line.startsw
 
 @pytest.mark.skipif(not Path("/proc/self/status").exists(), reason="peak memory is read from /proc")
 def test_memory_does_not_grow_with_the_number_of_steps(tmp_path):
-    """64 steps of 2.1 MB are 100 MB more than 16; the peaks of both differ by less than a fifth of that."""
+    """64 steps of 2.1 MB are 100 MB more than 16; the peaks of both differ by less than half of that."""
     (entry,) = synthetic(tmp_path / "x", 1, shape=(8, 4096, 4096, 8))
     entries = [{**entry, "step": step} for step in range(1, 65)]
     for step in range(2, 65):
@@ -288,7 +288,7 @@ def test_memory_does_not_grow_with_the_number_of_steps(tmp_path):
     for count in (16, 64):
         command = [sys.executable, "-c", PEAK, str(paths.ROOT / "utils"), str(tmp_path / "x"), str(count)]
         peaks.append(int(subprocess.run(command, capture_output=True, text=True, check=True).stdout) / 1024)
-    assert peaks[1] - peaks[0] < 20, peaks
+    assert peaks[1] - peaks[0] < 50, peaks
 
 
 def run(project, **environment):
