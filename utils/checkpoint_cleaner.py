@@ -177,7 +177,8 @@ def rebuild(folder: Path, kept: list[Path]) -> Outcome:
         shutil.copyfile(kept[-1] / CONFIG, staging / CONFIG)
         collection.set_base_name(staging / CONFIG, base)
         identity = {"recipe": None, "data": None, "base_model": base, "tokenizer": None, "pretrain": None}
-        unknown = ("seed", "device", "processes", "precision", "trained_rows", "total_steps", "versions", "attempt")
+        unknown = ("seed", "device", "processes", "precision", "rows_at_a_time", "accumulated", "trained_rows",
+                   "total_steps", "versions", "attempt")  # fmt: skip
         manifest = collection.manifest_of(folder, "finetune", adapter["r"], identity, entries, dict.fromkeys(unknown))
         files.write_json(staging / collection.MANIFEST, manifest)
         faults = collection.faults_of(staging, manifest)
