@@ -8,8 +8,9 @@ import subprocess
 from pathlib import Path
 
 import pytest
-import warm
 from safetensors.torch import load_file
+
+import warm
 
 ROOT = Path(__file__).resolve().parent.parent
 STEPS = range(7, 13)  # the last 6 of 12

@@ -41,15 +41,20 @@ class Job(NamedTuple):
     smaller: bool
 
 
-def run(cells: Iterable[Cell], report: Callable[[str, "Job | None", Outcome | None], None]) -> dict[Cell, Outcome]:
+def run(
+    cells: Iterable[Cell], report: Callable[[str, "Job | None", Outcome | None], None], worker_class: type = CellWorker
+) -> dict[Cell, Outcome]:
     """Bring cells to verified collections.
 
     Args:
         cells: in the order in which they are to start.
+        worker_class: what does the work: CellWorker, or (to measure the sweep itself) something with its methods.
         report: called with `started`, `again` or `done`, the job and what became of it; each second with `tick`.
 
     Returns what became of each cell. On Ctrl-C or SIGTERM the runs in progress unwind first.
     """
+    if os.environ.get("RAY_ADDRESS") and "RAY_AUTH_MODE" not in os.environ and has_ray_token():
+        os.environ["RAY_AUTH_MODE"] = "token"  # `ray start` does so by itself, ray.init(address) does not
     import ray
 
     waiting = deque(Job(cell, secrets.token_hex(4), 1, False) for cell in cells)
@@ -61,7 +66,7 @@ def run(cells: Iterable[Cell], report: Callable[[str, "Job | None", Outcome | No
     try:
         while waiting or running:
             for _ in range(min(slots(ray), len(waiting) + len(running)) - len(workers)):
-                workers.append(new_worker(ray))
+                workers.append(new_worker(ray, worker_class))
                 idle.append(workers[-1])
             while idle and waiting:
                 job, worker = waiting.popleft(), idle.pop()
@@ -119,6 +124,12 @@ def start_ray(ray: Any) -> None:
         raise UserError(f"RAY_ADDRESS={address}: cannot be joined: {' '.join(str(error).split())[:300]}") from None
 
 
+def has_ray_token() -> bool:
+    """Whether this user has a token for Ray clusters, where Ray looks for it."""
+    named = os.environ.get("RAY_AUTH_TOKEN") or os.environ.get("RAY_AUTH_TOKEN_PATH")
+    return bool(named) or (Path.home() / ".ray" / "auth_token").is_file()
+
+
 def settings() -> dict[str, str]:
     """The user's settings that every run gets."""
     threads = {} if devices.nvidia_driver() else {"OMP_NUM_THREADS": "1"}
@@ -158,12 +169,12 @@ def on_cpu(there: dict[str, float]) -> bool:
     return os.environ.get("DEVICES") == "cpu" or not there.get("GPU")
 
 
-def new_worker(ray: Any) -> Any:
+def new_worker(ray: Any, worker_class: type) -> Any:
     """A new slot as an actor that sees its own devices alone."""
     if on_cpu(ray.cluster_resources()):
-        kind = ray.remote(num_cpus=1, num_gpus=0, max_concurrency=2, max_restarts=0)(CellWorker)
+        kind = ray.remote(num_cpus=1, num_gpus=0, max_concurrency=2, max_restarts=0)(worker_class)
         return kind.remote(settings(), "cpu")
-    kind = ray.remote(num_cpus=1, num_gpus=gpus_per_cell(), max_concurrency=2, max_restarts=0)(CellWorker)
+    kind = ray.remote(num_cpus=1, num_gpus=gpus_per_cell(), max_concurrency=2, max_restarts=0)(worker_class)
     return kind.remote(settings(), None)
 
 

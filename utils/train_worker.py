@@ -96,9 +96,9 @@ def train(job: dict) -> None:
     finally:
         if collector:
             collector.close()
-    if (staging / "tokens").is_dir():
-        keep_tokens(staging / "tokens", Path(job["tokens"]))
-    if rules.facts:
+    if rules.facts:  # the main process
+        if (staging / "tokens").is_dir():
+            keep_tokens(staging / "tokens", Path(job["tokens"]))
         files.write_json(staging / "facts.json", {"device": devices.describe(), **rules.facts})
 
 
