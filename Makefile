@@ -7,11 +7,11 @@ CODE := utils tests bench
 
 # What a user sets on the command line reaches the scripts through the environment.
 export DATASET MODEL MODELS RANK RANKS KEEP SEED FORCE DEVICES PRUNE_PRETRAIN FILE NAME CATEGORY MAP ACCEPT HELD_OUT FROM TEMPLATE \
-	FORMAT OUT DTYPE REPO
+	FORMAT OUT DTYPE STEPS REPO PRIVATE DRY_RUN RAW REVISION ALLOW_UNKNOWN_LICENSE
 
 .DEFAULT_GOAL := help
 .PHONY: help setup lock model data data-all register check-data recipe check-recipes pretrain finetune collect collect-all \
-	status verify clean-checkpoints index export demo test test-all lint format
+	status verify clean-checkpoints index export import stats report publish pull demo test test-all lint format
 
 help:  ## list the targets
 	@awk -F ':.*## ' '/^##@/ {print "\n" substr($$0, 5)} /^[a-z-]+:.*## / {printf "  make %-18s %s\n", $$1, $$2}' Makefile
@@ -83,8 +83,23 @@ clean-checkpoints: setup  ## make DATASET's stock LLaMA-Factory runs collections
 index: setup  ## one table over all collections: saves/index.parquet
 	@$(PY) utils/index.py
 
-export: setup  ## FORMAT=dnd|peft|canonical|archive [CATEGORY=..] [DATASET=..] [MODEL=..] [RANK=..] [OUT=..] [DTYPE=..]
+export: setup  ## FORMAT=dnd|peft|canonical|archive [CATEGORY=..] [DATASET=..] [MODEL=..] [RANK=..] [OUT=..] [DTYPE=..] [STEPS=..]
 	@$(PY) utils/export.py
+
+stats: setup  ## norms, changes, effective ranks, importance of layers: [DATASET=..] [MODEL=..] [RANK=..]
+	@$(PY) utils/stats.py
+
+report: setup  ## a page to look at all of it, offline: saves/report/index.html
+	@$(PY) utils/report.py
+
+import: setup  ## bring archived collections back into saves/: FILE=x.archive, or a folder of them
+	@$(PY) utils/import_archive.py "$$FILE"
+
+publish: setup  ## put collections on the Hugging Face hub: REPO=user/name [PRIVATE=1] [DRY_RUN=1] [RAW=1] [DATASET=..] ...
+	@exec $(PY) utils/publish.py
+
+pull: setup  ## bring published collections into saves/ and data/: REPO=user/name [REVISION=..] [DATASET=..] [RANK=..] ...
+	@exec $(PY) utils/pull.py
 
 ##@ Work on this repository
 lint: setup  ## check style and format

@@ -19,6 +19,10 @@ for name in (
     "KEEP",
     "SEED",
     "FORCE",
+    "FORMAT",
+    "OUT",
+    "DTYPE",
+    "STEPS",
     "DEVICES",
     "CUDA_VISIBLE_DEVICES",
     "MAKEFLAGS",
@@ -28,8 +32,8 @@ for name in (
 os.environ["DEVICES"] = "cpu"  # the same hashes on a machine with a GPU
 os.environ["OMP_NUM_THREADS"] = "1"  # tiny tensors; two runs at once then do not fight for two cores
 
+import handmade  # noqa: E402
 import tiny  # noqa: E402
-
 import warm  # noqa: E402
 
 CATEGORY = "common-sense-reasoning"
@@ -145,6 +149,20 @@ def repository(tmp_path, model_folder) -> Path:
     (top / "data" / "dataset_info.json").write_text(json.dumps(info))
     shutil.copy(ROOT / "collect_scripts" / CATEGORY / "collect_all_dataset.sh", top / "collect_scripts" / CATEGORY)
     return top
+
+
+@pytest.fixture
+def place(tmp_path, monkeypatch) -> handmade.Workplace:
+    """A saves/ and a data/ for handmade collections, which every script of this process takes for its own."""
+    return handmade.Workplace(tmp_path / "work place", monkeypatch)
+
+
+@pytest.fixture
+def trained_place(place, trained_once) -> handmade.Workplace:
+    """The same with the really trained collection."""
+    shutil.copytree(trained_once.top / "saves", place.saves, dirs_exist_ok=True)
+    shutil.copytree(trained_once.top / "data", place.data)
+    return place
 
 
 def pytest_configure(config):

@@ -11,7 +11,7 @@ import threading
 from dataclasses import dataclass, field
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
-from urllib.parse import unquote, urlsplit
+from urllib.parse import quote, unquote, urlsplit
 
 COMMIT = "0123456789abcdef0123456789abcdef01234567"
 PIECE = 1 << 16
@@ -21,6 +21,7 @@ PIECE = 1 << 16
 class Repository:
     files: dict[str, bytes]
     gated: bool = False  # files only for the token "hf_granted"
+    private: bool = False  # not there for those without a token
     license: str = "mit"
     commit: str = COMMIT
     told_sizes: dict[str, int] = field(default_factory=dict)  # sizes that the listing tells instead of the real ones
@@ -40,13 +41,13 @@ class Request:
 class Hub:
     """`with Hub({"org/name": Repository({...})}) as hub:` serves until the block ends; hub.url is its HF_ENDPOINT."""
 
-    def __init__(self, repositories: dict[str, Repository]):
+    def __init__(self, repositories: dict[str, Repository], handler: type | None = None):
         self.repositories = repositories
         self.requests: list[Request] = []
         self.hold: dict[str, int] = {}  # file name: bytes after which it sends nothing more, until released
         self.drop: dict[str, int] = {}  # file name: bytes after which it drops the connection, once
         self.held, self.released = threading.Event(), threading.Event()
-        self.server = ThreadingHTTPServer(("127.0.0.1", 0), type("Handler", (Handler,), {"hub": self}))
+        self.server = ThreadingHTTPServer(("127.0.0.1", 0), type("Handler", (handler or Handler,), {"hub": self}))
         self.server.daemon_threads = True
         self.url = f"http://127.0.0.1:{self.server.server_port}"
 
@@ -84,9 +85,9 @@ class Handler(BaseHTTPRequestHandler):
             return self.send_json("<html>a login page, say</html>")
         if token == "hf_wrong":
             return self.refuse(401, None, "Invalid credentials in Authorization header")
-        if found := re.fullmatch(r"/api/models/([^/]+/[^/]+)(?:/(revision|tree)/([^/]+))?", path):
+        if found := re.fullmatch(r"/api/(?:models|datasets)/([^/]+/[^/]+)(?:/(revision|tree)/([^/]+))?", path):
             return self.answer_about(*found.groups())
-        if found := re.fullmatch(r"/([^/]+/[^/]+)/resolve/([^/]+)/(.+)", path):
+        if found := re.fullmatch(r"/(?:datasets/)?([^/]+/[^/]+)/resolve/([^/]+)/(.+)", path):
             return self.answer_file(*found.groups())
         if found := re.fullmatch(r"/cdn/([^/]+/[^/]+)/(.+)", path):
             return self.send_content(found[2], self.hub.repositories[found[1]].files[found[2]], {})
@@ -95,7 +96,7 @@ class Handler(BaseHTTPRequestHandler):
     def answer_about(self, name: str, what: str | None, revision: str | None) -> None:
         """The repository's description, or its list of files."""
         repository = self.hub.repositories.get(name)
-        if repository is None:
+        if repository is None or (repository.private and self.noted.token is None):
             return self.refuse(401 if self.noted.token is None else 404, "RepoNotFound", "Repository not found")
         if revision not in (None, "main", repository.commit):
             return self.refuse(404, "RevisionNotFound", f"Invalid rev id: {revision}")
@@ -116,7 +117,14 @@ class Handler(BaseHTTPRequestHandler):
         ]
         card = {"license": repository.license}
         return self.send_json(
-            {"id": name, "sha": repository.commit, "cardData": card, "siblings": siblings, "tags": []}
+            {
+                "id": name,
+                "sha": repository.commit,
+                "private": repository.private,
+                "cardData": card,
+                "siblings": siblings,
+                "tags": [],
+            }
         )
 
     @staticmethod
@@ -146,7 +154,7 @@ class Handler(BaseHTTPRequestHandler):
         port = self.hub.server.server_port
         self.send_response(302)
         headers |= {"X-Linked-Size": str(size), "X-Linked-ETag": f'"{lfs["oid"]}"', "Content-Length": "0"}
-        for key, value in {**headers, "Location": f"http://localhost:{port}/cdn/{name}/{path}"}.items():
+        for key, value in {**headers, "Location": f"http://localhost:{port}/cdn/{name}/{quote(path)}"}.items():
             self.send_header(key, value)
         self.end_headers()
 
@@ -177,9 +185,9 @@ class Handler(BaseHTTPRequestHandler):
                 return
             self.noted.sent += len(piece)
 
-    def send_json(self, value) -> None:
+    def send_json(self, value, status: int = 200) -> None:
         data = value.encode() if isinstance(value, str) else json.dumps(value).encode()
-        self.send_response(200)
+        self.send_response(status)
         self.send_header("Content-Type", "application/json")
         self.send_header("Content-Length", str(len(data)))
         self.end_headers()
@@ -199,4 +207,4 @@ class Handler(BaseHTTPRequestHandler):
 
 def is_large(path: str) -> bool:
     """Whether the hub would keep a file as a large one, with a SHA-256 and behind a redirect."""
-    return Path(path).suffix in (".safetensors", ".bin", ".gguf")
+    return Path(path).suffix in (".safetensors", ".bin", ".gguf", ".parquet", ".png") or ".archive" in path

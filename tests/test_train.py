@@ -8,9 +8,8 @@ import subprocess
 from pathlib import Path
 
 import pytest
-from safetensors.torch import load_file
-
 import warm
+from safetensors.torch import load_file
 
 ROOT = Path(__file__).resolve().parent.parent
 STEPS = range(7, 13)  # the last 6 of 12
@@ -50,6 +49,13 @@ def test_the_documented_command_pretrains_and_collects_from_the_recipes_folder(p
     )
     pretrain = {path.name for path in (project.run_folder("pretrain") / "checkpoint-4").iterdir()}
     assert "tokenizer.json" not in pretrain and {"optimizer.pt", "adapter_model.safetensors"} <= pretrain
+
+
+def test_a_recipe_may_be_given_relative_to_any_folder(project, monkeypatch):
+    monkeypatch.chdir(project.top)
+    result = project.train(project.pretrain.relative_to(project.top))
+    assert result.status == 0, result.output
+    assert (project.run_folder("pretrain") / "manifest.json").is_file()
 
 
 def test_each_checkpoint_is_bit_identical_to_what_the_stock_trainer_saves(trained_once, tmp_path):

@@ -1,5 +1,6 @@
 """`verify` finds what happened to a collection after it was made."""
 
+import hashlib
 import json
 import shutil
 from pathlib import Path
@@ -67,6 +68,10 @@ def test_a_fresh_collection_is_whole_and_loads_with_peft(folder, capsys):
         (lambda f: shutil.copy(f / "checkpoint-8.safetensors", f / STEP), f"{STEP} does not have its recorded sha256"),
         (lambda f: (f / "optimizer.pt").touch(), "optimizer.pt does not belong here"),
         (lambda f: (f / "adapter_config.json").unlink(), "adapter_config.json is missing"),
+        (
+            lambda f: (f / "adapter_config.json").write_text("{}"),
+            "adapter_config.json does not have its recorded sha256",
+        ),
         (lambda f: (f / "manifest.json").unlink(), "has no manifest.json"),
         (lambda f: (f / "manifest.json").write_text("["), "broken"),
         (lambda f: edit_manifest(f, add_key, seal=False), "was edited after it was written"),
@@ -90,6 +95,8 @@ def test_an_adapter_that_does_not_fit_its_base_is_found_by_peft(folder, capsys):
     config = json.loads((folder / "adapter_config.json").read_text())
     config["target_modules"] = ["q_proj"]
     (folder / "adapter_config.json").write_text(json.dumps(config))
+    sha256 = hashlib.sha256((folder / "adapter_config.json").read_bytes()).hexdigest()
+    edit_manifest(folder, lambda manifest: manifest.update(adapter_config_sha256=sha256))
     assert not verify.verify(folder)
     assert "PEFT does not" in capsys.readouterr().out
 

@@ -70,5 +70,7 @@ def _run(script: str, arguments: list[str], environment: dict[str, str], log: st
         run_exp(json.loads(Path(arguments[0]).read_text()))
         return
     import cli
+    import paths
 
+    paths.SAVES = Path(environment.get("SAVES_FOLDER", paths.SAVES))
     cli.run(__import__(script).main)

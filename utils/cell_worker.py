@@ -14,10 +14,10 @@ from typing import NamedTuple
 
 import collect
 import files
+import forked
 import paths
 import run_identity
 import status
-import warm
 from cli import UserError
 from status import Cell
 
@@ -46,7 +46,7 @@ class CellWorker:
         self.process: Process | None = None
         self.stopping = threading.Event()
         os.environ.update(self.settings)
-        warm.preload()
+        forked.preload()
 
     def ready(self) -> str:
         """Where this worker runs."""
@@ -86,7 +86,7 @@ class CellWorker:
     def _run(self, script: str, arguments: list[str], settings: dict[str, str], log: Path) -> tuple[str, str] | None:
         """Run one script to its end; None when it went well, else (why another attempt is worth it, the outcome)."""
         while not self.stopping.is_set():
-            self.process = warm.start(script, arguments, settings, log)
+            self.process = forked.start(script, arguments, settings, log)
             self.process.join()
             if self.process.exitcode == 0:
                 return None

@@ -17,10 +17,10 @@ from cli import UserError
 DEFAULT_MODEL = "qwen2.5-0.5b"
 
 
-def recipes(scripts: Path = paths.SCRIPTS) -> dict[tuple[str, str, str], Path]:
+def recipes(scripts: Path | None = None) -> dict[tuple[str, str, str], Path]:
     """All collect_scripts/<category>/<dataset>/<model>_<dataset>_<phase>.yaml, by (dataset, model, phase)."""
     found = {}
-    for path in sorted(scripts.glob("*/*/*.yaml")):
+    for path in sorted((scripts or paths.SCRIPTS).glob("*/*/*.yaml")):
         dataset = path.parent.name
         for phase in paths.PHASES:
             ending = f"_{dataset}_{phase}.yaml"
@@ -34,7 +34,7 @@ def recipes(scripts: Path = paths.SCRIPTS) -> dict[tuple[str, str, str], Path]:
     return found
 
 
-def find(dataset: str, model: str | None, phase: str, scripts: Path = paths.SCRIPTS) -> Path:
+def find(dataset: str, model: str | None, phase: str, scripts: Path | None = None) -> Path:
     """The recipe that is meant. Raises UserError listing the right values when there is none."""
     known = recipes(scripts)
     if not dataset:

@@ -179,7 +179,8 @@ def rebuild(folder: Path, kept: list[Path]) -> Outcome:
         identity = {"recipe": None, "data": None, "base_model": base, "tokenizer": None, "pretrain": None}
         unknown = ("seed", "device", "processes", "precision", "rows_at_a_time", "accumulated", "trained_rows",
                    "total_steps", "versions", "attempt")  # fmt: skip
-        manifest = collection.manifest_of(folder, "finetune", adapter["r"], identity, entries, dict.fromkeys(unknown))
+        facts = {**dict.fromkeys(unknown), "adapter_config_sha256": files.sha256_of(staging / CONFIG)}
+        manifest = collection.manifest_of(folder, "finetune", adapter["r"], identity, entries, facts)
         files.write_json(staging / collection.MANIFEST, manifest)
         faults = collection.faults_of(staging, manifest)
         if faults:

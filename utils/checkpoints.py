@@ -4,8 +4,11 @@ Imported by all that uses collected weights. A file is hashed when a process fir
 unchanged; its tensors are memory-mapped.
 """
 
+import hashlib
+import json
 import os
 from collections.abc import Iterable, Iterator
+from functools import lru_cache
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -16,7 +19,7 @@ from cli import UserError
 if TYPE_CHECKING:
     import torch
 
-_verified: dict[tuple, str] = {}  # what was hashed by this process: (path, inode, size, times) -> sha256
+_verified: dict[str, tuple[tuple, str]] = {}  # what was hashed: path -> (its stamp, its sha256)
 
 
 def verified(path: Path, size: int, sha256: str) -> Path:
@@ -29,22 +32,51 @@ def verified(path: Path, size: int, sha256: str) -> Path:
 
     Raises UserError naming the file when it is gone, has another length or other content.
     """
+    stat = verified_length(path, size)
+    stamp, known = _stamp(stat), _verified.get(str(path))
+    if known is None or known[0] != stamp:
+        known = _verified[str(path)] = stamp, files.sha256_of(path)
+    if known[1] != sha256:
+        raise UserError(f"{paths.relative(path)}: does not have its recorded sha256; {_way_out(path)}")
+    return path
+
+
+def verified_length(path: Path, size: int) -> os.stat_result:
+    """A checkpoint file's stat; raises UserError when it is gone or has another length than recorded."""
     try:
         stat = os.stat(path)
     except FileNotFoundError:
         raise UserError(f"{paths.relative(path)}: is gone; collect it again, or run: make index") from None
     if stat.st_size != size:
         raise UserError(f"{paths.relative(path)}: has {stat.st_size} bytes, {size} were recorded; {_way_out(path)}")
-    key = (str(path), stat.st_ino, stat.st_size, stat.st_mtime_ns, stat.st_ctime_ns)
-    if key not in _verified:
-        _verified[key] = files.sha256_of(path)
-    if _verified[key] != sha256:
-        raise UserError(f"{paths.relative(path)}: does not have its recorded sha256; {_way_out(path)}")
-    return path
+    return stat
+
+
+def stamp_of(path: Path) -> tuple[int, ...]:
+    """What tells whether a file is still the one that was hashed. Raises FileNotFoundError when it is gone."""
+    return _stamp(os.stat(path))
+
+
+def _stamp(stat: os.stat_result) -> tuple[int, ...]:
+    return stat.st_size, stat.st_mtime_ns, stat.st_ctime_ns, stat.st_ino
+
+
+def vouch(path: Path, stamp: tuple[int, ...], sha256: str) -> None:
+    """Take over what another process found: the file that had this `stamp` has this hash. It is not hashed here."""
+    _verified[str(path)] = stamp, sha256
 
 
 def _way_out(path: Path) -> str:
     return f"make verify tells what else differs in {path.parent.name}; put the file back or collect again with FORCE=1"
+
+
+def read(path: Path, size: int, sha256: str) -> bytes:
+    """The bytes of a checkpoint file, themselves checked; arguments and errors as for `verified`."""
+    verified_length(path, size)
+    data = path.read_bytes()
+    if hashlib.sha256(data).hexdigest() != sha256:
+        raise UserError(f"{paths.relative(path)}: does not have its recorded sha256; {_way_out(path)}")
+    return data
 
 
 def opened(path: Path, size: int, sha256: str) -> Any:
@@ -58,15 +90,81 @@ def opened(path: Path, size: int, sha256: str) -> Any:
 
 
 def load(path: Path, size: int, sha256: str) -> "dict[str, torch.Tensor]":
-    """All tensors of a verified checkpoint by PEFT's key, in the order of the keys; memory-mapped, so do not write."""
+    """All tensors of a verified checkpoint by PEFT's key, in natural order (layer 2 before layer 10).
+
+    They are memory-mapped, nothing is copied and no file stays open; do not write into them.
+    """
     handle = opened(path, size, sha256)
-    return {key: handle.get_tensor(key) for key in sorted(handle.keys())}
+    return {key: handle.get_tensor(key) for key in in_natural_order(tuple(handle.keys()))}
+
+
+@lru_cache(maxsize=256)
+def in_natural_order(keys: tuple[str, ...]) -> tuple[str, ...]:
+    """PEFT's keys by the numbers and names of their layers, lora_A before lora_B."""
+    return tuple(sorted(keys, key=_by_number))
 
 
 def open_all(folder: Path, entries: Iterable[dict]) -> Iterator[Any]:
     """A handle per checkpoint of a collection, in the order of `entries` (the manifest's `checkpoints`)."""
     for entry in entries:
         yield opened(folder / f"checkpoint-{entry['step']}.safetensors", entry["bytes"], entry["sha256"])
+
+
+def layout_of(handle: Any) -> dict[str, tuple[int, ...]]:
+    """The shape of each tensor in an open checkpoint, by PEFT's key."""
+    return {key: tuple(handle.get_slice(key).get_shape()) for key in handle.keys()}  # noqa: SIM118 (not a dict)
+
+
+def in_chunks(folder: Path, entries: list[dict], size: int) -> Iterator[tuple[slice, list[Any]]]:
+    """The checkpoints of a collection, `size` at a time: (which of `entries`, an open handle each).
+
+    Raises UserError for a checkpoint whose keys or shapes are not the first one's.
+    """
+    layout = None
+    for start in range(0, len(entries), size):
+        part = slice(start, min(start + size, len(entries)))
+        handles = list(open_all(folder, entries[part]))
+        for entry, handle in zip(entries[part], handles, strict=True):
+            layout = layout or layout_of(handle)
+            if layout_of(handle) != layout:
+                path = folder / f"checkpoint-{entry['step']}.safetensors"
+                raise UserError(
+                    f"{paths.relative(path)}: has other keys or shapes than the collection's first checkpoint; "
+                    "make verify names all such files"
+                )
+        yield part, handles
+
+
+def factors_of(
+    folder: Path, entries: list[dict], handles: list[Any], layer: str
+) -> "tuple[torch.Tensor, torch.Tensor]":
+    """One layer's factors in some open checkpoints, as float64: (A, steps x r x inputs; B, steps x outputs x r).
+
+    Raises UserError naming the checkpoint that holds a value that is not finite.
+    """
+    import torch
+
+    both = []
+    for key in (f"{layer}.lora_A.weight", f"{layer}.lora_B.weight"):
+        values = torch.stack([handle.get_tensor(key) for handle in handles]).double()
+        finite = values.sum((1, 2)).isfinite()  # a sum of float32 cannot overflow float64
+        if not finite.all():
+            path = folder / f"checkpoint-{entries[finite.tolist().index(False)]['step']}.safetensors"
+            raise UserError(f"{paths.relative(path)}: {key} holds values that are not finite; collect it again")
+        both.append(values)
+    return both[0], both[1]
+
+
+def adapter_config(folder: Path, manifest: dict[str, Any]) -> dict[str, Any]:
+    """The content of a collection's adapter_config.json. Raises UserError when it is gone or was edited."""
+    path = folder / "adapter_config.json"
+    try:
+        data = path.read_bytes()
+    except FileNotFoundError:
+        raise UserError(f"{paths.relative(path)}: is gone; put it back or collect again with FORCE=1") from None
+    if hashlib.sha256(data).hexdigest() != manifest["adapter_config_sha256"]:
+        raise UserError(f"{paths.relative(path)}: does not have its recorded sha256; {_way_out(path)}")
+    return json.loads(data)
 
 
 def layers_of(keys: Iterable[str]) -> list[str]:
@@ -89,7 +187,7 @@ def layers_of(keys: Iterable[str]) -> list[str]:
 
 
 def _by_number(name: str) -> list:
-    return [(0, int(part), "") if part.isdigit() else (1, 0, part) for part in name.split(".")]
+    return [(0, int(part), "") if part.isdecimal() else (1, 0, part) for part in name.split(".")]
 
 
 def short_layer(layer: str) -> str:

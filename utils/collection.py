@@ -7,7 +7,7 @@ not. A manifest carries the hash of its own content, so that an edited one is kn
 import json
 import os
 import platform
-import socket
+import re
 import tempfile
 from importlib.metadata import version
 from pathlib import Path
@@ -21,8 +21,10 @@ from cli import UserError
 FORMAT = 2
 MANIFEST = paths.MANIFEST
 KEYS = {
-    "phase", "dataset", "run", "rank", "recipe", "data", "base_model", "tokenizer", "pretrain", "checkpoints", "sha256",
+    "phase", "dataset", "run", "rank", "recipe", "data", "base_model", "tokenizer", "pretrain", "adapter_config_sha256",
+    "checkpoints", "sha256",
 }  # fmt: skip
+CHECKPOINT_FILE = re.compile(r"checkpoint-\d+\.safetensors")
 LOG, PICTURE = "trainer_log.jsonl", "training_loss.png"
 PACKAGES = ("llamafactory", "transformers", "peft", "accelerate", "datasets", "torch", "safetensors")
 
@@ -35,20 +37,24 @@ def checkpoint_name(step: int) -> str:
 def read_manifest(folder: Path) -> dict | None:
     """A run folder's manifest, or None where there is none. Raises UserError when it cannot be read."""
     try:
-        manifest = json.loads((folder / MANIFEST).read_bytes())
+        data = (folder / MANIFEST).read_bytes()
     except FileNotFoundError:
         return None
+    except OSError as error:
+        raise UserError(f"{paths.relative(folder / MANIFEST)}: cannot be read: {error.strerror}") from None
+    return parse_manifest(data, paths.relative(folder / MANIFEST), "train again with FORCE=1")
+
+
+def parse_manifest(data: bytes, name: str, way_out: str) -> dict:
+    """The manifest in the bytes of a manifest.json; raises UserError with `name` and `way_out` when it is not sound."""
+    try:
+        manifest = json.loads(data)
     except ValueError as error:
-        raise UserError(f"{paths.relative(folder / MANIFEST)}: broken ({error}); train again with FORCE=1") from None
+        raise UserError(f"{name}: broken ({error}); {way_out}") from None
     if not isinstance(manifest, dict) or manifest.get("format") != FORMAT or not manifest.keys() >= KEYS:
-        raise UserError(
-            f"{paths.relative(folder / MANIFEST)}: not a manifest of format {FORMAT}; train again with FORCE=1"
-        )
+        raise UserError(f"{name}: not a manifest of format {FORMAT}; {way_out}")
     if sealed(manifest)["sha256"] != manifest["sha256"]:
-        raise UserError(
-            f"{paths.relative(folder / MANIFEST)}: was edited after it was written; put it back, or train again with "
-            "FORCE=1"
-        )
+        raise UserError(f"{name}: was edited after it was written; put it back, or {way_out}")
     return manifest
 
 
@@ -59,29 +65,45 @@ def sealed(manifest: dict) -> dict:
 
 
 def run_folders(tops: list[Path]) -> list[Path]:
-    """All folders below `tops` (or they themselves) that are collections, or by their name should be, sorted."""
-    found = set()
+    """All folders below `tops` (or they themselves) that are collections, or by name or content should be, sorted.
+
+    Nothing inside a collection or a stock checkpoint folder is looked at, nor what is made from collections (exports).
+    """
+    found, linked = set(), set()
     for top in tops:
-        for name, subfolders, _ in os.walk(top.absolute(), followlinks=True):
-            folder = Path(name)
-            if folder.name.endswith("_finetune") or (not folder.name.endswith("_pretrain") and is_collection(folder)):
+        for name, subfolders, names in os.walk(top.absolute(), followlinks=True):
+            folder, enter = Path(name), []
+            if paths.EXPORT_RECORD in names:
+                subfolders[:] = []
+                continue
+            if folder.name.endswith("_finetune") or (
+                not folder.name.endswith("_pretrain") and is_collection(folder, names)
+            ):
                 found.add(folder)
-            for lost in subfolders:  # a crash between two renames; the next training puts it back
-                if lost.startswith(".") and lost.endswith("_finetune.old"):
-                    found.add(folder / lost[1 : -len(".old")])
-            skipped = paths.DERIVED if folder == paths.SAVES else ()
-            subfolders[:] = [name for name in subfolders if not name.startswith(".") and name not in skipped]
+            skipped = paths.DERIVED if folder == top.absolute() or folder == paths.SAVES else ()
+            for sub in sorted(subfolders):
+                if sub.startswith(".") and sub.endswith("_finetune.old"):
+                    found.add(folder / sub[1 : -len(".old")])  # a crash between two renames; the next training mends it
+                elif sub.endswith("_finetune") and (folder / sub / MANIFEST).is_file():
+                    found.add(folder / sub)
+                elif not (sub.startswith(".") or sub in skipped or paths.CHECKPOINT.fullmatch(sub)):
+                    enter.append(sub)
+            links = {sub: os.path.realpath(folder / sub) for sub in enter if (folder / sub).is_symlink()}
+            subfolders[:] = [sub for sub in enter if sub not in links or links[sub] not in linked]
+            linked.update(links.values())  # each is entered once, so that a link upwards ends
     return sorted(found)
 
 
-def is_collection(folder: Path) -> bool:
-    """Whether a folder's manifest calls it a finetune run."""
-    if not (folder / MANIFEST).is_file():
-        return False
+def is_collection(folder: Path, names: list[str]) -> bool:
+    """Whether a folder, whatever its name, is a collection going by its manifest or by the files (`names`) in it."""
+    has_checkpoints = any(CHECKPOINT_FILE.fullmatch(name) for name in names)
+    if MANIFEST not in names:
+        return has_checkpoints
     try:
-        return read_manifest(folder)["phase"] == "finetune"
-    except UserError:
-        return False  # some other program's manifest.json; a run folder by its name is looked at all the same
+        manifest = json.loads((folder / MANIFEST).read_bytes())
+    except (ValueError, OSError):
+        return has_checkpoints
+    return isinstance(manifest, dict) and (manifest.get("phase") == "finetune" or has_checkpoints)
 
 
 def state_of(folder: Path, identity: dict) -> tuple[str, list[str]]:
@@ -107,7 +129,8 @@ def manifest_of(
         folder: the run folder by its final name.
         identity: as `run_identity.identity_of` gives it; a section that is not known is null.
         checkpoints: step, loss, learning_rate, bytes and sha256 of each, in the order of steps.
-        facts: seed, device, precision, trained_rows, attempt and package versions, each null where not known.
+        facts: seed, device, precision, trained_rows, attempt and package versions, each null where not known, and, of a
+            collection, adapter_config_sha256.
     """
     category = folder.parent.parent.name
     recipe = identity["recipe"]
@@ -120,6 +143,7 @@ def manifest_of(
         "rank": rank,
         "recipe_sha256": files.sha256_of_value(recipe) if recipe else None,
         **identity,
+        "adapter_config_sha256": None,
         **facts,
         "checkpoints": checkpoints,
     })  # fmt: skip
@@ -129,7 +153,7 @@ def attempt_facts(attempt: str, started: str, finished: str) -> dict[str, Any]:
     """The facts of a run made by this process: versions and attempt."""
     return {
         "versions": {"python": platform.python_version(), **{name: version(name) for name in PACKAGES}},
-        "attempt": {"id": attempt, "host": socket.gethostname(), "started": started, "finished": finished},
+        "attempt": {"id": attempt, "started": started, "finished": finished},
     }
 
 
@@ -220,6 +244,9 @@ def faults_of(folder: Path, manifest: dict) -> list[str]:
     kept = manifest["recipe"] and manifest["recipe"].get("save_total_limit")
     if kept and len(steps) != kept:
         faults.append(f"{len(steps)} checkpoints, but the recipe keeps {kept}")
+    config = folder / "adapter_config.json"
+    if config.name in there and files.sha256_of(config) != manifest["adapter_config_sha256"]:
+        faults.append(f"{config.name} does not have its recorded sha256")
     present = [entry for entry in entries if checkpoint_name(entry["step"]) in there]
     faults += _checkpoint_faults(folder, present, manifest["rank"])
     return faults

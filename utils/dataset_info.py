@@ -19,6 +19,7 @@ from paths import CATEGORIES, DATA, relative
 PROMPTS_ONLY = "prompts_only"
 HELD_OUT = "held_out"  # the last so many rows are for scoring: no recipe trains on them
 ACCEPTED_ROWS = "accepted_rows"  # rows with a gap (no text, no answer) that stay as they are, by number
+PROVENANCE = ("license", "source", "citation", "language")  # of own data, for publishing; texts
 IMAGES = ("images", "image")
 # What an entry may map, by its formatting, and the columns that are taken for it when the user names none.
 CANDIDATES = {
@@ -216,7 +217,7 @@ def entry_faults(entry: Any) -> list[str]:
 
 def without_marks(entry: dict[str, Any]) -> dict[str, Any]:
     """What of an entry decides how its rows are trained on."""
-    return {key: value for key, value in entry.items() if key not in (HELD_OUT, ACCEPTED_ROWS)}
+    return {key: value for key, value in entry.items() if key not in (HELD_OUT, ACCEPTED_ROWS, *PROVENANCE)}
 
 
 def mark_faults(entry: dict[str, Any]) -> list[str]:
@@ -225,7 +226,7 @@ def mark_faults(entry: dict[str, Any]) -> list[str]:
     faults = [] if type(held_out) is int and held_out >= 0 else [f"{HELD_OUT} {held_out!r} is not a number of rows"]
     if not isinstance(accepted, list) or not all(type(number) is int and number > 0 for number in accepted):
         faults.append(f"{ACCEPTED_ROWS} is not a list of row numbers")
-    return faults
+    return faults + [f"{key} is not a text" for key in PROVENANCE if not isinstance(entry.get(key, ""), str)]
 
 
 def infer_entry(rows: list[dict[str, Any]], named: dict[str, str], prompts_only: bool) -> dict[str, Any]:

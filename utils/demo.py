@@ -1,7 +1,8 @@
 """The whole of this project once, for real, on this machine: `make demo`.
 
 Brings the embedded model, trains SmolLM2-135M on Demo at rank 8, collects 16 checkpoints, verifies them, and shows what
-the base and the last checkpoint answer to held-out questions. What is there already is not done again.
+the base and the last checkpoint answer to held-out questions; ends by naming the report, a page to open in a browser.
+What is there already is not done again.
 """
 
 import json
@@ -15,6 +16,7 @@ import collection
 import files
 import paths
 import rank_config
+import report
 from cli import UserError, say
 
 DATASET, MODEL, RANK = "Demo", "smollm2-135m", 8
@@ -36,7 +38,10 @@ def main() -> None:
     step("asking the base model and the last checkpoint")
     show_answers(folder, manifest, rank_config.resolve(recipe, config["model_name_or_path"]))
     show_table(folder, manifest)
+    step("drawing the report")
+    call([sys.executable, UTILS / "report.py"])
     say(f"\nall of it took {time.monotonic() - started:.0f} s")
+    say(f"look at it in a browser: {paths.relative(report.page_of())}")
 
 
 def step(what: str) -> None:

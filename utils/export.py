@@ -1,10 +1,11 @@
 """Bring collections into the form that another tool takes.
 
     FORMAT=dnd|peft|canonical|archive [CATEGORY=..] [DATASET=..] [MODEL=..] [RANK=..] [SEED=..] [OUT=..] [DTYPE=..] \\
-        python utils/export.py                                                                       (make export)
+        [STEPS=..] python utils/export.py                                                            (make export)
 
-Each selection is optional; none means all collections. OUT defaults to saves/exports/<format>. What is there already,
-made from the same collection, is not made again (FORCE=1 does); OUT/export.json says what was made from what.
+Each selection is optional; none means all collections. STEPS=all|last|every:10 is for FORMAT=peft. OUT defaults to
+saves/exports/<format>. What is there already, made from the same collection, is not made again (FORCE=1 does);
+OUT/export.json says what was made from what.
 """
 
 import importlib
@@ -28,8 +29,25 @@ def main() -> None:
     dtype = os.environ.get("DTYPE") or None
     if dtype is not None:
         dtype = paths.choose(dtype, DTYPES, "dtype")
-    out = Path(os.environ.get("OUT") or paths.SAVES / "exports" / format_name)
+    if os.environ.get("STEPS") and format_name != "peft":
+        raise UserError(f"STEPS={os.environ['STEPS']}: only FORMAT=peft selects steps; leave it out")
+    out = out_folder(os.environ.get("OUT") or str(paths.SAVES / "exports" / format_name))
     importlib.import_module(FORMATS[format_name]).export(index.chosen(), out, dtype)
+
+
+def out_folder(asked: str) -> Path:
+    """The folder that OUT names, absolute. Raises UserError where it is no folder, or one that holds collections."""
+    out = Path(asked).expanduser().absolute()
+    blocking = next((path for path in (out, *out.parents) if path.exists() and not path.is_dir()), None)
+    if blocking:
+        raise UserError(f"{paths.relative(blocking)}: is not a folder; choose another OUT")
+    real, saves = out.resolve(), paths.SAVES.resolve()
+    if real.is_relative_to(saves) and not any(real.is_relative_to(saves / name) for name in paths.DERIVED):
+        raise UserError(
+            f"{paths.relative(out)}: lies among the collections; choose one outside of {paths.relative(paths.SAVES)} "
+            f"or below {paths.relative(paths.SAVES / 'exports')}"
+        )
+    return out
 
 
 if __name__ == "__main__":

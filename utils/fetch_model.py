@@ -8,7 +8,6 @@ or `hf auth login` the account. An interrupted download goes on where it was. A 
 """
 
 import argparse
-import hashlib
 import json
 import os
 import re
@@ -22,8 +21,8 @@ import hub_errors
 import models
 import paths
 from cli import UserError, say
+from hub_transfer import allow_hub, bring_file, fault_of, gigabytes, part_of
 
-REPOSITORY = re.compile(r"[A-Za-z0-9][\w.-]*/[A-Za-z0-9][\w.-]*")
 SHARD = re.compile(r"model-\d+-of-\d+\.safetensors")
 # What is downloaded beside weights and tokenizer: never code, never weights in formats that can run code.
 SMALL_FILES = re.compile(r"(config|generation_config)\.json|(LICENSE|LICENCE|NOTICE)(\.\w+)?")
@@ -53,7 +52,7 @@ def asked_for(text: str) -> dict:
             f"say which model: make model MODEL=...; known: {', '.join(models.table())}; any other: org/name"
         )
     if "/" in name:
-        if not REPOSITORY.fullmatch(name) or ".." in name:
+        if not hub_errors.REPOSITORY.fullmatch(name) or ".." in name:
             raise UserError(f"model {name!r} is not a hub repository's name; it looks like org/name")
         entry = entry_of_repository(name)
     else:
@@ -114,22 +113,18 @@ def check(folder: Path, entry: dict) -> None:
 def bring_from_hub(folder: Path, entry: dict) -> None:
     """Download a model of the hub into a staging folder, which outlives an interruption, then give that its name."""
     set_hub_environment()
-    try:
+    staging = files.beside(folder, "download")
+
+    def bring() -> tuple:
         info = look_up(entry)
         chosen = choose_files(entry["hub_id"], info)
-        staging = files.beside(folder, "download")
         tidy(staging, chosen)
         check_disk(folder, staging, chosen)
         staging.mkdir(exist_ok=True)
         download(entry["hub_id"], info.sha, chosen, staging)
-    except Exception as error:
-        if isinstance(error, UserError) or cli.storage_fault(error):
-            raise
-        line = hub_errors.explain(error, entry["hub_id"], entry["revision"])
-        if line is None:
-            raise
-        raise UserError(line) from error
-    finish(staging, folder, entry, info, chosen)
+        return info, chosen
+
+    finish(staging, folder, entry, *hub_errors.translated(entry["hub_id"], entry["revision"], bring))
 
 
 def set_hub_environment() -> None:
@@ -138,7 +133,7 @@ def set_hub_environment() -> None:
     Files come over plain HTTP, which goes on in the middle of a file and through every mirror. HF_HUB_DISABLE_XET=0
     asks for the hub's Xet storage, which is faster on a fast line and starts an interrupted file again.
     """
-    os.environ["HF_HUB_OFFLINE"] = "0"
+    allow_hub()
     os.environ.setdefault("HF_HUB_DISABLE_XET", "1")
 
 
@@ -200,13 +195,11 @@ def check_disk(folder: Path, staging: Path, chosen: dict) -> None:
     say(f"{paths.relative(folder)}: {len(chosen)} files, {gigabytes(total)}{came}")
 
 
-def gigabytes(size: int) -> str:
-    """Bytes as people read them: `0.98 GB`."""
-    return f"{size / 1e9:.2f} GB" if size >= 1e7 else f"{size / 1e6:.2f} MB"
-
-
 def download(hub_id: str, commit: str, chosen: dict, staging: Path) -> None:
-    """Bring all chosen files into `staging`; what is there whole is not fetched again."""
+    """Bring all chosen files into `staging`; what is there whole is not fetched again.
+
+    `snapshot_download` takes a large file that lies here when its hash is right, and fetches it again when not.
+    """
     from huggingface_hub import constants, snapshot_download
     from huggingface_hub.utils import disable_progress_bars
 
@@ -214,42 +207,14 @@ def download(hub_id: str, commit: str, chosen: dict, staging: Path) -> None:
         disable_progress_bars("huggingface_hub.snapshot_download")  # the large files have their own, the rest is small
         for file in chosen.values():
             if file.lfs is not None:
-                bring_large_file(hub_id, commit, file, staging)
+                bring_file(hub_id, commit, file, staging)
     snapshot_download(hub_id, revision=commit, local_dir=staging, allow_patterns=list(chosen))
-
-
-def bring_large_file(hub_id: str, commit: str, file, staging: Path) -> None:
-    """Bring one large file, going on in its middle where a killed process stopped.
-
-    huggingface_hub starts such a file again: it resumes a dropped connection only within one process. Its
-    `snapshot_download`, called afterwards, takes what lies here when its hash is right, and fetches it again when not.
-    """
-    from huggingface_hub import hf_hub_url
-    from huggingface_hub.file_download import http_get
-    from huggingface_hub.utils import build_hf_headers
-
-    final, part = staging / file.rfilename, part_of(staging, file)
-    if final.is_file() and final.stat().st_size == file.size:
-        return
-    if part.is_file() and part.stat().st_size > file.size:
-        part.unlink()
-    headers = {**build_hf_headers(), "Accept-Encoding": "identity"}
-    with open(part, "ab") as data:
-        url = hf_hub_url(hub_id, file.rfilename, revision=commit)
-        name = file.rfilename
-        http_get(url, data, resume_size=data.tell(), headers=headers, expected_size=file.size, displayed_filename=name)
-    part.rename(final)
-
-
-def part_of(staging: Path, file) -> Path:
-    """Where a file lies while it comes; the name holds its hash, so a part is never continued with another file."""
-    return staging / f".{file.rfilename}.{(file.lfs.sha256 if file.lfs else file.blob_id or 'whole')[:16]}.part"
 
 
 def finish(staging: Path, folder: Path, entry: dict, info, chosen: dict) -> None:
     """Check what was downloaded, note where it came from, and give the folder its name."""
     for name, file in chosen.items():
-        if fault := fault_of(staging / name, file):
+        if fault := fault_of(staging / name, file, remembered_sha256):
             (staging / name).unlink(missing_ok=True)
             raise UserError(f"{entry['hub_id']}: {name} {fault}; run it again, the rest is kept")
     files.remove_folder(staging / ".cache")
@@ -270,21 +235,9 @@ def finish(staging: Path, folder: Path, entry: dict, info, chosen: dict) -> None
     say(f"{paths.relative(folder)}: {entry['hub_id']} at {info.sha[:12]}")
 
 
-def fault_of(path: Path, file) -> str | None:
-    """What is wrong with a downloaded file by the size and hash that the hub told, or None."""
-    if not path.is_file():
-        return "did not arrive"
-    size = path.stat().st_size
-    if file.size is not None and size != file.size:
-        return f"has {size} of {file.size} bytes"
-    if file.lfs is not None:
-        right = models.hashes_of(path.parent, [path])[path.name] == file.lfs.sha256
-    elif file.blob_id:
-        content = path.read_bytes()
-        right = hashlib.sha1(b"blob %d\0" % size + content).hexdigest() == file.blob_id
-    else:
-        right = True
-    return None if right else "does not have the hash that the hub told"
+def remembered_sha256(path: Path) -> str:
+    """A file's SHA-256, noted so that it is not read again for the model's identity."""
+    return models.hashes_of(path.parent, [path])[path.name]
 
 
 if __name__ == "__main__":

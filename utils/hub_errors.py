@@ -1,10 +1,73 @@
-"""Why the Hugging Face hub did not give a model, in one line with the way out. Imported by fetch_model.py."""
+"""Why the Hugging Face hub did not give or take something, in one line with the way out.
+
+Imported by fetch_model.py, publish.py and pull.py.
+"""
 
 import json
+import re
+from collections.abc import Callable
+from typing import Any
+
+import cli
+from cli import UserError
 
 HUB = "https://huggingface.co"
 LOG_IN = ".venv/bin/hf auth login, or set HF_TOKEN"
+REPOSITORY = re.compile(r"[A-Za-z0-9][\w.-]*/[A-Za-z0-9][\w.-]*")
 MIRROR = "check the network, or use a mirror: HF_ENDPOINT=https://hf-mirror.com"
+
+
+def repository_of(text: str, target: str) -> str:
+    """REPO as the hub names a repository, user/name. Raises UserError for anything else; `target` is the command."""
+    text = text.strip()
+    if not REPOSITORY.fullmatch(text) or ".." in text or "--" in text:
+        what = f"REPO {text!r} is not a hub repository's name" if text else "say which repository"
+        raise UserError(f"{what}: {target} REPO=user/name")
+    return text
+
+
+def translated(repository: str, revision: str | None, action: Callable[[], Any], uploads: bool = False) -> Any:
+    """What `action` returns; an error of the hub or the network in it becomes a UserError with the way out."""
+    try:
+        return action()
+    except Exception as error:
+        if isinstance(error, UserError) or cli.storage_fault(error):
+            raise
+        line = (refused(error, repository) if uploads else None) or explain(error, repository, revision)
+        if line is None:
+            raise
+        raise UserError(line) from error
+
+
+def refused(error: BaseException, repository: str) -> str | None:
+    """One line on why the hub did not take an upload; None for what a download may meet as well."""
+    from huggingface_hub import errors
+
+    kept = "run it again then, what has arrived is not sent again"
+    for link in chain_of(error):
+        if isinstance(link, ValueError) and "metadata in README.md" in str(link):
+            return f"{repository}: the hub does not take the card: {' '.join(str(link).split())}"
+        if not isinstance(link, errors.HfHubHTTPError) or link.response is None:
+            continue
+        status, said = link.response.status_code, link.server_message or ""
+        said = f" ({' '.join(said.split())})" if said else ""
+        if status == 402 or status == 413 or "storage" in said.lower():
+            return (
+                f"{repository}: the hub has no room for it{said}; free or buy storage at {HUB}/settings/billing; {kept}"
+            )
+        if status == 403:
+            owner = repository.split("/")[0]
+            return (
+                f"{repository}: the token may not write there{said}; give it write access to {owner} at "
+                f"{HUB}/settings/tokens, or publish under your own name"
+            )
+        if status in (409, 412):
+            return f"{repository}: somebody else changed it meanwhile{said}; {kept}"
+        if status == 404:
+            return f"{repository}: is gone, or your account may not see it{said}; check its name, or log in: {LOG_IN}"
+        if status == 400:
+            return f"{repository}: the hub does not take it{said}"
+    return None
 
 
 def explain(error: BaseException, hub_id: str, revision: str | None) -> str | None:

@@ -3,17 +3,21 @@
     python utils/index.py                  bring it up to date and print a line per collection        (make index)
     python utils/index.py --rows           print every row (--csv: as CSV)
 
-Collections whose manifest did not change are not read again. One that is broken is named and left out; status 1 then.
+Collections that did not change are not read again; checkpoints that changed after their manifest was written, or since
+the last index, are hashed. A collection that is broken is named and left out; status 1 then.
 Imported by all that works on collections: `chosen` gives those that the user selects.
 """
 
 import argparse
+import hashlib
 import json
 import os
+import re
 import sys
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NamedTuple
 
+import checkpoints
 import cli
 import collection
 import files
@@ -25,7 +29,8 @@ from cli import UserError, say
 if TYPE_CHECKING:
     import pyarrow as pa
 
-FORMAT = "1"
+FORMAT = "2"
+ENTRY = ("step", "loss", "learning_rate", "bytes", "sha256")  # what a manifest says of a checkpoint
 COLUMNS = {
     "category": "string", "dataset": "string", "model": "string", "base_model": "string", "rank": "int32",
     "seed": "int64", "step": "int64", "loss": "float64", "learning_rate": "float64", "file": "string",
@@ -48,6 +53,17 @@ def main() -> int:
     parser.add_argument("--csv", action="store_true", help="print every checkpoint as CSV")
     args = parser.parse_args()
     table, faults = update()
+    try:
+        show(table, args)
+    except BrokenPipeError:  # `| head` has seen enough; Python shall not try again at its end
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+    for fault in faults.values():
+        print(f"FAULTY {fault}", file=sys.stderr, flush=True)
+    return 1 if faults else 0
+
+
+def show(table: "pa.Table", args: argparse.Namespace) -> None:
+    """Print the index as the user asked."""
     if args.csv:
         import pyarrow.csv
 
@@ -56,9 +72,6 @@ def main() -> int:
         print_rows(table)
     else:
         print_collections(table)
-    for fault in faults.values():
-        print(f"FAULTY {fault}", file=sys.stderr, flush=True)
-    return 1 if faults else 0
 
 
 def update(saves: Path | None = None) -> "tuple[pa.Table, dict[str, str]]":
@@ -70,25 +83,36 @@ def update(saves: Path | None = None) -> "tuple[pa.Table, dict[str, str]]":
 
     saves = saves or paths.SAVES
     old, known = read(saves)
+    places = places_of(old)
     tables, seen, faults = [], {}, {}
     for folder in collection.run_folders([saves]) if saves.is_dir() else []:
         name = folder.relative_to(saves.absolute()).as_posix()
         try:
-            stamp = stamp_of(folder)
-            if name in known and known[name]["stamp"] == stamp:
-                part, seal = old.filter(pa.compute.field("collection") == name), known[name]["sha256"]
+            stamp, mark = stamp_of(folder), known.get(name)
+            if mark and mark["stamp"] == stamp and name in places:
+                part, seal = old.slice(*places[name]), mark["sha256"]
             else:
                 part, seal = rows_of(name, folder)
-            check_files(saves, part)
+            before = mark["files"] if mark and mark["sha256"] == seal else None
+            found = check_files(saves, part, stamp, before)
         except UserError as error:
             faults[name] = str(error)
             continue
         tables.append(part)
-        seen[name] = {"stamp": stamp, "sha256": seal}
-    table = pa.concat_tables(tables) if tables else schema().empty_table()
-    if seen != known:
+        seen[name] = {"stamp": stamp, "sha256": seal, "files": found}
+    table = pa.concat_tables(tables).combine_chunks() if tables else schema().empty_table()
+    if seen != known or (not seen and saves.is_dir()):
         write(saves, table, seen)
     return table, faults
+
+
+def places_of(table: "pa.Table") -> dict[str, tuple[int, int]]:
+    """By collection, (first row, number of rows) in an index, whose rows stand collection by collection."""
+    places: dict[str, tuple[int, int]] = {}
+    for row, name in enumerate(table["collection"].to_pylist()):
+        first, _ = places.get(name, (row, 0))
+        places[name] = first, row - first + 1
+    return places
 
 
 def schema() -> "pa.Schema":
@@ -101,7 +125,7 @@ def schema() -> "pa.Schema":
 def read(saves: Path) -> "tuple[pa.Table, dict[str, dict]]":
     """The index as it stands on disk, and by collection the manifest it was read from: its `stamp` and its `sha256`.
 
-    Both empty where there is none, or one of another format or half a file: it is only a copy of the manifests.
+    Both empty where there is none, or one of another format, damaged or edited: it is but a copy of the manifests.
     """
     import pyarrow as pa
     import pyarrow.parquet
@@ -110,9 +134,10 @@ def read(saves: Path) -> "tuple[pa.Table, dict[str, dict]]":
     try:
         table = pyarrow.parquet.read_table(path, memory_map=False)
         marks = json.loads(table.schema.metadata[b"paragen"])
-        if marks["format"] == FORMAT and table.schema.names == list(COLUMNS):
-            return table.replace_schema_metadata(None), marks["collections"]
-    except (FileNotFoundError, pa.ArrowInvalid, KeyError, TypeError, ValueError):
+        table = table.replace_schema_metadata(None)
+        if marks["format"] == FORMAT and marks["sha256"] == content_sha256(table, marks["collections"]):
+            return table, marks["collections"]
+    except (OSError, pa.ArrowException, KeyError, TypeError, ValueError):
         pass
     return schema().empty_table(), {}
 
@@ -122,10 +147,22 @@ def write(saves: Path, table: "pa.Table", known: dict[str, dict]) -> None:
     import pyarrow as pa
     import pyarrow.parquet
 
-    marks = json.dumps({"format": FORMAT, "collections": known})
+    marks = json.dumps({"format": FORMAT, "collections": known, "sha256": content_sha256(table, known)})
     sink = pa.BufferOutputStream()
     pyarrow.parquet.write_table(table.replace_schema_metadata({"paragen": marks}), sink)
     files.write_atomically(saves / paths.INDEX, sink.getvalue().to_pybytes())
+
+
+def content_sha256(table: "pa.Table", known: dict[str, dict]) -> str:
+    """The hash of all that an index says."""
+    import pyarrow as pa
+    import pyarrow.csv
+
+    sink = pa.BufferOutputStream()
+    pyarrow.csv.write_csv(table, sink)
+    sha256 = hashlib.sha256(sink.getvalue())
+    sha256.update(json.dumps(known, sort_keys=True).encode())
+    return sha256.hexdigest()
 
 
 def stamp_of(folder: Path) -> list[int]:
@@ -134,6 +171,8 @@ def stamp_of(folder: Path) -> list[int]:
         stat = os.stat(folder / paths.MANIFEST)
     except FileNotFoundError:
         raise UserError(f"{paths.relative(folder)}: has no {paths.MANIFEST}, so it is no finished collection") from None
+    except OSError as error:
+        raise UserError(f"{paths.relative(folder)}: cannot be read: {error.strerror}") from None
     return [stat.st_size, stat.st_mtime_ns, stat.st_ctime_ns, stat.st_ino]
 
 
@@ -142,36 +181,61 @@ def rows_of(name: str, folder: Path) -> "tuple[pa.Table, str]":
     import pyarrow as pa
 
     manifest = collection.read_manifest(folder)
-    base, data = manifest["base_model"] or {}, (manifest["data"] or [{}])[0]
-    shared = {
-        "category": manifest["category"],
-        "dataset": manifest["dataset"],
-        "model": models.short_name(Path(base["name"])) if base.get("name") else None,
-        "base_model": base.get("name"),
-        "rank": manifest["rank"],
-        "seed": manifest["seed"],
-        "prompts_file": data.get("file"),
-        "prompts_sha256": data.get("rows_sha256"),
-        "rows": data.get("rows"),
-        "collection": name,
-    }
-    rows = [
-        {**shared, **{key: entry[key] for key in ("step", "loss", "learning_rate", "bytes", "sha256")}}
-        | {"file": f"{name}/{collection.checkpoint_name(entry['step'])}"}
-        for entry in manifest["checkpoints"]
-    ]
-    return pa.Table.from_pylist(rows, schema=schema()), manifest["sha256"]
+    if manifest is None:
+        raise UserError(f"{paths.relative(folder)}: has no {paths.MANIFEST}, so it is no finished collection")
+    try:
+        base, data = manifest["base_model"] or {}, (manifest["data"] or [{}])[0]
+        shared = {
+            "category": manifest.get("category"),
+            "dataset": manifest["dataset"],
+            "model": models.short_name(Path(base["name"])) if base.get("name") else None,
+            "base_model": base.get("name"),
+            "rank": manifest["rank"],
+            "seed": manifest.get("seed"),
+            "prompts_file": data.get("file"),
+            "prompts_sha256": data.get("rows_sha256"),
+            "rows": data.get("rows"),
+            "collection": name,
+        }
+        rows = [
+            {**shared, **{key: entry[key] for key in ENTRY}}
+            | {"file": f"{name}/{collection.checkpoint_name(entry['step'])}"}
+            for entry in manifest["checkpoints"]
+        ]
+        return pa.Table.from_pylist(rows, schema=schema()), manifest["sha256"]
+    except (KeyError, TypeError, AttributeError, ValueError) as error:
+        raise UserError(
+            f"{paths.relative(folder / paths.MANIFEST)}: not a collection's ({error!r}); train again with FORCE=1"
+        ) from None
 
 
-def check_files(saves: Path, rows: "pa.Table") -> None:
-    """Raise UserError unless each file of some rows is there with its length."""
+def check_files(saves: Path, rows: "pa.Table", manifest: list[int], before: str | None) -> str:
+    """Check that the files of a collection are those of its manifest; they are hashed only if they changed after it.
+
+    Args:
+        saves: what the rows' files are relative to.
+        rows: the collection's part of the index.
+        manifest: the manifest's stamp; it is written after the checkpoints.
+        before: what this function returned when the collection was indexed last, if that was the same manifest.
+
+    Returns what tells whether the files changed since. Raises UserError naming a file that is gone or other.
+    """
+    stamps = []
     for name, size in zip(rows["file"].to_pylist(), rows["bytes"].to_pylist(), strict=True):
         try:
-            found = os.stat(saves / name).st_size
-        except FileNotFoundError:
+            stamps.append(checkpoints.stamp_of(saves / name))
+        except OSError:
             raise UserError(f"{paths.relative(saves / name)}: is missing; collect it again with FORCE=1") from None
-        if found != size:
-            raise UserError(f"{paths.relative(saves / name)}: has {found} bytes, its manifest says {size}")
+        if stamps[-1][0] != size:
+            raise UserError(f"{paths.relative(saves / name)}: has {stamps[-1][0]} bytes, its manifest says {size}")
+    # Without the time of the last change of the inode, which a hard link alone moves on.
+    found = hashlib.sha256(repr([(size, written, number) for size, written, _, number in stamps]).encode()).hexdigest()
+    late = any(changed > manifest[2] for _, _, changed, _ in stamps)
+    if found != before and (late or before is not None):
+        print(f"hashing {rows['collection'][0]}: changed after its manifest was written", file=sys.stderr, flush=True)
+        for row in rows.select(["file", "bytes", "sha256"]).to_pylist():
+            checkpoints.verified(saves / row["file"], row["bytes"], row["sha256"])
+    return found
 
 
 def load(saves: Path | None = None) -> "pa.Table":
@@ -180,32 +244,39 @@ def load(saves: Path | None = None) -> "pa.Table":
     Raises UserError naming the collections that changed or are gone since, or when there is no index; a collection that
     the index does not have yet is named on stderr.
     """
+    return load_sealed(saves)[0]
+
+
+def load_sealed(saves: Path | None = None) -> "tuple[pa.Table, dict[str, str]]":
+    """What `load` gives, and by collection the `sha256` of the manifest that its rows were read from."""
     saves = saves or paths.SAVES
+    label = paths.relative(saves / paths.INDEX)
     table, known = read(saves)
     if not known:
-        raise UserError(f"{paths.relative(saves / paths.INDEX)}: there is no index yet; run: make index")
-    stale = [name for name, mark in known.items() if is_stale(saves / name, mark)]
-    if stale:
-        raise UserError(
-            f"{paths.relative(saves / paths.INDEX)}: older than {', '.join(sorted(stale)[:3])}"
-            f"{f' and {len(stale) - 3} more' if len(stale) > 3 else ''}; run: make index"
-        )
+        there = "there are no collections in it" if (saves / paths.INDEX).exists() else "there is no index yet"
+        raise UserError(f"{label}: {there}, or it is broken; run: make index")
+    if stale := sorted(name for name, mark in known.items() if is_stale(saves / name, mark)):
+        raise UserError(f"{label}: older than {listed(stale)}; run: make index")
     there = {folder.relative_to(saves.absolute()).as_posix() for folder in collection.run_folders([saves])}
     if new := sorted(there - known.keys()):
-        print(
-            f"{paths.relative(saves / paths.INDEX)}: does not have {', '.join(new[:3])}"
-            f"{f' and {len(new) - 3} more' if len(new) > 3 else ''} (make index)",
-            file=sys.stderr,
-        )
-    return table
+        print(f"{label}: does not have {listed(new)} (make index brings it in or says why not)", file=sys.stderr)
+    return table, {name: mark["sha256"] for name, mark in known.items()}
+
+
+def listed(names: list[str]) -> str:
+    """Names as a message shows them: the first three and how many more."""
+    return ", ".join(names[:3]) + (f" and {len(names) - 3} more" if len(names) > 3 else "")
 
 
 def is_stale(folder: Path, mark: dict) -> bool:
-    """Whether a collection's manifest is another than the one that was indexed."""
+    """Whether a collection's manifest is another than the one that was indexed, gone, or not to be trusted."""
     try:
-        return stamp_of(folder) != mark["stamp"] and collection.read_manifest(folder)["sha256"] != mark["sha256"]
+        if stamp_of(folder) == mark["stamp"]:
+            return False
+        manifest = collection.read_manifest(folder)
     except UserError:
         return True
+    return manifest is None or manifest["sha256"] != mark["sha256"]
 
 
 def chosen(saves: Path | None = None) -> list[Chosen]:
@@ -215,44 +286,68 @@ def chosen(saves: Path | None = None) -> list[Chosen]:
 
     Raises UserError for a name that no collection has, when nothing is left, or when a selected one is broken.
     """
+    saves = saves or paths.SAVES
+    table, faults = update(saves)
+    wanted = asked()
+    for name, fault in faults.items():
+        if concerns(name, wanted):
+            raise UserError(fault)
+    names = sorted(set(selected(table, wanted)["collection"].to_pylist()))
+    if not names:
+        said = " ".join(f"{name.upper()}={' '.join(values)}" for name, values in wanted.items() if values)
+        what = f"no collection fits {said}" if said else "no collections yet"
+        raise UserError(f"{paths.relative(saves)}: {what}; make index lists those there are")
+    return [Chosen(name, saves / name, collection.read_manifest(saves / name)) for name in names]
+
+
+def asked() -> dict[str, list[str]]:
+    """What CATEGORY, DATASET, MODEL, RANK and SEED of the environment ask for, by column; empty lists ask for all."""
+    wanted = {
+        name: os.environ.get(name.upper(), "").split() for name in ("category", "dataset", "model", "rank", "seed")
+    }
+    wanted["model"] = wanted["model"] or os.environ.get("MODELS", "").split()
+    wanted["rank"] = wanted["rank"] or os.environ.get("RANKS", "").split()
+    wanted["rank"] = [str(rank_config.parse_rank(value)) for value in wanted["rank"]]
+    for value in wanted["seed"]:
+        if not re.fullmatch(r"[0-9]{1,18}", value):
+            raise UserError(f"SEED {value!r} is not a whole number")
+    return wanted
+
+
+def selected(table: "pa.Table", wanted: dict[str, list[str]]) -> "pa.Table":
+    """The rows of an index that are asked for (see `asked`). Raises UserError for a name that no row has."""
     import pyarrow as pa
     import pyarrow.compute as pc
 
-    saves = saves or paths.SAVES
-    table, faults = update(saves)
-    asked = {
-        name: os.environ.get(name.upper(), "").split() for name in ("category", "dataset", "model", "rank", "seed")
-    }
-    asked["model"] = asked["model"] or os.environ.get("MODELS", "").split()
-    asked["rank"] = asked["rank"] or os.environ.get("RANKS", "").split()
     for name in ("category", "dataset", "model"):
         known = {value for value in table[name].to_pylist() if value}
-        values = [paths.choose(value, known, f"collected {name}") for value in asked[name]]
+        values = [paths.choose(value, known, f"collected {name}") for value in wanted[name]]
         if values:
             table = table.filter(pc.is_in(table[name], pa.array(values)))
-    for name, parse in (("rank", rank_config.parse_rank), ("seed", int)):
-        if asked[name]:
-            values = pa.array([parse(value) for value in asked[name]], table.schema.field(name).type)
+    for name in ("rank", "seed"):
+        if wanted[name]:
+            values = pa.array([int(value) for value in wanted[name]], table.schema.field(name).type)
             table = table.filter(pc.is_in(table[name], values))
-    for name, fault in faults.items():
-        if concerns(name, asked):
-            raise UserError(fault)
-    names = sorted(set(table["collection"].to_pylist()))
-    if not names:
-        wanted = " ".join(f"{name.upper()}={' '.join(values)}" for name, values in asked.items() if values)
-        what = f"no collection fits {wanted}" if wanted else "no collections yet"
-        raise UserError(f"{paths.relative(saves)}: {what}; make index lists those there are")
-    return [Chosen(name, saves / name, collection.read_manifest(saves / name)) for name in names]
+    return table
 
 
 def concerns(name: str, asked: dict[str, list[str]]) -> bool:
     """Whether a collection whose manifest cannot be read may be one of those asked for, going by its path."""
     parts = name.split("/")
-    held = paths.rank_in(name)
+    *_, rank = [None, *paths.RANK_PART.finditer(parts[-1])]
+    if len(parts) != 3 or not rank:
+        return True
+    held = {
+        "category": parts[0],
+        "dataset": parts[1],
+        "model": models.short_name(Path(parts[-1][: rank.start()])),
+        "rank": rank[1],
+        "seed": rank[2],
+    }
     return all(
-        not asked[key] or paths.loose(part) in map(paths.loose, asked[key])
-        for key, part in zip(("category", "dataset"), parts, strict=False)
-    ) and (not asked["rank"] or held is None or str(held[0]) in asked["rank"])
+        not asked[key] or value is None or paths.loose(value) in map(paths.loose, asked[key])
+        for key, value in held.items()
+    )
 
 
 def print_collections(table: "pa.Table") -> None:

@@ -17,6 +17,7 @@ ADAPTER = "adapter_model.safetensors"  # PEFT's name for the weights in a checkp
 MANIFEST = "manifest.json"
 INDEX = "index.parquet"  # below saves/, as are the folders of what is made from collections and can be made again:
 DERIVED = ("exports", "stats", "report", "publish")
+EXPORT_RECORD = "export.json"  # an export's folder, wherever it lies, has one
 
 # The part of a run folder's name that says which adapter it holds. A model's own name may hold such a part too
 # (a merged adapter, say), so the last one counts.

@@ -108,6 +108,7 @@ def check_pretrain(recipe: Path, config: dict) -> None:
 def run(recipe: Path, config: dict, folder: Path, identity: dict) -> None:
     """Train into a staging folder beside the run folder, make it whole, give it its name."""
     attempt, started = secrets.token_hex(4), now()
+    recipe = recipe.absolute()  # the training changes the current folder
     phase = rank_config.phase_of(config)
     if phase == "pretrain" and config.get("resume_from_checkpoint"):
         say(f"save_steps is {config.get('save_steps')}, not 1: this run resumes and trains on, but collects nothing")
@@ -134,6 +135,8 @@ def run(recipe: Path, config: dict, folder: Path, identity: dict) -> None:
         facts = {"seed": config.get("seed", rank_config.DEFAULT_SEED), **facts}
         finish = finish_finetune if phase == "finetune" else finish_pretrain
         checkpoints = finish(staging, folder, identity)
+        if phase == "finetune":
+            facts["adapter_config_sha256"] = files.sha256_of(staging / "adapter_config.json")
         if changed := run_identity.changes(identity, run_identity.identity_of(recipe, config)):
             raise UserError(f"{'; '.join(changed)}: changed while it was trained on; run it again")
         manifest = collection.manifest_of(folder, phase, config["lora_rank"], identity, checkpoints, facts)

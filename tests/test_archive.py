@@ -1,0 +1,445 @@
+"""An archive gives back what was put into it, bit for bit, or says what is damaged; nothing is left half-written."""
+
+import filecmp
+import hashlib
+import json
+import os
+import shutil
+import sys
+import time
+from pathlib import Path
+
+import pytest
+import torch
+import warm
+from safetensors import safe_open
+from safetensors.torch import load_file, save_file
+
+import archive
+import archive_read
+import archive_write
+import collection
+import export_archive
+import import_archive
+import index
+import paths
+from cli import UserError
+
+RUN = "Synth_lora-rank_2_finetune"
+
+
+def make_collection(folder: Path, steps: int = 20, dtypes=(torch.float32,), size: int = 64, **changed) -> Path:
+    """A collection of random walks, as made from a stock run: not all facts are known."""
+    folder.mkdir(parents=True)
+    generator, entries = torch.Generator().manual_seed(0), []
+    tensors = {}
+    for number, dtype in enumerate(dtypes):
+        for factor, shape in (("A", (2, size)), ("B", (size, 2))):
+            walk = torch.randn(shape, generator=generator)
+            tensors[f"base_model.model.layers.{number}.q_proj.lora_{factor}.weight"] = walk.to(dtype)
+    for step in range(5, 5 + steps):
+        for key, tensor in tensors.items():
+            tensors[key] = tensor + (torch.randn(tensor.shape, generator=generator) * 1e-3).to(tensor.dtype)
+        path = folder / collection.checkpoint_name(step)
+        save_file(tensors, path, {"format": "pt"})
+        sha256 = hashlib.sha256(path.read_bytes()).hexdigest()
+        entries.append(
+            {"step": step, "loss": None, "learning_rate": None, "bytes": path.stat().st_size, "sha256": sha256}
+        )
+    (folder / "adapter_config.json").write_text('{"r": 2}')
+    identity = dict.fromkeys(("recipe", "data", "base_model", "tokenizer", "pretrain"))
+    facts = {"seed": None, "adapter_config_sha256": hashlib.sha256(b'{"r": 2}').hexdigest()}
+    manifest = collection.manifest_of(folder, "finetune", 2, identity, entries, facts)
+    (folder / paths.MANIFEST).write_text(json.dumps(collection.sealed(manifest | changed)))
+    return folder
+
+
+@pytest.fixture
+def synthetic(tmp_path) -> Path:
+    return make_collection(tmp_path / "from here" / "math" / "Toy" / RUN)
+
+
+def archived(folder: Path, target: Path, part_bytes: int | None = None) -> list[Path]:
+    return archive.write(folder, collection.read_manifest(folder), target, part_bytes)
+
+
+def same_folders(one: Path, other: Path) -> bool:
+    names = sorted(os.listdir(one))
+    return names == sorted(os.listdir(other)) and filecmp.cmpfiles(one, other, names, shallow=False)[0] == names
+
+
+def same(one: dict, other: dict) -> bool:
+    return one.keys() == other.keys() and all(
+        one[key].dtype == other[key].dtype
+        and one[key].shape == other[key].shape
+        and torch.equal(one[key].contiguous().view(torch.uint8), other[key].contiguous().view(torch.uint8))
+        for key in one
+    )
+
+
+def flip(path: Path, place: int, bit: int = 0) -> None:
+    with open(path, "r+b") as file:
+        file.seek(place)
+        byte = file.read(1)[0]
+        file.seek(place)
+        file.write(bytes([byte ^ 1 << bit]))
+    archive_read._opened.cache_clear()  # within a tick of the clock a file's times do not tell that it changed
+
+
+def left_overs(top: Path) -> list[Path]:
+    return [path for path in top.rglob(".*") if path.name.startswith(".") and path.name != ".export.json.lock"]
+
+
+def test_a_real_collection_comes_back_with_the_same_bytes(trained_once, tmp_path, monkeypatch, capsys):
+    folder, saves = trained_once.run_folder("finetune"), tmp_path / "other saves"
+    for name in ("DATASET", "MODEL", "RANK", "FORCE"):
+        monkeypatch.delenv(name, raising=False)
+    out = tmp_path / "my exports"
+    chosen = index.chosen(trained_once.top / "saves")
+    export_archive.export(chosen, out, None)
+    (path,) = out.rglob("*.archive")
+    assert path.relative_to(out).as_posix() == f"common-sense-reasoning/Toy/{folder.name}.archive"
+    export_archive.export(chosen, out, None)
+    assert "there already" in capsys.readouterr().out
+
+    restored = archive.restore([path], saves)
+    assert restored == saves / "common-sense-reasoning" / "Toy" / folder.name
+    assert same_folders(folder, restored)
+    assert collection.faults_of(restored, collection.read_manifest(restored)) == []
+    assert index.update(saves)[0].num_rows == 6 and not index.update(saves)[1]
+    for entry in collection.read_manifest(folder)["checkpoints"]:
+        tensors = archive.load_step(path, entry["step"])
+        assert list(tensors) == sorted(tensors)
+        assert same(tensors, load_file(folder / collection.checkpoint_name(entry["step"])))
+
+
+@pytest.mark.parametrize(
+    "dtypes",
+    [
+        (torch.bfloat16,),
+        (torch.float16, torch.float32),
+        (torch.float32, torch.bfloat16, torch.float64, torch.float8_e5m2),
+    ],
+)
+def test_any_dtypes_are_lossless_over_several_full_checkpoints(tmp_path, dtypes):
+    folder = tmp_path / "math" / "Toy" / RUN
+    make_collection(folder, 2 * archive_write.GROUP + 3, tuple(dtype for dtype in dtypes if dtype.itemsize > 1))
+    if any(dtype.itemsize == 1 for dtype in dtypes):
+        manifest = collection.read_manifest(folder)
+        for entry in manifest["checkpoints"]:
+            file = folder / collection.checkpoint_name(entry["step"])
+            tensors = load_file(file) | {"flags": torch.tensor([True, False, True]), "empty": torch.zeros(0, 3)}
+            save_file(tensors | {"small": torch.ones(5).to(torch.float8_e5m2)}, file, {"order": "x" * entry["step"]})
+            entry.update(bytes=file.stat().st_size, sha256=hashlib.sha256(file.read_bytes()).hexdigest())
+        (folder / paths.MANIFEST).write_text(json.dumps(collection.sealed(manifest)))
+    (path,) = archived(folder, tmp_path / "x.archive")
+    archive.verify(path)
+    manifest = collection.read_manifest(folder)
+    assert archive.steps_of(path) == [entry["step"] for entry in manifest["checkpoints"]]
+    for step, data in archive.read_all(path):
+        file = folder / collection.checkpoint_name(step)
+        assert bytes(data) == file.read_bytes()
+        assert same(archive.load_step(path, step), load_file(file))
+
+
+def test_differences_make_it_small(tmp_path):
+    folder = make_collection(tmp_path / "math" / "Toy" / RUN, 14, (torch.bfloat16,), size=20_000)
+    (path,) = archived(folder, tmp_path / "x.archive")
+    raw = sum(entry["bytes"] for entry in collection.read_manifest(folder)["checkpoints"])
+    assert path.stat().st_size < 0.5 * raw  # a random walk; figures of real runs: bench/archive.py
+
+
+def test_it_is_a_safetensors_file(synthetic, tmp_path):
+    (path,) = archived(synthetic, tmp_path / "x.archive")
+    with safe_open(path, "pt") as file:
+        assert sorted(file.keys()) == ["blocks", "index", "seal"]
+        assert file.metadata()["paragen_archive"] == archive.FORMAT
+
+
+def test_a_step_is_read_without_the_groups_before_it(synthetic, tmp_path):
+    (path,) = archived(synthetic, tmp_path / "x.archive")
+    first_block = archive.opened(path).index["steps"][0]["planes"][0]
+    flip(path, archive_read.HEAD + first_block[1])
+    with pytest.raises(UserError, match="byte plane 0 of checkpoint 5 is damaged"):
+        archive.load_step(path, 5)
+    archive.load_step(path, 5 + archive_write.GROUP)
+    with pytest.raises(UserError, match="does not hold step 99; it holds 5 to 24"):
+        archive.load_step(path, 99)
+
+
+def test_a_flipped_bit_anywhere_is_found_and_named(tmp_path):
+    folder = make_collection(tmp_path / "math" / "Toy" / RUN, 6, (torch.bfloat16,), size=32)
+    (path,) = archived(folder, tmp_path / "x.archive")
+    found = archive.opened(path).index
+    named = {HEADER: range(archive_read.HEAD)}
+    for name, entry in found["files"].items():
+        named[name] = block_of(entry["block"])
+    for entry in found["headers"]:
+        named["the header of checkpoint"] = block_of(entry["block"])
+    for step in found["steps"]:
+        for number, block in enumerate(step["planes"]):
+            named[f"byte plane {number} of checkpoint {step['step']}"] = block_of(block)
+    end = max(places.stop for places in named.values())
+    named["its header or its index"] = range(end, path.stat().st_size)
+    assert sum(len(places) for places in named.values()) == path.stat().st_size  # no byte is left out
+    for what, places in named.items():
+        for place in {*places[:9], *places[:: max(1, len(places) // 30)], *places[-2:]}:
+            flip(path, place, place % 8)
+            with pytest.raises(UserError) as caught:
+                archive.verify(path)
+            assert "x.archive" in str(caught.value) and "\n" not in str(caught.value)
+            assert what == HEADER or what in str(caught.value), place
+            flip(path, place, place % 8)
+    archive.verify(path)
+
+
+HEADER = "the safetensors header and its padding"  # the library finds some of it, in its words
+
+
+def block_of(block: list) -> range:
+    return range(archive_read.HEAD + block[1], archive_read.HEAD + block[1] + block[2])
+
+
+def test_a_truncated_or_lengthened_file_is_found(synthetic, tmp_path):
+    (path,) = archived(synthetic, tmp_path / "x.archive")
+    data = path.read_bytes()
+    for wrong in (b"", data[:5], data[:600], data[: len(data) // 2], data[:-1], data + b"\0", b"no archive" * 100):
+        path.write_bytes(wrong)
+        archive_read._opened.cache_clear()
+        with pytest.raises(UserError, match=r"x\.archive: is truncated"):
+            archive.restore([path], tmp_path / "saves")
+    with pytest.raises(UserError, match="no such archive"):
+        archive.restore([tmp_path / "gone.archive"], tmp_path / "saves")
+    assert not (tmp_path / "saves").exists()
+
+
+def test_a_checkpoint_changed_since_is_not_archived(synthetic, tmp_path):
+    flip(synthetic / "checkpoint-9.safetensors", 400)
+    with pytest.raises(UserError, match=r"checkpoint-9\.safetensors: does not have its recorded sha256"):
+        archived(synthetic, tmp_path / "x.archive")
+    assert not list(tmp_path.glob("*.archive*"))
+
+
+def test_what_is_there_is_kept_unless_forced(synthetic, tmp_path, monkeypatch, capsys):
+    monkeypatch.setattr(paths, "SAVES", tmp_path / "saves")
+    monkeypatch.delenv("FORCE", raising=False)
+    (path,) = archived(synthetic, tmp_path / "x.archive")
+    monkeypatch.setattr(sys, "argv", ["import_archive.py", str(path)])
+    folder = tmp_path / "saves" / "math" / "Toy" / RUN
+
+    assert import_archive.main() == 0
+    stamp = folder.stat().st_ino
+    assert import_archive.main() == 0
+    assert "there already" in capsys.readouterr().out
+    assert folder.stat().st_ino == stamp
+
+    flip(folder / "checkpoint-9.safetensors", 400)
+    assert import_archive.main() == 1
+    assert "but checkpoint-9.safetensors does not have its recorded sha256; FORCE=1" in capsys.readouterr().err
+    shutil.rmtree(folder)
+    make_collection(folder, 3)
+    assert import_archive.main() == 1
+    assert "another collection than the archive's is there already; FORCE=1" in capsys.readouterr().err
+    assert len(list(folder.glob("*.safetensors"))) == 3
+    (folder / paths.MANIFEST).unlink()
+    assert import_archive.main() == 1
+    assert "without a manifest.json; FORCE=1" in capsys.readouterr().err
+
+    monkeypatch.setenv("FORCE", "1")
+    assert import_archive.main() == 0
+    assert same_folders(synthetic, folder)
+    assert not left_overs(tmp_path / "saves")
+
+
+def test_a_strangers_names_do_not_leave_saves(tmp_path):
+    for number, names in enumerate((
+        {"run": "../../../evil_finetune"},
+        {"run": "/evil_finetune"},
+        {"run": ".."},
+        {"run": ".hidden_finetune"},
+        {"run": ""},
+        {"run": None},
+        {"run": "a\nb_finetune"},
+        {"dataset": ".."},
+        {"dataset": "a/b"},
+        {"dataset": ["x"]},
+        {"category": "../math"},
+        {"category": "elsewhere"},
+        {"category": None, "dataset": "exports"},
+        {"phase": "pretrain"},
+        {"checkpoints": [{"step": "../../evil", "bytes": 1, "sha256": "0"}]},
+        {"checkpoints": "none"},
+        {"recipe": "none"},
+    )):  # fmt: skip
+        folder = make_collection(tmp_path / str(number) / "math" / "Toy" / RUN, 1)
+        manifest = collection.read_manifest(folder)
+        target = tmp_path / f"{number}.archive"
+        crafted = collection.sealed(manifest | names)
+        small = {paths.MANIFEST: json.dumps(crafted).encode()}
+        archive_write._write_part(target, folder, None, crafted["sha256"], small, manifest["checkpoints"], None)
+        with pytest.raises(UserError, match=f"{number}.archive"):
+            archive.restore([target], tmp_path / "saves")
+        assert not (tmp_path / "saves").exists(), names
+    small = {paths.MANIFEST: json.dumps(manifest).encode(), "../evil": b"evil"}
+    archive_write._write_part(target, folder, None, manifest["sha256"], small, manifest["checkpoints"], None)
+    with pytest.raises(UserError, match=r"'\.\./evil', which belongs to no collection"):
+        archive.restore([target], tmp_path / "saves")
+    assert not (tmp_path / "saves").exists() and not list(tmp_path.rglob("evil*"))
+
+
+def test_what_differs_from_the_manifest_or_lies_between_blocks_is_refused(synthetic, tmp_path, monkeypatch):
+    target, manifest = tmp_path / "x.archive", collection.read_manifest(synthetic)
+    entries = [dict(entry) for entry in manifest["checkpoints"]]
+    entries[4]["sha256"] = entries[3]["sha256"]
+    crafted = collection.sealed(manifest | {"checkpoints": entries})
+    small = {paths.MANIFEST: json.dumps(crafted).encode()}
+    archive_write._write_part(target, synthetic, None, crafted["sha256"], small, manifest["checkpoints"], None)
+    with pytest.raises(UserError, match="checkpoint 9 is not the one that its manifest records"):
+        archive.restore([target], tmp_path / "saves")
+    assert not list(tmp_path.glob("saves/*/*/*")) and not left_overs(tmp_path / "saves")
+
+    put = archive_write._put
+    monkeypatch.setattr(archive_write, "_put", lambda file, *block: (file.write(b"?"), put(file, *block))[1])
+    archived(synthetic, target)
+    with pytest.raises(UserError, match=r"x\.archive: its index is not one of format"):
+        archive.restore([target], tmp_path / "saves")
+
+
+def test_a_collection_of_no_category_comes_back(tmp_path):
+    folder = make_collection(tmp_path / "mine" / "Toy" / RUN, 3)
+    assert collection.read_manifest(folder)["category"] is None
+    (path,) = archived(folder, tmp_path / "x.archive")
+    assert same_folders(folder, archive.restore([path], tmp_path / "saves"))
+    assert (tmp_path / "saves" / "Toy" / RUN).is_dir()
+
+
+def test_parts_stay_below_the_limit_and_come_back_together(synthetic, tmp_path, monkeypatch, capsys):
+    monkeypatch.setattr(paths, "SAVES", tmp_path / "saves")
+    target = tmp_path / "parts here" / "x.archive"
+    target.parent.mkdir()
+    parts = archived(synthetic, target, part_bytes=12_000)
+    assert len(parts) > 2 and parts[0].name == f"x-00001-of-{len(parts):05}.archive"
+    assert sorted(target.parent.iterdir()) == parts
+    assert all(path.stat().st_size <= 12_000 for path in parts)
+    assert [step for path in parts for step in archive.steps_of(path)] == list(range(5, 25))
+    for path in parts:
+        archive.verify(path)
+        step = archive.steps_of(path)[-1]
+        assert same(archive.load_step(path, step), load_file(synthetic / collection.checkpoint_name(step)))
+
+    hidden = parts[1].rename(tmp_path / "hidden")
+    monkeypatch.setattr(sys, "argv", ["import_archive.py", str(target.parent)])
+    assert import_archive.main() == 1
+    assert "give the folder that holds all parts" in capsys.readouterr().err
+    hidden.rename(parts[1])
+    assert import_archive.main() == 0
+    assert same_folders(synthetic, tmp_path / "saves" / "math" / "Toy" / RUN)
+
+    assert archived(synthetic, tmp_path / "one.archive", part_bytes=10**9) == [tmp_path / "one.archive"]
+    with pytest.raises(UserError, match="are too few for one checkpoint"):
+        archived(synthetic, tmp_path / "none.archive", part_bytes=3000)
+    assert not list(tmp_path.glob("none*"))
+
+
+def test_parts_of_different_collections_are_not_mixed(synthetic, tmp_path):
+    other = make_collection(tmp_path / "other" / "math" / "Toy" / RUN, 3)
+    one, two = archived(synthetic, tmp_path / "1.archive") + archived(other, tmp_path / "2.archive")
+    with pytest.raises(UserError, match=r"2\.archive: is of another collection than"):
+        archive.restore([one, two], tmp_path / "saves")
+
+
+def test_another_dtype_only_when_asked_for_and_recorded(trained_once, tmp_path, monkeypatch):
+    monkeypatch.delenv("FORCE", raising=False)
+    folder = trained_once.run_folder("finetune")
+    source = collection.read_manifest(folder)
+    (chosen,) = index.chosen(trained_once.top / "saves")
+    export_archive.export([chosen], tmp_path / "out", "bfloat16")
+    (path,) = (tmp_path / "out").rglob("*.archive")
+    restored = archive.restore([path], tmp_path / "saves")
+    manifest = collection.read_manifest(restored)
+
+    assert manifest["converted"] == {"from": "float32", "to": "bfloat16", "sha256": source["sha256"]}
+    assert manifest["sha256"] != source["sha256"]
+    assert collection.faults_of(restored, manifest) == []
+    assert collection.state_of(restored, source)[0] == "complete"
+    assert index.update(tmp_path / "saves")[1] == {}
+    for entry, before in zip(manifest["checkpoints"], source["checkpoints"], strict=True):
+        file = collection.checkpoint_name(entry["step"])
+        expected = {key: tensor.bfloat16() for key, tensor in load_file(folder / file).items()}
+        assert same(load_file(restored / file), expected)
+        assert (entry["loss"], entry["step"]) == (before["loss"], before["step"])
+    assert archive.converted(folder, source, "float32") == source
+    with pytest.raises(UserError, match=r"another collection than the archive's \(in bfloat16\) is there already"):
+        archive.restore([path], trained_once.top / "saves")
+
+
+def test_a_value_that_a_dtype_cannot_hold_is_named(tmp_path):
+    folder = make_collection(tmp_path / "math" / "Toy" / RUN, 1)
+    file = folder / "checkpoint-5.safetensors"
+    save_file({"big.lora_A.weight": torch.full((2, 2), 1e6)}, file)
+    manifest = collection.read_manifest(folder)
+    manifest["checkpoints"][0].update(bytes=file.stat().st_size, sha256=hashlib.sha256(file.read_bytes()).hexdigest())
+    with pytest.raises(UserError, match="big.lora_A.weight holds values that float16 cannot"):
+        archive.converted(folder, manifest, "float16")
+
+
+# In processes of their own: killed, two at once, on a full disk
+
+
+def start(script: str, saves: Path, *arguments, **environment: str) -> warm.Run:
+    """utils/<script>.py on this saves/ folder."""
+    log = saves.with_name(f"log {time.monotonic_ns()}.txt")
+    return warm.start(script, [str(value) for value in arguments], {"SAVES_FOLDER": str(saves), **environment}, log)
+
+
+@pytest.fixture
+def large(tmp_path) -> Path:
+    return make_collection(tmp_path / "from" / "math" / "Toy" / RUN, 40, size=20_000)
+
+
+def test_a_killed_import_leaves_nothing_half_written(large, tmp_path):
+    (path,) = archived(large, tmp_path / "x.archive")
+    saves = tmp_path / "saves"
+    folder = saves / "math" / "Toy" / RUN
+    run = start("import_archive", saves, path)
+    assert run.kill_when(lambda: len(list(saves.glob("*/*/.*staging*/checkpoint-*"))) >= 3)
+    assert not folder.exists() and left_overs(saves)
+    assert start("import_archive", saves, path).wait().status == 0
+    assert same_folders(large, folder) and not left_overs(saves)
+
+
+def test_a_killed_export_leaves_nothing_half_written(large, tmp_path):
+    out, saves = tmp_path / "out", tmp_path / "from"
+    environment = {"FORMAT": "archive", "OUT": str(out)}
+    run = start("export", saves, **environment)
+    assert run.kill_when(lambda: any(path.stat().st_size > 10**6 for path in out.rglob(".*staging*")))
+    assert not list(out.rglob("*_finetune.archive"))
+    assert start("export", saves, **environment).wait().status == 0
+    (path,) = out.rglob("*.archive")
+    archive.verify(path)
+    assert not left_overs(out)
+
+
+def test_two_imports_at_once_make_one_collection(large, tmp_path):
+    (path,) = archived(large, tmp_path / "x.archive")
+    saves = tmp_path / "saves"
+    both = [start("import_archive", saves, path) for _ in range(2)]
+    results = [run.wait() for run in both]
+    assert sum("imported: " in result.output for result in results) == 1
+    for result in results:
+        assert result.status == 0 or "is trained or imported right now" in result.output, result
+    assert same_folders(large, saves / "math" / "Toy" / RUN) and not left_overs(saves)
+
+
+def test_a_full_disk_is_one_line_and_leaves_nothing(large, tmp_path):
+    (path,) = archived(large, tmp_path / "x.archive")
+    out = tmp_path / "out"
+    for run in (
+        start("import_archive", tmp_path / "saves", path, FILE_SIZE_LIMIT="100000"),
+        start("export", tmp_path / "from", FILE_SIZE_LIMIT="100000", FORMAT="archive", OUT=str(out)),
+    ):
+        result = run.wait()
+        assert result.status == 1 and result.output.count("\n") == 1, result
+        assert result.output.startswith("error: ") and "File too large" in result.output
+    assert not list(tmp_path.glob("saves/*/*/*")) and not list(out.rglob("*.archive"))
+    assert not left_overs(tmp_path / "saves") and not left_overs(out)

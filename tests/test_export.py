@@ -1,0 +1,224 @@
+"""make export: parts that are whole, made once and never over what others made."""
+
+import json
+import os
+import shutil
+import time
+from pathlib import Path
+
+import handmade
+import pytest
+from handmade import tree
+
+import exported
+import files
+from cli import UserError
+
+
+@pytest.mark.parametrize("format_name", ["dnd", "peft"])
+def test_a_second_export_writes_nothing(place, format_name):
+    place.collect()
+    place.export(format_name)
+    before = {path: path.stat().st_mtime_ns for path in place.out.rglob("*")}
+    place.export(format_name)
+    assert {path: path.stat().st_mtime_ns for path in place.out.rglob("*")} == before
+    place.export(format_name, FORCE="1")
+    assert {path: path.stat().st_mtime_ns for path in place.out.rglob("*")} != before
+
+
+@pytest.mark.parametrize("format_name", ["dnd", "peft"])
+def test_a_damaged_export_is_made_again(place, format_name):
+    place.collect()
+    place.export(format_name)
+    whole = tree(place.out)
+    damaged = sorted(place.out.rglob("*.safetensors"))
+    damaged[0].unlink()
+    damaged[1].write_bytes(b"cut")
+    place.export(format_name)
+    assert tree(place.out) == whole
+
+
+@pytest.mark.parametrize("format_name", ["dnd", "peft"])
+def test_nothing_of_others_is_overwritten(place, format_name):
+    place.collect(dataset="A")
+    folder = next(place.export(format_name).rglob("*.safetensors")).parent
+    (folder / "notes.txt").write_text("mine")
+    assert "notes.txt" in place.refused(format_name, FORCE="1")
+    assert (folder / "notes.txt").read_text() == "mine"
+    shutil.rmtree(place.out)
+    folder.mkdir(parents=True)
+    (folder / "notes.txt").write_text("mine")
+    assert "no export of ours" in place.refused(format_name)
+    assert list(tree(place.out).values()) == [b"mine"]
+
+
+def test_formats_do_not_mix_in_one_part(place):
+    run = place.collect()
+    place.export("peft")
+    source = {"format": "canonical", "sha256": "x"}
+    with pytest.raises(UserError, match="FORMAT=peft"):
+        exported.part(place.out, run.relative_to(place.saves).as_posix(), source, lambda staging: staging.mkdir())
+
+
+@pytest.mark.parametrize("name", ["../x", "/tmp/x", "a/../../x", ""])
+def test_a_part_lies_in_its_export(place, name):
+    with pytest.raises(UserError):
+        exported.part(place.out, name, {"format": "x"}, lambda staging: staging.write_text("x"))
+    assert not place.out.exists()
+
+
+@pytest.mark.parametrize("content", ["{", "[]", '{"a": 1}', '{"a": {"source": null, "files": {}}}'])
+def test_a_broken_record_is_named(place, content):
+    place.collect()
+    place.out.mkdir()
+    (place.out / "export.json").write_text(content)
+    assert "export.json" in place.refused("dnd")
+
+
+@pytest.mark.parametrize("out", [".", "common-sense-reasoning/A", "new"])
+def test_an_export_does_not_go_among_the_collections(place, out):
+    place.collect()
+    before = tree(place.saves)
+    assert "among the collections" in place.refused("peft", OUT=place.saves / out)
+    assert tree(place.saves) == before
+
+
+def test_without_out_it_goes_to_exports(place):
+    place.collect()
+    place.export("peft", OUT="")
+    assert list((place.saves / "exports" / "peft").rglob("adapter_config.json"))
+
+
+def test_out_may_not_be_a_file(place, tmp_path):
+    place.collect()
+    (tmp_path / "file").write_text("x")
+    assert "is not a folder" in place.refused("dnd", OUT=tmp_path / "file" / "below")
+
+
+@pytest.mark.parametrize("format_name", ["dnd", "peft"])
+def test_a_cast_is_made_only_when_asked_and_is_recorded(place, format_name):
+    import torch
+    from safetensors.torch import load_file
+
+    run = place.collect()
+    wanted = load_file(run / "checkpoint-6.safetensors")
+    root = place.export(format_name)
+    recorded = [part["source"].get("dtype") for part in exported.read_record(root).values()]
+    assert "float32" in recorded and "bfloat16" not in recorded
+    place.export(format_name, DTYPE="bfloat16")
+    recorded = [part["source"].get("dtype") for part in exported.read_record(root).values()]
+    assert "bfloat16" in recorded and "float32" not in recorded
+    path = next(path for path in root.rglob("*.safetensors") if "6" in path.name or path.parent.name.endswith("-6"))
+    found = load_file(path)
+    assert found.keys() == wanted.keys()
+    assert all(torch.equal(found[key], wanted[key].to(torch.bfloat16)) for key in wanted)
+
+
+def test_values_that_float16_cannot_hold_are_refused(place):
+    tensors = {key: tensor * 1e6 for key, tensor in handmade.tensors_of(handmade.llama_keys(), 4, 1).items()}
+    place.collect(states=[tensors], steps=[1])
+    assert "bfloat16" in place.refused("peft", DTYPE="float16")
+    assert not list(place.out.rglob("*.safetensors"))
+
+
+@pytest.mark.parametrize("format_name", ["dnd", "peft"])
+@pytest.mark.parametrize("step", [5, 7])
+def test_a_checkpoint_that_differs_from_its_manifest_is_never_exported(place, format_name, step):
+    run = place.collect(steps=(5, 6, 7))
+    path = run / f"checkpoint-{step}.safetensors"
+    content = bytearray(path.read_bytes())
+    content[-1] ^= 1
+    path.write_bytes(content)
+    assert path.name in place.refused(format_name)
+    assert not list(place.out.rglob("*.safetensors")) and not list(place.out.rglob(".*staging*"))
+
+
+def test_a_disk_that_is_too_small_is_said_first(place, monkeypatch):
+    place.collect()
+    usage = shutil.disk_usage(place.saves)
+    monkeypatch.setattr(shutil, "disk_usage", lambda path: usage._replace(free=1000))
+    assert "are free" in place.refused("peft")
+    assert not place.out.exists()
+
+
+@pytest.mark.parametrize("moment", ["making", "publishing", "published"])
+def test_a_part_cut_off_at_any_moment_is_made_whole_by_the_next_run(place, monkeypatch, moment):
+    """A process that dies runs no clean-up: here the remains of each moment, as a kill leaves them."""
+    place.collect()
+    place.export("dnd")
+    whole = tree(place.out)
+    folder = place.out / "data" / "common_sense_reasoning" / "A"
+    record = json.loads((place.out / "export.json").read_text())
+    name = "data/common_sense_reasoning/A"
+    staging = files.beside(folder, "staging-dead")
+    if moment == "making":
+        del record[name]
+        folder.rename(staging)
+        next(staging.iterdir()).unlink()
+    else:
+        record[name]["files"] = None
+        if moment == "publishing":
+            folder.rename(files.beside(folder, "old"))
+    (place.out / "export.json").write_text(json.dumps(record))
+    place.export("dnd")
+    assert tree(place.out) == whole and sorted(os.listdir(folder.parent)) == ["A"]
+
+
+@pytest.mark.parametrize("format_name", ["dnd", "peft"])
+def test_a_part_that_has_its_name_but_not_yet_its_record_is_still_ours(place, monkeypatch, format_name):
+    place.collect()
+    place.export(format_name)
+    whole = tree(place.out)
+    shutil.rmtree(place.out)
+
+    def publish_and_be_stopped(staging, target, publish=files.publish_folder):
+        publish(staging, target)
+        raise SystemExit(143)  # what SIGTERM becomes
+
+    with monkeypatch.context() as patch, pytest.raises(SystemExit):
+        patch.setattr(files, "publish_folder", publish_and_be_stopped)
+        place.export(format_name)
+    place.export(format_name)
+    assert tree(place.out) == whole
+
+
+def test_killed_runs_and_two_at_once_end_with_the_same_export(place):
+    for name in "AB":
+        place.collect(dataset=name, steps=range(1, 40))
+    place.export("dnd", OUT=str(place.out) + " wanted")
+    killed = place.start("dnd")
+    while killed.poll() is None and not list(place.out.glob("data/*/.B.staging*")):
+        time.sleep(0.001)
+    killed.kill()
+    killed.communicate()
+    assert all(path.name.endswith(".safetensors") for path in place.out.glob("data/*/[AB]/*"))
+    runs = [place.start("dnd") for _ in range(2)]
+    for run in runs:
+        told, fault = run.communicate()
+        assert run.returncode == 0, told + fault
+    assert tree(place.out) == tree(Path(str(place.out) + " wanted"))
+
+
+def test_a_refusal_is_one_line_and_status_one(place):
+    place.collect(dataset="A", rank=4)
+    place.collect(dataset="B", rank=8)
+    run = place.start("dnd")
+    told, fault = run.communicate()
+    assert run.returncode == 1 and told == "" and fault.startswith("error: ") and fault.count("\n") == 1
+
+
+def test_a_full_disk_is_one_line_and_leaves_no_part(place):
+    place.collect(steps=range(1, 5))
+    run = place.start("peft", limit=3000)
+    _, fault = run.communicate()
+    assert run.returncode == 1 and "File too large" in fault and fault.count("\n") == 1
+    assert not list(place.out.rglob("*.safetensors")) and not list(place.out.rglob(".*staging*"))
+
+
+@pytest.mark.parametrize(
+    "setting", [{"SEED": "x"}, {"SEED": "1" * 30}, {"RANK": "x"}, {"DTYPE": "int8"}, {"DATASET": "Z"}]
+)
+def test_a_selection_that_makes_no_sense_is_refused(place, setting):
+    place.collect()
+    assert next(iter(setting.values())) in place.refused("peft", **setting)
+    assert not place.out.exists()

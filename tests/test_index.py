@@ -1,0 +1,358 @@
+"""`make index`: one table over all collections, brought up to date, never built from what cannot be trusted."""
+
+import csv
+import io
+import json
+import multiprocessing
+import os
+import shutil
+import subprocess
+import sys
+from pathlib import Path
+
+import pyarrow as pa
+import pyarrow.parquet
+import pytest
+from twins import edit, flip_a_bit, twin
+
+import checkpoints
+import collection
+import index
+import paths
+from cli import UserError
+
+ROOT = Path(__file__).resolve().parent.parent
+STEP = "checkpoint-9.safetensors"
+NAME = "common-sense-reasoning/Toy/Tiny-Llama_lora-rank_4_finetune"
+
+
+@pytest.fixture
+def saves(collected, monkeypatch) -> Path:
+    """A saves/ with one collection of six checkpoints, and the pretrain that it resumed from."""
+    monkeypatch.setattr(paths, "SAVES", collected.top / "saves")
+    for name in ("CATEGORY", "MODELS", "RANKS"):
+        monkeypatch.delenv(name, raising=False)
+    return collected.top / "saves"
+
+
+@pytest.fixture
+def folder(saves) -> Path:
+    return saves / NAME
+
+
+def make_index(monkeypatch, capsys, *arguments: str) -> tuple[int, str, str]:
+    """What `python utils/index.py` ends with, says and complains."""
+    monkeypatch.setattr("sys.argv", ["index.py", *arguments])
+    capsys.readouterr()
+    status = index.main()
+    return status, *capsys.readouterr()
+
+
+def names_in(table: pa.Table) -> list[str]:
+    return sorted(set(table["collection"].to_pylist()))
+
+
+def select(monkeypatch, **asked: str) -> list[str]:
+    """The run folders that a selection by the environment gives."""
+    for name in ("CATEGORY", "DATASET", "MODEL", "RANK", "SEED"):
+        monkeypatch.setenv(name, asked.get(name, ""))
+    return [one.folder.name for one in index.chosen()]
+
+
+def test_a_row_says_what_a_checkpoint_is_and_where(saves, folder):
+    table, faults = index.update(saves)
+    assert not faults
+    assert table["step"].to_pylist() == [7, 8, 9, 10, 11, 12]
+    row = table.to_pylist()[2]
+    manifest = collection.read_manifest(folder)
+    entry = manifest["checkpoints"][2]
+    assert {key: row[key] for key in index.ENTRY} == {key: entry[key] for key in index.ENTRY}
+    assert (row["category"], row["dataset"], row["model"], row["rank"]) == (
+        "common-sense-reasoning", "Toy", "tiny-llama", 4
+    )  # fmt: skip
+    assert (saves / row["file"]).stat().st_size == row["bytes"]
+    assert (row["prompts_file"], row["rows"]) == ("common-sense-reasoning/Toy.json", 48)
+    assert row["prompts_sha256"] == manifest["data"][0]["rows_sha256"]
+
+
+def test_the_index_is_a_plain_parquet_file_and_a_printed_table(saves, monkeypatch, capsys):
+    status, out, err = make_index(monkeypatch, capsys)
+    assert status == 0
+    assert "Toy" in out and "7-12" in out
+    assert pyarrow.parquet.read_table(saves / "index.parquet").schema.names == list(index.COLUMNS)
+    _, out, _ = make_index(monkeypatch, capsys, "--rows")
+    assert len(out.splitlines()) == 7
+    _, out, _ = make_index(monkeypatch, capsys, "--csv")
+    rows = list(csv.DictReader(io.StringIO(out)))
+    assert [row["step"] for row in rows] == ["7", "8", "9", "10", "11", "12"]
+    assert rows[0]["file"].endswith("checkpoint-7.safetensors")
+
+
+@pytest.mark.parametrize("argument", ["", "--rows", "--csv"])
+def test_a_reader_that_has_seen_enough_is_no_error(saves, argument):
+    """As in `make index | head -1`."""
+    shutil.copytree(ROOT / "utils", saves.parent / "utils", ignore=shutil.ignore_patterns("__pycache__"))
+    shutil.copy(ROOT / "models" / "models.yaml", saves.parent / "models" / "models.yaml")
+    reading, writing = os.pipe()
+    os.close(reading)
+    command = [sys.executable, saves.parent / "utils" / "index.py", *argument.split()]
+    result = subprocess.run(command, stdout=writing, stderr=subprocess.PIPE, text=True)
+    os.close(writing)
+    assert (result.returncode, "Traceback" in result.stderr) == (0, False), result.stderr
+
+
+def test_without_collections_the_index_is_empty_and_says_so(saves, monkeypatch, capsys):
+    shutil.rmtree(saves)
+    assert make_index(monkeypatch, capsys)[:2] == (0, "no collections yet\n")
+    saves.mkdir()
+    assert make_index(monkeypatch, capsys)[:2] == (0, "no collections yet\n")
+    assert make_index(monkeypatch, capsys, "--csv")[1].startswith('"category"')
+    with pytest.raises(UserError, match="no collections yet"):
+        index.chosen()
+    with pytest.raises(UserError, match="run: make index"):
+        index.load()
+
+
+def test_unchanged_collections_are_not_read_again(saves, folder, monkeypatch):
+    twin(folder, rank=8)
+    first, _ = index.update(saves)
+    read = []
+    monkeypatch.setattr(collection, "read_manifest", lambda folder: read.append(folder.name))
+    monkeypatch.setattr(checkpoints, "verified", lambda path, *_: read.append(path.name))
+    written = (saves / "index.parquet").stat()
+    again, _ = index.update(saves)
+    assert again.equals(first) and read == []
+    assert os.path.samestat(written, (saves / "index.parquet").stat())
+
+
+def test_new_changed_and_removed_collections_are_noticed(saves, folder):
+    index.update(saves)
+    other = twin(folder, rank=8)
+    assert len(names_in(index.update(saves)[0])) == 2
+
+    edit(other, lambda manifest: manifest["checkpoints"].pop())
+    (other / "checkpoint-12.safetensors").unlink()
+    assert index.update(saves)[0].num_rows == 6 + 5
+
+    shutil.rmtree(other)
+    assert names_in(index.update(saves)[0]) == [NAME]
+    assert names_in(index.load(saves)) == [NAME]
+
+
+@pytest.mark.parametrize("indexed_before", [False, True])
+@pytest.mark.parametrize(
+    ("damage", "said"),
+    [
+        (lambda f: (f / STEP).write_bytes((f / STEP).read_bytes()[:100]), f"{STEP}: has 100 bytes"),
+        (lambda f: (f / STEP).unlink(), f"{STEP}: is missing"),
+        (lambda f: flip_a_bit(f / STEP), f"{STEP}: does not have its recorded sha256"),
+        (lambda f: os.replace(f / "checkpoint-8.safetensors", f / STEP), "checkpoint-8.safetensors: is missing"),
+        (
+            lambda f: shutil.copy2(f / "checkpoint-8.safetensors", f / STEP),
+            f"{STEP}: does not have its recorded sha256",
+        ),
+        (lambda f: edit(f, lambda m: m.update(rank=8), seal=False), "was edited after it was written"),
+        (lambda f: (f / "manifest.json").write_text("["), "manifest.json: broken"),
+        (lambda f: (f / "manifest.json").unlink(), "has no manifest.json"),
+        (lambda f: edit(f, lambda m: m["checkpoints"][0].pop("loss")), "manifest.json: not a collection's"),
+        (lambda f: ((f / "manifest.json").unlink(), (f / "manifest.json").mkdir()), "manifest.json: cannot be read"),
+    ],
+)
+def test_a_broken_collection_is_named_and_left_out(saves, folder, monkeypatch, capsys, indexed_before, damage, said):
+    other = twin(folder, rank=8)
+    if indexed_before:
+        index.update(saves)
+    damage(folder)
+    status, out, err = make_index(monkeypatch, capsys)
+    assert status == 1
+    assert [line for line in err.splitlines() if line.startswith("FAULTY")][0].endswith(said) or said in err
+    assert names_in(index.load(saves)) == [f"common-sense-reasoning/Toy/{other.name}"]
+    assert make_index(monkeypatch, capsys)[0] == 1
+
+
+def test_two_swapped_checkpoints_are_found(saves, folder, monkeypatch, capsys):
+    os.rename(folder / STEP, folder / "x")
+    os.rename(folder / "checkpoint-8.safetensors", folder / STEP)
+    os.rename(folder / "x", folder / "checkpoint-8.safetensors")
+    status, _, err = make_index(monkeypatch, capsys)
+    assert status == 1 and "checkpoint-8.safetensors: does not have its recorded sha256" in err
+
+
+def test_a_collection_by_any_name_cannot_vanish_by_an_edit(saves, folder, monkeypatch, capsys):
+    named = folder.rename(saves / "my runs")
+    assert names_in(index.update(saves)[0]) == ["my runs"]
+    edit(named, lambda manifest: manifest.update(phase="pretrain"), seal=False)
+    status, _, err = make_index(monkeypatch, capsys)
+    assert status == 1 and "my runs" in err
+    (named / "manifest.json").unlink()
+    status, _, err = make_index(monkeypatch, capsys)
+    assert status == 1 and "has no manifest.json" in err
+
+
+def test_a_copied_or_hard_linked_collection_is_accepted(saves, folder, tmp_path):
+    for entry in folder.iterdir():
+        os.link(entry, tmp_path / entry.name)
+    shutil.copytree(folder, folder.with_name("Other_lora-rank_4_finetune"))
+    assert index.update(saves)[1] == {}
+    shutil.move(saves, tmp_path / "moved")
+    shutil.copytree(tmp_path / "moved", saves)
+    assert index.load(saves).num_rows == 12
+    assert index.update(saves)[1] == {}
+
+
+@pytest.mark.parametrize(
+    "damage",
+    [
+        lambda path: path.write_bytes(b""),
+        lambda path: path.write_bytes(path.read_bytes()[: path.stat().st_size // 2]),
+        lambda path: path.write_bytes(path.read_bytes()[-200:]),
+        lambda path: path.write_text("no parquet"),
+        lambda path: pyarrow.parquet.write_table(pa.table({"a": [1]}), path),
+        lambda path: [path.unlink(), path.mkdir()],
+    ],
+)
+def test_a_damaged_index_is_never_loaded_and_is_made_again(saves, damage):
+    first, _ = index.update(saves)
+    damage(saves / "index.parquet")
+    with pytest.raises(UserError, match="run: make index"):
+        index.load(saves)
+    if (saves / "index.parquet").is_dir():
+        (saves / "index.parquet").rmdir()
+    assert index.update(saves)[0].equals(first)
+    assert index.load(saves).equals(first)
+
+
+def test_a_damaged_index_is_made_again_where_there_is_no_collection(saves):
+    shutil.rmtree(saves / "common-sense-reasoning")
+    (saves / "index.parquet").write_text("no parquet")
+    index.update(saves)
+    assert pyarrow.parquet.read_table(saves / "index.parquet").num_rows == 0
+
+
+def test_a_bit_flipped_anywhere_in_the_index_is_noticed(saves):
+    first, _ = index.update(saves)
+    path = saves / "index.parquet"
+    good = path.read_bytes()
+    for place in range(4, len(good), 97):
+        path.write_bytes(good[:place] + bytes([good[place] ^ 4]) + good[place + 1 :])
+        table, known = index.read(saves)
+        assert not known or table.equals(first), place  # a flip in what nobody reads, such as a statistic, is harmless
+
+
+def test_an_index_edited_by_hand_is_not_loaded(saves):
+    index.update(saves)
+    table = pyarrow.parquet.read_table(saves / "index.parquet")
+    worse = table.set_column(table.schema.get_field_index("loss"), "loss", pa.array([0.0] * 6))
+    pyarrow.parquet.write_table(worse, saves / "index.parquet")
+    with pytest.raises(UserError, match="run: make index"):
+        index.load(saves)
+
+
+def test_an_index_older_than_its_collections_is_refused(saves, folder, capsys):
+    index.update(saves)
+    other = twin(folder, rank=8)
+    assert index.load(saves).num_rows == 6
+    assert f"does not have common-sense-reasoning/Toy/{other.name}" in capsys.readouterr().err
+    edit(folder, lambda manifest: manifest.update(seed=7))
+    with pytest.raises(UserError, match=f"older than {NAME}; run: make index"):
+        index.load(saves)
+    index.update(saves)
+    shutil.rmtree(folder)
+    with pytest.raises(UserError, match=f"older than {NAME}; run: make index"):
+        index.load(saves)
+
+
+def test_two_at_once_leave_a_whole_index(saves, folder):
+    for rank in (8, 16):
+        twin(folder, rank=rank)
+    context = multiprocessing.get_context("fork")
+    runs = [context.Process(target=index.update, args=(saves,)) for _ in range(4)]
+    for run in runs:
+        run.start()
+    for run in runs:
+        run.join()
+    assert [run.exitcode for run in runs] == [0] * 4
+    assert index.load(saves).num_rows == 18
+    assert [path.name for path in saves.iterdir()].count("index.parquet") == 1
+    assert not list(saves.glob(".*.tmp"))
+
+
+def test_what_is_made_from_collections_and_half_made_runs_are_no_collections(saves, folder, tmp_path, monkeypatch):
+    shutil.copytree(folder, saves / "exports" / "peft" / "X_finetune")
+    shutil.copytree(folder, folder.with_name(".X_finetune.staging-1"))
+    monkeypatch.setattr(paths, "SAVES", tmp_path / "another one")
+    shutil.copytree(folder, saves / "my export" / "Toy_finetune")
+    (saves / "my export" / "export.json").write_text("{}")
+    assert names_in(index.update(saves)[0]) == [NAME]
+    assert index.load(saves).num_rows == 6
+
+
+def test_a_link_to_a_collection_is_followed_and_a_link_upwards_ends(saves, folder, tmp_path):
+    shutil.move(folder.parent, tmp_path / "elsewhere")
+    folder.parent.symlink_to(tmp_path / "elsewhere")
+    (folder.parent / "up").symlink_to(saves)
+    (folder.parent / "up2").symlink_to(saves)
+    assert NAME in names_in(index.update(saves)[0])
+
+
+def test_a_collection_made_from_a_stock_run_has_its_unknowns_empty(saves, folder):
+    edit(
+        folder, lambda m: (m.update(recipe=None, data=None, seed=None), [e.update(loss=None) for e in m["checkpoints"]])
+    )
+    table, faults = index.update(saves)
+    assert not faults
+    assert table["loss"].null_count == table["seed"].null_count == table["rows"].null_count == 6
+    index.print_collections(table)
+    assert index.load(saves).num_rows == 6
+
+
+def test_collections_are_selected_by_what_a_user_types(saves, folder, monkeypatch):
+    eight = twin(folder, dataset="ARC-c", rank=8)
+    seeded = twin(folder, rank=8, seed=7)
+    other = twin(folder, model="Other-Model", rank=16)
+    everything = sorted(path.name for path in (folder, eight, seeded, other))
+    assert sorted(select(monkeypatch)) == everything
+    assert select(monkeypatch, DATASET="arcc") == [eight.name]
+    assert sorted(select(monkeypatch, DATASET="arcc toy")) == everything
+    assert select(monkeypatch, DATASET="Toy", RANK="8") == [seeded.name]
+    assert sorted(select(monkeypatch, RANK="08 16")) == sorted([eight.name, seeded.name, other.name])
+    assert select(monkeypatch, SEED="7") == [seeded.name]
+    assert select(monkeypatch, MODEL="othermodel") == [other.name]
+    assert select(monkeypatch, CATEGORY="Common Sense-reasoning".replace(" ", "")) != []
+
+
+@pytest.mark.parametrize(
+    ("asked", "said"),
+    [
+        ({"DATASET": "ARC-e"}, "collected dataset 'ARC-e' is not known; known: Toy"),
+        ({"MODEL": "gpt2"}, "collected model 'gpt2' is not known; known: tiny-llama"),
+        ({"RANK": "3"}, "no collection fits RANK=3"),
+        ({"RANK": "three"}, "rank 'three' is not a positive whole number"),
+        ({"SEED": "x"}, "SEED 'x' is not a whole number"),
+        ({"SEED": "9" * 30}, "is not a whole number"),
+    ],
+)
+def test_a_selection_of_nothing_is_an_error(saves, monkeypatch, asked, said):
+    with pytest.raises(UserError, match=said):
+        select(monkeypatch, **asked)
+
+
+def test_a_broken_collection_stops_only_selections_that_it_may_belong_to(saves, folder, monkeypatch):
+    broken = twin(folder, dataset="Broken", model="Bad", rank=8)
+    (broken / "manifest.json").write_text("[")
+    assert select(monkeypatch, DATASET="Toy") == [folder.name]
+    assert select(monkeypatch, MODEL="tiny-llama") == [folder.name]
+    assert select(monkeypatch, RANK="4") == [folder.name]
+    for asked in ({}, {"DATASET": "broken"}, {"MODEL": "bad"}, {"RANK": "8"}, {"CATEGORY": "common-sense-reasoning"}):
+        with pytest.raises(UserError, match="manifest.json: broken"):
+            select(monkeypatch, **asked)
+    broken.rename(saves / "anything")
+    with pytest.raises(UserError, match="anything"):
+        (saves / "anything" / "manifest.json").unlink()
+        select(monkeypatch, DATASET="Toy")
+
+
+def test_a_mark_of_a_manifest_does_not_depend_on_the_order_of_its_keys(folder):
+    manifest = json.loads((folder / "manifest.json").read_text())
+    (folder / "manifest.json").write_text(json.dumps(dict(reversed(manifest.items()))))
+    assert collection.read_manifest(folder) is not None

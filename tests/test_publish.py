@@ -1,0 +1,530 @@
+"""`make publish` and `make pull`: real huggingface_hub calls to a server on loopback that speaks the hub's protocol."""
+
+import hashlib
+import json
+import os
+import re
+import shutil
+import signal
+import subprocess
+import sys
+from pathlib import Path
+
+import pyarrow as pa
+import pyarrow.parquet
+import pytest
+from upload_server import READS, USER, WRITES, UploadHub
+
+import card
+import collection
+import files
+import index
+import licenses
+import paths
+import publish
+import publish_tree
+import pull
+from cli import UserError
+
+ROOT = Path(__file__).resolve().parent.parent
+CATEGORY = "common-sense-reasoning"
+RUN = "Tiny-Llama_lora-rank_4_finetune"
+NAME = f"{CATEGORY}/Toy/{RUN}"
+REPO = f"{USER}/toy"
+LAYOUTS = ["raw", "archive"]
+SETTINGS = ("CATEGORY", "MODELS", "RANKS", "REPO", "PRIVATE", "DRY_RUN", "RAW", "REVISION", "ALLOW_UNKNOWN_LICENSE")
+
+
+@pytest.fixture
+def licensed(collected) -> Path:
+    """A project with one collection, whose data and base model say their licences; the dataset has a test split."""
+    info = json.loads((collected.top / "data" / "dataset_info.json").read_bytes())
+    rows = json.loads(collected.data.read_bytes())
+    (collected.data.parent / "Toy_test.json").write_text(json.dumps([{**row, "prompt": "so?"} for row in rows[:8]]))
+    info["Toy"] |= {"license": "cc-by-4.0", "source": "our|own", "language": "en"}
+    info["Toy_test"] = {**info["Toy"], "file_name": f"{CATEGORY}/Toy_test.json"}
+    info["Unused"] = {**info["Toy"]}
+    (collected.top / "data" / "dataset_info.json").write_text(json.dumps(info))
+    base = manifest_of(collected.top)["base_model"]
+    source = {"hub_id": None, "revision": None, "license": "mit", "sha256": base["sha256"]}
+    (collected.top / "models" / "Tiny-Llama" / "source.json").write_text(json.dumps(source))
+    return collected.top
+
+
+@pytest.fixture
+def empty(tmp_path) -> Path:
+    """A project with nothing in it."""
+    top = tmp_path / "another project"
+    for name in ("data", "saves", "models"):
+        (top / name).mkdir(parents=True)
+    return top
+
+
+@pytest.fixture
+def hub(monkeypatch):
+    """A hub for this process, logged in."""
+    from huggingface_hub import constants
+
+    with UploadHub() as hub:
+        for name, value in {"ENDPOINT": hub.url, "HF_HUB_OFFLINE": False, "HF_HUB_DISABLE_XET": True}.items():
+            monkeypatch.setattr(constants, name, value)
+        template = constants.HUGGINGFACE_CO_URL_TEMPLATE
+        monkeypatch.setattr(constants, "HUGGINGFACE_CO_URL_TEMPLATE", re.sub(r"^https?://[^/]+", hub.url, template))
+        monkeypatch.setenv("HF_TOKEN", WRITES)
+        monkeypatch.setenv("HF_HUB_OFFLINE", "0")
+        yield hub
+
+
+@pytest.fixture
+def run(monkeypatch, capsys):
+    """run(script, top, **settings): a script's `main` in this process, on a project's folders; what it printed."""
+
+    def call(script, top: Path, **settings: str) -> str:
+        for name in ("SAVES", "DATA", "MODELS"):
+            monkeypatch.setattr(paths, name, top / name.lower())
+        for name in SETTINGS + ("DATASET", "MODEL", "RANK", "SEED", "FORCE"):
+            monkeypatch.delenv(name, raising=False)
+        for name, value in {"REPO": REPO, **settings}.items():
+            monkeypatch.setenv(name, value)
+        capsys.readouterr()
+        script.main()
+        return capsys.readouterr().out
+
+    return call
+
+
+def start(script: str, top: Path, hub: UploadHub, **settings: str) -> subprocess.Popen:
+    """A script as a process of its own, in a clone at `top`."""
+    if not (top / "utils").exists():
+        shutil.copytree(ROOT / "utils", top / "utils", ignore=shutil.ignore_patterns("__pycache__"))
+        shutil.copy(ROOT / "models" / "models.yaml", top / "models")
+    clean = {name: value for name, value in os.environ.items() if not re.match("HF_|HUGGING|.*proxy", name, re.I)}
+    clean |= {"HF_HOME": str(top / "home"), "HF_ENDPOINT": hub.url, "HF_TOKEN": WRITES, "HF_HUB_DISABLE_XET": "1"}
+    pipes = {"stdout": subprocess.PIPE, "stderr": subprocess.STDOUT, "text": True}
+    command = [sys.executable, top / "utils" / script]
+    return subprocess.Popen(command, env={**clean, "REPO": REPO, **settings}, cwd="/", **pipes)
+
+
+def without_peft_check(top: Path) -> None:
+    """Take the base model's config away, so that a process need not import PEFT."""
+    (top / "models" / "Tiny-Llama" / "config.json").unlink()
+
+
+def layout(kind: str) -> dict[str, str]:
+    return {"RAW": "1"} if kind == "raw" else {}
+
+
+def manifest_of(top: Path) -> dict:
+    return json.loads((top / "saves" / NAME / "manifest.json").read_bytes())
+
+
+def hashes(folder: Path) -> dict[str, str]:
+    """The SHA-256 of all files below a folder, by path."""
+    found = (path for path in folder.rglob("*") if path.is_file())
+    return {path.relative_to(folder).as_posix(): files.sha256_of(path) for path in found}
+
+
+def tree_of(top: Path) -> Path:
+    return top / "saves" / "publish" / REPO.replace("/", "--")
+
+
+def flip(path: Path, place: int = -1) -> None:
+    """Change one byte of a file."""
+    data = bytearray(path.read_bytes())
+    data[place] ^= 1
+    path.unlink()
+    path.write_bytes(data)
+
+
+def remanifest(top: Path, **changes) -> None:
+    """Change a manifest as a program that seals it would."""
+    changed = collection.sealed({**manifest_of(top), **changes})
+    files.write_json(top / "saves" / NAME / "manifest.json", changed)
+
+
+# ------------------------------------------------------------------------------------------------------------ the tree
+
+
+@pytest.mark.parametrize("kind", LAYOUTS)
+def test_a_dry_run_writes_just_the_tree_that_would_be_uploaded(licensed, run, kind):
+    run(publish, licensed, DRY_RUN="1", **layout(kind))
+    tree = tree_of(licensed)
+    steps = [entry["step"] for entry in manifest_of(licensed)["checkpoints"]]
+    names = [f"{NAME}/{name}" for name in (*(f"checkpoint-{step}.safetensors" for step in steps), "manifest.json")]
+    names += [f"{NAME}/{name}" for name in ("adapter_config.json", "trainer_log.jsonl", "training_loss.png")]
+    names = names if kind == "raw" else [f"{NAME}.archive"]
+    data = [f"data/{CATEGORY}/Toy.json", f"data/{CATEGORY}/Toy_test.json", "data/dataset_info.json"]
+    assert publish_tree.files_of(tree) == sorted(
+        ["README.md", "index.parquet", *data, *(f"collections/{n}" for n in names)]
+    )
+    info = json.loads((tree / "data" / "dataset_info.json").read_bytes())
+    assert sorted(info) == ["Toy", "Toy_test"]
+    before = {
+        path: path.stat().st_mtime_ns for path in tree.rglob("*") if path.is_file() and ".cache" not in path.parts
+    }
+    run(publish, licensed, DRY_RUN="1", **layout(kind))
+    after = {path: path.stat().st_mtime_ns for path in tree.rglob("*") if path.is_file() and ".cache" not in path.parts}
+    assert after == before, "a second call makes nothing again"
+
+
+def test_changing_from_folders_to_archives_leaves_nothing_of_the_folders(licensed, run):
+    run(publish, licensed, DRY_RUN="1", RAW="1")
+    run(publish, licensed, DRY_RUN="1")
+    assert [name for name in publish_tree.files_of(tree_of(licensed)) if "collections" in name] == [
+        f"collections/{NAME}.archive"
+    ]
+    run(publish, licensed, DRY_RUN="1", RAW="1")
+    assert f"collections/{NAME}/manifest.json" in publish_tree.files_of(tree_of(licensed))
+
+
+def test_load_dataset_shows_the_index_and_the_card_has_sound_metadata(licensed, run, tmp_path):
+    import datasets
+    from huggingface_hub import DatasetCard
+
+    run(publish, licensed, DRY_RUN="1", RAW="1")
+    tree = tree_of(licensed)
+    rows = datasets.load_dataset(str(tree), split="train", cache_dir=str(tmp_path / "cache"))
+    recorded = manifest_of(licensed)["checkpoints"]
+    assert rows["sha256"] == [entry["sha256"] for entry in recorded] and rows["dataset"] == ["Toy"] * len(recorded)
+    card = DatasetCard.load(tree / "README.md")
+    assert (card.data.license, card.data.language, card.data.size_categories) == ("other", ["en"], ["n<1K"])
+    assert card.data.to_dict()["license_name"] == "cc-by-4.0-and-mit"
+    assert {"lora", "peft", "parameter-generation", "weight-space"} <= set(card.data.tags)
+    for told in (
+        "| Toy | tiny-llama | 4 |",
+        "our\\|own | cc-by-4.0",
+        "make pull REPO=user/toy",
+        "llamafactory 0.9.5",
+        "| Toy | tiny-llama | 4 | 0.0",
+    ):
+        assert told in card.text, told
+
+
+def test_one_licence_for_all_stands_alone_in_the_metadata(licensed, run):
+    from huggingface_hub import DatasetCard
+
+    path = licensed / "data" / "dataset_info.json"
+    path.write_text(path.read_text().replace("cc-by-4.0", "MIT"))
+    run(publish, licensed, DRY_RUN="1", RAW="1")
+    assert DatasetCard.load(tree_of(licensed) / "README.md").data.license == "mit"
+
+
+def index_with(checkpoints: int, per_collection: int, datasets: int, size: int = 17_600_000) -> pa.Table:
+    """The index of so many checkpoints, of which no file exists."""
+    numbers = range(checkpoints)
+    names = [f"math/D{n // per_collection % datasets}/M{n // per_collection}_lora-rank_8_finetune" for n in numbers]
+    columns = {"collection": names, "step": list(numbers), "bytes": [size] * checkpoints}
+    return pa.table(columns)
+
+
+@pytest.mark.parametrize(
+    ("table", "raw", "told"),
+    [
+        ((100_000, 100, 10), False, None),
+        ((100_000, 100, 10), True, "104005 files; the hub takes 100000 in a repository; leave RAW away"),
+        ((90_000, 100, 10), True, None),
+        ((24_000, 12_000, 1), True, "12004 entries; the hub takes 10000 in a folder; leave RAW away"),
+        ((12_000, 1, 1), False, "12000 entries; the hub takes 10000 in a folder; publish several repositories"),
+        ((1_000, 1_000, 1, 600_000_000), False, None),
+        ((1_000, 1_000, 1, 60_000_000_000), False, "12000 entries; the hub takes 10000 in a folder; publish several"),
+        ((10, 10, 1, 60_000_000_000), True, "a file of 60 GB; the hub takes 20 GB"),
+    ],
+)
+def test_the_hubs_limits_are_known_before_anything_is_written(table, raw, told):
+    if told is None:
+        publish_tree.check_limits(index_with(*table), 3, raw)
+    else:
+        with pytest.raises(UserError, match=re.escape(told)):
+            publish_tree.check_limits(index_with(*table), 3, raw)
+
+
+# ---------------------------------------------------------------------------------------------------------- refusals
+
+
+def test_prepared_data_are_known_by_their_content_and_a_licence_in_the_entry_counts_first(tmp_path):
+    (tmp_path / "math").mkdir()
+    (tmp_path / "math" / "X.json").write_bytes(b"[{}]")
+    entry = {"dataset": "X", "category": "math", "kind": "train", "path": "X.json", "license": "MIT", "source": "there"}
+    entry["blob"] = hashlib.sha1(b"blob 4\0[{}]").hexdigest()
+    (tmp_path / "sources.yaml").write_text(json.dumps({"repository": "r", "commit": "c", "files": {"X.json": entry}}))
+    assert licenses.of_file("X", "math/X.json", tmp_path)["license"] == "MIT"
+    (tmp_path / "math" / "X.json").write_bytes(b"[{},{}]")
+    assert licenses.of_file("X", "math/X.json", tmp_path)["license"] is None
+    info = {"X": {"file_name": "math/X.json", "license": "cc0-1.0"}}
+    (tmp_path / "dataset_info.json").write_text(json.dumps(info))
+    assert licenses.of_file("X", "math/X.json", tmp_path)["license"] == "cc0-1.0"
+
+
+def test_a_hub_model_is_known_by_its_hub_id_and_not_by_its_folders_name(tmp_path):
+    base = {"name": "gemma-3-4b-it", "hub_id": "google/gemma-3-4b-it", "revision": "1" * 40, "sha256": "2" * 64}
+    known = licenses.of_base(base, tmp_path)
+    assert known["license"] == "gemma" and known["gated"] and card.is_custom(known["license"])
+    assert licenses.of_base({**base, "hub_id": None}, tmp_path)["license"] is None
+
+
+def without_license(top: Path) -> None:
+    path = top / "data" / "dataset_info.json"
+    path.write_text(path.read_text().replace("license", "unread"))
+
+
+REFUSED = {
+    "a flipped bit": (lambda top: flip(top / "saves" / NAME / "checkpoint-8.safetensors"), "recorded sha256", False),
+    "an edited manifest": (lambda top: flip(top / "saves" / NAME / "manifest.json", 20), "manifest.json", False),
+    "a stranger's file": (lambda top: (top / "saves" / NAME / "x.py").write_text("1"), "x.py does not belong", False),
+    "changed prompts": (lambda top: flip_row(top), "are not those that Toy was trained on", False),
+    "own data": (without_license, 'write it as "license" into the entry', True),
+    "a model put there by hand": (lambda top: (top / "models/Tiny-Llama/source.json").unlink(), "base model", True),
+    "a stock run": (lambda top: remanifest(top, data=None, recipe=None), "made from a stock run", True),
+}
+
+
+def flip_row(top: Path) -> None:
+    path = top / "data" / CATEGORY / "Toy.json"
+    path.write_text(path.read_text().replace("is 3 even", "is 5 even", 1))
+
+
+@pytest.mark.parametrize("case", REFUSED)
+def test_what_does_not_verify_or_has_no_known_licence_is_not_published(licensed, run, hub, case):
+    spoil, told, may_be_allowed = REFUSED[case]
+    spoil(licensed)
+    with pytest.raises(UserError, match=re.escape(told)):
+        run(publish, licensed, RAW="1")
+    assert not hub.repositories and not tree_of(licensed).exists()
+    if may_be_allowed:
+        run(publish, licensed, RAW="1", ALLOW_UNKNOWN_LICENSE="1")
+        assert b"unknown" in hub.repositories[REPO].files["README.md"]
+    else:
+        with pytest.raises(UserError, match=re.escape(told)):
+            run(publish, licensed, RAW="1", ALLOW_UNKNOWN_LICENSE="1")
+
+
+@pytest.mark.parametrize("name", ["", "toy", "a/b/c", "user/to y", "../x", "user/--x"])
+def test_a_repository_is_named_as_the_hub_names_it(licensed, run, name):
+    with pytest.raises(UserError, match="make publish REPO=user/name"):
+        run(publish, licensed, REPO=name, DRY_RUN="1")
+
+
+# -------------------------------------------------------------------------------------------------------- the upload
+
+
+@pytest.mark.parametrize("kind", LAYOUTS)
+def test_what_was_published_comes_back_with_the_same_hashes(licensed, empty, run, hub, kind):
+    run(publish, licensed, **layout(kind))
+    assert not hub.repositories[REPO].private
+    assert set(hub.repositories[REPO].files) == {".gitattributes", *publish_tree.files_of(tree_of(licensed))}
+    sent = len(hub.arrived)
+    run(publish, licensed, **layout(kind))
+    assert len(hub.arrived) == sent and hub.commits == 1, "a second call sends nothing"
+
+    out = run(pull, empty)
+    assert hashes(empty / "saves" / NAME) == hashes(licensed / "saves" / NAME)
+    for name in ("Toy.json", "Toy_test.json"):
+        assert (empty / "data" / CATEGORY / name).read_bytes() == (licensed / "data" / CATEGORY / name).read_bytes()
+    info = json.loads((empty / "data" / "dataset_info.json").read_bytes())
+    assert sorted(info) == ["Toy", "Toy_test"] and info["Toy"]["license"] == "cc-by-4.0"
+    assert index.load(empty / "saves").num_rows == len(manifest_of(licensed)["checkpoints"])
+    assert "Toy" in out and not list((empty / "saves" / "publish").iterdir())
+    assert "there already" in run(pull, empty)
+
+
+def test_an_archive_too_large_for_one_file_goes_in_parts(licensed, empty, run, hub, monkeypatch):
+    run(publish, licensed, DRY_RUN="1")
+    [whole] = (tree_of(licensed) / "collections" / CATEGORY / "Toy").iterdir()
+    monkeypatch.setattr(publish_tree, "PART_BYTES", whole.stat().st_size * 2 // 3)
+    run(publish, licensed)
+    parts = sorted(name for name in hub.repositories[REPO].files if "collections/" in name)
+    assert len(parts) > 1 and not whole.exists()
+    assert max(len(hub.repositories[REPO].files[name]) for name in parts) <= publish_tree.PART_BYTES
+    run(pull, empty)
+    assert hashes(empty / "saves" / NAME) == hashes(licensed / "saves" / NAME)
+
+
+def test_private_is_private_and_a_public_repository_is_not_taken_for_one(licensed, empty, run, hub, monkeypatch):
+    run(publish, licensed, RAW="1", PRIVATE="1")
+    assert hub.repositories[REPO].private
+    run(publish, licensed, RAW="1", PRIVATE="1")
+    monkeypatch.delenv("HF_TOKEN")
+    monkeypatch.setenv("HF_TOKEN_PATH", str(empty / "none"))
+    with pytest.raises(UserError, match="no such repository .* or a private one"):
+        run(pull, empty)
+    monkeypatch.setenv("HF_TOKEN", WRITES)
+    hub.repositories[REPO].private = False
+    with pytest.raises(UserError, match="is public already"):
+        run(publish, licensed, RAW="1", PRIVATE="1")
+
+
+def test_files_of_other_things_in_the_repository_are_removed_only_with_force(licensed, run, hub):
+    run(publish, licensed, RAW="1")
+    hub.repositories[REPO].files["collections/math/Old/x.archive"] = b"old"
+    with pytest.raises(UserError, match="math/Old/x.archive.*FORCE=1"):
+        run(publish, licensed, RAW="1")
+    run(publish, licensed, RAW="1", FORCE="1")
+    assert "collections/math/Old/x.archive" not in hub.repositories[REPO].files
+
+
+def test_a_stopped_upload_ends_at_once_and_goes_on_without_sending_a_file_twice(licensed, run, hub):
+    without_peft_check(licensed)
+    hub.hold_puts = 3
+    process = start("publish.py", licensed, hub, RAW="1")
+    assert hub.held.wait(60), process.communicate()
+    process.send_signal(signal.SIGINT)
+    output, _ = process.communicate(timeout=20)
+    assert process.returncode == 130 and "run it again to go on" in output and "Traceback" not in output
+    first, hub.hold_puts = list(hub.arrived), None
+    hub.released.set()
+    assert len(first) >= 3 and not hub.commits
+    run(publish, licensed, RAW="1")
+    large = [name for name in hub.repositories[REPO].files if name.endswith((".safetensors", ".png", ".parquet"))]
+    assert len(hub.arrived) == len(set(hub.arrived)) == len(large)
+
+
+@pytest.mark.parametrize(
+    ("settings", "answer", "told"),
+    [
+        ({"token": ""}, None, "publishing needs an account"),
+        ({"token": "hf_wrong"}, None, "the token is not valid"),
+        ({"token": READS}, None, "may not write there"),
+        ({"REPO": "somebody/toy"}, None, "give it write access to somebody"),
+        ({}, ("/api/datasets/.*/commit/main", 409, "A commit happened"), "somebody else changed it meanwhile"),
+        ({}, ("/api/repos/create", 429, "Too many"), "too many requests"),
+        ({}, ("/api/repos/create", 500, "Oops"), "HTTP status 500"),
+        ({}, ("/lfs/.*", 403, "Private storage limit reached"), "has no room for it"),
+        ({}, ("/api/validate-yaml", 400, "bad"), "does not take the card"),
+    ],
+)
+def test_an_error_of_the_hub_is_one_line_with_the_way_out(licensed, run, hub, monkeypatch, settings, answer, told):
+    settings = {"RAW": "1", **settings}
+    monkeypatch.setenv("HF_TOKEN", settings.pop("token", WRITES))
+    monkeypatch.setenv("HF_TOKEN_PATH", str(licensed / "none"))
+    hub.answers = [answer] if answer else []
+    with pytest.raises(UserError, match=re.escape(told)) as error:
+        run(publish, licensed, **settings)
+    assert "\n" not in str(error.value)
+
+
+# ------------------------------------------------------------------------------------------------------- what is pulled
+
+
+def marked(data: bytes, change) -> bytes:
+    """An index.parquet whose marks were changed."""
+    table = pa.parquet.read_table(pa.BufferReader(data))
+    marks = json.loads(table.schema.metadata[b"paragen"])
+    change(marks)
+    return publish_tree.index_of(table, marks)
+
+
+def with_path(marks: dict) -> None:
+    mark = marks["collections"][NAME]
+    mark["files"] = {f"{NAME}/../../../../evil.py": 1, **mark["files"]}
+
+
+def renamed(marks: dict) -> None:
+    marks["collections"]["../../x"] = marks["collections"].pop(NAME)
+
+
+def spoiled_index(change):
+    return lambda held: held.update({"index.parquet": marked(held["index.parquet"], change)})
+
+
+def truncated(held: dict) -> None:
+    name = f"collections/{NAME}/checkpoint-8.safetensors"
+    held[name] = held[name][:-1]
+
+
+def swapped(held: dict) -> None:
+    one, other = (f"collections/{NAME}/checkpoint-{step}.safetensors" for step in (7, 8))
+    held[one], held[other] = held[other], held[one]
+
+
+def with_script(held: dict) -> None:
+    info = json.loads(held["data/dataset_info.json"])
+    info["Toy"]["script_url"] = "evil.py"
+    held["data/dataset_info.json"] = json.dumps(info).encode()
+
+
+def other_manifest(held: dict) -> None:
+    name = f"collections/{NAME}/manifest.json"
+    manifest = collection.sealed({**json.loads(held[name]), "seed": 1})
+    held[name] = (json.dumps(manifest, indent=2, ensure_ascii=False) + "\n").encode()
+
+
+SPOILED = {
+    "truncated": (truncated, "checkpoint-8.safetensors has"),
+    "swapped": (swapped, "checkpoint-7.safetensors does not have its recorded sha256"),
+    "no file": (lambda held: held.pop(f"collections/{NAME}/adapter_config.json"), "lacks collections/"),
+    "another manifest": (other_manifest, "manifest"),
+    "other prompts": (lambda held: held.update({f"data/{CATEGORY}/Toy.json": b'[{"prompt": "x"}]'}), "Toy.json is not"),
+    "a script": (with_script, "script_url"),
+    "a path out of saves": (spoiled_index(with_path), "is no file of"),
+    "a name out of saves": (spoiled_index(renamed), "collections that it has rows of"),
+    "a path out of data": (spoiled_index(lambda marks: marks["data"].update({"../x.json": ""})), "../x.json"),
+    "no index": (lambda held: held.pop("index.parquet"), "has no index.parquet"),
+    "a broken index": (lambda held: held.update({"index.parquet": b"PAR1"}), "index.parquet is broken"),
+}
+
+
+def test_whatever_is_wrong_in_a_repository_is_named_and_not_brought(licensed, empty, run, hub):
+    run(publish, licensed, RAW="1")
+    whole = dict(hub.repositories[REPO].files)
+    for case, (spoil, told) in SPOILED.items():
+        shutil.rmtree(empty)
+        for name in ("data", "saves", "models"):
+            (empty / name).mkdir(parents=True)
+        hub.repositories[REPO].files = dict(whole)
+        spoil(hub.repositories[REPO].files)
+        with pytest.raises(UserError, match=re.escape(told)):
+            run(pull, empty)
+        assert not (empty / "saves" / NAME).exists(), case
+        assert {path.name for path in empty.parent.iterdir()} == {"another project", "my project"}, case
+
+
+def test_what_is_there_is_replaced_only_with_force(licensed, empty, run, hub):
+    run(publish, licensed, RAW="1")
+    own = {"Toy": {"file_name": f"{CATEGORY}/Own.json", "columns": {"prompt": "q", "response": "a"}}}
+    (empty / "data" / CATEGORY).mkdir()
+    (empty / "data" / CATEGORY / "Toy.json").write_text('[{"prompt": "mine", "response": "mine"}]')
+    with pytest.raises(UserError, match="Toy.json: is there with other rows"):
+        run(pull, empty)
+    (empty / "data" / CATEGORY / "Toy.json").unlink()
+    (empty / "data" / "dataset_info.json").write_text(json.dumps(own))
+    with pytest.raises(UserError, match="'Toy' is registered in another way"):
+        run(pull, empty)
+    (empty / "data" / "dataset_info.json").unlink()
+    shutil.copytree(licensed / "saves" / NAME, empty / "saves" / NAME)
+    remanifest(empty, seed=7)
+    with pytest.raises(UserError, match="is another collection; move it away, or FORCE=1"):
+        run(pull, empty)
+    assert not list((empty / "data" / CATEGORY).iterdir())
+    run(pull, empty, FORCE="1")
+    assert hashes(empty / "saves" / NAME) == hashes(licensed / "saves" / NAME)
+
+
+def test_a_selection_brings_that_alone(licensed, empty, run, hub):
+    twin = licensed / "saves" / CATEGORY / "Toy" / RUN.replace("rank_4", "rank_4_seed-7")
+    shutil.copytree(licensed / "saves" / NAME, twin)
+    files.write_json(twin / "manifest.json", collection.sealed({**manifest_of(licensed), "seed": 7, "run": twin.name}))
+    run(publish, licensed, RAW="1")
+    run(pull, empty, SEED="7")
+    assert [path.name for path in (empty / "saves" / CATEGORY / "Toy").iterdir()] == [twin.name]
+    with pytest.raises(UserError, match="collected dataset 'MATH' is not known; known: Toy"):
+        run(pull, empty, DATASET="MATH")
+    with pytest.raises(UserError, match="has no revision 'v9'"):
+        run(pull, empty, REVISION="v9")
+
+
+def test_a_killed_pull_goes_on_in_the_middle_of_a_file(licensed, empty, run, hub):
+    run(publish, licensed)
+    name = f"collections/{NAME}.archive"
+    padding = os.urandom(24 << 20)
+    hub.repositories[REPO].files[name] = hub.repositories[REPO].files[name] + padding  # is refused once it is whole
+    hub.hold[name] = 21 << 20
+    process = start("pull.py", empty, hub)
+    assert hub.held.wait(60), process.communicate()
+    process.kill()
+    process.communicate()
+    hub.hold.clear()
+    hub.released.set()
+    with pytest.raises(UserError, match="its index says"):
+        run(pull, empty)
+    assert any(request.range for request in hub.of(name))
+    assert not (empty / "saves" / NAME).exists()

@@ -1,0 +1,370 @@
+"""`make report`: what the page shows, in a real browser, of collections that are whole, odd, half or broken."""
+
+import base64
+import io
+import json
+import os
+import shutil
+import socket
+from pathlib import Path
+
+import numpy as np
+import pytest
+from PIL import Image
+from selenium import webdriver
+from selenium.webdriver.chrome.service import Service
+from selenium.webdriver.common.by import By
+from selenium.webdriver.common.keys import Keys
+from selenium.webdriver.support.wait import WebDriverWait
+
+import collection
+import files
+import paths
+import report
+import report_data
+
+CHROMIUM, DRIVER = Path("/usr/bin/chromium"), Path("/usr/bin/chromedriver")
+EVIL = "</script><script>document.title='owned'</script><img src=x onerror=\"document.title='owned'\">'&amp;"
+RUN = "Tiny-Llama_lora-rank_4_finetune"
+
+
+def reseal(folder: Path, **changes) -> None:
+    """Change a manifest as a tool would that gives it its hash again."""
+    path = folder / "manifest.json"
+    path.write_text(json.dumps(collection.sealed(json.loads(path.read_text()) | changes)))
+
+
+def twin(project, place: str, **changes) -> Path:
+    """A copy of the project's collection at another place below saves/, with changes in its manifest."""
+    folder = project.top / "saves" / place
+    shutil.copytree(project.run_folder("finetune"), folder)
+    reseal(folder, run=folder.name, **changes)
+    return folder
+
+
+@pytest.fixture(scope="module")
+def project(trained_once, tmp_path_factory):
+    """Collections of three datasets and two models, and one of each kind that is not whole."""
+    project = trained_once.copy(tmp_path_factory.mktemp("report") / "my project")
+    twin(project, "math/GSM8K/Tiny-Llama_lora-rank_16_finetune", dataset="GSM8K", category="math", rank=16)
+    other = {"name": 'Other <i>"model"</i>', "hub_id": None, "revision": None, "sha256": "0"}
+    twin(project, f"math/Odd 'quoted' & <b>/{RUN}", dataset=EVIL, category="math", base_model=other)
+    manifest = collection.read_manifest(project.run_folder("finetune"))
+    silent = [entry | {"loss": None, "learning_rate": None} for entry in manifest["checkpoints"]]
+    unknown = dict.fromkeys(("recipe", "data", "pretrain", "seed", "base_model"))
+    stock = twin(project, f"math/Stock/{RUN}", dataset="Stock", checkpoints=silent, **unknown)
+    (stock / "trainer_log.jsonl").unlink()
+    edited = twin(project, f"math/Edited/{RUN}", dataset="Edited") / "manifest.json"
+    edited.write_text(edited.read_text().replace('"rank": 4', '"rank": 8'))
+    (twin(project, f"math/Half/{RUN}", dataset="Half") / "manifest.json").unlink()
+    with pytest.MonkeyPatch.context() as patch:
+        for name in ("SAVES", "DATA", "MODELS"):
+            patch.setattr(paths, name, project.top / name.lower())
+        patch.setattr(paths, "SCRIPTS", project.top / "collect_scripts")
+        yield project
+
+
+@pytest.fixture(scope="module")
+def page(project) -> Path:
+    return report.make()
+
+
+@pytest.fixture(scope="module")
+def chromium(tmp_path_factory):
+    if not (CHROMIUM.exists() and DRIVER.exists()):
+        (pytest.fail if os.environ.get("CI") else pytest.skip)("Chromium and chromedriver are not installed")
+    options = webdriver.ChromeOptions()
+    options.binary_location = str(CHROMIUM)
+    for argument in (
+        "--headless", "--no-sandbox", "--disable-gpu", "--disable-quic", "--no-first-run", "--disable-sync",
+        "--disable-background-networking", "--disable-component-update",
+        f"--user-data-dir={tmp_path_factory.mktemp('chromium')}",
+    ):  # fmt: skip
+        options.add_argument(argument)
+    options.set_capability("goog:loggingPrefs", {"browser": "ALL", "performance": "ALL"})
+    browser = webdriver.Chrome(options=options, service=Service(executable_path=str(DRIVER)))
+    yield browser
+    browser.quit()
+
+
+@pytest.fixture
+def browser(chromium, page):
+    """The page, fresh, 1280 pixels wide, in light colours; at the end it has no errors and asked no network."""
+    chromium.get("about:blank")
+    size(chromium, 1280)
+    colours(chromium, "light")
+    chromium.get_log("performance"), chromium.get_log("browser")
+    chromium.get(page.as_uri())
+    yield chromium
+    assert [line["message"] for line in chromium.get_log("browser")] == []
+    messages = [json.loads(line["message"])["message"] for line in chromium.get_log("performance")]
+    asked = [one["params"]["request"]["url"] for one in messages if one["method"] == "Network.requestWillBeSent"]
+    assert page.as_uri() in asked
+    assert [url for url in asked if not url.startswith(("file:", "data:", "blob:"))] == []
+
+
+def size(browser, width: int) -> None:
+    metrics = {"width": width, "height": 900, "deviceScaleFactor": 1, "mobile": width < 600}
+    browser.execute_cdp_cmd("Emulation.setDeviceMetricsOverride", metrics)
+
+
+def colours(browser, scheme: str) -> None:
+    features = [{"name": "prefers-color-scheme", "value": scheme}]
+    browser.execute_cdp_cmd("Emulation.setEmulatedMedia", {"features": features})
+
+
+def find(browser, selector: str):
+    return browser.find_element(By.CSS_SELECTOR, selector)
+
+
+def shown(browser, table: str = "collection-table", column: int = 1) -> list[str]:
+    """The texts of a column, of the rows that are to be seen, from above."""
+    cells = browser.find_elements(By.CSS_SELECTOR, f"#{table} tbody tr:not([hidden]) > :nth-child({column})")
+    return [cell.get_attribute("textContent").strip() for cell in cells]
+
+
+def wait(browser, what):
+    return WebDriverWait(browser, 20).until(lambda _: what())
+
+
+def drawn(browser, selector: str) -> bool:
+    """Scroll pictures into view; whether all are there, drawn."""
+    pictures = browser.find_elements(By.CSS_SELECTOR, selector)
+    for picture in pictures:
+        browser.execute_script("arguments[0].scrollIntoView()", picture)
+        wait(browser, lambda picture=picture: picture.find_elements(By.CSS_SELECTOR, ".main-svg .subplot"))
+    return bool(pictures)
+
+
+def opened(browser, dataset: str = "Toy"):
+    """Open a collection by its name in the table; the article."""
+    names = browser.find_elements(By.CSS_SELECTOR, "#collection-table .open")
+    next(name for name in names if name.text == dataset).click()
+    return wait(browser, lambda: find(browser, "#opened article"))
+
+
+def test_the_table_is_sorted_with_mouse_and_keyboard_and_filtered(browser):
+    rank = find(browser, "#collection-table th:nth-child(3)")
+    rank.find_element(By.TAG_NAME, "button").click()
+    assert rank.get_attribute("aria-sort") == "ascending"
+    assert shown(browser, column=3)[0] == "4" and shown(browser, column=3)[-1] == "16"
+    rank.find_element(By.TAG_NAME, "button").send_keys(Keys.ENTER)
+    assert rank.get_attribute("aria-sort") == "descending"
+    assert shown(browser, column=3)[0] == "16"
+    box = find(browser, "input[data-for=collection-table]")
+    box.send_keys("gsm rank 16")
+    assert shown(browser) == ["GSM8K"]
+    assert find(browser, ".count[data-for=collection-table]").text == "1 of 6"
+    box.clear()
+    box.send_keys(" ")
+    find(browser, "select[data-for=collection-table] option:last-child").click()
+    assert set(shown(browser, column=4)) == {"broken"}
+    assert shown(browser) == ["Half", "Edited"] or shown(browser) == ["Edited", "Half"]
+
+
+def test_unknown_figures_come_last_in_both_directions(browser):
+    loss = find(browser, "#collection-table th:nth-child(7) button")
+    for _ in range(2):
+        loss.click()
+        assert shown(browser, column=7)[-3:] == ["", "", ""]
+        assert all(shown(browser, column=7)[:-3])
+
+
+def test_a_collection_is_opened_with_its_pictures_and_closed(browser, tmp_path):
+    article = opened(browser)
+    assert drawn(browser, "#opened .plot")
+    labels = [plot.get_attribute("aria-label") for plot in article.find_elements(By.CSS_SELECTOR, ".plot[role=img]")]
+    assert len(labels) == 3
+    assert "at step 5 to" in labels[0] and "steps 7 to 12 kept; resumed at step 4" in labels[0]
+    assert "6 checkpoints from step 7 to 12" in labels[1]
+    assert "14 layers" in labels[2]
+    names = [text.text for text in article.find_elements(By.CSS_SELECTOR, ".legendtext")]
+    assert names == ["pretrain", "finetune"]
+    code = article.find_element(By.TAG_NAME, "pre").text
+    assert f'"saves/common-sense-reasoning/Toy/{RUN}/checkpoint-12.safetensors"' in code
+    link = article.find_element(By.CSS_SELECTOR, "header + p a").get_attribute("href")
+    assert Path(link.removeprefix("file://").replace("%20", " ")).is_dir()
+    browser.execute_script("arguments[0].scrollIntoView()", article)
+    browser.save_screenshot(str(tmp_path / "opened.png"))
+    assert shades(browser.get_screenshot_as_png(), (0, 114, 178)) > 50  # the finetune's line
+    article.find_element(By.CSS_SELECTOR, "[data-close]").click()
+    assert not browser.find_elements(By.CSS_SELECTOR, "#opened article")
+    assert browser.switch_to.active_element.text == "Toy"
+
+
+def shades(png: bytes, colour: tuple[int, int, int]) -> int:
+    """How many pixels of a screenshot have a colour, nearly."""
+    pixels = np.asarray(Image.open(io.BytesIO(png)).convert("RGB")).astype(int)
+    return int((np.abs(pixels - colour).max(axis=2) < 12).sum())
+
+
+def test_a_cell_of_the_grid_opens_its_collection(browser):
+    assert shown(browser, "cell-table") == ["Toy"]
+    ranks = [head.text for head in browser.find_elements(By.CSS_SELECTOR, "#cell-table th[data-kind=number]")]
+    assert ranks == ["Rank 2", "Rank 4", "Rank 8", "Rank 16", "Rank 64"]
+    assert shown(browser, "cell-table", 3) == ["missing"]
+    assert shown(browser, "cell-table", 4)[0].startswith("complete")
+    find(browser, "#cell-table .open").click()
+    assert find(browser, "#opened h3").text == "Toy, Tiny-Llama, rank 4"
+
+
+def test_the_map_is_coloured_by_what_is_chosen(browser):
+    assert drawn(browser, "#map ~ .pictures .plot")
+    assert len(browser.find_elements(By.CSS_SELECTOR, "#map ~ .pictures .plot")) == 2  # a panel for each base model
+    legend = find(browser, "#legend")
+    marks = "return [...document.querySelectorAll('#map ~ .pictures .plot .point')].map(p => p.style.fill)"
+    by_dataset = browser.execute_script(marks)
+    assert len(by_dataset) == 4 * 6 + 2  # the checkpoints, and each base model's cross
+    assert "GSM8K" in legend.text
+    find(browser, "#colour option[value=rank]").click()
+    assert legend.text.split("\n") == ["rank 4", "rank 16"]
+    assert len(set(browser.execute_script(marks))) < len(set(by_dataset))
+    find(browser, "#colour option[value=model]").click()
+    assert "tiny-llama" in legend.text
+
+
+def test_pictures_follow_the_colour_scheme(browser):
+    opened(browser)
+    assert drawn(browser, "#opened .plot")
+    line = "return getComputedStyle(document.querySelector('#opened .scatterlayer .js-line')).stroke"
+    light = browser.execute_script(line)
+    ground = "return getComputedStyle(document.body).backgroundColor"
+    assert browser.execute_script(ground) == "rgb(255, 255, 255)"
+    colours(browser, "dark")
+    assert browser.execute_script(ground) == "rgb(20, 23, 26)"
+    wait(browser, lambda: browser.execute_script(line) != light)
+
+
+def test_a_phone_sees_it_without_sideways_scrolling(browser):
+    size(browser, 390)
+    opened(browser)
+    assert drawn(browser, "#opened .plot, #map ~ .pictures .plot")
+    assert browser.execute_script("return document.documentElement.scrollWidth") == 390
+    assert browser.execute_script(
+        "return [...document.querySelectorAll('.plot')].every(p => p.scrollWidth <= p.clientWidth + 1)"
+    )
+
+
+def test_names_cannot_become_markup_or_script(browser):
+    assert EVIL in shown(browser)
+    article = opened(browser, EVIL)
+    assert drawn(browser, "#opened .plot")
+    assert drawn(browser, "#map ~ .pictures .plot")
+    assert EVIL in article.find_element(By.TAG_NAME, "h3").text
+    assert EVIL in find(browser, "#legend").text
+    assert browser.title == "ParaGen-Dataset: report"
+    assert not browser.find_elements(By.CSS_SELECTOR, "img, td b, h4 i, article b")
+
+
+def test_what_is_not_whole_is_shown_with_its_reason(page):
+    rows = {row["name"].split("/")[1]: row for row in report.gather(paths.SAVES)["collections"]}
+    assert rows["Edited"]["state"] == "broken" and "was edited" in rows["Edited"]["reason"]
+    assert rows["Half"]["state"] == "broken" and "has no manifest.json" in rows["Half"]["reason"]
+    assert rows["Stock"]["loss"] is None
+    assert rows["Stock"]["pictures"]["curve"]["label"] == "No loss was recorded; steps 7 to 12 kept"
+    assert rows["Stock"]["pictures"]["trajectory"]["step"] == [7, 8, 9, 10, 11, 12]
+    assert rows["GSM8K"]["pictures"]["curve"]["notes"] == ["the pretrain's log is not there any more"]
+    assert rows["Toy"]["pictures"]["curve"]["notes"] == []
+
+
+def test_a_collection_that_is_being_made_is_no_broken_one(collected, monkeypatch, capsys):
+    for name in ("SAVES", "DATA", "MODELS"):
+        monkeypatch.setattr(paths, name, collected.top / name.lower())
+    monkeypatch.setattr(paths, "SCRIPTS", collected.top / "collect_scripts")
+    folder = collected.run_folder("finetune")
+    (folder / "manifest.json").unlink()
+    with files.lock(files.beside(folder, "lock")):
+        facts = report.gather(paths.SAVES)
+    assert [row["state"] for row in facts["collections"]] == ["collecting"]
+    assert facts["pairs"][0]["cells"][4]["state"] == "collecting"
+    assert facts["faults"] == []
+
+
+def test_a_page_without_collections_or_recipes_is_a_page(tmp_path, monkeypatch):
+    monkeypatch.setattr(paths, "SCRIPTS", tmp_path / "none")
+    (tmp_path / "saves").mkdir()
+    text = report.make(tmp_path / "saves").read_text()
+    assert "Nothing is collected yet" in text and "There are no recipes" in text
+
+
+def test_a_changed_checkpoint_makes_its_collection_broken(collected, monkeypatch, capsys):
+    for name in ("SAVES", "DATA", "MODELS"):
+        monkeypatch.setattr(paths, name, collected.top / name.lower())
+    monkeypatch.setattr(paths, "SCRIPTS", collected.top / "collect_scripts")
+    path = collected.run_folder("finetune") / "checkpoint-9.safetensors"
+    data = bytearray(path.read_bytes())
+    data[-1] ^= 1
+    path.write_bytes(data)
+    text = report.make().read_text()
+    assert "checkpoint-9.safetensors: does not have its recorded sha256" in capsys.readouterr().err
+    assert "checkpoint-9.safetensors: does not have its recorded sha256" in text
+
+
+def test_another_pretrain_is_not_drawn_as_the_one_before(collected):
+    folder = collected.run_folder("finetune")
+    manifest = collection.read_manifest(folder)
+    both = report_data.curve(folder, manifest)
+    assert [line["name"] for line in both["lines"]] == ["pretrain", "finetune"]
+    assert both["lines"][0]["step"][0] == 5 and both["lines"][1]["step"][-1] == 12
+    manifest["pretrain"]["sha256"] = "0" * 64
+    alone = report_data.curve(folder, manifest)
+    assert [line["name"] for line in alone["lines"]] == ["finetune"]
+    assert "is another pretrain by now" in alone["notes"][0]
+
+
+def test_half_a_log_line_is_said_and_left_out(collected):
+    folder = collected.run_folder("finetune")
+    with open(folder / "trainer_log.jsonl", "a") as file:
+        file.write('{"current_steps": 13, "lo')
+    curve = report_data.curve(folder, collection.read_manifest(folder))
+    assert curve["lines"][1]["step"][-1] == 12
+    assert "1 lines of" in curve["notes"][0]
+
+
+def test_the_page_says_nothing_of_this_machine(page):
+    text = page.read_text()
+    assert str(paths.ROOT) not in text and str(paths.SAVES.parent) not in text and str(Path.home()) + "/" not in text
+    assert f'"{socket.gethostname()}"' not in text
+
+
+def test_components_are_those_of_the_vectors():
+    random = np.random.default_rng(0)
+    for count, width in ((12, 40), (40, 12)):
+        directions = np.linalg.qr(random.normal(size=(width, 2)))[0]
+        along = random.normal(size=(count, 2)) * (5, 1)
+        along -= along.mean(0)
+        places, shares, zero = report_data.principal(along @ directions.T + 3 * directions[:, 0])
+        spread = np.linalg.svd(along, compute_uv=False) ** 2
+        assert np.allclose(shares, spread / spread.sum())
+        assert np.allclose(np.linalg.norm(places - zero, axis=1), np.linalg.norm(along + (3, 0), axis=1))
+    assert report_data.principal(np.ones((5, 3))) is None
+    on_a_line = report_data.principal(np.outer([0.0, 1.0, 3.0], [1.0, 2.0, 2.0]))
+    assert np.allclose(on_a_line[1], [1, 0]) and np.allclose(on_a_line[0][:, 1], 0)
+
+
+def test_layers_of_a_kind_stand_together_under_its_shortest_name():
+    layers = ["h.0.attn.c_proj", "h.0.mlp.c_fc", "h.0.mlp.c_proj", "h.1.attn.c_proj", "h.1.mlp.c_fc", "h.1.mlp.c_proj"]
+    order, groups = report_data.grouped(layers)
+    assert [layers[place] for place in order][:2] == ["h.0.attn.c_proj", "h.1.attn.c_proj"]
+    assert groups == [["attn.c_proj", 2], ["c_fc", 2], ["mlp.c_proj", 2]]
+
+
+def test_a_heat_map_keeps_two_digits_zeros_and_gaps():
+    change = np.array([[np.nan, 1e-4, 0.0], [np.nan, 1e-2, np.nan]])
+    heat = report_data.heat(["a", "b"], np.array([7, 8, 9]), change)
+    shades = np.frombuffer(base64.b64decode(heat["shades"]), np.uint8).reshape(2, 2)
+    assert heat["steps"] == [8, 9] and shades.tolist() == [[2, 1], [255, 0]]
+    assert (heat["low"], heat["high"]) == (-4, -2)
+    assert "largest 0.01 at step 8 in b" in heat["label"]
+
+
+def test_a_long_log_is_thinned_outside_of_the_kept_window():
+    rows = [(step, 1.0, 0.1) for step in range(1, 20_001)]
+    steps = [row[0] for row in report_data.thinned(rows, [19_901, 20_000])]
+    assert len(steps) < 600 and steps[0] == 1 and steps[-100:] == list(range(19_901, 20_001))
+
+
+def test_the_map_is_thinned_evenly_but_shows_every_collection():
+    assert report_data.chosen_places(50, 3000) == list(range(50))
+    assert report_data.chosen_places(100, 30_000) == [9, 19, 29, 39, 49, 59, 69, 79, 89, 99]
+    assert report_data.chosen_places(2, 100_000) == [1]

@@ -1,0 +1,361 @@
+"""`make stats`: what it writes is what a plain computation over all checkpoints gives, in memory that does not grow."""
+
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import numpy as np
+import pyarrow.parquet
+import pytest
+import torch
+from safetensors.torch import load_file, save_file
+
+import canonical
+import checkpoints
+import collection
+import files
+import index
+import layer_stats as ls
+import paths
+import stats
+from cli import UserError
+
+NAMES = {"stats.parquet", "importance.safetensors", "steps.safetensors", "stats.json"}
+
+
+@pytest.fixture(scope="module")
+def measured_once(trained_once, tmp_path_factory):
+    """The tiny collection with its statistics: (index.Chosen, the statistics' folder)."""
+    out = tmp_path_factory.mktemp("statistics")
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(paths, "SAVES", trained_once.top / "saves")
+        (one,) = index.chosen()
+        stats.update([one], out)
+    return one, out / one.name
+
+
+def plain(one):
+    """The layers, and all checkpoints of a collection as NumPy float64: {key: steps x rows x columns}."""
+    loaded = [
+        load_file(one.folder / f"checkpoint-{entry['step']}.safetensors") for entry in one.manifest["checkpoints"]
+    ]
+    tensors = {key: np.stack([each[key].double().numpy() for each in loaded]) for key in loaded[0]}
+    return checkpoints.layers_of(tensors), tensors
+
+
+def updates(tensors, layer, scaling):
+    return scaling * tensors[f"{layer}.lora_B.weight"] @ tensors[f"{layer}.lora_A.weight"]
+
+
+def scaling(one):
+    config = json.loads((one.folder / "adapter_config.json").read_bytes())
+    return config["lora_alpha"] / config["r"]
+
+
+def test_it_writes_four_files_that_name_the_collection_and_say_what_they_hold(measured_once):
+    one, folder = measured_once
+    assert {path.name for path in folder.iterdir()} == NAMES
+    about = json.loads((folder / "stats.json").read_bytes())
+    layers, tensors = plain(one)
+    assert about["manifest"] == one.manifest["sha256"] and about["layers"] == layers
+    assert about["files"].keys() == NAMES - {"stats.json"}
+    arrays = load_file(folder / "steps.safetensors")
+    assert about["files"]["steps.safetensors"].keys() == arrays.keys()
+    steps, count = len(one.manifest["checkpoints"]), len(layers)
+    assert {name: (value.dtype, tuple(value.shape)) for name, value in arrays.items()} == {
+        "steps": (torch.int64, (steps,)),
+        "sketch": (torch.float32, (steps, 1024)),
+        **{name: (torch.float32, (count, steps)) for name in ("norm", "change", "effective_rank")},
+    }
+    assert arrays["steps"].tolist() == [entry["step"] for entry in one.manifest["checkpoints"]]
+    table = pyarrow.parquet.read_table(folder / "stats.parquet")
+    assert about["files"]["stats.parquet"].keys() == set(table.column_names)
+    assert table["layer"].to_pylist()[::3] == layers
+    assert about["parameters"] == sum(value[0].size for value in tensors.values())
+
+
+def test_norms_changes_and_effective_ranks_are_those_of_the_multiplied_out_updates(measured_once):
+    one, folder = measured_once
+    layers, tensors = plain(one)
+    arrays = load_file(folder / "steps.safetensors")
+    table = pyarrow.parquet.read_table(folder / "stats.parquet").to_pylist()
+    for number, layer in enumerate(layers):
+        update = updates(tensors, layer, scaling(one))
+        norm = np.linalg.norm(update, axis=(1, 2))
+        change = np.linalg.norm(np.diff(update, axis=0), axis=(1, 2))
+        values = np.linalg.svd(update, compute_uv=False)[:, :4]
+        shares = values / values.sum(1, keepdims=True)
+        ranks = np.exp(-(shares * np.log(shares)).sum(1))
+        np.testing.assert_allclose(arrays["norm"][number], norm, rtol=1e-6)
+        np.testing.assert_allclose(arrays["change"][number], [0, *change], rtol=1e-6)
+        np.testing.assert_allclose(arrays["effective_rank"][number], ranks, rtol=1e-5)
+        row = next(row for row in table if row["layer"] == layer and row["tensor"] == "update")
+        found = [row[name] for name in ("norm_first", "norm_mean", "norm_last", "change_mean", "change_max")]
+        np.testing.assert_allclose(found, [norm[0], norm.mean(), norm[-1], change.mean(), change.max()], rtol=1e-9)
+        found = [row[f"effective_rank_{name}"] for name in ("first", "mean", "last")]
+        np.testing.assert_allclose(found, [ranks[0], ranks.mean(), ranks[-1]], rtol=1e-6)
+
+
+def test_means_and_deviations_of_factors_are_those_of_two_passes(measured_once):
+    one, folder = measured_once
+    _, tensors = plain(one)
+    rows = [
+        row for row in pyarrow.parquet.read_table(folder / "stats.parquet").to_pylist() if row["tensor"] != "update"
+    ]
+    assert len(rows) == len(tensors)
+    for row in rows:
+        values = tensors[f"{row['layer']}.{row['tensor']}.weight"]
+        assert (row["rows"], row["columns"]) == values.shape[1:]
+        norm = np.linalg.norm(values, axis=(1, 2))
+        change = np.linalg.norm(np.diff(values, axis=0), axis=(1, 2))
+        expected = [values.mean(), values.std(0).mean(), norm[0], norm.mean(), norm[-1], change.mean(), change.max()]
+        names = ["mean", "std", "norm_first", "norm_mean", "norm_last", "change_mean", "change_max"]
+        np.testing.assert_allclose([row[name] for name in names], expected, rtol=1e-9, atol=1e-15)
+        assert row["effective_rank_mean"] is None
+
+
+def test_importance_is_the_deviation_of_standardised_factors_over_its_mean_and_averages_to_one(measured_once):
+    one, folder = measured_once
+    layers, tensors = plain(one)
+    weights = {key: float(value) for key, value in load_file(folder / "importance.safetensors").items()}
+    assert weights.keys() == {*layers, *tensors}
+    spread = {
+        key: ((x - x.mean((1, 2), keepdims=True)) / x.std((1, 2), keepdims=True)).std(0) for key, x in tensors.items()
+    }
+    overall = np.concatenate([value.ravel() for value in spread.values()]).mean()
+    for key, value in spread.items():
+        assert weights[key] == pytest.approx(value.mean() / overall, rel=1e-6)
+    for layer in layers:
+        both = np.concatenate([spread[f"{layer}.{end}.weight"].ravel() for end in ("lora_A", "lora_B")])
+        assert weights[layer] == pytest.approx(both.mean() / overall, rel=1e-6)
+    for keys in (list(tensors), layers):
+        sizes = [sum(x[0].size for name, x in tensors.items() if name.startswith(key)) for key in keys]
+        assert np.average([weights[key] for key in keys], weights=sizes) == pytest.approx(1, abs=1e-6)
+    assert max(weights.values()) > 1.05 > 0.95 > min(weights.values())
+
+
+def test_chunks_of_steps_and_groups_of_layers_change_nothing(measured_once):
+    one, _ = measured_once
+    config, entries = checkpoints.adapter_config(one.folder, one.manifest), one.manifest["checkpoints"]
+    whole = stats.measure(one.folder, entries, config, "base")
+    parted = stats.measure(one.folder, entries, config, "base", budget=1, chunk=1)
+    assert len(stats.groups_of(whole.shapes, 1)) == len(whole.layers)
+    for name in whole._fields[2:]:
+        torch.testing.assert_close(getattr(parted, name), getattr(whole, name), rtol=1e-12, atol=1e-15)
+
+
+def test_moments_do_not_lose_a_small_deviation_beside_a_large_mean():
+    values = 1e6 + torch.randn(40, 3, 5, generator=torch.Generator().manual_seed(0), dtype=torch.float64)
+    moments = None
+    for start in range(0, 40, 7):
+        moments = ls.merged(moments, values[start : start + 7])
+    assert moments.count == 40
+    torch.testing.assert_close(ls.deviation(moments), values.std(0, correction=0), rtol=1e-9, atol=0)
+
+
+def test_a_small_change_of_a_large_update_is_exact():
+    """The squares' difference would leave nothing of a change of 1e-9."""
+    drawn = torch.Generator().manual_seed(0)
+    b, a, b_change, a_change = (
+        torch.randn(1, *shape, generator=drawn, dtype=torch.float64) for shape in ((9, 3), (3, 7)) * 2
+    )
+    b_change, a_change = 1e-9 * b_change, 1e-9 * a_change
+    found = ls.difference_norms(b + b_change, a, a_change, b_change)
+    expected = (b @ a_change + b_change @ a + b_change @ a_change).norm()
+    torch.testing.assert_close(found[0], expected, rtol=1e-9, atol=0)
+
+
+@pytest.mark.parametrize(
+    "values, expected", [([1, 1, 1, 1], 4), ([5, 0, 0], 1), ([0, 0], 0), ([3, 1], 1.7548)], ids=str
+)
+def test_the_effective_rank_counts_directions(values, expected):
+    found = ls.effective_ranks(torch.tensor([values], dtype=torch.float64))
+    assert found.item() == pytest.approx(expected, rel=1e-4)
+
+
+def test_scaling_is_pefts():
+    layer = "base_model.model.model.layers.1.self_attn.q_proj"
+    config = {"lora_alpha": 16, "r": 4}
+    assert ls.scaling_of(config, layer, 4) == 4
+    assert ls.scaling_of({**config, "use_rslora": True}, layer, 4) == 8
+    assert ls.scaling_of({**config, "alpha_pattern": {"k_proj": 9, "q_proj": 2}}, layer, 4) == 0.5
+    assert ls.scaling_of({**config, "alpha_pattern": {r"layers\.0\..*": 2}}, layer, 4) == 4
+
+
+def sketch_of(base, layer, a, b):
+    return ls.sketched(a, b, *ls.projections(base, layer, b.shape[1], a.shape[2]))
+
+
+def test_a_sketch_depends_on_the_update_alone_not_on_its_factors_or_their_rank():
+    drawn = torch.Generator().manual_seed(0)
+    a, b = torch.randn(2, 3, 20, generator=drawn).double(), torch.randn(2, 30, 3, generator=drawn).double()
+    wider = torch.cat([a, a, -a], dim=1), torch.cat([b, b, b], dim=2)  # B·A + B·A - B·A, rank 9
+    expected = sketch_of("model", "layer", a, b)
+    assert expected.shape == (2, 1024)
+    torch.testing.assert_close(sketch_of("model", "layer", *wider), expected)
+    torch.testing.assert_close(sketch_of("model", "layer", *canonical.canonical(a, b)), expected)
+    for names in (("model", "other"), ("other", "layer")):
+        assert not torch.allclose(sketch_of(*names, a, b), expected)
+
+
+def test_sketches_of_one_model_fit_together_whenever_and_wherever_they_are_made():
+    p, q = ls.projections("SmolLM2-135M-Instruct", "base_model.model.model.layers.0.mlp.up_proj", 3, 2)
+    assert (p.shape, q.shape) == ((3, 32), (2, 32))
+    np.testing.assert_allclose(p[0, :3], [-0.20929304872466437, -0.21596882367503245, -0.18206076382084796], rtol=1e-12)
+
+
+def test_inner_products_of_updates_are_kept():
+    """Over many layers, as a sketch sums them up; a bias of the normalisation would show."""
+    drawn = torch.Generator().manual_seed(0)
+    sketch, exact = torch.zeros(3, 1024, dtype=torch.float64), torch.zeros(3, 3, dtype=torch.float64)
+    for number in range(100):
+        a, b = torch.randn(3, 2, 24, generator=drawn).double(), torch.randn(3, 20, 2, generator=drawn).double()
+        a[1:] += a[0]
+        b[1:] += b[0]
+        update = (b @ a).flatten(1)
+        exact += update @ update.T
+        sketch += sketch_of("model", f"layer {number}", a, b)
+    torch.testing.assert_close(sketch @ sketch.T / exact, torch.ones(3, 3, dtype=torch.float64), rtol=0, atol=0.15)
+
+
+def test_the_sketch_of_a_step_is_the_sum_over_its_layers(measured_once):
+    one, folder = measured_once
+    layers, tensors = plain(one)
+    expected = 0
+    for layer in layers:
+        a, b = (torch.from_numpy(tensors[f"{layer}.{end}.weight"]) for end in ("lora_A", "lora_B"))
+        expected = expected + scaling(one) * sketch_of("Tiny-Llama", layer, a, b)
+    found = load_file(folder / "steps.safetensors")["sketch"]
+    torch.testing.assert_close(found, expected.float(), rtol=1e-5, atol=1e-8)
+
+
+def synthetic(folder, steps, shape=(8, 32, 24, 2), dtype=torch.float32, zero=()):
+    """Checkpoints of random layers: the manifest's entries of them. `zero`: steps whose B is zero."""
+    folder.mkdir(exist_ok=True)
+    count, outputs, inputs, rank = shape
+    entries = []
+    for step in range(1, steps + 1):
+        drawn = torch.Generator().manual_seed(step)
+        path = folder / collection.checkpoint_name(step)
+        tensors = {}
+        for layer in range(count):
+            tensors[f"l.{layer}.lora_A.weight"] = torch.randn(rank, inputs, generator=drawn).to(dtype)
+            b = torch.randn(outputs, rank, generator=drawn) * (step not in zero)
+            tensors[f"l.{layer}.lora_B.weight"] = b.to(dtype)
+        save_file(tensors, path)
+        entries.append({"step": step, "bytes": path.stat().st_size, "sha256": files.sha256_of(path)})
+    return entries
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_a_first_step_without_any_update_is_measured_like_others(tmp_path, dtype):
+    entries = synthetic(tmp_path / "x", 3, dtype=dtype, zero=[1])
+    found = stats.measure(tmp_path / "x", entries, {"lora_alpha": 2}, "base")
+    assert (found.norm[:, 0] == 0).all() and (found.effective_rank[:, 0] == 0).all()
+    assert all(getattr(found, name).isfinite().all() for name in found._fields[2:])
+    torch.testing.assert_close(found.change[:, 1], found.norm[:, 1])
+
+
+def test_a_single_checkpoint_makes_every_layer_equally_important(tmp_path):
+    entries = synthetic(tmp_path / "x", 1)
+    found = stats.measure(tmp_path / "x", entries, {"lora_alpha": 2}, "base")
+    by_factor, by_layer = stats.importance_of(found)
+    assert (by_factor == 1).all() and (by_layer == 1).all() and (found.change == 0).all()
+
+
+PEAK = """
+import json, sys
+sys.path.insert(0, sys.argv[1])
+from pathlib import Path
+import stats
+entries = json.loads(Path(sys.argv[2], "entries.json").read_text())[: int(sys.argv[3])]
+stats.measure(Path(sys.argv[2]), entries, {"lora_alpha": 2}, "base", chunk=1)
+print(next(line.split()[1] for line in open("/proc/self/status") if line.startswith("VmHWM")))
+"""
+
+
+@pytest.mark.skipif(not Path("/proc/self/status").exists(), reason="peak memory is read from /proc")
+def test_memory_does_not_grow_with_the_number_of_steps(tmp_path):
+    """64 steps of 2.1 MB are 100 MB more than 16; the peaks of both differ by less than a fifth of that."""
+    (entry,) = synthetic(tmp_path / "x", 1, shape=(8, 4096, 4096, 8))
+    entries = [{**entry, "step": step} for step in range(1, 65)]
+    for step in range(2, 65):
+        os.link(tmp_path / "x" / "checkpoint-1.safetensors", tmp_path / "x" / f"checkpoint-{step}.safetensors")
+    (tmp_path / "x" / "entries.json").write_text(json.dumps(entries))
+    peaks = []
+    for count in (16, 64):
+        command = [sys.executable, "-c", PEAK, str(paths.ROOT / "utils"), str(tmp_path / "x"), str(count)]
+        peaks.append(int(subprocess.run(command, capture_output=True, text=True, check=True).stdout) / 1024)
+    assert peaks[1] - peaks[0] < 20, peaks
+
+
+def run(project, **environment):
+    """utils/stats.py on a project's collections, in this process: (what it printed is captured by the caller)."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(paths, "SAVES", project.top / "saves")
+        for name, value in environment.items():
+            patch.setenv(name, value)
+        stats.main()
+
+
+def test_it_is_made_once_and_again_when_the_collection_or_the_method_changed(collected, capsys, monkeypatch):
+    def first_line(**environment):
+        run(collected, **environment)
+        return capsys.readouterr().out.splitlines()[0]
+
+    folder = (
+        collected.top / "saves" / "stats" / "common-sense-reasoning" / "Toy" / collected.run_folder("finetune").name
+    )
+    assert first_line().startswith("statistics: ")
+    content = {path.name: path.read_bytes() for path in folder.iterdir()}
+    assert first_line().startswith("there already: ")
+    assert first_line(FORCE="1").startswith("statistics: ")
+    assert {path.name: path.read_bytes() for path in folder.iterdir()} == content, "the same bit for bit"
+    monkeypatch.setattr(stats, "METHOD", "another")
+    assert first_line().startswith("statistics: ")
+    manifest_file = collected.run_folder("finetune") / paths.MANIFEST
+    manifest = json.loads(manifest_file.read_bytes())
+    files.write_json(manifest_file, collection.sealed({**manifest, "device": "another"}))
+    assert first_line().startswith("statistics: ")
+    assert json.loads((folder / "stats.json").read_bytes())["manifest"] != manifest["sha256"]
+
+
+def test_it_prints_a_line_per_kind_of_layer(collected, capsys):
+    run(collected, DATASET="toy")
+    lines = capsys.readouterr().out.splitlines()
+    assert lines[1].split("  ")[0] == "layers"
+    assert {line.split()[0] for line in lines[2:]} >= {"q_proj", "down_proj"} and len(lines) == 9
+
+
+def test_a_collection_of_a_stock_run_has_statistics_too(collected, capsys):
+    manifest_file = collected.run_folder("finetune") / paths.MANIFEST
+    manifest = json.loads(manifest_file.read_bytes())
+    unknown = {key: None for key in ("recipe", "data", "base_model", "tokenizer", "pretrain", "seed")}
+    files.write_json(manifest_file, collection.sealed({**manifest, **unknown}))
+    run(collected)
+    (about,) = (collected.top / "saves" / "stats").rglob("stats.json")
+    assert json.loads(about.read_bytes())["base_model"] == "Tiny-Llama"
+
+
+@pytest.mark.parametrize(
+    "damage, message",
+    [
+        (lambda folder: (folder / "adapter_config.json").unlink(), "adapter_config.json: is gone"),
+        (lambda folder: (folder / "adapter_config.json").write_text("{"), "adapter_config.json: does not have"),
+        (lambda folder: swap(*sorted(folder.glob("*.safetensors"))[:2]), "does not have its recorded sha256"),
+    ],
+    ids=["no config", "half a config", "two files swapped"],
+)
+def test_a_damaged_collection_is_named_and_has_no_statistics(collected, damage, message):
+    damage(collected.run_folder("finetune"))
+    with pytest.raises(UserError, match=message):
+        run(collected)
+    assert not [path for path in (collected.top / "saves" / "stats").rglob("*") if path.name in NAMES]
+
+
+def swap(one, other):
+    content = one.read_bytes()
+    one.write_bytes(other.read_bytes())
+    other.write_bytes(content)

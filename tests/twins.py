@@ -1,0 +1,38 @@
+"""More collections out of one: copies under other names whose manifests say so and are sealed."""
+
+import json
+import shutil
+from pathlib import Path
+
+import collection
+
+
+def twin(folder: Path, dataset: str = "Toy", model: str = "Tiny-Llama", rank: int = 4, seed: int | None = None) -> Path:
+    """A copy of a collection as one of another dataset, base model, rank or seed; returns its folder."""
+    named_seed = "" if seed is None else f"_seed-{seed}"
+    twin = folder.parent.parent / dataset / f"{model}_lora-rank_{rank}{named_seed}_finetune"
+    shutil.copytree(folder, twin)
+
+    def change(manifest):
+        manifest.update(dataset=dataset, rank=rank, run=twin.name)
+        manifest["base_model"]["name"] = model
+        if seed is not None:
+            manifest["seed"] = seed
+
+    edit(twin, change)
+    return twin
+
+
+def edit(folder: Path, change, seal: bool = True) -> None:
+    """Change a manifest; without `seal` as with an editor, else as a tool that gives it its hash again."""
+    path = folder / "manifest.json"
+    manifest = json.loads(path.read_text())
+    change(manifest)
+    path.write_text(json.dumps(collection.sealed(manifest) if seal else manifest))
+
+
+def flip_a_bit(path: Path) -> None:
+    """As a failing disk or a swapped file: another content of the same length."""
+    data = bytearray(path.read_bytes())
+    data[-1] ^= 1
+    path.write_bytes(data)

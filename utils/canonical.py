@@ -1,0 +1,73 @@
+"""The canonical factors of a LoRA update: one form for all factorizations of the same B·A.
+
+Imported by export_canonical.py and layer_stats.py; plain functions on tensors, batched over a leading dimension.
+B·A = (B·G)(G^-1·A) for every invertible G, so the factors as trained are an arbitrary choice. The canonical ones are
+B' = U sqrt(S) and A' = sqrt(S) V^T from the singular value decomposition U S V^T of B·A. The scaling (lora_alpha / r)
+is not part of it: it stays in adapter_config.json.
+
+What stays open: inside a block of equal singular values any rotation of U's columns, with the same rotation of V's, is
+as good; only the block's product U_k S_k V_k^T is unique. Values closer to each other than rounding make such a block.
+"""
+
+import torch
+
+METHOD = "qr-svd-1"  # changes with every change of the numbers
+NOISE = torch.finfo(torch.float32).eps  # relative rounding of the float32 in which adapters are trained, 1.2e-7
+TIED = 1e-3  # entries this close to a vector's largest, relatively, count as equally large when its sign is fixed
+
+
+def canonical(a: torch.Tensor, b: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+    """The canonical factors of B·A, by QR of both factors and SVD of the small core R_B·R_A^T.
+
+    Singular values descend. In each left singular vector the entry of largest magnitude is positive; of several as
+    large (to 0.1 %), the first. Singular values of rounding noise are exactly zero (see `without_noise`) and so are
+    their columns, as are those beyond min(inputs, outputs): an update of lower rank than its factors has one form, too.
+
+    Args:
+        a: the factor A, r x inputs or n x r x inputs, any floating dtype, finite.
+        b: the factor B, outputs x r or n x outputs x r.
+
+    Returns (A', B') with the same shapes, float64; each of n the same bits as alone. B'·A' differs from B·A by the
+    noise that was cut off.
+    """
+    if a.dim() == 2:  # a single product is computed by another kernel than a batch of one, and differs in the last bit
+        return tuple(values[0] for values in canonical(a[None], b[None]))
+    rank = a.shape[-2]
+    q_b, r_b = torch.linalg.qr(b.double())
+    q_a, r_a = torch.linalg.qr(a.double().mT)
+    u, s, v_t = torch.linalg.svd(r_b @ r_a.mT, full_matrices=False)
+    left, right = q_b @ u, q_a @ v_t.mT
+    root = signs_of(left) * without_noise(s, rank).sqrt().unsqueeze(-2)
+    missing = (0, rank - s.shape[-1])  # columns beyond min(inputs, outputs)
+    new_b = torch.nn.functional.pad(left * root, missing)
+    new_a = torch.nn.functional.pad(right * root, missing).mT
+    return new_a + 0.0, new_b + 0.0  # no -0.0, which is 0.0 in other bits
+
+
+def signs_of(vectors: torch.Tensor) -> torch.Tensor:
+    """1 or -1 per column: what makes its leading entry positive.
+
+    Args:
+        vectors: ... x n x k, nonzero columns.
+
+    Returns ... x 1 x k.
+    """
+    size = vectors.abs()
+    leading = size >= size.amax(-2, keepdim=True) * (1 - TIED)
+    first = leading.to(torch.uint8).argmax(-2, keepdim=True)  # of several ones, the first
+    return torch.where(vectors.gather(-2, first) < 0, -1.0, 1.0).to(vectors.dtype)
+
+
+def without_noise(s: torch.Tensor, rank: int) -> torch.Tensor:
+    """Singular values (... x k, descending) with those of at most rank · 1.2e-7 times the largest set to zero."""
+    return torch.where(s > rank * NOISE * s[..., :1], s, 0.0)
+
+
+def singular_values(a: torch.Tensor, b: torch.Tensor) -> torch.Tensor:
+    """The singular values of B·A, ... x min(r, inputs, outputs), descending, float64, without noise.
+
+    Args as for `canonical`.
+    """
+    r_b = torch.linalg.qr(b.double(), mode="r").R
+    r_a = torch.linalg.qr(a.double().mT, mode="r").R
+    return without_noise(torch.linalg.svdvals(r_b @ r_a.mT), a.shape[-2])
