@@ -3,9 +3,9 @@
     .venv/bin/python bench/sweep.py [--cells 12] [--no-op 1000] [--kill 3]
 
 Makes a copy of this repository in a temporary folder with random one-layer models and recipes of a few steps; runs its
-cells through train_with_rank.sh, phase after phase, then (into other folders) through the sweep, and prints both with the
-time that went into import, load, tokenise, train and write. --kill SIGKILLs that many workers at random moments of the
-sweep. --no-op measures the scheduler alone on cells that do nothing.
+cells through train_with_rank.sh, phase after phase, then (into other folders) through the sweep, and prints both, with
+the time that went into import, train and the rest. --kill SIGKILLs that many workers at random moments of the sweep.
+--no-op measures the scheduler alone on cells that do nothing.
 """
 
 import argparse
