@@ -1,5 +1,6 @@
 """A sweep: what it makes equals what each cell makes alone, and what dies in it costs little."""
 
+import contextlib
 import json
 import os
 import signal
@@ -130,3 +131,58 @@ def test_half_the_rows_at_a_time_is_the_same_training(pretrained, trained_once):
     for key, tensor in usual.items():
         assert torch.linalg.norm(ours[key] - tensor) <= 1e-4 * torch.linalg.norm(tensor)
     assert "complete: " in pretrained.train(pretrained.pretrain).output
+
+
+def workers_of(run: subprocess.Popen) -> list[int]:
+    """The workers below a sweep that are at work on a cell."""
+    return [number for number, _, command in below(run) if "ray::CellWorker.collect" in command]
+
+
+def runs_of(run: subprocess.Popen) -> list[int]:
+    """The runs below a sweep: forked from the process that imports, and with its command line."""
+    warm = {number: parent for number, parent, command in below(run) if "multiprocessing.forkserver" in command}
+    return [number for number, parent in warm.items() if parent in warm]
+
+
+def below(run: subprocess.Popen) -> list[tuple[int, int, str]]:
+    """The processes below a sweep: number, parent's number, command line."""
+    import psutil
+
+    found = []
+    for process in psutil.Process(run.pid).children(recursive=True):
+        with contextlib.suppress(psutil.Error):  # it ended just now
+            found.append((process.pid, process.ppid(), " ".join(process.cmdline())))
+    return found
+
+
+def test_a_killed_worker_and_a_killed_run_cost_an_attempt_each(repository):
+    run = sweep(repository, RANKS="2 4 8")
+    saves = repository / "saves" / CATEGORY
+    for number, victims_of in enumerate((workers_of, runs_of), 1):
+        while len(list(saves.glob("*/*_finetune/manifest.json"))) < 2 * number or not (victims := victims_of(run)):
+            assert run.poll() is None, run.communicate()[0]
+            time.sleep(0.02)
+        os.kill(victims[0], signal.SIGKILL)
+    output = run.communicate()[0]
+    assert run.returncode == 0, output
+    assert "its worker died" in output and "killed by signal 9" in output and output.count("started again: ") == 2
+    assert len(list(saves.glob("*/*_finetune/manifest.json"))) == 12 and left_over(repository) == []
+
+
+def test_what_runs_is_seen_from_another_shell(repository, project):
+    """`make status` reads step and loss of a run from its staging folder."""
+    recipe = repository / "collect_scripts" / CATEGORY / "Other" / "tiny-one_Other_pretrain.yaml"
+    recipe.write_text(
+        recipe.read_text().replace("max_steps: 8", "max_steps: 4000").replace("logging_steps: 5", "logging_steps: 1")
+    )
+    log = repository / "saves" / CATEGORY / "Other"
+    run = project.start(recipe)
+    while not (logs := list(log.glob(".*staging*/trainer_log.jsonl"))) or len(logs[0].read_text().splitlines()) < 3:
+        assert run.process.is_alive()
+        time.sleep(0.05)
+    command = [repository / ".venv" / "bin" / "python", repository / "utils" / "status.py"]
+    shown = subprocess.run(command, env={**os.environ, "RANKS": "4"}, capture_output=True, text=True).stdout
+    run.process.terminate()
+    run.wait()
+    (line,) = (line for line in shown.splitlines() if line.startswith("collecting: "))
+    assert "pretrain step " in line and " of 4000, loss " in line
