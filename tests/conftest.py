@@ -123,6 +123,35 @@ def collected(trained_once, tmp_path) -> Project:
 
 
 @pytest.fixture
+def repository(tmp_path, model_folder) -> Path:
+    """A copy of the repository with recipes for two tiny models and two datasets alone."""
+    top = tmp_path / "a clone"
+    shutil.copytree(ROOT / "utils", top / "utils", ignore=shutil.ignore_patterns("__pycache__"))
+    for name in ("Makefile", "requirements.in", "requirements.txt"):
+        shutil.copy(ROOT / name, top)
+    (top / ".venv").symlink_to(ROOT / ".venv")
+    for model in ("Tiny-One", "Tiny-Two"):
+        shutil.copytree(model_folder, top / "models" / model)
+    shutil.copy(ROOT / "models" / "models.yaml", top / "models")
+    (top / "data" / CATEGORY).mkdir(parents=True)
+    info = {}
+    for dataset in ("To-y", "Other"):
+        rows = [{"prompt": f"{dataset} {n}", "response": "[A]", "system": ""} for n in range(16)]
+        (top / "data" / CATEGORY / f"{dataset}.json").write_text(json.dumps(rows))
+        columns = {"prompt": "prompt", "response": "response", "system": "system"}
+        info[dataset] = {"file_name": f"{CATEGORY}/{dataset}.json", "columns": columns}
+        folder = top / "collect_scripts" / CATEGORY / dataset
+        folder.mkdir(parents=True)
+        for model in ("Tiny-One", "Tiny-Two"):
+            for phase, ending in (("pretrain", tiny.PRETRAIN), ("finetune", tiny.FINETUNE.format(model=model))):
+                text = (tiny.RECIPE.format(phase=phase, model=model) + ending).replace("Toy", dataset)
+                (folder / f"{model.lower()}_{dataset}_{phase}.yaml").write_text(text)
+    (top / "data" / "dataset_info.json").write_text(json.dumps(info))
+    shutil.copy(ROOT / "collect_scripts" / CATEGORY / "collect_all_dataset.sh", top / "collect_scripts" / CATEGORY)
+    return top
+
+
+@pytest.fixture
 def place(tmp_path, monkeypatch) -> handmade.Workplace:
     """A saves/ and a data/ for handmade collections, which every script of this process takes for its own."""
     return handmade.Workplace(tmp_path / "work place", monkeypatch)

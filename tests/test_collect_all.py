@@ -1,48 +1,16 @@
 """Whole categories: what is done, skipped, continued and counted, on two tiny models, two datasets and two ranks."""
 
-import json
 import os
 import random
-import shutil
 import signal
 import subprocess
 import time
 from pathlib import Path
 
 import pytest
-import tiny
 
 ROOT = Path(__file__).resolve().parent.parent
 CATEGORY = "common-sense-reasoning"
-
-
-@pytest.fixture
-def repository(tmp_path, model_folder) -> Path:
-    """A copy of the repository with recipes for tiny models alone."""
-    top = tmp_path / "a clone"
-    shutil.copytree(ROOT / "utils", top / "utils", ignore=shutil.ignore_patterns("__pycache__"))
-    for name in ("Makefile", "requirements.in", "requirements.txt"):
-        shutil.copy(ROOT / name, top)
-    (top / ".venv").symlink_to(ROOT / ".venv")
-    for model in ("Tiny-One", "Tiny-Two"):
-        shutil.copytree(model_folder, top / "models" / model)
-    shutil.copy(ROOT / "models" / "models.yaml", top / "models")
-    (top / "data" / CATEGORY).mkdir(parents=True)
-    info = {}
-    for dataset in ("To-y", "Other"):
-        rows = [{"prompt": f"{dataset} {n}", "response": "[A]", "system": ""} for n in range(16)]
-        (top / "data" / CATEGORY / f"{dataset}.json").write_text(json.dumps(rows))
-        columns = {"prompt": "prompt", "response": "response", "system": "system"}
-        info[dataset] = {"file_name": f"{CATEGORY}/{dataset}.json", "columns": columns}
-        folder = top / "collect_scripts" / CATEGORY / dataset
-        folder.mkdir(parents=True)
-        for model in ("Tiny-One", "Tiny-Two"):
-            for phase, ending in (("pretrain", tiny.PRETRAIN), ("finetune", tiny.FINETUNE.format(model=model))):
-                text = (tiny.RECIPE.format(phase=phase, model=model) + ending).replace("Toy", dataset)
-                (folder / f"{model.lower()}_{dataset}_{phase}.yaml").write_text(text)
-    (top / "data" / "dataset_info.json").write_text(json.dumps(info))
-    shutil.copy(ROOT / "collect_scripts" / CATEGORY / "collect_all_dataset.sh", top / "collect_scripts" / CATEGORY)
-    return top
 
 
 def collect_all(repository: Path, *datasets: str, **environment: str) -> subprocess.Popen:

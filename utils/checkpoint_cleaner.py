@@ -177,7 +177,8 @@ def rebuild(folder: Path, kept: list[Path]) -> Outcome:
         shutil.copyfile(kept[-1] / CONFIG, staging / CONFIG)
         collection.set_base_name(staging / CONFIG, base)
         identity = {"recipe": None, "data": None, "base_model": base, "tokenizer": None, "pretrain": None}
-        unknown = ("seed", "device", "processes", "precision", "trained_rows", "total_steps", "versions", "attempt")
+        unknown = ("seed", "device", "processes", "precision", "rows_at_a_time", "accumulated", "trained_rows",
+                   "total_steps", "versions", "attempt")  # fmt: skip
         facts = {**dict.fromkeys(unknown), "adapter_config_sha256": files.sha256_of(staging / CONFIG)}
         manifest = collection.manifest_of(folder, "finetune", adapter["r"], identity, entries, facts)
         files.write_json(staging / collection.MANIFEST, manifest)

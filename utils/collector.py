@@ -62,6 +62,8 @@ class Rules(TrainerCallback):
             self.facts = {
                 "processes": args.world_size,
                 "precision": "bfloat16" if args.bf16 else "float16" if args.fp16 else "float32",
+                "rows_at_a_time": args.per_device_train_batch_size,
+                "accumulated": args.gradient_accumulation_steps,
                 "trained_rows": len(train_dataloader.dataset),
                 "total_steps": state.max_steps,
             }

@@ -8,6 +8,7 @@ import ast
 import json
 import os
 import re
+from importlib.metadata import version
 from pathlib import Path
 
 import dataset_info
@@ -27,6 +28,15 @@ NOT_TRAINED = {
     "dataloader_num_workers", "dataloader_pin_memory", "logging_steps", "logging_first_step", "plot_loss", "report_to",
     "run_name", "disable_tqdm", "log_level", "do_train", "save_only_model", "use_cpu", "dataloader_persistent_workers",
     "logging_dir",
+}  # fmt: skip
+# Recipe keys that do not change how rows become tokens; a key that is not here counts.
+NOT_TOKENISED = {
+    "adam_beta1", "adam_beta2", "adam_epsilon", "bf16", "disable_gradient_checkpointing", "enable_liger_kernel",
+    "finetuning_type", "flash_attn", "fp16", "freeze_vision_tower", "gradient_accumulation_steps",
+    "gradient_checkpointing", "learning_rate", "lora_alpha", "lora_dropout", "lora_rank", "lora_target",
+    "loraplus_lr_ratio", "lr_scheduler_kwargs", "lr_scheduler_type", "max_grad_norm", "max_steps", "num_train_epochs",
+    "optim", "per_device_train_batch_size", "pure_bf16", "save_steps", "save_strategy", "save_total_limit",
+    "trust_remote_code", "use_dora", "use_rslora", "warmup_ratio", "warmup_steps", "weight_decay",
 }  # fmt: skip
 # What a checkpoint folder must hold to be resumed, all of it decisive for what follows.
 RESUMED = (paths.ADAPTER, "optimizer.pt", "scheduler.pt", "rng_state.pth", "trainer_state.json")
@@ -52,6 +62,18 @@ def identity_of(recipe: Path, config: dict) -> dict:
         "tokenizer": {"sha256": models.hash_of(base, models.tokenizer_files(base))},
         "pretrain": pretrain_of(resume_folder(recipe, config)),
     }
+
+
+def tokens_key(identity: dict) -> str | None:
+    """A key for the tokenised rows of a run: the same for all runs that tokenise the same rows in the same way.
+
+    None for rows with pictures, whose tokens depend on more than their text.
+    """
+    if any(data["pictures"] for data in identity["data"]):
+        return None
+    recipe = {key: value for key, value in identity["recipe"].items() if key not in NOT_TOKENISED}
+    versions = {name: version(name) for name in ("llamafactory", "transformers", "tokenizers", "datasets")}
+    return files.sha256_of_value([recipe, identity["data"], identity["tokenizer"], versions])
 
 
 def hash_of_template(name: str | None) -> str | None:

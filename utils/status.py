@@ -5,6 +5,7 @@
 Reads recipes, run folders and their manifests; writes nothing. A cell is a dataset, a model and a rank.
 """
 
+import json
 import os
 from collections.abc import Iterable
 from pathlib import Path
@@ -94,7 +95,7 @@ def state_of(cell: Cell) -> tuple[str, str]:
     try:
         pretrain, folder = run_folders(cell)
         if any(files.is_held(files.beside(run, "lock")) for run in (pretrain, folder)):
-            return "collecting", ""
+            return "collecting", progress_of(cell)
         if not folder.exists():
             return ("pretrained" if (pretrain / collection.MANIFEST).is_file() else "missing"), ""
         config = rank_config.render(cell.finetune, cell.rank)
@@ -104,6 +105,20 @@ def state_of(cell: Cell) -> tuple[str, str]:
     if state == "unknown":
         return "broken", f"{paths.relative(folder)} has no manifest.json"
     return state, "; ".join(changed)
+
+
+def progress_of(cell: Cell) -> str:
+    """How far the run in progress of a cell is, from the log in its staging folder; empty where there is none yet."""
+    for phase, folder in zip(paths.PHASES, run_folders(cell), strict=True):
+        for staging in files.companions(folder, "staging-"):
+            try:
+                last = json.loads((staging / collection.LOG).read_text(encoding="utf-8").splitlines()[-1])
+                loss = f", loss {last['loss']:.4f}" if "loss" in last else ""
+                left = f", {last['remaining_time']} left" if "remaining_time" in last else ""
+                return f"{phase} step {last['current_steps']} of {last['total_steps']}{loss}{left}"
+            except (OSError, IndexError, ValueError, KeyError):
+                return f"{phase} starting"  # no whole line yet, or it ended just now
+    return ""
 
 
 def run_folders(cell: Cell) -> tuple[Path, Path]:

@@ -119,7 +119,11 @@ def run(recipe: Path, config: dict, folder: Path, identity: dict) -> None:
         devices.pin(wanted)
         job = {"recipe": str(recipe.absolute()), "config": dict(config), "staging": str(staging), "devices": wanted}
         job["pictures"] = any(data["pictures"] for data in identity["data"])
+        key = run_identity.tokens_key(identity) if os.environ.get("PARAGEN_TOKENS") else None
+        job["tokens"] = str(Path(os.environ["PARAGEN_TOKENS"], key)) if key else None
         say(f"{phase} {recipe.name} at rank {config['lora_rank']} -> {paths.relative(folder)}")
+        if os.environ.get("PARAGEN_HALVE_BATCH"):
+            job["config"] |= devices.halve_batch(config, models.has_processor(base_of(recipe, config)))
         if len(wanted) > 1:
             spread(job, len(wanted))
         else:
@@ -137,6 +141,7 @@ def run(recipe: Path, config: dict, folder: Path, identity: dict) -> None:
             raise UserError(f"{'; '.join(changed)}: changed while it was trained on; run it again")
         manifest = collection.manifest_of(folder, phase, config["lora_rank"], identity, checkpoints, facts)
         files.write_json(staging / collection.MANIFEST, manifest)
+        check_attempt(folder)
         files.publish_folder(staging, folder)
     except RuntimeError as error:
         if shutil.disk_usage(staging).free < FULL:  # torch.save says "unexpected pos" and hides the cause
@@ -195,10 +200,22 @@ def finish_pretrain(staging: Path, folder: Path, identity: dict) -> list[dict]:
     return entries
 
 
+def base_of(recipe: Path, config: dict) -> Path:
+    """The base model's folder of a rendered recipe."""
+    return rank_config.resolve(recipe, config["model_name_or_path"])
+
+
+def check_attempt(folder: Path) -> None:
+    """Raise UserError when a sweep gave this run to another attempt because this one was thought dead."""
+    mine, latest = os.environ.get("PARAGEN_ATTEMPT"), files.beside(folder, "attempt")
+    if mine and (not latest.is_file() or latest.read_text() != mine):
+        raise UserError(f"{paths.relative(folder)}: another attempt took this run over; nothing of this one is kept")
+
+
 def spread(job: dict, count: int) -> None:
     """Run the job in one process per device, through torchrun on our own script; they die with this process."""
     path = Path(job["staging"], "job.json")
-    base = rank_config.resolve(Path(job["recipe"]), job["config"]["model_name_or_path"])
+    base = base_of(Path(job["recipe"]), job["config"])
     job["config"] |= devices.split_batch(job["config"], count, models.has_processor(base))
     files.write_json(path, job)
     worker = Path(__file__).with_name("train_worker.py")

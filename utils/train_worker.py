@@ -5,6 +5,7 @@ train.py calls `train` in its own process for one device; for several, torchrun 
 Leaves in the staging folder what LLaMA-Factory leaves, the collected checkpoints, and facts.json.
 """
 
+import errno
 import json
 import os
 import sys
@@ -41,8 +42,9 @@ def train(job: dict) -> None:
 
     Args:
         job: `recipe` (absolute path; its paths are relative to its folder), `config` (the rendered recipe), `staging`
-            (absolute path of an existing empty folder), `devices` (as devices.choose gives them, already pinned) and
-            `pictures` (whether a dataset has some).
+            (absolute path of an existing empty folder), `devices` (as devices.choose gives them, already pinned),
+            `pictures` (whether a dataset has some) and `tokens` (the folder of its tokenised rows in the sweep's cache,
+            which is filled where it is missing; or None).
 
     Raises UserError for what the recipe asks and LLaMA-Factory or this machine cannot do.
     """
@@ -70,6 +72,8 @@ def train(job: dict) -> None:
     # datasets knows a file by its time and size, and tokenised rows by their text without their pictures; a cache of
     # this run's own cannot give it rows or pictures of another day
     arguments["cache_dir"] = str(staging / "cache")
+    if job["tokens"]:
+        arguments["tokenized_path"] = job["tokens"] if Path(job["tokens"]).is_dir() else str(staging / "tokens")
     if collects:
         arguments["save_strategy"] = "no"  # the collector saves
     prompt_templates.register()
@@ -92,8 +96,20 @@ def train(job: dict) -> None:
     finally:
         if collector:
             collector.close()
-    if rules.facts:
+    if rules.facts:  # the main process
+        if (staging / "tokens").is_dir():
+            keep_tokens(staging / "tokens", Path(job["tokens"]))
         files.write_json(staging / "facts.json", {"device": devices.describe(), **rules.facts})
+
+
+def keep_tokens(made: Path, kept: Path) -> None:
+    """Give tokenised rows their place in the cache, unless another run was faster."""
+    kept.parent.mkdir(parents=True, exist_ok=True)
+    try:
+        made.rename(kept)
+    except OSError as error:
+        if error.errno not in (errno.ENOTEMPTY, errno.EEXIST):
+            raise
 
 
 def refusal(recipe: Path, error: BaseException) -> UserError:

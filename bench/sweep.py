@@ -1,0 +1,166 @@
+"""What a sweep saves against one process per phase, on tiny models, both in this run.
+
+    .venv/bin/python bench/sweep.py [--cells 12] [--no-op 1000] [--kill 3]
+
+Makes a copy of this repository in a temporary folder with random one-layer models and recipes of a few steps; runs its
+cells through train_with_rank.sh, phase after phase, then (into other folders) through the sweep, and prints both, with
+the time that went into import, train and the rest. --kill SIGKILLs that many workers at random moments of the sweep.
+--no-op measures the scheduler alone on cells that do nothing.
+"""
+
+import argparse
+import json
+import os
+import random
+import shutil
+import signal
+import subprocess
+import sys
+import tempfile
+import threading
+import time
+from pathlib import Path
+
+ROOT = Path(__file__).resolve().parent.parent
+sys.path[:0] = [str(ROOT / "utils"), str(ROOT / "tests")]
+CATEGORY = "math"
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description="Time a sweep against a process per phase.")
+    parser.add_argument("--cells", type=int, default=12)
+    parser.add_argument("--no-op", type=int, default=1000, help="cells that do nothing, for the scheduler's own cost")
+    parser.add_argument("--kill", type=int, default=0, help="workers to kill at random moments of the sweep")
+    parser.add_argument("--sweep-only", action="store_true", help="leave out the process per phase")
+    args = parser.parse_args()
+    with tempfile.TemporaryDirectory(prefix="sweep bench ") as folder:
+        top = make_repository(Path(folder), args.cells)
+        alone = None if args.sweep_only else process_per_phase(top)
+        (top / "saves").rename(top / "alone") if alone else None
+        swept = sweep(top, args.kill)
+        whole = check(top, args.cells)
+        if args.no_op:
+            print(f"scheduler: {1000 * no_op(top, args.no_op):.1f} ms per cell at {args.no_op} no-op cells")
+    print(f"{args.cells} cells, {os.cpu_count()} cores: sweep {swept:.1f} s, {whole} collections whole")
+    if alone:
+        print(f"one process per phase {alone:.1f} s: the sweep is {alone / swept:.1f} times as fast")
+
+
+def make_repository(top: Path, cells: int) -> Path:
+    """A copy of this repository's scripts with recipe pairs for tiny models: six ranks per dataset and model."""
+    import tiny
+
+    shutil.copytree(ROOT / "utils", top / "utils", ignore=shutil.ignore_patterns("__pycache__"))
+    for name in ("Makefile", "requirements.in", "requirements.txt"):
+        shutil.copy(ROOT / name, top)
+    (top / ".venv").symlink_to(ROOT / ".venv")
+    (top / "models").mkdir()
+    shutil.copy(ROOT / "models" / "models.yaml", top / "models")
+    subprocess.run([sys.executable, ROOT / "tests" / "tiny.py", top / "models" / "Tiny-One"], check=True)
+    (top / "data" / CATEGORY).mkdir(parents=True)
+    info = {}
+    for number in range(-(-cells // len(RANKS))):
+        dataset = f"Set-{number}"
+        rows = [{"prompt": f"{dataset} {row}", "response": "[A]", "system": ""} for row in range(64)]
+        (top / "data" / CATEGORY / f"{dataset}.json").write_text(json.dumps(rows))
+        columns = {"prompt": "prompt", "response": "response", "system": "system"}
+        info[dataset] = {"file_name": f"{CATEGORY}/{dataset}.json", "columns": columns}
+        folder = top / "collect_scripts" / CATEGORY / dataset
+        folder.mkdir(parents=True)
+        for phase, ending in (("pretrain", tiny.PRETRAIN), ("finetune", tiny.FINETUNE.format(model="Tiny-One"))):
+            text = tiny.RECIPE.format(phase=phase, model="Tiny-One") + ending
+            text = text.replace("Toy", dataset).replace("common-sense-reasoning", CATEGORY)
+            (folder / f"tiny-one_{dataset}_{phase}.yaml").write_text(text)
+    (top / "data" / "dataset_info.json").write_text(json.dumps(info))
+    return top
+
+
+RANKS = (2, 3, 4, 5, 6, 8)
+
+
+def environment() -> dict[str, str]:
+    return {**os.environ, "DEVICES": "cpu", "OMP_NUM_THREADS": "1", "RANKS": " ".join(map(str, RANKS))}
+
+
+def process_per_phase(top: Path) -> float:
+    """Seconds for all cells, each phase through train_with_rank.sh."""
+    started = time.monotonic()
+    for folder in sorted((top / "collect_scripts" / CATEGORY).iterdir()):
+        for rank in RANKS:
+            for phase in ("pretrain", "finetune"):
+                recipe = folder / f"tiny-one_{folder.name}_{phase}.yaml"
+                command = ["bash", top / "utils" / "train_with_rank.sh", recipe, str(rank)]
+                subprocess.run(command, env=environment(), check=True, capture_output=True)
+    return time.monotonic() - started
+
+
+def sweep(top: Path, kills: int) -> float:
+    """Seconds for all cells through the sweep, verification included."""
+    started = time.monotonic()
+    command = [top / ".venv" / "bin" / "python", top / "utils" / "collect_all.py", CATEGORY]
+    with open(top / "sweep.log", "wb") as log:
+        run = subprocess.Popen(command, env=environment(), stdout=log, stderr=subprocess.STDOUT)
+        threading.Thread(target=kill_workers, args=(run, kills), daemon=True).start()
+        status = run.wait()
+    print(*(line for line in (top / "sweep.log").read_text().splitlines() if "again" in line), sep="\n")
+    if status:
+        sys.exit((top / "sweep.log").read_text())
+    return time.monotonic() - started
+
+
+def kill_workers(run: subprocess.Popen, count: int) -> None:
+    """SIGKILL `count` of the sweep's workers at random moments."""
+    import psutil
+
+    for _ in range(count):
+        time.sleep(random.uniform(20, 60))
+        workers = [p for p in psutil.Process(run.pid).children(recursive=True) if "CellWorker" in " ".join(p.cmdline())]
+        if workers:
+            os.kill(random.choice(workers).pid, signal.SIGKILL)
+
+
+def check(top: Path, cells: int) -> int:
+    """How many collections verify; each cell must have one."""
+    command = [top / ".venv" / "bin" / "python", top / "utils" / "verify.py"]
+    output = subprocess.run(command, env=environment(), capture_output=True, text=True, check=True).stdout
+    return output.count("whole  ")
+
+
+class NoOp:
+    """A worker whose cells take no time."""
+
+    def __init__(self, settings, devices):
+        pass
+
+    def collect(self, cell, attempt, smaller):
+        from cell_worker import Outcome
+
+        return Outcome("collected", None, 0.0)
+
+    def stop(self):
+        pass
+
+
+def no_op(top: Path, count: int) -> float:
+    """Seconds per cell that the scheduler itself takes."""
+    code = (
+        "import sys, time; sys.path[:0] = ['utils', %r]; import status, sweep, bench_sweep as bench\n"
+        "cells = status.chosen_cells('', [])[:1] * 0 + [cell._replace(rank=rank) "
+        "for cell in status.chosen_cells('', [])[:1] for rank in range(1, %d)]\n"
+        "times = []\n"
+        "sweep.run(cells, lambda *event: times.append(time.monotonic()), bench.NoOp)\n"
+        "print((times[-1] - times[0]) / len(cells))"
+    )
+    shutil.copy(__file__, top / "bench_sweep.py")
+    done = subprocess.run(
+        [top / ".venv" / "bin" / "python", "-c", code % (str(top), count + 1)],
+        cwd=top, env={**environment(), "PYTHONPATH": os.pathsep.join([str(top), os.environ.get("PYTHONPATH", "")])},
+        capture_output=True, text=True,
+    )  # fmt: skip
+    if done.returncode:
+        sys.exit(done.stderr)
+    return float(done.stdout.split()[-1])
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,188 @@
+"""A sweep: what it makes equals what each cell makes alone, and what dies in it costs little."""
+
+import contextlib
+import json
+import os
+import signal
+import subprocess
+import time
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).resolve().parent.parent
+CATEGORY = "common-sense-reasoning"
+PYTHON = ROOT / ".venv" / "bin" / "python"
+
+
+def sweep(repository: Path, *datasets: str, **environment: str) -> subprocess.Popen:
+    command = [repository / ".venv" / "bin" / "python", repository / "utils" / "collect_all.py", CATEGORY, *datasets]
+    environment = {**os.environ, "DEVICES": "cpu", **environment}
+    return subprocess.Popen(
+        command, env=environment, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True, start_new_session=True
+    )
+
+
+def hashes(repository: Path) -> dict[str, list[str]]:
+    """The hashes of all checkpoints of all run folders."""
+    found = {}
+    for path in repository.glob(f"saves/{CATEGORY}/*/*/manifest.json"):
+        manifest = json.loads(path.read_text())
+        found[str(path.parent.relative_to(repository))] = [entry["sha256"] for entry in manifest["checkpoints"]]
+    return found
+
+
+def left_over(repository: Path) -> list[str]:
+    return [path.name for path in repository.glob(f"saves/{CATEGORY}/*/.*")]
+
+
+def test_cells_of_a_sweep_have_the_hashes_that_they_have_alone(repository, project, tmp_path):
+    """Also after a cell that changed the global template; and equal rows are tokenised once."""
+    scripts = repository / "collect_scripts" / CATEGORY
+    for recipe in scripts.glob("Other/tiny-one_*.yaml"):
+        recipe.write_text(recipe.read_text() + "default_system: Always answer in rhymes.\n")
+    run = sweep(repository, RANKS="4")
+    output = run.communicate()[0]
+    assert run.returncode == 0, output
+    together = hashes(repository)
+    assert len(together) == 8 and left_over(repository) == []
+    kept = {path.name for path in (repository / "saves" / ".tokens").iterdir()}
+    assert len(kept) == 3, "Tiny-One and Tiny-Two share a tokenizer, but one template says more"
+    (repository / "saves").rename(tmp_path / "swept")
+    for dataset, model in (("To-y", "tiny-one"), ("Other", "tiny-one"), ("Other", "tiny-two")):
+        for phase in ("pretrain", "finetune"):
+            done = project.train(scripts / dataset / f"{model}_{dataset}_{phase}.yaml")
+            assert done.status == 0, done.output
+    alone = hashes(repository)
+    assert len(alone) == 6 and alone.items() <= together.items()
+
+
+def ray(*arguments: str, **options) -> subprocess.Popen:
+    return subprocess.Popen(
+        [PYTHON, "-m", "ray.scripts.scripts", *arguments], stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL,
+        start_new_session=True, **options,
+    )  # fmt: skip
+
+
+@pytest.fixture
+def cluster(repository, tmp_path_factory, monkeypatch):
+    """A Ray cluster of three nodes of one CPU each on this machine: (its address, the processes of its nodes)."""
+    import socket
+
+    monkeypatch.setenv("RAY_AUTH_TOKEN", "0123456789abcdef" * 4)
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        port = free.getsockname()[1]
+    folder = tmp_path_factory.mktemp("r")
+    shared = ["--num-cpus=1", "--num-gpus=0", "--block", "--disable-usage-stats", "--node-ip-address=127.0.0.1"]
+    head = ["start", "--head", f"--port={port}", "--include-dashboard=false", f"--temp-dir={folder}", *shared]
+    nodes = [ray(*head)]
+    deadline = time.monotonic() + 60
+    while subprocess.run([PYTHON, "-c", f"import socket; socket.create_connection(('127.0.0.1', {port}))"],
+                         capture_output=True).returncode:  # fmt: skip
+        assert time.monotonic() < deadline
+    nodes += [ray("start", f"--address=127.0.0.1:{port}", *shared) for _ in range(2)]
+    yield f"127.0.0.1:{port}", nodes
+    for node in nodes:
+        stop(node)
+
+
+def stop(node: subprocess.Popen) -> None:
+    if node.poll() is None:
+        os.killpg(node.pid, signal.SIGKILL)
+        node.wait()
+
+
+def test_a_node_that_is_killed_costs_time_alone(repository, cluster):
+    address, nodes = cluster
+    run = sweep(repository, RANKS="2 4", RAY_ADDRESS=address)
+    saves = repository / "saves" / CATEGORY
+    while not list(saves.glob("*/*_finetune/manifest.json")):
+        assert run.poll() is None, run.communicate()[0]
+        time.sleep(0.1)
+    stop(nodes[1])
+    output = run.communicate()[0]
+    assert run.returncode == 0, output
+    assert len(list(saves.glob("*/*_finetune/manifest.json"))) == 8 and left_over(repository) == []
+    assert output.count("collected: ") == 8
+
+
+def test_an_attempt_that_was_thought_dead_cannot_overwrite_the_new_one(pretrained):
+    folder = pretrained.run_folder("finetune")
+    mark = folder.with_name(f".{folder.name}.attempt")
+    mark.write_text("the new one")
+    late = pretrained.train(pretrained.finetune, PARAGEN_ATTEMPT="the old one")
+    assert late.status == 1 and "another attempt took this run over" in late.output and not folder.exists()
+    assert pretrained.train(pretrained.finetune, PARAGEN_ATTEMPT="the new one").status == 0
+
+
+def test_half_the_rows_at_a_time_is_the_same_training(pretrained, trained_once):
+    """As a sweep tries it after a cell was out of memory; the manifest says so, and the run is not stale."""
+    import torch
+    from safetensors.torch import load_file
+
+    result = pretrained.train(pretrained.pretrain, PARAGEN_HALVE_BATCH="1", FORCE="1")
+    assert result.status == 0, result.output
+    folder = pretrained.run_folder("pretrain")
+    manifest = json.loads((folder / "manifest.json").read_text())
+    assert (manifest["rows_at_a_time"], manifest["accumulated"]) == (1, 4)
+    name = "checkpoint-8/adapter_model.safetensors"
+    ours, usual = load_file(folder / name), load_file(trained_once.run_folder("pretrain") / name)
+    for key, tensor in usual.items():
+        assert torch.linalg.norm(ours[key] - tensor) <= 1e-4 * torch.linalg.norm(tensor)
+    assert "complete: " in pretrained.train(pretrained.pretrain).output
+
+
+def workers_of(run: subprocess.Popen) -> list[int]:
+    """The workers below a sweep that are at work on a cell."""
+    return [number for number, _, command in below(run) if "ray::CellWorker.collect" in command]
+
+
+def runs_of(run: subprocess.Popen) -> list[int]:
+    """The runs below a sweep: forked from the process that imports, and with its command line."""
+    warm = {number: parent for number, parent, command in below(run) if "multiprocessing.forkserver" in command}
+    return [number for number, parent in warm.items() if parent in warm]
+
+
+def below(run: subprocess.Popen) -> list[tuple[int, int, str]]:
+    """The processes below a sweep: number, parent's number, command line."""
+    import psutil
+
+    found = []
+    for process in psutil.Process(run.pid).children(recursive=True):
+        with contextlib.suppress(psutil.Error):  # it ended just now
+            found.append((process.pid, process.ppid(), " ".join(process.cmdline())))
+    return found
+
+
+def test_a_killed_worker_and_a_killed_run_cost_an_attempt_each(repository):
+    run = sweep(repository, RANKS="2 4 8")
+    saves = repository / "saves" / CATEGORY
+    for number, victims_of in enumerate((workers_of, runs_of), 1):
+        while len(list(saves.glob("*/*_finetune/manifest.json"))) < 2 * number or not (victims := victims_of(run)):
+            assert run.poll() is None, run.communicate()[0]
+            time.sleep(0.02)
+        os.kill(victims[0], signal.SIGKILL)
+    output = run.communicate()[0]
+    assert run.returncode == 0, output
+    assert "its worker died" in output and "killed by signal 9" in output and output.count("started again: ") == 2
+    assert len(list(saves.glob("*/*_finetune/manifest.json"))) == 12 and left_over(repository) == []
+
+
+def test_what_runs_is_seen_from_another_shell(repository, project):
+    """`make status` reads step and loss of a run from its staging folder."""
+    recipe = repository / "collect_scripts" / CATEGORY / "Other" / "tiny-one_Other_pretrain.yaml"
+    recipe.write_text(
+        recipe.read_text().replace("max_steps: 8", "max_steps: 4000").replace("logging_steps: 5", "logging_steps: 1")
+    )
+    log = repository / "saves" / CATEGORY / "Other"
+    run = project.start(recipe)
+    while not (logs := list(log.glob(".*staging*/trainer_log.jsonl"))) or len(logs[0].read_text().splitlines()) < 3:
+        assert run.process.is_alive()
+        time.sleep(0.05)
+    command = [repository / ".venv" / "bin" / "python", repository / "utils" / "status.py"]
+    shown = subprocess.run(command, env={**os.environ, "RANKS": "4"}, capture_output=True, text=True).stdout
+    run.process.terminate()
+    run.wait()
+    (line,) = (line for line in shown.splitlines() if line.startswith("collecting: "))
+    assert "pretrain step " in line and " of 4000, loss " in line

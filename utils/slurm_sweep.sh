@@ -1,0 +1,28 @@
+#!/usr/bin/env bash
+# Collect a category on a Slurm allocation: one Ray node per Slurm node, a worker per GPU, the sweep on the first node.
+#   sbatch --nodes=4 --gpus-per-node=8 --time=12:00:00 utils/slurm_sweep.sh CATEGORY [DATASET ...]
+#   MODELS="qwen2.5-0.5b" RANKS="4 8" sbatch --nodes=2 --gpus-per-node=8 utils/slurm_sweep.sh math
+# The repository lies on storage that all nodes share, with data, models and .venv in it (make setup on the login node).
+# Requeued or submitted again, it goes on where it was. The port is taken from the job's number, so jobs may share a node.
+#SBATCH --job-name=collect
+#SBATCH --ntasks-per-node=1
+#SBATCH --output=saves/slurm-%j.log
+set -euo pipefail
+
+if [ "$#" -lt 1 ]; then
+    echo "usage: sbatch --nodes=N --gpus-per-node=G utils/slurm_sweep.sh CATEGORY [DATASET ...]" >&2
+    exit 1
+fi
+# Slurm runs a copy of this file, so its own place does not tell where the repository is; where sbatch was called does.
+top=${SLURM_SUBMIT_DIR:?run it with sbatch, from the top of the repository}
+[ -f "$top/utils/collect_all.py" ] || { echo "error: $top: call sbatch from the top of the repository" >&2; exit 1; }
+head=$(scontrol show hostnames "$SLURM_JOB_NODELIST" | head -n 1)
+port=$((20000 + SLURM_JOB_ID % 20000))
+export RAY_AUTH_TOKEN=${RAY_AUTH_TOKEN:-$(od -An -tx1 -N32 /dev/urandom | tr -d ' \n')} # for this cluster, this job alone
+export RAY_AUTH_MODE=token RAY_ADDRESS="$head:$port"
+
+# Every node runs this; Ray starts on each, then the command after -- runs on the first, and Ray ends with it.
+exec srun --nodes="$SLURM_JOB_NUM_NODES" --ntasks-per-node=1 \
+    "$top/.venv/bin/ray" symmetric-run --address "$RAY_ADDRESS" --min-nodes "$SLURM_JOB_NUM_NODES" \
+    ${CPUS_PER_NODE:+--num-cpus="$CPUS_PER_NODE"} -- \
+    "$top/.venv/bin/python" "$top/utils/collect_all.py" "$@"

@@ -1,0 +1,209 @@
+"""Runs many cells on all devices that Ray has: this machine's own, or those of the cluster at RAY_ADDRESS.
+
+Imported by collect_all.py. One worker per device (GPUS_PER_CELL devices; per core without a GPU) imports once and takes
+one cell after the other. A cell whose worker or node dies is done again, once, elsewhere; one that was out of memory is
+tried once more with half the rows at a time. All nodes of a cluster see this repository at the same path.
+"""
+
+import os
+import secrets
+import shlex
+import sys
+import time
+from collections import deque
+from collections.abc import Callable, Iterable
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import cell_worker
+import devices
+import files
+import paths
+import status
+from cell_worker import CellWorker, Outcome
+from cli import UserError
+from status import Cell
+
+UTILS = Path(__file__).resolve().parent
+# What of the user's environment counts in every run, wherever it runs.
+SETTINGS = (
+    "FORCE", "PRUNE_PRETRAIN", "OMP_NUM_THREADS", "LLAMAFACTORY_VERBOSITY", "HF_HUB_OFFLINE",
+)  # fmt: skip
+GRACE = 25  # seconds that stopped runs have to unwind
+
+
+class Job(NamedTuple):
+    """One attempt at a cell."""
+
+    cell: Cell
+    attempt: str
+    number: int  # 1, or 2 for a second one
+    smaller: bool
+
+
+def run(
+    cells: Iterable[Cell], report: Callable[[str, "Job | None", Outcome | None], None], worker_class: type = CellWorker
+) -> dict[Cell, Outcome]:
+    """Bring cells to verified collections.
+
+    Args:
+        cells: in the order in which they are to start.
+        worker_class: what does the work: CellWorker, or (to measure the sweep itself) something with its methods.
+        report: called with `started`, `again` or `done`, the job and what became of it; each second with `tick`.
+
+    Returns what became of each cell. On Ctrl-C or SIGTERM the runs in progress unwind first.
+    """
+    if os.environ.get("RAY_ADDRESS") and "RAY_AUTH_MODE" not in os.environ and has_ray_token():
+        os.environ["RAY_AUTH_MODE"] = "token"  # `ray start` does so by itself, ray.init(address) does not
+    import ray
+
+    waiting = deque(Job(cell, secrets.token_hex(4), 1, False) for cell in cells)
+    outcomes: dict[Cell, Outcome] = {}
+    running: dict[Any, tuple[Any, Job]] = {}  # future -> (worker, job)
+    idle: list[Any] = []
+    workers: list[Any] = []
+    start_ray(ray)
+    try:
+        while waiting or running:
+            for _ in range(min(slots(ray), len(waiting) + len(running)) - len(workers)):
+                workers.append(new_worker(ray, worker_class))
+                idle.append(workers[-1])
+            while idle and waiting:
+                job, worker = waiting.popleft(), idle.pop()
+                claim(job)
+                running[worker.collect.remote(job.cell, job.attempt, job.smaller)] = worker, job
+                report("started", job, None)
+            done, _ = ray.wait(list(running), num_returns=1, timeout=1)
+            report("tick", None, None)
+            for future in done:
+                worker, job = running.pop(future)
+                try:
+                    outcome = ray.get(future)
+                    idle.append(worker)
+                except ray.exceptions.RayTaskError as error:  # a bug of ours: the traceback helps to mend it
+                    idle.append(worker)
+                    cell_worker.log_of(job.cell).write_text(str(error))
+                    outcome = Outcome(f"failed: {error.cause!r} (log: {cell_worker.log_of(job.cell)})", None, 0.0)
+                except ray.exceptions.RayError as error:
+                    workers.remove(worker)
+                    outcome = Outcome(f"failed: its worker died ({type(error).__name__})", "killed", 0.0)
+                second = another(job, outcome)
+                release(job)
+                if second:
+                    waiting.appendleft(second)
+                else:
+                    outcomes[job.cell] = outcome
+                report("again" if second else "done", job, outcome)
+    except BaseException:
+        stop(ray, workers, list(running))
+        raise
+    finally:
+        for _, job in running.values():
+            release(job)
+        ray.shutdown()
+    return outcomes
+
+
+def start_ray(ray: Any) -> None:
+    """Join the cluster at RAY_ADDRESS, or start Ray on this machine for the time of the sweep."""
+    address = os.environ.get("RAY_ADDRESS")
+    python_path = os.pathsep.join(filter(None, (str(UTILS), os.environ.get("PYTHONPATH"))))
+    quiet = {"include_dashboard": False, "num_cpus": cpu_slots()} if not address else {"address": address}
+    try:
+        ray.init(
+            **quiet,
+            log_to_driver=False,
+            logging_level="error",
+            # Ray puts the interpreter into a shell's command as it is
+            runtime_env={
+                "env_vars": {"PYTHONPATH": python_path, **settings()},
+                "py_executable": shlex.quote(sys.executable),
+            },
+        )
+    except (ConnectionError, RuntimeError, ValueError) as error:
+        raise UserError(f"RAY_ADDRESS={address}: cannot be joined: {' '.join(str(error).split())[:300]}") from None
+
+
+def has_ray_token() -> bool:
+    """Whether this user has a token for Ray clusters, where Ray looks for it."""
+    named = os.environ.get("RAY_AUTH_TOKEN") or os.environ.get("RAY_AUTH_TOKEN_PATH")
+    return bool(named) or (Path.home() / ".ray" / "auth_token").is_file()
+
+
+def settings() -> dict[str, str]:
+    """The user's settings that every run gets."""
+    threads = {} if devices.nvidia_driver() else {"OMP_NUM_THREADS": "1"}
+    tokens = {"PARAGEN_TOKENS": str(paths.SAVES / ".tokens")}
+    return threads | tokens | {name: os.environ[name] for name in SETTINGS if name in os.environ}
+
+
+def gpus_per_cell() -> int:
+    """How many GPUs train one cell (GPUS_PER_CELL, default 1)."""
+    asked = os.environ.get("GPUS_PER_CELL") or "1"
+    if not asked.isdigit() or asked == "0":
+        raise UserError(f"GPUS_PER_CELL={asked}: is not a positive whole number")
+    return int(asked)
+
+
+def cpu_slots() -> int:
+    """How many cells train side by side on this machine's CPU."""
+    threads = int(settings().get("OMP_NUM_THREADS", "1"))
+    return max(
+        1, len(os.sched_getaffinity(0) if hasattr(os, "sched_getaffinity") else range(os.cpu_count())) // threads
+    )
+
+
+def slots(ray: Any) -> int:
+    """How many cells the cluster can train at once, as it is now."""
+    there = ray.cluster_resources()
+    if on_cpu(there):
+        return max(1, int(there.get("CPU", 1)))
+    count = int(there.get("GPU", 0)) // gpus_per_cell()
+    if not count:
+        raise UserError(f"GPUS_PER_CELL={gpus_per_cell()}: the cluster has only {int(there['GPU'])} GPUs")
+    return count
+
+
+def on_cpu(there: dict[str, float]) -> bool:
+    """Whether cells train on CPUs: as asked by DEVICES=cpu, or since the cluster has no GPU."""
+    return os.environ.get("DEVICES") == "cpu" or not there.get("GPU")
+
+
+def new_worker(ray: Any, worker_class: type) -> Any:
+    """A new slot as an actor that sees its own devices alone."""
+    if on_cpu(ray.cluster_resources()):
+        kind = ray.remote(num_cpus=1, num_gpus=0, max_concurrency=2, max_restarts=0)(worker_class)
+        return kind.remote(settings(), "cpu")
+    kind = ray.remote(num_cpus=1, num_gpus=gpus_per_cell(), max_concurrency=2, max_restarts=0)(worker_class)
+    return kind.remote(settings(), None)
+
+
+def another(job: Job, outcome: Outcome) -> Job | None:
+    """The second attempt at a cell, where one is worth it."""
+    if job.number > 1 or outcome.again is None:
+        return None
+    return Job(job.cell, secrets.token_hex(4), 2, outcome.again == "memory")
+
+
+def claim(job: Job) -> None:
+    """Note on disk which attempt may give a cell's runs their names."""
+    for folder in status.run_folders(job.cell):
+        folder.parent.mkdir(parents=True, exist_ok=True)
+        files.write_atomically(files.beside(folder, "attempt"), job.attempt.encode())
+
+
+def release(job: Job) -> None:
+    """Forget the claim of an attempt that ended."""
+    for folder in status.run_folders(job.cell):
+        path = files.beside(folder, "attempt")
+        if path.is_file() and path.read_text() == job.attempt:
+            path.unlink()
+
+
+def stop(ray: Any, workers: list[Any], running: list[Any]) -> None:
+    """Let all runs in progress unwind; a second signal cuts that short."""
+    for worker in workers:
+        worker.stop.remote()
+    deadline = time.monotonic() + GRACE
+    while running and time.monotonic() < deadline:
+        _, running = ray.wait(running, num_returns=1, timeout=1)
