@@ -11,7 +11,7 @@ export DATASET MODEL MODELS RANK RANKS KEEP SEED FORCE DEVICES PRUNE_PRETRAIN FI
 
 .DEFAULT_GOAL := help
 .PHONY: help setup lock model data data-all register check-data recipe check-recipes pretrain finetune collect collect-all \
-	status verify clean-checkpoints index export import stats report publish pull demo test test-all lint format
+	plan status verify clean-checkpoints index export import stats report publish pull demo test test-all lint format
 
 help:  ## list the targets
 	@awk -F ':.*## ' '/^##@/ {print "\n" substr($$0, 5)} /^[a-z-]+:.*## / {printf "  make %-18s %s\n", $$1, $$2}' Makefile
@@ -68,6 +68,9 @@ collect: setup  ## pretrain if it is missing, finetune, verify: DATASET=ARC-c RA
 
 collect-all: setup  ## collect all of a category: CATEGORY=math [DATASET="MATH Mu-Math"] [MODELS=..] [RANKS="2 8"]
 	@$(PY) utils/collect_all.py "$$CATEGORY" $$DATASET
+
+plan: setup  ## what that would take: cells, steps, disk, time [CATEGORY=..] [DATASET=..] [MODELS=..] [RANKS="2 8"]
+	@$(PY) utils/plan.py
 
 ##@ Look after what was collected
 status: setup  ## how every cell stands [CATEGORY=..] [DATASET=..] [MODEL=..] [RANKS="2 8"]

@@ -9,6 +9,7 @@ import pytest
 
 ROOT = Path(__file__).resolve().parent.parent
 TARGETS = ["setup", "lock", "model", "register", "check-data", "pretrain", "finetune", "collect", "clean-checkpoints"]
+TARGETS += ["plan", "index", "export", "import", "stats", "report", "publish", "pull"]
 TARGETS += ["recipe", "check-recipes", "verify", "demo", "test", "lint"]
 
 
