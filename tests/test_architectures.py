@@ -8,11 +8,11 @@ from pathlib import Path
 
 import pytest
 import tiny_models
+import warm
 from safetensors import safe_open
 
 import models
 import rank_config
-import warm
 
 ROOT = Path(__file__).resolve().parent.parent
 RANK = 2

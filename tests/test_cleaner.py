@@ -7,12 +7,12 @@ import sys
 from pathlib import Path
 
 import pytest
+import warm
 
 import checkpoint_cleaner
 import clean_dataset_dir
 import collection
 import rank_config
-import warm
 from cli import UserError
 
 ROOT = Path(__file__).resolve().parent.parent

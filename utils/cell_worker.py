@@ -42,7 +42,8 @@ class CellWorker:
     """
 
     def __init__(self, settings: dict[str, str], devices: str | None):
-        self.settings = {**settings, "DEVICES": devices or os.environ["CUDA_VISIBLE_DEVICES"]}
+        given = os.environ.get("CUDA_VISIBLE_DEVICES", "") if devices is None else devices
+        self.settings = {**settings, "DEVICES": given}
         self.process: Process | None = None
         self.stopping = threading.Event()
         os.environ.update(self.settings)

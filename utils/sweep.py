@@ -15,6 +15,8 @@ from collections.abc import Callable, Iterable
 from pathlib import Path
 from typing import Any, NamedTuple
 
+import psutil
+
 import cell_worker
 import devices
 import files
@@ -48,8 +50,8 @@ def run(
 
     Args:
         cells: in the order in which they are to start.
-        worker_class: what does the work: CellWorker, or (to measure the sweep itself) something with its methods.
         report: called with `started`, `again` or `done`, the job and what became of it; each second with `tick`.
+        worker_class: what does the work: CellWorker, or (to measure the sweep itself) something with its methods.
 
     Returns what became of each cell. On Ctrl-C or SIGTERM the runs in progress unwind first.
     """
@@ -57,61 +59,100 @@ def run(
         os.environ["RAY_AUTH_MODE"] = "token"  # `ray start` does so by itself, ray.init(address) does not
     import ray
 
-    waiting = deque(Job(cell, secrets.token_hex(4), 1, False) for cell in cells)
-    outcomes: dict[Cell, Outcome] = {}
-    running: dict[Any, tuple[Any, Job]] = {}  # future -> (worker, job)
-    idle: list[Any] = []
-    workers: list[Any] = []
     start_ray(ray)
+    sweep = Sweep(ray, cells, report, worker_class)
     try:
-        while waiting or running:
-            for _ in range(min(slots(ray), len(waiting) + len(running)) - len(workers)):
-                workers.append(new_worker(ray, worker_class))
-                idle.append(workers[-1])
-            while idle and waiting:
-                job, worker = waiting.popleft(), idle.pop()
-                claim(job)
-                running[worker.collect.remote(job.cell, job.attempt, job.smaller)] = worker, job
-                report("started", job, None)
-            done, _ = ray.wait(list(running), num_returns=1, timeout=1)
+        while sweep.waiting or sweep.running:
+            sweep.fill()
+            done, _ = ray.wait(list(sweep.running), num_returns=1, timeout=1)
             report("tick", None, None)
             for future in done:
-                worker, job = running.pop(future)
-                try:
-                    outcome = ray.get(future)
-                    idle.append(worker)
-                except ray.exceptions.RayTaskError as error:  # a bug of ours: the traceback helps to mend it
-                    idle.append(worker)
-                    cell_worker.log_of(job.cell).write_text(str(error))
-                    outcome = Outcome(f"failed: {error.cause!r} (log: {cell_worker.log_of(job.cell)})", None, 0.0)
-                except ray.exceptions.RayError as error:
-                    workers.remove(worker)
-                    outcome = Outcome(f"failed: its worker died ({type(error).__name__})", "killed", 0.0)
-                second = another(job, outcome)
-                release(job)
-                if second:
-                    waiting.appendleft(second)
-                else:
-                    outcomes[job.cell] = outcome
-                report("again" if second else "done", job, outcome)
+                sweep.take(future)
     except BaseException:
-        stop(ray, workers, list(running))
+        sweep.stop()
         raise
     finally:
-        for _, job in running.values():
+        for _, job in sweep.running.values():
             release(job)
         ray.shutdown()
-    return outcomes
+    return sweep.outcomes
+
+
+class Sweep:
+    """What waits, what runs where, and what became of the rest; arguments as for `run`."""
+
+    def __init__(self, ray: Any, cells: Iterable[Cell], report: Callable, worker_class: type):
+        self.ray, self.report, self.worker_class = ray, report, worker_class
+        self.waiting = deque(Job(cell, secrets.token_hex(4), 1, False) for cell in cells)
+        self.running: dict[Any, tuple[Any, Job]] = {}  # future -> (worker, job)
+        self.new: list[Any] = []  # workers that have done nothing yet
+        self.idle: list[Any] = []
+        self.outcomes: dict[Cell, Outcome] = {}
+
+    def fill(self) -> None:
+        """Give every free slot a cell."""
+        if not self.waiting:
+            return
+        missing = min(slots(self.ray), len(self.waiting) + len(self.running))
+        for _ in range(missing - len(self.running) - len(self.idle) - len(self.new)):
+            self.new.append(new_worker(self.ray, self.worker_class))
+        self.idle = [worker for worker in self.idle if self.is_alive(worker)]
+        while self.waiting and (self.idle or self.new):
+            job, worker = self.waiting.popleft(), (self.idle or self.new).pop()
+            claim(job)
+            self.running[worker.collect.remote(job.cell, job.attempt, job.smaller)] = worker, job
+            self.report("started", job, None)
+
+    def is_alive(self, worker: Any) -> bool:
+        """Whether an idle worker still answers; its node may be gone."""
+        try:
+            self.ray.get(worker.ready.remote(), timeout=GRACE)
+        except self.ray.exceptions.RayError:
+            return False
+        return True
+
+    def take(self, future: Any) -> None:
+        """Take what became of a job; give its cell a second attempt where one is worth it."""
+        worker, job = self.running.pop(future)
+        try:
+            outcome = self.ray.get(future)
+            self.idle.append(worker)
+        except self.ray.exceptions.RayTaskError as error:  # a bug of ours: the traceback helps to mend it
+            self.idle.append(worker)
+            log = cell_worker.log_of(job.cell)
+            log.write_text(str(error))
+            outcome = Outcome(f"failed: {error.cause!r} (log: {paths.relative(log)})", None, 0.0)
+        except self.ray.exceptions.RayError as error:
+            outcome = Outcome(f"failed: its worker died ({type(error).__name__})", "killed", 0.0)
+        release(job)
+        second = another(job, outcome)
+        if second:
+            self.waiting.appendleft(second)
+        else:
+            self.outcomes[job.cell] = outcome
+        self.report("again" if second else "done", job, outcome)
+
+    def stop(self) -> None:
+        """Let all runs in progress unwind; a second signal cuts that short."""
+        for worker, _ in self.running.values():
+            worker.stop.remote()
+        deadline, left = time.monotonic() + GRACE, list(self.running)
+        while left and time.monotonic() < deadline:
+            _, left = self.ray.wait(left, num_returns=1, timeout=1)
 
 
 def start_ray(ray: Any) -> None:
     """Join the cluster at RAY_ADDRESS, or start Ray on this machine for the time of the sweep."""
     address = os.environ.get("RAY_ADDRESS")
     python_path = os.pathsep.join(filter(None, (str(UTILS), os.environ.get("PYTHONPATH"))))
-    quiet = {"include_dashboard": False, "num_cpus": cpu_slots()} if not address else {"address": address}
+    asked = os.environ.get("DEVICES", "")
+    cpus = cores() if devices.nvidia_driver() and asked != "cpu" else cpu_slots()
+    own = {"include_dashboard": False, "num_cpus": cpus, "object_store_memory": 10**8}
+    if asked and asked != "cpu" and not address:
+        os.environ["CUDA_VISIBLE_DEVICES"] = asked  # these GPUs alone, a worker for each
     try:
         ray.init(
-            **quiet,
+            **({"address": address} if address else own),
             log_to_driver=False,
             logging_level="error",
             # Ray puts the interpreter into a shell's command as it is
@@ -132,7 +173,7 @@ def has_ray_token() -> bool:
 
 def settings() -> dict[str, str]:
     """The user's settings that every run gets."""
-    threads = {} if devices.nvidia_driver() else {"OMP_NUM_THREADS": "1"}
+    threads = {} if devices.nvidia_driver() else {"OMP_NUM_THREADS": str(max(1, cores() // cpu_slots()))}
     tokens = {"PARAGEN_TOKENS": str(paths.SAVES / ".tokens")}
     return threads | tokens | {name: os.environ[name] for name in SETTINGS if name in os.environ}
 
@@ -145,12 +186,17 @@ def gpus_per_cell() -> int:
     return int(asked)
 
 
+def cores() -> int:
+    """The CPU cores that this process may use."""
+    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+
+
 def cpu_slots() -> int:
-    """How many cells train side by side on this machine's CPU."""
-    threads = int(settings().get("OMP_NUM_THREADS", "1"))
-    return max(
-        1, len(os.sched_getaffinity(0) if hasattr(os, "sched_getaffinity") else range(os.cpu_count())) // threads
-    )
+    """How many cells train side by side on this machine's CPU: one per core, 8 GB of memory for each.
+
+    On a Mac one: torch takes its GPU, which Ray does not know.
+    """
+    return 1 if sys.platform == "darwin" else max(1, min(cores(), psutil.virtual_memory().total // (8 << 30)))
 
 
 def slots(ray: Any) -> int:
@@ -173,7 +219,7 @@ def new_worker(ray: Any, worker_class: type) -> Any:
     """A new slot as an actor that sees its own devices alone."""
     if on_cpu(ray.cluster_resources()):
         kind = ray.remote(num_cpus=1, num_gpus=0, max_concurrency=2, max_restarts=0)(worker_class)
-        return kind.remote(settings(), "cpu")
+        return kind.remote(settings(), "" if sys.platform == "darwin" else "cpu")
     kind = ray.remote(num_cpus=1, num_gpus=gpus_per_cell(), max_concurrency=2, max_restarts=0)(worker_class)
     return kind.remote(settings(), None)
 
@@ -198,12 +244,3 @@ def release(job: Job) -> None:
         path = files.beside(folder, "attempt")
         if path.is_file() and path.read_text() == job.attempt:
             path.unlink()
-
-
-def stop(ray: Any, workers: list[Any], running: list[Any]) -> None:
-    """Let all runs in progress unwind; a second signal cuts that short."""
-    for worker in workers:
-        worker.stop.remote()
-    deadline = time.monotonic() + GRACE
-    while running and time.monotonic() < deadline:
-        _, running = ray.wait(running, num_returns=1, timeout=1)
