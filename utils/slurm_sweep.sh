@@ -3,7 +3,7 @@
 #   sbatch --nodes=4 --gpus-per-node=8 --time=12:00:00 utils/slurm_sweep.sh CATEGORY [DATASET ...]
 #   MODELS="qwen2.5-0.5b" RANKS="4 8" sbatch --nodes=2 --gpus-per-node=8 utils/slurm_sweep.sh math
 # The repository lies on storage that all nodes share, with data, models and .venv in it (make setup on the login node).
-# Requeued or submitted again, it goes on where it was. The port is taken from the job's number, so jobs may share a node.
+# Requeued or submitted again, it goes on where it was. Nodes that come later get cells later; a lost one costs time.
 #SBATCH --job-name=collect
 #SBATCH --ntasks-per-node=1
 #SBATCH --output=saves/slurm-%j.log
@@ -16,13 +16,22 @@ fi
 # Slurm runs a copy of this file, so its own place does not tell where the repository is; where sbatch was called does.
 top=${SLURM_SUBMIT_DIR:?run it with sbatch, from the top of the repository}
 [ -f "$top/utils/collect_all.py" ] || { echo "error: $top: call sbatch from the top of the repository" >&2; exit 1; }
+ray=("$top/.venv/bin/python" -m ray.scripts.scripts start --block --disable-usage-stats)
 head=$(scontrol show hostnames "$SLURM_JOB_NODELIST" | head -n 1)
 port=$((20000 + SLURM_JOB_ID % 20000))
-export RAY_AUTH_TOKEN=${RAY_AUTH_TOKEN:-$(od -An -tx1 -N32 /dev/urandom | tr -d ' \n')} # for this cluster, this job alone
-export RAY_AUTH_MODE=token RAY_ADDRESS="$head:$port"
+RAY_AUTH_TOKEN=${RAY_AUTH_TOKEN:-$(od -An -tx1 -N32 /dev/urandom | tr -d ' \n')} # of this job's cluster alone
+export RAY_AUTH_TOKEN RAY_AUTH_MODE=token
 
-# Every node runs this; Ray starts on each, then the command after -- runs on the first, and Ray ends with it.
-exec srun --nodes="$SLURM_JOB_NUM_NODES" --ntasks-per-node=1 \
-    "$top/.venv/bin/ray" symmetric-run --address "$RAY_ADDRESS" --min-nodes "$SLURM_JOB_NUM_NODES" \
-    ${CPUS_PER_NODE:+--num-cpus="$CPUS_PER_NODE"} -- \
-    "$top/.venv/bin/python" "$top/utils/collect_all.py" "$@"
+trap 'kill $(jobs -p) 2>/dev/null || true; wait' EXIT
+trap 'exit 143' TERM INT
+folder=$(mktemp -d "${TMPDIR:-/tmp}/ray.XXXXXX") # short: Ray's sockets lie below it
+"${ray[@]}" --head --node-ip-address="$head" --port="$port" --temp-dir="$folder" --include-dashboard=false >"$folder/log" 2>&1 &
+if [ "$SLURM_JOB_NUM_NODES" -gt 1 ]; then
+    srun --nodes=$((SLURM_JOB_NUM_NODES - 1)) --ntasks-per-node=1 --exclude="$head" "${ray[@]}" --address="$head:$port" &
+fi
+for _ in $(seq 120); do
+    (: >"/dev/tcp/$head/$port") 2>/dev/null && break
+    sleep 1
+done
+RAY_ADDRESS="$head:$port" "$top/.venv/bin/python" "$top/utils/collect_all.py" "$@" &
+wait $!
