@@ -11,6 +11,7 @@ the time that went into import, train and the rest. --kill SIGKILLs that many wo
 import argparse
 import json
 import os
+import pstats
 import random
 import shutil
 import signal
@@ -35,15 +36,20 @@ def main() -> None:
     args = parser.parse_args()
     with tempfile.TemporaryDirectory(prefix="sweep bench ") as folder:
         top = make_repository(Path(folder), args.cells)
-        alone = None if args.sweep_only else process_per_phase(top)
-        (top / "saves").rename(top / "alone") if alone else None
+        cells = len(RANKS) * len(list((top / "collect_scripts" / CATEGORY).iterdir()))
+        alone = None
+        if not args.sweep_only:
+            alone = process_per_phase(top)
+            (top / "saves").rename(top / "alone")
+            print(f"one process per phase: {cells} cells in {alone:.1f} s on {os.cpu_count()} cores", flush=True)
         swept = sweep(top, args.kill)
-        whole = check(top, args.cells)
+        print(f"sweep: {cells} cells in {swept:.1f} s, {whole(top)} collections whole", flush=True)
+        if alone:
+            print(f"the sweep is {alone / swept:.1f} times as fast")
+            for what, seconds in where_time_goes(top).items():
+                print(f"  of a phase in a process of its own: {seconds:5.1f} s {what}")
         if args.no_op:
             print(f"scheduler: {1000 * no_op(top, args.no_op):.1f} ms per cell at {args.no_op} no-op cells")
-    print(f"{args.cells} cells, {os.cpu_count()} cores: sweep {swept:.1f} s, {whole} collections whole")
-    if alone:
-        print(f"one process per phase {alone:.1f} s: the sweep is {alone / swept:.1f} times as fast")
 
 
 def make_repository(top: Path, cells: int) -> Path:
@@ -119,11 +125,43 @@ def kill_workers(run: subprocess.Popen, count: int) -> None:
             os.kill(random.choice(workers).pid, signal.SIGKILL)
 
 
-def check(top: Path, cells: int) -> int:
-    """How many collections verify; each cell must have one."""
+def whole(top: Path) -> int:
+    """How many collections verify; raises when one does not."""
     command = [top / ".venv" / "bin" / "python", top / "utils" / "verify.py"]
-    output = subprocess.run(command, env=environment(), capture_output=True, text=True, check=True).stdout
-    return output.count("whole  ")
+    return subprocess.run(command, env=environment(), capture_output=True, text=True, check=True).stdout.count("whole ")
+
+
+def where_time_goes(top: Path) -> dict[str, float]:
+    """Seconds of one phase by what it does, under Python's profiler, which makes all of it a little slower."""
+    recipe = next((top / "collect_scripts" / CATEGORY).glob("*/*_pretrain.yaml"))
+    profile = top / "profile"
+    command = [
+        top / ".venv" / "bin" / "python",
+        "-m",
+        "cProfile",
+        "-o",
+        profile,
+        top / "utils" / "train.py",
+        recipe,
+        "7",
+    ]
+    started = time.monotonic()
+    subprocess.run(command, env=environment(), check=True, capture_output=True)
+    whole = time.monotonic() - started
+    stats = pstats.Stats(str(profile)).stats
+    # an import within an import is counted in both: the outermost, which is the largest, counts
+    named = {
+        "import": ("_find_and_load",),
+        "load": ("load_model", "load_tokenizer"),
+        "tokenise": ("get_dataset",),
+        "train": ("_inner_training_loop",),
+        "write": ("save_model", "draw_loss", "publish_folder", "tidy"),
+    }
+    found = {
+        what: sum(max((row[3] for key, row in stats.items() if key[2] == name), default=0.0) for name in names)
+        for what, names in named.items()
+    }
+    return {**found, "the rest": whole - sum(found.values())}
 
 
 class NoOp:
@@ -136,6 +174,9 @@ class NoOp:
         from cell_worker import Outcome
 
         return Outcome("collected", None, 0.0)
+
+    def ready(self):
+        return ""
 
     def stop(self):
         pass
