@@ -157,6 +157,11 @@ def factors_of(
 
 def adapter_config(folder: Path, manifest: dict[str, Any]) -> dict[str, Any]:
     """The content of a collection's adapter_config.json. Raises UserError when it is gone or was edited."""
+    return json.loads(adapter_config_bytes(folder, manifest))
+
+
+def adapter_config_bytes(folder: Path, manifest: dict[str, Any]) -> bytes:
+    """The bytes of a collection's adapter_config.json. Raises UserError when it is gone or was edited."""
     path = folder / "adapter_config.json"
     try:
         data = path.read_bytes()
@@ -164,7 +169,7 @@ def adapter_config(folder: Path, manifest: dict[str, Any]) -> dict[str, Any]:
         raise UserError(f"{paths.relative(path)}: is gone; put it back or collect again with FORCE=1") from None
     if hashlib.sha256(data).hexdigest() != manifest["adapter_config_sha256"]:
         raise UserError(f"{paths.relative(path)}: does not have its recorded sha256; {_way_out(path)}")
-    return json.loads(data)
+    return data
 
 
 def layers_of(keys: Iterable[str]) -> list[str]:
