@@ -24,7 +24,9 @@ if TYPE_CHECKING:
 RECORD = paths.EXPORT_RECORD
 
 
-def part(out: Path, name: str, source: dict[str, Any], make: Callable[[Path], None], done="exported") -> bool:
+def part(
+    out: Path, name: str, source: dict[str, Any], make: Callable[[Path], None], done="exported", quiet=False
+) -> bool:
     """Make one part of an export, a file or a folder, unless it is there and was made from the same.
 
     Args:
@@ -33,6 +35,7 @@ def part(out: Path, name: str, source: dict[str, Any], make: Callable[[Path], No
         source: what decides its content, as a JSON value: format, the manifest's `sha256`, dtype.
         make: writes the part at the path it is given (beside its place; nothing is there yet).
         done: the word that says so.
+        quiet: say nothing when it is there already.
 
     Returns whether it was made. Raises UserError, with nothing changed, where something else stands at its place: what
     no export made, what an export of another format made, or a folder with files that were put into it since.
@@ -43,7 +46,8 @@ def part(out: Path, name: str, source: dict[str, Any], make: Callable[[Path], No
     target = out / name
     with files.lock(out / f".{RECORD}.lock", waiting=f"waiting for another export into {out}"):
         if is_there(out, name, source):
-            say(f"there already: {paths.relative(target)}")
+            if not quiet:
+                say(f"there already: {paths.relative(target)}")
             return False
         target.parent.mkdir(parents=True, exist_ok=True)
         files.recover_folder(target)
