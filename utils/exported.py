@@ -13,6 +13,7 @@ from pathlib import Path, PurePosixPath
 from typing import TYPE_CHECKING, Any
 
 import checkpoints
+import collection
 import files
 import paths
 import run_identity
@@ -179,7 +180,7 @@ def write_checkpoint(
     import torch
     from safetensors.torch import save_file
 
-    path = folder / f"checkpoint-{entry['step']}.safetensors"
+    path = folder / collection.checkpoint_name(entry["step"])
     tensors = checkpoints.load(path, entry["bytes"], entry["sha256"])
     if rename is not None and rename.keys() != tensors.keys():
         differing = min(rename.keys() ^ tensors.keys())

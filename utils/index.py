@@ -173,7 +173,7 @@ def stamp_of(folder: Path) -> list[int]:
         raise UserError(f"{paths.relative(folder)}: has no {paths.MANIFEST}, so it is no finished collection") from None
     except OSError as error:
         raise UserError(f"{paths.relative(folder)}: cannot be read: {error.strerror}") from None
-    return [stat.st_size, stat.st_mtime_ns, stat.st_ctime_ns, stat.st_ino]
+    return list(files.stamp_of(stat))
 
 
 def rows_of(name: str, folder: Path) -> "tuple[pa.Table, str]":
