@@ -210,7 +210,5 @@ def cast(data: bytes, dtype: str, path: Path) -> tuple[bytes, set[str]]:
     for key, tensor in tensors.items():
         if tensor.is_floating_point() and tensor.dtype != to:
             before.add(str(tensor.dtype).removeprefix("torch."))
-            tensors[key] = tensor.to(to)
-            if not torch.isfinite(tensors[key]).all():
-                raise UserError(f"{paths.relative(path)}: {key} holds values that {dtype} cannot; choose another DTYPE")
+            tensors[key] = checkpoints.cast(tensor, to, key, path)
     return (save(tensors, {"format": "pt"}), before) if before else (data, before)

@@ -112,6 +112,15 @@ def layout_of(handle: Any) -> dict[str, tuple[int, ...]]:
     return {key: tuple(handle.get_slice(key).get_shape()) for key in handle.keys()}  # noqa: SIM118 (not a dict)
 
 
+def cast(tensor: "torch.Tensor", dtype: "torch.dtype", key: str, path: Path) -> "torch.Tensor":
+    """A checkpoint's tensor in another dtype. Raises UserError naming `key` and `path` where that is not finite."""
+    result = tensor.to(dtype)
+    if not result.isfinite().all():
+        name = str(dtype).removeprefix("torch.")
+        raise UserError(f"{paths.relative(path)}: {key} holds values that {name} cannot; choose another DTYPE")
+    return result
+
+
 def dtype_of(handle: Any) -> str:
     """The dtype of an open checkpoint as DTYPE names it: that of its first tensor by key."""
     kind = handle.get_slice(min(handle.keys())).get_dtype()

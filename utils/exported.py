@@ -10,7 +10,7 @@ import secrets
 import shutil
 from collections.abc import Callable
 from pathlib import Path, PurePosixPath
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import checkpoints
 import collection
@@ -18,9 +18,6 @@ import files
 import paths
 import run_identity
 from cli import UserError, say
-
-if TYPE_CHECKING:
-    import torch
 
 RECORD = paths.EXPORT_RECORD
 
@@ -194,15 +191,7 @@ def write_checkpoint(
         ):  # shutil.copyfile would blame the source for a full disk
             shutil.copyfileobj(source, copy, 1 << 20)
         return
-    written = {(rename or {}).get(key, key): cast(tensor, wanted, path) for key, tensor in tensors.items()}
+    if wanted is not None:
+        tensors = {key: checkpoints.cast(tensor, wanted, key, path) for key, tensor in tensors.items()}
+    written = {(rename or {}).get(key, key): tensor for key, tensor in tensors.items()}
     save_file(written, target, metadata={"format": "pt"})
-
-
-def cast(tensor: "torch.Tensor", dtype: "torch.dtype | None", path: Path) -> "torch.Tensor":
-    """A tensor in another dtype (None: its own). Raises UserError when a value of `path` does not fit into it."""
-    import torch
-
-    result = tensor if dtype is None else tensor.to(dtype)
-    if dtype == torch.float16 and not torch.equal(torch.isfinite(result), torch.isfinite(tensor)):
-        raise UserError(f"{paths.relative(path)}: has values beyond float16's 65504; take DTYPE=bfloat16")
-    return result
