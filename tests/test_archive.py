@@ -142,6 +142,18 @@ def test_any_dtypes_are_lossless_over_several_full_checkpoints(tmp_path, dtypes)
         assert same(archive.load_step(path, step), load_file(file))
 
 
+@pytest.mark.parametrize("dtype", [None, "bfloat16"])
+def test_an_edited_adapter_config_is_not_archived(synthetic, tmp_path, dtype):
+    manifest = collection.read_manifest(synthetic)
+    manifest = archive.converted(synthetic, manifest, dtype) if dtype else manifest
+    config = synthetic / "adapter_config.json"
+    for spoil in (lambda: config.write_text('{"r": 2, "lora_alpha": 99}'), config.unlink):
+        spoil()
+        with pytest.raises(UserError, match=r"adapter_config\.json: (does not have its recorded sha256|is gone)"):
+            archive.write(synthetic, manifest, tmp_path / "x.archive")
+        assert not (tmp_path / "x.archive").exists()
+
+
 def test_differences_make_it_small(tmp_path):
     folder = make_collection(tmp_path / "math" / "Toy" / RUN, 14, (torch.bfloat16,), size=20_000)
     (path,) = archived(folder, tmp_path / "x.archive")
@@ -443,3 +455,20 @@ def test_a_full_disk_is_one_line_and_leaves_nothing(large, tmp_path):
         assert result.output.startswith("error: ") and "File too large" in result.output
     assert not list(tmp_path.glob("saves/*/*/*")) and not list(out.rglob("*.archive"))
     assert not left_overs(tmp_path / "saves") and not left_overs(out)
+
+
+def test_a_file_below_the_home_folder_is_found_where_the_shell_left_the_tilde(synthetic, tmp_path, monkeypatch):
+    archived(synthetic, tmp_path / "x.archive")
+    monkeypatch.setenv("HOME", str(tmp_path))
+    monkeypatch.setattr(sys, "argv", ["import_archive.py"])
+    monkeypatch.setattr(paths, "SAVES", tmp_path / "saves")
+    for given in ("~/x.archive", "~"):
+        monkeypatch.setenv("FILE", given)
+        assert import_archive.main() == 0
+    assert len(list((tmp_path / "saves").rglob(paths.MANIFEST))) == 1
+
+
+def test_without_a_file_it_says_what_to_type(monkeypatch):
+    monkeypatch.setattr(sys, "argv", ["import_archive.py", ""])
+    with pytest.raises(UserError, match=r"make import FILE=x\.archive, or a folder"):
+        import_archive.main()

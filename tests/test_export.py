@@ -117,8 +117,20 @@ def test_a_cast_is_made_only_when_asked_and_is_recorded(place, format_name):
 def test_values_that_float16_cannot_hold_are_refused(place):
     tensors = {key: tensor * 1e6 for key, tensor in handmade.tensors_of(handmade.llama_keys(), 4, 1).items()}
     place.collect(states=[tensors], steps=[1])
-    assert "bfloat16" in place.refused("peft", DTYPE="float16")
+    assert "holds values that float16 cannot" in place.refused("peft", DTYPE="float16")
     assert not list(place.out.rglob("*.safetensors"))
+
+
+@pytest.mark.parametrize("format_name", ["dnd", "peft", "archive"])
+def test_values_that_bfloat16_rounds_to_infinity_are_refused(place, format_name):
+    import torch
+
+    tensors = handmade.tensors_of(handmade.llama_keys(), 4, 1)
+    key = next(iter(tensors))
+    tensors[key][0, 0] = torch.finfo(torch.float32).max
+    place.collect(states=[tensors], steps=[1])
+    said = place.refused(format_name, DTYPE="bfloat16")
+    assert "checkpoint-1.safetensors" in said and f"{key} holds values that bfloat16 cannot" in said
 
 
 @pytest.mark.parametrize("format_name", ["dnd", "peft"])

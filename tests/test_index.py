@@ -113,6 +113,13 @@ def test_without_collections_the_index_is_empty_and_says_so(saves, monkeypatch, 
         index.load()
 
 
+def test_where_all_are_broken_it_does_not_say_that_there_are_none(saves, folder, monkeypatch, capsys):
+    (folder / "manifest.json").write_text("{}")
+    status, out, err = make_index(monkeypatch, capsys)[:3]
+    assert (status, "FAULTY" in err) == (1, True)
+    assert out == "no whole collection\n"
+
+
 def test_unchanged_collections_are_not_read_again(saves, folder, monkeypatch):
     twin(folder, rank=8)
     first, _ = index.update(saves)

@@ -167,6 +167,16 @@ def test_a_dry_run_writes_just_the_tree_that_would_be_uploaded(licensed, run, ki
     assert after == before, "a second call makes nothing again"
 
 
+def test_an_archive_in_the_tree_that_was_damaged_since_is_made_again(licensed, run):
+    run(publish, licensed, DRY_RUN="1")
+    path = tree_of(licensed) / "collections" / f"{NAME}.archive"
+    whole = path.read_bytes()
+    flip(path, len(whole) // 2)
+    assert path.stat().st_size == len(whole)
+    assert "archiving" in run(publish, licensed, DRY_RUN="1")
+    assert path.read_bytes() == whole
+
+
 def test_changing_from_folders_to_archives_leaves_nothing_of_the_folders(licensed, run):
     run(publish, licensed, DRY_RUN="1", RAW="1")
     run(publish, licensed, DRY_RUN="1")

@@ -368,3 +368,10 @@ def test_the_map_is_thinned_evenly_but_shows_every_collection():
     assert report_data.chosen_places(50, 3000) == list(range(50))
     assert report_data.chosen_places(100, 30_000) == [9, 19, 29, 39, 49, 59, 69, 79, 89, 99]
     assert report_data.chosen_places(2, 100_000) == [1]
+
+
+def test_statistics_that_are_there_already_are_not_told_one_by_one(project, capsys):
+    report.make()
+    capsys.readouterr()
+    report.make()
+    assert capsys.readouterr().out == ""

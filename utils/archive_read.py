@@ -16,6 +16,7 @@ import numpy as np
 
 import byte_planes
 import collection
+import files
 import paths
 from cli import UserError
 
@@ -53,7 +54,7 @@ def opened(path: Path) -> Opened:
         stat = os.stat(path)
     except FileNotFoundError:
         raise UserError(f"{paths.relative(path)}: no such archive") from None
-    return _opened(path, (stat.st_ino, stat.st_size, stat.st_mtime_ns, stat.st_ctime_ns))
+    return _opened(path, files.stamp_of(stat))
 
 
 @functools.lru_cache(maxsize=16)

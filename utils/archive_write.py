@@ -24,7 +24,8 @@ from cli import UserError
 SUFFIX = ".archive"
 GROUP, STRIDE = 16, 4  # steps
 PAYS = 0.9  # a plane is compressed when that leaves at most this share of it
-SMALL = ("adapter_config.json", collection.LOG, collection.PICTURE)  # files beside manifest and checkpoints
+CONFIG = "adapter_config.json"
+SMALL = (CONFIG, collection.LOG, collection.PICTURE)  # files beside manifest and checkpoints
 INDEX_BLOCK = 140  # bytes that a block takes in the index, at most
 
 
@@ -42,8 +43,8 @@ def write(folder: Path, manifest: dict, target: Path, part_bytes: int | None = N
     for a file that differs from what was recorded and for a `part_bytes` too small for one checkpoint.
     """
     dtype, manifest_bytes = _source_of(folder, manifest)
-    small = {paths.MANIFEST: manifest_bytes}
-    small |= {name: (folder / name).read_bytes() for name in SMALL if (folder / name).is_file()}
+    small = {paths.MANIFEST: manifest_bytes, CONFIG: checkpoints.adapter_config_bytes(folder, manifest)}
+    small |= {name: (folder / name).read_bytes() for name in SMALL[1:] if (folder / name).is_file()}
     left, parts = list(manifest["checkpoints"]), []
     try:
         while left or not parts:
@@ -209,7 +210,5 @@ def cast(data: bytes, dtype: str, path: Path) -> tuple[bytes, set[str]]:
     for key, tensor in tensors.items():
         if tensor.is_floating_point() and tensor.dtype != to:
             before.add(str(tensor.dtype).removeprefix("torch."))
-            tensors[key] = tensor.to(to)
-            if not torch.isfinite(tensors[key]).all():
-                raise UserError(f"{paths.relative(path)}: {key} holds values that {dtype} cannot; choose another DTYPE")
+            tensors[key] = checkpoints.cast(tensor, to, key, path)
     return (save(tensors, {"format": "pt"}), before) if before else (data, before)

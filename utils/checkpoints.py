@@ -12,6 +12,7 @@ from functools import lru_cache
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+import collection
 import files
 import paths
 from cli import UserError
@@ -33,7 +34,7 @@ def verified(path: Path, size: int, sha256: str) -> Path:
     Raises UserError naming the file when it is gone, has another length or other content.
     """
     stat = verified_length(path, size)
-    stamp, known = _stamp(stat), _verified.get(str(path))
+    stamp, known = files.stamp_of(stat), _verified.get(str(path))
     if known is None or known[0] != stamp:
         known = _verified[str(path)] = stamp, files.sha256_of(path)
     if known[1] != sha256:
@@ -54,11 +55,7 @@ def verified_length(path: Path, size: int) -> os.stat_result:
 
 def stamp_of(path: Path) -> tuple[int, ...]:
     """What tells whether a file is still the one that was hashed. Raises FileNotFoundError when it is gone."""
-    return _stamp(os.stat(path))
-
-
-def _stamp(stat: os.stat_result) -> tuple[int, ...]:
-    return stat.st_size, stat.st_mtime_ns, stat.st_ctime_ns, stat.st_ino
+    return files.stamp_of(os.stat(path))
 
 
 def vouch(path: Path, stamp: tuple[int, ...], sha256: str) -> None:
@@ -107,12 +104,27 @@ def in_natural_order(keys: tuple[str, ...]) -> tuple[str, ...]:
 def open_all(folder: Path, entries: Iterable[dict]) -> Iterator[Any]:
     """A handle per checkpoint of a collection, in the order of `entries` (the manifest's `checkpoints`)."""
     for entry in entries:
-        yield opened(folder / f"checkpoint-{entry['step']}.safetensors", entry["bytes"], entry["sha256"])
+        yield opened(folder / collection.checkpoint_name(entry["step"]), entry["bytes"], entry["sha256"])
 
 
 def layout_of(handle: Any) -> dict[str, tuple[int, ...]]:
     """The shape of each tensor in an open checkpoint, by PEFT's key."""
     return {key: tuple(handle.get_slice(key).get_shape()) for key in handle.keys()}  # noqa: SIM118 (not a dict)
+
+
+def cast(tensor: "torch.Tensor", dtype: "torch.dtype", key: str, path: Path) -> "torch.Tensor":
+    """A checkpoint's tensor in another dtype. Raises UserError naming `key` and `path` where that is not finite."""
+    result = tensor.to(dtype)
+    if not result.isfinite().all():
+        name = str(dtype).removeprefix("torch.")
+        raise UserError(f"{paths.relative(path)}: {key} holds values that {name} cannot; choose another DTYPE")
+    return result
+
+
+def dtype_of(handle: Any) -> str:
+    """The dtype of an open checkpoint as DTYPE names it: that of its first tensor by key."""
+    kind = handle.get_slice(min(handle.keys())).get_dtype()
+    return {"BF16": "bfloat16", "F16": "float16"}.get(kind, "float32")
 
 
 def in_chunks(folder: Path, entries: list[dict], size: int) -> Iterator[tuple[slice, list[Any]]]:
@@ -127,7 +139,7 @@ def in_chunks(folder: Path, entries: list[dict], size: int) -> Iterator[tuple[sl
         for entry, handle in zip(entries[part], handles, strict=True):
             layout = layout or layout_of(handle)
             if layout_of(handle) != layout:
-                path = folder / f"checkpoint-{entry['step']}.safetensors"
+                path = folder / collection.checkpoint_name(entry["step"])
                 raise UserError(
                     f"{paths.relative(path)}: has other keys or shapes than the collection's first checkpoint; "
                     "make verify names all such files"
@@ -149,7 +161,7 @@ def factors_of(
         values = torch.stack([handle.get_tensor(key) for handle in handles]).double()
         finite = values.sum((1, 2)).isfinite()  # a sum of float32 cannot overflow float64
         if not finite.all():
-            path = folder / f"checkpoint-{entries[finite.tolist().index(False)]['step']}.safetensors"
+            path = folder / collection.checkpoint_name(entries[finite.tolist().index(False)]["step"])
             raise UserError(f"{paths.relative(path)}: {key} holds values that are not finite; collect it again")
         both.append(values)
     return both[0], both[1]
@@ -157,6 +169,11 @@ def factors_of(
 
 def adapter_config(folder: Path, manifest: dict[str, Any]) -> dict[str, Any]:
     """The content of a collection's adapter_config.json. Raises UserError when it is gone or was edited."""
+    return json.loads(adapter_config_bytes(folder, manifest))
+
+
+def adapter_config_bytes(folder: Path, manifest: dict[str, Any]) -> bytes:
+    """The bytes of a collection's adapter_config.json. Raises UserError when it is gone or was edited."""
     path = folder / "adapter_config.json"
     try:
         data = path.read_bytes()
@@ -164,7 +181,7 @@ def adapter_config(folder: Path, manifest: dict[str, Any]) -> dict[str, Any]:
         raise UserError(f"{paths.relative(path)}: is gone; put it back or collect again with FORCE=1") from None
     if hashlib.sha256(data).hexdigest() != manifest["adapter_config_sha256"]:
         raise UserError(f"{paths.relative(path)}: does not have its recorded sha256; {_way_out(path)}")
-    return json.loads(data)
+    return data
 
 
 def layers_of(keys: Iterable[str]) -> list[str]:

@@ -12,6 +12,7 @@ from typing import Any
 
 import canonical
 import checkpoints
+import collection
 import exported
 import files
 import index
@@ -68,7 +69,7 @@ def write(one: index.Chosen, source: dict[str, Any], folder: Path, budget: int =
                 for step, value in zip(steps, values, strict=True):
                     step[f"{layer}.{end}.weight"] = value
         for entry, tensors in zip(entries[part], steps, strict=True):
-            path = folder / f"checkpoint-{entry['step']}.safetensors"
+            path = folder / collection.checkpoint_name(entry["step"])
             files.write_atomically(path, save(tensors, metadata={"format": "pt"}))
     files.write_json(folder / "adapter_config.json", config)
     files.write_json(folder / ABOUT, about(one, source))

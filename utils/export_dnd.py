@@ -156,7 +156,7 @@ def planned(chosen: Chosen) -> Planned:
         manifest["dataset"],
         keys,
         {keys[name]: piece.get_shape() for name, piece in slices.items()},
-        {"BF16": "bfloat16", "F16": "float16"}.get(slices[names[0]].get_dtype(), "float32"),
+        checkpoints.dtype_of(first),
     )
 
 

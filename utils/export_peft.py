@@ -75,8 +75,7 @@ def planned(chosen: Chosen, asked: str) -> Planned:
     config = checkpoints.adapter_config(chosen.folder, chosen.manifest)
     first = next(checkpoints.open_all(chosen.folder, entries))
     keys = sorted(first.keys())
-    kind = first.get_slice(keys[0]).get_dtype()
-    return Planned(chosen, entries, config, keys, {"BF16": "bfloat16", "F16": "float16"}.get(kind, "float32"))
+    return Planned(chosen, entries, config, keys, checkpoints.dtype_of(first))
 
 
 def selected(entries: list[dict], asked: str) -> list[dict]:

@@ -10,21 +10,21 @@ import secrets
 import shutil
 from collections.abc import Callable
 from pathlib import Path, PurePosixPath
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import checkpoints
+import collection
 import files
 import paths
 import run_identity
 from cli import UserError, say
 
-if TYPE_CHECKING:
-    import torch
-
 RECORD = paths.EXPORT_RECORD
 
 
-def part(out: Path, name: str, source: dict[str, Any], make: Callable[[Path], None], done="exported") -> bool:
+def part(
+    out: Path, name: str, source: dict[str, Any], make: Callable[[Path], None], done="exported", quiet=False
+) -> bool:
     """Make one part of an export, a file or a folder, unless it is there and was made from the same.
 
     Args:
@@ -33,6 +33,7 @@ def part(out: Path, name: str, source: dict[str, Any], make: Callable[[Path], No
         source: what decides its content, as a JSON value: format, the manifest's `sha256`, dtype.
         make: writes the part at the path it is given (beside its place; nothing is there yet).
         done: the word that says so.
+        quiet: say nothing when it is there already.
 
     Returns whether it was made. Raises UserError, with nothing changed, where something else stands at its place: what
     no export made, what an export of another format made, or a folder with files that were put into it since.
@@ -43,7 +44,8 @@ def part(out: Path, name: str, source: dict[str, Any], make: Callable[[Path], No
     target = out / name
     with files.lock(out / f".{RECORD}.lock", waiting=f"waiting for another export into {out}"):
         if is_there(out, name, source):
-            say(f"there already: {paths.relative(target)}")
+            if not quiet:
+                say(f"there already: {paths.relative(target)}")
             return False
         target.parent.mkdir(parents=True, exist_ok=True)
         files.recover_folder(target)
@@ -175,7 +177,7 @@ def write_checkpoint(
     import torch
     from safetensors.torch import save_file
 
-    path = folder / f"checkpoint-{entry['step']}.safetensors"
+    path = folder / collection.checkpoint_name(entry["step"])
     tensors = checkpoints.load(path, entry["bytes"], entry["sha256"])
     if rename is not None and rename.keys() != tensors.keys():
         differing = min(rename.keys() ^ tensors.keys())
@@ -189,15 +191,7 @@ def write_checkpoint(
         ):  # shutil.copyfile would blame the source for a full disk
             shutil.copyfileobj(source, copy, 1 << 20)
         return
-    written = {(rename or {}).get(key, key): cast(tensor, wanted, path) for key, tensor in tensors.items()}
+    if wanted is not None:
+        tensors = {key: checkpoints.cast(tensor, wanted, key, path) for key, tensor in tensors.items()}
+    written = {(rename or {}).get(key, key): tensor for key, tensor in tensors.items()}
     save_file(written, target, metadata={"format": "pt"})
-
-
-def cast(tensor: "torch.Tensor", dtype: "torch.dtype | None", path: Path) -> "torch.Tensor":
-    """A tensor in another dtype (None: its own). Raises UserError when a value of `path` does not fit into it."""
-    import torch
-
-    result = tensor if dtype is None else tensor.to(dtype)
-    if dtype == torch.float16 and not torch.equal(torch.isfinite(result), torch.isfinite(tensor)):
-        raise UserError(f"{paths.relative(path)}: has values beyond float16's 65504; take DTYPE=bfloat16")
-    return result

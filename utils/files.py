@@ -42,6 +42,11 @@ def sync_folder(folder: Path) -> None:
         os.close(handle)
 
 
+def stamp_of(stat: os.stat_result) -> tuple[int, ...]:
+    """What tells whether a file is still the one that was read: its size, times and number."""
+    return stat.st_size, stat.st_mtime_ns, stat.st_ctime_ns, stat.st_ino
+
+
 def sha256_of(path: Path) -> str:
     """The hexadecimal SHA-256 of a file."""
     with open(path, "rb") as file:

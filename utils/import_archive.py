@@ -22,7 +22,7 @@ def main() -> int:
     if given == [""]:
         raise UserError(f"say which: make import FILE=x{archive.SUFFIX}, or a folder of them")
     faults = 0
-    for parts in by_collection(archives_in([Path(name) for name in given])):
+    for parts in by_collection(archives_in([Path(name).expanduser() for name in given])):
         try:
             archive.restore(parts, paths.SAVES)
         except UserError as error:

@@ -54,7 +54,7 @@ def main() -> int:
     args = parser.parse_args()
     table, faults = update()
     try:
-        show(table, args)
+        show(table, args, whole=not faults)
     except BrokenPipeError:  # `| head` has seen enough; Python shall not try again at its end
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
     for fault in faults.values():
@@ -62,16 +62,18 @@ def main() -> int:
     return 1 if faults else 0
 
 
-def show(table: "pa.Table", args: argparse.Namespace) -> None:
-    """Print the index as the user asked."""
+def show(table: "pa.Table", args: argparse.Namespace, whole: bool) -> None:
+    """Print the index as the user asked; `whole`: no collection is broken, so that an empty table means none."""
     if args.csv:
         import pyarrow.csv
 
         pyarrow.csv.write_csv(table, sys.stdout.buffer)
     elif args.rows:
         print_rows(table)
-    else:
+    elif table.num_rows or whole:
         print_collections(table)
+    else:
+        say("no whole collection")
 
 
 def update(saves: Path | None = None) -> "tuple[pa.Table, dict[str, str]]":
@@ -173,7 +175,7 @@ def stamp_of(folder: Path) -> list[int]:
         raise UserError(f"{paths.relative(folder)}: has no {paths.MANIFEST}, so it is no finished collection") from None
     except OSError as error:
         raise UserError(f"{paths.relative(folder)}: cannot be read: {error.strerror}") from None
-    return [stat.st_size, stat.st_mtime_ns, stat.st_ctime_ns, stat.st_ino]
+    return list(files.stamp_of(stat))
 
 
 def rows_of(name: str, folder: Path) -> "tuple[pa.Table, str]":

@@ -75,7 +75,7 @@ def hashes_of(names: Iterable[str], media: Path) -> dict[str, str]:
             found[name] = Fault("is not a file" if os.path.exists(path) else "is not there")
         else:
             stat = path.stat()
-            state = [stat.st_size, stat.st_mtime_ns, stat.st_ctime_ns, stat.st_ino]
+            state = list(files.stamp_of(stat))
             known = cache.get(name)
             if isinstance(known, list) and known[:-1] == state:
                 found[name] = known[-1]

@@ -143,4 +143,4 @@ def _stamp(path: Path) -> tuple:
         stat = os.stat(path)
     except FileNotFoundError:
         raise UserError(f"{paths.relative(path)}: the prompts are gone; put the file back (make data)") from None
-    return stat.st_size, stat.st_mtime_ns, stat.st_ctime_ns, stat.st_ino
+    return files.stamp_of(stat)

@@ -71,13 +71,13 @@ def rows_of(chosen: list[index.Chosen]) -> "pa.Table":
 def refuse(chosen: list[index.Chosen], tree: Path, raw: bool) -> None:
     """Raise UserError unless every collection may be published: whole, in its place, of known licences.
 
-    A collection whose archive lies in the tree already was whole when that was made, and is not read again.
+    A collection whose archive lies untouched in the tree was whole when that was made, and is not read again.
     """
     done = {} if raw else publish_tree.read_record(tree) or {}
     faulty = []
     for item in chosen:
         faults = place_faults(item.name)
-        if done.get(item.name, {}).get("source", {}).get("manifest") != item.manifest["sha256"]:
+        if publish_tree.archive_in(tree, item, done) is None:
             say(f"verifying {item.name}")
             faults += collection.faults_of(item.folder, item.manifest)
             base = paths.MODELS / ((item.manifest["base_model"] or {}).get("name") or "unknown")

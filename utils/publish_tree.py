@@ -159,12 +159,8 @@ def archived(tree: Path, item: index.Chosen, record: dict[str, Any]) -> dict[str
     """Archive a collection into the tree unless that was done already; its parts with their bytes."""
     import archive
 
-    source = {"manifest": item.manifest["sha256"], "part_bytes": PART_BYTES}
-    there = record.get(item.name)
-    if there and there["source"] == source and all(
-        size_of(tree / COLLECTIONS / file) == size for file, size in there["files"].items()
-    ):  # fmt: skip
-        return there["files"]
+    if there := archive_in(tree, item, record):
+        return there
     folder = (tree / COLLECTIONS / item.name).parent
     folder.mkdir(parents=True, exist_ok=True)
     staging = tree / ".cache" / "staging"
@@ -177,9 +173,29 @@ def archived(tree: Path, item: index.Chosen, record: dict[str, Any]) -> dict[str
     files.sync_folder(folder)
     files.remove_folder(staging)
     kept = {f"{Path(item.name).parent}/{part.name}": size_of(folder / part.name) for part in parts}
-    record[item.name] = {"source": source, "files": kept}
+    record[item.name] = {"source": source_of(item), "files": kept, "written": written(tree, kept)}
     files.write_json(tree / RECORD, record)
     return kept
+
+
+def archive_in(tree: Path, item: index.Chosen, record: dict[str, Any]) -> dict[str, int] | None:
+    """The parts of a collection's archive in the tree with their bytes; None unless they were made from the collection
+    as it is now and not written to since."""
+    there = record.get(item.name)
+    if there is None or there["source"] != source_of(item):
+        return None
+    whole = all(size_of(tree / COLLECTIONS / file) == size for file, size in there["files"].items())
+    return there["files"] if whole and there.get("written") == written(tree, there["files"]) else None
+
+
+def source_of(item: index.Chosen) -> dict[str, Any]:
+    """What decides the content of a collection's archive."""
+    return {"manifest": item.manifest["sha256"], "part_bytes": PART_BYTES}
+
+
+def written(tree: Path, kept: dict[str, int]) -> dict[str, int]:
+    """When each part of an archive was written last, nanoseconds."""
+    return {file: (tree / COLLECTIONS / file).stat().st_mtime_ns for file in kept}
 
 
 def index_of(table: "pa.Table", marks: dict[str, Any]) -> bytes:

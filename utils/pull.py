@@ -35,7 +35,6 @@ if TYPE_CHECKING:
 THREADS = 8
 NAME = re.compile(r"\w[\w.+ -]*")  # a dataset's, a run folder's or a file's name
 PART = re.compile(r"(.+?)(?:-\d{5}-of-\d{5})?\.archive")
-CHECKPOINT = re.compile(r"checkpoint-\d+\.safetensors")
 
 
 class Source(NamedTuple):
@@ -129,7 +128,9 @@ def marks_faults(marks: dict[str, Any], names: set[str]) -> list[str]:
         for file in mark["files"]:
             folder, _, last = file.rpartition("/")
             if marks["layout"] == "raw":
-                right = folder == name and (last in publish_tree.OTHER_FILES or CHECKPOINT.fullmatch(last))
+                right = folder == name and (
+                    last in publish_tree.OTHER_FILES or collection.CHECKPOINT_FILE.fullmatch(last)
+                )
             else:
                 right = PART.fullmatch(file) is not None and PART.fullmatch(file)[1] == name
             if not right:

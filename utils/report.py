@@ -180,7 +180,7 @@ def statistics(chosen: index.Chosen) -> "tuple[str, list[str], np.ndarray, np.nd
 
     import stats
 
-    folder = stats.of(chosen)
+    folder = stats.of(chosen, quiet=True)
     tensors = load_file(folder / "steps.safetensors")
     about = json.loads((folder / "stats.json").read_bytes())
     change, norm = (tensors[name].astype(np.float64) for name in ("change", "norm"))

@@ -87,11 +87,14 @@ def update(chosen: list[index.Chosen], out: Path | None = None) -> None:
         print_table(of(one, out))
 
 
-def of(one: index.Chosen, out: Path | None = None) -> Path:
-    """The folder with a collection's statistics below `out` (saves/stats), measured unless they are there already."""
+def of(one: index.Chosen, out: Path | None = None, quiet: bool = False) -> Path:
+    """The folder with a collection's statistics below `out` (saves/stats), measured unless they are there already.
+
+    `quiet` says nothing then.
+    """
     out = out or paths.SAVES / "stats"
     source = {"format": "stats", "method": METHOD, "manifest": one.manifest["sha256"]}
-    exported.part(out, one.name, source, partial(write, one), done="statistics")
+    exported.part(out, one.name, source, partial(write, one), done="statistics", quiet=quiet)
     return out / one.name
 
 
