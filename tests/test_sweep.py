@@ -186,3 +186,23 @@ def test_what_runs_is_seen_from_another_shell(repository, project):
     run.wait()
     (line,) = (line for line in shown.splitlines() if line.startswith("collecting: "))
     assert "pretrain step " in line and " of 4000, loss " in line
+
+
+@pytest.mark.parametrize(
+    ("log", "cause", "again"),
+    [
+        ("  0%|   | 0/20 [00:01<?, ?it/s]error: x.yaml: out of device memory; halve it\n  0%|  | 0/20 [00:01<?, ?it/s]\n",
+         "x.yaml: out of device memory; halve it", True),
+        ("RuntimeError: DefaultCPUAllocator: can't allocate memory: you tried to allocate 9 bytes.\n",
+         "RuntimeError: DefaultCPUAllocator: can't allocate memory: you tried to allocate 9 bytes.", True),
+        ("error: x.yaml: no such file\n100%|  | 1/1 [00:00<00:00, 9.00it/s]\n", "x.yaml: no such file", False),
+        ("whole  A\nFAULTY B: has 1 bytes\n", "FAULTY B: has 1 bytes", False),
+        ("", "no output", False),
+    ],
+)  # fmt: skip
+def test_the_cause_of_a_failure_is_the_logs_last_error(tmp_path, log, cause, again):
+    import cell_worker
+
+    (tmp_path / "x.log").write_text(log)
+    assert cell_worker.cause_in(tmp_path / "x.log") == f"{cause} (log: {tmp_path / 'x.log'})"
+    assert bool(cell_worker.OUT_OF_MEMORY.search(cause)) == again

@@ -22,6 +22,7 @@ from cli import UserError
 from status import Cell
 
 COLLECTED = "collected"
+ERROR = re.compile(r"(?:^|it/s\])error: (.*)|^FAULTY .*")  # also where it goes on in a progress bar's line
 OUT_OF_MEMORY = re.compile(r"out of (device )?memory|can't allocate memory", re.IGNORECASE)
 
 
@@ -118,8 +119,8 @@ def log_of(cell: Cell) -> Path:
 def cause_in(log: Path) -> str:
     """The last error line of a log, or its last line, with the log's name."""
     lines = [line.strip() for line in log.read_text(encoding="utf-8", errors="replace").splitlines() if line.strip()]
-    errors = [line for line in lines if line.startswith(("error: ", "FAULTY "))]
-    cause = (errors or lines or ["no output"])[-1].removeprefix("error: ")
+    errors = [found[1] or found[0] for line in lines if (found := ERROR.search(line))]
+    cause = (errors or lines or ["no output"])[-1]
     return f"{cause} (log: {paths.relative(log)})"
 
 

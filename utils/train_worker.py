@@ -83,13 +83,13 @@ def train(job: dict) -> None:
     collector = Collector(staging, config.get("save_total_limit")) if collects else None
     try:
         run_exp(arguments, [rules, collector] if collector else [rules])
-    except torch.OutOfMemoryError:
-        raise UserError(
-            f"{recipe}: out of device memory; halve per_device_train_batch_size and double "
-            "gradient_accumulation_steps, or set disable_gradient_checkpointing: false"
-        ) from None
     except BaseException as error:
-        print(file=sys.stderr)  # what is said next does not go on in the progress bar's line
+        print(file=sys.stderr, flush=True)  # what is said next does not go on in the progress bar's line
+        if isinstance(error, torch.OutOfMemoryError):
+            raise UserError(
+                f"{recipe}: out of device memory; halve per_device_train_batch_size and double "
+                "gradient_accumulation_steps, or set disable_gradient_checkpointing: false"
+            ) from None
         if isinstance(error, SETTINGS_ERRORS) and not rules.began and cli.storage_fault(error) is None:
             raise refusal(recipe, error) from error
         raise
