@@ -191,7 +191,7 @@ def test_what_runs_is_seen_from_another_shell(repository, project):
 @pytest.mark.parametrize(
     ("log", "cause", "again"),
     [
-        ("  0%|   | 0/20 [00:01<?, ?it/s]error: x.yaml: out of device memory; halve it\n  0%|  | 0/20 [00:01<?, ?it/s]\n",
+        ("  0%| | 0/20 [00:01<?, ?it/s]error: x.yaml: out of device memory; halve it\n 0%| | 0/20 [00:01<?, ?it/s]\n",
          "x.yaml: out of device memory; halve it", True),
         ("RuntimeError: DefaultCPUAllocator: can't allocate memory: you tried to allocate 9 bytes.\n",
          "RuntimeError: DefaultCPUAllocator: can't allocate memory: you tried to allocate 9 bytes.", True),
