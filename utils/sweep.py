@@ -2,7 +2,8 @@
 
 Imported by collect_all.py. One worker per device (GPUS_PER_CELL devices; per core without a GPU) imports once and takes
 one cell after the other. A cell whose worker or node dies is done again, once, elsewhere; one that was out of memory is
-tried once more with half the rows at a time. All nodes of a cluster see this repository at the same path.
+tried once more with half the rows at a time. All nodes of a cluster see this repository at the same path; with STAGE=1
+they need its scripts and .venv there alone (see stage.py).
 """
 
 import os
@@ -19,6 +20,7 @@ import cell_worker
 import devices
 import files
 import paths
+import stage
 import status
 from cell_worker import CellWorker, Outcome
 from cli import UserError
@@ -27,7 +29,7 @@ from status import Cell
 UTILS = Path(__file__).resolve().parent
 # What of the user's environment counts in every run, wherever it runs.
 SETTINGS = (
-    "FORCE", "PRUNE_PRETRAIN", "OMP_NUM_THREADS", "LLAMAFACTORY_VERBOSITY", "HF_HUB_OFFLINE",
+    "FORCE", "PRUNE_PRETRAIN", "STAGE_DIR", "OMP_NUM_THREADS", "LLAMAFACTORY_VERBOSITY", "HF_HUB_OFFLINE",
 )  # fmt: skip
 GRACE = 25  # seconds that stopped runs have to unwind
 
@@ -62,7 +64,10 @@ def run(
     running: dict[Any, tuple[Any, Job]] = {}  # future -> (worker, job)
     idle: list[Any] = []
     workers: list[Any] = []
+    staged = stage.asked()
     start_ray(ray)
+    if staged:
+        worker_class, depot = stage.StagedWorker, stage.open_depot(ray)
     try:
         while waiting or running:
             for _ in range(min(slots(ray), len(waiting) + len(running)) - len(workers)):
@@ -100,6 +105,8 @@ def run(
     finally:
         for _, job in running.values():
             release(job)
+        if staged:
+            stage.close_depot(ray, depot)
         ray.shutdown()
     return outcomes
 
