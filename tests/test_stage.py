@@ -5,11 +5,19 @@ import shutil
 import signal
 import socket
 import subprocess
+import threading
 import time
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 from test_sweep import CATEGORY, hashes, left_over, sweep
+
+import models
+import paths
+import stage
+import status
+from cli import UserError
 
 ROOT = Path(__file__).resolve().parent.parent
 PYTHON = ROOT / ".venv" / "bin" / "python"
@@ -44,6 +52,10 @@ class Cluster:
         prefix = [*ELSEWHERE, self.bare, self.repository]
         node = self.start(prefix, [f"--address={self.address}", "--num-cpus=1"], {"STAGE_DIR": str(stage)})
         self.nodes.append(node)
+        deadline = time.monotonic() + 60
+        while (self.folder / "nodes.log").read_text().count("Ray runtime started") < len(self.nodes):
+            assert node.poll() is None and time.monotonic() < deadline, (self.folder / "nodes.log").read_text()
+            time.sleep(0.2)
         return stage
 
     def start(self, prefix: list, arguments: list[str], environment: dict[str, str]) -> subprocess.Popen:
@@ -78,7 +90,7 @@ def cluster(repository, tmp_path_factory, monkeypatch):
 
 def test_cells_of_other_machines_have_the_same_hashes_and_a_killed_one_costs_time_alone(repository, project, cluster):
     cluster.add()
-    stage = cluster.add()
+    kept = cluster.add()
     run = sweep(repository, RANKS="2 4", RAY_ADDRESS=cluster.address, STAGE="1")
     saves = repository / "saves" / CATEGORY
     deadline = time.monotonic() + 120
@@ -87,14 +99,19 @@ def test_cells_of_other_machines_have_the_same_hashes_and_a_killed_one_costs_tim
         assert time.monotonic() < deadline
         time.sleep(0.1)
     cluster.kill(1)
-    output = run.communicate(timeout=180)[0]
+    try:
+        output = run.communicate(timeout=120)[0]
+    finally:
+        if run.poll() is None:
+            os.killpg(run.pid, signal.SIGKILL)
+            print(run.communicate()[0])
     assert run.returncode == 0, output
     together = hashes(repository)
     assert len(together) == 16 and left_over(repository) == []
     assert output.count("collected: ") == 8
     (log,) = saves.glob("Other/Tiny-One_lora-rank_4_finetune.log")
     assert str(cluster.folder) in log.read_text().splitlines()[0] and "whole  saves/" in log.read_text()
-    assert not list(stage.glob("*/saves/*/*/*")), "a node keeps no runs"
+    assert not list(kept.glob("*/saves/*/*/*")), "a node keeps no runs"
     (repository / "saves").rename(repository / "swept")
     scripts = repository / "collect_scripts" / CATEGORY
     for phase in ("pretrain", "finetune"):
@@ -102,3 +119,106 @@ def test_cells_of_other_machines_have_the_same_hashes_and_a_killed_one_costs_tim
         assert done.status == 0, done.output
     alone = hashes(repository)
     assert len(alone) == 2 and alone.items() <= together.items()
+
+
+class Near:
+    """A depot without a cluster: its calls are made at once, and what travels can be spoilt on its way."""
+
+    def __init__(self, depot, spoil):
+        self.depot, self.spoil = depot, spoil
+
+    def __getattr__(self, name):
+        def remote(*arguments):
+            if name == "write" and self.spoil(arguments[2]):
+                arguments = (*arguments[:-1], flipped(arguments[-1]))
+            answer = getattr(self.depot, name)(*arguments)
+            return flipped(answer) if name == "read" and self.spoil(arguments[0]) else answer
+
+        return SimpleNamespace(remote=remote)
+
+
+def flipped(data: bytes) -> bytes:
+    return bytes([data[0] ^ 1]) + data[1:]
+
+
+class Place:
+    """The driver's and a node's side of one cell whose runs are complete on the node."""
+
+    def __init__(self, project, tmp_path, monkeypatch, attempt="now"):
+        monkeypatch.setattr(paths, "ROOT", project.top)
+        shutil.copy(ROOT / "models" / "models.yaml", project.top / "models")
+        monkeypatch.setattr(models, "TABLE", project.top / "models" / "models.yaml")
+        self.project, self.attempt = project, attempt
+        self.cell = status.Cell("Toy", "tiny-llama", 4, project.pretrain, project.finetune)
+        self.back = tmp_path / "runs of the node"
+        project.saves.rename(self.back)
+        project.saves.mkdir()
+        self.depot = stage.Depot("this node")
+        self.spoilt = ""
+        near = Near(self.depot, lambda name: name.endswith(self.spoilt) if self.spoilt else False)
+        self.worker = SimpleNamespace(
+            depot=near, top=tmp_path / "stage", facts=self.depot.facts(), stopping=threading.Event(),
+            get=lambda answer: answer, ask=lambda method, *arguments: getattr(near, method).remote(*arguments),
+        )  # fmt: skip
+        self.worker.top.mkdir()
+        self.claim(attempt)
+        self.need = self.depot.begin(self.cell, attempt)
+
+    def claim(self, attempt: str) -> None:
+        for folder in status.run_folders(self.cell):
+            folder.with_name(f".{folder.name}.attempt").write_text(attempt)
+
+    def send(self, phase: str) -> None:
+        stage.send(self.worker, self.back / self.project.run_folder(phase).name, self.attempt, phase)
+
+
+@pytest.fixture
+def there(collected, tmp_path, monkeypatch) -> Place:
+    return Place(collected, tmp_path, monkeypatch)
+
+
+def test_what_a_node_is_given_is_what_the_driver_has(there):
+    """Spoilt on its way, or while it lies there: it is brought again, or refused."""
+    names = {item.name for item in there.need.items}
+    assert {"data/dataset_info.json", "models/models.yaml", "models/Tiny-Llama/model.safetensors"} <= names
+    there.spoilt = "model.safetensors"
+    with pytest.raises(UserError, match="other bytes than the driver has"):
+        stage.bring(there.worker, there.need.items, 0)
+    model = there.worker.top / "models" / "Tiny-Llama" / "model.safetensors"
+    assert not model.exists()
+    there.spoilt = ""
+    stage.bring(there.worker, there.need.items, 0)
+    whole, stamp = model.read_bytes(), model.stat()
+    model.write_bytes(flipped(whole))
+    os.utime(model, ns=(stamp.st_atime_ns, stamp.st_mtime_ns))
+    stage.bring(there.worker, there.need.items, 0)
+    assert model.read_bytes() == whole
+    with pytest.raises(UserError, match="GB are needed, .* free; make room, or choose another disk with STAGE_DIR"):
+        stage.bring(there.worker, there.need.items, 10**15)
+
+
+def test_what_comes_back_has_its_name_only_when_it_is_whole_and_of_the_latest_attempt(there):
+    folder = there.project.run_folder("finetune")
+    there.send("pretrain")
+    there.spoilt = "checkpoint-12.safetensors"
+    with pytest.raises(UserError, match=r"checkpoint-12.safetensors: came back with other bytes"):
+        there.send("finetune")
+    assert not folder.exists()
+    there.spoilt = ""
+    there.claim("a later one")
+    with pytest.raises(UserError, match="another attempt took this run over"):
+        there.send("finetune")
+    assert not folder.exists()
+    there.claim("now")
+    there.send("finetune")
+    there.depot.end("now")
+    assert (folder / "manifest.json").is_file()
+    assert [path.name for path in there.project.saves.glob(".*") if not path.name.endswith(".attempt")] == []
+
+
+def test_a_run_that_was_trained_on_something_else_is_not_taken(there):
+    data = next((there.project.top / "data" / CATEGORY).glob("*.json"))
+    data.write_text(data.read_text().replace("even", "odd"))
+    with pytest.raises(UserError, match="changed while it was trained on"):
+        there.send("pretrain")
+    assert not there.project.run_folder("pretrain").exists()

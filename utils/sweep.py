@@ -31,6 +31,7 @@ UTILS = Path(__file__).resolve().parent
 SETTINGS = (
     "FORCE", "PRUNE_PRETRAIN", "STAGE_DIR", "OMP_NUM_THREADS", "LLAMAFACTORY_VERBOSITY", "HF_HUB_OFFLINE",
 )  # fmt: skip
+LOST = 20  # workers that may die before their first cell; more is a fault of the set-up
 GRACE = 25  # seconds that stopped runs have to unwind
 
 
@@ -62,8 +63,10 @@ def run(
     waiting = deque(Job(cell, secrets.token_hex(4), 1, False) for cell in cells)
     outcomes: dict[Cell, Outcome] = {}
     running: dict[Any, tuple[Any, Job]] = {}  # future -> (worker, job)
+    starting: dict[Any, Any] = {}  # future -> worker; one that was asked of a node that died waits for another node
     idle: list[Any] = []
     workers: list[Any] = []
+    lost = 0
     staged = stage.asked()
     start_ray(ray)
     if staged:
@@ -72,15 +75,26 @@ def run(
         while waiting or running:
             for _ in range(min(slots(ray), len(waiting) + len(running)) - len(workers)):
                 workers.append(new_worker(ray, worker_class))
-                idle.append(workers[-1])
+                starting[workers[-1].ready.remote()] = workers[-1]
             while idle and waiting:
                 job, worker = waiting.popleft(), idle.pop()
                 claim(job)
                 running[worker.collect.remote(job.cell, job.attempt, job.smaller)] = worker, job
                 report("started", job, None)
-            done, _ = ray.wait(list(running), num_returns=1, timeout=1)
+            done, _ = ray.wait([*running, *starting], num_returns=1, timeout=1)
             report("tick", None, None)
             for future in done:
+                if future in starting:
+                    worker = starting.pop(future)
+                    try:
+                        ray.get(future)
+                        idle.append(worker)
+                    except ray.exceptions.RayError:
+                        workers.remove(worker)  # its node died before it was there
+                        lost += 1
+                        if lost > LOST:
+                            raise
+                    continue
                 worker, job = running.pop(future)
                 try:
                     outcome = ray.get(future)
