@@ -111,7 +111,7 @@ def test_cells_of_other_machines_have_the_same_hashes_and_a_killed_one_costs_tim
     assert output.count("collected: ") == 8
     (log,) = saves.glob("Other/Tiny-One_lora-rank_4_finetune.log")
     assert str(cluster.folder) in log.read_text().splitlines()[0] and "whole  saves/" in log.read_text()
-    assert not list(kept.glob("*/saves/*/*/*")), "a node keeps no runs"
+    assert not list(kept.glob(f"*/saves/{CATEGORY}/*/*")), "a node keeps no runs"
     (repository / "saves").rename(repository / "swept")
     scripts = repository / "collect_scripts" / CATEGORY
     for phase in ("pretrain", "finetune"):
