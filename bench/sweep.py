@@ -170,6 +170,9 @@ class NoOp:
     def __init__(self, settings, devices):
         pass
 
+    def ready(self):
+        pass
+
     def collect(self, cell, attempt, smaller):
         from cell_worker import Outcome
 

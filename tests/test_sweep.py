@@ -70,6 +70,7 @@ def cluster(repository, tmp_path_factory, monkeypatch):
     import socket
 
     monkeypatch.setenv("RAY_AUTH_TOKEN", "0123456789abcdef" * 4)
+    monkeypatch.setenv("RAY_AUTH_MODE", "token")
     with socket.socket() as free:
         free.bind(("127.0.0.1", 0))
         port = free.getsockname()[1]
@@ -77,11 +78,14 @@ def cluster(repository, tmp_path_factory, monkeypatch):
     shared = ["--num-cpus=1", "--num-gpus=0", "--block", "--disable-usage-stats", "--node-ip-address=127.0.0.1"]
     head = ["start", "--head", f"--port={port}", "--include-dashboard=false", f"--temp-dir={folder}", *shared]
     nodes = [ray(*head)]
-    deadline = time.monotonic() + 60
+    deadline = time.monotonic() + 120
     while subprocess.run([PYTHON, "-c", f"import socket; socket.create_connection(('127.0.0.1', {port}))"],
                          capture_output=True).returncode:  # fmt: skip
         assert time.monotonic() < deadline
     nodes += [ray("start", f"--address=127.0.0.1:{port}", *shared) for _ in range(2)]
+    count = "import ray; ray.init(address=%r, log_to_driver=False); print(len(ray.nodes()))" % f"127.0.0.1:{port}"
+    while subprocess.run([PYTHON, "-c", count], capture_output=True, text=True).stdout.strip() != "3":
+        assert time.monotonic() < deadline, "the nodes do not join"
     yield f"127.0.0.1:{port}", nodes
     for node in nodes:
         stop(node)

@@ -79,11 +79,17 @@ class CellWorker:
                 break
             if failed := self._run("train", [str(recipe), str(cell.rank)], settings, log):
                 return failed
+            if recipe == cell.pretrain:
+                self.finished(cell, "pretrain")
         if failed := self._run("verify", ["--recipe", str(cell.finetune), str(cell.rank)], settings, log):
             return failed
+        self.finished(cell, "finetune")
         if os.environ.get("PRUNE_PRETRAIN", "") not in ("", "0"):
             prune(status.run_folders(cell)[0])
         return None, COLLECTED
+
+    def finished(self, cell: Cell, phase: str) -> None:
+        """Called when a phase's run folder is whole on this worker's disk (see stage.py)."""
 
     def _run(self, script: str, arguments: list[str], settings: dict[str, str], log: Path) -> tuple[str, str] | None:
         """Run one script to its end; None when it went well, else (why another attempt is worth it, the outcome)."""

@@ -1,12 +1,14 @@
 """Where things lie and how they are named. Everything that needs a folder's name asks this module."""
 
+import os
 import re
 from collections.abc import Iterable
 from pathlib import Path
 
 from cli import UserError
 
-ROOT = Path(__file__).resolve().parent.parent
+# stage.py sets PARAGEN_TOP where a node has its data, models and runs in another folder than its scripts.
+ROOT = Path(os.environ.get("PARAGEN_TOP") or Path(__file__).resolve().parent.parent)
 SCRIPTS = ROOT / "collect_scripts"
 DATA = ROOT / "data"
 MODELS = ROOT / "models"

@@ -2,7 +2,8 @@
 
 Imported by collect_all.py. One worker per device (GPUS_PER_CELL devices; per core without a GPU) imports once and takes
 one cell after the other. A cell whose worker or node dies is done again, once, elsewhere; one that was out of memory is
-tried once more with half the rows at a time. All nodes of a cluster see this repository at the same path.
+tried once more with half the rows at a time. All nodes of a cluster see this repository at the same path; with STAGE=1
+they need its scripts and .venv there alone (see stage.py).
 """
 
 import os
@@ -21,6 +22,7 @@ import cell_worker
 import devices
 import files
 import paths
+import stage
 import status
 from cell_worker import CellWorker, Outcome
 from cli import UserError
@@ -29,8 +31,9 @@ from status import Cell
 UTILS = Path(__file__).resolve().parent
 # What of the user's environment counts in every run, wherever it runs.
 SETTINGS = (
-    "FORCE", "PRUNE_PRETRAIN", "OMP_NUM_THREADS", "LLAMAFACTORY_VERBOSITY", "HF_HUB_OFFLINE",
+    "FORCE", "PRUNE_PRETRAIN", "STAGE_DIR", "OMP_NUM_THREADS", "LLAMAFACTORY_VERBOSITY", "HF_HUB_OFFLINE",
 )  # fmt: skip
+LOST = 20  # workers that may die before their first cell; more is a fault of the set-up
 GRACE = 25  # seconds that stopped runs have to unwind
 
 
@@ -59,12 +62,14 @@ def run(
         os.environ["RAY_AUTH_MODE"] = "token"  # `ray start` does so by itself, ray.init(address) does not
     import ray
 
+    staged = stage.asked()
     start_ray(ray)
-    sweep = Sweep(ray, cells, report, worker_class)
+    depot = stage.open_depot(ray) if staged else None
+    sweep = Sweep(ray, cells, report, stage.StagedWorker if staged else worker_class)
     try:
         while sweep.waiting or sweep.running:
             sweep.fill()
-            done, _ = ray.wait(list(sweep.running), num_returns=1, timeout=1)
+            done, _ = ray.wait([*sweep.running, *sweep.starting], num_returns=1, timeout=1)
             report("tick", None, None)
             for future in done:
                 sweep.take(future)
@@ -74,6 +79,8 @@ def run(
     finally:
         for _, job in sweep.running.values():
             release(job)
+        if staged:
+            stage.close_depot(ray, depot)
         ray.shutdown()
     return sweep.outcomes
 
@@ -85,7 +92,8 @@ class Sweep:
         self.ray, self.report, self.worker_class = ray, report, worker_class
         self.waiting = deque(Job(cell, secrets.token_hex(4), 1, False) for cell in cells)
         self.running: dict[Any, tuple[Any, Job]] = {}  # future -> (worker, job)
-        self.new: list[Any] = []  # workers that have done nothing yet
+        self.starting: dict[Any, Any] = {}  # future -> worker that is not there yet
+        self.lost = 0  # workers that never were
         self.idle: list[Any] = []
         self.outcomes: dict[Cell, Outcome] = {}
 
@@ -93,12 +101,13 @@ class Sweep:
         """Give every free slot a cell."""
         if not self.waiting:
             return
-        missing = min(slots(self.ray), len(self.waiting) + len(self.running))
-        for _ in range(missing - len(self.running) - len(self.idle) - len(self.new)):
-            self.new.append(new_worker(self.ray, self.worker_class))
         self.idle = [worker for worker in self.idle if self.is_alive(worker)]
-        while self.waiting and (self.idle or self.new):
-            job, worker = self.waiting.popleft(), (self.idle or self.new).pop()
+        wanted = min(slots(self.ray), len(self.waiting) + len(self.running))
+        for _ in range(wanted - len(self.running) - len(self.idle) - len(self.starting)):
+            worker = new_worker(self.ray, self.worker_class)
+            self.starting[worker.ready.remote()] = worker
+        while self.waiting and self.idle:
+            job, worker = self.waiting.popleft(), self.idle.pop()
             claim(job)
             self.running[worker.collect.remote(job.cell, job.attempt, job.smaller)] = worker, job
             self.report("started", job, None)
@@ -112,7 +121,10 @@ class Sweep:
         return True
 
     def take(self, future: Any) -> None:
-        """Take what became of a job; give its cell a second attempt where one is worth it."""
+        """Take a worker that is ready, or what became of a job; give its cell a second attempt where one is worth it."""
+        if future in self.starting:
+            self.welcome(future)
+            return
         worker, job = self.running.pop(future)
         try:
             outcome = self.ray.get(future)
@@ -131,6 +143,17 @@ class Sweep:
         else:
             self.outcomes[job.cell] = outcome
         self.report("again" if second else "done", job, outcome)
+
+    def welcome(self, future: Any) -> None:
+        """Take a new worker, unless its node died before it was there; another one is asked for then."""
+        worker = self.starting.pop(future)
+        try:
+            self.ray.get(future)
+            self.idle.append(worker)
+        except self.ray.exceptions.RayError:
+            self.lost += 1
+            if self.lost > LOST:
+                raise
 
     def stop(self) -> None:
         """Let all runs in progress unwind; a second signal cuts that short."""

@@ -205,9 +205,12 @@ def base_of(recipe: Path, config: dict) -> Path:
     return rank_config.resolve(recipe, config["model_name_or_path"])
 
 
-def check_attempt(folder: Path) -> None:
-    """Raise UserError when a sweep gave this run to another attempt because this one was thought dead."""
-    mine, latest = os.environ.get("PARAGEN_ATTEMPT"), files.beside(folder, "attempt")
+def check_attempt(folder: Path, attempt: str | None = None) -> None:
+    """Raise UserError when a sweep gave this run to another attempt because this one was thought dead.
+
+    `attempt` is the id of this one (default: as the sweep told this process).
+    """
+    mine, latest = attempt or os.environ.get("PARAGEN_ATTEMPT"), files.beside(folder, "attempt")
     if mine and (not latest.is_file() or latest.read_text() != mine):
         raise UserError(f"{paths.relative(folder)}: another attempt took this run over; nothing of this one is kept")
 

@@ -1,0 +1,224 @@
+"""A sweep over machines that share no storage: it makes what a plain one makes, and nothing else reaches saves/."""
+
+import os
+import shutil
+import signal
+import socket
+import subprocess
+import threading
+import time
+from pathlib import Path
+from types import SimpleNamespace
+
+import pytest
+from test_sweep import CATEGORY, hashes, left_over, sweep
+
+import models
+import paths
+import stage
+import status
+from cli import UserError
+
+ROOT = Path(__file__).resolve().parent.parent
+PYTHON = ROOT / ".venv" / "bin" / "python"
+# A node that sees, at the repository's path, another folder: in a mount namespace of its own, as on another machine.
+ELSEWHERE = ["unshare", "--map-root-user", "--mount", "sh", "-c", 'mount --bind "$0" "$1" && shift && exec "$@"']
+
+
+class Cluster:
+    """Ray nodes on loopback: the driver's, without a slot, and others that see a bare copy of the repository."""
+
+    def __init__(self, repository: Path, folder: Path, port: int):
+        self.repository, self.folder, self.address = repository, folder, f"127.0.0.1:{port}"
+        self.bare = folder / "bare"
+        self.bare.mkdir()
+        shutil.copytree(repository / "utils", self.bare / "utils")
+        (self.bare / ".venv").symlink_to(ROOT / ".venv")
+        head = ["--head", f"--port={port}", "--include-dashboard=false", f"--temp-dir={folder / 'ray'}", "--num-cpus=0"]
+        self.nodes = [self.start([], head, {})]
+        deadline = time.monotonic() + 60
+        while not self.answers(port):
+            assert time.monotonic() < deadline
+            time.sleep(0.2)
+
+    @staticmethod
+    def answers(port: int) -> bool:
+        with socket.socket() as asking:
+            return asking.connect_ex(("127.0.0.1", port)) == 0
+
+    def add(self) -> Path:
+        """One more node, with one slot; returns its STAGE_DIR."""
+        stage = self.folder / f"stage {len(self.nodes)}"
+        prefix = [*ELSEWHERE, self.bare, self.repository]
+        node = self.start(prefix, [f"--address={self.address}", "--num-cpus=1"], {"STAGE_DIR": str(stage)})
+        self.nodes.append(node)
+        deadline = time.monotonic() + 60
+        while (self.folder / "nodes.log").read_text().count("Ray runtime started") < len(self.nodes):
+            assert node.poll() is None and time.monotonic() < deadline, (self.folder / "nodes.log").read_text()
+            time.sleep(0.2)
+        return stage
+
+    def start(self, prefix: list, arguments: list[str], environment: dict[str, str]) -> subprocess.Popen:
+        shared = ["--num-gpus=0", "--block", "--disable-usage-stats", "--node-ip-address=127.0.0.1"]
+        command = [*prefix, PYTHON, "-m", "ray.scripts.scripts", "start", *arguments, *shared]
+        with open(self.folder / "nodes.log", "ab") as log:
+            return subprocess.Popen(
+                command, env={**os.environ, **environment}, stdout=log, stderr=log, start_new_session=True
+            )
+
+    def kill(self, number: int) -> None:
+        node = self.nodes[number]
+        if node.poll() is None:
+            os.killpg(node.pid, signal.SIGKILL)
+            node.wait()
+
+
+@pytest.fixture
+def cluster(repository, tmp_path_factory, monkeypatch):
+    if subprocess.run([*ELSEWHERE, repository, repository, "true"], capture_output=True).returncode:
+        pytest.skip("mount namespaces are not allowed here")
+    monkeypatch.setenv("RAY_AUTH_TOKEN", "0123456789abcdef" * 4)
+    monkeypatch.setenv("RAY_AUTH_MODE", "token")
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        port = free.getsockname()[1]
+    started = Cluster(repository, tmp_path_factory.mktemp("c"), port)
+    yield started
+    for number in range(len(started.nodes)):
+        started.kill(number)
+
+
+def test_cells_of_other_machines_have_the_same_hashes_and_a_killed_one_costs_time_alone(repository, project, cluster):
+    cluster.add()
+    kept = cluster.add()
+    run = sweep(repository, RANKS="2 4", RAY_ADDRESS=cluster.address, STAGE="1")
+    saves = repository / "saves" / CATEGORY
+    deadline = time.monotonic() + 120
+    while not list(saves.glob("*/*_finetune/manifest.json")):
+        assert run.poll() is None, run.communicate()[0]
+        assert time.monotonic() < deadline
+        time.sleep(0.1)
+    cluster.kill(1)
+    try:
+        output = run.communicate(timeout=120)[0]
+    finally:
+        if run.poll() is None:
+            os.killpg(run.pid, signal.SIGKILL)
+            print(run.communicate()[0])
+    assert run.returncode == 0, output
+    together = hashes(repository)
+    assert len(together) == 16 and left_over(repository) == []
+    assert output.count("collected: ") == 8
+    (log,) = saves.glob("Other/Tiny-One_lora-rank_4_finetune.log")
+    assert str(cluster.folder) in log.read_text().splitlines()[0] and "whole  saves/" in log.read_text()
+    assert not list(kept.glob(f"*/saves/{CATEGORY}/*/*")), "a node keeps no runs"
+    (repository / "saves").rename(repository / "swept")
+    scripts = repository / "collect_scripts" / CATEGORY
+    for phase in ("pretrain", "finetune"):
+        done = project.train(scripts / "Other" / f"tiny-one_Other_{phase}.yaml")
+        assert done.status == 0, done.output
+    alone = hashes(repository)
+    assert len(alone) == 2 and alone.items() <= together.items()
+
+
+class Near:
+    """A depot without a cluster: its calls are made at once, and what travels can be spoilt on its way."""
+
+    def __init__(self, depot, spoil):
+        self.depot, self.spoil = depot, spoil
+
+    def __getattr__(self, name):
+        def remote(*arguments):
+            if name == "write" and self.spoil(arguments[2]):
+                arguments = (*arguments[:-1], flipped(arguments[-1]))
+            answer = getattr(self.depot, name)(*arguments)
+            return flipped(answer) if name == "read" and self.spoil(arguments[0]) else answer
+
+        return SimpleNamespace(remote=remote)
+
+
+def flipped(data: bytes) -> bytes:
+    return bytes([data[0] ^ 1]) + data[1:]
+
+
+class Place:
+    """The driver's and a node's side of one cell whose runs are complete on the node."""
+
+    def __init__(self, project, tmp_path, monkeypatch, attempt="now"):
+        monkeypatch.setattr(paths, "ROOT", project.top)
+        shutil.copy(ROOT / "models" / "models.yaml", project.top / "models")
+        monkeypatch.setattr(models, "TABLE", project.top / "models" / "models.yaml")
+        self.project, self.attempt = project, attempt
+        self.cell = status.Cell("Toy", "tiny-llama", 4, project.pretrain, project.finetune)
+        self.back = tmp_path / "runs of the node"
+        project.saves.rename(self.back)
+        project.saves.mkdir()
+        self.depot = stage.Depot("this node")
+        self.spoilt = ""
+        near = Near(self.depot, lambda name: name.endswith(self.spoilt) if self.spoilt else False)
+        self.worker = SimpleNamespace(
+            depot=near, top=tmp_path / "stage", facts=self.depot.facts(), stopping=threading.Event(),
+            get=lambda answer: answer, ask=lambda method, *arguments: getattr(near, method).remote(*arguments),
+        )  # fmt: skip
+        self.worker.top.mkdir()
+        self.claim(attempt)
+        self.need = self.depot.begin(self.cell, attempt)
+
+    def claim(self, attempt: str) -> None:
+        for folder in status.run_folders(self.cell):
+            folder.with_name(f".{folder.name}.attempt").write_text(attempt)
+
+    def send(self, phase: str) -> None:
+        stage.send(self.worker, self.back / self.project.run_folder(phase).name, self.attempt, phase)
+
+
+@pytest.fixture
+def there(collected, tmp_path, monkeypatch) -> Place:
+    return Place(collected, tmp_path, monkeypatch)
+
+
+def test_what_a_node_is_given_is_what_the_driver_has(there):
+    """Spoilt on its way, or while it lies there: it is brought again, or refused."""
+    names = {item.name for item in there.need.items}
+    assert {"data/dataset_info.json", "models/models.yaml", "models/Tiny-Llama/model.safetensors"} <= names
+    there.spoilt = "model.safetensors"
+    with pytest.raises(UserError, match="other bytes than the driver has"):
+        stage.bring(there.worker, there.need.items, 0)
+    model = there.worker.top / "models" / "Tiny-Llama" / "model.safetensors"
+    assert not model.exists()
+    there.spoilt = ""
+    stage.bring(there.worker, there.need.items, 0)
+    whole, stamp = model.read_bytes(), model.stat()
+    model.write_bytes(flipped(whole))
+    os.utime(model, ns=(stamp.st_atime_ns, stamp.st_mtime_ns))
+    stage.bring(there.worker, there.need.items, 0)
+    assert model.read_bytes() == whole
+    with pytest.raises(UserError, match="GB are needed, .* free; make room, or choose another disk with STAGE_DIR"):
+        stage.bring(there.worker, there.need.items, 10**15)
+
+
+def test_what_comes_back_has_its_name_only_when_it_is_whole_and_of_the_latest_attempt(there):
+    folder = there.project.run_folder("finetune")
+    there.send("pretrain")
+    there.spoilt = "checkpoint-12.safetensors"
+    with pytest.raises(UserError, match=r"checkpoint-12.safetensors: came back with other bytes"):
+        there.send("finetune")
+    assert not folder.exists()
+    there.spoilt = ""
+    there.claim("a later one")
+    with pytest.raises(UserError, match="another attempt took this run over"):
+        there.send("finetune")
+    assert not folder.exists()
+    there.claim("now")
+    there.send("finetune")
+    there.depot.end("now")
+    assert (folder / "manifest.json").is_file()
+    assert [path.name for path in there.project.saves.glob(".*") if not path.name.endswith(".attempt")] == []
+
+
+def test_a_run_that_was_trained_on_something_else_is_not_taken(there):
+    data = next((there.project.top / "data" / CATEGORY).glob("*.json"))
+    data.write_text(data.read_text().replace("even", "odd"))
+    with pytest.raises(UserError, match="changed while it was trained on"):
+        there.send("pretrain")
+    assert not there.project.run_folder("pretrain").exists()
