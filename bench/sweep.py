@@ -178,9 +178,6 @@ class NoOp:
 
         return Outcome("collected", None, 0.0)
 
-    def ready(self):
-        return ""
-
     def stop(self):
         pass
 

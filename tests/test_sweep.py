@@ -64,8 +64,16 @@ def ray(*arguments: str, **options) -> subprocess.Popen:
     )  # fmt: skip
 
 
+JOINED = """
+import sys, time, ray
+ray.init(address=sys.argv[1], log_to_driver=False)
+while sum(node["Alive"] for node in ray.nodes()) < int(sys.argv[2]):
+    time.sleep(0.2)
+"""
+
+
 @pytest.fixture
-def cluster(repository, tmp_path_factory, monkeypatch):
+def cluster(request, repository, tmp_path_factory, monkeypatch):
     """A Ray cluster of three nodes of one CPU each on this machine: (its address, the processes of its nodes)."""
     import socket
 
@@ -78,17 +86,15 @@ def cluster(repository, tmp_path_factory, monkeypatch):
     shared = ["--num-cpus=1", "--num-gpus=0", "--block", "--disable-usage-stats", "--node-ip-address=127.0.0.1"]
     head = ["start", "--head", f"--port={port}", "--include-dashboard=false", f"--temp-dir={folder}", *shared]
     nodes = [ray(*head)]
+    request.addfinalizer(lambda: [stop(node) for node in nodes])
     deadline = time.monotonic() + 120
     while subprocess.run([PYTHON, "-c", f"import socket; socket.create_connection(('127.0.0.1', {port}))"],
                          capture_output=True).returncode:  # fmt: skip
         assert time.monotonic() < deadline
-    nodes += [ray("start", f"--address=127.0.0.1:{port}", *shared) for _ in range(2)]
-    count = "import ray; ray.init(address=%r, log_to_driver=False); print(len(ray.nodes()))" % f"127.0.0.1:{port}"
-    while subprocess.run([PYTHON, "-c", count], capture_output=True, text=True).stdout.strip() != "3":
-        assert time.monotonic() < deadline, "the nodes do not join"
+    for count in (2, 3):  # one after the other: two that start at once may take the same ports
+        nodes.append(ray("start", f"--address=127.0.0.1:{port}", *shared))
+        subprocess.run([PYTHON, "-c", JOINED, f"127.0.0.1:{port}", str(count)], check=True, timeout=120)
     yield f"127.0.0.1:{port}", nodes
-    for node in nodes:
-        stop(node)
 
 
 def stop(node: subprocess.Popen) -> None:

@@ -121,7 +121,7 @@ class Sweep:
         return True
 
     def take(self, future: Any) -> None:
-        """Take a worker that is ready, or what became of a job; give its cell a second attempt where one is worth it."""
+        """Take a worker that is ready, or what became of a job, whose cell may get a second attempt."""
         if future in self.starting:
             self.welcome(future)
             return
