@@ -126,9 +126,14 @@ def kill_workers(run: subprocess.Popen, count: int) -> None:
 
 
 def whole(top: Path) -> int:
-    """How many collections verify; raises when one does not."""
-    command = [top / ".venv" / "bin" / "python", top / "utils" / "verify.py"]
-    return subprocess.run(command, env=environment(), capture_output=True, text=True, check=True).stdout.count("whole ")
+    """How many collections verify and can be indexed; raises when one does not."""
+    python, counts = top / ".venv" / "bin" / "python", []
+    for script, mark in (("verify.py", "whole "), ("index.py", CATEGORY)):
+        command = [python, top / "utils" / script]
+        done = subprocess.run(command, env=environment(), capture_output=True, text=True, check=True)
+        counts.append(done.stdout.count(mark))
+    assert counts[0] == counts[1], counts
+    return counts[0]
 
 
 def where_time_goes(top: Path) -> dict[str, float]:

@@ -216,3 +216,26 @@ def test_the_cause_of_a_failure_is_the_logs_last_error(tmp_path, log, cause, aga
     (tmp_path / "x.log").write_text(log)
     assert cell_worker.cause_in(tmp_path / "x.log") == f"{cause} (log: {tmp_path / 'x.log'})"
     assert bool(cell_worker.OUT_OF_MEMORY.search(cause)) == again
+
+
+@pytest.mark.parametrize(("gpus_per_cell", "groups"), [("1", 4), ("2", 2)])
+def test_each_worker_sees_its_own_devices(tmp_path, gpus_per_cell, groups):
+    """Ray hands out four GPUs, which this machine need not have: nothing is trained here."""
+    code = (
+        "import ray; init = ray.init; ray.init = lambda **how: init(**{**how, 'num_gpus': 4, 'num_cpus': 4}); "
+        "import runpy; runpy.run_path('gpu_slots.py', run_name='__main__')"
+    )
+    environment = {**os.environ, "GPUS_PER_CELL": gpus_per_cell, "DEVICES": ""}
+    environment["PYTHONPATH"] = os.pathsep.join([str(ROOT / "utils"), str(ROOT / "tests")])
+    done = subprocess.run([PYTHON, "-c", code], cwd=ROOT / "tests", env=environment, capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+    given = [text.split(":")[1].split(",") for text in done.stderr.splitlines()[-1].split()]
+    assert sorted(sum(given, [])) == ["0", "1", "2", "3"] and len(given) == groups
+
+
+@pytest.mark.parametrize(("asked", "said"), [("x", "is not a positive whole number"), ("2", "there is no GPU")])
+def test_gpus_per_cell_that_cannot_be_is_one_line(repository, asked, said):
+    run = sweep(repository, "toy", GPUS_PER_CELL=asked)
+    output = run.communicate()[0]
+    assert run.returncode == 1 and f"error: GPUS_PER_CELL={asked}: {said}" in output
+    assert "Traceback" not in output

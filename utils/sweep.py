@@ -62,7 +62,7 @@ def run(
         os.environ["RAY_AUTH_MODE"] = "token"  # `ray start` does so by itself, ray.init(address) does not
     import ray
 
-    staged = stage.asked()
+    staged, _ = stage.asked(), gpus_per_cell()  # what is wrong with the settings is said before anything starts
     start_ray(ray)
     depot = stage.open_depot(ray) if staged else None
     sweep = Sweep(ray, cells, report, stage.StagedWorker if staged else worker_class)
@@ -226,6 +226,8 @@ def slots(ray: Any) -> int:
     """How many cells the cluster can train at once, as it is now."""
     there = ray.cluster_resources()
     if on_cpu(there):
+        if gpus_per_cell() > 1:
+            raise UserError(f"GPUS_PER_CELL={gpus_per_cell()}: there is no GPU to train on; leave it away")
         return max(1, int(there.get("CPU", 1)))
     count = int(there.get("GPU", 0)) // gpus_per_cell()
     if not count:

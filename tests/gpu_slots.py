@@ -1,0 +1,33 @@
+"""A worker that tells which GPUs it was given, not training; run as a script, it prints what a sweep of it says."""
+
+import os
+import sys
+import time
+
+import sweep
+from cell_worker import Outcome
+from status import Cell
+
+
+class Teller:
+    def __init__(self, settings, devices):
+        assert devices is None
+
+    def ready(self):
+        return ""
+
+    def collect(self, cell, attempt, smaller):
+        time.sleep(1)  # so that all workers are at work at once
+        return Outcome(f"{os.getpid()}:{os.environ['CUDA_VISIBLE_DEVICES']}", None, 0.0)
+
+    def stop(self):
+        pass
+
+
+if __name__ == "__main__":
+    import gpu_slots
+
+    sweep.claim = sweep.release = lambda job: None
+    cells = [Cell("X", "x", rank, None, None) for rank in range(1, 7)]
+    outcomes = sweep.run(cells, lambda *event: None, gpu_slots.Teller)
+    print(*sorted({outcome.text for outcome in outcomes.values()}), file=sys.stderr)
