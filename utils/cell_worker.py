@@ -103,9 +103,8 @@ class CellWorker:
                 return "killed", f"failed: killed by signal {-self.process.exitcode} (log: {paths.relative(log)})"
             if "is running already" not in cause:
                 return ("memory" if OUT_OF_MEMORY.search(cause) else None), f"failed: {cause}"
-            self.stopping.wait(
-                1
-            )  # another terminal's process, or one that outlived its killed parent, is at work on it
+            # another terminal's process, or one that outlived its killed parent, is at work on it
+            self.stopping.wait(1)
         return None, "stopped"
 
     def stop(self) -> None:
