@@ -91,7 +91,7 @@ def cluster(repository, tmp_path_factory, monkeypatch):
 def test_cells_of_other_machines_have_the_same_hashes_and_a_killed_one_costs_time_alone(repository, project, cluster):
     cluster.add()
     kept = cluster.add()
-    run = sweep(repository, RANKS="2 4", RAY_ADDRESS=cluster.address, STAGE="1")
+    run = sweep(repository, RANKS="2 4", RAY_ADDRESS=cluster.address, STAGE="1", STAGE_DIR="")  # as make exports it
     saves = repository / "saves" / CATEGORY
     deadline = time.monotonic() + 120
     while not list(saves.glob("*/*_finetune/manifest.json")):

@@ -198,7 +198,8 @@ def settings() -> dict[str, str]:
     """The user's settings that every run gets."""
     threads = {} if devices.nvidia_driver() else {"OMP_NUM_THREADS": str(max(1, cores() // cpu_slots()))}
     tokens = {"PARAGEN_TOKENS": str(paths.SAVES / ".tokens")}
-    return threads | tokens | {name: os.environ[name] for name in SETTINGS if name in os.environ}
+    # make exports what is not set as empty; that must not hide what a node says
+    return threads | tokens | {name: os.environ[name] for name in SETTINGS if os.environ.get(name)}
 
 
 def gpus_per_cell() -> int:
