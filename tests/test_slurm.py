@@ -28,6 +28,7 @@ def allocation(repository, tmp_path) -> dict[str, str]:
     return {**os.environ, **job, "PATH": path, "SLURM_SUBMIT_DIR": str(repository), "DEVICES": "cpu", "RANKS": "4"}
 
 
+@pytest.mark.slow
 def test_it_starts_ray_runs_the_sweep_and_ends_with_its_status(repository, allocation):
     script = repository / "utils" / "slurm_sweep.sh"
     done = subprocess.run(

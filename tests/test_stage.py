@@ -88,6 +88,7 @@ def cluster(repository, tmp_path_factory, monkeypatch):
         started.kill(number)
 
 
+@pytest.mark.slow
 def test_cells_of_other_machines_have_the_same_hashes_and_a_killed_one_costs_time_alone(repository, project, cluster):
     cluster.add()
     kept = cluster.add()
