@@ -205,6 +205,9 @@ def test_what_runs_is_seen_from_another_shell(repository, project):
          "x.yaml: out of device memory; halve it", True),
         ("RuntimeError: DefaultCPUAllocator: can't allocate memory: you tried to allocate 9 bytes.\n",
          "RuntimeError: DefaultCPUAllocator: can't allocate memory: you tried to allocate 9 bytes.", True),
+        ("error: x.yaml: out of device memory; halve it\nerror: training on 2 devices failed with status 1; the cause "
+         "stands above\n", "x.yaml: out of device memory; halve it", True),
+        ("  5%| | 1/20 [00:05<01:35,  5.00s/it]error: x.yaml: no\n", "x.yaml: no", False),
         ("error: x.yaml: no such file\n100%|  | 1/1 [00:00<00:00, 9.00it/s]\n", "x.yaml: no such file", False),
         ("whole  A\nFAULTY B: has 1 bytes\n", "FAULTY B: has 1 bytes", False),
         ("", "no output", False),
@@ -239,3 +242,50 @@ def test_gpus_per_cell_that_cannot_be_is_one_line(repository, asked, said):
     output = run.communicate()[0]
     assert run.returncode == 1 and f"error: GPUS_PER_CELL={asked}: {said}" in output
     assert "Traceback" not in output
+
+
+@pytest.fixture
+def worker(tmp_path, monkeypatch):
+    """A slot in this process, whose runs are forked from it and sleep."""
+    import multiprocessing
+
+    import cell_worker
+
+    def start(script, arguments, environment, log):
+        process = multiprocessing.get_context("fork").Process(target=time.sleep, args=(60,))
+        process.start()
+        return process
+
+    monkeypatch.setattr(cell_worker.forked, "preload", lambda: None)
+    monkeypatch.setattr(cell_worker.forked, "start", start)
+    monkeypatch.setattr(cell_worker.os, "environ", dict(os.environ))
+    (tmp_path / "x.log").write_text("")
+    return cell_worker.CellWorker({}, "cpu")
+
+
+def test_a_stop_reaches_a_run_that_is_just_starting(worker, tmp_path, monkeypatch):
+    import cell_worker
+
+    start = cell_worker.forked.start
+
+    def start_slowly(*arguments):
+        worker.stop()  # comes while the process that the others are forked from imports
+        return start(*arguments)
+
+    monkeypatch.setattr(cell_worker.forked, "start", start_slowly)
+    started = time.monotonic()
+    worker._run("train", [], {}, tmp_path / "x.log")
+    assert time.monotonic() - started < 10
+
+
+def test_a_run_whose_end_nobody_saw_is_worth_another_attempt(worker, tmp_path, monkeypatch):
+    import cell_worker
+
+    class Lost:
+        exitcode = 255  # multiprocessing's, when the process that the others are forked from was killed
+
+        def join(self):
+            pass
+
+    monkeypatch.setattr(cell_worker.forked, "start", lambda *arguments: Lost())
+    assert worker._run("train", [], {}, tmp_path / "x.log")[0] == "killed"
