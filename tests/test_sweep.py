@@ -289,3 +289,24 @@ def test_a_run_whose_end_nobody_saw_is_worth_another_attempt(worker, tmp_path, m
 
     monkeypatch.setattr(cell_worker.forked, "start", lambda *arguments: Lost())
     assert worker._run("train", [], {}, tmp_path / "x.log")[0] == "killed"
+
+
+def test_a_recipe_that_cannot_be_read_costs_its_cell(repository):
+    recipe = repository / "collect_scripts" / CATEGORY / "To-y" / "tiny-one_To-y_pretrain.yaml"
+    recipe.write_text("a: [\n")
+    run = sweep(repository, "toy", RANKS="4")
+    output = run.communicate()[0]
+    assert run.returncode == 1 and "Traceback" not in output, output
+    assert "failed: " in output and str(recipe.name) in output
+    assert len(list(repository.glob(f"saves/{CATEGORY}/To-y/Tiny-Two*_finetune/manifest.json"))) == 1
+
+
+def test_a_terminated_sweep_unwinds_and_says_so_in_its_status(repository):
+    run = sweep(repository, RANKS="4")
+    saves = repository / "saves" / CATEGORY
+    while not list(saves.glob("*/.*staging*")):
+        assert run.poll() is None, run.communicate()[0]
+        time.sleep(0.05)
+    run.terminate()
+    assert run.wait(30) == 143
+    assert left_over(repository) == []
