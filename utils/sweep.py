@@ -221,7 +221,7 @@ def start_ray(ray: Any) -> None:
     except (ConnectionError, RuntimeError, ValueError) as error:
         what = f"RAY_ADDRESS={address}: cannot be joined" if address else "Ray cannot be started on this machine"
         raise UserError(f"{what}: {' '.join(str(error).split())[:300]}") from None
-    signal.signal(signal.SIGTERM, unwind)  # Ray puts its own in the place, which ends with another status
+    signal.signal(signal.SIGTERM, unwind)  # Ray's own kills the runs before they unwind
 
 
 def has_ray_token() -> bool:
