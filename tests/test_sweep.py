@@ -124,6 +124,7 @@ def test_an_attempt_that_was_thought_dead_cannot_overwrite_the_new_one(pretraine
     late = pretrained.train(pretrained.finetune, PARAGEN_ATTEMPT="the old one")
     assert late.status == 1 and "another attempt took this run over" in late.output and not folder.exists()
     assert pretrained.train(pretrained.finetune, PARAGEN_ATTEMPT="the new one").status == 0
+    assert not mark.exists(), "a sweep that is killed from now on leaves nothing"
 
 
 def test_half_the_rows_at_a_time_is_the_same_training(pretrained, trained_once):
@@ -308,5 +309,36 @@ def test_a_terminated_sweep_unwinds_and_says_so_in_its_status(repository):
         assert run.poll() is None, run.communicate()[0]
         time.sleep(0.05)
     run.terminate()
-    assert run.wait(30) == 143
+    output = run.communicate(timeout=40)[0]
+    assert run.returncode == 143, output
     assert left_over(repository) == []
+
+
+def test_half_the_rows_on_several_devices_are_half_of_what_each_had():
+    """Splitting after halving would undo it."""
+    import devices
+
+    config = {"per_device_train_batch_size": 8, "gradient_accumulation_steps": 1}
+    assert devices.share_batch(config, 2, False, False) == {"per_device_train_batch_size": 4}
+    halved = {"per_device_train_batch_size": 2, "gradient_accumulation_steps": 2}
+    assert devices.share_batch(config, 2, True, False) == halved
+    assert devices.share_batch(config, 0, False, False) == {}
+
+
+@pytest.mark.parametrize(
+    ("change", "same"),
+    [
+        ({"lora_rank": 64, "learning_rate": 1.0}, True),
+        ({"cutoff_len": 7}, False),
+        ({"trust_remote_code": True}, False),
+        ({"some_key_of_another_day": 1}, False),
+        ({"eval_dataset": "Other"}, None),
+        ({"tokenized_path": "tokens"}, None),
+    ],
+)
+def test_tokenised_rows_are_shared_only_where_they_are_the_same(change, same):
+    import run_identity
+
+    identity = {"recipe": {"template": "qwen", "lora_rank": 4}, "data": [{"pictures": None}], "tokenizer": {}}
+    changed = run_identity.tokens_key({**identity, "recipe": identity["recipe"] | change})
+    assert (changed and changed == run_identity.tokens_key(identity)) is same
