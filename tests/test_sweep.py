@@ -342,3 +342,17 @@ def test_tokenised_rows_are_shared_only_where_they_are_the_same(change, same):
     identity = {"recipe": {"template": "qwen", "lora_rank": 4}, "data": [{"pictures": None}], "tokenizer": {}}
     changed = run_identity.tokens_key({**identity, "recipe": identity["recipe"] | change})
     assert (changed and changed == run_identity.tokens_key(identity)) is same
+
+
+def test_a_cell_that_another_program_is_at_work_on_waits_behind_the_others(project):
+    """Its run keeps the right to its name; a second attempt takes it from the first."""
+    import files
+    import sweep
+    from status import Cell
+
+    cell = Cell("Toy", "tiny", 4, project.pretrain, project.finetune)
+    mark = project.run_folder("finetune").with_name(f".{project.run_folder('finetune').name}.attempt")
+    with files.lock(files.beside(project.run_folder("finetune"), "lock")):
+        assert not sweep.claim(sweep.Job(cell, "new", 1, False)) and not mark.exists()
+        assert sweep.claim(sweep.Job(cell, "second", 2, False)) and mark.read_text() == "second"
+    assert sweep.claim(sweep.Job(cell, "new", 1, False)) and mark.read_text() == "new"

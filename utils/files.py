@@ -120,6 +120,15 @@ def lock(path: Path, waiting: str | None = None) -> Iterator[int]:
         os.close(handle)
 
 
+def is_free(path: Path) -> bool:
+    """Whether nobody holds the lock file `path`, which is taken for a moment to find out."""
+    try:
+        with lock(path):
+            return True
+    except Busy:
+        return False
+
+
 def is_held(path: Path) -> bool:
     """Whether a live process seems to hold the lock file `path`; the lock itself is not touched.
 

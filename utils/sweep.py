@@ -125,10 +125,14 @@ class Sweep:
         for _ in range(wanted - len(self.running) - len(self.idle) - len(self.starting)):
             worker = new_worker(self.ray, self.worker_class, self.on_cpu)
             self.starting[worker.ready.remote()] = worker
-        while self.waiting and self.idle:
+        for _ in range(len(self.waiting)):
+            if not self.idle:
+                break
             job = self.waiting.popleft()
             try:
-                claim(job)
+                if not claim(job):
+                    self.waiting.append(job)
+                    continue
             except UserError as error:  # its recipe does not even name a run folder
                 self.end(job, Outcome(f"failed: {error}", None, 0.0))
                 continue
@@ -304,11 +308,19 @@ def another(job: Job, outcome: Outcome) -> Job | None:
     return Job(job.cell, secrets.token_hex(4), 2, outcome.again == "memory")
 
 
-def claim(job: Job) -> None:
-    """Note on disk which attempt may give a cell's runs their names."""
-    for folder in status.run_folders(job.cell):
+def claim(job: Job) -> bool:
+    """Note on disk which attempt may give a cell's runs their names.
+
+    False where another program is at work on one, whose run would lose its name. That is no matter to a second attempt:
+    it is the first one that may still be there.
+    """
+    folders = status.run_folders(job.cell)
+    if job.number == 1 and not all(files.is_free(files.beside(folder, "lock")) for folder in folders):
+        return False
+    for folder in folders:
         folder.parent.mkdir(parents=True, exist_ok=True)
         files.write_atomically(files.beside(folder, "attempt"), job.attempt.encode())
+    return True
 
 
 def release(job: Job) -> None:

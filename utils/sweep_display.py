@@ -47,7 +47,10 @@ class Display:
         if what == "tick":
             return
         if what == "waiting":
-            self.say(f"nothing can start: no device is free, or no machine of the cluster has {sys.executable}")
+            self.say(
+                "nothing can start: no device is free, other programs are at work on what is left, or no machine of "
+                f"the cluster has {sys.executable}"
+            )
             return
         if what == "started":
             self.running.append(job.cell)
