@@ -237,6 +237,25 @@ def test_each_worker_sees_its_own_devices(tmp_path, gpus_per_cell, groups):
     assert sorted(sum(given, [])) == ["0", "1", "2", "3"] and len(given) == groups
 
 
+@pytest.mark.parametrize(
+    ("settings", "said"),
+    [
+        ({"DEVICES": "cpu,cpu"}, "a sweep trains each cell on one CPU slot"),
+        ({"DEVICES": "gpu0"}, "not GPU numbers or UUIDs"),
+        ({"DEVICES": "2", "CUDA_VISIBLE_DEVICES": "0,1"}, "outside CUDA_VISIBLE_DEVICES=0,1"),
+        ({"DEVICES": "0", "RAY_ADDRESS": "auto"}, "take the GPUs that Ray gives them"),
+    ],
+)
+def test_devices_that_cannot_be_are_one_line(monkeypatch, settings, said):
+    import sweep
+    from cli import UserError
+
+    for name, value in settings.items():
+        monkeypatch.setenv(name, value)
+    with pytest.raises(UserError, match=said):
+        sweep.start_ray(None)
+
+
 @pytest.mark.parametrize(("asked", "said"), [("x", "is not a positive whole number"), ("2", "there is no GPU")])
 def test_gpus_per_cell_that_cannot_be_is_one_line(repository, asked, said):
     run = sweep(repository, "toy", GPUS_PER_CELL=asked)
@@ -356,3 +375,30 @@ def test_a_cell_that_another_program_is_at_work_on_waits_behind_the_others(proje
         assert not sweep.claim(sweep.Job(cell, "new", 1, False)) and not mark.exists()
         assert sweep.claim(sweep.Job(cell, "second", 2, False)) and mark.read_text() == "second"
     assert sweep.claim(sweep.Job(cell, "new", 1, False)) and mark.read_text() == "new"
+
+
+@pytest.mark.parametrize(
+    ("machines", "settings", "outcome"),
+    [
+        ([{"CPU": 8, "GPU": 2}, {"CPU": 1, "GPU": 2}], {}, 3),
+        ([{"CPU": 8, "GPU": 3}, {"CPU": 8, "GPU": 3}], {"GPUS_PER_CELL": "2"}, 2),
+        ([{"CPU": 8, "GPU": 3}], {"DEVICES": "cpu"}, 8),
+        ([{"CPU": 8, "GPU": 1}, {"CPU": 8, "GPU": 1}], {"GPUS_PER_CELL": "2"}, "no machine has so many GPUs"),
+        ([{"CPU": 8}], {"DEVICES": "0,2"}, "DEVICES=0,2: there is no GPU here"),
+    ],
+)
+def test_a_sweep_has_as_many_slots_as_its_machines_can_hold(monkeypatch, machines, settings, outcome):
+    """What no machine can hold is an error, not a wait without end. The machines are only told of."""
+    from types import SimpleNamespace
+
+    import sweep
+    from cli import UserError
+
+    for name in ("DEVICES", "GPUS_PER_CELL"):
+        monkeypatch.setenv(name, settings.get(name, ""))
+    ray = SimpleNamespace(nodes=lambda: [{"Alive": True, "Resources": there} for there in machines])
+    if isinstance(outcome, str):
+        with pytest.raises(UserError, match=outcome):
+            sweep.choose_devices(ray)
+    else:
+        assert sweep.slots(ray, sweep.choose_devices(ray)) == outcome

@@ -207,6 +207,8 @@ def start_ray(ray: Any) -> None:
     # local: else Ray joins whatever cluster it finds on this machine
     own = {"address": "local", "include_dashboard": False, "num_cpus": cpus, "object_store_memory": 10**8}
     if asked and asked != "cpu":
+        if "cpu" in asked:
+            raise UserError(f"DEVICES={asked}: a sweep trains each cell on one CPU slot; say cpu")
         if address:
             raise UserError(f"DEVICES={asked}: a cluster's workers take the GPUs that Ray gives them; leave it away")
         os.environ["CUDA_VISIBLE_DEVICES"] = ",".join(devices.choose())  # these GPUs alone, a worker for each
