@@ -124,6 +124,7 @@ def test_an_attempt_that_was_thought_dead_cannot_overwrite_the_new_one(pretraine
     late = pretrained.train(pretrained.finetune, PARAGEN_ATTEMPT="the old one")
     assert late.status == 1 and "another attempt took this run over" in late.output and not folder.exists()
     assert pretrained.train(pretrained.finetune, PARAGEN_ATTEMPT="the new one").status == 0
+    assert not mark.exists(), "a sweep that is killed from now on leaves nothing"
 
 
 def test_half_the_rows_at_a_time_is_the_same_training(pretrained, trained_once):
@@ -205,6 +206,9 @@ def test_what_runs_is_seen_from_another_shell(repository, project):
          "x.yaml: out of device memory; halve it", True),
         ("RuntimeError: DefaultCPUAllocator: can't allocate memory: you tried to allocate 9 bytes.\n",
          "RuntimeError: DefaultCPUAllocator: can't allocate memory: you tried to allocate 9 bytes.", True),
+        ("error: x.yaml: out of device memory; halve it\nerror: training on 2 devices failed with status 1; the cause "
+         "stands above\n", "x.yaml: out of device memory; halve it", True),
+        ("  5%| | 1/20 [00:05<01:35,  5.00s/it]error: x.yaml: no\n", "x.yaml: no", False),
         ("error: x.yaml: no such file\n100%|  | 1/1 [00:00<00:00, 9.00it/s]\n", "x.yaml: no such file", False),
         ("whole  A\nFAULTY B: has 1 bytes\n", "FAULTY B: has 1 bytes", False),
         ("", "no output", False),
@@ -233,9 +237,168 @@ def test_each_worker_sees_its_own_devices(tmp_path, gpus_per_cell, groups):
     assert sorted(sum(given, [])) == ["0", "1", "2", "3"] and len(given) == groups
 
 
+@pytest.mark.parametrize(
+    ("settings", "said"),
+    [
+        ({"DEVICES": "cpu,cpu"}, "a sweep trains each cell on one CPU slot"),
+        ({"DEVICES": "gpu0"}, "not GPU numbers or UUIDs"),
+        ({"DEVICES": "2", "CUDA_VISIBLE_DEVICES": "0,1"}, "outside CUDA_VISIBLE_DEVICES=0,1"),
+        ({"DEVICES": "0", "RAY_ADDRESS": "auto"}, "take the GPUs that Ray gives them"),
+    ],
+)
+def test_devices_that_cannot_be_are_one_line(monkeypatch, settings, said):
+    import sweep
+    from cli import UserError
+
+    for name, value in settings.items():
+        monkeypatch.setenv(name, value)
+    with pytest.raises(UserError, match=said):
+        sweep.start_ray(None)
+
+
 @pytest.mark.parametrize(("asked", "said"), [("x", "is not a positive whole number"), ("2", "there is no GPU")])
 def test_gpus_per_cell_that_cannot_be_is_one_line(repository, asked, said):
     run = sweep(repository, "toy", GPUS_PER_CELL=asked)
     output = run.communicate()[0]
     assert run.returncode == 1 and f"error: GPUS_PER_CELL={asked}: {said}" in output
     assert "Traceback" not in output
+
+
+@pytest.fixture
+def worker(tmp_path, monkeypatch):
+    """A slot in this process, whose runs are forked from it and sleep."""
+    import multiprocessing
+
+    import cell_worker
+
+    def start(script, arguments, environment, log):
+        process = multiprocessing.get_context("fork").Process(target=time.sleep, args=(60,))
+        process.start()
+        return process
+
+    monkeypatch.setattr(cell_worker.forked, "preload", lambda: None)
+    monkeypatch.setattr(cell_worker.forked, "start", start)
+    monkeypatch.setattr(cell_worker.os, "environ", dict(os.environ))
+    (tmp_path / "x.log").write_text("")
+    return cell_worker.CellWorker({}, "cpu")
+
+
+def test_a_stop_reaches_a_run_that_is_just_starting(worker, tmp_path, monkeypatch):
+    import cell_worker
+
+    start = cell_worker.forked.start
+
+    def start_slowly(*arguments):
+        worker.stop()  # comes while the process that the others are forked from imports
+        return start(*arguments)
+
+    monkeypatch.setattr(cell_worker.forked, "start", start_slowly)
+    started = time.monotonic()
+    worker._run("train", [], {}, tmp_path / "x.log")
+    assert time.monotonic() - started < 10
+
+
+def test_a_run_whose_end_nobody_saw_is_worth_another_attempt(worker, tmp_path, monkeypatch):
+    import cell_worker
+
+    class Lost:
+        exitcode = 255  # multiprocessing's, when the process that the others are forked from was killed
+
+        def join(self):
+            pass
+
+    monkeypatch.setattr(cell_worker.forked, "start", lambda *arguments: Lost())
+    assert worker._run("train", [], {}, tmp_path / "x.log")[0] == "killed"
+
+
+def test_a_recipe_that_cannot_be_read_costs_its_cell(repository):
+    recipe = repository / "collect_scripts" / CATEGORY / "To-y" / "tiny-one_To-y_pretrain.yaml"
+    recipe.write_text("a: [\n")
+    run = sweep(repository, "toy", RANKS="4")
+    output = run.communicate()[0]
+    assert run.returncode == 1 and "Traceback" not in output, output
+    assert "failed: " in output and str(recipe.name) in output
+    assert len(list(repository.glob(f"saves/{CATEGORY}/To-y/Tiny-Two*_finetune/manifest.json"))) == 1
+
+
+def test_a_terminated_sweep_unwinds_and_says_so_in_its_status(repository):
+    run = sweep(repository, RANKS="4")
+    saves = repository / "saves" / CATEGORY
+    while not list(saves.glob("*/.*staging*")):
+        assert run.poll() is None, run.communicate()[0]
+        time.sleep(0.05)
+    run.terminate()
+    output = run.communicate(timeout=40)[0]
+    assert run.returncode == 143, output
+    assert left_over(repository) == []
+
+
+def test_half_the_rows_on_several_devices_are_half_of_what_each_had():
+    """Splitting after halving would undo it."""
+    import devices
+
+    config = {"per_device_train_batch_size": 8, "gradient_accumulation_steps": 1}
+    assert devices.share_batch(config, 2, False, False) == {"per_device_train_batch_size": 4}
+    halved = {"per_device_train_batch_size": 2, "gradient_accumulation_steps": 2}
+    assert devices.share_batch(config, 2, True, False) == halved
+    assert devices.share_batch(config, 0, False, False) == {}
+
+
+@pytest.mark.parametrize(
+    ("change", "same"),
+    [
+        ({"lora_rank": 64, "learning_rate": 1.0}, True),
+        ({"cutoff_len": 7}, False),
+        ({"trust_remote_code": True}, False),
+        ({"some_key_of_another_day": 1}, False),
+        ({"eval_dataset": "Other"}, None),
+        ({"tokenized_path": "tokens"}, None),
+    ],
+)
+def test_tokenised_rows_are_shared_only_where_they_are_the_same(change, same):
+    import run_identity
+
+    identity = {"recipe": {"template": "qwen", "lora_rank": 4}, "data": [{"pictures": None}], "tokenizer": {}}
+    changed = run_identity.tokens_key({**identity, "recipe": identity["recipe"] | change})
+    assert (changed and changed == run_identity.tokens_key(identity)) is same
+
+
+def test_a_cell_that_another_program_is_at_work_on_waits_behind_the_others(project):
+    """Its run keeps the right to its name; a second attempt takes it from the first."""
+    import files
+    import sweep
+    from status import Cell
+
+    cell = Cell("Toy", "tiny", 4, project.pretrain, project.finetune)
+    mark = project.run_folder("finetune").with_name(f".{project.run_folder('finetune').name}.attempt")
+    with files.lock(files.beside(project.run_folder("finetune"), "lock")):
+        assert not sweep.claim(sweep.Job(cell, "new", 1, False)) and not mark.exists()
+        assert sweep.claim(sweep.Job(cell, "second", 2, False)) and mark.read_text() == "second"
+    assert sweep.claim(sweep.Job(cell, "new", 1, False)) and mark.read_text() == "new"
+
+
+@pytest.mark.parametrize(
+    ("machines", "settings", "outcome"),
+    [
+        ([{"CPU": 8, "GPU": 2}, {"CPU": 1, "GPU": 2}], {}, 3),
+        ([{"CPU": 8, "GPU": 3}, {"CPU": 8, "GPU": 3}], {"GPUS_PER_CELL": "2"}, 2),
+        ([{"CPU": 8, "GPU": 3}], {"DEVICES": "cpu"}, 8),
+        ([{"CPU": 8, "GPU": 1}, {"CPU": 8, "GPU": 1}], {"GPUS_PER_CELL": "2"}, "no machine has so many GPUs"),
+        ([{"CPU": 8}], {"DEVICES": "0,2"}, "DEVICES=0,2: there is no GPU here"),
+    ],
+)
+def test_a_sweep_has_as_many_slots_as_its_machines_can_hold(monkeypatch, machines, settings, outcome):
+    """What no machine can hold is an error, not a wait without end. The machines are only told of."""
+    from types import SimpleNamespace
+
+    import sweep
+    from cli import UserError
+
+    for name in ("DEVICES", "GPUS_PER_CELL"):
+        monkeypatch.setenv(name, settings.get(name, ""))
+    ray = SimpleNamespace(nodes=lambda: [{"Alive": True, "Resources": there} for there in machines])
+    if isinstance(outcome, str):
+        with pytest.raises(UserError, match=outcome):
+            sweep.choose_devices(ray)
+    else:
+        assert sweep.slots(ray, sweep.choose_devices(ray)) == outcome

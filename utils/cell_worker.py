@@ -22,7 +22,8 @@ from cli import UserError
 from status import Cell
 
 COLLECTED = "collected"
-ERROR = re.compile(r"(?:^|it/s\])error: (.*)|^FAULTY .*")  # also where it goes on in a progress bar's line
+ERROR = re.compile(r"(?:^|it/s\]|s/it\])error: (.*)|^FAULTY .*")  # also where it goes on in a progress bar's line
+ABOVE = "the cause stands above"  # how a run on several devices ends whose processes have said why
 OUT_OF_MEMORY = re.compile(r"out of (device )?memory|can't allocate memory", re.IGNORECASE)
 
 
@@ -62,11 +63,11 @@ class CellWorker:
             smaller: with half the rows at a time, accumulated twice as often.
         """
         started = time.monotonic()
-        log = log_of(cell)
-        log.parent.mkdir(parents=True, exist_ok=True)
-        log.write_bytes(b"")
         settings = {"PARAGEN_ATTEMPT": attempt, "PARAGEN_HALVE_BATCH": "1" if smaller else ""}
         try:
+            log = log_of(cell)
+            log.parent.mkdir(parents=True, exist_ok=True)
+            log.write_bytes(b"")
             again, text = self._collect(cell, settings, log)
         except UserError as error:
             again, text = None, f"failed: {error}"
@@ -95,10 +96,14 @@ class CellWorker:
         """Run one script to its end; None when it went well, else (why another attempt is worth it, the outcome)."""
         while not self.stopping.is_set():
             self.process = forked.start(script, arguments, settings, log)
+            if self.stopping.is_set():  # told so while it started, which takes as long as the import
+                self.process.terminate()
             self.process.join()
             if self.process.exitcode == 0:
                 return None
             cause = cause_in(log)
+            if self.process.exitcode == forked.LOST:
+                return "killed", f"failed: the process that it was forked from died (log: {paths.relative(log)})"
             if self.process.exitcode < 0:
                 return "killed", f"failed: killed by signal {-self.process.exitcode} (log: {paths.relative(log)})"
             if "is running already" not in cause:
@@ -125,7 +130,8 @@ def cause_in(log: Path) -> str:
     """The last error line of a log, or its last line, with the log's name."""
     lines = [line.strip() for line in log.read_text(encoding="utf-8", errors="replace").splitlines() if line.strip()]
     errors = [found[1] or found[0] for line in lines if (found := ERROR.search(line))]
-    cause = (errors or lines or ["no output"])[-1]
+    causes = [error for error in errors if not error.endswith(ABOVE)]
+    cause = (causes or errors or lines or ["no output"])[-1]
     return f"{cause} (log: {paths.relative(log)})"
 
 

@@ -56,6 +56,10 @@ def run(main: Callable[[], int | None]) -> None:
     except KeyboardInterrupt:
         print("stopped", file=sys.stderr)
         sys.exit(130)
+    except SystemExit:
+        if received:  # a library (Ray) made a SystemExit of its own of it
+            sys.exit(128 + received[0])
+        raise
     except Exception as error:
         if received:  # a library made another exception of the SystemExit
             sys.exit(128 + received[0])

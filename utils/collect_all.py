@@ -10,6 +10,7 @@ has been verified.
 
 import sys
 
+import cell_worker
 import cli
 import plan
 import status
@@ -35,7 +36,7 @@ def main() -> int:
             for cell in chosen
         ],
     )
-    return 1 if any(outcome.text.startswith("failed") for outcome in outcomes.values()) else 0
+    return 0 if all(outcome.text == cell_worker.COLLECTED for outcome in outcomes.values()) else 1
 
 
 if __name__ == "__main__":

@@ -66,6 +66,13 @@ def settings(devices: list[str]) -> dict:
     return CPU_SETTINGS
 
 
+def share_batch(config: dict, count: int, halved: bool, has_processor: bool) -> dict:
+    """Recipe keys that keep the effective batch on `count` devices (0: torch's own), each with half the rows at a time
+    where that is asked for (see split_batch and halve_batch)."""
+    shared = split_batch(config, count, has_processor) if count > 1 else {}
+    return shared | (halve_batch(config | shared, has_processor) if halved else {})
+
+
 def split_batch(config: dict, count: int, has_processor: bool) -> dict:
     """Recipe keys that keep the effective batch when it is spread over `count` devices.
 

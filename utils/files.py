@@ -35,11 +35,22 @@ def write_json(path: Path, value: Any) -> None:
 
 def sync_folder(folder: Path) -> None:
     """Make the names in `folder` (creations, renames, removals) survive a power cut."""
-    handle = os.open(folder, os.O_RDONLY)
+    sync(folder)
+
+
+def sync(path: Path) -> None:
+    """Make a file's bytes, or a folder's names, survive a power cut."""
+    handle = os.open(path, os.O_RDONLY)
     try:
         os.fsync(handle)
     finally:
         os.close(handle)
+
+
+def sync_tree(folder: Path) -> None:
+    """Make all that is in `folder` survive a power cut."""
+    for path in [*folder.rglob("*"), folder]:
+        sync(path)
 
 
 def stamp_of(stat: os.stat_result) -> tuple[int, ...]:
@@ -107,6 +118,15 @@ def lock(path: Path, waiting: str | None = None) -> Iterator[int]:
         HELD.discard(handle)
         path.unlink(missing_ok=True)
         os.close(handle)
+
+
+def is_free(path: Path) -> bool:
+    """Whether nobody holds the lock file `path`, which is taken for a moment to find out."""
+    try:
+        with lock(path):
+            return True
+    except Busy:
+        return False
 
 
 def is_held(path: Path) -> bool:

@@ -20,6 +20,7 @@ BELOW = [
     "torch", "datasets", "matplotlib.pyplot", "omegaconf", "peft", "safetensors.torch", "torchaudio", "av",
     "transformers.trainer", "transformers.trainer_seq2seq", "trl",
 ]  # fmt: skip
+LOST = 255  # exit code, as multiprocessing says it, of a process whose end nobody saw: the one it is forked from died
 UTILS = Path(__file__).resolve().parent
 
 context = multiprocessing.get_context("forkserver")

@@ -83,13 +83,16 @@ def measured_rates() -> dict[tuple[str, str], float]:
 
 
 def seconds_of(cell: Cell, rates: dict[tuple[str, str], float]) -> float | None:
-    """About how long a cell takes, seconds; None where its model was not measured yet or its recipe is broken."""
+    """About how long a cell takes, seconds; None where that is not known.
+
+    Its model was not measured yet, or its recipe is broken or says no max_steps.
+    """
     try:
         base = Path(rank_config.render(cell.finetune, cell.rank)["model_name_or_path"]).name
         steps = steps_of(cell)
     except (UserError, KeyError):
         return None
-    if any((base, phase) not in rates for phase in steps):
+    if any((base, phase) not in rates or not count for phase, count in steps.items()):
         return None
     return sum(count * rates[base, phase] for phase, count in steps.items())
 

@@ -36,8 +36,9 @@ NOT_TOKENISED = {
     "gradient_checkpointing", "learning_rate", "lora_alpha", "lora_dropout", "lora_rank", "lora_target",
     "loraplus_lr_ratio", "lr_scheduler_kwargs", "lr_scheduler_type", "max_grad_norm", "max_steps", "num_train_epochs",
     "optim", "per_device_train_batch_size", "pure_bf16", "save_steps", "save_strategy", "save_total_limit",
-    "trust_remote_code", "use_dora", "use_rslora", "warmup_ratio", "warmup_steps", "weight_decay",
+    "use_dora", "use_rslora", "warmup_ratio", "warmup_steps", "weight_decay",
 }  # fmt: skip
+OWN_TOKENS = {"eval_dataset", "tokenized_path", "streaming"}
 # What a checkpoint folder must hold to be resumed, all of it decisive for what follows.
 RESUMED = (paths.ADAPTER, "optimizer.pt", "scheduler.pt", "rng_state.pth", "trainer_state.json")
 
@@ -67,9 +68,10 @@ def identity_of(recipe: Path, config: dict) -> dict:
 def tokens_key(identity: dict) -> str | None:
     """A key for the tokenised rows of a run: the same for all runs that tokenise the same rows in the same way.
 
-    None for rows with pictures, whose tokens depend on more than their text.
+    None where they depend on more: on pictures, on rows that the identity does not hold (of an eval_dataset), or on
+    tokens that the recipe keeps itself.
     """
-    if any(data["pictures"] for data in identity["data"]):
+    if any(data["pictures"] for data in identity["data"]) or OWN_TOKENS & identity["recipe"].keys():
         return None
     recipe = {key: value for key, value in identity["recipe"].items() if key not in NOT_TOKENISED}
     versions = {name: version(name) for name in ("llamafactory", "transformers", "tokenizers", "datasets")}

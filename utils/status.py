@@ -5,6 +5,7 @@
 Reads recipes, run folders and their manifests; writes nothing. A cell is a dataset, a model and a rank.
 """
 
+import functools
 import json
 import os
 from collections.abc import Iterable
@@ -121,8 +122,9 @@ def progress_of(cell: Cell) -> str:
     return ""
 
 
+@functools.cache  # a sweep asks often, and must know them to its end, whatever becomes of the recipe meanwhile
 def run_folders(cell: Cell) -> tuple[Path, Path]:
-    """The pretrain and the finetune run folder of a cell."""
+    """The pretrain and the finetune run folder of a cell. Raises UserError for a broken recipe."""
     pretrain = rank_config.run_folder(cell.pretrain, rank_config.render(cell.pretrain, cell.rank))
     return pretrain, rank_config.run_folder(cell.finetune, rank_config.render(cell.finetune, cell.rank))
 

@@ -9,6 +9,7 @@ they need its scripts and .venv there alone (see stage.py).
 import os
 import secrets
 import shlex
+import signal
 import sys
 import time
 from collections import deque
@@ -35,6 +36,7 @@ SETTINGS = (
 )  # fmt: skip
 LOST = 20  # workers that may die before their first cell; more is a fault of the set-up
 GRACE = 25  # seconds that stopped runs have to unwind
+QUIET = 120  # seconds without any run after which it is said that none can start
 
 
 class Job(NamedTuple):
@@ -53,7 +55,8 @@ def run(
 
     Args:
         cells: in the order in which they are to start.
-        report: called with `started`, `again` or `done`, the job and what became of it; each second with `tick`.
+        report: called with `started`, `again` or `done`, the job and what became of it; each second with `tick`, and
+            with `waiting` when nothing could start for a while. A cell that cannot start is `done` at once.
         worker_class: what does the work: CellWorker, or (to measure the sweep itself) something with its methods.
 
     Returns what became of each cell. On Ctrl-C or SIGTERM the runs in progress unwind first.
@@ -64,15 +67,12 @@ def run(
 
     staged, _ = stage.asked(), gpus_per_cell()  # what is wrong with the settings is said before anything starts
     start_ray(ray)
+    on_cpu = choose_devices(ray)
     depot = stage.open_depot(ray) if staged else None
-    sweep = Sweep(ray, cells, report, stage.StagedWorker if staged else worker_class)
+    sweep = Sweep(ray, cells, report, stage.StagedWorker if staged else worker_class, on_cpu)
     try:
         while sweep.waiting or sweep.running:
-            sweep.fill()
-            done, _ = ray.wait([*sweep.running, *sweep.starting], num_returns=1, timeout=1)
-            report("tick", None, None)
-            for future in done:
-                sweep.take(future)
+            sweep.step()
     except BaseException:
         sweep.stop()
         raise
@@ -88,27 +88,55 @@ def run(
 class Sweep:
     """What waits, what runs where, and what became of the rest; arguments as for `run`."""
 
-    def __init__(self, ray: Any, cells: Iterable[Cell], report: Callable, worker_class: type):
-        self.ray, self.report, self.worker_class = ray, report, worker_class
+    def __init__(self, ray: Any, cells: Iterable[Cell], report: Callable, worker_class: type, on_cpu: bool):
+        self.ray, self.report, self.worker_class, self.on_cpu = ray, report, worker_class, on_cpu
         self.waiting = deque(Job(cell, secrets.token_hex(4), 1, False) for cell in cells)
         self.running: dict[Any, tuple[Any, Job]] = {}  # future -> (worker, job)
         self.starting: dict[Any, Any] = {}  # future -> worker that is not there yet
         self.lost = 0  # workers that never were
         self.idle: list[Any] = []
         self.outcomes: dict[Cell, Outcome] = {}
+        self.said = time.monotonic()  # when something ran, or it was said that nothing does
+
+    def step(self) -> None:
+        """Give out what can start, and wait up to a second for something to end."""
+        self.fill()
+        futures = [*self.running, *self.starting]
+        if futures:
+            done, _ = self.ray.wait(futures, num_returns=1, timeout=1)
+        else:  # all nodes are gone; others may come
+            done = []
+            time.sleep(1)
+        for future in done:
+            self.take(future)
+        if self.running or not self.waiting:
+            self.said = time.monotonic()
+        elif time.monotonic() - self.said > QUIET:
+            self.report("waiting", None, None)
+            self.said = time.monotonic()
+        self.report("tick", None, None)
 
     def fill(self) -> None:
         """Give every free slot a cell."""
         if not self.waiting:
             return
         self.idle = [worker for worker in self.idle if self.is_alive(worker)]
-        wanted = min(slots(self.ray), len(self.waiting) + len(self.running))
+        wanted = min(slots(self.ray, self.on_cpu), len(self.waiting) + len(self.running))
         for _ in range(wanted - len(self.running) - len(self.idle) - len(self.starting)):
-            worker = new_worker(self.ray, self.worker_class)
+            worker = new_worker(self.ray, self.worker_class, self.on_cpu)
             self.starting[worker.ready.remote()] = worker
-        while self.waiting and self.idle:
-            job, worker = self.waiting.popleft(), self.idle.pop()
-            claim(job)
+        for _ in range(len(self.waiting)):
+            if not self.idle:
+                break
+            job = self.waiting.popleft()
+            try:
+                if not claim(job):
+                    self.waiting.append(job)
+                    continue
+            except UserError as error:  # its recipe does not even name a run folder
+                self.end(job, Outcome(f"failed: {error}", None, 0.0))
+                continue
+            worker = self.idle.pop()
             self.running[worker.collect.remote(job.cell, job.attempt, job.smaller)] = worker, job
             self.report("started", job, None)
 
@@ -140,9 +168,14 @@ class Sweep:
         second = another(job, outcome)
         if second:
             self.waiting.appendleft(second)
+            self.report("again", job, outcome)
         else:
-            self.outcomes[job.cell] = outcome
-        self.report("again" if second else "done", job, outcome)
+            self.end(job, outcome)
+
+    def end(self, job: Job, outcome: Outcome) -> None:
+        """Note what became of a cell."""
+        self.outcomes[job.cell] = outcome
+        self.report("done", job, outcome)
 
     def welcome(self, future: Any) -> None:
         """Take a new worker, unless its node died before it was there; another one is asked for then."""
@@ -150,10 +183,11 @@ class Sweep:
         try:
             self.ray.get(future)
             self.idle.append(worker)
-        except self.ray.exceptions.RayError:
+        except self.ray.exceptions.RayError as error:
             self.lost += 1
             if self.lost > LOST:
-                raise
+                cause = " ".join(str(error).split())[-300:]
+                raise UserError(f"{self.lost} workers died before their first cell; the last: {cause}") from None
 
     def stop(self) -> None:
         """Let all runs in progress unwind; a second signal cuts that short."""
@@ -170,9 +204,15 @@ def start_ray(ray: Any) -> None:
     python_path = os.pathsep.join(filter(None, (str(UTILS), os.environ.get("PYTHONPATH"))))
     asked = os.environ.get("DEVICES", "")
     cpus = cores() if devices.nvidia_driver() and asked != "cpu" else cpu_slots()
-    own = {"include_dashboard": False, "num_cpus": cpus, "object_store_memory": 10**8}
-    if asked and asked != "cpu" and not address:
-        os.environ["CUDA_VISIBLE_DEVICES"] = asked  # these GPUs alone, a worker for each
+    # local: else Ray joins whatever cluster it finds on this machine
+    own = {"address": "local", "include_dashboard": False, "num_cpus": cpus, "object_store_memory": 10**8}
+    if asked and asked != "cpu":
+        if "cpu" in asked:
+            raise UserError(f"DEVICES={asked}: a sweep trains each cell on one CPU slot; say cpu")
+        if address:
+            raise UserError(f"DEVICES={asked}: a cluster's workers take the GPUs that Ray gives them; leave it away")
+        os.environ["CUDA_VISIBLE_DEVICES"] = ",".join(devices.choose())  # these GPUs alone, a worker for each
+    unwind = signal.getsignal(signal.SIGTERM)
     try:
         ray.init(
             **({"address": address} if address else own),
@@ -185,7 +225,9 @@ def start_ray(ray: Any) -> None:
             },
         )
     except (ConnectionError, RuntimeError, ValueError) as error:
-        raise UserError(f"RAY_ADDRESS={address}: cannot be joined: {' '.join(str(error).split())[:300]}") from None
+        what = f"RAY_ADDRESS={address}: cannot be joined" if address else "Ray cannot be started on this machine"
+        raise UserError(f"{what}: {' '.join(str(error).split())[:300]}") from None
+    signal.signal(signal.SIGTERM, unwind)  # Ray's own kills the runs before they unwind
 
 
 def has_ray_token() -> bool:
@@ -223,27 +265,39 @@ def cpu_slots() -> int:
     return 1 if sys.platform == "darwin" else max(1, min(cores(), psutil.virtual_memory().total // (8 << 30)))
 
 
-def slots(ray: Any) -> int:
-    """How many cells the cluster can train at once, as it is now."""
-    there = ray.cluster_resources()
-    if on_cpu(there):
-        if gpus_per_cell() > 1:
-            raise UserError(f"GPUS_PER_CELL={gpus_per_cell()}: there is no GPU to train on; leave it away")
-        return max(1, int(there.get("CPU", 1)))
-    count = int(there.get("GPU", 0)) // gpus_per_cell()
-    if not count:
-        raise UserError(f"GPUS_PER_CELL={gpus_per_cell()}: the cluster has only {int(there['GPU'])} GPUs")
-    return count
+def choose_devices(ray: Any) -> bool:
+    """Whether this sweep trains on CPUs: as DEVICES=cpu asks, or since there is no GPU.
+
+    It stays so: when the last node with a GPU is lost, cells wait for another. Raises UserError for what is asked and
+    not there.
+    """
+    asked, count = os.environ.get("DEVICES", ""), gpus_per_cell()
+    gpus = [int(there.get("GPU", 0)) for there in nodes(ray)]
+    on_cpu = asked == "cpu" or not any(gpus)
+    if on_cpu and asked not in ("", "cpu"):
+        raise UserError(f"DEVICES={asked}: there is no GPU here; leave it away, or say cpu")
+    if on_cpu and count > 1:
+        raise UserError(f"GPUS_PER_CELL={count}: there is no GPU to train on; leave it away")
+    if not on_cpu and max(gpus) < count:
+        raise UserError(f"GPUS_PER_CELL={count}: no machine has so many GPUs, the largest has {max(gpus)}")
+    return on_cpu
 
 
-def on_cpu(there: dict[str, float]) -> bool:
-    """Whether cells train on CPUs: as asked by DEVICES=cpu, or since the cluster has no GPU."""
-    return os.environ.get("DEVICES") == "cpu" or not there.get("GPU")
+def nodes(ray: Any) -> list[dict[str, float]]:
+    """What each node of the cluster has, as it is now."""
+    return [node["Resources"] for node in ray.nodes() if node["Alive"]]
 
 
-def new_worker(ray: Any, worker_class: type) -> Any:
+def slots(ray: Any, on_cpu: bool) -> int:
+    """How many cells the cluster can train at once, as it is now; the GPUs of a cell are of one node."""
+    if on_cpu:
+        return sum(int(there.get("CPU", 0)) for there in nodes(ray))
+    return sum(min(int(there.get("CPU", 0)), int(there.get("GPU", 0)) // gpus_per_cell()) for there in nodes(ray))
+
+
+def new_worker(ray: Any, worker_class: type, on_cpu: bool) -> Any:
     """A new slot as an actor that sees its own devices alone."""
-    if on_cpu(ray.cluster_resources()):
+    if on_cpu:
         kind = ray.remote(num_cpus=1, num_gpus=0, max_concurrency=2, max_restarts=0)(worker_class)
         return kind.remote(settings(), "" if sys.platform == "darwin" else "cpu")
     kind = ray.remote(num_cpus=1, num_gpus=gpus_per_cell(), max_concurrency=2, max_restarts=0)(worker_class)
@@ -257,11 +311,19 @@ def another(job: Job, outcome: Outcome) -> Job | None:
     return Job(job.cell, secrets.token_hex(4), 2, outcome.again == "memory")
 
 
-def claim(job: Job) -> None:
-    """Note on disk which attempt may give a cell's runs their names."""
-    for folder in status.run_folders(job.cell):
+def claim(job: Job) -> bool:
+    """Note on disk which attempt may give a cell's runs their names.
+
+    False where another program is at work on one, whose run would lose its name. That is no matter to a second attempt:
+    it is the first one that may still be there.
+    """
+    folders = status.run_folders(job.cell)
+    if job.number == 1 and not all(files.is_free(files.beside(folder, "lock")) for folder in folders):
+        return False
+    for folder in folders:
         folder.parent.mkdir(parents=True, exist_ok=True)
         files.write_atomically(files.beside(folder, "attempt"), job.attempt.encode())
+    return True
 
 
 def release(job: Job) -> None:

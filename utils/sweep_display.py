@@ -46,12 +46,19 @@ class Display:
         """Take note of what happened (see sweep.run)."""
         if what == "tick":
             return
+        if what == "waiting":
+            self.say(
+                "nothing can start: no device is free, other programs are at work on what is left, or no machine of "
+                f"the cluster has {sys.executable}"
+            )
+            return
         if what == "started":
             self.running.append(job.cell)
             log = paths.relative(cell_worker.log_of(job.cell))
             self.say(f"started{' again' if job.number > 1 else ''}: {job.cell}, log in {log}")
             return
-        self.running.remove(job.cell)
+        if job.cell in self.running:
+            self.running.remove(job.cell)
         if what == "again":
             self.say(f"will try again: {job.cell}: {outcome.text}")
             return

@@ -48,6 +48,7 @@ def main() -> None:
             if not already_there(folder, identity, rank_config.phase_of(config)):
                 check_pretrain(args.recipe, config)
                 run(args.recipe, config, folder, identity)
+            drop_claim(folder)
     except files.Busy as busy:
         raise UserError(f"{args.recipe} at rank {config['lora_rank']} is running already (it holds {busy})") from None
 
@@ -117,13 +118,13 @@ def run(recipe: Path, config: dict, folder: Path, identity: dict) -> None:
     try:
         wanted = devices.choose()
         devices.pin(wanted)
-        job = {"recipe": str(recipe.absolute()), "config": dict(config), "staging": str(staging), "devices": wanted}
+        job = {"recipe": str(recipe), "config": dict(config), "staging": str(staging), "devices": wanted}
         job["pictures"] = any(data["pictures"] for data in identity["data"])
         key = run_identity.tokens_key(identity) if os.environ.get("PARAGEN_TOKENS") else None
         job["tokens"] = str(Path(os.environ["PARAGEN_TOKENS"], key)) if key else None
         say(f"{phase} {recipe.name} at rank {config['lora_rank']} -> {paths.relative(folder)}")
-        if os.environ.get("PARAGEN_HALVE_BATCH"):
-            job["config"] |= devices.halve_batch(config, models.has_processor(base_of(recipe, config)))
+        halved = bool(os.environ.get("PARAGEN_HALVE_BATCH"))
+        job["config"] |= devices.share_batch(config, len(wanted), halved, models.has_processor(base_of(recipe, config)))
         if len(wanted) > 1:
             spread(job, len(wanted))
         else:
@@ -215,11 +216,16 @@ def check_attempt(folder: Path, attempt: str | None = None) -> None:
         raise UserError(f"{paths.relative(folder)}: another attempt took this run over; nothing of this one is kept")
 
 
+def drop_claim(folder: Path) -> None:
+    """Forget that a sweep gave this run to this attempt: it is whole. A sweep that is killed now leaves no claim."""
+    mine, claim = os.environ.get("PARAGEN_ATTEMPT"), files.beside(folder, "attempt")
+    if mine and claim.is_file() and claim.read_text() == mine:
+        claim.unlink()
+
+
 def spread(job: dict, count: int) -> None:
     """Run the job in one process per device, through torchrun on our own script; they die with this process."""
     path = Path(job["staging"], "job.json")
-    base = base_of(Path(job["recipe"]), job["config"])
-    job["config"] |= devices.split_batch(job["config"], count, models.has_processor(base))
     files.write_json(path, job)
     worker = Path(__file__).with_name("train_worker.py")
     command = [sys.executable, "-m", "torch.distributed.run", "--standalone", f"--nproc-per-node={count}", worker, path]

@@ -105,6 +105,7 @@ def train(job: dict) -> None:
 def keep_tokens(made: Path, kept: Path) -> None:
     """Give tokenised rows their place in the cache, unless another run was faster."""
     kept.parent.mkdir(parents=True, exist_ok=True)
+    files.sync_tree(made)
     try:
         made.rename(kept)
     except OSError as error:
