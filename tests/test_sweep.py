@@ -103,6 +103,7 @@ def stop(node: subprocess.Popen) -> None:
         node.wait()
 
 
+@pytest.mark.slow
 def test_a_node_that_is_killed_costs_time_alone(repository, cluster):
     address, nodes = cluster
     run = sweep(repository, RANKS="2 4", RAY_ADDRESS=address)
@@ -166,6 +167,7 @@ def below(run: subprocess.Popen) -> list[tuple[int, int, str]]:
     return found
 
 
+@pytest.mark.slow
 def test_a_killed_worker_and_a_killed_run_cost_an_attempt_each(repository):
     run = sweep(repository, RANKS="2 4 8")
     saves = repository / "saves" / CATEGORY

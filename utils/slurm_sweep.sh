@@ -1,7 +1,7 @@
 #!/usr/bin/env bash
 # Collect a category on a Slurm allocation: one Ray node per Slurm node, a worker per GPU, the sweep on the first node.
-#   sbatch --nodes=4 --gpus-per-node=8 --time=12:00:00 utils/slurm_sweep.sh CATEGORY [DATASET ...]
-#   MODELS="qwen2.5-0.5b" RANKS="4 8" sbatch --nodes=2 --gpus-per-node=8 utils/slurm_sweep.sh math
+#   sbatch --nodes=4 --gpus-per-node=8 --cpus-per-gpu=8 --time=12:00:00 utils/slurm_sweep.sh CATEGORY [DATASET ...]
+#   MODELS="qwen2.5-0.5b" RANKS="4 8" sbatch --nodes=2 --gpus-per-node=8 --cpus-per-gpu=8 utils/slurm_sweep.sh math
 # The repository lies on storage that all nodes share, with data, models and .venv in it (make setup on the login node).
 # Requeued or submitted again, it goes on where it was. Nodes that come later get cells later; a lost one costs time.
 #SBATCH --job-name=collect
@@ -10,7 +10,7 @@
 set -euo pipefail
 
 if [ "$#" -lt 1 ]; then
-    echo "usage: sbatch --nodes=N --gpus-per-node=G utils/slurm_sweep.sh CATEGORY [DATASET ...]" >&2
+    echo "usage: sbatch --nodes=N --gpus-per-node=G --cpus-per-gpu=C utils/slurm_sweep.sh CATEGORY [DATASET ...]" >&2
     exit 1
 fi
 # Slurm runs a copy of this file, so its own place does not tell where the repository is; where sbatch was called does.
