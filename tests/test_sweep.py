@@ -179,6 +179,8 @@ def test_a_killed_worker_and_a_killed_run_cost_an_attempt_each(repository):
     output = run.communicate()[0]
     assert run.returncode == 0, output
     assert "its worker died" in output and "killed by signal 9" in output and output.count("started again: ") == 2
+    first = list(saves.glob("*/*_finetune_attempt-1.log"))
+    assert len(first) == 2 and all(path.read_text() for path in first), "what the first attempts wrote is kept"
     assert len(list(saves.glob("*/*_finetune/manifest.json"))) == 12 and left_over(repository) == []
 
 

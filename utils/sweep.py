@@ -168,7 +168,7 @@ class Sweep:
         second = another(job, outcome)
         if second:
             self.waiting.appendleft(second)
-            self.report("again", job, outcome)
+            self.report("again", job, set_log_aside(job, outcome))
         else:
             self.end(job, outcome)
 
@@ -309,6 +309,15 @@ def another(job: Job, outcome: Outcome) -> Job | None:
     if job.number > 1 or outcome.again is None:
         return None
     return Job(job.cell, secrets.token_hex(4), 2, outcome.again == "memory")
+
+
+def set_log_aside(job: Job, outcome: Outcome) -> Outcome:
+    """Keep the log of an attempt that another one follows, under a name of its own; the outcome with that name."""
+    log = cell_worker.log_of(job.cell)
+    aside = log.with_name(f"{log.stem}_attempt-{job.number}.log")
+    if log.is_file():
+        log.replace(aside)
+    return outcome._replace(text=outcome.text.replace(paths.relative(log), paths.relative(aside)))
 
 
 def claim(job: Job) -> bool:
