@@ -152,13 +152,13 @@ def repository(tmp_path, model_folder) -> Path:
 
 
 @pytest.fixture
-def place(tmp_path, monkeypatch) -> handmade.Workplace:
+def place(tmp_path, monkeypatch) -> handmade.Place:
     """A saves/ and a data/ for handmade collections, which every script of this process takes for its own."""
-    return handmade.Workplace(tmp_path / "work place", monkeypatch)
+    return handmade.Place(tmp_path / "my place", monkeypatch)
 
 
 @pytest.fixture
-def trained_place(place, trained_once) -> handmade.Workplace:
+def trained_place(place, trained_once) -> handmade.Place:
     """The same with the really trained collection."""
     shutil.copytree(trained_once.top / "saves", place.saves, dirs_exist_ok=True)
     shutil.copytree(trained_once.top / "data", place.data)

@@ -96,7 +96,7 @@ def collect(
     return run
 
 
-class Workplace:
+class Place:
     """A user's saves/ and data/, and the command that exports from them."""
 
     def __init__(self, top: Path, monkeypatch):
