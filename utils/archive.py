@@ -24,7 +24,7 @@ import files
 import paths
 import run_identity
 from archive_read import FORMAT, load_step, opened, read_all, read_files, read_manifest, steps_of
-from archive_write import SMALL, SUFFIX, converted, write
+from archive_write import SUFFIX, converted, write
 from cli import UserError, say
 
 __all__ = [
@@ -71,7 +71,7 @@ def restore(archives: list[Path], saves: Path) -> Path:
             f"{missing[0]}; give the folder that holds all parts"
         )
     small = read_files(archives[0])
-    if strange := sorted(small.keys() - {paths.MANIFEST, *SMALL}):
+    if strange := sorted(small.keys() - {paths.MANIFEST, *collection.BESIDE}):
         raise UserError(f"{paths.relative(archives[0])}: holds {strange[0]!r}, which belongs to no collection")
     folder = saves / place_of(manifest, paths.relative(archives[0]))
     folder = folder.resolve() if folder.is_symlink() else folder
@@ -139,7 +139,7 @@ def _unpack(archives: list[Path], entries: dict[int, dict], small: dict[str, byt
             for step, data in read_all(path):
                 check_recorded(path, entries, step, data)
                 files.write_atomically(staging / collection.checkpoint_name(step), data)
-        for name in (*SMALL, paths.MANIFEST):
+        for name in (*collection.BESIDE, paths.MANIFEST):
             if name in small:
                 files.write_atomically(staging / name, small[name])
         if faults := collection.faults_of(staging, collection.read_manifest(staging)):

@@ -24,8 +24,6 @@ from cli import UserError
 SUFFIX = ".archive"
 GROUP, STRIDE = 16, 4  # steps
 PAYS = 0.9  # a plane is compressed when that leaves at most this share of it
-CONFIG = "adapter_config.json"
-SMALL = (CONFIG, collection.LOG, collection.PICTURE)  # files beside manifest and checkpoints
 INDEX_BLOCK = 140  # bytes that a block takes in the index, at most
 
 
@@ -43,8 +41,8 @@ def write(folder: Path, manifest: dict, target: Path, part_bytes: int | None = N
     for a file that differs from what was recorded and for a `part_bytes` too small for one checkpoint.
     """
     dtype, manifest_bytes = _source_of(folder, manifest)
-    small = {paths.MANIFEST: manifest_bytes, CONFIG: checkpoints.adapter_config_bytes(folder, manifest)}
-    small |= {name: (folder / name).read_bytes() for name in SMALL[1:] if (folder / name).is_file()}
+    small = {paths.MANIFEST: manifest_bytes, paths.ADAPTER_CONFIG: checkpoints.adapter_config_bytes(folder, manifest)}
+    small |= {name: (folder / name).read_bytes() for name in collection.BESIDE[1:] if (folder / name).is_file()}
     left, parts = list(manifest["checkpoints"]), []
     try:
         while left or not parts:

@@ -12,6 +12,7 @@ from multiprocessing import Process
 from pathlib import Path
 from typing import NamedTuple
 
+import cli
 import collect
 import files
 import forked
@@ -85,7 +86,7 @@ class CellWorker:
         if failed := self._run("verify", ["--recipe", str(cell.finetune), str(cell.rank)], settings, log):
             return failed
         self.finished(cell, "finetune")
-        if os.environ.get("PRUNE_PRETRAIN", "") not in ("", "0"):
+        if cli.asked("PRUNE_PRETRAIN"):
             prune(status.run_folders(cell)[0])
         return None, COLLECTED
 

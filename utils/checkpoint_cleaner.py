@@ -24,7 +24,7 @@ import paths
 from cli import UserError, say
 
 DEFAULT_KEEP = 100
-CONFIG, STATE = "adapter_config.json", "trainer_state.json"
+STATE = "trainer_state.json"
 
 
 class Outcome(NamedTuple):
@@ -137,7 +137,7 @@ def check_adapter(checkpoint: Path) -> None:
     from safetensors.torch import load_file
 
     try:
-        adapter = json.loads((checkpoint / CONFIG).read_bytes())
+        adapter = json.loads((checkpoint / paths.ADAPTER_CONFIG).read_bytes())
         load_file(checkpoint / paths.ADAPTER)
     except FileNotFoundError as error:
         raise UserError(f"{error.filename or checkpoint / paths.ADAPTER}: is missing; nothing was changed") from None
@@ -172,14 +172,14 @@ def rebuild(folder: Path, kept: list[Path]) -> Outcome:
         for name in (collection.LOG, collection.PICTURE):
             if (folder / name).is_file():
                 shutil.copyfile(folder / name, staging / name)
-        adapter = json.loads((kept[-1] / CONFIG).read_bytes())
+        adapter = json.loads((kept[-1] / paths.ADAPTER_CONFIG).read_bytes())
         base = base_of(adapter)
-        shutil.copyfile(kept[-1] / CONFIG, staging / CONFIG)
-        collection.set_base_name(staging / CONFIG, base)
+        shutil.copyfile(kept[-1] / paths.ADAPTER_CONFIG, staging / paths.ADAPTER_CONFIG)
+        collection.set_base_name(staging / paths.ADAPTER_CONFIG, base)
         identity = {"recipe": None, "data": None, "base_model": base, "tokenizer": None, "pretrain": None}
         unknown = ("seed", "device", "processes", "precision", "rows_at_a_time", "accumulated", "trained_rows",
                    "total_steps", "versions", "attempt")  # fmt: skip
-        facts = {**dict.fromkeys(unknown), "adapter_config_sha256": files.sha256_of(staging / CONFIG)}
+        facts = {**dict.fromkeys(unknown), "adapter_config_sha256": files.sha256_of(staging / paths.ADAPTER_CONFIG)}
         manifest = collection.manifest_of(folder, "finetune", adapter["r"], identity, entries, facts)
         files.write_json(staging / collection.MANIFEST, manifest)
         faults = collection.faults_of(staging, manifest)

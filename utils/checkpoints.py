@@ -174,7 +174,7 @@ def adapter_config(folder: Path, manifest: dict[str, Any]) -> dict[str, Any]:
 
 def adapter_config_bytes(folder: Path, manifest: dict[str, Any]) -> bytes:
     """The bytes of a collection's adapter_config.json. Raises UserError when it is gone or was edited."""
-    path = folder / "adapter_config.json"
+    path = folder / paths.ADAPTER_CONFIG
     try:
         data = path.read_bytes()
     except FileNotFoundError:

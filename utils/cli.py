@@ -29,6 +29,11 @@ def say(line: str) -> None:
     print(line, flush=True)
 
 
+def asked(name: str) -> bool:
+    """Whether a switch of the environment, such as FORCE, is on: set, and not 0."""
+    return os.environ.get(name, "") not in ("", "0")
+
+
 def print_table(head: tuple[str, ...], rows: list[tuple[str, ...]]) -> None:
     """Print rows under their heads, columns aligned."""
     widths = [max(len(row[column]) for row in [head, *rows]) for column in range(len(head))]

@@ -26,6 +26,7 @@ KEYS = {
 }  # fmt: skip
 CHECKPOINT_FILE = re.compile(r"checkpoint-\d+\.safetensors")
 LOG, PICTURE = "trainer_log.jsonl", "training_loss.png"
+BESIDE = (paths.ADAPTER_CONFIG, LOG, PICTURE)  # the files of a collection beside its manifest and checkpoints
 PACKAGES = ("llamafactory", "transformers", "peft", "accelerate", "datasets", "torch", "safetensors")
 
 
@@ -234,7 +235,7 @@ def faults_of(folder: Path, manifest: dict) -> list[str]:
     entries = manifest["checkpoints"]
     faults = [] if entries else ["the manifest lists no checkpoint"]
     expected = {checkpoint_name(entry["step"]) for entry in entries}
-    expected |= {MANIFEST, "adapter_config.json", LOG, PICTURE}
+    expected |= {MANIFEST, *BESIDE}
     there = {path.name for path in folder.iterdir()}
     faults += [f"{name} is missing" for name in sorted(expected - there - {LOG, PICTURE})]
     faults += [f"{name} does not belong here" for name in sorted(there - expected)]
@@ -244,7 +245,7 @@ def faults_of(folder: Path, manifest: dict) -> list[str]:
     kept = manifest["recipe"] and manifest["recipe"].get("save_total_limit")
     if kept and len(steps) != kept:
         faults.append(f"{len(steps)} checkpoints, but the recipe keeps {kept}")
-    config = folder / "adapter_config.json"
+    config = folder / paths.ADAPTER_CONFIG
     if config.name in there and files.sha256_of(config) != manifest["adapter_config_sha256"]:
         faults.append(f"{config.name} does not have its recorded sha256")
     present = [entry for entry in entries if checkpoint_name(entry["step"]) in there]
@@ -303,7 +304,7 @@ def peft_faults(folder: Path, step: int, base: Path) -> list[str]:
     with tempfile.TemporaryDirectory() as adapter:
         for name, source in (
             (paths.ADAPTER, folder / checkpoint_name(step)),
-            ("adapter_config.json", folder / "adapter_config.json"),
+            (paths.ADAPTER_CONFIG, folder / paths.ADAPTER_CONFIG),
         ):
             os.symlink(source.absolute(), Path(adapter, name))
         try:

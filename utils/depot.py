@@ -13,6 +13,7 @@ from pathlib import Path
 from typing import NamedTuple
 
 import cell_worker
+import cli
 import collection
 import dataset_info
 import files
@@ -185,7 +186,7 @@ class Depot:
             raise UserError(f"{'; '.join(changed)}: changed while it was trained on; run it again")
         train.check_attempt(folder, attempt)
         files.publish_folder(staging, folder)
-        if phase == "finetune" and os.environ.get("PRUNE_PRETRAIN", "") not in ("", "0"):
+        if phase == "finetune" and cli.asked("PRUNE_PRETRAIN"):
             files.remove_folder(taken.folders["pretrain"])
 
     def end(self, attempt: str) -> None:
@@ -284,9 +285,9 @@ def check_manifest(staging: Path, folder: Path) -> dict:
         raise UserError(f"{paths.relative(folder)}: came back without manifest.json; run it again")
     entries, names = manifest["checkpoints"], {collection.MANIFEST, collection.LOG, collection.PICTURE}
     if manifest["phase"] == "finetune":
-        names |= {"adapter_config.json", *(collection.checkpoint_name(entry["step"]) for entry in entries)}
+        names |= {paths.ADAPTER_CONFIG, *(collection.checkpoint_name(entry["step"]) for entry in entries)}
         collection.read_back(staging, entries)
-        whole = files.sha256_of(staging / "adapter_config.json") == manifest["adapter_config_sha256"]
+        whole = files.sha256_of(staging / paths.ADAPTER_CONFIG) == manifest["adapter_config_sha256"]
     else:
         checkpoints = {entry["step"]: staging / f"checkpoint-{entry['step']}" for entry in entries}
         names |= {path.name for path in checkpoints.values()}

@@ -17,6 +17,7 @@ import exported
 import files
 import index
 import parallel
+import paths
 from cli import UserError
 
 BUDGET = 1 << 30  # bytes that the steps which are worked on together may take
@@ -71,7 +72,7 @@ def write(one: index.Chosen, source: dict[str, Any], folder: Path, budget: int =
         for entry, tensors in zip(entries[part], steps, strict=True):
             path = folder / collection.checkpoint_name(entry["step"])
             files.write_atomically(path, save(tensors, metadata={"format": "pt"}))
-    files.write_json(folder / "adapter_config.json", config)
+    files.write_json(folder / paths.ADAPTER_CONFIG, config)
     files.write_json(folder / ABOUT, about(one, source))
 
 

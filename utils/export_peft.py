@@ -23,7 +23,6 @@ from cli import UserError, say
 from index import Chosen
 
 FORMAT = "peft"
-CONFIG = "adapter_config.json"
 # The values that vLLM takes for --max-lora-rank (vllm/config/lora.py); it refuses an adapter of a larger rank.
 VLLM_RANKS = (1, 8, 16, 32, 64, 128, 256, 320, 512)
 # Layers that vLLM and SGLang know from Llama-like models; of those of GPT-2 and BERT they know none.
@@ -141,7 +140,9 @@ def write_adapter(one: Planned, entry: dict, folder: Path, dtype: str | None) ->
     """Write the adapter folder of one step."""
     folder.mkdir(parents=True)
     exported.write_checkpoint(one.chosen.folder, entry, folder / paths.ADAPTER, dtype)
-    (folder / CONFIG).write_text(json.dumps(one.config, indent=2, ensure_ascii=False) + "\n", encoding="utf-8")
+    (folder / paths.ADAPTER_CONFIG).write_text(
+        json.dumps(one.config, indent=2, ensure_ascii=False) + "\n", encoding="utf-8"
+    )
     (folder / "README.md").write_text(card_of(one, entry, dtype), encoding="utf-8")
 
 

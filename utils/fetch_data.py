@@ -23,6 +23,7 @@ from typing import Any
 import httpx
 from tqdm import tqdm
 
+import cli
 import dataset_info
 import files
 import register_dataset
@@ -72,7 +73,7 @@ def main() -> int:
     if not names:
         raise UserError(f"{asked.category}: holds none of {', '.join(datasets)}; leave CATEGORY= away")
     base = asked.source or os.environ.get(SOURCE_VARIABLE) or UPSTREAM.format_map(table)
-    force = asked.force or os.environ.get("FORCE", "") not in ("", "0")
+    force = asked.force or cli.asked("FORCE")
     return bring_all({name: table["files"][name] for name in names}, base, force, asked.tries, asked.data_dir)
 
 

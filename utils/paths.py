@@ -16,6 +16,7 @@ SAVES = ROOT / "saves"
 CATEGORIES = ("coding", "common-sense-reasoning", "math", "multimodal")
 PHASES = ("pretrain", "finetune")
 ADAPTER = "adapter_model.safetensors"  # PEFT's name for the weights in a checkpoint folder
+ADAPTER_CONFIG = "adapter_config.json"  # PEFT's name for its settings
 MANIFEST = "manifest.json"
 INDEX = "index.parquet"  # below saves/, as are the folders of what is made from collections and can be made again:
 DERIVED = ("exports", "stats", "report", "publish")

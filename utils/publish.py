@@ -35,7 +35,7 @@ FORCE_HINT = "FORCE=1 removes them there"
 
 def main() -> None:
     repository = hub_errors.repository_of(os.environ.get("REPO", ""), "make publish")
-    raw, private, dry = (asked(name) for name in ("RAW", "PRIVATE", "DRY_RUN"))
+    raw, private, dry = (cli.asked(name) for name in ("RAW", "PRIVATE", "DRY_RUN"))
     if not dry:
         hub_transfer.allow_hub()
         hub_errors.translated(repository, None, require_account, uploads=True)
@@ -54,11 +54,6 @@ def main() -> None:
             say(f"{paths.relative(tree)}: this is what `make publish REPO={repository}` would upload")
             return
         hub_errors.translated(repository, None, lambda: upload(repository, tree, private), uploads=True)
-
-
-def asked(name: str) -> bool:
-    """Whether a switch of the environment is on."""
-    return os.environ.get(name, "") not in ("", "0")
 
 
 def rows_of(chosen: list[index.Chosen]) -> "pa.Table":
@@ -83,7 +78,7 @@ def refuse(chosen: list[index.Chosen], tree: Path, raw: bool) -> None:
             base = paths.MODELS / ((item.manifest["base_model"] or {}).get("name") or "unknown")
             if not faults and (base / "config.json").is_file():
                 faults += collection.peft_faults(item.folder, item.manifest["checkpoints"][-1]["step"], base)
-        if not asked("ALLOW_UNKNOWN_LICENSE"):
+        if not cli.asked("ALLOW_UNKNOWN_LICENSE"):
             hint = "or publish it as unknown with ALLOW_UNKNOWN_LICENSE=1"
             faults += [f"{fault}, {hint}" for fault in licenses.unknown(item.manifest, paths.DATA, paths.MODELS)]
         for fault in faults:
@@ -143,7 +138,7 @@ def upload(repository: str, tree: Path, private: bool) -> None:
         raise UserError(f"{repository}: is public already; make it private in its settings, or leave PRIVATE away")
     ours = publish_tree.files_of(tree)
     strangers = sorted({file.rfilename for file in info.siblings or []} - {*ours, ".gitattributes"})
-    if strangers and not asked("FORCE"):
+    if strangers and not cli.asked("FORCE"):
         raise UserError(
             f"{repository}: holds {len(strangers)} files that are not in this selection, such as {strangers[0]}; "
             f"select what they are of, too, name another REPO, or: {FORCE_HINT}"

@@ -37,7 +37,7 @@ FILE_BYTES = 20_000_000_000
 PART_BYTES = 5_000_000_000  # an upload that was cut off sends at most so much again
 COLLECTIONS = "collections"
 INFO = "data/dataset_info.json"
-OTHER_FILES = ("manifest.json", "adapter_config.json", collection.LOG, collection.PICTURE)
+OTHER_FILES = (paths.MANIFEST, *collection.BESIDE)
 RECORD = ".cache/publish.json"  # which part was made from what; not uploaded
 SEVERAL = "publish several repositories: select with CATEGORY, DATASET, MODEL and RANK"
 

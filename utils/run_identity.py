@@ -6,11 +6,11 @@ tokenizer and pretrain: contents and hashes, never this machine's paths.
 
 import ast
 import json
-import os
 import re
 from importlib.metadata import version
 from pathlib import Path
 
+import cli
 import dataset_info
 import files
 import models
@@ -215,7 +215,7 @@ def check_resumable(checkpoint: Path, rank: int, how_to_make: str) -> None:
             f"{paths.relative(checkpoint)}: cannot be resumed, {missing[0]} is missing; "
             "a pretrain recipe keeps it with save_only_model: false"
         )
-    with open(checkpoint / "adapter_config.json", encoding="utf-8") as file:
+    with open(checkpoint / paths.ADAPTER_CONFIG, encoding="utf-8") as file:
         there = json.load(file).get("r")
     if there != rank:
         raise UserError(
@@ -225,4 +225,4 @@ def check_resumable(checkpoint: Path, rank: int, how_to_make: str) -> None:
 
 def force_asked() -> bool:
     """Whether the user said FORCE=1: redo what is complete or stale."""
-    return os.environ.get("FORCE", "") not in ("", "0")
+    return cli.asked("FORCE")

@@ -37,7 +37,7 @@ NOTES = ".staged"  # below a node's folder: what is known of each file in it
 
 def asked() -> bool:
     """Whether the user said STAGE=1. Raises UserError where the driver is on no node of the cluster."""
-    if os.environ.get("STAGE", "") in ("", "0"):
+    if not cli.asked("STAGE"):
         return False
     address = os.environ.get("RAY_ADDRESS", "")
     if address.startswith("ray://"):
@@ -123,7 +123,7 @@ class StagedWorker(CellWorker):
 
     def finished(self, cell: Cell, phase: str) -> None:
         """Send a run back that is whole here."""
-        if not self.elsewhere or (phase == "pretrain" and (self.job[1].has_pretrain or pruned())):
+        if not self.elsewhere or (phase == "pretrain" and (self.job[1].has_pretrain or cli.asked("PRUNE_PRETRAIN"))):
             return
         folder = dict(zip(paths.PHASES, status.run_folders(cell), strict=True))[phase]
         send(self, folder, self.job[0], phase)
@@ -174,11 +174,6 @@ class StagedWorker(CellWorker):
             thread.join()
             with contextlib.suppress(OSError, UserError):
                 report()
-
-
-def pruned() -> bool:
-    """Whether pretrain folders are not kept."""
-    return os.environ.get("PRUNE_PRETRAIN", "") not in ("", "0")
 
 
 def stage_folder(settings: dict[str, str]) -> Path:

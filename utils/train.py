@@ -137,7 +137,7 @@ def run(recipe: Path, config: dict, folder: Path, identity: dict) -> None:
         finish = finish_finetune if phase == "finetune" else finish_pretrain
         checkpoints = finish(staging, folder, identity)
         if phase == "finetune":
-            facts["adapter_config_sha256"] = files.sha256_of(staging / "adapter_config.json")
+            facts["adapter_config_sha256"] = files.sha256_of(staging / paths.ADAPTER_CONFIG)
         if changed := run_identity.changes(identity, run_identity.identity_of(recipe, config)):
             raise UserError(f"{'; '.join(changed)}: changed while it was trained on; run it again")
         manifest = collection.manifest_of(folder, phase, config["lora_rank"], identity, checkpoints, facts)
@@ -167,10 +167,10 @@ def finish_finetune(staging: Path, folder: Path, identity: dict) -> list[dict]:
     collection.check_finite(staging / paths.ADAPTER)
     if not collection.same_tensors(staging / collection.checkpoint_name(entries[-1]["step"]), staging / paths.ADAPTER):
         raise RuntimeError("the last collected checkpoint is not the adapter that LLaMA-Factory saved at its end")
-    collection.set_base_name(staging / "adapter_config.json", identity["base_model"])
+    collection.set_base_name(staging / paths.ADAPTER_CONFIG, identity["base_model"])
     collection.draw_loss(staging, folder.name, kept_from=entries[0]["step"])
     names = {collection.checkpoint_name(entry["step"]) for entry in entries}
-    collection.tidy(staging, {*names, "adapter_config.json", collection.LOG, collection.PICTURE})
+    collection.tidy(staging, {*names, *collection.BESIDE})
     return entries
 
 
@@ -185,8 +185,8 @@ def finish_pretrain(staging: Path, folder: Path, identity: dict) -> list[dict]:
     entries = []
     for checkpoint in saved:
         resumed = {path.name for path in checkpoint.iterdir() if run_identity.is_resumed(path.name)}
-        collection.tidy(checkpoint, {"adapter_config.json", "scaler.pt", *resumed})
-        collection.set_base_name(checkpoint / "adapter_config.json", identity["base_model"])
+        collection.tidy(checkpoint, {paths.ADAPTER_CONFIG, "scaler.pt", *resumed})
+        collection.set_base_name(checkpoint / paths.ADAPTER_CONFIG, identity["base_model"])
         step = run_identity.step_of(checkpoint)
         log = logged.get(step, {})
         entries.append({
