@@ -234,3 +234,11 @@ def test_a_selection_that_makes_no_sense_is_refused(place, setting):
     place.collect()
     assert next(iter(setting.values())) in place.refused("peft", **setting)
     assert not place.out.exists()
+
+
+@pytest.mark.skipif(not Path("/proc/self").exists(), reason="needs a file system that takes no folders")
+def test_an_out_that_cannot_be_made_is_one_line(place):
+    place.collect(dataset="A")
+    assert "/proc/x: cannot be made: No such file or directory; choose another OUT" in place.refused(
+        "canonical", OUT="/proc/x"
+    )

@@ -40,7 +40,10 @@ def part(
     """
     if not PurePosixPath(name).parts or not {"..", "/"}.isdisjoint(PurePosixPath(name).parts):
         raise UserError(f"{name!r}: would lie outside of {paths.relative(out)}; rename the dataset")
-    out.mkdir(parents=True, exist_ok=True)
+    try:
+        out.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise UserError(f"{paths.relative(out)}: cannot be made: {error.strerror}; choose another OUT") from None
     target = out / name
     with files.lock(out / f".{RECORD}.lock", waiting=f"waiting for another export into {out}"):
         if is_there(out, name, source):
