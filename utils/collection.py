@@ -9,6 +9,7 @@ import os
 import platform
 import re
 import tempfile
+from concurrent.futures import ThreadPoolExecutor
 from importlib.metadata import version
 from pathlib import Path
 from typing import Any
@@ -160,10 +161,14 @@ def attempt_facts(attempt: str, started: str, finished: str) -> dict[str, Any]:
 
 def read_back(folder: Path, checkpoints: list[dict]) -> None:
     """Raise unless each checkpoint file of a collection is on disk with the bytes that were recorded."""
-    for entry in checkpoints:
+
+    def check(entry: dict) -> None:
         path = folder / checkpoint_name(entry["step"])
         if not path.is_file() or path.stat().st_size != entry["bytes"] or files.sha256_of(path) != entry["sha256"]:
             raise UserError(f"{path}: does not hold what was written (a failing disk?); run it again")
+
+    with ThreadPoolExecutor(min(8, os.cpu_count() or 1)) as threads:
+        list(threads.map(check, checkpoints))
 
 
 def same_tensors(one: Path, other: Path) -> bool:

@@ -12,7 +12,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from peft import PeftModel, get_peft_model_state_dict
+from peft import PeftConfig, PeftModel, get_peft_model_state_dict
 from safetensors.torch import save
 from transformers import TrainerCallback
 
@@ -100,7 +100,7 @@ class Collector(TrainerCallback):
             raise UserError("a collection holds LoRA adapters, but this recipe trains no PEFT model")
         # These share the parameters' memory, which the optimizer updates in place, so one look-up serves all steps.
         live = get_peft_model_state_dict(adapter)
-        save_adapter_config(adapter, self.folder)
+        save_config(adapter.peft_config["default"], self.folder)
         for _ in range(IN_FLIGHT):
             self.free.put(Frame(live))
         self.writer = threading.Thread(target=self._write_all, name="collector", daemon=True)
@@ -199,9 +199,8 @@ class Frame:
         return memoryview(self.bytes.numpy())
 
 
-def save_adapter_config(model: PeftModel, folder: Path) -> None:
-    """PEFT's adapter_config.json for a checkpoint of this model, as its own `save_pretrained` writes it."""
-    config = model.peft_config["default"]
+def save_config(config: PeftConfig, folder: Path) -> None:
+    """PEFT's adapter_config.json for a checkpoint with these settings, as its own `save_pretrained` writes it."""
     trained_for = config.inference_mode
     config.inference_mode = True
     try:

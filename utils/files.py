@@ -12,13 +12,13 @@ from pathlib import Path
 from typing import Any
 
 
-def write_atomically(path: Path, data: bytes | memoryview) -> None:
-    """Put `data` at `path` so that no reader, also after a crash, ever sees a part of it."""
+def write_atomically(path: Path, *parts: bytes | memoryview) -> None:
+    """Put `parts`, one behind the other, at `path` so that no reader, also after a crash, ever sees a part of it."""
     path = Path(path)
     temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
     try:
         with open(temporary, "wb") as file:
-            file.write(data)
+            file.writelines(parts)
             file.flush()
             os.fsync(file.fileno())
         os.replace(temporary, path)

@@ -19,6 +19,7 @@ import sys
 from collections.abc import Iterator
 from datetime import UTC, datetime
 from pathlib import Path
+from typing import NamedTuple
 
 import cli
 import collection
@@ -108,21 +109,11 @@ def check_pretrain(recipe: Path, config: dict) -> None:
 
 def run(recipe: Path, config: dict, folder: Path, identity: dict) -> None:
     """Train into a staging folder beside the run folder, make it whole, give it its name."""
-    attempt, started = secrets.token_hex(4), now()
-    recipe = recipe.absolute()  # the training changes the current folder
-    phase = rank_config.phase_of(config)
-    if phase == "pretrain" and config.get("resume_from_checkpoint"):
-        say(f"save_steps is {config.get('save_steps')}, not 1: this run resumes and trains on, but collects nothing")
-    staging = files.beside(folder, f"staging-{attempt}")
-    staging.mkdir(parents=True)
-    try:
+    with staged(recipe, config, folder, identity) as attempt:
         wanted = devices.choose()
         devices.pin(wanted)
-        job = {"recipe": str(recipe), "config": dict(config), "staging": str(staging), "devices": wanted}
-        job["pictures"] = any(data["pictures"] for data in identity["data"])
-        key = run_identity.tokens_key(identity) if os.environ.get("PARAGEN_TOKENS") else None
-        job["tokens"] = str(Path(os.environ["PARAGEN_TOKENS"], key)) if key else None
-        say(f"{phase} {recipe.name} at rank {config['lora_rank']} -> {paths.relative(folder)}")
+        job = job_of(attempt, wanted)
+        say(f"{attempt.phase} {recipe.name} at rank {config['lora_rank']} -> {paths.relative(folder)}")
         halved = bool(os.environ.get("PARAGEN_HALVE_BATCH"))
         job["config"] |= devices.share_batch(config, len(wanted), halved, models.has_processor(base_of(recipe, config)))
         if len(wanted) > 1:
@@ -131,19 +122,37 @@ def run(recipe: Path, config: dict, folder: Path, identity: dict) -> None:
             import train_worker  # imports LLaMA-Factory: after the devices are pinned
 
             train_worker.train(job)
-        facts = json.loads((staging / "facts.json").read_bytes())
-        facts |= collection.attempt_facts(attempt, started, now())
-        facts = {"seed": config.get("seed", rank_config.DEFAULT_SEED), **facts}
-        finish = finish_finetune if phase == "finetune" else finish_pretrain
-        checkpoints = finish(staging, folder, identity)
-        if phase == "finetune":
-            facts["adapter_config_sha256"] = files.sha256_of(staging / paths.ADAPTER_CONFIG)
-        if changed := run_identity.changes(identity, run_identity.identity_of(recipe, config)):
-            raise UserError(f"{'; '.join(changed)}: changed while it was trained on; run it again")
-        manifest = collection.manifest_of(folder, phase, config["lora_rank"], identity, checkpoints, facts)
-        files.write_json(staging / collection.MANIFEST, manifest)
-        check_attempt(folder)
-        files.publish_folder(staging, folder)
+        if attempt.phase == "finetune":
+            check_last(attempt.staging)
+        complete(attempt, json.loads((attempt.staging / "facts.json").read_bytes()))
+
+
+class Attempt(NamedTuple):
+    """One try at a run: what is trained, and the staging folder that becomes its run folder."""
+
+    recipe: Path  # absolute: the training changes the current folder
+    config: dict
+    folder: Path
+    identity: dict
+    staging: Path
+    id: str
+    started: str
+
+    @property
+    def phase(self) -> str:
+        return rank_config.phase_of(self.config)
+
+
+@contextlib.contextmanager
+def staged(recipe: Path, config: dict, folder: Path, identity: dict) -> Iterator[Attempt]:
+    """A new attempt at a run while the body trains and completes it; what is left of its staging folder is removed."""
+    attempt, started = secrets.token_hex(4), now()
+    staging = files.beside(folder, f"staging-{attempt}")
+    if rank_config.phase_of(config) == "pretrain" and config.get("resume_from_checkpoint"):
+        say(f"save_steps is {config.get('save_steps')}, not 1: this run resumes and trains on, but collects nothing")
+    staging.mkdir(parents=True)
+    try:
+        yield Attempt(recipe.absolute(), config, folder, identity, staging, attempt, started)
     except RuntimeError as error:
         if shutil.disk_usage(staging).free < FULL:  # torch.save says "unexpected pos" and hides the cause
             raise UserError(
@@ -152,7 +161,45 @@ def run(recipe: Path, config: dict, folder: Path, identity: dict) -> None:
         raise
     finally:
         files.remove_folder(staging)
+
+
+def job_of(attempt: Attempt, wanted: list[str]) -> dict:
+    """What train_worker.py is told: see `train` there. `wanted` are the devices."""
+    key = run_identity.tokens_key(attempt.identity) if os.environ.get("PARAGEN_TOKENS") else None
+    return {
+        "recipe": str(attempt.recipe),
+        "config": dict(attempt.config),
+        "staging": str(attempt.staging),
+        "devices": wanted,
+        "pictures": any(data["pictures"] for data in attempt.identity["data"]),
+        "tokens": str(Path(os.environ["PARAGEN_TOKENS"], key)) if key else None,
+    }
+
+
+def complete(attempt: Attempt, facts: dict) -> None:
+    """Make a trained staging folder whole and give it the run folder's name; `facts` are the training's."""
+    staging, folder, identity, config = attempt.staging, attempt.folder, attempt.identity, attempt.config
+    facts = facts | collection.attempt_facts(attempt.id, attempt.started, now())
+    facts = {"seed": config.get("seed", rank_config.DEFAULT_SEED), **facts}
+    finish = finish_finetune if attempt.phase == "finetune" else finish_pretrain
+    checkpoints = finish(staging, folder, identity)
+    if attempt.phase == "finetune":
+        facts["adapter_config_sha256"] = files.sha256_of(staging / paths.ADAPTER_CONFIG)
+    if changed := run_identity.changes(identity, run_identity.identity_of(attempt.recipe, config)):
+        raise UserError(f"{'; '.join(changed)}: changed while it was trained on; run it again")
+    manifest = collection.manifest_of(folder, attempt.phase, config["lora_rank"], identity, checkpoints, facts)
+    files.write_json(staging / collection.MANIFEST, manifest)
+    check_attempt(folder)
+    files.publish_folder(staging, folder)
     say(f"done: {paths.relative(folder)}, {len(checkpoints)} checkpoints")
+
+
+def check_last(staging: Path) -> None:
+    """Raise unless the last collected checkpoint is the adapter that LLaMA-Factory itself saved at its end."""
+    entries = json.loads((staging / "collected.json").read_bytes())
+    last = staging / collection.checkpoint_name(entries[-1]["step"]) if entries else None
+    if last and not collection.same_tensors(last, staging / paths.ADAPTER):
+        raise RuntimeError("the last collected checkpoint is not the adapter that LLaMA-Factory saved at its end")
 
 
 def finish_finetune(staging: Path, folder: Path, identity: dict) -> list[dict]:
@@ -164,9 +211,7 @@ def finish_finetune(staging: Path, folder: Path, identity: dict) -> list[dict]:
             f"{paths.relative(folder)}: training stopped early, {len(entries)} of {kept} checkpoints were collected"
         )
     collection.read_back(staging, entries)
-    collection.check_finite(staging / paths.ADAPTER)
-    if not collection.same_tensors(staging / collection.checkpoint_name(entries[-1]["step"]), staging / paths.ADAPTER):
-        raise RuntimeError("the last collected checkpoint is not the adapter that LLaMA-Factory saved at its end")
+    collection.check_finite(staging / collection.checkpoint_name(entries[-1]["step"]))
     collection.set_base_name(staging / paths.ADAPTER_CONFIG, identity["base_model"])
     collection.draw_loss(staging, folder.name, kept_from=entries[0]["step"])
     names = {collection.checkpoint_name(entry["step"]) for entry in entries}

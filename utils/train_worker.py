@@ -65,17 +65,7 @@ def train(job: dict) -> None:
             deserializer=lambda storage, location: storage if location.startswith("cpu:") else None,
         )
     collects = rank_config.phase_of(config) == "finetune"
-    arguments = {**config, **devices.settings(job["devices"]), "output_dir": str(staging), "plot_loss": False}
-    for key in ("model_name_or_path", "dataset_dir", "media_dir", "resume_from_checkpoint"):
-        if arguments.get(key):
-            arguments[key] = str(rank_config.resolve(recipe, arguments[key]))
-    # datasets knows a file by its time and size, and tokenised rows by their text without their pictures; a cache of
-    # this run's own cannot give it rows or pictures of another day
-    arguments["cache_dir"] = str(staging / "cache")
-    if job["tokens"]:
-        arguments["tokenized_path"] = job["tokens"] if Path(job["tokens"]).is_dir() else str(staging / "tokens")
-    if collects:
-        arguments["save_strategy"] = "no"  # the collector saves
+    arguments = arguments_of(job)
     prompt_templates.register()
     check_arguments(recipe, arguments)
     check_template(recipe, arguments, job["pictures"])
@@ -100,6 +90,23 @@ def train(job: dict) -> None:
         if (staging / "tokens").is_dir():
             keep_tokens(staging / "tokens", Path(job["tokens"]))
         files.write_json(staging / "facts.json", {"device": devices.describe(), **rules.facts})
+
+
+def arguments_of(job: dict) -> dict:
+    """A job's recipe as LLaMA-Factory's arguments: absolute paths, the staging folder, what the devices demand."""
+    recipe, config, staging = Path(job["recipe"]), job["config"], Path(job["staging"])
+    arguments = {**config, **devices.settings(job["devices"]), "output_dir": str(staging), "plot_loss": False}
+    for key in ("model_name_or_path", "dataset_dir", "media_dir", "resume_from_checkpoint"):
+        if arguments.get(key):
+            arguments[key] = str(rank_config.resolve(recipe, arguments[key]))
+    # datasets knows a file by its time and size, and tokenised rows by their text without their pictures; a cache of
+    # this run's own cannot give it rows or pictures of another day
+    arguments["cache_dir"] = str(staging / "cache")
+    if job["tokens"]:
+        arguments["tokenized_path"] = job["tokens"] if Path(job["tokens"]).is_dir() else str(staging / "tokens")
+    if rank_config.phase_of(config) == "finetune":
+        arguments["save_strategy"] = "no"  # the collector saves
+    return arguments
 
 
 def keep_tokens(made: Path, kept: Path) -> None:

@@ -1,0 +1,181 @@
+"""Trains ready members in packs, keeps their books, and completes their runs.
+
+Imported by packed_train.py.
+"""
+
+import gc
+import time
+from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
+from itertools import zip_longest
+from typing import Any
+
+import torch
+from torch import Tensor
+
+import collector
+import devices
+import packed_course
+import packed_memory
+import packed_writer
+import train
+from cli import UserError, say
+from packed_base import Base, Member
+from packed_batches import Row, Step
+from packed_engine import Engine
+
+EVERY = 10  # seconds between lines of progress
+TOO_LARGE = object()
+
+
+def train_all(base: Base, ready: list[tuple[Any, Any, Member]]) -> Iterator[tuple[Any, Any, Any]]:
+    """Train members in as few packs as memory allows.
+
+    Args:
+        base: their model.
+        ready: (cell, run, member); the first two are handed back.
+
+    Yields (cell, run, outcome) for each: None when its run is complete, a UserError, or TOO_LARGE.
+    """
+    waiting = list(ready)
+    limit = len(waiting)
+    while waiting:
+        lessons = [list(member.course.steps()) for _, _, member in waiting]
+        try:
+            limit = min(limit, fitting(base, [member for _, _, member in waiting], lessons))
+            pack = Pack(base, [member for _, _, member in waiting[:limit]], lessons[:limit])
+        except torch.OutOfMemoryError:
+            _collect_garbage()
+            if limit == 1:
+                yield *waiting.pop(0)[:2], TOO_LARGE
+                limit = len(waiting)
+            else:
+                limit = -(-limit // 2)
+            continue
+        with pack:
+            pack.train()
+            for number, (cell, run, _) in enumerate(waiting[: len(pack.members)]):
+                yield cell, run, pack.complete(number)
+        waiting = waiting[len(pack.members) :]
+        limit = len(waiting)
+        del pack
+        _collect_garbage()
+
+
+def fitting(base: Base, members: list[Member], lessons: list[list[list[Row]]]) -> int:
+    """How many of the members, from the first on, fit into memory together."""
+    if len(members) == 1:
+        return 1
+    steps = [[Step([rows]) for rows in each] for each in lessons]
+    count = packed_memory.how_many(base.model, base.dtype, [member.adapter for member in members], steps)
+    _collect_garbage()
+    return count
+
+
+class Pack:
+    """Members that are trained together.
+
+    Args:
+        lessons: the rows of each of a member's steps.
+
+    Raises torch.OutOfMemoryError where they do not fit. Use it as a context, which gives the model back.
+    """
+
+    def __init__(self, base: Base, members: list[Member], lessons: list[list[list[Row]]]):
+        self.members = members
+        self.steps = [Step([rows or [] for rows in each]) for each in zip_longest(*lessons)]
+        self.engine = Engine(base.model, [member.adapter for member in members], base.dtype)
+        try:
+            self.engine.prepare(self.steps)
+        except BaseException:
+            self.engine.close()
+            raise
+        self.threads: ThreadPoolExecutor = packed_writer.threads()
+        self.writers: list[packed_writer.Writer | None] = []
+        self.shown: list[dict[int, dict[str, float]]] = [{} for _ in members]
+        self.unsaved: dict[tuple[int, int], tuple[Tensor, dict[str, Tensor]]] = {}
+        for member, vector in zip(members, self.engine.vectors, strict=True):
+            staging, writer = member.course.attempt.staging, None
+            if member.course.collects:
+                collector.save_config(member.config, staging)
+                writer = packed_writer.Writer(staging, member.adapter, vector, self.threads)
+            self.writers.append(writer)
+
+    def __enter__(self) -> "Pack":
+        return self
+
+    def __exit__(self, *error: Any) -> None:
+        self.threads.shutdown(wait=True, cancel_futures=True)
+        for member in self.members:
+            member.course.end()
+        self.engine.close()
+
+    def train(self) -> None:
+        """Train all steps; what is to be kept is on disk or on its way there afterwards."""
+        began = said = time.monotonic()
+        for member in self.members:
+            member.course.begin()
+        phase = self.members[0].course.attempt.phase
+        say(f"{phase} of {len(self.members)} cells, packed, {len(self.steps)} steps")
+        for number, losses in self.engine.train(self.steps, self._keep):
+            for who, member in enumerate(self.members):
+                self._note(who, member, number, losses[who])
+            if time.monotonic() - said > EVERY:
+                said = time.monotonic()
+                rate = 1000 * (said - began) / (number + 1)
+                say(f"  step {number + 1} of {len(self.steps)}, {rate:.0f} ms each, mean loss {mean_of(losses):.4f}")
+
+    def _keep(self, number: int) -> None:
+        """Queue what is kept of the adapters after a step."""
+        for who, (member, writer) in enumerate(zip(self.members, self.writers, strict=True)):
+            step = member.course.first + number
+            if member.course.is_kept(step):
+                writer.take(step)
+            if step in member.course.saved:
+                moments = {name: value.detach().cpu().clone() for name, value in self.engine.moments_of(who).items()}
+                self.unsaved[who, step] = self.engine.vectors[who].detach().cpu().clone(), moments
+
+    def _note(self, who: int, member: Member, number: int, loss: float) -> None:
+        """Take the loss of a member's step, and save the checkpoint that waited for it."""
+        course = member.course
+        step = course.first + number
+        if step > course.last:
+            return
+        if shown := course.log(loss):
+            self.shown[who][step] = shown
+        if (who, step) in self.unsaved:
+            course.save(member.adapter, *self.unsaved.pop((who, step)), member.config)
+
+    def complete(self, who: int) -> UserError | None:
+        """Make a member's run whole and give it its name; what is wrong with it, if anything."""
+        course, writer = self.members[who].course, self.writers[who]
+        attempt = course.attempt
+        course.end()
+        try:
+            if writer is not None:
+                written = writer.written()
+                records = {step: self.shown[who][step] | record for step, record in written.items()}
+                packed_course.write_collected(attempt.staging, records)
+            facts = {
+                "device": devices.describe(),
+                **course.facts(),
+                "engine": "packed",
+                "packed_with": len(self.members),
+            }
+            train.complete(attempt, facts)
+            train.drop_claim(attempt.folder)
+        except UserError as error:
+            return error
+        return None
+
+
+def mean_of(losses: list[float]) -> float:
+    """The mean of the losses of those that still train."""
+    present = [loss for loss in losses if loss]
+    return sum(present) / max(1, len(present))
+
+
+def _collect_garbage() -> None:
+    gc.collect()
+    if torch.cuda.is_available():
+        torch.cuda.empty_cache()

@@ -1,0 +1,227 @@
+"""Train the adapters of many cells at once on one copy of their base model; each ends as its own verified-ready run.
+
+    python utils/packed_train.py --cell PRETRAIN.yaml FINETUNE.yaml RANK [key=value ...] [--cell ...]
+
+Does both phases of each cell, in the run folders, files and manifests of the ordinary path; what is complete is not
+done again. A run that the packed engine cannot do is trained the ordinary way, and one line says why (ENGINE=packed
+makes that an error). FORCE=1 redoes complete or stale runs, DEVICES=0 names the device.
+"""
+
+import argparse
+import contextlib
+import gc
+import os
+import sys
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import cli
+import collection
+import devices
+import engine
+import files
+import paths
+import rank_config
+import run_identity
+import train
+from cli import UserError, say
+
+UTILS = Path(__file__).resolve().parent
+
+
+class Run(NamedTuple):
+    """One phase of a cell, as it is asked for."""
+
+    recipe: Path
+    config: dict[str, Any]
+    overrides: tuple[str, ...]
+
+    def __str__(self) -> str:
+        return f"{paths.relative(self.recipe)} at rank {self.config['lora_rank']}"
+
+
+class Cell(NamedTuple):
+    """A pair of recipes at a rank; `keep` holds overrides of the finetune alone."""
+
+    pretrain: Path
+    finetune: Path
+    rank: int
+    overrides: tuple[str, ...] = ()
+    keep: tuple[str, ...] = ()
+
+    def run(self, phase: str) -> Run:
+        """The run of a phase. Raises UserError for a broken recipe."""
+        recipe = self.pretrain if phase == "pretrain" else self.finetune
+        overrides = self.overrides if phase == "pretrain" else self.overrides + self.keep
+        return Run(recipe, rank_config.render(recipe, self.rank, list(overrides)), overrides)
+
+
+def main() -> int:
+    parser = argparse.ArgumentParser(description="Train the adapters of many cells at once.")
+    parser.add_argument("--cell", nargs="+", action="append", required=True, metavar="PRETRAIN FINETUNE RANK key=value")
+    args = parser.parse_args()
+    chosen = []
+    for given in args.cell:
+        if len(given) < 3:
+            raise UserError("--cell needs a pretrain recipe, a finetune recipe and a rank")
+        keep = tuple(text for text in given[3:] if text.startswith("save_total_limit="))
+        others = tuple(text for text in given[3:] if text not in keep)
+        chosen.append(Cell(Path(given[0]), Path(given[1]), rank_config.parse_rank(given[2]), others, keep))
+    return 1 if collect(chosen) else 0
+
+
+def collect(chosen: list[Cell]) -> list[Cell]:
+    """Bring cells to collections; those that failed, each after a line that says why."""
+    by_base: dict[tuple, list[Cell]] = {}
+    failed = []
+    for cell in chosen:
+        try:
+            run = cell.run("pretrain")
+            by_base.setdefault(base_key(run), []).append(cell)
+        except UserError as error:
+            failed.append(cell)
+            report(str(error))
+    wanted = devices.choose()
+    devices.pin(wanted)
+    for members in by_base.values():
+        failed += Pack(members, wanted).collect()
+    return failed
+
+
+def base_key(run: Run) -> tuple:
+    """Runs with the same key can share a base model."""
+    base = rank_config.resolve(run.recipe, run.config["model_name_or_path"])
+    return str(base), bool(run.config.get("bf16")), str(run.config.get("lora_target", "all"))
+
+
+def report(text: str) -> None:
+    """An error that ends one cell and not the others."""
+    print(f"error: {text}", file=sys.stderr, flush=True)
+
+
+class Pack:
+    """Cells that share a base model.
+
+    Args:
+        cells: what is asked for.
+        wanted: the device, as devices.choose gives it, already pinned.
+    """
+
+    def __init__(self, cells: list[Cell], wanted: list[str]):
+        self.cells, self.wanted = cells, wanted
+        self.failed: list[Cell] = []
+        self.base: Any = None
+
+    def collect(self) -> list[Cell]:
+        """Do both phases; the cells that failed."""
+        for phase in paths.PHASES:
+            self._phase(phase)
+        return self.failed
+
+    def _phase(self, phase: str) -> None:
+        ordinary: list[tuple[Cell, Run]] = []
+        with contextlib.ExitStack() as stack:
+            begun = []
+            for cell in [cell for cell in self.cells if cell not in self.failed]:
+                with self._one_cell(cell):
+                    run = cell.run(phase)
+                    if phase == "pretrain" and self._is_done(cell):
+                        continue
+                    attempt = self._begin(stack, run)
+                    if attempt is None:
+                        continue
+                    if why := engine.why_not_packed(run.recipe, run.config, self.wanted):
+                        engine.say_fallback(say, run.recipe, cell.rank, why)
+                        ordinary.append((cell, run))
+                    else:
+                        begun.append((cell, run, attempt))
+            if begun:
+                ordinary += self._train(begun)
+        if ordinary:
+            self.base = None
+            _free_memory()
+        for cell, run in ordinary:
+            with self._one_cell(cell):
+                script = ["bash", UTILS / "train_with_rank.sh", run.recipe, cell.rank, *run.overrides]
+                if status := cli.call(script):
+                    raise UserError(f"{run}: failed with status {status}; the cause stands above")
+
+    def _is_done(self, cell: Cell) -> bool:
+        """Whether the collection is complete and its pretrain, where it is still there, is the recipe's."""
+        if run_identity.force_asked():
+            return False
+        states = []
+        for phase in ("finetune", "pretrain"):
+            run = cell.run(phase)
+            folder = rank_config.run_folder(run.recipe, run.config)
+            identity = run_identity.identity_of(run.recipe, run.config)
+            states.append(collection.state_of(folder, identity)[0])
+        return states[0] == "complete" and states[1] in ("complete", "missing")
+
+    @contextlib.contextmanager
+    def _one_cell(self, cell: Cell) -> Iterator[None]:
+        """What goes wrong in the body ends this cell alone."""
+        try:
+            yield
+        except UserError as error:
+            report(str(error))
+            self.failed.append(cell)
+
+    def _begin(self, stack: contextlib.ExitStack, run: Run) -> "train.Attempt | None":
+        """Lock a run and begin an attempt at it, for as long as `stack` holds; None where it is complete."""
+        folder = rank_config.run_folder(run.recipe, run.config)
+        identity = run_identity.identity_of(run.recipe, run.config)
+        with contextlib.ExitStack() as own:
+            try:
+                own.enter_context(files.lock(files.beside(folder, "lock")))
+                own.enter_context(train.rendered(run.recipe, run.config))
+            except files.Busy as busy:
+                raise UserError(f"{run} is running already (it holds {busy})") from None
+            files.recover_folder(folder)
+            if train.already_there(folder, identity, rank_config.phase_of(run.config)):
+                train.drop_claim(folder)
+                return None
+            train.check_pretrain(run.recipe, run.config)
+            attempt = own.enter_context(train.staged(run.recipe, run.config, folder, identity))
+            stack.enter_context(own.pop_all())
+            return attempt
+
+    def _train(self, begun: list[tuple[Cell, Run, "train.Attempt"]]) -> list[tuple[Cell, Run]]:
+        """Train the attempts, in as few packs as memory allows; those that are left to the ordinary path."""
+        os.environ.setdefault("LLAMAFACTORY_VERBOSITY", "WARN")
+        os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
+        import packed_base  # imports LLaMA-Factory: after the devices are pinned
+
+        self.base = self.base or packed_base.Base(self.wanted)
+        ready, ordinary = [], []
+        for cell, run, attempt in begun:
+            with self._one_cell(cell):
+                try:
+                    ready.append((cell, run, self.base.admit(attempt)))
+                except packed_base.NotPackable as why:
+                    engine.say_fallback(say, run.recipe, cell.rank, str(why))
+                    ordinary.append((cell, run))
+        import packed_loop
+
+        for cell, run, outcome in packed_loop.train_all(self.base, ready):
+            with self._one_cell(cell):
+                if outcome is packed_loop.TOO_LARGE:
+                    engine.say_fallback(say, run.recipe, cell.rank, "a single step of it does not fit into memory")
+                    ordinary.append((cell, run))
+                elif isinstance(outcome, UserError):
+                    raise outcome
+        return ordinary
+
+
+def _free_memory() -> None:
+    """Give back what a model took, for a process that trains beside this one."""
+    gc.collect()
+    if "torch" in sys.modules:
+        import torch
+
+        torch.cuda.empty_cache()
+
+
+if __name__ == "__main__":
+    cli.run(main)
