@@ -62,6 +62,7 @@ class Base:
     def __init__(self, wanted: list[str]):
         self.wanted = wanted
         self.model: nn.Module | None = None
+        self.refused: NotPackable | None = None
         self.dtype = torch.float32
         self.layers: list[str] = []
         self.fresh: dict[tuple, Fresh] = {}
@@ -116,8 +117,10 @@ class Base:
         if key in self.fresh:
             return self.fresh[key]
         set_seed(args.seed)
+        if self.refused is not None:
+            raise self.refused
         if self.model is None:
-            self._load(model_args, finetuning_args, args, tokenizer, rows)
+            self._load_once(model_args, finetuning_args, args, tokenizer, rows)
             set_seed(args.seed)  # as if the model had been loaded for this run alone
         adapted = init_adapter(self.model.config, self.model, model_args, finetuning_args, True)
         self.fresh[key] = fresh_of(adapted)
@@ -125,6 +128,13 @@ class Base:
         if list(self.fresh[key].factors) != self.layers:
             raise NotPackable("its runs adapt different layers")
         return self.fresh[key]
+
+    def _load_once(self, *arguments: Any) -> None:
+        try:
+            self._load(*arguments)
+        except NotPackable as refused:
+            self.refused = refused
+            raise
 
     def _load(self, model_args: Any, finetuning_args: Any, args: Any, tokenizer: Any, rows: list[Row]) -> None:
         adapted = load_model(tokenizer, model_args, finetuning_args, True).to(args.device)

@@ -122,7 +122,18 @@ def lay_out(step: Step, bins: Bins, shape: Shape) -> dict[str, np.ndarray]:
     return out
 
 
-def to_batch(arrays: dict[str, np.ndarray], shape: Shape, device: torch.device) -> Batch:
-    """The arrays of `lay_out` as a Batch on a device."""
-    tensors = {name: torch.from_numpy(array).to(device) for name, array in arrays.items()}
-    return Batch(**tensors, row_length=shape.row_length)
+def spans_of(step: Step, bins: Bins, shape: Shape) -> list[tuple[int, int]]:
+    """Where each adapter's tokens stand in the layout of a step: the first and the one after the last."""
+    filled, spans = [number * shape.tokens for number in range(bins.count)], []
+    for adapter, rows in enumerate(step.rows):
+        start = filled[bins.bin_of[adapter]]
+        filled[bins.bin_of[adapter]] += sum(len(row.tokens) for row in rows)
+        spans.append((start, filled[bins.bin_of[adapter]]))
+    return spans
+
+
+def to_batch(step: Step, bins: Bins, device: torch.device) -> Batch:
+    """A step as a Batch of its own shape on a device."""
+    shape = step.shape(bins)
+    tensors = {name: torch.from_numpy(array).to(device) for name, array in lay_out(step, bins, shape).items()}
+    return Batch(**tensors, row_length=shape.row_length, spans=spans_of(step, bins, shape))

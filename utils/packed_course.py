@@ -68,7 +68,6 @@ class Course:
         state = self.trainer.state
         state.compute_steps(self.args, self.last)  # a resumed state brings its own rhythm, see collector.Rules
         state.log_history = []
-        state.stateful_callbacks = {}
         self.first = state.global_step + 1
         self._take_rates()
         self._plan_saves()

@@ -95,6 +95,15 @@ class Engine:
         self.shared = Shared(bins, [adapter.scaling for adapter in adapters], self.device, dtype)
         names = [part.layer for part in adapters[0].parts]
         self.layers = packed_layers.attach(model, names, self.shared, dtype)
+        try:
+            self._allocate()
+        except BaseException:
+            self.close()
+            raise
+
+    def _allocate(self) -> None:
+        """Adapters, gradients and optimizer on the device."""
+        adapters = self.adapters
         self.vectors = [nn.Parameter(adapter.start.to(self.device, copy=True)) for adapter in adapters]
         self.gradients = [torch.zeros_like(vector) for vector in self.vectors]
         self.rates = torch.zeros(len(adapters), device=self.device)
@@ -160,10 +169,9 @@ class Engine:
 
     def gradient_of(self, step: Step) -> tuple[float, Tensor]:
         """Loss and gradient (a vector like the adapter's, on the CPU) of the first adapter as it stands."""
-        self.adapters[0].max_norm, bins = 0.0, self.shared.bins
-        shape = step.shape(bins)
+        self.adapters[0].max_norm = 0.0
         self.rates.zero_()
-        self.step(to_batch(lay_out(step, bins, shape), shape, self.device))
+        self.step(to_batch(step, self.shared.bins, self.device))
         return self.losses[0].item(), self.gradients[0].cpu()
 
     def prepare(self, steps: list[Step]) -> "EagerRunner | GraphRunner":
@@ -225,11 +233,8 @@ class EagerRunner:
 
     def run(self, step: Step, rates: list[float]) -> None:
         """One step at these learning rates."""
-        engine = self.engine
-        bins = engine.shared.bins
-        shape = step.shape(bins)
-        engine.rates.copy_(torch.tensor(rates))
-        engine.step(to_batch(lay_out(step, bins, shape), shape, engine.device))
+        self.engine.rates.copy_(torch.tensor(rates))
+        self.engine.step(to_batch(step, self.engine.shared.bins, self.engine.device))
 
 
 class GraphRunner:
@@ -286,7 +291,7 @@ class Stage:
         names = [name for name in arrays if name != "weights"]
         views = dict(zip(names, self.numbers.split(self.sizes), strict=True))
         shaped = {name: view.view(arrays[name].shape) for name, view in views.items()}
-        self.batch = Batch(**shaped, weights=self.weights, row_length=shape.row_length)
+        self.batch = Batch(**shaped, weights=self.weights, row_length=shape.row_length, spans=[])
 
     def fill(self, arrays: dict[str, np.ndarray]) -> None:
         """Queue the copies of a step's arrays."""

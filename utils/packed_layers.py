@@ -7,7 +7,7 @@ bins of equal width, so that this costs no more for many adapters than for a few
 """
 
 from collections.abc import Iterable
-from dataclasses import dataclass, fields
+from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -42,10 +42,7 @@ class Batch:
     weights: Tensor  # [P] float32, what each loss counts; 0 for padding
     loss_of: Tensor  # [P] int64, the adapter of each loss
     row_length: int  # L
-
-    def tensors(self) -> dict[str, Tensor]:
-        """Its tensors by name."""
-        return {field.name: getattr(self, field.name) for field in fields(self) if field.name != "row_length"}
+    spans: list[tuple[int, int]]  # first token of each adapter's rows and the one after the last
 
 
 class Bins:
@@ -82,7 +79,7 @@ class Shared:
     """What all packed layers of a model see of the present step."""
 
     def __init__(self, bins: Bins, scaling: list[float], device: torch.device, dtype: torch.dtype):
-        self.bins = bins
+        self.bins, self.scaling = bins, scaling
         self.scales = torch.zeros(len(scaling) + 1, bins.width, device=device, dtype=dtype)
         for adapter, scale in enumerate(scaling):
             self.scales[adapter, bins.rows_of(adapter)[1]] = scale
@@ -93,6 +90,14 @@ class Shared:
         """Take a step's rows: each token gets its adapter's scaling at that one's ranks, and 0 at all others."""
         self.batch = batch
         self.mask = self.scales.index_select(0, batch.adapter).view(self.bins.count, -1, self.bins.width)
+
+    def slices(self) -> list[tuple[slice, int, slice, float]]:
+        """Of each adapter that has rows in this step: its tokens, its bin, its rows in a stack, its scaling."""
+        return [
+            (slice(*span), *self.bins.rows_of(adapter), self.scaling[adapter])
+            for adapter, span in enumerate(self.batch.spans)
+            if span[0] < span[1]
+        ]
 
 
 class _StackedLora(torch.autograd.Function):
@@ -119,6 +124,37 @@ class _StackedLora(torch.autograd.Function):
         if ctx.needs_input_grad[0]:
             dx = dy @ weight
             _add_bmm(dx, ddown, a)
+        return dx, None, None, da, db, None
+
+
+class _SlicedLora(torch.autograd.Function):
+    """The same as _StackedLora, adapter by adapter: no products of zero, which is what counts on a CPU."""
+
+    @staticmethod
+    def forward(
+        ctx: Any, x: Tensor, weight: Tensor, bias: Tensor | None, a: Tensor, b: Tensor, shared: Shared
+    ) -> Tensor:
+        y = F.linear(x, weight, bias)
+        downs, slices = [], shared.slices()
+        for here, number, rows, scale in slices:
+            downs.append((x[0, here] @ a[number, rows].t()).mul_(scale))
+            y[0, here].addmm_(downs[-1], b[number, rows])
+        ctx.slices = slices
+        ctx.save_for_backward(x, weight, a, b, *downs)
+        return y
+
+    @staticmethod
+    def backward(ctx: Any, dy: Tensor) -> tuple[Tensor | None, ...]:
+        x, weight, a, b, *downs = ctx.saved_tensors
+        dy = dy.contiguous()
+        da, db = torch.zeros_like(a), torch.zeros_like(b)
+        dx = dy @ weight if ctx.needs_input_grad[0] else None
+        for (here, number, rows, scale), down in zip(ctx.slices, downs, strict=True):
+            db[number, rows] = down.t() @ dy[0, here]
+            ddown = (dy[0, here] @ b[number, rows].t()).mul_(scale)
+            da[number, rows] = ddown.t() @ x[0, here]
+            if dx is not None:
+                dx[0, here].addmm_(ddown, a[number, rows])
         return dx, None, None, da, db, None
 
 
@@ -157,6 +193,8 @@ class PackedLinear(nn.Module):
         """x: [1, N, in]; returns [1, N, out] in the factors' dtype."""
         with torch.autocast(x.device.type, enabled=False):
             x = x.to(self.a.dtype).contiguous()
+            if x.device.type == "cpu":
+                return _SlicedLora.apply(x, self.weight, self.bias, self.a, self.b, self.shared)
             return _StackedLora.apply(x, self.weight, self.bias, self.a, self.b, self.shared.mask)
 
     def block(self, factor: Tensor, adapter: int) -> Tensor:
@@ -273,26 +311,32 @@ def attach(model: nn.Module, names: Iterable[str], shared: Shared, dtype: torch.
     """
     if not getattr(model, "_supports_attention_backend", False):
         raise NotPackable(f"the attention of {type(model).__name__} cannot be replaced")
-    packed = {}
-    for name in names:
-        parent, _, own = name.rpartition(".")
-        holder = model.get_submodule(parent)
-        base = getattr(holder, own)
-        if type(base) is not nn.Linear:
-            raise NotPackable(f"{name} is a {type(base).__name__}, not a linear layer")
-        packed[name] = PackedLinear(base, shared, dtype)
-        setattr(holder, own, packed[name])
+    packed: dict[str, PackedLinear] = {}
+    try:
+        for name in names:
+            base = model.get_submodule(name)
+            if type(base) is not nn.Linear:
+                raise NotPackable(f"{name} is a {type(base).__name__}, not a linear layer")
+            packed[name] = PackedLinear(base, shared, dtype)
+            _put(model, name, packed[name])
+    except BaseException:
+        detach(model, packed)
+        raise
     for module in model.modules():
         module.shared = shared
     model.set_attn_implementation(ATTENTION)
     return packed
 
 
+def _put(model: nn.Module, name: str, layer: nn.Module) -> None:
+    parent, _, own = name.rpartition(".")
+    setattr(model.get_submodule(parent), own, layer)
+
+
 def detach(model: nn.Module, packed: dict[str, PackedLinear]) -> None:
     """Put the plain layers back."""
     for name, layer in packed.items():
-        parent, _, own = name.rpartition(".")
-        setattr(model.get_submodule(parent), own, layer.base)
+        _put(model, name, layer.base)
 
 
 def losses(model: nn.Module, batch: Batch, shared: Shared) -> Tensor:

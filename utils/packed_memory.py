@@ -7,7 +7,7 @@ import psutil
 import torch
 from torch import nn
 
-from packed_batches import Step, lay_out, to_batch
+from packed_batches import Step, to_batch
 from packed_engine import Adapter, Engine
 
 USED = 0.85  # of the free memory; the rest is for what the measurement does not see
@@ -54,8 +54,7 @@ def measure(model: nn.Module, dtype: torch.dtype, adapter: Adapter, step: Step) 
 
 def used_by(engine: Engine, step: Step) -> int:
     """Bytes that one step needs at its highest, beyond what is there before; nothing is learned."""
-    shape = step.shape(engine.shared.bins)
-    batch = to_batch(lay_out(step, engine.shared.bins, shape), shape, engine.device)
+    batch = to_batch(step, engine.shared.bins, engine.device)
     if engine.on_cuda:
         engine.step(batch)  # libraries take what they keep
         torch.cuda.synchronize()
