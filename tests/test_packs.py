@@ -58,7 +58,8 @@ def test_a_mixed_sweep_packs_what_it_can_and_each_cell_stands_for_itself(reposit
         name for name in engines if name.startswith("To-y/Tiny-Two")
     ]
     logs = sorted((repository / "saves" / CATEGORY / "Other").glob("*.log"))
-    assert len(logs) == 4 and all("whole " in log.read_text() for log in logs)
+    assert len(logs) == 4 and sum(log.read_text().count("whole ") for log in logs) == 4
+    assert all("packed with " in log.read_text() or "whole " in log.read_text() for log in logs)
     assert output.count("started: ") == 8
 
 

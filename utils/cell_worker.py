@@ -97,11 +97,13 @@ class CellWorker:
                 return failed
             if recipe == cell.pretrain:
                 self.finished(cell, "pretrain")
-        return self._verify(cell, settings, log)
+        return self._wind_up(cell, settings, log)
 
-    def _verify(self, cell: Cell, settings: dict[str, str], log: Path) -> tuple[str | None, str]:
-        """The end of each cell whose runs are there."""
-        if failed := self._run("verify", ["--recipe", str(cell.finetune), str(cell.rank)], settings, log):
+    def _wind_up(
+        self, cell: Cell, settings: dict[str, str], log: Path, verified: bool = False
+    ) -> tuple[str | None, str]:
+        """The end of a cell whose runs are there: verify it, unless it was, and hand it over."""
+        if not verified and (failed := self._run("verify", recipe_arguments(cell), settings, log)):
             return failed
         self.finished(cell, "finetune")
         if cli.asked("PRUNE_PRETRAIN"):
@@ -116,12 +118,13 @@ class CellWorker:
             log.parent.mkdir(parents=True, exist_ok=True)
             log.write_text(f"packed with {cells[0]}, log in {paths.relative(logs[0])}\n" if log != logs[0] else "")
         ended = self._train_together(cells, {"PARAGEN_ATTEMPT": ",".join(attempt for _, attempt in pack)}, logs[0])
+        verified = self._verify_together([cell for cell in cells if cell not in ended], logs[0])
         outcomes = []
         for cell, log in zip(cells, logs, strict=True):
             try:
                 if (status.run_folders(cell)[0] / paths.MANIFEST).is_file():
                     self.finished(cell, "pretrain")
-                again, text = ended[cell] if cell in ended else self._verify(cell, {}, log)
+                again, text = ended[cell] if cell in ended else self._wind_up(cell, {}, log, verified)
             except UserError as error:
                 again, text = None, f"failed: {error}"
             outcomes.append(Outcome(text, again, time.monotonic() - started))
@@ -148,6 +151,11 @@ class CellWorker:
             if busy:
                 self.stopping.wait(1)
         return ended | dict.fromkeys(waiting, (None, "stopped"))
+
+    def _verify_together(self, cells: list[Cell], log: Path) -> bool:
+        """Whether all of some cells verify, read by one process; where not, each by itself says which does not."""
+        named = [argument for cell in cells for argument in recipe_arguments(cell)]
+        return len(cells) > 1 and self._run("verify", named, {}, log) is None
 
     def _run_packed(
         self, cells: list[Cell], settings: dict[str, str], log: Path
@@ -198,6 +206,11 @@ def log_of(cell: Cell) -> Path:
     """Where a cell's output goes."""
     folder = status.run_folders(cell)[1]
     return folder.with_name(f"{folder.name}.log")
+
+
+def recipe_arguments(cell: Cell) -> list[str]:
+    """How verify.py is told of a cell."""
+    return ["--recipe", str(cell.finetune), str(cell.rank)]
 
 
 def death_of(code: int, log: Path) -> tuple[str, str] | None:
