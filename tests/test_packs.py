@@ -135,3 +135,23 @@ def test_plan_says_what_is_packed(repository):
     assert said() == "engine: 6 cells packed, of 2 base models, 2 a cell at a time (lora_dropout is 0.1)"
     assert said(GPUS_PER_CELL="2").startswith("engine: 8 a cell at a time (it trains on one device")
     assert said(ENGINE="stock").startswith("engine: the ordinary way")
+
+
+def test_what_a_pack_trains_is_seen_from_another_shell_and_ctrl_c_leaves_nothing(repository):
+    """`make status` reads step and loss of each of its runs from that run's staging folder."""
+    add_to_recipes(repository, "Other", "tiny-one", "max_steps: 4000")
+    add_to_recipes(repository, "Other", "tiny-one", "logging_steps: 1")
+    settings = {**os.environ, "DATASET": "Other", "MODEL": "tiny-one", "RANKS": "2 4"}
+    run = subprocess.Popen(["make", "collect"], cwd=repository, env=settings, start_new_session=True)
+    saves = repository / "saves" / CATEGORY
+    logs: list[Path] = []
+    while len(logs) < 2 or any(len(log.read_text().splitlines()) < 3 for log in logs):
+        assert run.poll() is None
+        time.sleep(0.05)
+        logs = list(saves.glob("Other/.*staging*/trainer_log.jsonl"))
+    shown = subprocess.run([PYTHON, repository / "utils" / "status.py"], env=settings, capture_output=True, text=True)
+    lines = [line for line in shown.stdout.splitlines() if line.startswith("collecting: ")]
+    assert len(lines) == 2 and all("pretrain step " in line and " of 4000, loss " in line for line in lines)
+    os.killpg(run.pid, signal.SIGINT)
+    assert run.wait(60) != 0
+    assert left_over(repository) == []
