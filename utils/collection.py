@@ -259,35 +259,45 @@ def faults_of(folder: Path, manifest: dict) -> list[str]:
 
 
 def _checkpoint_faults(folder: Path, entries: list[dict], rank: int) -> list[str]:
-    """Faults in the checkpoint files themselves; only a file whose hash is right is opened as tensors."""
+    """Faults in the checkpoint files themselves, which are read several at a time."""
+    with ThreadPoolExecutor(min(8, os.cpu_count() or 1)) as threads:
+        read = list(
+            threads.map(lambda entry: _read_checkpoint(folder / checkpoint_name(entry["step"]), entry), entries)
+        )
+    faults, layout = [], None
+    for entry, (of_file, found) in zip(entries, read, strict=True):
+        name = checkpoint_name(entry["step"])
+        if found is None:
+            faults += of_file
+            continue
+        layout = layout or found
+        if found != layout:
+            faults.append(f"{name} has other keys, shapes or types than the first checkpoint")
+        ranks = {shape[0] for key, (shape, _) in found.items() if key.endswith("lora_A.weight")}
+        if ranks != {rank}:
+            faults.append(f"{name} holds rank {sorted(ranks)}, not {rank}")
+        faults += of_file
+    return faults
+
+
+def _read_checkpoint(path: Path, entry: dict) -> tuple[list[str], dict[str, tuple] | None]:
+    """What is wrong with a checkpoint file by itself, and shape and dtype by key; only a file whose hash is right is
+    opened as tensors (None otherwise)."""
     import torch
     from safetensors import SafetensorError
     from safetensors.torch import load_file
 
-    faults, layout = [], None
-    for entry in entries:
-        path = folder / checkpoint_name(entry["step"])
-        if path.stat().st_size != entry["bytes"]:
-            faults.append(f"{path.name} has {path.stat().st_size} bytes, not {entry['bytes']}")
-            continue
-        if files.sha256_of(path) != entry["sha256"]:
-            faults.append(f"{path.name} does not have its recorded sha256")
-            continue
-        try:
-            tensors = load_file(path)
-        except SafetensorError as error:
-            faults.append(f"{path.name} is not a safetensors file: {error}")
-            continue
-        found = {key: (tuple(tensor.shape), tensor.dtype) for key, tensor in tensors.items()}
-        layout = layout or found
-        if found != layout:
-            faults.append(f"{path.name} has other keys, shapes or types than the first checkpoint")
-        ranks = {shape[0] for key, (shape, _) in found.items() if key.endswith("lora_A.weight")}
-        if ranks != {rank}:
-            faults.append(f"{path.name} holds rank {sorted(ranks)}, not {rank}")
-        if not all(torch.isfinite(tensor).all() for tensor in tensors.values()):
-            faults.append(f"{path.name} holds values that are not finite")
-    return faults
+    if path.stat().st_size != entry["bytes"]:
+        return [f"{path.name} has {path.stat().st_size} bytes, not {entry['bytes']}"], None
+    if files.sha256_of(path) != entry["sha256"]:
+        return [f"{path.name} does not have its recorded sha256"], None
+    try:
+        tensors = load_file(path)
+    except SafetensorError as error:
+        return [f"{path.name} is not a safetensors file: {error}"], None
+    is_finite = all(torch.isfinite(tensor).all() for tensor in tensors.values())
+    faults = [] if is_finite else [f"{path.name} holds values that are not finite"]
+    return faults, {key: (tuple(tensor.shape), tensor.dtype) for key, tensor in tensors.items()}
 
 
 def peft_faults(folder: Path, step: int, base: Path) -> list[str]:

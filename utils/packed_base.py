@@ -19,6 +19,7 @@ from peft.tuners.lora import Linear as LoraLinear
 from peft.tuners.lora import LoraLayer
 from torch import Tensor, nn
 from transformers import set_seed
+from transformers.integrations.liger import apply_liger_kernel
 
 import prompt_templates
 import run_identity
@@ -134,6 +135,9 @@ class Base:
         compared = sorted(rows, key=lambda row: len(row.tokens))[:: max(1, len(rows) // COMPARED)][:COMPARED]
         theirs = stock_gradient(adapted, compared, self.dtype)
         self.model = adapted.unload()
+        if self.model.device.type == "cuda":
+            # its kernels for norms, rotary positions and gated activations; the loss is our own
+            apply_liger_kernel(self.model, {"cross_entropy": False, "fused_linear_cross_entropy": False})
         compare(self.model, first, theirs, compared, self.dtype)
         set_seed(args.seed)
         again = init_adapter(self.model.config, self.model, model_args, finetuning_args, True)

@@ -4,8 +4,9 @@ Imported by packed_train.py. Everything comes from a real trainer of LLaMA-Facto
 has no model and never trains; only the steps themselves are ours.
 """
 
+import copy
 import json
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -180,8 +181,8 @@ class Course:
             "total_steps": self.last,
         }
 
-    def save(self, adapter: Adapter, vector: Tensor, moments: dict[str, Tensor], config: Any) -> None:
-        """Write the stock, resumable checkpoint folder of the present step.
+    def saver(self, adapter: Adapter, vector: Tensor, moments: dict[str, Tensor], config: Any) -> Callable[[], None]:
+        """What writes the stock, resumable checkpoint folder of the present step; call it in any thread.
 
         Args:
             vector, moments: the adapter and AdamW's state after that step, on the CPU.
@@ -190,22 +191,32 @@ class Course:
         step = self.trainer.state.global_step
         folder = self.attempt.staging / f"checkpoint-{step}"
         folder.mkdir()
-        save_file(named(adapter, vector), folder / paths.ADAPTER, {"format": "pt"})
-        collector.save_config(config, folder)
-        groups, schedule = self.schedules[step - self.first]
-        torch.save(schedule, folder / "scheduler.pt")
-        averages = [list(named(adapter, moments[name]).values()) for name in ("exp_avg", "exp_avg_sq")]
-        state = {
-            number: {"step": moments["step"].clone(), "exp_avg": first, "exp_avg_sq": second}
-            for number, (first, second) in enumerate(zip(*averages, strict=True))
-        }
-        members = [list(range(len(state))), *([] for _ in groups[1:])]
-        groups = [{**group, "params": numbers} for group, numbers in zip(groups, members, strict=True)]
-        torch.save({"state": state, "param_groups": groups}, folder / "optimizer.pt")
         set_seed(self.args.seed)
         self.trainer._save_rng_state(str(folder))
-        self.trainer.state.save_to_json(str(folder / "trainer_state.json"))
-        files.sync_tree(folder)
+        state = copy.deepcopy(self.trainer.state)
+        groups, schedule = self.schedules[step - self.first]
+
+        def write() -> None:
+            save_file(named(adapter, vector), folder / paths.ADAPTER, {"format": "pt"})
+            collector.save_config(config, folder)
+            torch.save(schedule, folder / "scheduler.pt")
+            torch.save(optimizer_state(adapter, moments, groups), folder / "optimizer.pt")
+            state.save_to_json(str(folder / "trainer_state.json"))
+            files.sync_tree(folder)
+
+        return write
+
+
+def optimizer_state(adapter: Adapter, moments: dict[str, Tensor], groups: list[dict]) -> dict[str, Any]:
+    """AdamW's state_dict as the trainer saves it: entries in the order of the parameters, all of the first group."""
+    averages = [list(named(adapter, moments[name]).values()) for name in ("exp_avg", "exp_avg_sq")]
+    state = {
+        number: {"step": moments["step"].clone(), "exp_avg": first.clone(), "exp_avg_sq": second}
+        for number, (first, second) in enumerate(zip(*averages, strict=True))
+    }
+    members = [list(range(len(state))), *([] for _ in groups[1:])]
+    groups = [{**group, "params": numbers} for group, numbers in zip(groups, members, strict=True)]
+    return {"state": state, "param_groups": groups}
 
 
 def named(adapter: Adapter, vector: Tensor) -> dict[str, Tensor]:

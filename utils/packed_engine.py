@@ -17,7 +17,8 @@ import packed_layers
 from packed_batches import Shape, Step, buckets, lay_out, to_batch
 from packed_layers import Batch, Bins, PackedLinear, Shared
 
-BUCKETS = 6  # CUDA graphs per phase
+BUCKETS = 6  # CUDA graphs per phase at most; capturing one takes as long as ...
+STEPS_PER_BUCKET = 50  # ... the padding of so many steps costs, about
 AHEAD = 8  # steps that the host may be ahead of the device
 
 
@@ -81,15 +82,16 @@ class Engine:
         model: a transformers causal language model, frozen, on its device.
         adapters: of the cells, in order.
         dtype: what the linear layers compute in; bfloat16 stands for autocast to it.
+        loads: about how many tokens each adapter sees per step (default: all the same).
 
     Raises packed_layers.NotPackable where the model cannot be packed. Call `close` to give the model back.
     """
 
-    def __init__(self, model: nn.Module, adapters: list[Adapter], dtype: torch.dtype):
+    def __init__(self, model: nn.Module, adapters: list[Adapter], dtype: torch.dtype, loads: list[float] | None = None):
         self.model, self.adapters, self.dtype = model, adapters, dtype
         self.device = model.device
         self.on_cuda = self.device.type == "cuda"
-        bins = Bins([adapter.rank for adapter in adapters])
+        bins = Bins([adapter.rank for adapter in adapters], loads)
         self.shared = Shared(bins, [adapter.scaling for adapter in adapters], self.device, dtype)
         names = [part.layer for part in adapters[0].parts]
         self.layers = packed_layers.attach(model, names, self.shared, dtype)
@@ -238,7 +240,8 @@ class GraphRunner:
 
     def __init__(self, engine: Engine, steps: list[Step]):
         self.engine = engine
-        self.shapes = buckets([step.shape(engine.shared.bins) for step in steps], BUCKETS)
+        count = max(1, min(BUCKETS, len(steps) // STEPS_PER_BUCKET))
+        self.shapes = buckets([step.shape(engine.shared.bins) for step in steps], count)
         self.graphs: dict[Shape, tuple[torch.cuda.CUDAGraph, Batch]] = {}
         empty = Step([[] for _ in engine.adapters])
         largest = self.shapes[-1]

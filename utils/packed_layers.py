@@ -53,23 +53,24 @@ class Bins:
 
     Args:
         ranks: of each adapter.
-        width: ranks per bin at most, unless one adapter alone has more.
+        loads: how many tokens each sees per step, about; bins get equal shares (default: all the same).
+        width: ranks per bin, about.
 
     `count` bins of `width` ranks; adapter i has the rows `start[i]` to `start[i] + ranks[i]` of bin `bin_of[i]`.
     """
 
-    def __init__(self, ranks: list[int], width: int = WIDTH):
-        limit = max(width, *ranks)
-        used: list[int] = []
+    def __init__(self, ranks: list[int], loads: list[float] | None = None, width: int = WIDTH):
+        loads = loads or [1.0] * len(ranks)
         self.ranks, self.bin_of, self.start = ranks, [0] * len(ranks), [0] * len(ranks)
-        for adapter in sorted(range(len(ranks)), key=lambda i: -ranks[i]):  # the largest first: fewest bins
-            fitting = [number for number, width_used in enumerate(used) if width_used + ranks[adapter] <= limit]
-            number = fitting[0] if fitting else len(used)
-            if not fitting:
-                used.append(0)
+        self.count = -(-sum(ranks) // width)
+        dealt, used = [0.0] * self.count, [0] * self.count
+        for adapter in sorted(range(len(ranks)), key=lambda i: (-loads[i], -ranks[i])):
+            number = min(range(self.count), key=lambda one: (dealt[one], used[one]))
             self.bin_of[adapter], self.start[adapter] = number, used[number]
+            dealt[number] += loads[adapter]
             used[number] += ranks[adapter]
-        self.count, self.width = len(used), -(-max(used) // ALIGNED) * ALIGNED
+        self.count = sum(width > 0 for width in used)  # fewer where there are fewer adapters than bins
+        self.width = -(-max(used) // ALIGNED) * ALIGNED
 
     def rows_of(self, adapter: int) -> tuple[int, slice]:
         """Where an adapter's factors stand in a stack: the bin, and the rows in it."""

@@ -6,7 +6,7 @@ Imported by packed_train.py.
 import gc
 import time
 from collections.abc import Iterator
-from concurrent.futures import ThreadPoolExecutor
+from concurrent.futures import Future, ThreadPoolExecutor
 from itertools import zip_longest
 from typing import Any
 
@@ -41,16 +41,18 @@ def train_all(base: Base, ready: list[tuple[Any, Any, Member]]) -> Iterator[tupl
     limit = len(waiting)
     while waiting:
         lessons = [list(member.course.steps()) for _, _, member in waiting]
+        members = [member for _, _, member in waiting[:limit]]
         try:
-            limit = min(limit, fitting(base, [member for _, _, member in waiting], lessons))
-            pack = Pack(base, [member for _, _, member in waiting[:limit]], lessons[:limit])
+            if base.model.device.type == "cpu":  # which says nothing when there is too little, but kills
+                limit = fitting(base, members, lessons)
+            pack = Pack(base, members[:limit], lessons[:limit])
         except torch.OutOfMemoryError:
             _collect_garbage()
             if limit == 1:
                 yield *waiting.pop(0)[:2], TOO_LARGE
                 limit = len(waiting)
             else:
-                limit = -(-limit // 2)
+                limit = min(limit - 1, fitting(base, members, lessons))
             continue
         with pack:
             pack.train()
@@ -66,10 +68,13 @@ def fitting(base: Base, members: list[Member], lessons: list[list[list[Row]]]) -
     """How many of the members, from the first on, fit into memory together."""
     if len(members) == 1:
         return 1
-    steps = [[Step([rows]) for rows in each] for each in lessons]
-    count = packed_memory.how_many(base.model, base.dtype, [member.adapter for member in members], steps)
-    _collect_garbage()
-    return count
+    steps = [[Step([rows]) for rows in each] for each in lessons[: len(members)]]
+    try:
+        return packed_memory.how_many(base.model, base.dtype, [member.adapter for member in members], steps)
+    except torch.OutOfMemoryError:
+        return 1
+    finally:
+        _collect_garbage()
 
 
 class Pack:
@@ -84,15 +89,12 @@ class Pack:
     def __init__(self, base: Base, members: list[Member], lessons: list[list[list[Row]]]):
         self.members = members
         self.steps = [Step([rows or [] for rows in each]) for each in zip_longest(*lessons)]
-        self.engine = Engine(base.model, [member.adapter for member in members], base.dtype)
-        try:
-            self.engine.prepare(self.steps)
-        except BaseException:
-            self.engine.close()
-            raise
+        loads = [sum(len(row.tokens) for rows in each for row in rows) / len(self.steps) for each in lessons]
+        self.engine = Engine(base.model, [member.adapter for member in members], base.dtype, loads)
         self.threads: ThreadPoolExecutor = packed_writer.threads()
         self.writers: list[packed_writer.Writer | None] = []
         self.shown: list[dict[int, dict[str, float]]] = [{} for _ in members]
+        self.saving: list[list[Future]] = [[] for _ in members]
         self.unsaved: dict[tuple[int, int], tuple[Tensor, dict[str, Tensor]]] = {}
         for member, vector in zip(members, self.engine.vectors, strict=True):
             staging, writer = member.course.attempt.staging, None
@@ -100,6 +102,12 @@ class Pack:
                 collector.save_config(member.config, staging)
                 writer = packed_writer.Writer(staging, member.adapter, vector, self.threads)
             self.writers.append(writer)
+        try:
+            self.engine.prepare(self.steps)
+        except BaseException:
+            self.engine.close()
+            self.threads.shutdown()
+            raise
 
     def __enter__(self) -> "Pack":
         return self
@@ -144,7 +152,8 @@ class Pack:
         if shown := course.log(loss):
             self.shown[who][step] = shown
         if (who, step) in self.unsaved:
-            course.save(member.adapter, *self.unsaved.pop((who, step)), member.config)
+            write = course.saver(member.adapter, *self.unsaved.pop((who, step)), member.config)
+            self.saving[who].append(self.threads.submit(write))
 
     def complete(self, who: int) -> UserError | None:
         """Make a member's run whole and give it its name; what is wrong with it, if anything."""
@@ -152,6 +161,8 @@ class Pack:
         attempt = course.attempt
         course.end()
         try:
+            for saving in self.saving[who]:
+                saving.result()
             if writer is not None:
                 written = writer.written()
                 records = {step: self.shown[who][step] | record for step, record in written.items()}
