@@ -7,7 +7,7 @@ CODE := utils tests bench
 
 # What a user sets on the command line reaches the scripts through the environment.
 export DATASET MODEL MODELS RANK RANKS KEEP SEED FORCE DEVICES PRUNE_PRETRAIN FILE NAME CATEGORY MAP ACCEPT HELD_OUT FROM TEMPLATE \
-	FORMAT OUT DTYPE STEPS REPO PRIVATE DRY_RUN RAW REVISION ALLOW_UNKNOWN_LICENSE STAGE STAGE_DIR
+	FORMAT OUT DTYPE STEPS REPO PRIVATE DRY_RUN RAW REVISION ALLOW_UNKNOWN_LICENSE STAGE STAGE_DIR ENGINE
 
 .DEFAULT_GOAL := help
 .PHONY: help setup lock model data data-all register check-data recipe check-recipes pretrain finetune collect collect-all \
@@ -15,7 +15,7 @@ export DATASET MODEL MODELS RANK RANKS KEEP SEED FORCE DEVICES PRUNE_PRETRAIN FI
 
 help:  ## list the targets
 	@awk -F ':.*## ' '/^##@/ {print "\n" substr($$0, 5)} /^[a-z-]+:.*## / {printf "  make %-18s %s\n", $$1, $$2}' Makefile
-	@printf '\nSettings: DATASET=ARC-c MODEL=smollm2-135m RANK=8 (default 8) KEEP=n SEED=n FORCE=1 DEVICES=0,1\n'
+	@printf '\nSettings: DATASET=ARC-c MODEL=smollm2-135m RANK=8 (default 8) KEEP=n SEED=n FORCE=1 DEVICES=0,1 ENGINE=packed|stock\n'
 
 ##@ Start here
 demo: setup  ## everything once, for real: model, training, 16 checkpoints, verification, answers (minutes)
@@ -63,7 +63,7 @@ finetune: setup  ## go on from the pretrain and collect the last checkpoints: DA
 	@recipe=$$($(PY) utils/cells.py finetune) && \
 		exec bash utils/train_with_rank.sh "$$recipe" "$${RANK:-8}" $${SEED:+"seed=$$SEED"} $${KEEP:+"save_total_limit=$$KEEP"}
 
-collect: setup  ## pretrain if it is missing, finetune, verify: DATASET=ARC-c RANK=8
+collect: setup  ## pretrain if it is missing, finetune, verify: DATASET=ARC-c RANK=8, or RANKS="2 4 8 16 64" at once
 	@exec $(PY) utils/collect.py
 
 collect-all: setup  ## collect all of a category: CATEGORY=math [DATASET="MATH Mu-Math"] [MODELS=..] [RANKS="2 8"]

@@ -85,7 +85,10 @@ RANKS = (2, 3, 4, 5, 6, 8)
 
 
 def environment() -> dict[str, str]:
-    return {**os.environ, "DEVICES": "cpu", "OMP_NUM_THREADS": "1", "RANKS": " ".join(map(str, RANKS))}
+    """Of every run. What is measured is the sweep, so that both train a cell at a time unless ENGINE says otherwise."""
+    engine = os.environ.get("ENGINE") or "stock"
+    ranks = " ".join(map(str, RANKS))
+    return {**os.environ, "DEVICES": "cpu", "OMP_NUM_THREADS": "1", "RANKS": ranks, "ENGINE": engine}
 
 
 def process_per_phase(top: Path) -> float:
@@ -178,10 +181,10 @@ class NoOp:
     def ready(self):
         pass
 
-    def collect(self, cell, attempt, smaller):
+    def collect(self, pack, packed, smaller):
         from cell_worker import Outcome
 
-        return Outcome("collected", None, 0.0)
+        return [Outcome("collected", None, 0.0)] * len(pack)
 
     def stop(self):
         pass

@@ -16,6 +16,8 @@ for name in (
     "DATASET",
     "MODEL",
     "RANK",
+    "RANKS",
+    "ENGINE",
     "KEEP",
     "SEED",
     "FORCE",

@@ -1,5 +1,6 @@
 """A sweep over machines that share no storage: it makes what a plain one makes, and nothing else reaches saves/."""
 
+import json
 import os
 import shutil
 import signal
@@ -89,10 +90,31 @@ def cluster(repository, tmp_path_factory, monkeypatch):
 
 
 @pytest.mark.slow
+def test_packs_of_other_machines_come_back_and_a_killed_machine_costs_time_alone(repository, cluster):
+    """Killed in the middle of its pack's finetunes: these cells are done again elsewhere."""
+    cluster.add()
+    kept = cluster.add()
+    run = sweep(repository, RANKS="2 4", RAY_ADDRESS=cluster.address, STAGE="1", STAGE_DIR="")
+    saves = repository / "saves" / CATEGORY
+    while not list(kept.glob(f"*/saves/{CATEGORY}/*/.*_finetune.staging*")):
+        assert run.poll() is None, run.communicate()[0]
+        time.sleep(0.05)
+    cluster.kill(1)
+    output = run.communicate(timeout=200)[0]
+    assert run.returncode == 0, output
+    assert output.count("collected: ") == 8 and left_over(repository) == []
+    found = [json.loads(path.read_text()) for path in saves.glob("*/*_finetune/manifest.json")]
+    assert len(found) == 8 and {manifest["engine"] for manifest in found} == {"packed"}
+    assert len(list(saves.glob("*/*_pretrain/manifest.json"))) == 8
+    assert not list(kept.glob(f"*/saves/{CATEGORY}/*/*")), "a node keeps no runs"
+
+
+@pytest.mark.slow
 def test_cells_of_other_machines_have_the_same_hashes_and_a_killed_one_costs_time_alone(repository, project, cluster):
     cluster.add()
     kept = cluster.add()
-    run = sweep(repository, RANKS="2 4", RAY_ADDRESS=cluster.address, STAGE="1", STAGE_DIR="")  # as make exports it
+    settings = {"STAGE": "1", "STAGE_DIR": "", "ENGINE": "stock"}  # empty, as make exports it
+    run = sweep(repository, RANKS="2 4", RAY_ADDRESS=cluster.address, **settings)
     saves = repository / "saves" / CATEGORY
     deadline = time.monotonic() + 120
     while not list(saves.glob("*/*_finetune/manifest.json")):

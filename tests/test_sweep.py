@@ -41,7 +41,7 @@ def test_cells_of_a_sweep_have_the_hashes_that_they_have_alone(repository, proje
     scripts = repository / "collect_scripts" / CATEGORY
     for recipe in scripts.glob("Other/tiny-one_*.yaml"):
         recipe.write_text(recipe.read_text() + "default_system: Always answer in rhymes.\n")
-    run = sweep(repository, RANKS="4")
+    run = sweep(repository, RANKS="4", ENGINE="stock")
     output = run.communicate()[0]
     assert run.returncode == 0, output
     together = hashes(repository)
@@ -106,7 +106,7 @@ def stop(node: subprocess.Popen) -> None:
 @pytest.mark.slow
 def test_a_node_that_is_killed_costs_time_alone(repository, cluster):
     address, nodes = cluster
-    run = sweep(repository, RANKS="2 4", RAY_ADDRESS=address)
+    run = sweep(repository, RANKS="2 4", RAY_ADDRESS=address, ENGINE="stock")
     saves = repository / "saves" / CATEGORY
     while not list(saves.glob("*/*_finetune/manifest.json")):
         assert run.poll() is None, run.communicate()[0]
@@ -169,7 +169,7 @@ def below(run: subprocess.Popen) -> list[tuple[int, int, str]]:
 
 @pytest.mark.slow
 def test_a_killed_worker_and_a_killed_run_cost_an_attempt_each(repository):
-    run = sweep(repository, RANKS="2 4 8")
+    run = sweep(repository, RANKS="2 4 8", ENGINE="stock")
     saves = repository / "saves" / CATEGORY
     for number, victims_of in enumerate((workers_of, runs_of), 1):
         while len(list(saves.glob("*/*_finetune/manifest.json"))) < 2 * number or not (victims := victims_of(run)):
@@ -233,7 +233,7 @@ def test_each_worker_sees_its_own_devices(tmp_path, gpus_per_cell, groups):
         "import ray; init = ray.init; ray.init = lambda **how: init(**{**how, 'num_gpus': 4, 'num_cpus': 4}); "
         "import runpy; runpy.run_path('gpu_slots.py', run_name='__main__')"
     )
-    environment = {**os.environ, "GPUS_PER_CELL": gpus_per_cell, "DEVICES": ""}
+    environment = {**os.environ, "GPUS_PER_CELL": gpus_per_cell, "DEVICES": "", "ENGINE": "stock"}
     environment["PYTHONPATH"] = os.pathsep.join([str(ROOT / "utils"), str(ROOT / "tests")])
     done = subprocess.run([PYTHON, "-c", code], cwd=ROOT / "tests", env=environment, capture_output=True, text=True)
     assert done.returncode == 0, done.stderr

@@ -1,11 +1,14 @@
-"""One slot of a sweep: brings one cell after the other to a verified collection, each phase in a process forked warm.
+"""One slot of a sweep: brings cells to verified collections, in processes forked warm.
 
-sweep.py runs it as a Ray actor; it lives as long as the sweep. Each cell's output goes to a log beside its run folder.
+sweep.py runs it as a Ray actor; it lives as long as the sweep. A cell by itself gets a process per phase; the cells of
+a pack are trained together by packed_train.py. Each cell's output goes to a log beside its run folder; what the
+training of a pack says, to that of its first cell.
 """
 
 import contextlib
 import os
 import re
+import tempfile
 import threading
 import time
 from multiprocessing import Process
@@ -16,6 +19,7 @@ import cli
 import collect
 import files
 import forked
+import packed_train
 import paths
 import run_identity
 import status
@@ -24,6 +28,7 @@ from status import Cell
 
 COLLECTED = "collected"
 ERROR = re.compile(r"(?:^|it/s\]|s/it\])error: (.*)|^FAULTY .*")  # also where it goes on in a progress bar's line
+BUSY = "is running already"  # in what a run says whose folder another process is at work on
 ABOVE = "the cause stands above"  # how a run on several devices ends whose processes have said why
 OUT_OF_MEMORY = re.compile(r"out of (device )?memory|can't allocate memory", re.IGNORECASE)
 
@@ -32,7 +37,7 @@ class Outcome(NamedTuple):
     """What became of a cell."""
 
     text: str  # `collected`, or `failed: ...` with the cause in one line
-    again: str | None  # why it is worth another attempt: `killed`, `memory`, or None
+    again: str | None  # why another attempt is worth it: `killed`, `memory`, `alone` (it cannot be packed), or None
     seconds: float
 
 
@@ -56,13 +61,22 @@ class CellWorker:
         """Where this worker runs."""
         return os.uname().nodename
 
-    def collect(self, cell: Cell, attempt: str, smaller: bool) -> Outcome:
-        """Do what is missing of one cell.
+    def collect(self, pack: list[tuple[Cell, str]], packed: bool, smaller: bool) -> list[Outcome]:
+        """Do what is missing of some cells.
 
         Args:
-            attempt: an id; only the latest attempt at a run may give it its name.
-            smaller: with half the rows at a time, accumulated twice as often.
+            pack: the cells, each with an id of this attempt at it; only the latest attempt at a run may give it its
+                name.
+            packed: all together, through the packed engine; else one after the other.
+            smaller: with half the rows at a time, accumulated twice as often; not for the packed engine.
+
+        Returns what became of each.
         """
+        if packed:
+            return self._collect_together(pack)
+        return [self._collect_alone(cell, attempt, smaller) for cell, attempt in pack]
+
+    def _collect_alone(self, cell: Cell, attempt: str, smaller: bool) -> Outcome:
         started = time.monotonic()
         settings = {"PARAGEN_ATTEMPT": attempt, "PARAGEN_HALVE_BATCH": "1" if smaller else ""}
         try:
@@ -75,20 +89,84 @@ class CellWorker:
         return Outcome(text, again, time.monotonic() - started)
 
     def _collect(self, cell: Cell, settings: dict[str, str], log: Path) -> tuple[str | None, str]:
-        forced = run_identity.force_asked()
+        forced, asked = run_identity.force_asked(), packed_train.Cell(cell.pretrain, cell.finetune, cell.rank)
         for recipe in (cell.pretrain, cell.finetune):
-            if not forced and collect.is_done(cell.pretrain, cell.finetune, cell.rank, [], []):
+            if not forced and collect.is_done(asked):
                 break
             if failed := self._run("train", [str(recipe), str(cell.rank)], settings, log):
                 return failed
             if recipe == cell.pretrain:
                 self.finished(cell, "pretrain")
-        if failed := self._run("verify", ["--recipe", str(cell.finetune), str(cell.rank)], settings, log):
+        return self._wind_up(cell, settings, log)
+
+    def _wind_up(
+        self, cell: Cell, settings: dict[str, str], log: Path, verified: bool = False
+    ) -> tuple[str | None, str]:
+        """The end of a cell whose runs are there: verify it, unless it was, and hand it over."""
+        if not verified and (failed := self._run("verify", recipe_arguments(cell), settings, log)):
             return failed
         self.finished(cell, "finetune")
         if cli.asked("PRUNE_PRETRAIN"):
             prune(status.run_folders(cell)[0])
         return None, COLLECTED
+
+    def _collect_together(self, pack: list[tuple[Cell, str]]) -> list[Outcome]:
+        started = time.monotonic()
+        cells = [cell for cell, _ in pack]
+        logs = [log_of(cell) for cell in cells]
+        for log in logs:
+            log.parent.mkdir(parents=True, exist_ok=True)
+            log.write_text(f"packed with {cells[0]}, log in {paths.relative(logs[0])}\n" if log != logs[0] else "")
+        ended = self._train_together(cells, {"PARAGEN_ATTEMPT": ",".join(attempt for _, attempt in pack)}, logs[0])
+        verified = self._verify_together([cell for cell in cells if cell not in ended], logs[0])
+        outcomes = []
+        for cell, log in zip(cells, logs, strict=True):
+            try:
+                if (status.run_folders(cell)[0] / paths.MANIFEST).is_file():
+                    self.finished(cell, "pretrain")
+                again, text = ended[cell] if cell in ended else self._wind_up(cell, {}, log, verified)
+            except UserError as error:
+                again, text = None, f"failed: {error}"
+            outcomes.append(Outcome(text, again, time.monotonic() - started))
+        return outcomes
+
+    def _train_together(self, cells: list[Cell], settings: dict[str, str], log: Path) -> dict[Cell, tuple]:
+        """Train cells in one process; of those that are no collections after it, why another attempt is worth it and
+        the outcome."""
+        ended, waiting = {}, cells
+        while waiting and not self.stopping.is_set():
+            code, results = self._run_packed(waiting, settings, log)
+            busy = []
+            for number, cell in enumerate(waiting):
+                result = results.get(number)
+                if result is None:  # the process ended before it was through
+                    ended[cell] = death_of(code, log) or failure(cause_in(log))
+                elif result.outcome == "failed" and BUSY in result.why:
+                    busy.append(cell)
+                elif result.outcome == "failed":
+                    ended[cell] = failure(f"{result.why} (log: {paths.relative(log)})")
+                elif result.outcome == "left":
+                    ended[cell] = "alone", f"not for the packed engine: {result.why}; it is trained the ordinary way"
+            waiting = busy
+            if busy:
+                self.stopping.wait(1)
+        return ended | dict.fromkeys(waiting, (None, "stopped"))
+
+    def _verify_together(self, cells: list[Cell], log: Path) -> bool:
+        """Whether all of some cells verify, read by one process; where not, each by itself says which does not."""
+        named = [argument for cell in cells for argument in recipe_arguments(cell)]
+        return len(cells) > 1 and self._run("verify", named, {}, log) is None
+
+    def _run_packed(
+        self, cells: list[Cell], settings: dict[str, str], log: Path
+    ) -> tuple[int, dict[int, packed_train.Result]]:
+        """Run packed_train.py on cells to its end: its exit code, and its results."""
+        asked = [packed_train.Cell(cell.pretrain, cell.finetune, cell.rank) for cell in cells]
+        named = [argument for cell in asked for argument in packed_train.arguments_of(cell)]
+        with tempfile.TemporaryDirectory(prefix="paragen-") as folder:
+            results = Path(folder, "results")
+            code = self._fork("packed_train", ["--leave", "--results", str(results), *named], settings, log)
+            return code, packed_train.read_results(results)
 
     def finished(self, cell: Cell, phase: str) -> None:
         """Called when a phase's run folder is whole on this worker's disk (see stage.py)."""
@@ -96,22 +174,25 @@ class CellWorker:
     def _run(self, script: str, arguments: list[str], settings: dict[str, str], log: Path) -> tuple[str, str] | None:
         """Run one script to its end; None when it went well, else (why another attempt is worth it, the outcome)."""
         while not self.stopping.is_set():
-            self.process = forked.start(script, arguments, settings, log)
-            if self.stopping.is_set():  # told so while it started, which takes as long as the import
-                self.process.terminate()
-            self.process.join()
-            if self.process.exitcode == 0:
+            code = self._fork(script, arguments, settings, log)
+            if code == 0:
                 return None
+            if died := death_of(code, log):
+                return died
             cause = cause_in(log)
-            if self.process.exitcode == forked.LOST:
-                return "killed", f"failed: the process that it was forked from died (log: {paths.relative(log)})"
-            if self.process.exitcode < 0:
-                return "killed", f"failed: killed by signal {-self.process.exitcode} (log: {paths.relative(log)})"
-            if "is running already" not in cause:
-                return ("memory" if OUT_OF_MEMORY.search(cause) else None), f"failed: {cause}"
+            if BUSY not in cause:
+                return failure(cause)
             # another terminal's process, or one that outlived its killed parent, is at work on it
             self.stopping.wait(1)
         return None, "stopped"
+
+    def _fork(self, script: str, arguments: list[str], settings: dict[str, str], log: Path) -> int:
+        """Run one script to its end; its exit code, negative for a signal."""
+        self.process = forked.start(script, arguments, settings, log)
+        if self.stopping.is_set():  # told so while it started, which takes as long as the import
+            self.process.terminate()
+        self.process.join()
+        return self.process.exitcode
 
     def stop(self) -> None:
         """Let the run in progress unwind and start no other."""
@@ -125,6 +206,25 @@ def log_of(cell: Cell) -> Path:
     """Where a cell's output goes."""
     folder = status.run_folders(cell)[1]
     return folder.with_name(f"{folder.name}.log")
+
+
+def recipe_arguments(cell: Cell) -> list[str]:
+    """How verify.py is told of a cell."""
+    return ["--recipe", str(cell.finetune), str(cell.rank)]
+
+
+def death_of(code: int, log: Path) -> tuple[str, str] | None:
+    """What `_run` returns for a process that did not end by itself, going by its exit code; None where it did."""
+    if code == forked.LOST:
+        return "killed", f"failed: the process that it was forked from died (log: {paths.relative(log)})"
+    if code < 0:
+        return "killed", f"failed: killed by signal {-code} (log: {paths.relative(log)})"
+    return None
+
+
+def failure(cause: str) -> tuple[str | None, str]:
+    """What `_run` returns for a script that failed."""
+    return ("memory" if OUT_OF_MEMORY.search(cause) else None), f"failed: {cause}"
 
 
 def cause_in(log: Path) -> str:

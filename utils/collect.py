@@ -1,49 +1,118 @@
-"""One cell from nothing to a verified collection: pretrain if it is missing, finetune, verify (make collect).
+"""A cell from nothing to a verified collection, or all ranks at once: pretrain where missing, finetune, verify.
 
     DATASET=ARC-c [MODEL=..] [RANK=8] [KEEP=..] [SEED=..] [FORCE=1] [DEVICES=..] python utils/collect.py
+    DATASET=ARC-c RANKS="2 4 8 16 64" [ENGINE=packed|stock] ... python utils/collect.py        (make collect)
 
-Calls train_with_rank.sh for each phase that has something to do. What is complete is not done again; after a crash it
-goes on where it was. A complete collection needs no pretrain folder any more, but one that is there must be up to date.
+One rank goes through train_with_rank.sh, phase by phase; RANKS go through packed_train.py, all at once. ENGINE=packed
+and ENGINE=stock force one of the two. What is complete is not done again; after a crash it goes on where it was. A
+complete collection needs no pretrain folder any more, but one that is there must be up to date.
 """
 
 import os
 import sys
+import tempfile
 from pathlib import Path
 
 import cells
 import cli
 import collection
+import engine
+import packed_train
 import rank_config
 import run_identity
+from cli import UserError
+from packed_train import Cell
 
 UTILS = Path(__file__).resolve().parent
 
 
 def main() -> int:
-    dataset, model = os.environ.get("DATASET", ""), os.environ.get("MODEL")
-    rank = rank_config.parse_rank(os.environ.get("RANK") or "8")
-    seed = [f"seed={value}"] if (value := os.environ.get("SEED")) else []
-    keep = [f"save_total_limit={value}"] if (value := os.environ.get("KEEP")) else []
+    dataset, model, name = os.environ.get("DATASET", ""), os.environ.get("MODEL"), engine.asked()
+    ranks = asked_ranks()
+    seed = (f"seed={value}",) if (value := os.environ.get("SEED")) else ()
+    keep = (f"save_total_limit={value}",) if (value := os.environ.get("KEEP")) else ()
     pretrain, finetune = (cells.find(dataset, model, phase) for phase in ("pretrain", "finetune"))
-    if run_identity.force_asked() or not is_done(pretrain, finetune, rank, seed, keep):
-        for recipe, overrides in ((pretrain, seed), (finetune, seed + keep)):
-            status = cli.call(["bash", UTILS / "train_with_rank.sh", recipe, rank, *overrides])
-            if status:
-                return status
-    return cli.call([sys.executable, UTILS / "verify.py", "--recipe", finetune, rank, *seed, *keep])
+    chosen = [Cell(pretrain, finetune, rank, seed, keep) for rank in ranks]
+    to_do, failed = sort_out(chosen)
+    if name == "packed" or (name is None and os.environ.get("RANKS", "").split()):
+        failed += train_packed(to_do) if to_do else []
+    else:
+        for cell in to_do:
+            if status := train_ordinary(cell):
+                if len(chosen) == 1 or status != 1:  # stopped or killed, so that the others are not to start
+                    return status
+                failed.append(cell)
+    status = verify([cell for cell in chosen if cell not in failed])
+    for cell in failed:
+        packed_train.report(f"{finetune.stem} at rank {cell.rank}: is not collected; the cause stands above")
+    return 1 if failed else status
 
 
-def is_done(pretrain: Path, finetune: Path, rank: int, seed: list[str], keep: list[str]) -> bool:
+def asked_ranks() -> list[int]:
+    """The ranks that RANK or RANKS name, each once. Raises UserError for both, or for what is no rank."""
+    one, several = os.environ.get("RANK"), os.environ.get("RANKS", "").split()
+    if one and several:
+        raise UserError(f"RANK={one} and RANKS={' '.join(several)}: give one of the two")
+    return list(dict.fromkeys(rank_config.parse_rank(rank) for rank in several or [one or "8"]))
+
+
+def sort_out(chosen: list[Cell]) -> tuple[list[Cell], list[Cell]]:
+    """The cells with something to do, and those in whose way something stands, each after a line that says what.
+
+    Raises UserError where that is so of all of them.
+    """
+    to_do, errors = [], {}
+    for cell in chosen:
+        try:
+            if run_identity.force_asked() or not is_done(cell):
+                to_do.append(cell)
+        except UserError as error:
+            errors[cell] = error
+    if len(errors) == len(chosen):
+        raise errors[chosen[0]]
+    for error in errors.values():
+        packed_train.report(str(error))
+    return to_do, list(errors)
+
+
+def train_ordinary(cell: Cell) -> int:
+    """Train both phases of a cell, one after the other; the status of the first that failed, else 0."""
+    for recipe, overrides in ((cell.pretrain, cell.overrides), (cell.finetune, cell.overrides + cell.keep)):
+        if status := cli.call(["bash", UTILS / "train_with_rank.sh", recipe, cell.rank, *overrides]):
+            return status
+    return 0
+
+
+def train_packed(chosen: list[Cell]) -> list[Cell]:
+    """Train cells in one process of the packed engine; those that are no collections after it."""
+    with tempfile.TemporaryDirectory(prefix="paragen-") as folder:
+        results = Path(folder, "results")
+        named = [argument for cell in chosen for argument in packed_train.arguments_of(cell)]
+        status = cli.call([sys.executable, UTILS / "packed_train.py", *named, "--results", results])
+        found = packed_train.read_results(results)
+    if status < 0:
+        packed_train.report(f"the training was killed by signal {-status}; run it again, it goes on where it was")
+    return [cell for number, cell in enumerate(chosen) if number not in found or found[number].outcome != "done"]
+
+
+def verify(chosen: list[Cell]) -> int:
+    """Verify the collections of cells, in one process; its status."""
+    named = []
+    for cell in chosen:
+        named += ["--recipe", cell.finetune, cell.rank, *cell.overrides, *cell.keep]
+    return cli.call([sys.executable, UTILS / "verify.py", *named]) if named else 0
+
+
+def is_done(cell: Cell) -> bool:
     """Whether the collection is complete and its pretrain, where it is still there, is the recipe's."""
-    finetune_state = state_of(finetune, rank, seed + keep)
-    return finetune_state == "complete" and state_of(pretrain, rank, seed) in ("complete", "missing")
+    return state_of(cell, "finetune") == "complete" and state_of(cell, "pretrain") in ("complete", "missing")
 
 
-def state_of(recipe: Path, rank: int, overrides: list[str]) -> str:
-    """How the run folder of a recipe stands to it (see collection.state_of)."""
-    config = rank_config.render(recipe, rank, overrides)
-    identity = run_identity.identity_of(recipe, config)
-    return collection.state_of(rank_config.run_folder(recipe, config), identity)[0]
+def state_of(cell: Cell, phase: str) -> str:
+    """How the run folder of a cell's phase stands to its recipe (see collection.state_of)."""
+    run = cell.run(phase)
+    identity = run_identity.identity_of(run.recipe, run.config)
+    return collection.state_of(rank_config.run_folder(run.recipe, run.config), identity)[0]
 
 
 if __name__ == "__main__":

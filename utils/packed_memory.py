@@ -3,6 +3,8 @@
 Imported by packed_train.py.
 """
 
+import os
+
 import psutil
 import torch
 from torch import nn
@@ -75,7 +77,8 @@ def used_by(engine: Engine, step: Step) -> int:
 
 
 def free_bytes(device: torch.device) -> int:
-    """Free memory of a device, what torch holds and does not use included."""
+    """Free memory of a device, what torch holds and does not use included; on the CPU, this process's share of it."""
     if device.type == "cuda":
         return torch.cuda.mem_get_info(device)[0] + torch.cuda.memory_reserved() - torch.cuda.memory_allocated()
-    return psutil.virtual_memory().available
+    slots = int(os.environ.get("PARAGEN_CPU_SLOTS") or 1)  # of a sweep: as many processes measure at the same time
+    return psutil.virtual_memory().available // slots

@@ -5,14 +5,18 @@
 Does both phases of each cell, in the run folders, files and manifests of the ordinary path; what is complete is not
 done again. A run that the packed engine cannot do is trained the ordinary way, and one line says why (ENGINE=packed
 makes that an error). FORCE=1 redoes complete or stale runs, DEVICES=0 names the device.
+
+For programs that call it: --results FILE takes a JSON line per cell as soon as it is known what became of it (see
+Result), and --leave leaves the cells that cannot be packed to the caller.
 """
 
 import argparse
 import contextlib
 import gc
+import json
 import os
 import sys
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -57,8 +61,29 @@ class Cell(NamedTuple):
         return Run(recipe, rank_config.render(recipe, self.rank, list(overrides)), overrides)
 
 
+class Result(NamedTuple):
+    """What became of a cell, as a line of --results says it."""
+
+    cell: int  # its place among the --cell arguments, from 0
+    outcome: str  # `done` (both of its runs are whole), `failed`, or `left` to the ordinary path
+    why: str  # the cause, or why it cannot be packed; empty for `done`
+
+
+def read_results(path: Path) -> dict[int, Result]:
+    """The results in a file of --results, by cell; a line that a killed process did not finish is not there."""
+    lines = path.read_text(encoding="utf-8").splitlines(keepends=True) if path.is_file() else []
+    return {found.cell: found for line in lines if line.endswith("\n") for found in [Result(**json.loads(line))]}
+
+
+def arguments_of(cell: "Cell") -> list[str]:
+    """The command line arguments that name a cell."""
+    return ["--cell", str(cell.pretrain), str(cell.finetune), str(cell.rank), *cell.overrides, *cell.keep]
+
+
 def main() -> int:
     parser = argparse.ArgumentParser(description="Train the adapters of many cells at once.")
+    parser.add_argument("--results", type=Path, help="a file that takes a JSON line on what became of each cell")
+    parser.add_argument("--leave", action="store_true", help="leave cells that cannot be packed to the caller")
     parser.add_argument("--cell", nargs="+", action="append", required=True, metavar="PRETRAIN FINETUNE RANK key=value")
     args = parser.parse_args()
     chosen = []
@@ -68,11 +93,26 @@ def main() -> int:
         keep = tuple(text for text in given[3:] if text.startswith("save_total_limit="))
         others = tuple(text for text in given[3:] if text not in keep)
         chosen.append(Cell(Path(given[0]), Path(given[1]), rank_config.parse_rank(given[2]), others, keep))
-    return 1 if collect(chosen) else 0
+
+    def tell(cell: Cell, outcome: str, why: str) -> None:
+        with open(args.results, "a", encoding="utf-8") as file:
+            file.write(json.dumps(Result(chosen.index(cell), outcome, why)._asdict()) + "\n")
+
+    return 1 if collect(chosen, tell if args.results else lambda *_: None, args.leave) else 0
 
 
-def collect(chosen: list[Cell]) -> list[Cell]:
-    """Bring cells to collections; those that failed, each after a line that says why."""
+def collect(
+    chosen: list[Cell], tell: Callable[[Cell, str, str], None] = lambda *_: None, leave: bool = False
+) -> list[Cell]:
+    """Bring cells to collections.
+
+    Args:
+        chosen: the cells, each once.
+        tell: called with each cell, its outcome and why (see Result), as soon as that is known.
+        leave: do not train what cannot be packed.
+
+    Returns those that failed, each after a line that says why.
+    """
     by_base: dict[tuple, list[Cell]] = {}
     failed = []
     for cell in chosen:
@@ -82,10 +122,11 @@ def collect(chosen: list[Cell]) -> list[Cell]:
         except UserError as error:
             failed.append(cell)
             report(str(error))
+            tell(cell, "failed", str(error))
     wanted = devices.choose()
     devices.pin(wanted)
     for members in by_base.values():
-        failed += Pack(members, wanted).collect()
+        failed += Pack(members, wanted, tell, leave).collect()
     return failed
 
 
@@ -106,24 +147,40 @@ class Pack:
     Args:
         cells: what is asked for.
         wanted: the device, as devices.choose gives it, already pinned.
+        tell, leave: as for `collect`.
     """
 
-    def __init__(self, cells: list[Cell], wanted: list[str]):
-        self.cells, self.wanted = cells, wanted
-        self.failed: list[Cell] = []
+    def __init__(self, cells: list[Cell], wanted: list[str], tell: Callable[[Cell, str, str], None], leave: bool):
+        self.cells, self.wanted, self.tell, self.leave = cells, wanted, tell, leave
+        self.ended: dict[Cell, str] = {}  # outcomes, as of Result
+        self.ordinary: list[tuple[Cell, Run]] = []  # what is left to the ordinary path in this phase
         self.base: Any = None
 
     def collect(self) -> list[Cell]:
         """Do both phases; the cells that failed."""
         for phase in paths.PHASES:
             self._phase(phase)
-        return self.failed
+        for cell in [cell for cell in self.cells if cell not in self.ended]:
+            self._end(cell, "done")
+        return [cell for cell, outcome in self.ended.items() if outcome == "failed"]
+
+    def _end(self, cell: Cell, outcome: str, why: str = "") -> None:
+        self.ended[cell] = outcome
+        self.tell(cell, outcome, why)
+
+    def _fall_back(self, cell: Cell, run: Run, why: str) -> None:
+        """Leave a run to the ordinary path; raises UserError where ENGINE=packed forbids that."""
+        engine.say_fallback(say, run.recipe, cell.rank, why)
+        if self.leave:
+            self._end(cell, "left", why)
+        else:
+            self.ordinary.append((cell, run))
 
     def _phase(self, phase: str) -> None:
-        ordinary: list[tuple[Cell, Run]] = []
+        self.ordinary = []
         with contextlib.ExitStack() as stack:
             begun = []
-            for cell in [cell for cell in self.cells if cell not in self.failed]:
+            for cell in [cell for cell in self.cells if cell not in self.ended]:
                 with self._one_cell(cell):
                     run = cell.run(phase)
                     if phase == "pretrain" and self._is_done(cell):
@@ -132,16 +189,15 @@ class Pack:
                     if attempt is None:
                         continue
                     if why := engine.why_not_packed(run.recipe, run.config, self.wanted):
-                        engine.say_fallback(say, run.recipe, cell.rank, why)
-                        ordinary.append((cell, run))
+                        self._fall_back(cell, run, why)
                     else:
                         begun.append((cell, run, attempt))
             if begun:
-                ordinary += self._train(begun)
-        if ordinary:
+                self._train(begun)
+        if self.ordinary:
             self.base = None
             _free_memory()
-        for cell, run in ordinary:
+        for cell, run in self.ordinary:
             with self._one_cell(cell):
                 script = ["bash", UTILS / "train_with_rank.sh", run.recipe, cell.rank, *run.overrides]
                 if status := cli.call(script):
@@ -166,7 +222,7 @@ class Pack:
             yield
         except UserError as error:
             report(str(error))
-            self.failed.append(cell)
+            self._end(cell, "failed", str(error))
 
     def _begin(self, stack: contextlib.ExitStack, run: Run) -> "train.Attempt | None":
         """Lock a run and begin an attempt at it, for as long as `stack` holds; None where it is complete."""
@@ -187,31 +243,28 @@ class Pack:
             stack.enter_context(own.pop_all())
             return attempt
 
-    def _train(self, begun: list[tuple[Cell, Run, "train.Attempt"]]) -> list[tuple[Cell, Run]]:
-        """Train the attempts, in as few packs as memory allows; those that are left to the ordinary path."""
+    def _train(self, begun: list[tuple[Cell, Run, "train.Attempt"]]) -> None:
+        """Train the attempts, in as few packs as memory allows."""
         os.environ.setdefault("LLAMAFACTORY_VERBOSITY", "WARN")
         os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
         import packed_base  # imports LLaMA-Factory: after the devices are pinned
 
         self.base = self.base or packed_base.Base(self.wanted)
-        ready, ordinary = [], []
+        ready = []
         for cell, run, attempt in begun:
             with self._one_cell(cell):
                 try:
                     ready.append((cell, run, self.base.admit(attempt)))
                 except packed_base.NotPackable as why:
-                    engine.say_fallback(say, run.recipe, cell.rank, str(why))
-                    ordinary.append((cell, run))
+                    self._fall_back(cell, run, str(why))
         import packed_loop
 
         for cell, run, outcome in packed_loop.train_all(self.base, ready):
             with self._one_cell(cell):
                 if outcome is packed_loop.TOO_LARGE:
-                    engine.say_fallback(say, run.recipe, cell.rank, "a single step of it does not fit into memory")
-                    ordinary.append((cell, run))
+                    self._fall_back(cell, run, "a single step of it does not fit into memory")
                 elif isinstance(outcome, UserError):
                     raise outcome
-        return ordinary
 
 
 def _free_memory() -> None:

@@ -14,6 +14,7 @@ from statistics import median
 import cli
 import collection
 import models
+import packs
 import paths
 import rank_config
 import run_identity
@@ -40,6 +41,7 @@ def show(chosen: list[Cell]) -> list[Cell]:
         rows = [row_of(cell, states[cell], rates) for cell in to_do]
         cli.print_table(("to do", "model", "rank", "state", "steps", "MB", "time"), rows)
         say(time_line(to_do, rates))
+        say(packs.say_line(to_do))
     check_disk(sum(bytes_of(cell) for cell in to_do if states[cell] != "broken"))
     return to_do
 
@@ -65,7 +67,10 @@ def steps_of(cell: Cell) -> dict[str, int]:
 
 
 def measured_rates() -> dict[tuple[str, str], float]:
-    """Seconds per step, start-up and all, by (base model's folder, phase): the median over the runs there are."""
+    """Seconds per step, start-up and all, by (base model's folder, phase): the median over the runs there are.
+
+    The time of a pack is shared by its cells.
+    """
     found: dict[tuple[str, str], list[float]] = {}
     for path in paths.SAVES.glob("*/*/*/manifest.json"):
         try:
@@ -77,7 +82,7 @@ def measured_rates() -> dict[tuple[str, str], float]:
             continue  # another program's, or one that does not know how long it took
         if steps > 0:
             found.setdefault((manifest["base_model"]["name"], manifest["phase"]), []).append(
-                took.total_seconds() / steps
+                took.total_seconds() / steps / manifest.get("packed_with", 1)
             )
     return {key: median(values) for key, values in found.items()}
 

@@ -77,56 +77,89 @@ class StagedWorker(CellWorker):
         self.facts = self.ask("facts")
         self.elsewhere = ray.get_runtime_context().get_node_id() != self.facts["node"]
         self.top = stage_folder(settings) / self.facts["key"]
-        self.job: tuple[str, Need] | None = None  # the attempt at work and what it needs
+        self.jobs: dict[Cell, tuple[str, Need]] = {}  # of the cells at work: the attempt and what it needs
         if self.elsewhere:
             settings |= {"PARAGEN_TOP": str(self.top), "PARAGEN_TOKENS": str(self.top / "saves" / ".tokens")}
         super().__init__(settings, devices)
 
-    def collect(self, cell: Cell, attempt: str, smaller: bool) -> Outcome:
-        """As CellWorker's; on another node, what the cell needs is brought first and its runs are sent back."""
+    def collect(self, pack: list[tuple[Cell, str]], packed: bool, smaller: bool) -> list[Outcome]:
+        """As CellWorker's; on another node, what the cells need is brought first and their runs are sent back."""
         if not self.elsewhere:
-            self.ask("forget", cell)
-            return super().collect(cell, attempt, smaller)
-        started = time.monotonic()
+            for cell, _ in pack:
+                self.ask("forget", cell)
+            return super().collect(pack, packed, smaller)
+        started, outcomes = time.monotonic(), {}
         try:
-            outcome = self._collect_here(cell, attempt, smaller)
+            with contextlib.ExitStack() as stack:
+                here = {}
+                for cell, attempt in pack:
+                    outcomes[attempt] = self._prepare(stack, cell, attempt, here)
+                if here:
+                    ended = super().collect([(copy, attempt) for attempt, copy in here.items()], packed, smaller)
+                    outcomes |= dict(zip(here, ended, strict=True))
+        finally:
+            self.jobs.clear()
+            for _, attempt in pack:
+                self.ask("end", attempt)
+        seconds = time.monotonic() - started
+        texts = [outcome.text.replace(f"{self.top}/", "") for outcome in outcomes.values()]
+        return [
+            outcome._replace(text=text, seconds=seconds) for text, outcome in zip(texts, outcomes.values(), strict=True)
+        ]
+
+    def _prepare(self, stack: contextlib.ExitStack, cell: Cell, attempt: str, here: dict[str, Cell]) -> Outcome | None:
+        """Have all that a cell needs on this node for as long as `stack` holds, and put its copy among those that are
+        `here`; what became of it where it does not get so far."""
+        try:
+            copy = self._bring(stack, cell, attempt)
         except (Stopped, files.Busy):
-            outcome = Outcome("stopped", None, 0.0)
+            return Outcome("stopped", None, 0.0)
         except (UserError, OSError) as error:
             fault = str(error) if isinstance(error, UserError) else cli.storage_fault(error)
             if fault is None:
                 raise
-            outcome = Outcome(f"failed: {fault} (on {os.uname().nodename})", None, 0.0)
-        finally:
-            self.ask("end", attempt)
-        text = outcome.text.replace(f"{self.top}/", "")
-        return outcome._replace(text=text, seconds=time.monotonic() - started)
+            return Outcome(f"failed: {fault} (on {os.uname().nodename})", None, 0.0)
+        if copy is None:
+            return Outcome(cell_worker.COLLECTED, None, 0.0)
+        here[attempt] = copy
+        return None
 
-    def _collect_here(self, cell: Cell, attempt: str, smaller: bool) -> Outcome:
+    def _bring(self, stack: contextlib.ExitStack, cell: Cell, attempt: str) -> Cell | None:
+        """Bring what a cell needs; the cell as it stands here, or None when its collection is there already."""
         if code_hash() != self.facts["code"]:
             raise UserError(f"{UTILS}: is not the driver's version; bring this copy of the repository up to date")
         while (need := self.ask("begin", cell, attempt)) is None:  # another terminal's process is at work on it
             if self.stopping.wait(1):
                 raise Stopped
         if need.done:
-            return Outcome(cell_worker.COLLECTED, None, 0.0)
+            return None
         here = cell._replace(pretrain=self.top / need.recipes[0], finetune=self.top / need.recipes[1])
         self._say(attempt, f"on {os.uname().nodename}, in {self.top}")
         make_private(self.top)
         bring(self, [item for item in need.items if item.name in need.recipes], 0)
-        self.job = attempt, need
-        with own_runs(here, attempt, self.stopping):
-            bring(self, need.items, need.room)
+        with contextlib.ExitStack() as own:
+            own.enter_context(own_runs(here, attempt, self.stopping))
+            bring(self, need.items, need.room + sum(other.room for _, other in self.jobs.values()))
             live_in(self.top)
-            with self._reports(here, attempt):
-                return super().collect(here, attempt, smaller)
+            own.enter_context(self._reports(here, attempt))
+            self.jobs[here] = attempt, need
+            stack.enter_context(own.pop_all())
+        return here
 
     def finished(self, cell: Cell, phase: str) -> None:
         """Send a run back that is whole here."""
-        if not self.elsewhere or (phase == "pretrain" and (self.job[1].has_pretrain or cli.asked("PRUNE_PRETRAIN"))):
+        if not self.elsewhere:
+            return
+        attempt, need = self.jobs[cell]
+        if phase == "pretrain" and (need.has_pretrain or cli.asked("PRUNE_PRETRAIN")):
             return
         folder = dict(zip(paths.PHASES, status.run_folders(cell), strict=True))[phase]
-        send(self, folder, self.job[0], phase)
+        try:
+            send(self, folder, attempt, phase)
+        except OSError as error:
+            if fault := cli.storage_fault(error):
+                raise UserError(f"{fault} (on {os.uname().nodename})") from error
+            raise
 
     def ask(self, method: str, *arguments: Any) -> Any:
         """Call the depot and wait. Raises UserError with its text, or for a full disk on the driver's side."""

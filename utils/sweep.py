@@ -1,9 +1,10 @@
 """Runs many cells on all devices that Ray has: this machine's own, or those of the cluster at RAY_ADDRESS.
 
 Imported by collect_all.py. One worker per device (GPUS_PER_CELL devices; per core without a GPU) imports once and takes
-one cell after the other. A cell whose worker or node dies is done again, once, elsewhere; one that was out of memory is
-tried once more with half the rows at a time. All nodes of a cluster see this repository at the same path; with STAGE=1
-they need its scripts and .venv there alone (see stage.py).
+one pack after the other: cells that can be trained together (see packs.py), or one cell. A cell whose worker or node
+dies is done again, once, elsewhere; one that was out of memory is tried once more with half the rows at a time; one
+that turns out not to be for the packed engine is done alone. All nodes of a cluster see this repository at the same
+path; with STAGE=1 they need its scripts and .venv there alone (see stage.py).
 """
 
 import os
@@ -12,7 +13,7 @@ import shlex
 import signal
 import sys
 import time
-from collections import deque
+from collections import Counter, deque
 from collections.abc import Callable, Iterable
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -21,7 +22,9 @@ import psutil
 
 import cell_worker
 import devices
+import engine
 import files
+import packs
 import paths
 import stage
 import status
@@ -33,6 +36,7 @@ UTILS = Path(__file__).resolve().parent
 # What of the user's environment counts in every run, wherever it runs.
 SETTINGS = (
     "FORCE", "PRUNE_PRETRAIN", "STAGE_DIR", "OMP_NUM_THREADS", "LLAMAFACTORY_VERBOSITY", "HF_HUB_OFFLINE",
+    "ENGINE",
 )  # fmt: skip
 LOST = 20  # workers that may die before their first cell; more is a fault of the set-up
 GRACE = 25  # seconds that stopped runs have to unwind
@@ -46,6 +50,7 @@ class Job(NamedTuple):
     attempt: str
     number: int  # 1, or 2 for a second one
     smaller: bool
+    kind: tuple | None = None  # jobs of the same kind can be done together by the packed engine; None: alone, without
 
 
 def run(
@@ -65,7 +70,8 @@ def run(
         os.environ["RAY_AUTH_MODE"] = "token"  # `ray start` does so by itself, ray.init(address) does not
     import ray
 
-    staged, _ = stage.asked(), gpus_per_cell()  # what is wrong with the settings is said before anything starts
+    # what is wrong with the settings is said before anything starts
+    staged, _, _ = stage.asked(), packs.gpus_per_cell(), engine.asked()
     start_ray(ray)
     on_cpu = choose_devices(ray)
     depot = stage.open_depot(ray) if staged else None
@@ -77,8 +83,9 @@ def run(
         sweep.stop()
         raise
     finally:
-        for _, job in sweep.running.values():
-            release(job)
+        for _, pack in sweep.running.values():
+            for job in pack:
+                release(job)
         if staged:
             stage.close_depot(ray, depot)
         ray.shutdown()
@@ -90,8 +97,9 @@ class Sweep:
 
     def __init__(self, ray: Any, cells: Iterable[Cell], report: Callable, worker_class: type, on_cpu: bool):
         self.ray, self.report, self.worker_class, self.on_cpu = ray, report, worker_class, on_cpu
-        self.waiting = deque(Job(cell, secrets.token_hex(4), 1, False) for cell in cells)
-        self.running: dict[Any, tuple[Any, Job]] = {}  # future -> (worker, job)
+        self.waiting = deque(Job(cell, secrets.token_hex(4), 1, False, packs.kind_of(cell)) for cell in cells)
+        self.counts = Counter(job.kind for job in self.waiting)
+        self.running: dict[Any, tuple[Any, list[Job]]] = {}  # future -> (worker, what it does)
         self.starting: dict[Any, Any] = {}  # future -> worker that is not there yet
         self.lost = 0  # workers that never were
         self.idle: list[Any] = []
@@ -117,7 +125,7 @@ class Sweep:
         self.report("tick", None, None)
 
     def fill(self) -> None:
-        """Give every free slot a cell."""
+        """Give every free slot something to do."""
         if not self.waiting:
             return
         self.idle = [worker for worker in self.idle if self.is_alive(worker)]
@@ -126,19 +134,36 @@ class Sweep:
             worker = new_worker(self.ray, self.worker_class, self.on_cpu)
             self.starting[worker.ready.remote()] = worker
         for _ in range(len(self.waiting)):
-            if not self.idle:
+            if not self.idle or not self.waiting:
                 break
-            job = self.waiting.popleft()
-            try:
-                if not claim(job):
-                    self.waiting.append(job)
-                    continue
-            except UserError as error:  # its recipe does not even name a run folder
-                self.end(job, Outcome(f"failed: {error}", None, 0.0))
-                continue
-            worker = self.idle.pop()
-            self.running[worker.collect.remote(job.cell, job.attempt, job.smaller)] = worker, job
-            self.report("started", job, None)
+            if pack := [job for job in self.next_pack() if self.is_claimed(job)]:
+                worker, first = self.idle.pop(), pack[0]
+                cells = [(job.cell, job.attempt) for job in pack]
+                self.running[worker.collect.remote(cells, first.kind is not None, first.smaller)] = worker, pack
+                for job in pack:
+                    self.report("started", job, None)
+
+    def next_pack(self) -> list[Job]:
+        """Take the first job that waits, and those that are done together with it."""
+        first = self.waiting.popleft()
+        if first.kind is None:
+            return [first]
+        most = packs.share(self.counts[first.kind], slots(self.ray, self.on_cpu))
+        most = -(-most // first.number)  # what was killed may have been too large
+        alike = [job for job in self.waiting if (job.kind, job.number) == (first.kind, first.number)][: most - 1]
+        for job in alike:
+            self.waiting.remove(job)
+        return [first, *alike]
+
+    def is_claimed(self, job: Job) -> bool:
+        """Whether a job may start now; else it waits behind the others, or has ended already."""
+        try:
+            if claim(job):
+                return True
+            self.waiting.append(job)
+        except UserError as error:  # its recipe does not even name a run folder
+            self.end(job, Outcome(f"failed: {error}", None, 0.0))
+        return False
 
     def is_alive(self, worker: Any) -> bool:
         """Whether an idle worker still answers; its node may be gone."""
@@ -149,28 +174,30 @@ class Sweep:
         return True
 
     def take(self, future: Any) -> None:
-        """Take a worker that is ready, or what became of a job, whose cell may get a second attempt."""
+        """Take a worker that is ready, or what became of some jobs, whose cells may get a second attempt."""
         if future in self.starting:
             self.welcome(future)
             return
-        worker, job = self.running.pop(future)
+        worker, pack = self.running.pop(future)
         try:
-            outcome = self.ray.get(future)
+            outcomes = self.ray.get(future)
             self.idle.append(worker)
         except self.ray.exceptions.RayTaskError as error:  # a bug of ours: the traceback helps to mend it
             self.idle.append(worker)
-            log = cell_worker.log_of(job.cell)
+            log = cell_worker.log_of(pack[0].cell)
             log.write_text(str(error))
-            outcome = Outcome(f"failed: {error.cause!r} (log: {paths.relative(log)})", None, 0.0)
+            outcomes = [Outcome(f"failed: {error.cause!r} (log: {paths.relative(log)})", None, 0.0)] * len(pack)
         except self.ray.exceptions.RayError as error:
-            outcome = Outcome(f"failed: its worker died ({type(error).__name__})", "killed", 0.0)
-        release(job)
-        second = another(job, outcome)
-        if second:
-            self.waiting.appendleft(second)
-            self.report("again", job, set_log_aside(job, outcome))
-        else:
-            self.end(job, outcome)
+            outcomes = [Outcome(f"failed: its worker died ({type(error).__name__})", "killed", 0.0)] * len(pack)
+        seconds = []
+        for job, outcome in zip(pack, outcomes, strict=True):
+            release(job)
+            if second := another(job, outcome):
+                seconds.append(second)
+                self.report("again", job, set_log_aside(job, outcome) if second.number > 1 else outcome)
+            else:
+                self.end(job, outcome)
+        self.waiting.extendleft(reversed(seconds))
 
     def end(self, job: Job, outcome: Outcome) -> None:
         """Note what became of a cell."""
@@ -238,18 +265,11 @@ def has_ray_token() -> bool:
 
 def settings() -> dict[str, str]:
     """The user's settings that every run gets."""
-    threads = {} if devices.nvidia_driver() else {"OMP_NUM_THREADS": str(max(1, cores() // cpu_slots()))}
+    beside = {"OMP_NUM_THREADS": str(max(1, cores() // cpu_slots())), "PARAGEN_CPU_SLOTS": str(cpu_slots())}
+    threads = {} if devices.nvidia_driver() else beside
     tokens = {"PARAGEN_TOKENS": str(paths.SAVES / ".tokens")}
     # make exports what is not set as empty; that must not hide what a node says
     return threads | tokens | {name: os.environ[name] for name in SETTINGS if os.environ.get(name)}
-
-
-def gpus_per_cell() -> int:
-    """How many GPUs train one cell (GPUS_PER_CELL, default 1)."""
-    asked = os.environ.get("GPUS_PER_CELL") or "1"
-    if not asked.isdigit() or asked == "0":
-        raise UserError(f"GPUS_PER_CELL={asked}: is not a positive whole number")
-    return int(asked)
 
 
 def cores() -> int:
@@ -271,7 +291,7 @@ def choose_devices(ray: Any) -> bool:
     It stays so: when the last node with a GPU is lost, cells wait for another. Raises UserError for what is asked and
     not there.
     """
-    asked, count = os.environ.get("DEVICES", ""), gpus_per_cell()
+    asked, count = os.environ.get("DEVICES", ""), packs.gpus_per_cell()
     gpus = [int(there.get("GPU", 0)) for there in nodes(ray)]
     on_cpu = asked == "cpu" or not any(gpus)
     if on_cpu and asked not in ("", "cpu"):
@@ -292,7 +312,7 @@ def slots(ray: Any, on_cpu: bool) -> int:
     """How many cells the cluster can train at once, as it is now; the GPUs of a cell are of one node."""
     if on_cpu:
         return sum(int(there.get("CPU", 0)) for there in nodes(ray))
-    return sum(min(int(there.get("CPU", 0)), int(there.get("GPU", 0)) // gpus_per_cell()) for there in nodes(ray))
+    return sum(min(int(there.get("CPU", 0)), int(there.get("GPU", 0)) // packs.gpus_per_cell()) for there in nodes(ray))
 
 
 def new_worker(ray: Any, worker_class: type, on_cpu: bool) -> Any:
@@ -300,15 +320,18 @@ def new_worker(ray: Any, worker_class: type, on_cpu: bool) -> Any:
     if on_cpu:
         kind = ray.remote(num_cpus=1, num_gpus=0, max_concurrency=2, max_restarts=0)(worker_class)
         return kind.remote(settings(), "" if sys.platform == "darwin" else "cpu")
-    kind = ray.remote(num_cpus=1, num_gpus=gpus_per_cell(), max_concurrency=2, max_restarts=0)(worker_class)
+    kind = ray.remote(num_cpus=1, num_gpus=packs.gpus_per_cell(), max_concurrency=2, max_restarts=0)(worker_class)
     return kind.remote(settings(), None)
 
 
 def another(job: Job, outcome: Outcome) -> Job | None:
-    """The second attempt at a cell, where one is worth it."""
+    """What is done next for a cell, where more is worth it: a second attempt, or the same one alone."""
+    if outcome.again == "alone":
+        return job._replace(attempt=secrets.token_hex(4), kind=None)
     if job.number > 1 or outcome.again is None:
         return None
-    return Job(job.cell, secrets.token_hex(4), 2, outcome.again == "memory")
+    smaller = outcome.again == "memory"  # which the packed engine does by itself, so that this one was too large alone
+    return Job(job.cell, secrets.token_hex(4), 2, smaller, None if smaller else job.kind)
 
 
 def set_log_aside(job: Job, outcome: Outcome) -> Outcome:

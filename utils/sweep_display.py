@@ -60,7 +60,8 @@ class Display:
         if job.cell in self.running:
             self.running.remove(job.cell)
         if what == "again":
-            self.say(f"will try again: {job.cell}: {outcome.text}")
+            head = "alone now" if outcome.again == "alone" else "will try again"
+            self.say(f"{head}: {job.cell}: {outcome.text}")
             return
         self.finished += 1
         self.failed += outcome.text.startswith("failed")

@@ -254,17 +254,17 @@ def base_of(recipe: Path, config: dict) -> Path:
 def check_attempt(folder: Path, attempt: str | None = None) -> None:
     """Raise UserError when a sweep gave this run to another attempt because this one was thought dead.
 
-    `attempt` is the id of this one (default: as the sweep told this process).
+    `attempt` is the id of this one (default: as the sweep told this process; a pack has an id per cell).
     """
     mine, latest = attempt or os.environ.get("PARAGEN_ATTEMPT"), files.beside(folder, "attempt")
-    if mine and (not latest.is_file() or latest.read_text() != mine):
+    if mine and (not latest.is_file() or latest.read_text() not in mine.split(",")):
         raise UserError(f"{paths.relative(folder)}: another attempt took this run over; nothing of this one is kept")
 
 
 def drop_claim(folder: Path) -> None:
     """Forget that a sweep gave this run to this attempt: it is whole. A sweep that is killed now leaves no claim."""
     mine, claim = os.environ.get("PARAGEN_ATTEMPT"), files.beside(folder, "attempt")
-    if mine and claim.is_file() and claim.read_text() == mine:
+    if mine and claim.is_file() and claim.read_text() in mine.split(","):
         claim.unlink()
 
 

@@ -1,7 +1,7 @@
 """Re-read collections: hashes, keys, shapes, steps, finite values, and that PEFT loads them.
 
     python utils/verify.py [FOLDER ...]                            all collections below the folders (default: saves/)
-    python utils/verify.py --recipe RECIPE.yaml RANK [key=value ...]     the collection of one recipe
+    python utils/verify.py --recipe RECIPE.yaml RANK [key=value ...]     the collection of one recipe (again for others)
     DATASET=... python utils/verify.py                             those of one dataset (make verify)
 
 Prints a line for each; status 1 when one is not whole.
@@ -22,23 +22,28 @@ from cli import UserError, say
 
 def main() -> int:
     parser = argparse.ArgumentParser(description="Verify collections on disk.")
-    parser.add_argument("--recipe", nargs="+", metavar=("RECIPE", "RANK"), help="verify the collection of this recipe")
+    parser.add_argument(
+        "--recipe", nargs="+", action="append", metavar=("RECIPE", "RANK"), help="verify the collection of this recipe"
+    )
     parser.add_argument("folders", nargs="*", type=Path, default=[])
     args = parser.parse_args()
-    base = None
     if args.recipe:
-        if len(args.recipe) < 2:
-            raise UserError("--recipe needs a recipe and a rank")
-        recipe = Path(args.recipe[0])
-        config = rank_config.render(recipe, rank_config.parse_rank(args.recipe[1]), args.recipe[2:])
-        found = [rank_config.run_folder(recipe, config)]
-        base = rank_config.resolve(recipe, config["model_name_or_path"])
+        found = [of_recipe(*given) for given in args.recipe]
     else:
-        found = asked_for(args.folders, os.environ.get("DATASET", ""))
+        found = [(folder, None) for folder in asked_for(args.folders, os.environ.get("DATASET", ""))]
     if not found:
         say("no collections yet")
         return 0
-    return 1 if sum(not verify(folder, base) for folder in found) else 0
+    return 1 if sum(not verify(folder, base) for folder, base in found) else 0
+
+
+def of_recipe(recipe: str, rank: str = "", *overrides: str) -> tuple[Path, Path]:
+    """The run folder and the base model's folder of a recipe."""
+    if not rank:
+        raise UserError("--recipe needs a recipe and a rank")
+    config = rank_config.render(Path(recipe), rank_config.parse_rank(rank), list(overrides))
+    folder = rank_config.run_folder(Path(recipe), config)
+    return folder, rank_config.resolve(Path(recipe), config["model_name_or_path"])
 
 
 def asked_for(folders: list[Path], dataset: str) -> list[Path]:

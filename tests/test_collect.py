@@ -1,0 +1,107 @@
+"""`make collect` of several ranks at once, and which engine trains them."""
+
+import json
+import os
+import subprocess
+from pathlib import Path
+
+import pytest
+
+CATEGORY = "common-sense-reasoning"
+CELL = ("DATASET=To-y", "MODEL=tiny-one")
+
+
+def make(repository: Path, *arguments: str) -> subprocess.CompletedProcess:
+    return subprocess.run(["make", "collect", *CELL, *arguments], cwd=repository, capture_output=True, text=True)
+
+
+def collections(repository: Path) -> dict[str, dict]:
+    """The manifests of the collections, by run folder."""
+    found = (repository / "saves" / CATEGORY / "To-y").glob("*_finetune/manifest.json")
+    return {path.parent.name: json.loads(path.read_text()) for path in found}
+
+
+def errors_in(done: subprocess.CompletedProcess) -> list[str]:
+    return [line for line in done.stderr.splitlines() if line.startswith("error: ")]
+
+
+def test_all_ranks_are_trained_at_once_and_complete_ones_not_again(repository):
+    done = make(repository, "RANKS=2 4", "SEED=3", "KEEP=2")
+    assert done.returncode == 0, done.stdout + done.stderr
+    found = collections(repository)
+    assert sorted(found) == [f"Tiny-One_lora-rank_{rank}_seed-3_finetune" for rank in (2, 4)]
+    for manifest in found.values():
+        assert (manifest["engine"], manifest["packed_with"], manifest["seed"]) == ("packed", 2, 3)
+        assert [entry["step"] for entry in manifest["checkpoints"]] == [11, 12]
+    assert done.stdout.count("whole ") == 2
+    again = make(repository, "RANKS=4 2", "SEED=3", "KEEP=2")
+    assert again.returncode == 0 and again.stdout.count("whole ") == 2
+    assert "done: " not in again.stdout and "complete: " not in again.stdout, "nothing was even started"
+    assert collections(repository) == found
+    forced = make(repository, "RANKS=4", "SEED=3", "KEEP=2", "FORCE=1")
+    assert forced.returncode == 0, forced.stdout + forced.stderr
+    new = collections(repository)
+    same = {name: new[name] == found[name] for name in found}
+    assert same == {"Tiny-One_lora-rank_2_seed-3_finetune": True, "Tiny-One_lora-rank_4_seed-3_finetune": False}
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(
+    ("arguments", "packed"),
+    [(["RANK=2"], False), (["RANK=2", "ENGINE=packed"], True), (["RANKS=2 4", "ENGINE=stock"], False)],
+)
+def test_one_rank_goes_the_ordinary_way_unless_it_is_asked_otherwise(repository, arguments, packed):
+    done = make(repository, *arguments)
+    assert done.returncode == 0, done.stdout + done.stderr
+    found = collections(repository)
+    assert len(found) == (2 if "RANKS=2 4" in arguments else 1)
+    assert {"engine" in manifest for manifest in found.values()} == {packed}
+    assert done.stdout.count("whole ") == len(found)
+
+
+@pytest.mark.parametrize("engine", ["packed", "stock"])
+def test_a_rank_that_cannot_be_collected_does_not_keep_the_others_and_is_named_last(repository, engine):
+    """Something else stands where rank 2 would go."""
+    in_the_way = repository / "saves" / CATEGORY / "To-y" / "Tiny-One_lora-rank_2_pretrain"
+    in_the_way.mkdir(parents=True)
+    (in_the_way / "note.txt").write_text("mine")
+    done = make(repository, "RANKS=2 4", f"ENGINE={engine}")
+    assert done.returncode != 0 and "Traceback" not in done.stderr
+    assert "has no manifest.json" in errors_in(done)[0] and "Tiny-One_lora-rank_2_pretrain" in errors_in(done)[0]
+    assert errors_in(done)[-1].startswith("error: tiny-one_To-y_finetune at rank 2: is not collected")
+    assert list(collections(repository)) == ["Tiny-One_lora-rank_4_finetune"]
+    assert done.stdout.count("whole ") == 1 and (in_the_way / "note.txt").read_text() == "mine"
+
+
+@pytest.mark.parametrize(
+    ("arguments", "said"),
+    [
+        (["RANK=2", "RANKS=4 8"], "RANK=2 and RANKS=4 8: give one of the two"),
+        (["RANKS=4 x"], "rank 'x' is not a positive whole number"),
+        (["RANKS=4 8", "ENGINE=nonsense"], "ENGINE=nonsense: is not known; stock or packed"),
+        (["RANK=4", "ENGINE=fast"], "ENGINE=fast: is not known; stock or packed"),
+        (["RANKS=4 8", "SEED=x"], "seed 'x' is not a whole number"),
+    ],
+)
+def test_a_setting_that_cannot_be_is_one_line(repository, arguments, said):
+    done = make(repository, *arguments)
+    assert done.returncode != 0 and "Traceback" not in done.stderr
+    assert len(errors_in(done)) == 1 and said in errors_in(done)[0]
+    assert not (repository / "saves").exists()
+
+
+def test_a_recipe_that_cannot_be_packed_is_refused_when_the_engine_is_forced(repository):
+    for recipe in (repository / "collect_scripts" / CATEGORY / "To-y").glob("tiny-one_*.yaml"):
+        recipe.write_text(recipe.read_text() + "lora_dropout: 0.1\n")
+    done = make(repository, "RANKS=2", "ENGINE=packed")
+    assert done.returncode != 0 and "Traceback" not in done.stderr
+    assert "at rank 2: not for the packed engine: lora_dropout is 0.1; leave ENGINE away" in errors_in(done)[0]
+    assert collections(repository) == {}
+
+
+def test_all_ranks_missing_the_same_thing_say_it_once(repository):
+    for path in (repository / "models").glob("Tiny-One/*"):
+        path.unlink()
+    done = make(repository, "RANKS=2 4 8")
+    assert done.returncode != 0 and len(errors_in(done)) == 1, done.stderr
+    assert os.listdir(repository / "models" / "Tiny-One") == []

@@ -1,0 +1,157 @@
+"""A sweep with the packed engine: which cells are trained together, and that each of them stands for itself."""
+
+import json
+import os
+import shutil
+import signal
+import subprocess
+import time
+from pathlib import Path
+
+import pytest
+from test_sweep import CATEGORY, left_over, runs_of, sweep, workers_of
+
+ROOT = Path(__file__).resolve().parent.parent
+PYTHON = ROOT / ".venv" / "bin" / "python"
+
+
+def manifests(repository: Path) -> dict[str, dict]:
+    """The manifests of all collections, by dataset/run folder."""
+    found = {}
+    for path in repository.glob(f"saves/{CATEGORY}/*/*_finetune/manifest.json"):
+        found[f"{path.parent.parent.name}/{path.parent.name}"] = json.loads(path.read_text())
+    return found
+
+
+def add_to_recipes(repository: Path, dataset: str, model: str, line: str) -> None:
+    for recipe in (repository / "collect_scripts" / CATEGORY / dataset).glob(f"{model}_*.yaml"):
+        text = recipe.read_text()
+        key = line.split(":")[0]
+        kept = [old for old in text.splitlines() if not old.startswith(f"{key}:")]
+        recipe.write_text("\n".join([*kept, line, ""]))
+
+
+def outcomes_in(output: str) -> dict[tuple[str, str, str], str]:
+    """The table at a sweep's end."""
+    lines = output.splitlines()
+    start = max(number for number, line in enumerate(lines) if line.split()[:2] == ["dataset", "model"])
+    return {tuple(line.split()[:3]): line.split(maxsplit=3)[3] for line in lines[start + 1 :]}
+
+
+def test_a_mixed_sweep_packs_what_it_can_and_each_cell_stands_for_itself(repository):
+    """Two datasets, two base models, two ranks: one pair cannot be packed, one is broken, the others are packed."""
+    add_to_recipes(repository, "To-y", "tiny-two", "lora_dropout: 0.1")
+    add_to_recipes(repository, "To-y", "tiny-one", "template: nonsense")
+    run = sweep(repository, RANKS="2 4")
+    output = run.communicate()[0]
+    assert run.returncode == 1 and "Traceback" not in output, output
+    assert "engine: 6 cells packed, of 2 base models, 2 a cell at a time (lora_dropout is 0.1)" in output
+    for cell, text in outcomes_in(output).items():
+        if cell[:2] == ("To-y", "tiny-one"):
+            assert text.startswith("failed: ") and "template 'nonsense' is not known" in text and ".log" in text
+        else:
+            assert text == "collected", text
+    found = manifests(repository)
+    assert len(found) == 6 and left_over(repository) == []
+    engines = {name: manifest.get("engine") for name, manifest in found.items()}
+    assert [name for name, used in engines.items() if used is None] == [
+        name for name in engines if name.startswith("To-y/Tiny-Two")
+    ]
+    logs = sorted((repository / "saves" / CATEGORY / "Other").glob("*.log"))
+    assert len(logs) == 4 and sum(log.read_text().count("whole ") for log in logs) == 4
+    assert all("packed with " in log.read_text() or "whole " in log.read_text() for log in logs)
+    assert output.count("started: ") == 8
+
+
+def test_a_base_model_that_turns_out_not_to_be_for_the_engine_is_trained_the_ordinary_way(repository):
+    """GPT-2's layers are no nn.Linear, which only the loaded model tells."""
+    shutil.rmtree(repository / "models" / "Tiny-One")
+    subprocess.run([PYTHON, ROOT / "tests" / "tiny_models.py", repository / "models", "gpt2"], check=True)
+    (repository / "models" / "gpt2").rename(repository / "models" / "Tiny-One")
+    for dataset in ("To-y", "Other"):
+        for line in ("lora_target: c_attn,c_proj,c_fc", "template: gpt2"):
+            add_to_recipes(repository, dataset, "tiny-one", line)
+    run = sweep(repository, RANKS="2", MODELS="tiny-one")
+    output = run.communicate()[0]
+    assert run.returncode == 0, output
+    assert output.count("alone now: ") == 2 and "not for the packed engine: " in output
+    assert len(manifests(repository)) == 2 and not any("engine" in found for found in manifests(repository).values())
+
+
+@pytest.mark.parametrize(("engine", "status", "packed"), [("stock", 0, False), ("packed", 1, True)])
+def test_a_sweep_can_be_forced_to_either_engine(repository, engine, status, packed):
+    add_to_recipes(repository, "To-y", "tiny-one", "lora_dropout: 0.1")
+    run = sweep(repository, RANKS="2", MODELS="tiny-one", ENGINE=engine)
+    output = run.communicate()[0]
+    assert run.returncode == status, output
+    assert ("lora_dropout is 0.1; leave ENGINE away" in outcomes_in(output)["To-y", "tiny-one", "2"]) == packed
+    assert ("engine" in manifests(repository)["Other/Tiny-One_lora-rank_2_finetune"]) == packed
+
+
+def test_an_engine_that_is_not_known_is_one_line(repository):
+    run = sweep(repository, RANKS="2", ENGINE="nonsense")
+    output = run.communicate()[0]
+    assert run.returncode == 1 and "error: ENGINE=nonsense: is not known; stock or packed" in output
+    assert "Traceback" not in output and not (repository / "saves").exists()
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("victims_of", [runs_of, workers_of])
+def test_a_pack_that_is_killed_is_done_again(repository, victims_of):
+    """In the middle of its finetune: the training itself, or the worker that started it."""
+    run = sweep(repository, RANKS="2 4", MODELS="tiny-one")
+    saves = repository / "saves" / CATEGORY
+    while not (list(saves.glob("*/.*_finetune.staging*")) and (victims := victims_of(run))):
+        assert run.poll() is None, run.communicate()[0]
+        time.sleep(0.02)
+    os.kill(victims[0], signal.SIGKILL)
+    output = run.communicate()[0]
+    assert run.returncode == 0, output
+    assert "killed by signal 9" in output or "its worker died" in output
+    assert 1 <= output.count("will try again: ") <= 4 and set(outcomes_in(output).values()) == {"collected"}
+    assert len(manifests(repository)) == 4 and left_over(repository) == []
+    assert {found["engine"] for found in manifests(repository).values()} == {"packed"}
+
+
+@pytest.mark.parametrize(
+    ("cells", "slots", "at_once"), [(5, 8, 1), (10, 2, 5), (32, 1, 32), (33, 1, 17), (100, 2, 25), (7, 0, 7)]
+)
+def test_the_cells_of_a_base_are_dealt_out_evenly(cells, slots, at_once):
+    import packs
+
+    assert packs.share(cells, slots) == at_once
+
+
+def test_plan_says_what_is_packed(repository):
+    add_to_recipes(repository, "To-y", "tiny-two", "lora_dropout: 0.1")
+    command = [PYTHON, repository / "utils" / "plan.py"]
+
+    def said(**environment: str) -> str:
+        done = subprocess.run(
+            command, env={**os.environ, "RANKS": "2 4", **environment}, capture_output=True, text=True
+        )
+        return next(line for line in done.stdout.splitlines() if line.startswith("engine: "))
+
+    assert said() == "engine: 6 cells packed, of 2 base models, 2 a cell at a time (lora_dropout is 0.1)"
+    assert said(GPUS_PER_CELL="2").startswith("engine: 8 a cell at a time (it trains on one device")
+    assert said(ENGINE="stock").startswith("engine: the ordinary way")
+
+
+def test_what_a_pack_trains_is_seen_from_another_shell_and_ctrl_c_leaves_nothing(repository):
+    """`make status` reads step and loss of each of its runs from that run's staging folder."""
+    add_to_recipes(repository, "Other", "tiny-one", "max_steps: 4000")
+    add_to_recipes(repository, "Other", "tiny-one", "logging_steps: 1")
+    settings = {**os.environ, "DATASET": "Other", "MODEL": "tiny-one", "RANKS": "2 4"}
+    run = subprocess.Popen(["make", "collect"], cwd=repository, env=settings, start_new_session=True)
+    saves = repository / "saves" / CATEGORY
+    logs: list[Path] = []
+    while len(logs) < 2 or any(len(log.read_text().splitlines()) < 3 for log in logs):
+        assert run.poll() is None
+        time.sleep(0.05)
+        logs = list(saves.glob("Other/.*staging*/trainer_log.jsonl"))
+    shown = subprocess.run([PYTHON, repository / "utils" / "status.py"], env=settings, capture_output=True, text=True)
+    lines = [line for line in shown.stdout.splitlines() if line.startswith("collecting: ")]
+    assert len(lines) == 2 and all("pretrain step " in line and " of 4000, loss " in line for line in lines)
+    os.killpg(run.pid, signal.SIGINT)
+    assert run.wait(60) != 0
+    assert left_over(repository) == []
