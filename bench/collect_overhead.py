@@ -21,13 +21,14 @@ from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent / "utils"))
 
+from shapes import tokenizer_source, write_random
+
 import cells
 import cli
 import devices
 import models
 import paths
 import rank_config
-from shapes import tokenizer_source, write_random
 
 WARM_UP = 4  # steps at the start that no median counts
 BLOCK = 6  # steps; the first of a block is not counted, since writing what was saved before may reach into it

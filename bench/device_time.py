@@ -5,11 +5,11 @@ Imported by packed_grow.py.
 
 from collections.abc import Callable
 
+import shapes
 import torch
 from torch.profiler import ProfilerActivity, profile
 
 import cli
-import shapes
 from cli import say
 
 REPEATED = 3  # steps
@@ -66,13 +66,9 @@ def kind_of(name: str, inputs: list, shape: str, width: int) -> str:
 def show(took: dict[str, float], shape: str, point: dict, peak: float) -> None:
     """The table, and how fast the base layers' products run."""
     whole = sum(took.values())
-    say(
-        f"\nwhere it goes at {point['count']} adapters ({whole:.1f} ms of work a step; {point['ms']:.1f} ms as trained):"
-    )
+    say(f"\nwhere it goes at {point['count']} adapters ({whole:.1f} ms of work a step, {point['ms']:.1f} as trained):")
     cli.print_table(("kind", "ms", "%"), [(kind, f"{ms:.2f}", f"{100 * ms / whole:.1f}") for kind, ms in took.items()])
     if took.get(BASE):
         rate = 4 * shapes.base_parameters(shape) * point["tokens"] / took[BASE] / 1e9
-        say(
-            f"the base layers' products run at {rate:.4g} TFLOPS of useful tokens, {100 * rate / peak:.0f} % of the peak"
-        )
+        say(f"the base layers' products: {rate:.4g} TFLOPS of useful tokens, {100 * rate / peak:.0f} % of the peak")
     say(f"bound by: {next(iter(took))}")

@@ -15,11 +15,11 @@ import sys
 import tempfile
 from pathlib import Path
 
-ROOT = Path(__file__).resolve().parent.parent
-sys.path[:0] = [str(ROOT / "utils"), str(ROOT / "bench")]
+sys.path.insert(0, str(Path(__file__).resolve().parent.parent / "utils"))
+
+from shapes import ROOT, SHAPES
 
 import cli
-from shapes import SHAPES
 
 
 def main() -> int | None:

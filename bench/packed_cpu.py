@@ -13,9 +13,10 @@ import time
 from pathlib import Path
 from typing import Any
 
-import cli
 import scratch
 import shapes
+
+import cli
 from cli import UserError, say
 
 DATASET, LIKE, MODEL = "Demo", "smollm2-135m", "SmolLM2-135M-Instruct-Q4_1"
@@ -75,9 +76,7 @@ def call(script: str, arguments: list[str], engine: str, log: str) -> None:
 def show(found: dict[str, Any]) -> None:
     """The table and the verdict."""
     cells = len(found["ranks"])
-    say(
-        f"\nSmolLM2-135M on Demo, ranks {found['ranks']}, {found['steps']} pretrain + {found['steps']} collected steps, CPU"
-    )
+    say(f"\nSmolLM2-135M on Demo, ranks {found['ranks']}, {found['steps']} steps of each phase, CPU")
     totals = {way: {key: sum(one[key] for one in found[way]) for key in ("seconds", "user")}
               for way in ("one after the other", "packed")}  # fmt: skip
     cli.print_table(("way", "s per cell", "user CPU s per cell"), [
@@ -85,5 +84,6 @@ def show(found: dict[str, Any]) -> None:
     ])  # fmt: skip
     one, packed = totals["one after the other"], totals["packed"]
     say(
-        f"packed is {one['seconds'] / packed['seconds']:.2f} times as fast, {one['user'] / packed['user']:.2f} times by CPU time"
+        f"packed is {one['seconds'] / packed['seconds']:.2f} times as fast by the clock, "
+        f"{one['user'] / packed['user']:.2f} times by CPU time"
     )

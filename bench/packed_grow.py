@@ -11,18 +11,18 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
-import numpy as np
-import torch
-
-import cli
 import device_time
+import numpy as np
 import scratch
 import shapes
+import torch
+from timed import peak_gb, work_of
+
+import cli
 from cli import say
 from packed_batches import IGNORED, Row, Step, buckets, lay_out, to_batch
 from packed_engine import Adapter, Engine
 from packed_layers import PackedLinear
-from timed import peak_gb, work_of
 
 RANKS = (2, 4, 8, 16, 64)
 ROWS = {"pretrain": 8, "collect": 2}
@@ -168,7 +168,7 @@ def give_back(model: torch.nn.Module) -> None:
 
 
 def profiled(pool: Pool, dtype: torch.dtype, phase: str, count: int) -> dict[str, float] | None:
-    """Milliseconds of a step by kind of work, from steps that are not replayed as a graph but launch the same kernels."""
+    """Milliseconds of a step by kind of work, from steps launched one by one, not replayed as a graph."""
     steps = pool.steps(count, ROWS[phase])
     try:
         engine = Engine(pool.model, [pool.adapter(RANKS[number % len(RANKS)]) for number in range(count)], dtype)
@@ -196,7 +196,7 @@ def show(found: dict[str, Any], phase: str, args: argparse.Namespace) -> None:
     if found["out_of_memory_at"]:
         say(f"out of memory at {found['out_of_memory_at']} adapters")
     rises = [
-        f"from {one['count']} to {two['count']} adapters by {100 * (two['ms_per_adapter'] / one['ms_per_adapter'] - 1):.0f} %"
+        f"from {one['count']} to {two['count']} by {100 * (two['ms_per_adapter'] / one['ms_per_adapter'] - 1):.0f} %"
         for one, two in zip(points, points[1:], strict=False)
         if two["ms_per_adapter"] > SLACK * one["ms_per_adapter"]
     ]

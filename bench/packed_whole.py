@@ -15,15 +15,16 @@ import time
 from pathlib import Path
 from typing import Any
 
-import cli
 import scratch
 import shapes
+
+import cli
 from cli import UserError, say
 
 DATASET = "ARC-c"
 LIKE = "qwen2.5-0.5b"  # the model whose recipes are taken
 WARM_UP = 4  # steps at the start that no median counts
-LAGGING = 8  # steps at the end whose losses become known all at once (packed_engine.AHEAD)
+LAGGING = 9  # steps at the end whose losses become known all at once (packed_engine.AHEAD, and the last)
 COMMON = {"per_device_train_batch_size": 1, "disable_gradient_checkpointing": False, "save_only_model": False}
 
 
@@ -138,6 +139,9 @@ class Bench:
         shutil.copytree(self.pretrained() / copy.name, copy)
         state = json.loads((copy / "trainer_state.json").read_text())
         state |= {"save_steps": 1, "logging_steps": 1}
+        # Stock looks this up when it saves after resuming.
+        control = {f"should_{what}": False for what in ("training_stop", "epoch_stop", "save", "evaluate", "log")}
+        state["stateful_callbacks"].setdefault("TrainerControl", {"args": control, "attributes": {}})
         (copy / "trainer_state.json").write_text(json.dumps(state))
         return copy
 
@@ -154,7 +158,8 @@ def phase_of_trainer(noted: dict[str, Any], steps: int) -> dict[str, float]:
     times = [after - before for before, after in zip(marks, marks[1:], strict=False)]
     step = statistics.median(times[min(WARM_UP, len(times) - 1) :])
     start, end = marks[0] - noted["started"], noted["exited"] - noted["end"]
-    return {"ms": 1000 * step, "start": start, "end": end, "measured": len(times), "whole": start + steps * step + end,
+    seconds = start + steps * step + end if len(times) < steps else noted["exited"] - noted["started"]
+    return {"ms": 1000 * step, "start": start, "end": end, "measured": len(times), "whole": seconds,
             "peak_GB": noted["peak_GB"]}  # fmt: skip
 
 
@@ -165,14 +170,17 @@ def phase_of_packs(noted: dict[str, Any], phase: str, args: argparse.Namespace) 
     useful = tokens = 0
     times = []
     for pack in packs:
-        known = pack["known"][:-LAGGING] if len(pack["known"]) > 2 * LAGGING else pack["known"]
-        times += [after - before for before, after in zip(known, known[1:], strict=False)][1:]
+        known = pack["known"][:-LAGGING]
+        apart = [after - before for before, after in zip(known, known[1:], strict=False)][1:]
+        times += apart if len(apart) > LAGGING else [(pack["ended"] - pack["began"]) / len(pack["known"])]
         for rank, work in zip(pack["ranks"], pack["work"], strict=True):
             useful += shapes.flops(args.model_shape, rank, shapes.Work(*work))
             tokens += work[0]
     return {
-        "ms": 1000 * statistics.median(times), "seconds": seconds, "packs": len(packs), "tokens_per_s": tokens / seconds,
-        "TFLOP": useful / 1e12, "MFU": useful / seconds / args.peak / 1e12, "peak_GB": max(p["peak_GB"] for p in packs),
+        "ms": 1000 * statistics.median(times), "seconds": seconds, "packs": len(packs),
+        "tokens_per_s": tokens / seconds,
+        "TFLOP": useful / 1e12, "MFU": useful / seconds / args.peak / 1e12,
+        "peak_GB": max(pack["peak_GB"] for pack in packs),
     }  # fmt: skip
 
 
@@ -182,9 +190,7 @@ def summary(args: argparse.Namespace, ranks: list[int], rank: int, results: dict
     seconds = packed["exited"] - packed["started"]
     rates = {"packed": len(ranks) * args.keep / seconds * 3600}
     phases = {"packed": {phase: phase_of_packs(packed, phase, args) for phase in ("pretrain", "finetune")}}
-    say(
-        f"\n{args.model_shape} with random weights, {args.data.name}, {args.steps} pretrain + {args.keep} collected steps"
-    )
+    say(f"\n{args.model_shape}, random weights, {args.data.name}, {args.steps} pretrain + {args.keep} collected steps")
     say(f"packed: ranks {args.ranks}; the others: rank {rank}; packed is run whole; what is EXTRAPOLATED says so\n")
     rows = []
     for name in ("stock", "ordinary"):
@@ -193,18 +199,20 @@ def summary(args: argparse.Namespace, ranks: list[int], rank: int, results: dict
         whole = sum(one["whole"] for one in phases[name].values())
         rates[name] = args.keep / whole * 3600
         for phase, one in phases[name].items():
-            rows.append((name, phase, f"{one['ms']:.1f}", f"{one['ms']:.1f}", f"{one['start']:.1f}", f"{one['end']:.1f}",
-                         f"{one['whole']:.0f} EXTRAPOLATED from {one['measured']}", f"{one['peak_GB']:.2f}"))  # fmt: skip
+            numbers = [f"{one[key]:.1f}" for key in ("ms", "ms", "start", "end")]
+            whole = f"{one['whole']:.0f}"
+            if one["measured"] < counts[phase]:
+                whole += f" EXTRAPOLATED from {one['measured']} steps"
+            rows.append((name, phase, *numbers, whole, f"{one['peak_GB']:.2f}"))
     parts = packed_parts(packed)
     for phase, one in phases["packed"].items():
-        rows.append(("packed", phase, f"{one['ms']:.1f}", f"{one['ms'] / len(ranks):.1f}", f"{parts[phase]['before']:.1f}",
-                     f"{parts[phase]['after']:.1f}", f"{one['seconds']:.1f} of steps", f"{one['peak_GB']:.2f}"))  # fmt: skip
+        numbers = (one["ms"], one["ms"] / len(ranks), parts[phase]["before"], parts[phase]["after"])
+        took = f"{one['seconds']:.1f} of steps"
+        rows.append(("packed", phase, *(f"{number:.1f}" for number in numbers), took, f"{one['peak_GB']:.2f}"))
     cli.print_table(("way", "phase", "ms/step", "per adapter", "start s", "end s", "whole s", "peak GB"), rows)
     say("\npacked, seconds: " + ", ".join(f"{name} {took:.1f}" for name, took in parts["spans"].items()))
     for phase, one in phases["packed"].items():
-        say(
-            f"packed {phase}: MFU {100 * one['MFU']:.1f} % of {args.peak:.0f} TFLOPS, {one['tokens_per_s']:.0f} tokens/s"
-        )
+        say(f"packed {phase}: {one['tokens_per_s']:.0f} tokens/s, MFU {100 * one['MFU']:.1f} % of {args.peak:g} TFLOPS")
     rows = [(name, f"{rate:.1f}", f"{rate / rates['stock']:.1f}", "whole" if name == "packed" else "EXTRAPOLATED")
             for name, rate in sorted(rates.items(), key=lambda item: item[1])]  # fmt: skip
     say(f"\nA packed run of {len(ranks)} cells: {seconds:.1f} s from start to exit.\n")
@@ -220,7 +228,7 @@ def packed_parts(noted: dict[str, Any]) -> dict[str, Any]:
     """Where the packed process's time went beside its steps, in seconds.
 
     By phase, what came `before` its first step (for the pretrain: since the process started) and `after` its last one;
-    under `spans`, the parts by name: `_load` is within `admit`, `fitting` finds how many fit, `__init__` captures graphs.
+    under `spans`, the parts by name: `_load` is within `admit`, `fitting` sees how many fit, `graphs` are captured.
     """
     first, last = ([pack for pack in noted["packs"] if pack["phase"] == phase] for phase in ("pretrain", "finetune"))
     spans = {"imports": noted["imported"] - noted["started"]}

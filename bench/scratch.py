@@ -11,9 +11,9 @@ from pathlib import Path
 from typing import Any
 
 from omegaconf import OmegaConf
+from shapes import ROOT
 
 import cli
-from shapes import ROOT
 
 CATEGORY = "common-sense-reasoning"
 

@@ -14,12 +14,12 @@ import time
 from pathlib import Path
 from typing import Any
 
-ROOT = Path(__file__).resolve().parent.parent
-sys.path.insert(0, str(ROOT / "utils"))
+sys.path.insert(0, str(Path(__file__).resolve().parent.parent / "utils"))
+
+from shapes import Work
 
 import cli
 import devices
-from shapes import Work
 
 
 def main() -> None:
