@@ -21,6 +21,8 @@ from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent / "utils"))
 
+from shapes import tokenizer_source, write_random
+
 import cells
 import cli
 import devices
@@ -54,7 +56,7 @@ def main() -> None:
         base = paths.MODELS / models.table()["smollm2-135m"]["folder"]
         if args.random_qwen:
             base = Path(top, "Qwen2.5-0.5B-random")
-            in_process(context, make_random_qwen, str(base), str(tokenizer_source()))
+            in_process(context, write_random, "qwen2.5-0.5b", str(base), str(tokenizer_source()))
         for _ in range(args.rounds):
             for way, results in measured.items():
                 result = Path(top, "result.json")
@@ -70,30 +72,6 @@ def in_process(context, function, *arguments) -> None:
     process.join()
     if process.exitcode:
         cli.fail(f"{function.__name__}{arguments} failed with status {process.exitcode}")
-
-
-def tokenizer_source() -> Path:
-    """A folder with a tokenizer for the random model: the embedded model's, or TOKENIZER."""
-    return Path(os.environ.get("TOKENIZER", paths.MODELS / models.table()["smollm2-135m"]["folder"]))
-
-
-def make_random_qwen(folder: str, tokenizer: str) -> None:
-    """Write random bfloat16 weights of Qwen2.5-0.5B's shape (0.49 B parameters) and a tokenizer to `folder`."""
-    import torch
-    from transformers import AutoTokenizer, Qwen2Config, Qwen2ForCausalLM
-
-    config = Qwen2Config(
-        vocab_size=151936,
-        hidden_size=896,
-        intermediate_size=4864,
-        num_hidden_layers=24,
-        num_attention_heads=14,
-        num_key_value_heads=2,
-        tie_word_embeddings=True,
-    )
-    torch.manual_seed(0)
-    Qwen2ForCausalLM(config).to(torch.bfloat16).save_pretrained(folder)
-    AutoTokenizer.from_pretrained(tokenizer).save_pretrained(folder)
 
 
 def measure(way: str, base: str, steps: int, rank: int, top: str, result: str) -> None:
