@@ -165,8 +165,13 @@ class Course:
         self.trainer.log(dict(shown))
         return shown
 
+    def finish(self) -> None:
+        """End a complete training's log: as the trainer does, with a line that has no loss."""
+        self.trainer.log({"train_runtime": 0.0})
+        self.end()
+
     def end(self) -> None:
-        """Finish the log."""
+        """Write what waits of the log; more often is no harm."""
         self.trainer.callback_handler.on_train_end(self.args, self.trainer.state, self.trainer.control)
 
     def facts(self) -> dict[str, Any]:
@@ -194,7 +199,10 @@ class Course:
         collector.save_config(config, folder)
         groups, schedule = self.schedules[step - self.first]
         torch.save(schedule, folder / "scheduler.pt")
-        averages = [list(named(adapter, moments[name]).values()) for name in ("exp_avg", "exp_avg_sq")]
+        # copies: torch.save writes the whole storage behind a view
+        averages = [
+            [value.clone() for value in named(adapter, moments[name]).values()] for name in ("exp_avg", "exp_avg_sq")
+        ]
         state = {
             number: {"step": moments["step"].clone(), "exp_avg": first, "exp_avg_sq": second}
             for number, (first, second) in enumerate(zip(*averages, strict=True))

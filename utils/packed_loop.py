@@ -150,7 +150,7 @@ class Pack:
         """Make a member's run whole and give it its name; what is wrong with it, if anything."""
         course, writer = self.members[who].course, self.writers[who]
         attempt = course.attempt
-        course.end()
+        course.finish()
         try:
             if writer is not None:
                 written = writer.written()
