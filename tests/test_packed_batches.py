@@ -165,6 +165,7 @@ def test_the_losses_of_an_adapter_weigh_what_the_trainer_divides_by(roomy):
 def test_the_layers_give_each_adapters_tokens_what_its_own_factors_give():
     """Stacked and masked products, forwards and backwards, against one adapter after the other."""
     import torch
+
     from packed_batches import to_batch
     from packed_layers import PackedLinear, Shared
 
