@@ -71,7 +71,7 @@ def train_all(base: Base, ready: list[tuple[Any, Any, Member]]) -> Iterator[tupl
 
 
 def begun_again(base: Base, tried: list[tuple[Any, Any, Member]]) -> tuple[list, list]:
-    """Members, with cell and run, as they were before anything was trained; and (cell, run, UserError) of the others."""
+    """Members, with cell and run, as they were before training; and (cell, run, UserError) where that fails."""
     again, failed = [], []
     for cell, run, member in tried:
         attempt = member.course.attempt
