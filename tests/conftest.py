@@ -26,6 +26,7 @@ for name in (
     "DTYPE",
     "STEPS",
     "DEVICES",
+    "ENGINE",
     "CUDA_VISIBLE_DEVICES",
     "MAKEFLAGS",
     "MAKELEVEL",

@@ -1,6 +1,6 @@
 """Every architecture of models/models.yaml as a random model of two layers, with the real classes and layer names.
 
-    python tests/tiny_models.py FOLDER [NAME ...]       makes FOLDER/<name>/ for each, NAMES by default
+    python tests/tiny_models.py FOLDER [NAME ...]       makes FOLDER/<name>/ for each, of NAMES (the default) or KIN
 
 Import it for the table; building happens in a process of its own, so that the importing one stays fork-safe.
 """
@@ -27,6 +27,8 @@ NAMES = {
     "gemma-3-4b": Architecture("gemma3", "all", "<image_soft_token>"),
     "qwen2.5-vl-3b": Architecture("qwen2_vl", "all", "<|image_pad|>"),
 }
+# Text-only kin of models of the table, for tests that want no processor.
+KIN = {"gemma-3-text": Architecture("gemma", "all")}
 TEXT = {"hidden_size": 32, "intermediate_size": 64, "num_hidden_layers": 2, "num_attention_heads": 2}
 GROUPED = {**TEXT, "num_key_value_heads": 1}
 CHATML = ["<|endoftext|>", "<|im_start|>", "<|im_end|>"]
@@ -65,7 +67,7 @@ def tokenizer_of(name: str):
     if name in ("llama-7b", "mistral-7b"):
         marks = ["[INST]", "[/INST]"] if name == "mistral-7b" else []
         return byte_level(["<unk>", "<s>", "</s>", *marks], unk_token="<unk>", bos_token="<s>", eos_token="</s>")
-    if name == "gemma-3-4b":
+    if name in ("gemma-3-4b", "gemma-3-text"):
         pictures = {"boi_token": "<start_of_image>", "eoi_token": "<end_of_image>", "image_token": "<image_soft_token>"}
         special = ["<pad>", "<eos>", "<bos>", "<unk>", "<start_of_turn>", "<end_of_turn>", *pictures.values()]
         base = {"pad_token": "<pad>", "eos_token": "<eos>", "bos_token": "<bos>", "unk_token": "<unk>"}
@@ -81,6 +83,7 @@ def make(name: str, folder: Path) -> None:
     import transformers as hf
 
     torch.manual_seed(0)
+    known = NAMES.get(name) or KIN[name]
     tokenizer = tokenizer_of(name)
     words = {"vocab_size": len(tokenizer)}
     if name == "bert":
@@ -95,15 +98,17 @@ def make(name: str, folder: Path) -> None:
         config = hf.MistralConfig(**words, **GROUPED)
     elif name == "qwen2.5-0.5b":
         config = hf.Qwen2Config(**words, **GROUPED, tie_word_embeddings=True)
+    elif name == "gemma-3-text":
+        config = gemma3_config(tokenizer).text_config
     else:
         config = (gemma3_config if name == "gemma-3-4b" else qwen2_5_vl_config)(tokenizer)
-    auto = hf.AutoModelForImageTextToText if NAMES[name].image_token else hf.AutoModelForCausalLM
+    auto = hf.AutoModelForImageTextToText if known.image_token else hf.AutoModelForCausalLM
     model = auto.from_config(config)
     for parameter in model.parameters():
         if parameter.dim() > 1:
             parameter.data.mul_(4)  # as drawn, they say the same whatever is read; what is tested must show
     model.save_pretrained(folder)
-    (processor_of(name, tokenizer) if NAMES[name].image_token else tokenizer).save_pretrained(folder)
+    (processor_of(name, tokenizer) if known.image_token else tokenizer).save_pretrained(folder)
 
 
 def gemma3_config(tokenizer):

@@ -24,7 +24,7 @@ FOLLOWED = run_identity.NOT_TRAINED | {
     "adam_beta1", "adam_beta2", "adam_epsilon", "max_grad_norm", "per_device_train_batch_size",
     "gradient_accumulation_steps", "save_steps", "save_total_limit", "bf16", "disable_gradient_checkpointing",
 }  # fmt: skip
-OFF = (None, False, 0, "no", "none")
+OFF = (None, False, 0, 0.0, "no", "none")
 # Keys that it follows at some values alone.
 SOME = {
     "stage": ("sft",),

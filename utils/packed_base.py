@@ -86,6 +86,8 @@ class Base:
         parsed = get_train_args(dict(arguments))  # sets the seed, as every start of LLaMA-Factory does
         tokenizer_module = load_tokenizer(parsed[0])
         rows = self._rows(attempt, job, parsed, tokenizer_module)
+        if any((row.labels == IGNORED).all() for row in rows):
+            raise NotPackable("a row has nothing to learn, and the mean over a step of such rows is no number")
         fresh = self._fresh(parsed, tokenizer_module["tokenizer"], rows)
         course = Course(attempt, parsed, tokenizer_module["tokenizer"], rows)
         factors, moments = fresh.factors, None

@@ -165,8 +165,13 @@ class Course:
         self.trainer.log(dict(shown))
         return shown
 
+    def finish(self) -> None:
+        """End a complete training's log: as the trainer does, with a line that has no loss."""
+        self.trainer.log({"train_runtime": 0.0})
+        self.end()
+
     def end(self) -> None:
-        """Finish the log."""
+        """Write what waits of the log; more often is no harm."""
         self.trainer.callback_handler.on_train_end(self.args, self.trainer.state, self.trainer.control)
 
     def facts(self) -> dict[str, Any]:
@@ -208,9 +213,11 @@ class Course:
 
 def optimizer_state(adapter: Adapter, moments: dict[str, Tensor], groups: list[dict]) -> dict[str, Any]:
     """AdamW's state_dict as the trainer saves it: entries in the order of the parameters, all of the first group."""
-    averages = [list(named(adapter, moments[name]).values()) for name in ("exp_avg", "exp_avg_sq")]
+    averages = [  # copies: torch.save writes the whole storage behind a view
+        [value.clone() for value in named(adapter, moments[name]).values()] for name in ("exp_avg", "exp_avg_sq")
+    ]
     state = {
-        number: {"step": moments["step"].clone(), "exp_avg": first.clone(), "exp_avg_sq": second}
+        number: {"step": moments["step"].clone(), "exp_avg": first, "exp_avg_sq": second}
         for number, (first, second) in enumerate(zip(*averages, strict=True))
     }
     members = [list(range(len(state))), *([] for _ in groups[1:])]

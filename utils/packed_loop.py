@@ -4,6 +4,7 @@ Imported by packed_train.py.
 """
 
 import gc
+import math
 import time
 from collections.abc import Iterator
 from concurrent.futures import Future, ThreadPoolExecutor
@@ -15,6 +16,7 @@ from torch import Tensor
 
 import collector
 import devices
+import files
 import packed_course
 import packed_memory
 import packed_writer
@@ -54,14 +56,34 @@ def train_all(base: Base, ready: list[tuple[Any, Any, Member]]) -> Iterator[tupl
             else:
                 limit = min(limit - 1, fitting(base, members, lessons))
             continue
+        count = len(pack.members)
         with pack:
-            pack.train()
-            for number, (cell, run, _) in enumerate(waiting[: len(pack.members)]):
-                yield cell, run, pack.complete(number)
-        waiting = waiting[len(pack.members) :]
-        limit = len(waiting)
+            if whole := pack.train():
+                for number, (cell, run, _) in enumerate(waiting[:count]):
+                    yield cell, run, pack.complete(number)
         del pack
         _collect_garbage()
+        tried, waiting = waiting[:count], waiting[count:]
+        limit = len(waiting)
+        if not whole:
+            say("  a cell diverged, which may have spoilt the others: they are trained again in smaller packs")
+            again, failed = begun_again(base, tried)
+            yield from failed
+            waiting, limit = again + waiting, -(-count // 2)
+
+
+def begun_again(base: Base, tried: list[tuple[Any, Any, Member]]) -> tuple[list, list]:
+    """Members, with cell and run, as they were before training; and (cell, run, UserError) where that fails."""
+    again, failed = [], []
+    for cell, run, member in tried:
+        attempt = member.course.attempt
+        files.remove_folder(attempt.staging)
+        attempt.staging.mkdir()
+        try:
+            again.append((cell, run, base.admit(attempt)))
+        except UserError as error:
+            failed.append((cell, run, error))
+    return again, failed
 
 
 def fitting(base: Base, members: list[Member], lessons: list[list[list[Row]]]) -> int:
@@ -118,20 +140,27 @@ class Pack:
             member.course.end()
         self.engine.close()
 
-    def train(self) -> None:
-        """Train all steps; what is to be kept is on disk or on its way there afterwards."""
+    def train(self) -> bool:
+        """Train all steps; what is to be kept is on disk or on its way there afterwards.
+
+        Returns False, at once, where values are not finite in a pack of several: the products that leave other
+        adapters out multiply them by zero, which a value that is not finite survives. Alone, an adapter may diverge.
+        """
         began = said = time.monotonic()
         for member in self.members:
             member.course.begin()
         phase = self.members[0].course.attempt.phase
         say(f"{phase} of {len(self.members)} cells, packed, {len(self.steps)} steps")
         for number, losses in self.engine.train(self.steps, self._keep):
+            if len(self.members) > 1 and not all(map(math.isfinite, losses)):
+                return False
             for who, member in enumerate(self.members):
                 self._note(who, member, number, losses[who])
             if time.monotonic() - said > EVERY:
                 said = time.monotonic()
                 rate = 1000 * (said - began) / (number + 1)
                 say(f"  step {number + 1} of {len(self.steps)}, {rate:.0f} ms each, mean loss {mean_of(losses):.4f}")
+        return len(self.members) == 1 or all(bool(vector.isfinite().all()) for vector in self.engine.vectors)
 
     def _keep(self, number: int) -> None:
         """Queue what is kept of the adapters after a step."""
@@ -159,7 +188,7 @@ class Pack:
         """Make a member's run whole and give it its name; what is wrong with it, if anything."""
         course, writer = self.members[who].course, self.writers[who]
         attempt = course.attempt
-        course.end()
+        course.finish()
         try:
             for saving in self.saving[who]:
                 saving.result()

@@ -1,0 +1,48 @@
+"""packed_train.py on a device with little memory: `warm.start("scarce", ...)`, with SCARCE saying in what way.
+
+SCARCE=room:N       packed_memory sees only as much memory as N cells need
+SCARCE=prepare:N    torch runs out of memory while a pack of more than N cells is made ready
+"""
+
+import os
+
+import packed_train
+
+
+def main() -> int:
+    import torch
+
+    import packed_engine
+    import packed_memory
+
+    kind, number = os.environ["SCARCE"].split(":")
+    if kind == "room":
+
+        def free_bytes(device: torch.device) -> float:
+            return free_bytes.amount
+
+        real = packed_memory.how_many
+
+        def how_many(model, dtype, adapters, steps):
+            """Gives what N of the adapters need by the real measurement, and asks it again."""
+            largest = [max(each, key=packed_memory.tokens_of) for each in steps]
+            per_token, beside = packed_memory.measure(model, dtype, adapters[0], largest[0])
+            need = [
+                adapter.start.numel() * (packed_memory.STATE + packed_memory.STACKED * 4)
+                + per_token * packed_memory.tokens_of(step)
+                for adapter, step in zip(adapters, largest, strict=True)
+            ]
+            free_bytes.amount = beside + (sum(need[: int(number)]) + 0.5 * min(need)) / packed_memory.USED
+            return real(model, dtype, adapters, steps)
+
+        packed_memory.free_bytes, packed_memory.how_many = free_bytes, how_many
+    else:
+        prepare = packed_engine.Engine.prepare
+
+        def refusing(engine, steps):
+            if len(engine.adapters) > int(number):
+                raise torch.OutOfMemoryError("CUDA out of memory")
+            return prepare(engine, steps)
+
+        packed_engine.Engine.prepare = refusing
+    return packed_train.main()

@@ -1,0 +1,205 @@
+"""What the packed engine takes, how it deals ranks into stacks, and how it lays rows out: without training."""
+
+import json
+
+import numpy as np
+import packed
+import pytest
+
+import engine
+import rank_config
+from cli import UserError
+
+
+def why(cell: packed.Cell, devices: tuple[str, ...] = ("cpu",)) -> str | None:
+    config = rank_config.render(cell.pretrain, cell.rank, list(cell.overrides))
+    return engine.why_not_packed(cell.pretrain, config, list(devices))
+
+
+@pytest.fixture
+def packable(tmp_path, model_folder) -> packed.Packable:
+    return packed.Packable(tmp_path / "my project", model_folder)
+
+
+def test_usual_recipes_are_for_the_packed_engine(packable):
+    assert why(packable.cell()) is None
+    every_setting = {
+        "warmup_ratio": 0.1, "weight_decay": 0.01, "lora_alpha": 3, "use_rslora": True, "max_grad_norm": 0.5,
+        "adam_beta2": 0.95, "seed": 3, "data_seed": 4, "lora_dropout": 0.0, "val_size": 0, "packing": False,
+        "optim": "adamw_torch", "flash_attn": "auto", "report_to": "none", "disable_gradient_checkpointing": False,
+        "lr_scheduler_type": "linear", "train_on_prompt": True, "num_train_epochs": 2,
+    }  # fmt: skip
+    assert why(packable.cell(pretrain=every_setting)) is None
+
+
+REFUSED = {
+    "lora_dropout": 0.1, "use_dora": True, "pissa_init": True, "val_size": 0.1, "packing": True, "neat_packing": True,
+    "report_to": "tensorboard", "optim": "adafactor", "quantization_bit": 4, "label_smoothing_factor": 0.1,
+    "neftune_noise_alpha": 5, "finetuning_type": "full", "stage": "pt", "pure_bf16": True, "flash_attn": "eager",
+    "loraplus_lr_ratio": 16.0, "group_by_length": True, "additional_target": "embed_tokens", "surprise": 1,
+    "disable_shuffling": True, "save_strategy": "epoch", "dataloader_drop_last": True,
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("key", REFUSED)
+def test_what_it_does_not_know_for_sure_is_named(packable, key):
+    cell = packable.cell()
+    config = rank_config.render(cell.pretrain, 4, []) | {key: REFUSED[key]}
+    assert key in engine.why_not_packed(cell.pretrain, config, ["cpu"])
+
+
+def test_several_devices_and_processors_are_not_for_it(packable):
+    assert "one device" in why(packable.cell(), ("cpu", "cpu"))
+    model = (packable.top / "models" / packed.MODEL).resolve()
+    (packable.top / "models" / packed.MODEL).unlink()
+    (packable.top / "models" / packed.MODEL).mkdir()
+    for file in model.iterdir():
+        (packable.top / "models" / packed.MODEL / file.name).symlink_to(file)
+    (packable.top / "models" / packed.MODEL / "preprocessor_config.json").write_text("{}")
+    assert "processor" in why(packable.cell())
+
+
+def test_an_engine_that_does_not_exist_is_refused(monkeypatch):
+    monkeypatch.setenv("ENGINE", "fast")
+    with pytest.raises(UserError, match="stock or packed"):
+        engine.asked()
+    monkeypatch.setenv("ENGINE", "")
+    assert engine.asked() is None
+
+
+@pytest.mark.parametrize("ranks", [[1], [2, 4, 8, 16, 32, 64], [64] * 5, [200, 3, 7], [2] * 100, [128, 128, 1]])
+def test_every_adapter_has_rows_of_its_own_in_a_stack(ranks):
+    from packed_layers import ALIGNED, WIDTH, Bins
+
+    bins = Bins(ranks)
+    taken = np.zeros((bins.count, bins.width), int)
+    for adapter, rank in enumerate(ranks):
+        number, rows = bins.rows_of(adapter)
+        assert rows.stop - rows.start == rank
+        taken[number, rows] += 1
+    assert taken.max() == 1 and taken.sum() == sum(ranks)
+    assert bins.width % ALIGNED == 0 and bins.width <= max(WIDTH, max(ranks) + ALIGNED)
+    assert taken.any(axis=1).all(), "no stack is empty"
+
+
+def row(length: int, learned: int, first: int = 5):
+    """A row whose last tokens are learned."""
+    from packed_batches import IGNORED, Row
+
+    tokens = np.arange(first, first + length)
+    labels = np.where(np.arange(length) >= length - learned, tokens, IGNORED)
+    return Row(tokens, labels)
+
+
+def test_each_step_has_a_bucket_that_covers_it():
+    from packed_batches import GRAIN, Shape, buckets
+
+    draw = np.random.default_rng(0)
+    for count in (1, 2, 6):
+        for steps in (1, 3, 200):
+            shapes = [Shape(*(int(value) for value in draw.integers(1, 200, 4))) for _ in range(steps)]
+            found = buckets(shapes, count)
+            assert 1 <= len(found) <= count
+            assert all(any(bucket.covers(shape) for bucket in found) for shape in shapes)
+            assert all(bucket.tokens % GRAIN == 0 and bucket.row_length % GRAIN == 0 for bucket in found)
+            assert found == sorted(found), "the runner takes the first that covers, the smallest"
+
+
+def laid_out(roomy: bool):
+    """Four adapters in two bins, one of them through, laid out in the smallest shape or a larger one."""
+    from packed_batches import Shape, Step, lay_out
+    from packed_layers import Bins
+
+    bins = Bins([64, 64, 8, 4])
+    step = Step([[row(7, 3), row(4, 2)], [], [row(5, 5)], [row(9, 1), row(3, 2), row(6, 4)]])
+    shape = step.shape(bins)
+    if roomy:
+        shape = Shape(shape.tokens + 13, shape.rows + 2, shape.row_length + 5, shape.learned + 9)
+    return step, bins, shape, lay_out(step, bins, shape)
+
+
+@pytest.mark.parametrize("roomy", [False, True])
+def test_every_token_lies_in_its_adapters_bin_and_comes_back_from_its_row(roomy):
+    step, bins, shape, out = laid_out(roomy)
+    tokens, places, owner = out["tokens"][0], out["positions"][0], out["adapter"]
+    assert bins.count == 2 and len(tokens) == shape.tokens * bins.count
+    for adapter, rows in enumerate(step.rows):
+        mine = np.flatnonzero(owner == adapter)
+        assert set(mine // shape.tokens) <= {bins.bin_of[adapter]}
+        assert list(tokens[mine]) == [token for each in rows for token in each.tokens]
+        assert list(places[mine]) == [place for each in rows for place in range(len(each.tokens))]
+    real = np.flatnonzero(owner < len(step.rows))
+    assert (out["to_rows"][out["to_tokens"][real]] == real).all()
+
+
+@pytest.mark.parametrize("roomy", [False, True])
+def test_padding_comes_from_padding_and_goes_to_padding(roomy):
+    """So that no value and no gradient gets from it to a token."""
+    step, _, shape, out = laid_out(roomy)
+    padding = out["adapter"] == len(step.rows)
+    real_places = np.zeros(shape.rows * shape.row_length, bool)
+    real_places[out["to_tokens"][~padding]] = True
+    assert padding[out["to_rows"][~real_places]].all(), "a row's padding shows a padding token"
+    assert not real_places[out["to_tokens"][padding]].any(), "a padding token takes what a row's padding has"
+    within = np.arange(shape.rows * shape.row_length).reshape(shape.rows, shape.row_length)
+    ends = real_places[within]
+    assert (np.diff(ends.astype(int), axis=1) <= 0).all(), "padding stands behind a row, where nothing looks"
+
+
+@pytest.mark.parametrize("roomy", [False, True])
+def test_the_losses_of_an_adapter_weigh_what_the_trainer_divides_by(roomy):
+    from packed_batches import IGNORED
+
+    step, _, shape, out = laid_out(roomy)
+    for adapter, rows in enumerate(step.rows):
+        here = (out["loss_of"] == adapter) & (out["weights"] > 0)
+        labelled = sum((each.labels != IGNORED).sum() for each in rows)
+        learned = sum((each.labels[1:] != IGNORED).sum() for each in rows)
+        assert here.sum() == learned
+        assert np.isclose(out["weights"][here].sum(), learned / labelled if rows else 0)
+        assert (out["adapter"][out["predicting"][here]] == adapter).all()
+        assert (out["tokens"][0][out["predicting"][here] + 1] == out["targets"][here]).all()
+    assert (out["weights"] > 0).sum() == sum((r.labels[1:] != IGNORED).sum() for rows in step.rows for r in rows)
+
+
+def test_the_layers_give_each_adapters_tokens_what_its_own_factors_give():
+    """Stacked and masked products, forwards and backwards, against one adapter after the other."""
+    import torch
+
+    from packed_batches import to_batch
+    from packed_layers import PackedLinear, Shared
+
+    step, bins, shape, out = laid_out(True)
+    torch.manual_seed(0)
+    base = torch.nn.Linear(12, 10).requires_grad_(False)
+    shared = Shared(bins, [0.5, 1.0, 2.0, 0.25], torch.device("cpu"), torch.float32)
+    layer = PackedLinear(base, shared, torch.float32)
+    for factor in (layer.a, layer.b):
+        torch.nn.init.normal_(factor)
+    shared.enter(to_batch(out, shape, torch.device("cpu")))
+    x = torch.randn(1, shape.tokens * bins.count, 12, requires_grad=True)
+    y = layer(x)
+    pull = torch.randn_like(y)
+    y.backward(pull)
+    for adapter, scaling in enumerate([0.5, 1.0, 2.0, 0.25]):
+        here = torch.from_numpy(out["adapter"] == adapter)
+        a, b = (layer.block(f.detach(), adapter).clone().requires_grad_() for f in (layer.a, layer.b))
+        mine = x.detach()[0, here].requires_grad_()
+        alone = base(mine) + scaling * (mine @ a.T) @ b
+        alone.backward(pull[0, here])
+        assert torch.allclose(y[0, here], alone, atol=1e-4)
+        assert torch.allclose(x.grad[0, here], mine.grad, atol=1e-4)
+        for factor, own in ((layer.a, a), (layer.b, b)):
+            assert torch.allclose(layer.block(factor.grad, adapter), own.grad, atol=1e-4)
+
+
+def test_a_pack_of_the_suites_recipes_equals_what_the_ordinary_path_made(trained_once, tmp_path):
+    """The same recipes as everywhere in these tests; test_packed_train.py has the others."""
+    project = trained_once.copy(tmp_path / "packed")
+    theirs = (project.top / "saves").rename(tmp_path / "theirs")
+    cell = packed.Cell(project.pretrain, project.finetune)
+    run = packed.warm.start("packed_train", cell.arguments(), {"ENGINE": "packed"}, tmp_path / "log.txt").wait()
+    assert run.status == 0, run.output
+    packed.assert_same_adapters(project.top / "saves", theirs)
+    manifest = json.loads((project.run_folder("finetune") / "manifest.json").read_text())
+    assert (manifest["engine"], manifest["packed_with"]) == ("packed", 1)

@@ -1,0 +1,145 @@
+"""What the packed engine cannot do is trained the ordinary way after one line, or refused."""
+
+import json
+import shutil
+from pathlib import Path
+
+import packed
+import pytest
+import tiny_models
+
+UNLIKE = {
+    "lora_dropout": 0.1, "use_dora": True, "val_size": 0.1, "packing": True, "report_to": "tensorboard",
+    "group_by_length": True, "optim": "adafactor",
+}  # fmt: skip
+# Of the model table: with a processor, with Conv1D layers, with dropout.
+MODELS = {
+    "gemma-3-4b": "processor",
+    "qwen2.5-vl-3b": "processor",
+    "gpt2": "dropout",
+    "bert": "dropout",
+}
+
+
+@pytest.fixture(scope="module")
+def tiny(tmp_path_factory) -> Path:
+    folder = tmp_path_factory.mktemp("m")
+    packed.make_models(folder, "smollm2-135m", *MODELS)
+    return folder
+
+
+@pytest.fixture
+def project(tiny, tmp_path) -> packed.Packable:
+    return packed.Packable(tmp_path / "my project", tiny / "smollm2-135m", "smollm2")
+
+
+def refusal(project: packed.Packable, cell: packed.Cell, **environment: str) -> str:
+    """The one error line with which ENGINE=packed refuses a cell; nothing may be left of it."""
+    before = {path for path in project.top.rglob("*") if ".hashes.json" not in path.name}
+    result = project.packed(cell, **environment)
+    errors = [line for line in result.output.splitlines() if line.startswith("error: ")]
+    assert result.status == 1 and len(errors) == 1 and "Traceback" not in result.output, result.output
+    after = {path for path in project.top.rglob("*") if path.is_file() and ".hashes.json" not in path.name}
+    assert after - before <= {project.top / "packed.txt"}
+    assert project.left_over() == []
+    return errors[0]
+
+
+@pytest.mark.slow
+def test_with_engine_packed_it_is_one_error_line_and_nothing_is_written(project):
+    for key, value in UNLIKE.items():
+        line = refusal(project, project.cell(pretrain={key: value}, finetune={key: value}))
+        assert key in line and "not for the packed engine" in line and "leave ENGINE away" in line
+    line = refusal(project, project.cell(), DEVICES="cpu,cpu")
+    assert "one device" in line
+    assert "stock or packed" in refusal(project, project.cell(pretrain={"use_dora": True}), ENGINE="fast")
+
+
+@pytest.mark.slow
+def test_otherwise_one_line_says_why_and_the_run_ends_as_ever(project):
+    """Beside a cell that is packed; the files are the ordinary path's own."""
+    odd = {2: {"lora_dropout": 0.1}, 4: {"use_dora": True}}
+    cells = {rank: project.cell(rank=rank, pretrain=keys, finetune=keys) for rank, keys in odd.items()}
+    before = {rank: collected_before(project, cell) for rank, cell in cells.items()}
+    plain = project.cell(rank=16)
+    result = project.packed(plain, *cells.values(), ENGINE="")
+    assert result.status == 0, result.output
+    for rank, keys in odd.items():
+        (told,) = [line for line in result.output.splitlines() if "ordinary way" in line and f"rank {rank}:" in line]
+        assert all(key in told for key in keys)
+        assert packed.hashes(project.folder("finetune", rank=rank)) == before[rank]
+        assert "engine" not in packed.manifest_of(project.folder("finetune", rank=rank))
+    assert packed.manifest_of(project.folder("finetune", rank=16))["engine"] == "packed"
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("name", MODELS)
+def test_a_model_that_cannot_be_packed_is_refused_with_engine_packed(tiny, tmp_path, name):
+    project, cell = project_of(tiny, tmp_path, name)
+    assert MODELS[name] in refusal(project, cell)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("name", ["gemma-3-4b", "gpt2", "bert"])
+def test_a_model_that_cannot_be_packed_is_trained_the_ordinary_way(tiny, tmp_path, name):
+    """Also where only the loaded model shows it, after a pack was begun."""
+    project, cell = project_of(tiny, tmp_path, name)
+    before = collected_before(project, cell)
+    result = project.packed(cell, ENGINE="")
+    assert result.status == 0, result.output
+    (told,) = [line for line in result.output.splitlines() if "it is trained the ordinary way" in line]
+    assert MODELS[name] in told and packed.hashes(project.folder("finetune")) == before
+    assert project.left_over() == []
+
+
+def project_of(tiny: Path, tmp_path: Path, name: str) -> tuple[packed.Packable, packed.Cell]:
+    known = tiny_models.NAMES[name]
+    project = packed.Packable(tmp_path / "my project", tiny / name, known.template)
+    target = {"lora_target": known.lora_target}
+    return project, project.cell(pretrain=target, finetune=target)
+
+
+def collected_before(project: packed.Packable, cell: packed.Cell) -> dict[int, str]:
+    """The hashes of a cell's collection by the ordinary path; its pretrain alone is left."""
+    project.collect_ordinary(cell)
+    folder = project.folder("finetune", rank=cell.rank)
+    made = packed.hashes(folder)
+    shutil.rmtree(folder)
+    return made
+
+
+@pytest.mark.slow
+def test_layers_that_are_not_linear_are_seen_when_the_model_is_loaded(tiny, tmp_path):
+    """GPT-2 without dropout: its Conv1D layers hold their weights the other way round."""
+    model = shutil.copytree(tiny / "gpt2", tmp_path / "gpt2")
+    config = json.loads((model / "config.json").read_text())
+    quiet = {key: 0.0 for key in config if key.endswith("_pdrop")}
+    (model / "config.json").write_text(json.dumps({**config, **quiet, "summary_first_dropout": 0.0}))
+    project = packed.Packable(tmp_path / "my project", model, "gpt2")
+    target = {"lora_target": tiny_models.NAMES["gpt2"].lora_target}
+    assert "no linear layer" in refusal(project, project.cell(pretrain=target, finetune=target))
+
+
+@pytest.mark.slow
+def test_rows_with_nothing_to_learn_are_left_to_the_ordinary_path(project):
+    """Cut before their answer begins."""
+    assert "nothing to learn" in refusal(project, project.cell(pretrain={"cutoff_len": 5}, finetune={"cutoff_len": 5}))
+
+
+@pytest.mark.slow
+def test_what_is_wrong_with_a_recipe_is_said_as_ever(project):
+    """What no engine can train is no reason to fall back."""
+    for keys, said in (
+        ({"template": "smollm9"}, "template 'smollm9' is not known"),
+        ({"learning_rate": "fast"}, "fast"),
+        ({"lora_target": "nonsense"}, "nonsense"),
+        ({"lr_scheduler_type": "cosin"}, "cosin"),
+    ):
+        result = project.packed(project.cell(pretrain=keys, finetune=keys), ENGINE="")
+        errors = [line for line in result.output.splitlines() if line.startswith("error: ")]
+        assert result.status == 1 and len(errors) == 1 and said in errors[0], result.output
+        assert "Traceback" not in result.output and "ordinary way" not in result.output and project.left_over() == []
+    wide = project.cell(finetune={"save_total_limit": 11})
+    result = project.packed(wide, ENGINE="")
+    assert result.status == 1 and "only 10 remain" in result.output and not project.folder("finetune").exists()
+    assert project.folder("pretrain").is_dir()
