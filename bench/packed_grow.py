@@ -20,7 +20,7 @@ from timed import peak_gb, work_of
 
 import cli
 from cli import say
-from packed_batches import IGNORED, Row, Step, buckets, lay_out, to_batch
+from packed_batches import IGNORED, Row, Step, buckets, to_batch
 from packed_engine import Adapter, Engine
 from packed_layers import PackedLinear
 
@@ -177,7 +177,7 @@ def profiled(pool: Pool, dtype: torch.dtype, phase: str, count: int) -> dict[str
         shape = step.shape(bins)
         if engine.on_cuda:
             shape = buckets([shape], 1)[0]
-        batch = to_batch(lay_out(step, bins, shape), shape, engine.device)
+        batch = to_batch(step, bins, engine.device, shape)
         return device_time.by_kind(lambda: engine.step(batch), pool.args.shape, bins.width)
     except torch.OutOfMemoryError:
         say(f"{phase}: out of memory under the profiler at {count} adapters")

@@ -162,8 +162,11 @@ def test_the_losses_of_an_adapter_weigh_what_the_trainer_divides_by(roomy):
     assert (out["weights"] > 0).sum() == sum((r.labels[1:] != IGNORED).sum() for rows in step.rows for r in rows)
 
 
-def test_the_layers_give_each_adapters_tokens_what_its_own_factors_give():
-    """Stacked and masked products, forwards and backwards, against one adapter after the other."""
+@pytest.mark.parametrize("stacked", [True, False], ids=["stacked, as on a GPU", "sliced, as on a CPU"])
+def test_the_layers_give_each_adapters_tokens_what_its_own_factors_give(stacked):
+    """Forwards and backwards, against one adapter after the other."""
+    from dataclasses import replace
+
     import torch
 
     from packed_batches import to_batch
@@ -176,7 +179,8 @@ def test_the_layers_give_each_adapters_tokens_what_its_own_factors_give():
     layer = PackedLinear(base, shared, torch.float32)
     for factor in (layer.a, layer.b):
         torch.nn.init.normal_(factor)
-    shared.enter(to_batch(out, shape, torch.device("cpu")))
+    batch = to_batch(step, bins, torch.device("cpu"), shape)
+    shared.enter(replace(batch, spans=None) if stacked else batch)
     x = torch.randn(1, shape.tokens * bins.count, 12, requires_grad=True)
     y = layer(x)
     pull = torch.randn_like(y)
@@ -191,6 +195,45 @@ def test_the_layers_give_each_adapters_tokens_what_its_own_factors_give():
         assert torch.allclose(x.grad[0, here], mine.grad, atol=1e-4)
         for factor, own in ((layer.a, a), (layer.b, b)):
             assert torch.allclose(layer.block(factor.grad, adapter), own.grad, atol=1e-4)
+
+
+def test_a_step_in_a_gpus_bucket_learns_what_the_same_step_in_its_own_shape_learns():
+    """Padded to a larger shape, at fixed places in memory and with stacked products, as CUDA graphs take it."""
+    import torch
+    from transformers import LlamaConfig, LlamaForCausalLM
+
+    from packed_batches import Shape, Step, lay_out, to_batch
+    from packed_engine import Adapter, Engine, Stage
+
+    torch.manual_seed(0)
+    config = LlamaConfig(
+        vocab_size=64, hidden_size=32, intermediate_size=48, num_hidden_layers=2, num_attention_heads=2
+    )
+    model = LlamaForCausalLM(config).requires_grad_(False)
+    step = Step([[row(7, 3), row(4, 2)], [row(5, 5)], []])
+    names = [name for name, module in model.named_modules() if name.endswith(("q_proj", "down_proj"))]
+    adapters = []
+    for rank in (2, 8, 4):
+        shapes = {name: model.get_submodule(name).weight.shape for name in names}
+        factors = {name: (torch.randn(rank, ins), torch.randn(outs, rank)) for name, (outs, ins) in shapes.items()}
+        plain = {"betas": (0.9, 0.999), "eps": 1e-8, "weight_decay": 0.0}
+        adapters.append(Adapter(factors, 0.5, [0.01], plain, 1.0))
+    learned = []
+    for staged in (False, True):
+        engine = Engine(model, adapters, torch.float32)
+        bins, own = engine.shared.bins, step.shape(engine.shared.bins)
+        batch = to_batch(step, bins, engine.device)
+        if staged:
+            shape = Shape(own.tokens + 13, own.rows + 2, own.row_length + 5, own.learned + 9)
+            stage = Stage(lay_out(Step([[], [], []]), bins, shape), shape, engine.device)
+            stage.fill(lay_out(step, bins, shape))
+            batch = stage.batch
+        engine.rates.fill_(0.01)
+        engine.step(batch)
+        learned.append([engine.losses.clone(), *(gradient.clone() for gradient in engine.gradients)])
+        engine.close()
+    for mine, theirs in zip(*learned, strict=True):
+        assert torch.allclose(mine, theirs, rtol=1e-4, atol=1e-6)
 
 
 def test_a_pack_of_the_suites_recipes_equals_what_the_ordinary_path_made(trained_once, tmp_path):

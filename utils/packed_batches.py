@@ -132,8 +132,10 @@ def spans_of(step: Step, bins: Bins, shape: Shape) -> list[tuple[int, int]]:
     return spans
 
 
-def to_batch(step: Step, bins: Bins, device: torch.device) -> Batch:
-    """A step as a Batch of its own shape on a device."""
-    shape = step.shape(bins)
+def to_batch(step: Step, bins: Bins, device: torch.device, shape: Shape | None = None) -> Batch:
+    """A step as a Batch on a device, of its own shape or a larger one."""
+    shape = shape or step.shape(bins)
     tensors = {name: torch.from_numpy(array).to(device) for name, array in lay_out(step, bins, shape).items()}
-    return Batch(**tensors, row_length=shape.row_length, spans=spans_of(step, bins, shape))
+    return Batch(
+        **tensors, row_length=shape.row_length, spans=spans_of(step, bins, shape) if device.type == "cpu" else None
+    )

@@ -291,10 +291,11 @@ class Stage:
         names = [name for name in arrays if name != "weights"]
         views = dict(zip(names, self.numbers.split(self.sizes), strict=True))
         shaped = {name: view.view(arrays[name].shape) for name, view in views.items()}
-        self.batch = Batch(**shaped, weights=self.weights, row_length=shape.row_length, spans=[])
+        self.batch = Batch(**shaped, weights=self.weights, row_length=shape.row_length, spans=None)
 
     def fill(self, arrays: dict[str, np.ndarray]) -> None:
         """Queue the copies of a step's arrays."""
         numbers = np.concatenate([array.reshape(-1) for name, array in arrays.items() if name != "weights"])
-        self.numbers.copy_(torch.from_numpy(numbers).pin_memory(), non_blocking=True)
-        self.weights.copy_(torch.from_numpy(arrays["weights"]).pin_memory(), non_blocking=True)
+        for there, values in ((self.numbers, numbers), (self.weights, arrays["weights"])):
+            values = torch.from_numpy(values)
+            there.copy_(values.pin_memory() if there.is_cuda else values, non_blocking=True)

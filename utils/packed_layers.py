@@ -42,7 +42,8 @@ class Batch:
     weights: Tensor  # [P] float32, what each loss counts; 0 for padding
     loss_of: Tensor  # [P] int64, the adapter of each loss
     row_length: int  # L
-    spans: list[tuple[int, int]]  # first token of each adapter's rows and the one after the last
+    # first token of each adapter's rows and the one after the last, where they are multiplied one after the other
+    spans: list[tuple[int, int]] | None
 
 
 class Bins:
@@ -193,7 +194,7 @@ class PackedLinear(nn.Module):
         """x: [1, N, in]; returns [1, N, out] in the factors' dtype."""
         with torch.autocast(x.device.type, enabled=False):
             x = x.to(self.a.dtype).contiguous()
-            if x.device.type == "cpu":
+            if self.shared.batch.spans is not None:
                 return _SlicedLora.apply(x, self.weight, self.bias, self.a, self.b, self.shared)
             return _StackedLora.apply(x, self.weight, self.bias, self.a, self.b, self.shared.mask)
 
