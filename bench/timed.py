@@ -110,12 +110,13 @@ def packed(noted: dict[str, Any], arguments: list[str]) -> None:
     def train(pack):
         known.clear()
         began = time.time()
-        plain_train(pack)
+        whole = plain_train(pack)
         noted["packs"].append({
             "phase": pack.members[0].course.attempt.phase, "began": began, "ended": time.time(), "known": [*known],
             "ranks": [member.adapter.rank for member in pack.members], "peak_GB": peak_gb(),
             "work": [work_of(step.rows[who] for step in pack.steps) for who in range(len(pack.members))],
         })  # fmt: skip
+        return whole
 
     packed_engine.Engine.train, packed_loop.Pack.train = steps, train
     sys.argv = ["packed_train.py", *arguments]

@@ -62,6 +62,7 @@ class Base:
     def __init__(self, wanted: list[str]):
         self.wanted = wanted
         self.model: nn.Module | None = None
+        self.tokenizer: Any = None  # the last one; of all runs that share a model, but for what a template adds
         self.refused: NotPackable | None = None
         self.dtype = torch.float32
         self.layers: list[str] = []
@@ -84,12 +85,9 @@ class Base:
 
     def _admit(self, attempt: train.Attempt, job: dict, arguments: dict) -> Member:
         parsed = get_train_args(dict(arguments))  # sets the seed, as every start of LLaMA-Factory does
-        tokenizer_module = load_tokenizer(parsed[0])
-        rows = self._rows(attempt, job, parsed, tokenizer_module)
-        if any((row.labels == IGNORED).all() for row in rows):
-            raise NotPackable("a row has nothing to learn, and the mean over a step of such rows is no number")
-        fresh = self._fresh(parsed, tokenizer_module["tokenizer"], rows)
-        course = Course(attempt, parsed, tokenizer_module["tokenizer"], rows)
+        rows = self._rows(attempt, job, parsed)
+        fresh = self._fresh(parsed, rows)
+        course = Course(attempt, parsed, self.tokenizer, rows)
         factors, moments = fresh.factors, None
         if course.resumed:
             factors, moments = resumed_factors(course.resumed, self.layers), resumed_moments(course.resumed)
@@ -98,19 +96,21 @@ class Base:
         )
         return Member(course, adapter, copy.deepcopy(fresh.config))
 
-    def _rows(self, attempt: train.Attempt, job: dict, parsed: tuple, tokenizer_module: dict) -> list[Row]:
+    def _rows(self, attempt: train.Attempt, job: dict, parsed: tuple) -> list[Row]:
         key = run_identity.tokens_key(attempt.identity)
         if key is None or key not in self.rows:
-            template = get_template_and_fix_tokenizer(tokenizer_module["tokenizer"], parsed[1])
+            tokenizer_module = load_tokenizer(parsed[0])
+            self.tokenizer = tokenizer_module["tokenizer"]
+            template = get_template_and_fix_tokenizer(self.tokenizer, parsed[1])
             data = get_dataset(template, *parsed[:3], stage="sft", **tokenizer_module)
             if job["tokens"] and (attempt.staging / "tokens").is_dir():
                 train_worker.keep_tokens(attempt.staging / "tokens", Path(job["tokens"]))
             self.rows[key] = rows_of(data["train_dataset"])
-        else:
-            get_template_and_fix_tokenizer(tokenizer_module["tokenizer"], parsed[1])
+        if any((row.labels == IGNORED).all() for row in self.rows[key]):
+            raise NotPackable("a row has nothing to learn, and the mean over a step of such rows is no number")
         return self.rows[key]
 
-    def _fresh(self, parsed: tuple, tokenizer: Any, rows: list[Row]) -> Fresh:
+    def _fresh(self, parsed: tuple, rows: list[Row]) -> Fresh:
         model_args, _, args, finetuning_args, _ = parsed
         key = (
             args.seed, finetuning_args.lora_rank, finetuning_args.lora_alpha, finetuning_args.use_rslora,
@@ -118,12 +118,12 @@ class Base:
         )  # fmt: skip
         if key in self.fresh:
             return self.fresh[key]
-        set_seed(args.seed)
         if self.refused is not None:
             raise self.refused
+        set_seed(args.seed)
         if self.model is None:
-            self._load_once(model_args, finetuning_args, args, tokenizer, rows)
-            set_seed(args.seed)  # as if the model had been loaded for this run alone
+            self.fresh[key] = self._load_once(model_args, finetuning_args, args, rows)
+            return self.fresh[key]
         adapted = init_adapter(self.model.config, self.model, model_args, finetuning_args, True)
         self.fresh[key] = fresh_of(adapted)
         self.model = adapted.unload()
@@ -131,15 +131,15 @@ class Base:
             raise NotPackable("its runs adapt different layers")
         return self.fresh[key]
 
-    def _load_once(self, *arguments: Any) -> None:
+    def _load_once(self, *arguments: Any) -> Fresh:
         try:
-            self._load(*arguments)
+            return self._load(*arguments)
         except NotPackable as refused:
             self.refused = refused
             raise
 
-    def _load(self, model_args: Any, finetuning_args: Any, args: Any, tokenizer: Any, rows: list[Row]) -> None:
-        adapted = load_model(tokenizer, model_args, finetuning_args, True).to(args.device)
+    def _load(self, model_args: Any, finetuning_args: Any, args: Any, rows: list[Row]) -> Fresh:
+        adapted = load_model(self.tokenizer, model_args, finetuning_args, True).to(args.device)
         self.dtype = torch.bfloat16 if args.bf16 else torch.float32
         check_packable(adapted, self.dtype)
         first = fresh_of(adapted)
@@ -157,6 +157,7 @@ class Base:
         if not all(torch.equal(one, other) for pair in pairs for one, other in zip(*pair, strict=True)):
             raise NotPackable("its initial adapters depend on the loading of the model")
         self.model = again.unload()
+        return first
 
 
 def fresh_of(adapted: PeftModel) -> Fresh:
