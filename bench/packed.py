@@ -49,7 +49,7 @@ def parse(words: list[str]) -> argparse.Namespace:
     whole.add_argument("--ranks", default="2 4 8 16 64")
     whole.add_argument("--steps", type=int, default=700, help="pretrain steps (default: %(default)s)")
     whole.add_argument("--keep", type=int, default=100, help="collected steps (default: %(default)s)")
-    whole.add_argument("--stock-steps", default="25 40", help="measured of the two phases (default: %(default)s)")
+    whole.add_argument("--stock-steps", default="14 14", help="measured of the two phases (default: %(default)s)")
     whole.add_argument(
         "--ordinary-steps", type=int, default=150, help="measured of the pretrain; the collection is run whole"
     )

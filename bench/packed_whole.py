@@ -47,7 +47,6 @@ def run(args: argparse.Namespace, top: Path) -> int:
         ("stock", bench.stock),
     ):
         results[name] = measure()
-        scratch.write_json(args.out, results)
     results["summary"] = summary(args, ranks, bench.rank, results)
     scratch.write_json(args.out, results)
     if args.out:
@@ -66,6 +65,7 @@ class Bench:
 
     def __init__(self, top: Path, recipes: tuple[Path, Path], args: argparse.Namespace, rank: int):
         self.top, self.recipes, self.args, self.rank = top, recipes, args, rank
+        self.noted: dict[str, Any] = {}
 
     def process(self, name: str, *arguments: Any) -> dict[str, Any]:
         """Run timed.py; what it noted, with when it `started` and `exited`. Leaves with its log when it fails."""
@@ -79,7 +79,10 @@ class Bench:
         if status.returncode:
             sys.exit(f"{log.read_text(errors='replace')[-6000:]}\nerror: {name} failed with {status.returncode}")
         say(f"{name}: {exited - started:.1f} s")
-        return {"started": started, "exited": exited, **json.loads(result.read_text())}
+        noted = {"started": started, "exited": exited, **json.loads(result.read_text())}
+        self.noted[name] = noted
+        scratch.write_json(self.args.out, self.noted)  # what is measured stays, should the rest be cut off
+        return noted
 
     def folder(self, rank: int, phase: str, saves: str = "saves") -> Path:
         name = f"{self.args.model_shape}-random_lora-rank_{rank}_{phase}"
