@@ -175,7 +175,7 @@ def test_the_layers_give_each_adapters_tokens_what_its_own_factors_give(stacked)
     step, bins, shape, out = laid_out(True)
     torch.manual_seed(0)
     base = torch.nn.Linear(12, 10).requires_grad_(False)
-    shared = Shared(bins, [0.5, 1.0, 2.0, 0.25], torch.device("cpu"), torch.float32)
+    shared = Shared(bins, [0.5, 1.0, 2.0, 0.25], torch.device("cpu"))
     layer = PackedLinear(base, shared, torch.float32)
     for factor in (layer.a, layer.b):
         torch.nn.init.normal_(factor)
@@ -234,6 +234,32 @@ def test_a_step_in_a_gpus_bucket_learns_what_the_same_step_in_its_own_shape_lear
         engine.close()
     for mine, theirs in zip(*learned, strict=True):
         assert torch.allclose(mine, theirs, rtol=1e-4, atol=1e-6)
+
+
+@pytest.mark.parametrize("most", [0.0, -1.0])
+def test_a_gradient_is_clipped_to_positive_norms_alone(most):
+    """As in the trainer: 0 and less mean no clipping."""
+    import torch
+    from transformers import LlamaConfig, LlamaForCausalLM
+
+    from packed_batches import Step
+    from packed_engine import Adapter, Engine
+
+    torch.manual_seed(0)
+    model = LlamaForCausalLM(
+        LlamaConfig(vocab_size=64, hidden_size=32, intermediate_size=48, num_hidden_layers=1, num_attention_heads=2)
+    ).requires_grad_(False)
+    name = "model.layers.0.self_attn.q_proj"
+    plain = {"betas": (0.9, 0.999), "eps": 1e-8, "weight_decay": 0.0}
+    made = []
+    for norm in (most, 1e9):
+        torch.manual_seed(1)
+        factors = {name: (torch.randn(2, 32), torch.randn(32, 2))}
+        engine = Engine(model, [Adapter(factors, 1.0, [0.1], plain, norm)], torch.float32)
+        list(engine.train([Step([[row(7, 3)]])], lambda number: None))
+        made.append(engine.vectors[0].detach().clone())
+        engine.close()
+    assert torch.equal(*made)
 
 
 def test_a_pack_of_the_suites_recipes_equals_what_the_ordinary_path_made(trained_once, tmp_path):

@@ -127,6 +127,35 @@ def test_rows_with_nothing_to_learn_are_left_to_the_ordinary_path(project):
 
 
 @pytest.mark.slow
+def test_an_adapted_output_layer_is_left_to_the_ordinary_path(project):
+    """The loss is taken at the learned tokens alone, where no stacked layer stands."""
+    target = {"lora_target": "q_proj,lm_head"}
+    assert "output layer" in refusal(project, project.cell(pretrain=target, finetune=target))
+
+
+@pytest.mark.slow
+def test_a_recipe_with_no_step_left_is_left_to_the_ordinary_path(project):
+    """A resumed pretrain whose last step is the one it resumes from."""
+    assert project.packed(project.cell()).status == 0
+    run = project.folder("pretrain")
+    elsewhere = "../../../saves/common-sense-reasoning/Toy/Again_lora-rank_4"
+    again = project.cell(
+        tag="again",
+        pretrain={"resume_from_checkpoint": str(run / "checkpoint-20"), "output_dir": f"{elsewhere}_pretrain"},
+        finetune={"output_dir": f"{elsewhere}_finetune"},
+    )
+    result = project.packed(again)
+    assert result.status == 1 and "no step left" in result.output and "Traceback" not in result.output
+
+
+@pytest.mark.slow
+def test_settings_of_the_data_loader_change_nothing(project):
+    """There is none of several processes, so nothing to set."""
+    loader = {"dataloader_num_workers": 2, "dataloader_prefetch_factor": 4, "dataloader_persistent_workers": True}
+    assert project.packed(project.cell(pretrain=loader)).status == 0
+
+
+@pytest.mark.slow
 def test_what_is_wrong_with_a_recipe_is_said_as_ever(project):
     """What no engine can train is no reason to fall back."""
     for keys, said in (

@@ -16,7 +16,7 @@ from pathlib import Path
 from typing import NamedTuple
 
 import cli
-import collect
+import engine
 import files
 import forked
 import packed_train
@@ -91,7 +91,7 @@ class CellWorker:
     def _collect(self, cell: Cell, settings: dict[str, str], log: Path) -> tuple[str | None, str]:
         forced, asked = run_identity.force_asked(), packed_train.Cell(cell.pretrain, cell.finetune, cell.rank)
         for recipe in (cell.pretrain, cell.finetune):
-            if not forced and collect.is_done(asked):
+            if not forced and packed_train.is_done(asked):
                 break
             if failed := self._run("train", [str(recipe), str(cell.rank)], settings, log):
                 return failed
@@ -140,7 +140,7 @@ class CellWorker:
             for number, cell in enumerate(waiting):
                 result = results.get(number)
                 if result is None:  # the process ended before it was through
-                    ended[cell] = death_of(code, log) or failure(cause_in(log))
+                    ended[cell] = death_of(code, log) or crash(cause_in(log))
                 elif result.outcome == "failed" and BUSY in result.why:
                     busy.append(cell)
                 elif result.outcome == "failed":
@@ -225,6 +225,13 @@ def death_of(code: int, log: Path) -> tuple[str, str] | None:
 def failure(cause: str) -> tuple[str | None, str]:
     """What `_run` returns for a script that failed."""
     return ("memory" if OUT_OF_MEMORY.search(cause) else None), f"failed: {cause}"
+
+
+def crash(cause: str) -> tuple[str | None, str]:
+    """What becomes of a cell whose pack ended before it did: it is trained alone, unless ENGINE forbids that."""
+    if engine.asked() == "packed":
+        return failure(cause)
+    return "alone", f"failed in a pack: {cause}; it is trained the ordinary way"
 
 
 def cause_in(log: Path) -> str:

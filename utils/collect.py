@@ -15,7 +15,6 @@ from pathlib import Path
 
 import cells
 import cli
-import collection
 import engine
 import packed_train
 import rank_config
@@ -64,7 +63,7 @@ def sort_out(chosen: list[Cell]) -> tuple[list[Cell], list[Cell]]:
     to_do, errors = [], {}
     for cell in chosen:
         try:
-            if run_identity.force_asked() or not is_done(cell):
+            if run_identity.force_asked() or not packed_train.is_done(cell):
                 to_do.append(cell)
         except UserError as error:
             errors[cell] = error
@@ -101,18 +100,6 @@ def verify(chosen: list[Cell]) -> int:
     for cell in chosen:
         named += ["--recipe", cell.finetune, cell.rank, *cell.overrides, *cell.keep]
     return cli.call([sys.executable, UTILS / "verify.py", *named]) if named else 0
-
-
-def is_done(cell: Cell) -> bool:
-    """Whether the collection is complete and its pretrain, where it is still there, is the recipe's."""
-    return state_of(cell, "finetune") == "complete" and state_of(cell, "pretrain") in ("complete", "missing")
-
-
-def state_of(cell: Cell, phase: str) -> str:
-    """How the run folder of a cell's phase stands to its recipe (see collection.state_of)."""
-    run = cell.run(phase)
-    identity = run_identity.identity_of(run.recipe, run.config)
-    return collection.state_of(rank_config.run_folder(run.recipe, run.config), identity)[0]
 
 
 if __name__ == "__main__":

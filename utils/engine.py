@@ -64,7 +64,7 @@ def why_not_packed(recipe: Path, config: dict[str, Any], devices: list[str]) -> 
         return "it trains on one device"
     if models.has_processor(rank_config.resolve(recipe, config["model_name_or_path"])):
         return "the model has a processor, with which the loss is another mean"
-    if any(config.get(key) not in (None, "none", []) for key in ("report_to",)):
+    if config.get("report_to") not in (None, "none", []):
         return f"report_to is {config['report_to']!r}"
     return None
 

@@ -21,6 +21,7 @@ from torch import Tensor, nn
 from transformers import set_seed
 from transformers.integrations.liger import apply_liger_kernel
 
+import cli
 import prompt_templates
 import run_identity
 import train
@@ -30,9 +31,16 @@ from packed_course import Course, resumed_factors, resumed_moments, rows_of
 from packed_engine import Adapter, Engine
 from packed_layers import NotPackable
 
+OutOfMemory = torch.OutOfMemoryError
+
 # Of what LLaMA-Factory would do, this is done otherwise or not at all: no bar per run, nothing computed twice.
-OURS = {"disable_gradient_checkpointing": True, "disable_tqdm": True, "report_to": "none", "dataloader_num_workers": 0}
-COMPARED = 2  # rows
+OURS = {
+    "disable_gradient_checkpointing": True, "disable_tqdm": True, "report_to": "none", "dataloader_num_workers": 0,
+    "dataloader_prefetch_factor": None, "dataloader_persistent_workers": False,
+}  # fmt: skip
+COMPARED = 1024  # tokens of a row at most; PEFT's forward pass makes all logits
+# Settings of models that change their logits behind the output layer.
+LOGITS_CHANGED = ("final_logit_softcapping", "logit_scale", "logits_scaling", "lm_head_multiplier")
 TOLERANCE = {torch.float32: (1e-4, 1e-3), torch.bfloat16: (2e-2, 0.1)}  # relative, of the loss and of the gradient
 
 
@@ -78,9 +86,11 @@ class Base:
         train_worker.check_template(attempt.recipe, arguments, job["pictures"])
         try:
             return self._admit(attempt, job, arguments)
-        except (NotPackable, torch.OutOfMemoryError):
+        except (NotPackable, OutOfMemory):
             raise
         except train_worker.SETTINGS_ERRORS as error:
+            if cli.storage_fault(error) is not None:
+                raise
             raise train_worker.refusal(attempt.recipe, error) from error
 
     def _admit(self, attempt: train.Attempt, job: dict, arguments: dict) -> Member:
@@ -125,11 +135,12 @@ class Base:
             self.fresh[key] = self._load_once(model_args, finetuning_args, args, rows)
             return self.fresh[key]
         adapted = init_adapter(self.model.config, self.model, model_args, finetuning_args, True)
-        self.fresh[key] = fresh_of(adapted)
-        self.model = adapted.unload()
-        if list(self.fresh[key].factors) != self.layers:
+        fresh = fresh_of(adapted)
+        self.model = plain(adapted)
+        if list(fresh.factors) != self.layers:
             raise NotPackable("its runs adapt different layers")
-        return self.fresh[key]
+        self.fresh[key] = fresh
+        return fresh
 
     def _load_once(self, *arguments: Any) -> Fresh:
         try:
@@ -139,25 +150,36 @@ class Base:
             raise
 
     def _load(self, model_args: Any, finetuning_args: Any, args: Any, rows: list[Row]) -> Fresh:
+        if args.device.type not in ("cpu", "cuda"):
+            raise NotPackable(f"it was not tried on {args.device.type}")
         adapted = load_model(self.tokenizer, model_args, finetuning_args, True).to(args.device)
         self.dtype = torch.bfloat16 if args.bf16 else torch.float32
         check_packable(adapted, self.dtype)
         first = fresh_of(adapted)
         self.layers = list(first.factors)
-        compared = sorted(rows, key=lambda row: len(row.tokens))[:: max(1, len(rows) // COMPARED)][:COMPARED]
+        by_length = sorted(rows, key=lambda row: len(row.tokens))
+        short = [row for row in by_length if len(row.tokens) <= COMPARED] or by_length[:1]
+        compared = [short[len(short) // 2], short[-1]]
         theirs = stock_gradient(adapted, compared, self.dtype)
-        self.model = adapted.unload()
-        if self.model.device.type == "cuda":
+        model = plain(adapted)
+        if model.device.type == "cuda":
             # its kernels for norms, rotary positions and gated activations; the loss is our own
-            apply_liger_kernel(self.model, {"cross_entropy": False, "fused_linear_cross_entropy": False})
-        compare(self.model, first, theirs, compared, self.dtype)
+            apply_liger_kernel(model, {"cross_entropy": False, "fused_linear_cross_entropy": False})
+        compare(model, first, theirs, compared, self.dtype)
         set_seed(args.seed)
-        again = init_adapter(self.model.config, self.model, model_args, finetuning_args, True)
+        again = init_adapter(model.config, model, model_args, finetuning_args, True)
         pairs = zip(first.factors.values(), fresh_of(again).factors.values(), strict=True)
         if not all(torch.equal(one, other) for pair in pairs for one, other in zip(*pair, strict=True)):
             raise NotPackable("its initial adapters depend on the loading of the model")
-        self.model = again.unload()
+        self.model = plain(again)
         return first
+
+
+def plain(adapted: PeftModel) -> nn.Module:
+    """The model without its adapter, and without the note of it that makes PEFT warn at the next one."""
+    model = adapted.unload()
+    del model.peft_config
+    return model
 
 
 def fresh_of(adapted: PeftModel) -> Fresh:
@@ -184,7 +206,15 @@ def check_packable(adapted: PeftModel, dtype: torch.dtype) -> None:
                 raise NotPackable(f"{name} is no linear layer with plain LoRA")
             if dtype is torch.float32 and module.base_layer.weight.dtype is not torch.float32:
                 raise NotPackable(f"{name} computes in {module.base_layer.weight.dtype}, its adapter in float32")
-    dropouts = [key for key, value in model.config.to_dict().items() if key.endswith("dropout") and value]
+    config = model.config.to_dict()
+    if changed := [key for key in LOGITS_CHANGED if config.get(key) not in (None, 1, 1.0)]:
+        raise NotPackable(f"the model changes its logits ({changed[0]})")
+    rope = config.get("rope_parameters") or {}
+    if any(kind in str(rope) for kind in ("dynamic", "longrope")):
+        raise NotPackable("its rotary positions depend on the longest row of a batch")
+    if any(isinstance(module, LoraLayer) for module in (model.get_input_embeddings(), model.get_output_embeddings())):
+        raise NotPackable("its embeddings or its output layer are adapted")
+    dropouts = [key for key, value in config.items() if key.endswith("dropout") and value]
     if dropouts:
         raise NotPackable(f"the model has dropout ({dropouts[0]})")
     trained = {name for name, parameter in adapted.named_parameters() if parameter.requires_grad}
@@ -232,6 +262,10 @@ def compare(model: nn.Module, fresh: Fresh, theirs: tuple[float, Tensor], rows: 
     engine = Engine(model, [adapter], dtype)
     try:
         loss, gradient = engine.gradient_of(Step([rows]))
+    except (RuntimeError, TypeError, IndexError) as error:
+        if isinstance(error, OutOfMemory):
+            raise
+        raise NotPackable(f"the packed layers cannot run this model: {' '.join(str(error).split())[:200]}") from error
     finally:
         engine.close()
     ordered = []

@@ -69,6 +69,8 @@ class Course:
         state.compute_steps(self.args, self.last)  # a resumed state brings its own rhythm, see collector.Rules
         state.log_history = []
         self.first = state.global_step + 1
+        if self.last < self.first:
+            raise NotPackable("it has no step left to train")
         self._take_rates()
         self._plan_saves()
         self.unlogged: list[float] = []

@@ -15,7 +15,7 @@ from torch import Tensor, nn
 
 import packed_layers
 from packed_batches import Shape, Step, buckets, lay_out, to_batch
-from packed_layers import Batch, Bins, PackedLinear, Shared
+from packed_layers import Batch, Bins, NotPackable, PackedLinear, Shared
 
 BUCKETS = 6  # CUDA graphs per phase at most; capturing one takes as long as ...
 STEPS_PER_BUCKET = 50  # ... the padding of so many steps costs, about
@@ -92,7 +92,7 @@ class Engine:
         self.device = model.device
         self.on_cuda = self.device.type == "cuda"
         bins = Bins([adapter.rank for adapter in adapters], loads)
-        self.shared = Shared(bins, [adapter.scaling for adapter in adapters], self.device, dtype)
+        self.shared = Shared(bins, [adapter.scaling for adapter in adapters], self.device)
         names = [part.layer for part in adapters[0].parts]
         self.layers = packed_layers.attach(model, names, self.shared, dtype)
         try:
@@ -155,7 +155,7 @@ class Engine:
         from_stacks = [layer.block(getattr(layer, name).grad, number) for layer, name, number in self.places]
         torch._foreach_copy_(self.gradient_parts, from_stacks)
         for vector, adapter in zip(self.vectors, self.adapters, strict=True):
-            if adapter.max_norm:
+            if adapter.max_norm > 0:
                 nn.utils.clip_grad_norm_(vector, adapter.max_norm, foreach=False)
         self.optimizer.step()
 
@@ -175,8 +175,14 @@ class Engine:
         return self.losses[0].item(), self.gradients[0].cpu()
 
     def prepare(self, steps: list[Step]) -> "EagerRunner | GraphRunner":
-        """Make ready for these steps; raises torch.OutOfMemoryError where they are too large for the device."""
-        self.runner = (GraphRunner if self.on_cuda else EagerRunner)(self, steps)
+        """Make ready for these steps; raises torch.OutOfMemoryError where they are too large for the device, and
+        NotPackable where they do other things than a CUDA graph can."""
+        try:
+            self.runner = (GraphRunner if self.on_cuda else EagerRunner)(self, steps)
+        except RuntimeError as error:  # of CUDA, at what a graph cannot hold
+            if isinstance(error, torch.OutOfMemoryError):
+                raise
+            raise NotPackable(f"its step cannot be captured: {' '.join(str(error).split())[:200]}") from error
         return self.runner
 
     def train(self, steps: list[Step], after: Callable[[int], None]) -> Iterator[tuple[int, list[float]]]:
@@ -247,7 +253,7 @@ class GraphRunner:
         self.engine = engine
         count = max(1, min(BUCKETS, len(steps) // STEPS_PER_BUCKET))
         self.shapes = buckets([step.shape(engine.shared.bins) for step in steps], count)
-        self.graphs: dict[Shape, tuple[torch.cuda.CUDAGraph, Batch]] = {}
+        self.graphs: dict[Shape, torch.cuda.CUDAGraph] = {}
         empty = Step([[] for _ in engine.adapters])
         largest = self.shapes[-1]
         self.stage = {}
@@ -262,6 +268,8 @@ class GraphRunner:
                 engine.step(self.stage[largest].batch)
         torch.cuda.current_stream().wait_stream(side)
         torch.cuda.synchronize()
+        for layer in engine.layers.values():
+            layer.a.grad = layer.b.grad = None
         torch.cuda.empty_cache()
         pool = None
         for shape in reversed(self.shapes):

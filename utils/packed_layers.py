@@ -79,9 +79,9 @@ class Bins:
 class Shared:
     """What all packed layers of a model see of the present step."""
 
-    def __init__(self, bins: Bins, scaling: list[float], device: torch.device, dtype: torch.dtype):
+    def __init__(self, bins: Bins, scaling: list[float], device: torch.device):
         self.bins, self.scaling = bins, scaling
-        self.scales = torch.zeros(len(scaling) + 1, bins.width, device=device, dtype=dtype)
+        self.scales = torch.zeros(len(scaling) + 1, bins.width, device=device)  # float32: PEFT's is no less exact
         for adapter, scale in enumerate(scaling):
             self.scales[adapter, bins.rows_of(adapter)[1]] = scale
         self.mask: Tensor | None = None
@@ -338,6 +338,8 @@ def detach(model: nn.Module, packed: dict[str, PackedLinear]) -> None:
     """Put the plain layers back."""
     for name, layer in packed.items():
         _put(model, name, layer.base)
+    for module in model.modules():
+        vars(module).pop("shared", None)
 
 
 def losses(model: nn.Module, batch: Batch, shared: Shared) -> Tensor:

@@ -14,6 +14,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+import cli
 import collector
 import devices
 import files
@@ -25,9 +26,9 @@ from cli import UserError, say
 from packed_base import Base, Member
 from packed_batches import Row, Step
 from packed_engine import Engine
+from packed_layers import NotPackable
 
 EVERY = 10  # seconds between lines of progress
-TOO_LARGE = object()
 
 
 def train_all(base: Base, ready: list[tuple[Any, Any, Member]]) -> Iterator[tuple[Any, Any, Any]]:
@@ -37,24 +38,28 @@ def train_all(base: Base, ready: list[tuple[Any, Any, Member]]) -> Iterator[tupl
         base: their model.
         ready: (cell, run, member); the first two are handed back.
 
-    Yields (cell, run, outcome) for each: None when its run is complete, a UserError, or TOO_LARGE.
+    Yields (cell, run, outcome) for each: None when its run is complete, a UserError, or why it is NotPackable.
     """
     waiting = list(ready)
     limit = len(waiting)
     while waiting:
         lessons = [list(member.course.steps()) for _, _, member in waiting]
         members = [member for _, _, member in waiting[:limit]]
-        try:
-            if base.model.device.type == "cpu":  # which says nothing when there is too little, but kills
-                limit = fitting(base, members, lessons)
-            pack = Pack(base, members[:limit], lessons[:limit])
-        except torch.OutOfMemoryError:
-            _collect_garbage()
-            if limit == 1:
-                yield *waiting.pop(0)[:2], TOO_LARGE
-                limit = len(waiting)
-            else:
-                limit = min(limit - 1, fitting(base, members, lessons))
+        if base.model.device.type == "cpu":  # which says nothing when there is too little, but kills
+            limit = fitting(base, members, lessons)
+        else:
+            limit = packed_memory.beside_gpu([member.adapter for member in members])
+        pack = ready_pack(base, members[:limit], lessons[:limit])
+        _collect_garbage()
+        if isinstance(pack, NotPackable):
+            yield from ((cell, run, pack) for cell, run, _ in waiting)
+            return
+        if pack is None and limit == 1:
+            yield *waiting.pop(0)[:2], NotPackable("a single step of it does not fit into memory")
+            limit = len(waiting)
+            continue
+        if pack is None:
+            limit = min(limit - 1, fitting(base, members, lessons))
             continue
         count = len(pack.members)
         with pack:
@@ -64,7 +69,7 @@ def train_all(base: Base, ready: list[tuple[Any, Any, Member]]) -> Iterator[tupl
         del pack
         _collect_garbage()
         tried, waiting = waiting[:count], waiting[count:]
-        limit = len(waiting)
+        limit = min(limit, len(waiting))
         if not whole:
             say("  a cell diverged, which may have spoilt the others: they are trained again in smaller packs")
             again, failed = begun_again(base, tried)
@@ -72,8 +77,18 @@ def train_all(base: Base, ready: list[tuple[Any, Any, Member]]) -> Iterator[tupl
             waiting, limit = again + waiting, -(-count // 2)
 
 
+def ready_pack(base: Base, members: list[Member], lessons: list[list[list[Row]]]) -> "Pack | NotPackable | None":
+    """A pack ready to train; why it cannot be; or None where it does not fit into memory."""
+    try:
+        return Pack(base, members, lessons)
+    except NotPackable as why:
+        return why
+    except torch.OutOfMemoryError:
+        return None  # what it took is free only now, as the error holds it
+
+
 def begun_again(base: Base, tried: list[tuple[Any, Any, Member]]) -> tuple[list, list]:
-    """Members, with cell and run, as they were before training; and (cell, run, UserError) where that fails."""
+    """Members, with cell and run, as they were before training; and (cell, run, error) where that fails."""
     again, failed = [], []
     for cell, run, member in tried:
         attempt = member.course.attempt
@@ -81,7 +96,7 @@ def begun_again(base: Base, tried: list[tuple[Any, Any, Member]]) -> tuple[list,
         attempt.staging.mkdir()
         try:
             again.append((cell, run, base.admit(attempt)))
-        except UserError as error:
+        except (UserError, NotPackable) as error:
             failed.append((cell, run, error))
     return again, failed
 
@@ -114,22 +129,23 @@ class Pack:
         loads = [sum(len(row.tokens) for rows in each for row in rows) / len(self.steps) for each in lessons]
         self.engine = Engine(base.model, [member.adapter for member in members], base.dtype, loads)
         self.threads: ThreadPoolExecutor = packed_writer.threads()
-        self.writers: list[packed_writer.Writer | None] = []
         self.shown: list[dict[int, dict[str, float]]] = [{} for _ in members]
         self.saving: list[list[Future]] = [[] for _ in members]
         self.unsaved: dict[tuple[int, int], tuple[Tensor, dict[str, Tensor]]] = {}
-        for member, vector in zip(members, self.engine.vectors, strict=True):
-            staging, writer = member.course.attempt.staging, None
-            if member.course.collects:
-                collector.save_config(member.config, staging)
-                writer = packed_writer.Writer(staging, member.adapter, vector, self.threads)
-            self.writers.append(writer)
         try:
+            self.writers = [self._writer(*pair) for pair in zip(members, self.engine.vectors, strict=True)]
             self.engine.prepare(self.steps)
         except BaseException:
             self.engine.close()
             self.threads.shutdown()
             raise
+
+    def _writer(self, member: Member, vector: Tensor) -> packed_writer.Writer | None:
+        if not member.course.collects:
+            return None
+        staging = member.course.attempt.staging
+        collector.save_config(member.config, staging)
+        return packed_writer.Writer(staging, member.adapter, vector, self.threads)
 
     def __enter__(self) -> "Pack":
         return self
@@ -206,6 +222,10 @@ class Pack:
             train.drop_claim(attempt.folder)
         except UserError as error:
             return error
+        except (OSError, RuntimeError) as error:
+            if cli.storage_fault(error) is not None:
+                raise
+            return UserError(f"{attempt.recipe}: its run cannot be completed: {type(error).__name__}: {error}")
         return None
 
 

@@ -13,7 +13,8 @@ from packed_batches import Step, to_batch
 from packed_engine import Adapter, Engine
 
 USED = 0.85  # of the free memory; the rest is for what the measurement does not see
-STATE = 16  # bytes per element of an adapter: itself, its gradient and AdamW's two moments, float32
+STATE = 20  # bytes per element of an adapter: itself, its gradient, AdamW's two moments, a copy that is being written
+HOST = 24  # the same in the host's memory beside a GPU: where it starts, its moments, three copies on their way to disk
 STACKED = 2  # copies of it in the layers' stacks: the factors and their gradient
 
 
@@ -31,6 +32,16 @@ def how_many(model: nn.Module, dtype: torch.dtype, adapters: list[Adapter], step
     for number, (adapter, step) in enumerate(zip(adapters, largest, strict=True)):
         state = adapter.start.numel() * (STATE + STACKED * torch.finfo(dtype).bits // 8)
         free -= state + per_token * tokens_of(step)
+        if free < 0:
+            return max(1, number)
+    return len(adapters)
+
+
+def beside_gpu(adapters: list[Adapter]) -> int:
+    """How many of the adapters, from the first on, the host's memory serves while a GPU trains them; at least 1."""
+    free = USED * psutil.virtual_memory().available
+    for number, adapter in enumerate(adapters):
+        free -= HOST * adapter.start.numel()
         if free < 0:
             return max(1, number)
     return len(adapters)

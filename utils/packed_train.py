@@ -127,7 +127,20 @@ def collect(
     devices.pin(wanted)
     for members in by_base.values():
         failed += Pack(members, wanted, tell, leave).collect()
+        _free_memory()
     return failed
+
+
+def is_done(cell: Cell) -> bool:
+    """Whether the collection is complete and its pretrain, where it is still there, is the recipe's."""
+    return state_of(cell, "finetune") == "complete" and state_of(cell, "pretrain") in ("complete", "missing")
+
+
+def state_of(cell: Cell, phase: str) -> str:
+    """How the run folder of a cell's phase stands to its recipe (see collection.state_of)."""
+    run = cell.run(phase)
+    identity = run_identity.identity_of(run.recipe, run.config)
+    return collection.state_of(rank_config.run_folder(run.recipe, run.config), identity)[0]
 
 
 def base_key(run: Run) -> tuple:
@@ -183,7 +196,7 @@ class Pack:
             for cell in [cell for cell in self.cells if cell not in self.ended]:
                 with self._one_cell(cell):
                     run = cell.run(phase)
-                    if phase == "pretrain" and self._is_done(cell):
+                    if phase == "pretrain" and not run_identity.force_asked() and is_done(cell):
                         continue
                     attempt = self._begin(stack, run)
                     if attempt is None:
@@ -202,18 +215,6 @@ class Pack:
                 script = ["bash", UTILS / "train_with_rank.sh", run.recipe, cell.rank, *run.overrides]
                 if status := cli.call(script):
                     raise UserError(f"{run}: failed with status {status}; the cause stands above")
-
-    def _is_done(self, cell: Cell) -> bool:
-        """Whether the collection is complete and its pretrain, where it is still there, is the recipe's."""
-        if run_identity.force_asked():
-            return False
-        states = []
-        for phase in ("finetune", "pretrain"):
-            run = cell.run(phase)
-            folder = rank_config.run_folder(run.recipe, run.config)
-            identity = run_identity.identity_of(run.recipe, run.config)
-            states.append(collection.state_of(folder, identity)[0])
-        return states[0] == "complete" and states[1] in ("complete", "missing")
 
     @contextlib.contextmanager
     def _one_cell(self, cell: Cell) -> Iterator[None]:
@@ -257,12 +258,14 @@ class Pack:
                     ready.append((cell, run, self.base.admit(attempt)))
                 except packed_base.NotPackable as why:
                     self._fall_back(cell, run, str(why))
+                except packed_base.OutOfMemory:
+                    self._fall_back(cell, run, "its model does not fit into memory beside what the comparison needs")
         import packed_loop
 
         for cell, run, outcome in packed_loop.train_all(self.base, ready):
             with self._one_cell(cell):
-                if outcome is packed_loop.TOO_LARGE:
-                    self._fall_back(cell, run, "a single step of it does not fit into memory")
+                if isinstance(outcome, packed_base.NotPackable):
+                    self._fall_back(cell, run, str(outcome))
                 elif isinstance(outcome, UserError):
                     raise outcome
 

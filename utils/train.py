@@ -154,7 +154,7 @@ def staged(recipe: Path, config: dict, folder: Path, identity: dict) -> Iterator
     try:
         yield Attempt(recipe.absolute(), config, folder, identity, staging, attempt, started)
     except RuntimeError as error:
-        if shutil.disk_usage(staging).free < FULL:  # torch.save says "unexpected pos" and hides the cause
+        if shutil.disk_usage(folder.parent).free < FULL:  # torch.save says "unexpected pos" and hides the cause
             raise UserError(
                 f"{paths.relative(folder.parent)}: the disk is full; free some space and run it again"
             ) from error
