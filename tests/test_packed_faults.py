@@ -90,7 +90,7 @@ POINTS = {
     "a checkpoint is written": "*/.*finetune.staging*/checkpoint-19.safetensors",
     "the last checkpoint": "*/.*finetune.staging*/checkpoint-28.safetensors",
     "the collected are listed": "*/.*finetune.staging*/collected.json",
-    "one manifest": "*/.*finetune.staging*/manifest.json",
+    "one collection is whole": "*/Tiny_lora-rank_2_finetune/manifest.json",
 }
 
 
