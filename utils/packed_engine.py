@@ -202,7 +202,7 @@ class Engine:
             runner.run(step, [rate_at(adapter.rates, number) for adapter in self.adapters])
             after(number)
             waiting.append((number, *self._copied_losses()))
-            while len(waiting) > AHEAD or (waiting and number == len(steps) - 1):
+            while len(waiting) > (AHEAD if self.on_cuda else 0) or (waiting and number == len(steps) - 1):
                 known, losses, copied = waiting.popleft()
                 if copied is not None:
                     copied.synchronize()
