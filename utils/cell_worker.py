@@ -92,6 +92,8 @@ class CellWorker:
         forced, asked = run_identity.force_asked(), packed_train.Cell(cell.pretrain, cell.finetune, cell.rank)
         for recipe in (cell.pretrain, cell.finetune):
             if not forced and packed_train.is_done(asked):
+                # takes away the lock file of a run that was killed after it had given its collection its name
+                files.is_free(files.beside(status.run_folders(cell)[1], "lock"))
                 break
             if failed := self._run("train", [str(recipe), str(cell.rank)], settings, log):
                 return failed

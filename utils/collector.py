@@ -14,7 +14,7 @@ from typing import Any
 import torch
 from peft import PeftConfig, PeftModel, get_peft_model_state_dict
 from safetensors.torch import save
-from transformers import TrainerCallback
+from transformers import TrainerCallback, TrainingArguments
 
 import files
 import pictures
@@ -59,14 +59,19 @@ class Rules(TrainerCallback):
             going_on_with = getattr(lr_scheduler, "base_lrs", [args.learning_rate])[0]
             if going_on_with != args.learning_rate:
                 say(f"learning_rate {args.learning_rate} has no effect: the resumed pretrain's {going_on_with} goes on")
-            self.facts = {
-                "processes": args.world_size,
-                "precision": "bfloat16" if args.bf16 else "float16" if args.fp16 else "float32",
-                "rows_at_a_time": args.per_device_train_batch_size,
-                "accumulated": args.gradient_accumulation_steps,
-                "trained_rows": len(train_dataloader.dataset),
-                "total_steps": state.max_steps,
-            }
+            self.facts = facts_of(args, len(train_dataloader.dataset), state.max_steps)
+
+
+def facts_of(args: TrainingArguments, rows: int, steps: int) -> dict[str, Any]:
+    """What the manifest says of a training: `rows` are trained on, `steps` is its last step."""
+    return {
+        "processes": args.world_size,
+        "precision": "bfloat16" if args.bf16 else "float16" if args.fp16 else "float32",
+        "rows_at_a_time": args.per_device_train_batch_size,
+        "accumulated": args.gradient_accumulation_steps,
+        "trained_rows": rows,
+        "total_steps": steps,
+    }
 
 
 class Collector(TrainerCallback):
@@ -126,8 +131,7 @@ class Collector(TrainerCallback):
         self.close()
         if self.error is not None:
             raise self.error
-        kept = [{"step": step, **record} for step, record in sorted(self.records.items()) if step >= self.first]
-        files.write_json(self.folder / "collected.json", kept)
+        write_collected(self.folder, {step: record for step, record in self.records.items() if step >= self.first})
 
     def close(self) -> None:
         """Let the writer finish what it has and end; nothing is written after this, also when the training failed."""
@@ -157,6 +161,20 @@ class Collector(TrainerCallback):
             self.error = error
 
 
+def write_collected(folder: Path, records: dict[int, dict[str, Any]]) -> None:
+    """collected.json, which train.finish_finetune reads: what is known of each kept checkpoint, by step."""
+    files.write_json(folder / "collected.json", [{"step": step, **record} for step, record in sorted(records.items())])
+
+
+def layout_of(tensors: dict[str, torch.Tensor]) -> tuple[bytes, list[str]]:
+    """How the safetensors library lays out a checkpoint file: the bytes before its data, the keys in their order."""
+    layout = save({key: tensor.detach().cpu() for key, tensor in tensors.items()}, {"format": "pt"})
+    start = 8 + int.from_bytes(layout[:8], "little")
+    entries = json.loads(layout[8:start])
+    entries.pop("__metadata__")
+    return layout[:start], sorted(entries, key=lambda key: entries[key]["data_offsets"][0])
+
+
 class Frame:
     """The bytes of a safetensors file whose tensors can be filled in again and again.
 
@@ -170,16 +188,13 @@ class Frame:
     """
 
     def __init__(self, tensors: dict[str, torch.Tensor]):
-        layout = save({key: tensor.detach().cpu() for key, tensor in tensors.items()}, {"format": "pt"})
-        start = 8 + int.from_bytes(layout[:8], "little")
-        entries = json.loads(layout[8:start])
-        entries.pop("__metadata__")
-        in_file_order = sorted(entries, key=lambda key: entries[key]["data_offsets"][0])
+        head, in_file_order = layout_of(tensors)
         self.sources = [tensors[key].detach().view(-1).view(torch.uint8) for key in in_file_order]
         on_cuda = self.sources[0].is_cuda
-        self.bytes = torch.empty(len(layout), dtype=torch.uint8, pin_memory=on_cuda)
-        self.bytes.copy_(torch.frombuffer(bytearray(layout), dtype=torch.uint8))
-        self.data = self.bytes[start:]
+        size = len(head) + sum(source.numel() for source in self.sources)
+        self.bytes = torch.empty(size, dtype=torch.uint8, pin_memory=on_cuda)
+        self.bytes[: len(head)] = torch.frombuffer(bytearray(head), dtype=torch.uint8)
+        self.data = self.bytes[len(head) :]
         self.on_device = torch.empty_like(self.data, device=self.sources[0].device) if on_cuda else None
         self.filled = torch.cuda.Event() if on_cuda else None
 

@@ -5,10 +5,12 @@ DEVICES=cpu          the CPU                     DEVICES=cpu,cpu   two CPU proce
 (nothing)            the first visible GPU, else whatever accelerator torch finds, else the CPU
 """
 
+import gc
 import os
 import re
 import shutil
 import subprocess
+import sys
 from pathlib import Path
 
 from cli import UserError, say
@@ -104,6 +106,15 @@ def halve_batch(config: dict, has_processor: bool) -> dict:
     accumulated = config.get("gradient_accumulation_steps", 1)
     say(f"out of memory before: {rows // 2} rows x {2 * accumulated} accumulated instead of {rows} x {accumulated}")
     return {"per_device_train_batch_size": rows // 2, "gradient_accumulation_steps": 2 * accumulated}
+
+
+def free_memory() -> None:
+    """Give back what a model took that nobody uses any more, for what comes next, also in another process."""
+    gc.collect()
+    if "torch" in sys.modules:
+        import torch
+
+        torch.cuda.empty_cache()
 
 
 def describe() -> str:

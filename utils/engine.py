@@ -5,7 +5,6 @@ sure is left to the ordinary path: it is never trained differently.
 """
 
 import os
-from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -13,7 +12,7 @@ import models
 import paths
 import rank_config
 import run_identity
-from cli import UserError
+from cli import UserError, say
 
 ENGINES = ("stock", "packed")
 # Recipe keys that the packed engine follows, whatever their value: the data's, the adapter's, the schedule's.
@@ -69,7 +68,7 @@ def why_not_packed(recipe: Path, config: dict[str, Any], devices: list[str]) -> 
     return None
 
 
-def say_fallback(say: Callable[[str], None], recipe: Path, rank: int, why: str) -> None:
+def say_fallback(recipe: Path, rank: int, why: str) -> None:
     """One line that tells why the ordinary path runs; with ENGINE=packed that is an error."""
     text = f"{paths.relative(recipe)} at rank {rank}: not for the packed engine: {why}"
     if asked() == "packed":

@@ -225,8 +225,8 @@ def check_packable(adapted: PeftModel, dtype: torch.dtype) -> None:
 def stock_gradient(adapted: PeftModel, rows: list[Row], dtype: torch.dtype) -> tuple[float, Tensor]:
     """The loss of some rows, and its gradient by an adapter that does something, from PEFT's own forward pass.
 
-    The adapter's second factors, zero at the start, are all set to RIPPLE; the gradient is in fresh_of's order, A and
-    then B of each layer.
+    The adapter's second factors, zero at the start, are set to small waves (`rippled`); the gradient is in fresh_of's
+    order, A and then B of each layer.
     """
     device = adapted.device
     length = max(len(row.tokens) for row in rows)

@@ -5,7 +5,6 @@ has no model and never trains; only the steps themselves are ours.
 """
 
 import copy
-import json
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
@@ -178,14 +177,7 @@ class Course:
 
     def facts(self) -> dict[str, Any]:
         """What the manifest says of the training."""
-        return {
-            "processes": 1,
-            "precision": "bfloat16" if self.args.bf16 else "float32",
-            "rows_at_a_time": self.args.per_device_train_batch_size,
-            "accumulated": self.args.gradient_accumulation_steps,
-            "trained_rows": len(self.rows),
-            "total_steps": self.last,
-        }
+        return collector.facts_of(self.args, len(self.rows), self.last)
 
     def saver(self, adapter: Adapter, vector: Tensor, moments: dict[str, Tensor], config: Any) -> Callable[[], None]:
         """What writes the stock, resumable checkpoint folder of the present step; call it in any thread.
@@ -265,9 +257,3 @@ def rows_of(dataset: Any) -> list[Row]:
     """LLaMA-Factory's tokenised dataset as rows."""
     columns = zip(dataset["input_ids"], dataset["labels"], strict=True)
     return [Row(np.asarray(tokens, np.int64), np.asarray(labels, np.int64)) for tokens, labels in columns]
-
-
-def write_collected(staging: Path, records: dict[int, dict[str, Any]]) -> None:
-    """collected.json, as the collector leaves it for train.finish_finetune."""
-    kept = [{"step": step, **record} for step, record in sorted(records.items())]
-    (staging / "collected.json").write_text(json.dumps(kept), encoding="utf-8")

@@ -90,7 +90,8 @@ class Shared:
     def enter(self, batch: Batch) -> None:
         """Take a step's rows: each token gets its adapter's scaling at that one's ranks, and 0 at all others."""
         self.batch = batch
-        self.mask = self.scales.index_select(0, batch.adapter).view(self.bins.count, -1, self.bins.width)
+        if batch.spans is None:  # else they are multiplied one after the other
+            self.mask = self.scales.index_select(0, batch.adapter).view(self.bins.count, -1, self.bins.width)
 
     def slices(self) -> list[tuple[slice, int, slice, float]]:
         """Of each adapter that has rows in this step: its tokens, its bin, its rows in a stack, its scaling."""

@@ -3,7 +3,6 @@
 Imported by packed_train.py.
 """
 
-import gc
 import math
 import time
 from collections.abc import Iterator
@@ -18,7 +17,6 @@ import cli
 import collector
 import devices
 import files
-import packed_course
 import packed_memory
 import packed_writer
 import train
@@ -50,7 +48,7 @@ def train_all(base: Base, ready: list[tuple[Any, Any, Member]]) -> Iterator[tupl
         else:
             limit = packed_memory.beside_gpu([member.adapter for member in members])
         pack = ready_pack(base, members[:limit], lessons[:limit])
-        _collect_garbage()
+        devices.free_memory()
         if isinstance(pack, NotPackable):
             yield from ((cell, run, pack) for cell, run, _ in waiting)
             return
@@ -67,7 +65,7 @@ def train_all(base: Base, ready: list[tuple[Any, Any, Member]]) -> Iterator[tupl
                 for number, (cell, run, _) in enumerate(waiting[:count]):
                     yield cell, run, pack.complete(number)
         del pack
-        _collect_garbage()
+        devices.free_memory()
         tried, waiting = waiting[:count], waiting[count:]
         limit = min(limit, len(waiting))
         if not whole:
@@ -111,7 +109,7 @@ def fitting(base: Base, members: list[Member], lessons: list[list[list[Row]]]) -
     except torch.OutOfMemoryError:
         return 1
     finally:
-        _collect_garbage()
+        devices.free_memory()
 
 
 class Pack:
@@ -211,7 +209,7 @@ class Pack:
             if writer is not None:
                 written = writer.written()
                 records = {step: self.shown[who][step] | record for step, record in written.items()}
-                packed_course.write_collected(attempt.staging, records)
+                collector.write_collected(attempt.staging, records)
             facts = {
                 "device": devices.describe(),
                 **course.facts(),
@@ -233,9 +231,3 @@ def mean_of(losses: list[float]) -> float:
     """The mean of the losses of those that still train."""
     present = [loss for loss in losses if loss]
     return sum(present) / max(1, len(present))
-
-
-def _collect_garbage() -> None:
-    gc.collect()
-    if torch.cuda.is_available():
-        torch.cuda.empty_cache()

@@ -12,7 +12,6 @@ Result), and --leave leaves the cells that cannot be packed to the caller.
 
 import argparse
 import contextlib
-import gc
 import json
 import os
 import sys
@@ -29,7 +28,7 @@ import paths
 import rank_config
 import run_identity
 import train
-from cli import UserError, say
+from cli import UserError
 
 UTILS = Path(__file__).resolve().parent
 
@@ -127,7 +126,7 @@ def collect(
     devices.pin(wanted)
     for members in by_base.values():
         failed += Pack(members, wanted, tell, leave).collect()
-        _free_memory()
+        devices.free_memory()
     return failed
 
 
@@ -183,7 +182,7 @@ class Pack:
 
     def _fall_back(self, cell: Cell, run: Run, why: str) -> None:
         """Leave a run to the ordinary path; raises UserError where ENGINE=packed forbids that."""
-        engine.say_fallback(say, run.recipe, cell.rank, why)
+        engine.say_fallback(run.recipe, cell.rank, why)
         if self.leave:
             self._end(cell, "left", why)
         else:
@@ -209,7 +208,7 @@ class Pack:
                 self._train(begun)
         if self.ordinary:
             self.base = None
-            _free_memory()
+            devices.free_memory()
         for cell, run in self.ordinary:
             with self._one_cell(cell):
                 script = ["bash", UTILS / "train_with_rank.sh", run.recipe, cell.rank, *run.overrides]
@@ -268,15 +267,6 @@ class Pack:
                     self._fall_back(cell, run, str(outcome))
                 elif isinstance(outcome, UserError):
                     raise outcome
-
-
-def _free_memory() -> None:
-    """Give back what a model took, for a process that trains beside this one."""
-    gc.collect()
-    if "torch" in sys.modules:
-        import torch
-
-        torch.cuda.empty_cache()
 
 
 if __name__ == "__main__":

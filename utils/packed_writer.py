@@ -5,7 +5,6 @@ and write the files. Neither the device nor the training thread waits, unless th
 """
 
 import hashlib
-import json
 import os
 import queue
 from concurrent.futures import Future, ThreadPoolExecutor
@@ -13,10 +12,10 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from safetensors.torch import save
 from torch import Tensor
 
 import collection
+import collector
 import files
 import packed_course
 from packed_engine import Adapter
@@ -39,12 +38,7 @@ class Writer:
 
     def __init__(self, folder: Path, adapter: Adapter, vector: Tensor, threads: ThreadPoolExecutor):
         self.folder, self.adapter, self.vector, self.threads = folder, adapter, vector, threads
-        layout = save(packed_course.named(adapter, torch.zeros(vector.shape)), {"format": "pt"})
-        start = 8 + int.from_bytes(layout[:8], "little")
-        self.head = layout[:start]
-        entries = json.loads(layout[8:start])
-        entries.pop("__metadata__")
-        self.order = sorted(entries, key=lambda key: entries[key]["data_offsets"][0])
+        self.head, self.order = collector.layout_of(packed_course.named(adapter, torch.zeros(vector.shape)))
         first_b = adapter.parts[0].b.start
         self.a_part = vector.detach()[:first_b]
         # B is kept transposed; as matrices of equal width, all of them are put upright by one joining
