@@ -19,6 +19,8 @@ METRICS = {
     "math": "share of right results, as generated",
     "loss": "mean loss per token of the responses",
 }
+BASE = 0  # the step that stands for the base model
+MOST = {"choice": 32, "math": 512}  # tokens that a generated answer may have
 # What an evaluation says, beside `base` and `checkpoints` (see `read`).
 KEYS = {
     "split", "paired", "limit", "metric", "rows", "prompts_sha256", "settings", "engine", "dtype", "device", "versions",
@@ -71,6 +73,21 @@ def shown(evaluations: list[dict[str, Any]]) -> dict[str, Any] | None:
     where no checkpoint was evaluated."""
     scored = [evaluation for evaluation in evaluations if evaluation["checkpoints"]]
     return max(scored, key=lambda evaluation: (evaluation["paired"], evaluation["rows"]), default=None)
+
+
+def best(evaluation: dict[str, Any]) -> dict[str, Any]:
+    """The best checkpoint of an evaluation: of the highest score, among equals of the lowest loss."""
+    return max(evaluation["checkpoints"], key=lambda one: (one["score"] or 0, -one["loss"]))
+
+
+def text_of(score: dict[str, Any] | None) -> str:
+    """A score as tables show it: with the half width of its interval, a share as per cent."""
+    if score is None:
+        return "-"
+    low, high = score["loss_interval"] if score["score"] is None else score["interval"]
+    if score["score"] is None:
+        return f"loss {score['loss']:.4f} ± {(high - low) / 2:.4f}"
+    return f"{100 * score['score']:.1f} % ± {50 * (high - low):.1f}"
 
 
 def _seal(content: dict[str, Any]) -> str:

@@ -64,14 +64,13 @@ def trained(data: dict[str, Any], data_dir: Path) -> Part:
 
 def kept_back(data: dict[str, Any], data_dir: Path) -> Part:
     """What one element of a manifest's `data` has beside the rows trained on."""
-    paired = f"{data['name']}_test"
-    if registered := _registered(paired, data_dir):
-        entry, path = registered
+    paired = paired_name(data)
+    if found := _registered(paired, data_dir):
+        entry, path = found
         return entry, rows_in(path)
-    entry, used = trained(data, data_dir)
+    entry, _ = trained(data, data_dir)
     path = data_dir / data["file"]
-    rest = rows_in(path)[len(used) :]
-    rest = rest[-entry[dataset_info.HELD_OUT] :] if entry.get(dataset_info.HELD_OUT) else rest
+    rest = rows_in(path)[first_kept_back(data, data_dir) :]
     if not rest:
         raise UserError(f"{data['name']}: has no {paired} in dataset_info.json and was trained on all its rows")
     if data.get("sha256") and _hash_of(path, None) != data["sha256"]:
@@ -80,6 +79,35 @@ def kept_back(data: dict[str, Any], data_dir: Path) -> Part:
             f"back, or register rows to score with as {paired}"
         )
     return entry, rest
+
+
+def first_kept_back(data: dict[str, Any], data_dir: Path) -> int:
+    """The number of the first row of a dataset's own file that is there to score with: behind those trained on, or the
+    first of the `held_out` ones where the entry says so."""
+    count, held_out = len(rows_in(data_dir / data["file"])), data["entry"].get(dataset_info.HELD_OUT)
+    return max(data["rows"], count - held_out) if held_out else data["rows"]
+
+
+def paired_name(data: dict[str, Any]) -> str:
+    """What the test split of one element of a manifest's `data` is called where it is a dataset of its own."""
+    return f"{data['name']}_test"
+
+
+def split_name(data: dict[str, Any], data_dir: Path | None = None) -> str:
+    """What the rows that `kept_back` gives are called: `ARC-c_test`, or `MATH[5000:5250]` for rows of its own file."""
+    folder = Path(data_dir or paths.DATA).absolute()
+    if _registered(paired_name(data), folder):
+        return paired_name(data)
+    start, end = first_kept_back(data, folder), len(rows_in(folder / data["file"]))
+    return f"{data['name']}[{start}:{end}]"
+
+
+def registered(name: str, data_dir: Path | None = None) -> tuple[str, Part]:
+    """(its name, its rows) of a registered dataset, from what a user types. Raises UserError where it is not known."""
+    folder = Path(data_dir or paths.DATA).absolute()
+    found = paths.choose(name, dataset_info.read_info(folder), "registered dataset")
+    entry, path = _registered(found, folder)
+    return found, (entry, rows_in(path))
 
 
 def texts_of(row: dict[str, Any], entry: dict[str, Any]) -> dict[str, Any]:

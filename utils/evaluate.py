@@ -1,0 +1,231 @@
+"""Score the base model and each checkpoint of collections on prompts that they were not trained on.
+
+    DATASET=ARC-c [MODEL=..] [RANK=..] [SPLIT=..] [STEPS=all|last|every:10] [LIMIT=n] [ENGINE=vllm] [FORCE=1]
+        python utils/evaluate.py [--show N]                                                      (make evaluate)
+
+Reads collections, data/ and models/; writes evaluation.json into each collection after every few checkpoints, so that a
+run that was stopped goes on where it was. SPLIT names another registered dataset than the one paired with the
+collection's; LIMIT takes its first rows. --show prints the answers of the base and of the last checkpoint.
+"""
+
+import argparse
+import os
+import time
+from importlib.metadata import version
+from typing import TYPE_CHECKING, Any, NamedTuple
+
+import answers
+import cli
+import collection
+import devices
+import evaluation
+import export_peft
+import files
+import index
+import prompts
+import questions
+import run_identity
+from cli import UserError, say
+from index import Chosen
+from questions import Question, Split
+
+if TYPE_CHECKING:
+    from grades import Graded
+    from scored_base import Base
+
+ENGINES = ("packed", "vllm")
+BASE = evaluation.BASE
+PACKAGES = ("llamafactory", "transformers", "torch", "math-verify")
+
+
+class Plan(NamedTuple):
+    """What is to be scored of a collection."""
+
+    chosen: Chosen
+    split: Split
+    metric: str
+    limit: int | None
+    steps: list[int]  # BASE, and the checkpoints asked for
+
+    def __str__(self) -> str:
+        return f"{self.chosen.name} on {self.split.name}"
+
+
+def main() -> int:
+    parser = argparse.ArgumentParser(description="Score collections on held-out prompts.")
+    parser.add_argument("--show", type=int, default=0, metavar="N", help="print the answers to the first N questions")
+    args = parser.parse_args()
+    asked_engine()
+    chosen = sorted(index.chosen(), key=lambda one: (one.manifest["base_model"] or {}).get("name") or "")
+    devices.pin(devices.choose()[:1])
+    base, done = None, []
+    for one in chosen:
+        try:
+            plan = plan_of(one)
+            base = score(plan, base, args.show)
+            done.append(plan)
+        except UserError as error:
+            if len(chosen) == 1:
+                raise
+            cli.complain(str(error))
+    show_scores(done)
+    return 0 if len(done) == len(chosen) else 1
+
+
+def asked_engine() -> str:
+    """The engine that ENGINE names. Raises UserError for one that is not known."""
+    name = os.environ.get("ENGINE") or ENGINES[0]
+    if name not in ENGINES:
+        raise UserError(f"ENGINE={name}: does not score; {' or '.join(ENGINES)}")
+    return name
+
+
+def asked_limit() -> int | None:
+    """LIMIT as a number. Raises UserError for what is none."""
+    value = os.environ.get("LIMIT") or None
+    if value is not None and (not value.isdecimal() or int(value) == 0):
+        raise UserError(f"LIMIT={value}: is not a number of rows from 1 up")
+    return value and int(value)
+
+
+def plan_of(chosen: Chosen) -> Plan:
+    """What SPLIT, LIMIT and STEPS ask for of a collection. Raises UserError where that cannot be scored."""
+    manifest = chosen.manifest
+    if manifest["recipe"] is None:
+        raise UserError(
+            f"{chosen.name}: its manifest does not know its recipe (it was made from a stock run), so not how it reads "
+            "text; collect it here to have it scored"
+        )
+    split, limit = questions.split_of(manifest, os.environ.get("SPLIT", "")), asked_limit()
+    metric = answers.metric_of([prompts.texts_of(row, entry) for entry, rows in split.parts for row in rows])
+    if limit is not None and limit >= len(split.rows):
+        limit = None
+    entries = export_peft.selected(manifest["checkpoints"], os.environ.get("STEPS") or "all")
+    steps = [BASE, *(entry["step"] for entry in entries)]
+    return Plan(chosen, questions.limited(split, limit), metric, limit, steps)
+
+
+def score(plan: Plan, base: "Base | None", show: int) -> "Base | None":
+    """Bring a collection's evaluation.json up to what is planned.
+
+    Args:
+        base: the base model that was loaded last, which is used again where it is the same.
+        show: to how many questions the answers are printed.
+
+    Returns the base model loaded now. Raises UserError when another process is at it, when the scores there are of other
+    rows or settings, or when it cannot be scored.
+    """
+    folder, manifest = plan.chosen.folder, plan.chosen.manifest
+    try:
+        with files.lock(files.beside(folder, "evaluation.lock")):
+            there = evaluation.read(folder, manifest)
+            entry = entry_for(plan, there)
+            others = [other for other in there if (other["split"], other["limit"]) != (entry["split"], entry["limit"])]
+            wanted = missing(plan, entry)
+            if not wanted:
+                say(f"scored already: {plan}, {len(plan.steps) - 1} checkpoints")
+                return base
+            say(f"scoring {plan}: {entry['rows']} rows, {len(wanted)} of {len(plan.steps)} models")
+            import grades  # imports torch and LLaMA-Factory: after the device is pinned
+            import scored_base
+
+            base = scored_base.at(manifest, base)
+            entry |= computed_by(base, entry, wanted)
+            started, ends = time.monotonic(), {}
+            grader = grades.Grader(folder, manifest, base, plan.split, plan.metric)
+            for graded in grader.groups(wanted):
+                keep(entry, graded)
+                check_same(plan)
+                evaluation.write(folder, manifest, [*others, entry])
+                left = len(missing(plan, entry))
+                say(f"  {len(plan.steps) - left} of {len(plan.steps)} scored, {time.monotonic() - started:.0f} s")
+                ends |= {step: one for step, one in graded.items() if step in (BASE, plan.steps[-1])}
+            show_answers(grader.questions[:show], ends)
+            return base
+    except files.Busy:
+        raise UserError(f"{plan}: another process is scoring it; wait for it") from None
+
+
+def entry_for(plan: Plan, there: list[dict[str, Any]]) -> dict[str, Any]:
+    """The evaluation to go on with: the one there is, or a new one. Raises UserError for one of other rows or settings.
+
+    FORCE=1 begins anew.
+    """
+    most = evaluation.MOST.get(plan.metric)
+    new = {
+        "split": plan.split.name, "paired": plan.split.paired, "limit": plan.limit, "metric": plan.metric,
+        "rows": len(plan.split.rows), "prompts_sha256": files.sha256_of_value(plan.split.rows), "settings": {"max_new_tokens": most} if most else {},
+        "engine": asked_engine(), "dtype": None, "device": None, "versions": {}, "base": None, "checkpoints": [],
+    }  # fmt: skip
+    old = next((one for one in there if (one["split"], one["limit"]) == (new["split"], new["limit"])), None)
+    if old is None or run_identity.force_asked():
+        return new
+    decisive = ("metric", "rows", "prompts_sha256", "settings", "engine")
+    if changed := [key for key in decisive if old[key] != new[key]]:
+        raise UserError(f"{plan}: its scores are stale, changed since: {', '.join(changed)}; FORCE=1 scores again")
+    return old
+
+
+def missing(plan: Plan, entry: dict[str, Any]) -> list[int]:
+    """The steps asked for that have no score yet."""
+    there = {one["step"] for one in entry["checkpoints"]} | ({BASE} if entry["base"] else set())
+    return [step for step in plan.steps if step not in there]
+
+
+def computed_by(base: "Base", entry: dict[str, Any], wanted: list[int]) -> dict[str, Any]:
+    """What an evaluation says of the machine. Raises UserError where the scores there were computed in another dtype."""
+    dtype = str(base.dtype).removeprefix("torch.")
+    if entry["dtype"] not in (None, dtype):
+        raise UserError(
+            f"{len(wanted)} models are to be scored in {dtype}, the others of this evaluation were in {entry['dtype']} "
+            f"({entry['device']}); go on there, or score all again with FORCE=1"
+        )
+    versions = {name: version(name) for name in PACKAGES}
+    return {"dtype": dtype, "device": devices.describe(), "versions": versions}
+
+
+def keep(entry: dict[str, Any], graded: "dict[int, Graded]") -> None:
+    """Put new scores into an evaluation."""
+    scores = {one["step"]: one for one in entry["checkpoints"]}
+    for step, one in graded.items():
+        if step == BASE:
+            entry["base"] = one.score
+        else:
+            scores[step] = {"step": step, **one.score}
+    entry["checkpoints"] = [scores[step] for step in sorted(scores)]
+
+
+def check_same(plan: Plan) -> None:
+    """Raise UserError when the collection was replaced while it was scored."""
+    manifest = collection.read_manifest(plan.chosen.folder)
+    if manifest is None or manifest["sha256"] != plan.chosen.manifest["sha256"]:
+        raise UserError(f"{plan}: the collection was replaced while it was scored; score it again")
+
+
+def show_answers(asked: list[Question], graded: "dict[int, Graded]") -> None:
+    """Print the answers of the base and of the last checkpoint to the first questions."""
+    for number, question in enumerate(asked):
+        print(f"\n{question.prompt}\n  right:      {question.response}")
+        for step, one in sorted(graded.items()):
+            name = "base" if step == BASE else f"step {step}"
+            print(f"  {name + ':':11} {' '.join(one.answers[number].split())}")
+
+
+def show_scores(plans: list[Plan]) -> None:
+    """Print a line per collection: its base, its best and its last checkpoint."""
+    rows = []
+    for plan in plans:
+        found = evaluation.read(plan.chosen.folder, plan.chosen.manifest)
+        entry = next(one for one in found if (one["split"], one["limit"]) == (plan.split.name, plan.limit))
+        last = entry["checkpoints"][-1]
+        best = evaluation.best(entry)
+        rows.append((
+            plan.chosen.name, entry["split"], str(entry["rows"]), entry["metric"], evaluation.text_of(entry["base"]),
+            f"{evaluation.text_of(best)} (step {best['step']})", f"{evaluation.text_of(last)} (step {last['step']})",
+        ))  # fmt: skip
+    if rows:
+        cli.print_table(("collection", "on", "rows", "metric", "base", "best", "last"), rows)
+
+
+if __name__ == "__main__":
+    cli.run(main)

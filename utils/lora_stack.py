@@ -1,0 +1,123 @@
+"""Several LoRA adapters of one shape on one base model, side by side: each has its share of the rows of a batch.
+
+Imported by scoring.py. Where the packed engine trains adapters of any ranks on rows of their own, here all adapters see
+the same rows, so that a layer's batch falls into equal parts and the factors are applied by two batched products,
+without a mask. The base's weights stay as they are: merged ones would round away, in bfloat16, the differences between
+neighbouring checkpoints.
+"""
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor, nn
+
+from cli import UserError
+
+PREFIX = "base_model.model."  # what PEFT puts before the names of a model's layers
+
+
+class Factors(NamedTuple):
+    """The factors of n adapters by layer."""
+
+    a: dict[str, Tensor]  # n x inputs x rank
+    b: dict[str, Tensor]  # n x rank x outputs, scaled
+
+    def to(self, device: torch.device, dtype: torch.dtype) -> "Factors":
+        """The same on a device, in the dtype that its layers compute in."""
+        return Factors(*({name: one.to(device, dtype) for name, one in half.items()} for half in self))
+
+    def of(self, adapters: list[int]) -> "Factors":
+        """Those of some of the adapters, by number."""
+        return Factors(*({name: one[adapters] for name, one in half.items()} for half in self))
+
+
+def scaling_of(config: dict[str, Any]) -> float:
+    """What an adapter_config.json multiplies B·A by. Raises UserError for a kind of LoRA that is not done here."""
+    for key in ("use_dora", "rank_pattern", "alpha_pattern", "modules_to_save", "fan_in_fan_out_pattern"):
+        if config.get(key):
+            raise UserError(f"adapter_config.json: {key} is set, which is not scored here; only plain LoRA is")
+    if config.get("bias", "none") != "none":
+        raise UserError(f"adapter_config.json: bias is {config['bias']!r}, which is not scored here; only plain LoRA is")
+    return config["lora_alpha"] / (config["r"] ** (0.5 if config.get("use_rslora") else 1))
+
+
+def stack(adapters: list[dict[str, Tensor] | None], layers: list[str], scaling: float) -> Factors:
+    """The factors of some checkpoints (tensors by PEFT's key; None: the base itself, an adapter that is zero).
+
+    Args:
+        layers: the adapted layers, as checkpoints.layers_of names them.
+        scaling: as `scaling_of` gives it; in float32 it is exact for powers of two alone, as in PEFT.
+    """
+    some = next(adapter for adapter in adapters if adapter is not None)
+
+    def joined(key: str) -> Tensor:
+        zero = torch.zeros_like(some[key])
+        return torch.stack([zero if adapter is None else adapter[key] for adapter in adapters]).transpose(1, 2)
+
+    return Factors(
+        {layer.removeprefix(PREFIX): joined(f"{layer}.lora_A.weight") for layer in layers},
+        {layer.removeprefix(PREFIX): joined(f"{layer}.lora_B.weight") * scaling for layer in layers},
+    )
+
+
+class StackedLinear(nn.Module):
+    """A layer of the base with the factors of the present adapters, whose rows follow one another in its input."""
+
+    def __init__(self, base: nn.Module):
+        super().__init__()
+        self.base = base
+        self.a: Tensor | None = None
+        self.b: Tensor | None = None
+
+    def forward(self, x: Tensor) -> Tensor:
+        """(n * rows, ..., inputs) to (n * rows, ..., outputs)."""
+        y = self.base(x)
+        if self.a is None:
+            return y
+        count = self.a.shape[0]
+        hidden = torch.bmm(x.reshape(count, -1, x.shape[-1]).to(self.a.dtype), self.a)
+        flat = y.view(count, -1, y.shape[-1])
+        if flat.dtype == hidden.dtype:
+            return torch.baddbmm(flat, hidden, self.b, out=flat).view(y.shape)
+        return (flat + torch.bmm(hidden, self.b)).to(y.dtype).view(y.shape)
+
+
+class Stacked:
+    """A base model whose adapted layers take factors; `close` puts its own layers back.
+
+    Args:
+        model: the base; it is changed in place.
+        names: the adapted layers, by their names in the model.
+    """
+
+    def __init__(self, model: nn.Module, names: list[str]):
+        self.model, self.layers = model, {}
+        for name in names:
+            try:
+                layer = model.get_submodule(name)
+            except AttributeError:
+                raise UserError(f"{name}: is adapted, but the base model has no such layer") from None
+            self.layers[name] = StackedLinear(layer)
+            self._put(name, self.layers[name])
+
+    @contextmanager
+    def using(self, factors: Factors) -> Iterator[None]:
+        """While the body runs, a batch belongs to these adapters, in equal parts one behind the other."""
+        for name, layer in self.layers.items():
+            layer.a, layer.b = factors.a[name], factors.b[name]
+        try:
+            yield
+        finally:
+            for layer in self.layers.values():
+                layer.a = layer.b = None
+
+    def close(self) -> None:
+        """Give the model its own layers back."""
+        for name, layer in self.layers.items():
+            self._put(name, layer.base)
+
+    def _put(self, name: str, layer: nn.Module) -> None:
+        parent, _, child = name.rpartition(".")
+        setattr(self.model.get_submodule(parent), child, layer)

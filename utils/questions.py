@@ -1,0 +1,157 @@
+"""The rows that a collection is scored on, as tokens: what LLaMA-Factory makes of them through the model's template.
+
+Imported by evaluate.py. Rows come from prompts.py or a registered dataset, messages and tokens from LLaMA-Factory's
+own converter and template, as in training.
+"""
+
+import dataclasses
+from typing import Any, NamedTuple
+
+import answers
+import dataset_info
+import prompts
+from cli import UserError
+
+# Of a recipe, what decides how text becomes tokens, beside its template.
+TEXT_KEYS = ("template", "default_system", "tool_format", "enable_thinking", "preserve_thinking")
+
+
+class Path(NamedTuple):
+    """One way to go on after a prompt."""
+
+    text: str
+    tokens: list[int]  # with what ends an answer
+    length: int  # how many of the tokens are the text's
+
+
+class Question(NamedTuple):
+    """A row to be scored."""
+
+    tokens: list[int]  # of the prompt
+    paths: list[Path]  # the options; where there are none, the right response alone
+    right: int  # which of them
+    response: str  # as it stands in the row
+    prompt: str
+
+    @property
+    def options(self) -> list[str]:
+        return [path.text for path in self.paths]
+
+
+class Split(NamedTuple):
+    """Rows and what they are."""
+
+    name: str  # a registered dataset, or a part of one: Demo[1000:1119]
+    paired: bool
+    parts: list[prompts.Part]
+
+    @property
+    def rows(self) -> list[dict[str, Any]]:
+        return [row for _, rows in self.parts for row in rows]
+
+
+def split_of(manifest: dict[str, Any], asked: str) -> Split:
+    """The rows of a registered dataset (`asked`), or, where none is asked for, those paired with a collection's.
+
+    Raises UserError when there are none, or when they lack responses or have pictures.
+    """
+    data = manifest["data"] or []
+    if asked:
+        name, part = prompts.registered(asked)
+        found = Split(name, name in map(prompts.paired_name, data), [part])
+    else:
+        parts = prompts.parts(manifest, "test")
+        found = Split("+".join(map(prompts.split_name, data)), True, parts)
+    for entry, rows in found.parts:
+        if entry.get(dataset_info.PROMPTS_ONLY):
+            raise UserError(f"{found.name}: has prompts without responses, nothing to score against; name another SPLIT")
+        for number, row in enumerate(rows):
+            texts = prompts.texts_of(row, entry)
+            if texts["images"]:
+                raise UserError(f"{found.name}: row {number} has pictures; only text is scored")
+            if not texts["response"]:
+                raise UserError(f"{found.name}: row {number} has no response to score against; name another SPLIT")
+    return found
+
+
+def limited(split: Split, limit: int | None) -> Split:
+    """Its first rows."""
+    if limit is None:
+        return split
+    parts, left = [], limit
+    for entry, rows in split.parts:
+        parts.append((entry, rows[:left]))
+        left -= len(parts[-1][1])
+    return split._replace(parts=[part for part in parts if part[1]])
+
+
+class Encoder:
+    """Makes questions of rows.
+
+    Args:
+        tokenizer_module: what llamafactory.model.load_tokenizer gives.
+        data_args: LLaMA-Factory's, with the template.
+        longest: tokens that a prompt and its response may have together; LLaMA-Factory cuts what is longer.
+    """
+
+    def __init__(self, tokenizer_module: dict[str, Any], data_args: Any, longest: int):
+        from llamafactory.data import get_template_and_fix_tokenizer
+        from llamafactory.data.processor import SupervisedDatasetProcessor
+
+        self.tokenizer = tokenizer_module["tokenizer"]
+        self.data_args = dataclasses.replace(data_args, cutoff_len=longest)
+        self.template = get_template_and_fix_tokenizer(self.tokenizer, data_args)
+        self.processor = SupervisedDatasetProcessor(
+            template=self.template, tokenizer=self.tokenizer, processor=None, data_args=self.data_args
+        )
+        self.stops = sorted(set(self.template.get_stop_token_ids(self.tokenizer)))
+
+    def questions(self, split: Split, metric: str) -> list[Question]:
+        """A question per row, in order."""
+        texts = [(entry, row, prompts.texts_of(row, entry)) for entry, rows in split.parts for row in rows]
+        everywhere = sorted({text["response"].strip() for _, _, text in texts}) if metric == "choice" else []
+        found = []
+        for entry, row, text in texts:
+            options = answers.options_of(text, everywhere) if metric == "choice" else [text["response"]]
+            found.append(self._question(converted(row, entry, self.data_args), options, text))
+        return found
+
+    def _question(self, messages: dict[str, Any], options: list[str], text: dict[str, Any]) -> Question:
+        encoded = [self._encoded(messages, option) for option in options]
+        tokens = encoded[0][0]
+        if any(other != tokens for other, _ in encoded):
+            raise UserError(f"{text['prompt'][:60]!r}: its options need different prompts; it cannot be scored")
+        paths = [
+            Path(option, response, self._text_length(option, response))
+            for option, (_, response) in zip(options, encoded, strict=True)
+        ]
+        right = options.index(text["response"].strip()) if len(options) > 1 else 0
+        return Question(tokens, paths, right, text["response"], text["prompt"])
+
+    def _encoded(self, messages: dict[str, Any], response: str) -> tuple[list[int], list[int]]:
+        """The tokens before the last response, and those of the response with what ends it."""
+        from llamafactory.extras.constants import IGNORE_INDEX
+
+        last = [{**messages["_response"][-1], "content": response}]
+        tokens, labels = self.processor._encode_data_example(
+            messages["_prompt"], last, messages["_system"], messages["_tools"], [], [], []
+        )
+        start = len(labels)
+        while start and labels[start - 1] != IGNORE_INDEX:
+            start -= 1
+        return tokens[:start], tokens[start:]
+
+    def _text_length(self, option: str, response: list[int]) -> int:
+        """How many tokens of a response are its text's; all, where they are merged with what ends it."""
+        text = self.tokenizer.encode(option, add_special_tokens=False)
+        return len(text) if response[: len(text)] == text else len(response)
+
+
+def converted(row: dict[str, Any], entry: dict[str, Any], data_args: Any) -> dict[str, Any]:
+    """A row as LLaMA-Factory's converter gives it: _prompt and _response (messages), _system, _tools."""
+    from llamafactory.data.converter import get_dataset_converter
+    from llamafactory.data.parser import DatasetAttr
+
+    attributes = DatasetAttr("file", dataset_name="split")
+    attributes.join(entry)
+    return get_dataset_converter(attributes.formatting, attributes, data_args)(row)

@@ -1,0 +1,272 @@
+"""Scores many checkpoints of one base model at once: log-likelihoods, losses and greedy answers of questions.
+
+Imported by evaluate.py. Every pass takes the same rows for several adapters (lora_stack.py); logits are made only where
+a response's tokens are predicted. Nothing is fetched from the device before a group of adapters is through.
+"""
+
+import copy
+from collections.abc import Iterator
+from contextlib import contextmanager
+from typing import Any, NamedTuple
+
+import numpy as np
+import torch
+from torch import Tensor, nn
+from transformers import DynamicCache, GenerationConfig
+
+import devices
+import sheets
+from cli import UserError
+from lora_stack import Factors, Stacked
+from questions import Question
+from sheets import START, Sheet, Tree
+
+TOKENS = {"cpu": 768, "cuda": 16384}  # of all adapters together that go through the model at once, to begin with
+LOGITS = 2**28  # numbers that the logits of one pass may have
+AT_ONCE = 512  # rows of logits that are reduced at a time, in float32
+LEAST = 32  # tokens at once; where even so few do not fit, nothing does
+
+
+class Marks(NamedTuple):
+    """What one adapter makes of one question."""
+
+    likelihoods: list[float]  # the log-likelihood of each option's text, in nats
+    loss: float  # the negative log-likelihood of the right response with what ends it, in nats
+    count: int  # its tokens
+    answer: int | None  # the option that greedy generation gives; None: it ended or left the options
+    is_open: bool  # whether it left them, so that it has to be generated
+
+
+class Scorer:
+    """Scores questions with adapters of a model.
+
+    Args:
+        stacked: the model, whose adapted layers take factors.
+        questions: all of them have the same metric.
+        stops: the tokens that end an answer.
+        pad: a token for padding.
+    """
+
+    def __init__(self, stacked: Stacked, questions: list[Question], stops: list[int], pad: int):
+        self.stacked, self.model, self.questions, self.stops, self.pad = stacked, stacked.model, questions, stops, pad
+        self.device = self.model.device
+        self.budget = TOKENS["cuda" if self.device.type == "cuda" else "cpu"]
+        self.trees = [sheets.tree_of(question) for question in questions]
+        self.prefix = sheets.prefix_of(questions)
+        self.config = self.model.config.get_text_config()
+        self.made: dict[tuple[int, int], list[Sheet]] = {}
+        # the model's own may ask for sampling or penalties
+        self.model.generation_config = GenerationConfig(pad_token_id=pad, eos_token_id=stops)
+
+    def marks(self, factors: Factors) -> list[list[Marks]]:
+        """What each adapter makes of each question: by adapter, by question."""
+        return self._within_memory(lambda: self._marks(factors))
+
+    def generate(self, factors: Factors, numbers: list[list[int]], most: int) -> list[dict[int, list[int]]]:
+        """Greedy answers.
+
+        Args:
+            numbers: of each adapter, the questions to be answered.
+            most: tokens that an answer may have.
+
+        Returns, of each adapter, the tokens by question, without what ended them.
+        """
+        return self._within_memory(lambda: self._generate(factors, numbers, most))
+
+    def _within_memory(self, work: Any) -> Any:
+        """What `work` returns, with half as many tokens at once as often as it needs more memory than there is."""
+        while True:
+            try:
+                with torch.inference_mode():
+                    return work()
+            except torch.OutOfMemoryError:
+                if self.budget // 2 < LEAST:
+                    raise UserError("out of device memory, even with single rows; score on another device") from None
+                self.budget //= 2
+            self.made.clear()
+            devices.free_memory()
+
+    def _marks(self, factors: Factors) -> list[list[Marks]]:
+        count = len(next(iter(factors.a.values())))
+        found: list[list[Marks | None]] = [[None] * len(self.questions) for _ in range(count)]
+        results = []
+        with self.stacked.using(factors):
+            before = self._prefix_cache(count)
+            for sheet in self._sheets(count):
+                results.append((sheet, *self._pass(sheet, count, before)))
+        for sheet, scores, best in results:
+            scores, best = scores.tolist(), best.tolist()
+            for adapter in range(count):
+                for row, number in enumerate(sheet.numbers):
+                    first = sheet.edge_of[row]
+                    picks = {node: best[adapter][pick] for node, pick in sheet.pick_of[row].items()}
+                    edges = scores[adapter][first : first + len(self.trees[number].edges)]
+                    found[adapter][number] = self._marks_of(number, edges, picks)
+        return found
+
+    def _marks_of(self, number: int, edges: list[float], best: dict[int, int]) -> Marks:
+        tree, question = self.trees[number], self.questions[number]
+        likelihoods = [
+            sum(edges[edge] for edge in path[:length]) for path, length in zip(tree.paths, tree.lengths, strict=True)
+        ]
+        right = tree.paths[question.right]
+        answer, is_open = self._followed(question, tree, best)
+        return Marks(likelihoods, -sum(edges[edge] for edge in right), len(right), answer, is_open)
+
+    def _followed(self, question: Question, tree: Tree, best: dict[int, int]) -> tuple[int | None, bool]:
+        """Where greedy generation leads: (the option whose text it completes, whether it leaves the tree before)."""
+        if len(question.paths) == 1:
+            return None, True
+        ends = {tuple(path.tokens[: path.length]): number for number, path in enumerate(question.paths)}
+        nodes = {step: node for node, step in enumerate(zip(tree.parents, tree.tokens, strict=True))}
+        at, said = START, ()
+        while True:
+            token = best[at]
+            said = (*said, token)
+            if said in ends:
+                return ends[said], False
+            if token in self.stops:
+                return None, False
+            if (at, token) not in nodes or nodes[at, token] not in best:
+                return None, True
+            at = nodes[at, token]
+
+    def _sheets(self, count: int) -> list[Sheet]:
+        """The batches of all questions for so many adapters at once, on the device."""
+        key = (self.budget, count)
+        if key not in self.made:
+            prefix, vocabulary = len(self.prefix), self.config.vocab_size
+            lengths = [
+                sheets.length_of(question, tree, prefix)
+                for question, tree in zip(self.questions, self.trees, strict=True)
+            ]
+            heights = [len({node for node, _ in tree.edges}) for tree in self.trees]
+            batches = sheets.deal(lengths, self.budget // count, heights, LOGITS // vocabulary // count)
+            window = self._window(prefix + max(lengths))
+            made = [sheets.sheet_of(batch, self.questions, self.trees, prefix, window) for batch in batches]
+            self.made[key] = [
+                Sheet(*(part.to(self.device) if isinstance(part, Tensor) else part for part in sheet)) for sheet in made
+            ]
+        return self.made[key]
+
+    def _window(self, longest: int) -> int | None:
+        """How far back attention sees, where that is less than the longest row."""
+        window = getattr(self.config, "sliding_window", None)
+        kinds = set(getattr(self.config, "layer_types", None) or ["sliding_attention"])
+        if not window or longest <= window or "sliding_attention" not in kinds:
+            return None
+        if kinds == {"sliding_attention"}:
+            return window
+        raise UserError(
+            f"a row of {longest} tokens is longer than the {window} that some of the model's layers see; LIMIT= or "
+            "another SPLIT without it can be scored"
+        )
+
+    def _prefix_cache(self, count: int) -> DynamicCache | None:
+        """Keys and values of what all prompts begin with, for each adapter."""
+        if not self.prefix:
+            return None
+        tokens = torch.tensor([self.prefix] * count, device=self.device)
+        before = DynamicCache()
+        with picking(self.model, torch.zeros(1, dtype=torch.int64, device=self.device)):
+            self.model(input_ids=tokens, past_key_values=before, use_cache=True)
+        return before
+
+    def _pass(self, sheet: Sheet, count: int, before: DynamicCache | None) -> tuple[Tensor, Tensor]:
+        """A forward pass: the log-probability of each edge [adapters, edges], the likeliest token at each pick."""
+        rows, length = sheet.tokens.shape
+        past = copy.deepcopy(before)
+        if past is not None:
+            past.batch_repeat_interleave(rows)
+        starts = torch.arange(count, device=self.device)[:, None] * (rows * length)
+        with picking(self.model, (starts + sheet.picks).view(-1)):
+            logits = self.model(
+                input_ids=sheet.tokens.repeat(count, 1), position_ids=sheet.positions.repeat(count, 1),
+                attention_mask=None if sheet.mask is None else sheet.mask.repeat(count, 1, 1, 1),
+                past_key_values=past, use_cache=past is not None,
+            ).logits[0]  # fmt: skip
+        totals, best = reduced(logits)
+        at = torch.arange(count, device=self.device)[:, None] * len(sheet.picks) + sheet.edges[:, 0]
+        scores = logits[at, sheet.edges[:, 1]].float() - totals[at]
+        return scores, best.view(count, -1)
+
+    def _generate(self, factors: Factors, numbers: list[list[int]], most: int) -> list[dict[int, list[int]]]:
+        found: list[dict[int, list[int]]] = [{} for _ in numbers]
+        while some := [adapter for adapter, wanted in enumerate(numbers) if len(found[adapter]) < len(wanted)]:
+            left = {
+                adapter: sorted(set(numbers[adapter]) - found[adapter].keys(), key=self._length, reverse=True)
+                for adapter in some
+            }
+            longest = max(self._length(wanted[0]) for wanted in left.values()) + most
+            rows = max(1, 4 * self.budget // longest // len(some))
+            # adapters with fewer rows are filled up with what they have: each takes an equal part of the batch
+            rows = min(rows, max(len(wanted) for wanted in left.values()))
+            batch = [[left[adapter][place % len(left[adapter])] for place in range(rows)] for adapter in some]
+            with self.stacked.using(factors.of(some)):
+                answers = self._answers([number for wanted in batch for number in wanted], most)
+            for place, adapter in enumerate(some):
+                part = answers[place * rows : (place + 1) * rows]
+                found[adapter] |= dict(zip(batch[place], part, strict=True))
+        return found
+
+    def _length(self, number: int) -> int:
+        return len(self.questions[number].tokens)
+
+    def _answers(self, numbers: list[int], most: int) -> list[list[int]]:
+        prompts = [self.questions[number].tokens for number in numbers]
+        longest = max(map(len, prompts))
+        tokens = torch.tensor([[self.pad] * (longest - len(prompt)) + prompt for prompt in prompts])
+        there = torch.tensor([[0] * (longest - len(prompt)) + [1] * len(prompt) for prompt in prompts])
+        settings = GenerationConfig(
+            max_new_tokens=most, do_sample=False, eos_token_id=self.stops, pad_token_id=self.pad, use_cache=True
+        )
+        whole = self.model.generate(
+            input_ids=tokens.to(self.device), attention_mask=there.to(self.device), generation_config=settings
+        )
+        return [until(row, self.stops) for row in whole[:, longest:].tolist()]
+
+
+def until(tokens: list[int], stops: list[int]) -> list[int]:
+    """The tokens before the first that ends an answer."""
+    return tokens[: next((place for place, token in enumerate(tokens) if token in stops), len(tokens))]
+
+
+@contextmanager
+def picking(model: nn.Module, places: Tensor) -> Iterator[None]:
+    """While the body runs, the model makes logits at these places of its flattened batch alone, [1, places, words].
+
+    Whatever it does behind its output layer (scaling, capping) is done to them.
+    """
+
+    def pick(_: nn.Module, inputs: tuple[Tensor, ...]) -> tuple[Tensor, ...]:
+        return (inputs[0].flatten(0, 1).index_select(0, places)[None],)
+
+    hook = model.get_output_embeddings().register_forward_pre_hook(pick)
+    try:
+        yield
+    finally:
+        hook.remove()
+
+
+def reduced(logits: Tensor) -> tuple[Tensor, Tensor]:
+    """Of rows of logits the logarithm of the sum of their exponentials, in float32, and the place of the largest."""
+    totals, best = [], []
+    for part in logits.split(AT_ONCE):
+        totals.append(part.float().logsumexp(-1))
+        best.append(part.argmax(-1))
+    return torch.cat(totals), torch.cat(best)
+
+
+def reference(model: nn.Module, question: Question) -> float:
+    """The negative log-likelihood of a question's right response in nats, by the model's own plain forward pass."""
+    response = question.paths[question.right].tokens
+    tokens = torch.tensor([question.tokens + response], device=model.device)
+    with torch.inference_mode():
+        logits = model(input_ids=tokens).logits[0, len(question.tokens) - 1 : -1].float()
+    chosen = torch.log_softmax(logits, -1).gather(1, tokens[0, len(question.tokens) :, None])
+    return -float(chosen.double().sum())
+
+
+def array_of(marks: list[Marks]) -> tuple[np.ndarray, np.ndarray]:
+    """Summed loss in nats and number of tokens of each question."""
+    return np.array([mark.loss for mark in marks]), np.array([mark.count for mark in marks])
