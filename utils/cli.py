@@ -122,7 +122,12 @@ def storage_fault(error: BaseException) -> str | None:
     return None
 
 
+def complain(message: str) -> None:
+    """Print `error: message` on stderr and go on."""
+    print(f"error: {message}", file=sys.stderr, flush=True)
+
+
 def fail(message: str) -> None:
     """Print `error: message` on stderr and leave with status 1."""
-    print(f"error: {message}", file=sys.stderr, flush=True)
+    complain(message)
     sys.exit(1)

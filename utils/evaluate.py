@@ -112,8 +112,8 @@ def score(plan: Plan, base: "Base | None", show: int) -> "Base | None":
         base: the base model that was loaded last, which is used again where it is the same.
         show: to how many questions the answers are printed.
 
-    Returns the base model loaded now. Raises UserError when another process is at it, when the scores there are of other
-    rows or settings, or when it cannot be scored.
+    Returns the base model loaded now. Raises UserError when another process is at it, when the scores there are of
+    other rows or settings, or when it cannot be scored.
     """
     folder, manifest = plan.chosen.folder, plan.chosen.manifest
     try:
@@ -152,9 +152,10 @@ def entry_for(plan: Plan, there: list[dict[str, Any]]) -> dict[str, Any]:
     FORCE=1 begins anew.
     """
     most = evaluation.MOST.get(plan.metric)
+    settings = {"max_new_tokens": most} if most else {}
     new = {
         "split": plan.split.name, "paired": plan.split.paired, "limit": plan.limit, "metric": plan.metric,
-        "rows": len(plan.split.rows), "prompts_sha256": files.sha256_of_value(plan.split.rows), "settings": {"max_new_tokens": most} if most else {},
+        "rows": len(plan.split.rows), "prompts_sha256": files.sha256_of_value(plan.split.rows), "settings": settings,
         "engine": asked_engine(), "dtype": None, "device": None, "versions": {}, "base": None, "checkpoints": [],
     }  # fmt: skip
     old = next((one for one in there if (one["split"], one["limit"]) == (new["split"], new["limit"])), None)
@@ -173,7 +174,7 @@ def missing(plan: Plan, entry: dict[str, Any]) -> list[int]:
 
 
 def computed_by(base: "Base", entry: dict[str, Any], wanted: list[int]) -> dict[str, Any]:
-    """What an evaluation says of the machine. Raises UserError where the scores there were computed in another dtype."""
+    """What an evaluation says of the machine. Raises UserError where the scores there were made in another dtype."""
     dtype = str(base.dtype).removeprefix("torch.")
     if entry["dtype"] not in (None, dtype):
         raise UserError(

@@ -134,8 +134,7 @@ def grade(metric: str, questions: list[Question], marks: list[Marks], generated:
     score["unparsed"] = sum(verdict is None for verdict in verdicts)
     if metric == "choice":
         likelier = sum(
-            int(np.argmax(mark.likelihoods)) == question.right
-            for question, mark in zip(questions, marks, strict=True)
+            int(np.argmax(mark.likelihoods)) == question.right for question, mark in zip(questions, marks, strict=True)
         )
         score["likelihood_score"] = likelier / len(questions)
         score["likelihood_interval"] = answers.wilson(likelier, len(questions))

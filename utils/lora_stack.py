@@ -39,7 +39,9 @@ def scaling_of(config: dict[str, Any]) -> float:
         if config.get(key):
             raise UserError(f"adapter_config.json: {key} is set, which is not scored here; only plain LoRA is")
     if config.get("bias", "none") != "none":
-        raise UserError(f"adapter_config.json: bias is {config['bias']!r}, which is not scored here; only plain LoRA is")
+        raise UserError(
+            f"adapter_config.json: bias is {config['bias']!r}, which is not scored here; only plain LoRA is"
+        )
     return config["lora_alpha"] / (config["r"] ** (0.5 if config.get("use_rslora") else 1))
 
 

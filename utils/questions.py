@@ -64,7 +64,9 @@ def split_of(manifest: dict[str, Any], asked: str) -> Split:
         found = Split("+".join(map(prompts.split_name, data)), True, parts)
     for entry, rows in found.parts:
         if entry.get(dataset_info.PROMPTS_ONLY):
-            raise UserError(f"{found.name}: has prompts without responses, nothing to score against; name another SPLIT")
+            raise UserError(
+                f"{found.name}: has prompts without responses, nothing to score against; name another SPLIT"
+            )
         for number, row in enumerate(rows):
             texts = prompts.texts_of(row, entry)
             if texts["images"]:
@@ -109,7 +111,7 @@ class Encoder:
     def questions(self, split: Split, metric: str) -> list[Question]:
         """A question per row, in order."""
         texts = [(entry, row, prompts.texts_of(row, entry)) for entry, rows in split.parts for row in rows]
-        everywhere = sorted({text["response"].strip() for _, _, text in texts}) if metric == "choice" else []
+        everywhere = answers.responses_of([text for _, _, text in texts]) if metric == "choice" else []
         found = []
         for entry, row, text in texts:
             options = answers.options_of(text, everywhere) if metric == "choice" else [text["response"]]

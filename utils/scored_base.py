@@ -95,7 +95,9 @@ def model_keys(recipe: dict[str, Any]) -> dict[str, Any]:
     return {key: value for key, value in recipe.items() if key in known}
 
 
-def expected(model: nn.Module, folder: Path, tensors: dict[str, Tensor], questions: list[Question]) -> list[list[float]]:
+def expected(
+    model: nn.Module, folder: Path, tensors: dict[str, Tensor], questions: list[Question]
+) -> list[list[float]]:
     """What PEFT makes of some questions: for the base and for a checkpoint of the collection in `folder`, the negative
     log-likelihood of each right response, in nats. The model is left as it was."""
     config = LoraConfig.from_pretrained(folder)

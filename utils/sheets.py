@@ -108,7 +108,9 @@ def deal(lengths: list[int], most: int, heights: list[int], tallest: int) -> lis
     return batches
 
 
-def sheet_of(numbers: list[int], questions: list[Question], trees: list[Tree], prefix: int, window: int | None) -> Sheet:
+def sheet_of(
+    numbers: list[int], questions: list[Question], trees: list[Tree], prefix: int, window: int | None
+) -> Sheet:
     """Some questions as a batch.
 
     Args:
