@@ -35,13 +35,9 @@ class Factors(NamedTuple):
 
 def scaling_of(config: dict[str, Any]) -> float:
     """What an adapter_config.json multiplies B·A by. Raises UserError for a kind of LoRA that is not done here."""
-    for key in ("use_dora", "rank_pattern", "alpha_pattern", "modules_to_save", "fan_in_fan_out_pattern"):
-        if config.get(key):
-            raise UserError(f"adapter_config.json: {key} is set, which is not scored here; only plain LoRA is")
-    if config.get("bias", "none") != "none":
-        raise UserError(
-            f"adapter_config.json: bias is {config['bias']!r}, which is not scored here; only plain LoRA is"
-        )
+    for key in ("use_dora", "rank_pattern", "alpha_pattern", "modules_to_save", "bias"):
+        if config.get(key) not in (None, False, "none", {}, []):
+            raise UserError(f"adapter_config.json: {key} is {config[key]!r}; only plain LoRA is scored here")
     return config["lora_alpha"] / (config["r"] ** (0.5 if config.get("use_rslora") else 1))
 
 
