@@ -7,11 +7,11 @@ CODE := utils tests bench
 
 # What a user sets on the command line reaches the scripts through the environment.
 export DATASET MODEL MODELS RANK RANKS KEEP SEED FORCE DEVICES PRUNE_PRETRAIN FILE NAME CATEGORY MAP ACCEPT HELD_OUT FROM TEMPLATE \
-	FORMAT OUT DTYPE STEPS REPO PRIVATE DRY_RUN RAW REVISION ALLOW_UNKNOWN_LICENSE STAGE STAGE_DIR ENGINE
+	FORMAT OUT DTYPE STEPS REPO PRIVATE DRY_RUN RAW REVISION ALLOW_UNKNOWN_LICENSE STAGE STAGE_DIR ENGINE SPLIT LIMIT
 
 .DEFAULT_GOAL := help
 .PHONY: help setup lock model data data-all register check-data recipe check-recipes pretrain finetune collect collect-all \
-	plan status verify clean-checkpoints index export import stats report publish pull demo test test-all lint format
+	plan status verify clean-checkpoints index export import evaluate stats report publish pull demo test test-all lint format
 
 help:  ## list the targets
 	@awk -F ':.*## ' '/^##@/ {print "\n" substr($$0, 5)} /^[a-z-]+:.*## / {printf "  make %-18s %s\n", $$1, $$2}' Makefile
@@ -88,6 +88,9 @@ index: setup  ## one table over all collections: saves/index.parquet
 
 export: setup  ## FORMAT=dnd|peft|canonical|archive [CATEGORY=..] [DATASET=..] [MODEL=..] [RANK=..] [OUT=..] [DTYPE=..] [STEPS=..]
 	@$(PY) utils/export.py
+
+evaluate: setup  ## score checkpoints on held-out prompts: DATASET=ARC-c [RANK=8] [SPLIT=..] [STEPS=all|last|every:10] [LIMIT=n]
+	@exec $(PY) utils/evaluate.py
 
 stats: setup  ## norms, changes, effective ranks, importance of layers: [DATASET=..] [MODEL=..] [RANK=..]
 	@$(PY) utils/stats.py

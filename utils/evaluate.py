@@ -21,6 +21,7 @@ import devices
 import evaluation
 import export_peft
 import files
+import generation_vllm
 import index
 import prompts
 import questions
@@ -55,7 +56,8 @@ def main() -> int:
     parser = argparse.ArgumentParser(description="Score collections on held-out prompts.")
     parser.add_argument("--show", type=int, default=0, metavar="N", help="print the answers to the first N questions")
     args = parser.parse_args()
-    asked_engine()
+    if asked_engine() == "vllm":
+        generation_vllm.check()
     chosen = sorted(index.chosen(), key=lambda one: (one.manifest["base_model"] or {}).get("name") or "")
     devices.pin(devices.choose()[:1])
     base, done = None, []
@@ -132,7 +134,7 @@ def score(plan: Plan, base: "Base | None", show: int) -> "Base | None":
             base = scored_base.at(manifest, base)
             entry |= computed_by(base, entry, wanted)
             started, ends = time.monotonic(), {}
-            grader = grades.Grader(folder, manifest, base, plan.split, plan.metric)
+            grader = grades.Grader(plan.chosen, base, plan.split, plan.metric, entry["engine"])
             for graded in grader.groups(wanted):
                 keep(entry, graded)
                 check_same(plan)
@@ -152,11 +154,11 @@ def entry_for(plan: Plan, there: list[dict[str, Any]]) -> dict[str, Any]:
     FORCE=1 begins anew.
     """
     most = evaluation.MOST.get(plan.metric)
-    settings = {"max_new_tokens": most} if most else {}
+    settings, engine = ({"max_new_tokens": most}, asked_engine()) if most else ({}, ENGINES[0])  # or none generates
     new = {
         "split": plan.split.name, "paired": plan.split.paired, "limit": plan.limit, "metric": plan.metric,
         "rows": len(plan.split.rows), "prompts_sha256": files.sha256_of_value(plan.split.rows), "settings": settings,
-        "engine": asked_engine(), "dtype": None, "device": None, "versions": {}, "base": None, "checkpoints": [],
+        "engine": engine, "dtype": None, "device": None, "versions": {}, "base": None, "checkpoints": [],
     }  # fmt: skip
     old = next((one for one in there if (one["split"], one["limit"]) == (new["split"], new["limit"])), None)
     if old is None or run_identity.force_asked():

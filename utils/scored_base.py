@@ -4,12 +4,13 @@ Imported by evaluate.py.
 """
 
 import dataclasses
+import os
 from pathlib import Path
 from typing import Any
 
 import torch
 from llamafactory.hparams import ModelArguments, get_infer_args
-from llamafactory.model import load_model, load_tokenizer
+from llamafactory.model import load_config, load_model, load_tokenizer
 from peft import LoraConfig, PeftModel, set_peft_model_state_dict
 from torch import Tensor, nn
 from transformers.integrations.liger import apply_liger_kernel
@@ -38,16 +39,30 @@ class Base:
 
     def __init__(self, recipe: dict[str, Any], folder: Path, model: nn.Module | None = None):
         prompt_templates.register()
-        self.key, self.dtype = key_of(recipe, folder), dtype_of(recipe)
+        self.folder, self.key, self.dtype = folder, key_of(recipe, folder), dtype_of(recipe)
         texts = {key: value for key, value in recipe.items() if key in TEXT_KEYS}
-        model_args, self.data_args, finetuning_args, _ = get_infer_args({
+        os.environ.setdefault("LLAMAFACTORY_VERBOSITY", "WARN")
+        self.model_args, self.data_args, self.finetuning_args, _ = get_infer_args({
             **model_keys(recipe), **texts, "model_name_or_path": str(folder),
             "infer_dtype": str(self.dtype).removeprefix("torch."),
         })  # fmt: skip
-        model_args.device_map = {"": "cuda:0" if torch.cuda.is_available() else "cpu"}
-        self.tokenizer_module = load_tokenizer(model_args)
-        self.model = model or load_model(self.tokenizer_module["tokenizer"], model_args, finetuning_args, False)
-        self.longest = getattr(self.model.config.get_text_config(), "max_position_embeddings", None) or 2**17
+        self.model_args.device_map = {"": "cuda:0" if torch.cuda.is_available() else "cpu"}
+        self.tokenizer_module = load_tokenizer(self.model_args)
+        self.kept = model
+
+    @property
+    def model(self) -> nn.Module:
+        """The model, loaded when it is first asked for."""
+        if self.kept is None:
+            tokenizer = self.tokenizer_module["tokenizer"]
+            self.kept = load_model(tokenizer, self.model_args, self.finetuning_args, False)
+        return self.kept
+
+    @property
+    def longest(self) -> int:
+        """How many tokens the model was made for."""
+        config = load_config(self.model_args).get_text_config()
+        return getattr(config, "max_position_embeddings", None) or 2**17
 
     def fuse(self) -> None:
         """Use Liger's kernels for norms, rotary positions and gated activations on an NVIDIA GPU."""
@@ -63,7 +78,7 @@ def at(manifest: dict[str, Any], base: Base | None) -> Base:
     """
     recipe, folder = manifest["recipe"], folder_of(manifest)
     same = base is not None and base.key == key_of(recipe, folder)
-    return Base(recipe, folder, base.model if same else None)
+    return Base(recipe, folder, base.kept if same else None)
 
 
 def key_of(recipe: dict[str, Any], folder: Path) -> tuple:
