@@ -128,6 +128,7 @@ def score(plan: Plan, base: "Base | None", show: int) -> "Base | None":
                 say(f"scored already: {plan}, {len(plan.steps) - 1} checkpoints")
                 return base
             say(f"scoring {plan}: {entry['rows']} rows, {len(wanted)} of {len(plan.steps)} models")
+            os.environ.setdefault("LLAMAFACTORY_VERBOSITY", "WARN")
             import grades  # imports torch and LLaMA-Factory: after the device is pinned
             import scored_base
 

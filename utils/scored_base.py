@@ -4,7 +4,6 @@ Imported by evaluate.py.
 """
 
 import dataclasses
-import os
 from pathlib import Path
 from typing import Any
 
@@ -41,7 +40,6 @@ class Base:
         prompt_templates.register()
         self.folder, self.key, self.dtype = folder, key_of(recipe, folder), dtype_of(recipe)
         texts = {key: value for key, value in recipe.items() if key in TEXT_KEYS}
-        os.environ.setdefault("LLAMAFACTORY_VERBOSITY", "WARN")
         self.model_args, self.data_args, self.finetuning_args, _ = get_infer_args({
             **model_keys(recipe), **texts, "model_name_or_path": str(folder),
             "infer_dtype": str(self.dtype).removeprefix("torch."),
