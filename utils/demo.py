@@ -1,11 +1,12 @@
 """The whole of this project once, for real, on this machine: `make demo`.
 
-Brings the embedded model, trains SmolLM2-135M on Demo at rank 8, collects 16 checkpoints, verifies them, and shows what
-the base and the last checkpoint answer to held-out questions; ends by naming the report, a page to open in a browser.
-What is there already is not done again.
+Brings the embedded model, trains SmolLM2-135M on Demo at rank 8, collects 16 checkpoints, verifies them, and scores the
+base and four of them on held-out questions; ends by naming the report, a page to open in a browser. What is there
+already is not done again. All parts are forked from one process that imports what they need while the model is brought.
 """
 
 import json
+import os
 import sys
 import time
 from pathlib import Path
@@ -14,71 +15,61 @@ import cells
 import cli
 import collection
 import files
+import forked
+import packed_train
 import paths
 import rank_config
 import report
 from cli import UserError, say
 
 DATASET, MODEL, RANK = "Demo", "smollm2-135m", 8
+SCORED = "every:5"  # of the checkpoints
+QUESTIONS = 2  # whose answers are shown
 UTILS = Path(__file__).parent
-QUESTIONS = 2
+ASKED = ("KEEP", "SEED", "SPLIT", "LIMIT", "ENGINE", "CATEGORY", "FORCE")  # what another target would be asked with
+
+
+STARTED = time.monotonic()
 
 
 def main() -> None:
-    started = time.monotonic()
+    os.environ |= dict.fromkeys(ASKED, "") | {"DATASET": DATASET, "MODEL": MODEL, "RANK": str(RANK), "STEPS": SCORED}
+    os.environ.setdefault("LLAMAFACTORY_VERBOSITY", "WARN")
+    forked.preload()
     step("bringing the base model")
-    call([sys.executable, UTILS / "fetch_model.py", MODEL])
+    if cli.call([sys.executable, UTILS / "fetch_model.py", MODEL]):
+        raise UserError("the demo stopped at this part; the cause stands above")
     step("training and collecting")
-    settings = {"DATASET": DATASET, "MODEL": MODEL, "RANK": str(RANK), "KEEP": "", "SEED": ""}
-    call([sys.executable, UTILS / "collect.py"], settings)
-    recipe = cells.find(DATASET, MODEL, "finetune")
-    config = rank_config.render(recipe, RANK)
-    folder = rank_config.run_folder(recipe, config)
-    manifest = collection.read_manifest(folder)
-    step("asking the base model and the last checkpoint")
-    show_answers(folder, manifest, rank_config.resolve(recipe, config["model_name_or_path"]))
-    show_table(folder, manifest)
+    pretrain, finetune = (cells.find(DATASET, MODEL, phase) for phase in ("pretrain", "finetune"))
+    if not packed_train.is_done(packed_train.Cell(pretrain, finetune, RANK)):
+        for recipe in (pretrain, finetune):
+            call("train", str(recipe), str(RANK))
+    call("verify", "--recipe", str(finetune), str(RANK))
+    step("scoring the base model and four checkpoints on held-out questions")
+    call("evaluate", "--show", str(QUESTIONS))
+    folder = rank_config.run_folder(finetune, rank_config.render(finetune, RANK))
+    show_table(folder, collection.read_manifest(folder))
     step("drawing the report")
-    call([sys.executable, UTILS / "report.py"])
-    say(f"\nall of it took {time.monotonic() - started:.0f} s")
+    call("report")
+    say(f"\nall of it took {time.monotonic() - STARTED:.0f} s")
     say(f"look at it in a browser: {paths.relative(report.page_of())}")
 
 
 def step(what: str) -> None:
-    """Announce a part of the demo."""
-    say(f"\n=== {what}")
+    """Announce a part of the demo, and how long it has taken up to here."""
+    say(f"\n=== {what} ({time.monotonic() - STARTED:.0f} s)")
 
 
-def call(command: list, settings: dict[str, str] | None = None) -> None:
-    """Run one of this repository's scripts; its own output tells what is going on."""
-    if cli.call(command, settings):
+def call(script: str, *arguments: str) -> None:
+    """Run one of this repository's scripts in a process that has imported already; its output tells what goes on."""
+    process = forked.start(script, list(arguments), {}, None)
+    try:
+        process.join()
+    finally:
+        if process.is_alive():
+            process.terminate()
+    if process.exitcode:
         raise UserError("the demo stopped at this part; the cause stands above")
-
-
-def show_answers(folder: Path, manifest: dict, base: Path) -> None:
-    """Print what the base and the last checkpoint answer to questions that were not trained on."""
-    from peft import PeftConfig, PeftModel, set_peft_model_state_dict
-    from safetensors.torch import load_file
-    from transformers import AutoModelForCausalLM, AutoTokenizer
-
-    tokenizer = AutoTokenizer.from_pretrained(base)
-    model = AutoModelForCausalLM.from_pretrained(base)
-    adapted = PeftModel(model, PeftConfig.from_pretrained(folder))
-    last = collection.checkpoint_name(manifest["checkpoints"][-1]["step"])
-    set_peft_model_state_dict(adapted, load_file(folder / last))
-    rows = json.loads((paths.DATA / "common-sense-reasoning" / "Demo_test.json").read_bytes())[:QUESTIONS]
-    for row in rows:
-        chat = [{"role": "system", "content": row["system"]}, {"role": "user", "content": row["prompt"]}]
-        inputs = tokenizer.apply_chat_template(chat, add_generation_prompt=True, return_tensors="pt", return_dict=True)
-        length = inputs["input_ids"].shape[1]
-
-        def answer(inputs=inputs, length=length) -> str:
-            tokens = adapted.generate(**inputs, max_new_tokens=24, do_sample=False)[0][length:]
-            return " ".join(tokenizer.decode(tokens, skip_special_tokens=True).split())
-
-        with adapted.disable_adapter():
-            before = answer()
-        print(f"\n{row['prompt']}\n  right:      {row['response']}\n  base:       {before}\n  {last}: {answer()}")
 
 
 def show_table(folder: Path, manifest: dict) -> None:

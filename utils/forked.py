@@ -1,8 +1,9 @@
 """Runs of this repository's scripts in processes forked from one that has imported what training needs.
 
-Imported by the sweep. A fork starts in a second where a process of its own imports for ten; it is otherwise like one:
-the fork happens before any tensor or device is touched, so nothing that a run changes (LLaMA-Factory's templates,
-patched classes, memory) reaches the next, and it can be killed alone. It ends when the process that asked for it ends.
+Imported by the sweep and the demo. A fork starts in a second where a process of its own imports for ten; it is
+otherwise like one: the fork happens before any tensor or device is touched, so nothing that a run changes
+(LLaMA-Factory's templates, patched classes, memory) reaches the next, and it can be killed alone. It ends when the
+process that asked for it ends.
 """
 
 import ctypes
@@ -33,8 +34,8 @@ def preload() -> None:
     multiprocessing.forkserver.ensure_running()
 
 
-def start(script: str, arguments: list[str], environment: dict[str, str], log: Path) -> multiprocessing.Process:
-    """Start utils/<script>.py with these arguments, its output appended to a log.
+def start(script: str, arguments: list[str], environment: dict[str, str], log: Path | None) -> multiprocessing.Process:
+    """Start utils/<script>.py with these arguments, its output appended to a log (None: it goes where this one's goes).
 
     Args:
         script: the script's name without .py; its `main` runs as if called from a shell.
@@ -42,7 +43,7 @@ def start(script: str, arguments: list[str], environment: dict[str, str], log: P
 
     Returns the process; its `exitcode` is the script's status, negative for a signal.
     """
-    process = context.Process(target=_run, args=(script, arguments, environment, str(log), os.getcwd()))
+    process = context.Process(target=_run, args=(script, arguments, environment, log, os.getcwd()))
     main = sys.modules["__main__"]
     kept = {name: getattr(main, name, None) for name in ("__file__", "__spec__")}
     main.__file__ = main.__spec__ = None  # the child would else import the calling script again
@@ -53,13 +54,14 @@ def start(script: str, arguments: list[str], environment: dict[str, str], log: P
     return process
 
 
-def _run(script: str, arguments: list[str], environment: dict[str, str], log: str, folder: str) -> None:
+def _run(script: str, arguments: list[str], environment: dict[str, str], log: Path | None, folder: str) -> None:
     if sys.platform == "linux":
         ctypes.CDLL(None).prctl(1, signal.SIGTERM)  # PR_SET_PDEATHSIG
     os.setpgid(0, 0)
-    handle = os.open(log, os.O_WRONLY | os.O_CREAT | os.O_APPEND, 0o644)
-    os.dup2(handle, 1)
-    os.dup2(handle, 2)
+    if log is not None:
+        handle = os.open(log, os.O_WRONLY | os.O_CREAT | os.O_APPEND, 0o644)
+        os.dup2(handle, 1)
+        os.dup2(handle, 2)
     os.environ.update(environment)
     os.chdir(folder)
     multiprocessing.set_start_method("fork", force=True)  # for data loaders, as in a process of its own on Linux
