@@ -25,6 +25,8 @@ for name in (
     "OUT",
     "DTYPE",
     "STEPS",
+    "SPLIT",
+    "LIMIT",
     "DEVICES",
     "ENGINE",
     "CUDA_VISIBLE_DEVICES",

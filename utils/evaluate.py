@@ -56,8 +56,7 @@ def main() -> int:
     parser = argparse.ArgumentParser(description="Score collections on held-out prompts.")
     parser.add_argument("--show", type=int, default=0, metavar="N", help="print the answers to the first N questions")
     args = parser.parse_args()
-    if asked_engine() == "vllm":
-        generation_vllm.check()
+    check_asked()
     chosen = sorted(index.chosen(), key=lambda one: (one.manifest["base_model"] or {}).get("name") or "")
     devices.pin(devices.choose()[:1])
     base, done = None, []
@@ -72,6 +71,21 @@ def main() -> int:
             cli.complain(str(error))
     show_scores(done)
     return 0 if len(done) == len(chosen) else 1
+
+
+def check_asked() -> None:
+    """Raise UserError for settings of the environment that no collection can be scored with."""
+    asked_limit()
+    export_peft.selected([], asked_steps())
+    if split := os.environ.get("SPLIT"):
+        prompts.registered(split)
+    if asked_engine() == "vllm":
+        generation_vllm.check()
+
+
+def asked_steps() -> str:
+    """Which checkpoints STEPS asks for."""
+    return os.environ.get("STEPS") or "all"
 
 
 def asked_engine() -> str:
@@ -99,10 +113,10 @@ def plan_of(chosen: Chosen) -> Plan:
             "text; collect it here to have it scored"
         )
     split, limit = questions.split_of(manifest, os.environ.get("SPLIT", "")), asked_limit()
-    metric = answers.metric_of([prompts.texts_of(row, entry) for entry, rows in split.parts for row in rows])
+    metric = answers.metric_of(split.texts)
     if limit is not None and limit >= len(split.rows):
         limit = None
-    entries = export_peft.selected(manifest["checkpoints"], os.environ.get("STEPS") or "all")
+    entries = export_peft.selected(manifest["checkpoints"], asked_steps())
     steps = [BASE, *(entry["step"] for entry in entries)]
     return Plan(chosen, questions.limited(split, limit), metric, limit, steps)
 
@@ -120,6 +134,7 @@ def score(plan: Plan, base: "Base | None", show: int) -> "Base | None":
     folder, manifest = plan.chosen.folder, plan.chosen.manifest
     try:
         with files.lock(files.beside(folder, "evaluation.lock")):
+            files.remove_unfinished(folder / evaluation.FILE)
             there = evaluation.read(folder, manifest)
             entry = entry_for(plan, there)
             others = [other for other in there if (other["split"], other["limit"]) != (entry["split"], entry["limit"])]
@@ -158,16 +173,22 @@ def entry_for(plan: Plan, there: list[dict[str, Any]]) -> dict[str, Any]:
     settings, engine = ({"max_new_tokens": most}, asked_engine()) if most else ({}, ENGINES[0])  # or none generates
     new = {
         "split": plan.split.name, "paired": plan.split.paired, "limit": plan.limit, "metric": plan.metric,
-        "rows": len(plan.split.rows), "prompts_sha256": files.sha256_of_value(plan.split.rows), "settings": settings,
+        "rows": len(plan.split.rows), "prompts_sha256": files.sha256_of_value(plan.split.texts), "settings": settings,
         "engine": engine, "dtype": None, "device": None, "versions": {}, "base": None, "checkpoints": [],
     }  # fmt: skip
     old = next((one for one in there if (one["split"], one["limit"]) == (new["split"], new["limit"])), None)
     if old is None or run_identity.force_asked():
         return new
-    decisive = ("metric", "rows", "prompts_sha256", "settings", "engine")
-    if changed := [key for key in decisive if old[key] != new[key]]:
+    if changed := changes(old, new):
         raise UserError(f"{plan}: its scores are stale, changed since: {', '.join(changed)}; FORCE=1 scores again")
     return old
+
+
+def changes(old: dict[str, Any], new: dict[str, Any]) -> list[str]:
+    """What makes the scores of one evaluation useless for another, a phrase each."""
+    rows = ["the rows"] if old["prompts_sha256"] != new["prompts_sha256"] else []
+    decisive = ("metric", "rows", "settings", "engine")
+    return rows + [f"{key} ({old[key]}, now {new[key]})" for key in decisive if old[key] != new[key]]
 
 
 def missing(plan: Plan, entry: dict[str, Any]) -> list[int]:

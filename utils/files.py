@@ -2,6 +2,7 @@
 
 import contextlib
 import fcntl
+import glob
 import hashlib
 import json
 import os
@@ -26,6 +27,12 @@ def write_atomically(path: Path, *parts: bytes | memoryview) -> None:
         temporary.unlink(missing_ok=True)
         raise
     sync_folder(path.parent)
+
+
+def remove_unfinished(path: Path) -> None:
+    """Remove what killed processes left of `write_atomically`. Call it where no live one can be writing `path`."""
+    for left_over in path.parent.glob(f".{glob.escape(path.name)}.*.tmp"):
+        left_over.unlink()
 
 
 def write_json(path: Path, value: Any) -> None:

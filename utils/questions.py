@@ -44,10 +44,21 @@ class Split(NamedTuple):
     name: str  # a registered dataset, or a part of one: Demo[1000:1119]
     paired: bool
     parts: list[prompts.Part]
+    whole: list[prompts.Part] | None = None  # all there are, where `parts` are its first rows
 
     @property
     def rows(self) -> list[dict[str, Any]]:
         return [row for _, rows in self.parts for row in rows]
+
+    @property
+    def texts(self) -> list[dict[str, Any]]:
+        """The rows as `prompts.texts_of` reads them."""
+        return [prompts.texts_of(row, entry) for entry, rows in self.parts for row in rows]
+
+    @property
+    def responses(self) -> list[str]:
+        """The distinct responses of the whole split, also where few of its rows are scored."""
+        return answers.responses_of(self._replace(parts=self.whole or self.parts).texts)
 
 
 def split_of(manifest: dict[str, Any], asked: str) -> Split:
@@ -65,15 +76,28 @@ def split_of(manifest: dict[str, Any], asked: str) -> Split:
     for entry, rows in found.parts:
         if entry.get(dataset_info.PROMPTS_ONLY):
             raise UserError(
-                f"{found.name}: has prompts without responses, nothing to score against; name another SPLIT"
+                f"{found.name}: has prompts without responses, nothing to score against; name another dataset in SPLIT"
             )
-        for number, row in enumerate(rows):
-            texts = prompts.texts_of(row, entry)
-            if texts["images"]:
-                raise UserError(f"{found.name}: row {number} has pictures; only text is scored")
-            if not texts["response"]:
-                raise UserError(f"{found.name}: row {number} has no response to score against; name another SPLIT")
+        for number, row in enumerate(rows, 1):
+            if fault := fault_of(row, entry):
+                raise UserError(f"{found.name}: row {number}: {fault}; put it right, or name another SPLIT")
     return found
+
+
+def fault_of(row: dict[str, Any], entry: dict[str, Any]) -> str | None:
+    """Why a row cannot be scored. LLaMA-Factory would drop a conversation out of turn, and score it as an empty one."""
+    columns, tags = dataset_info.columns_of(entry), dataset_info.tags_of(entry)
+    if "messages" in columns:
+        messages = row.get(columns["messages"])
+        fault = dataset_info.messages_fault(messages, tags) or dataset_info.messages_gap(messages, tags, False)
+    else:
+        fault = dataset_info.alpaca_fault(row, columns)
+    if fault := fault or dataset_info.text_fault(row, columns, ("system",)):
+        return fault
+    texts = prompts.texts_of(row, entry)
+    if texts["images"]:
+        return "it has pictures, and only text is scored"
+    return "it has no response to score against" if dataset_info.is_blank(texts["response"]) else None
 
 
 def limited(split: Split, limit: int | None) -> Split:
@@ -84,7 +108,7 @@ def limited(split: Split, limit: int | None) -> Split:
     for entry, rows in split.parts:
         parts.append((entry, rows[:left]))
         left -= len(parts[-1][1])
-    return split._replace(parts=[part for part in parts if part[1]])
+    return split._replace(parts=[part for part in parts if part[1]], whole=split.whole or split.parts)
 
 
 class Encoder:
@@ -110,12 +134,13 @@ class Encoder:
 
     def questions(self, split: Split, metric: str) -> list[Question]:
         """A question per row, in order."""
-        texts = [(entry, row, prompts.texts_of(row, entry)) for entry, rows in split.parts for row in rows]
-        everywhere = answers.responses_of([text for _, _, text in texts]) if metric == "choice" else []
+        everywhere = split.responses if metric == "choice" else []
         found = []
-        for entry, row, text in texts:
-            options = answers.options_of(text, everywhere) if metric == "choice" else [text["response"]]
-            found.append(self._question(converted(row, entry, self.data_args), options, text))
+        for entry, rows in split.parts:
+            for row in rows:
+                text = prompts.texts_of(row, entry)
+                options = answers.options_of(text, everywhere) if metric == "choice" else [text["response"]]
+                found.append(self._question(converted(row, entry, self.data_args), options, text))
         return found
 
     def _question(self, messages: dict[str, Any], options: list[str], text: dict[str, Any]) -> Question:

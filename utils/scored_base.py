@@ -4,6 +4,7 @@ Imported by evaluate.py.
 """
 
 import dataclasses
+import os
 from pathlib import Path
 from typing import Any
 
@@ -13,6 +14,7 @@ from llamafactory.model import load_config, load_model, load_tokenizer
 from peft import LoraConfig, PeftModel, set_peft_model_state_dict
 from torch import Tensor, nn
 from transformers.integrations.liger import apply_liger_kernel
+from transformers.utils.logging import disable_progress_bar
 
 import models
 import paths
@@ -53,6 +55,8 @@ class Base:
         """The model, loaded when it is first asked for."""
         if self.kept is None:
             tokenizer = self.tokenizer_module["tokenizer"]
+            if not os.isatty(2):
+                disable_progress_bar()
             self.kept = load_model(tokenizer, self.model_args, self.finetuning_args, False)
         return self.kept
 
