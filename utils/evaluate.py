@@ -68,7 +68,7 @@ def main() -> int:
         except UserError as error:
             if len(chosen) == 1:
                 raise
-            cli.complain(str(error))
+            cli.complain(str(error) if one.name in str(error) else f"{one.name}: {error}")
     show_scores(done)
     return 0 if len(done) == len(chosen) else 1
 
@@ -92,7 +92,7 @@ def asked_engine() -> str:
     """The engine that ENGINE names. Raises UserError for one that is not known."""
     name = os.environ.get("ENGINE") or ENGINES[0]
     if name not in ENGINES:
-        raise UserError(f"ENGINE={name}: does not score; {' or '.join(ENGINES)}")
+        raise UserError(f"ENGINE={name}: cannot score; known: {', '.join(ENGINES)}")
     return name
 
 
@@ -148,7 +148,7 @@ def score(plan: Plan, base: "Base | None", show: int) -> "Base | None":
             import scored_base
 
             base = scored_base.at(manifest, base)
-            entry |= computed_by(base, entry, wanted)
+            entry |= computed_by(plan, base, entry)
             started, ends = time.monotonic(), {}
             grader = grades.Grader(plan.chosen, base, plan.split, plan.metric, entry["engine"])
             for graded in grader.groups(wanted):
@@ -197,13 +197,13 @@ def missing(plan: Plan, entry: dict[str, Any]) -> list[int]:
     return [step for step in plan.steps if step not in there]
 
 
-def computed_by(base: "Base", entry: dict[str, Any], wanted: list[int]) -> dict[str, Any]:
+def computed_by(plan: Plan, base: "Base", entry: dict[str, Any]) -> dict[str, Any]:
     """What an evaluation says of the machine. Raises UserError where the scores there were made in another dtype."""
     dtype = str(base.dtype).removeprefix("torch.")
     if entry["dtype"] not in (None, dtype):
         raise UserError(
-            f"{len(wanted)} models are to be scored in {dtype}, the others of this evaluation were in {entry['dtype']} "
-            f"({entry['device']}); go on there, or score all again with FORCE=1"
+            f"{plan}: {len(missing(plan, entry))} models are to be scored in {dtype}, the others were in "
+            f"{entry['dtype']} ({entry['device']}); go on there, or score all again with FORCE=1"
         )
     versions = {name: version(name) for name in PACKAGES}
     return {"dtype": dtype, "device": devices.describe(), "versions": versions}

@@ -72,7 +72,10 @@ def kept_back(data: dict[str, Any], data_dir: Path) -> Part:
     path = data_dir / data["file"]
     rest = rows_in(path)[first_kept_back(data, data_dir) :]
     if not rest:
-        raise UserError(f"{data['name']}: has no {paired} in dataset_info.json and was trained on all its rows")
+        raise UserError(
+            f"{data['name']}: has no {paired} in dataset_info.json and was trained on all its rows; register rows to "
+            f"score with as {paired}"
+        )
     if data.get("sha256") and _hash_of(path, None) != data["sha256"]:
         raise UserError(
             f"{paths.relative(path)}: changed since {data['name']} was trained, behind the rows trained on; put it "

@@ -26,6 +26,7 @@ from questions import TEXT_KEYS, Question
 
 # Of a recipe's model keys, those that say where from and how a training goes, not what the model is.
 NOT_THE_MODELS = {"model_name_or_path", "adapter_name_or_path", "cache_dir", "enable_liger_kernel", "use_unsloth"}
+WAY_OUT = "put its files back, or collect again with FORCE=1"
 TOLERANCE = {torch.float32: 1e-3, torch.float16: 2e-2, torch.bfloat16: 5e-2}  # nats per token
 
 
@@ -93,9 +94,13 @@ def folder_of(manifest: dict[str, Any]) -> Path:
     base = manifest["base_model"] or {}
     folder = models.local_folder(paths.MODELS / (base.get("name") or "unknown"))
     if models.identity_of(folder)["sha256"] != base["sha256"]:
-        raise UserError(f"{paths.relative(folder)}: is not the base model that {manifest['run']} was trained on")
+        raise UserError(
+            f"{paths.relative(folder)}: is not the base model that {manifest['run']} was trained on; {WAY_OUT}"
+        )
     if models.hash_of(folder, models.tokenizer_files(folder)) != (manifest["tokenizer"] or {}).get("sha256"):
-        raise UserError(f"{paths.relative(folder)}: has not the tokenizer that {manifest['run']} was trained with")
+        raise UserError(
+            f"{paths.relative(folder)}: has not the tokenizer that {manifest['run']} was trained with; {WAY_OUT}"
+        )
     return folder
 
 
