@@ -99,7 +99,7 @@ def source_of(one: Planned, dtype: str | None) -> dict[str, Any]:
 
 def modules_of(keys: list[str]) -> list[str]:
     """The adapted modules, as the base model names them."""
-    return sorted({re.sub(r"\.lora_.*", "", key).removeprefix("base_model.model.") for key in keys})
+    return sorted({re.sub(r"\.lora_.*", "", key).removeprefix(checkpoints.PEFT_PREFIX) for key in keys})
 
 
 def refusals_of(config: dict[str, Any], keys: list[str]) -> list[str]:

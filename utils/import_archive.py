@@ -26,7 +26,7 @@ def main() -> int:
         try:
             archive.restore(parts, paths.SAVES)
         except UserError as error:
-            print(f"error: {error}", file=sys.stderr, flush=True)
+            cli.complain(str(error))
             faults += 1
     return 1 if faults else 0
 
