@@ -1,10 +1,12 @@
 """What evaluation.json says of a collection: how good its base model and its checkpoints are on held-out prompts.
 
-Imported by evaluate.py, which writes it, and by verify.py, index.py, report.py and card.py, which read it. The file
+Imported by evaluate.py, which writes it, and by what verifies, indexes, shows, packs and brings collections. The file
 lies beside the manifest; it belongs to the checkpoints of that manifest alone, and is sealed by its own hash like it.
 """
 
+import hashlib
 import json
+import re
 from pathlib import Path
 from typing import Any
 
@@ -24,6 +26,8 @@ KEYS = {
     "split", "paired", "limit", "metric", "rows", "prompts_sha256", "settings", "engine", "dtype", "device", "versions",
     "base", "checkpoints",
 }  # fmt: skip
+SCORE_KEYS = {"score", "interval", "loss", "loss_interval"}  # of every score, some of them null
+HALF_WRITTEN = re.compile(r"\.evaluation\.json\.\d+\.tmp")  # what a killed `write` leaves
 
 
 def read(folder: Path, manifest: dict[str, Any]) -> list[dict[str, Any]]:
@@ -44,20 +48,110 @@ def read(folder: Path, manifest: dict[str, Any]) -> list[dict[str, Any]]:
 
     Raises UserError when the file is broken, was edited, or is of other checkpoints.
     """
-    path = folder / FILE
+    data = bytes_in(folder)
+    return [] if data is None else parse(data, manifest, paths.relative(folder / FILE))
+
+
+def bytes_in(folder: Path) -> bytes | None:
+    """The bytes of a collection's evaluation.json, None where it was not evaluated."""
     try:
-        content = json.loads(path.read_bytes())
+        return (folder / FILE).read_bytes()
     except FileNotFoundError:
-        return []
-    except (OSError, ValueError) as error:
-        raise _unsound(path, f"broken ({error})") from None
+        return None
+    except OSError as error:
+        raise _unsound(paths.relative(folder / FILE), f"cannot be read ({error.strerror})") from None
+
+
+def sha256_in(folder: Path) -> str | None:
+    """What tells whether what was made from a collection has its labels of now: the hash of these bytes, or None."""
+    data = bytes_in(folder)
+    return None if data is None else hashlib.sha256(data).hexdigest()
+
+
+def parse(data: bytes, manifest: dict[str, Any], name: str) -> list[dict[str, Any]]:
+    """The evaluations in the bytes of an evaluation.json, as `read` gives them; raises UserError calling it `name`."""
+    try:
+        content = json.loads(data)
+    except ValueError as error:
+        raise _unsound(name, f"broken ({error})") from None
     if not isinstance(content, dict) or content.get("format") != FORMAT:
-        raise _unsound(path, f"not of format {FORMAT}")
+        raise _unsound(name, f"not of format {FORMAT}")
     if content.get("sha256") != _seal(content):
-        raise _unsound(path, "was edited after it was written")
-    if content["manifest_sha256"] != manifest["sha256"]:
-        raise _unsound(path, "is of other checkpoints than its manifest.json")
+        raise _unsound(name, "was edited after it was written")
+    if content.get("manifest_sha256") != manifest["sha256"]:
+        raise _unsound(name, "is of other checkpoints than its manifest.json")
+    if fault := _kind_fault(content.get("evaluations"), {entry["step"] for entry in manifest["checkpoints"]}):
+        raise _unsound(name, fault)
     return content["evaluations"]
+
+
+def _kind_fault(evaluations: Any, steps: set[int]) -> str | None:
+    """What is not as `read` describes it in a file that may be a stranger's; `steps` are those of the manifest."""
+    kinds = {"split": str, "paired": bool, "rows": int, "metric": str, "checkpoints": list}
+    if not isinstance(evaluations, list) or not all(isinstance(evaluation, dict) for evaluation in evaluations):
+        return "holds no list of evaluations"
+    for evaluation in evaluations:
+        if not evaluation.keys() >= KEYS or not all(type(evaluation[key]) is kind for key, kind in kinds.items()):
+            return "holds an evaluation that lacks something, or has another kind of value"
+        if evaluation["metric"] not in METRICS:
+            return f"holds the metric {evaluation['metric']!r}, which is not known"
+        base, scores = evaluation["base"], evaluation["checkpoints"]
+        if not all(map(_is_score, scores if base is None else [base, *scores])):
+            return "holds a score that is none"
+        scored = [score.get("step") for score in scores]
+        if not all(type(step) is int for step in scored) or scored != sorted(set(scored)):
+            return "does not have its checkpoints in the order of their steps"
+        if strange := sorted(set(scored) - steps):
+            return f"has a score of step {strange[0]}, which is none of its manifest.json"
+    return None
+
+
+def _is_score(score: Any) -> bool:
+    if not isinstance(score, dict) or not score.keys() >= SCORE_KEYS:
+        return False
+    values = [score["score"], score["loss"]]
+    for span in (score["interval"], score["loss_interval"]):
+        if span is not None and (not isinstance(span, list) or len(span) != 2 or None in span):
+            return False
+        values += span or []
+    return all(value is None or type(value) in (int, float) for value in values)
+
+
+def is_newer(coming: bytes | None, here: bytes | None, manifest: dict[str, Any], name: str) -> bool:
+    """Whether the labels that come with a collection take the place of those that are here: nothing would be lost.
+
+    They do where there are none here, or where they hold all that these hold; labels that are here stay where the
+    others hold no more, or are none.
+
+    Args:
+        coming, here: the bytes of two evaluation.json, None for none.
+        manifest: the collection's, the same for both.
+        name: the file here, as messages call it.
+
+    Raises UserError where each holds what the other lacks, and where one of them is not sound.
+    """
+    if coming is None or coming == here:
+        return False
+    there = parse(coming, manifest, f"what is to be brought as {name}")
+    own = [] if here is None else parse(here, manifest, name)
+    if here is not None and _holds(own, there):
+        return False
+    if _holds(there, own):
+        return True
+    raise UserError(f"{name}: holds other scores than the one to bring; move it away, or FORCE=1 replaces it")
+
+
+def _holds(evaluations: list[dict], others: list[dict]) -> bool:
+    """Whether all scores of the other evaluations are among these, measured in the same way."""
+    return all(
+        any(
+            all(one.get(key) == other.get(key) for key in (one.keys() | other.keys()) - {"base", "checkpoints"})
+            and other["base"] in (None, one["base"])
+            and all(score in one["checkpoints"] for score in other["checkpoints"])
+            for one in evaluations
+        )
+        for other in others
+    )
 
 
 def write(folder: Path, manifest: dict[str, Any], evaluations: list[dict[str, Any]]) -> None:
@@ -77,5 +171,5 @@ def _seal(content: dict[str, Any]) -> str:
     return files.sha256_of_value({key: value for key, value in content.items() if key != "sha256"})
 
 
-def _unsound(path: Path, why: str) -> UserError:
-    return UserError(f"{paths.relative(path)}: {why}; remove it and run: make evaluate")
+def _unsound(name: str, why: str) -> UserError:
+    return UserError(f"{name}: {why}; remove it and run: make evaluate")
