@@ -3,6 +3,7 @@
 import csv
 import io
 import json
+import math
 import multiprocessing
 import os
 import shutil
@@ -335,6 +336,8 @@ def test_of_a_dataset_without_choices_the_index_has_the_loss(saves, folder):
 def test_scores_without_the_base_models_are_rows_too(saves, folder):
     scored.label(folder, scored.evaluated({12: 0.5}))
     assert scores_in(index.update()[0])[12][-2:] == (None, None)
+    scored.label(folder, scored.evaluated({"base": 2.5, 12: math.nan}, metric="loss"))
+    assert scores_in(index.update()[0])[12][5] is None
 
 
 def test_an_index_older_than_the_scores_is_refused_until_it_is_brought_up_to_date(saves, folder):

@@ -13,6 +13,7 @@ from pathlib import Path
 import pyarrow as pa
 import pyarrow.parquet
 import pytest
+import scored
 from upload_server import READS, USER, WRITES, UploadHub
 
 import card
@@ -223,7 +224,12 @@ def index_with(checkpoints: int, per_collection: int, datasets: int, size: int =
     """The index of so many checkpoints, of which no file exists."""
     numbers = range(checkpoints)
     names = [f"math/D{n // per_collection % datasets}/M{n // per_collection}_lora-rank_8_finetune" for n in numbers]
-    columns = {"collection": names, "step": list(numbers), "bytes": [size] * checkpoints}
+    columns = {
+        "collection": names,
+        "step": list(numbers),
+        "bytes": [size] * checkpoints,
+        "metric": [None] * checkpoints,
+    }
     return pa.table(columns)
 
 
@@ -506,6 +512,91 @@ def test_what_is_there_is_replaced_only_with_force(licensed, empty, run, hub):
         run(pull, empty)
     assert not list((empty / "data" / CATEGORY).iterdir())
     run(pull, empty, FORCE="1")
+    assert hashes(empty / "saves" / NAME) == hashes(licensed / "saves" / NAME)
+
+
+FEW, MORE, OTHER = ({"base": 0.4, 7: 0.5}, {"base": 0.4, 7: 0.5, 8: 0.7}, {"base": 0.4, 7: 0.6})
+
+
+def label(top: Path, figures: dict) -> bytes:
+    return scored.label(top / "saves" / NAME, scored.evaluated(figures)).read_bytes()
+
+
+def label_in(top: Path) -> bytes:
+    return (top / "saves" / NAME / "evaluation.json").read_bytes()
+
+
+@pytest.mark.parametrize("kind", LAYOUTS)
+def test_scores_are_published_and_come_back(licensed, empty, run, hub, kind):
+    run(publish, licensed, **layout(kind))
+    run(pull, empty)
+    label(licensed, FEW)
+    run(publish, licensed, **layout(kind))
+    out = run(pull, empty)
+    assert "there already" in out and "scores brought" in out, "the collection is there, its scores are new"
+    assert hashes(empty / "saves" / NAME) == hashes(licensed / "saves" / NAME)
+    assert index.load(empty / "saves")["score"].to_pylist() == [0.5] + [None] * 5
+    assert "fetching" not in run(pull, empty)
+    shutil.rmtree(empty / "saves" / CATEGORY)
+    run(pull, empty)
+    assert hashes(empty / "saves" / NAME) == hashes(licensed / "saves" / NAME)
+    (licensed / "saves" / NAME / "evaluation.json").unlink()
+    run(publish, licensed, FORCE="1", **layout(kind))
+    assert not any("evaluation" in name for name in hub.repositories[REPO].files)
+    assert "there already" in run(pull, empty) and label_in(empty), "what nobody else has stays"
+
+
+def test_a_pull_loses_no_score_without_force(licensed, empty, run, hub):
+    label(licensed, FEW)
+    run(publish, licensed)
+    run(pull, empty)
+    more = label(empty, MORE)
+    run(pull, empty)
+    assert label_in(empty) == more
+    other = label(empty, OTHER)
+    (empty / "data" / CATEGORY / "Toy.json").unlink()
+    with pytest.raises(UserError, match=r"evaluation\.json: holds other scores than .* FORCE=1 replaces it"):
+        run(pull, empty)
+    assert label_in(empty) == other and not (empty / "data" / CATEGORY / "Toy.json").exists(), "nothing was written"
+    run(pull, empty, FORCE="1")
+    assert label_in(empty) == label_in(licensed)
+    (empty / "saves" / NAME / "evaluation.json").write_text("{")
+    with pytest.raises(UserError, match=r"is there, but evaluation\.json: broken"):
+        run(pull, empty)
+
+
+def test_other_scores_than_the_index_names_are_not_brought(licensed, empty, run, hub):
+    label(licensed, FEW)
+    run(publish, licensed, RAW="1")
+    hub.repositories[REPO].files[f"collections/{NAME}/evaluation.json"] = label(licensed, OTHER)
+    with pytest.raises(UserError, match="has other scores than index.parquet names; it was not brought"):
+        run(pull, empty)
+    shutil.copytree(licensed / "saves" / NAME, empty / "saves" / NAME)
+    (empty / "saves" / NAME / "evaluation.json").unlink()
+    with pytest.raises(UserError, match="has other scores than its index.parquet names; nothing was brought"):
+        run(pull, empty)
+
+
+def test_scores_that_change_while_they_are_published_are_not_mixed(licensed, run, monkeypatch):
+    label(licensed, FEW)
+    place = publish_tree.place
+
+    def evaluated_meanwhile(source: Path, target: Path) -> None:
+        place(source, target)
+        if source.name == "evaluation.json":
+            label(licensed, MORE)
+
+    monkeypatch.setattr(publish_tree, "place", evaluated_meanwhile)
+    with pytest.raises(UserError, match="was evaluated while it was published; run it again"):
+        run(publish, licensed, RAW="1", DRY_RUN="1")
+
+
+def test_what_was_published_before_there_were_scores_can_be_pulled(licensed, empty, run, hub):
+    run(publish, licensed)
+    table = pa.parquet.read_table(pa.BufferReader(hub.repositories[REPO].files["index.parquet"]))
+    marks = json.loads(table.schema.metadata[b"paragen"])
+    hub.repositories[REPO].files["index.parquet"] = publish_tree.index_of(table.drop_columns(list(index.SCORES)), marks)
+    run(pull, empty)
     assert hashes(empty / "saves" / NAME) == hashes(licensed / "saves" / NAME)
 
 

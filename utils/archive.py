@@ -29,7 +29,7 @@ from archive_write import SUFFIX, converted, write
 from cli import UserError, say
 
 __all__ = [
-    "FORMAT", "SUFFIX", "bring_labels", "converted", "load_step", "opened", "read_all", "read_files", "read_manifest",
+    "FORMAT", "SUFFIX", "converted", "load_step", "opened", "read_all", "read_files", "read_manifest",
     "restore", "steps_of", "verify", "write",
 ]  # fmt: skip
 
@@ -137,19 +137,8 @@ def _there_already(folder: Path, manifest: dict, small: dict[str, bytes]) -> boo
     if faults:
         raise UserError(f"{name}: is there already, but {faults[0]}; {way_out}")
     say(f"there already: {name}")
-    bring_labels(folder, manifest, small.get(evaluation.FILE))
+    collection.bring_labels(folder, manifest, small.get(evaluation.FILE))
     return True
-
-
-def bring_labels(folder: Path, manifest: dict, coming: bytes | None) -> None:
-    """Give a whole collection the evaluation.json that comes with the same one. Call it with the folder's lock held.
-
-    Raises UserError where that would lose scores that were measured here.
-    """
-    path = folder / evaluation.FILE
-    if evaluation.is_newer(coming, evaluation.bytes_in(folder), manifest, paths.relative(path)):
-        files.write_atomically(path, coming)
-        say(f"scores brought: {paths.relative(path)}")
 
 
 def _holds(path: Path, data: bytes) -> bool:

@@ -18,7 +18,7 @@ import evaluation
 import files
 import paths
 import run_identity
-from cli import UserError
+from cli import UserError, say
 
 FORMAT = 2
 MANIFEST = paths.MANIFEST
@@ -263,6 +263,17 @@ def faults_of(folder: Path, manifest: dict) -> list[str]:
     present = [entry for entry in entries if checkpoint_name(entry["step"]) in there]
     faults += _checkpoint_faults(folder, present, manifest["rank"])
     return faults
+
+
+def bring_labels(folder: Path, manifest: dict, coming: bytes | None) -> None:
+    """Give a whole collection the evaluation.json that comes with the same one. Call it with the folder's lock held.
+
+    Raises UserError where that would lose scores that were measured here and FORCE=1 was not said.
+    """
+    path, here = folder / evaluation.FILE, evaluation.bytes_in(folder)
+    if evaluation.is_newer(coming, here, manifest, paths.relative(path), run_identity.force_asked()):
+        files.write_atomically(path, coming)
+        say(f"scores brought: {paths.relative(path)}")
 
 
 def _checkpoint_faults(folder: Path, entries: list[dict], rank: int) -> list[str]:

@@ -68,6 +68,13 @@ def sha256_in(folder: Path) -> str | None:
     return None if data is None else hashlib.sha256(data).hexdigest()
 
 
+def mark_of(folder: Path) -> dict[str, str]:
+    """What is said of a collection's labels by what was made from it with them: their hash as `labels`; nothing where
+    there are none, so that what was made before there were any stays as it is."""
+    sha256 = sha256_in(folder)
+    return {} if sha256 is None else {"labels": sha256}
+
+
 def parse(data: bytes, manifest: dict[str, Any], name: str) -> list[dict[str, Any]]:
     """The evaluations in the bytes of an evaluation.json, as `read` gives them; raises UserError calling it `name`."""
     try:
@@ -117,7 +124,9 @@ def _is_score(score: Any) -> bool:
     return all(value is None or type(value) in (int, float) for value in values)
 
 
-def is_newer(coming: bytes | None, here: bytes | None, manifest: dict[str, Any], name: str) -> bool:
+def is_newer(
+    coming: bytes | None, here: bytes | None, manifest: dict[str, Any], name: str, force: bool = False
+) -> bool:
     """Whether the labels that come with a collection take the place of those that are here: nothing would be lost.
 
     They do where there are none here, or where they hold all that these hold; labels that are here stay where the
@@ -127,6 +136,7 @@ def is_newer(coming: bytes | None, here: bytes | None, manifest: dict[str, Any],
         coming, here: the bytes of two evaluation.json, None for none.
         manifest: the collection's, the same for both.
         name: the file here, as messages call it.
+        force: they do, too, where each holds what the other lacks.
 
     Raises UserError where each holds what the other lacks, and where one of them is not sound.
     """
@@ -136,7 +146,7 @@ def is_newer(coming: bytes | None, here: bytes | None, manifest: dict[str, Any],
     own = [] if here is None else parse(here, manifest, name)
     if here is not None and _holds(own, there):
         return False
-    if _holds(there, own):
+    if force or _holds(there, own):
         return True
     raise UserError(f"{name}: holds other scores than the one to bring; move it away, or FORCE=1 replaces it")
 

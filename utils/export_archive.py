@@ -7,6 +7,7 @@ cast first: the archive's manifest is then another one, whose key `converted` sa
 from pathlib import Path
 
 import archive
+import evaluation
 import exported
 import index
 
@@ -15,7 +16,7 @@ def export(chosen: list[index.Chosen], out: Path, dtype: str | None) -> None:
     """Write an archive of each collection below `out`, cast to `dtype` where one is given."""
     for name, folder, manifest in chosen:
         source = {"format": f"archive {archive.FORMAT}", "manifest": manifest["sha256"], "dtype": dtype}
-        source |= exported.labels_of(folder)
+        source |= evaluation.mark_of(folder)
 
         def make(path: Path, folder: Path = folder, manifest: dict = manifest) -> None:
             archive.write(folder, archive.converted(folder, manifest, dtype) if dtype else manifest, path)

@@ -14,7 +14,6 @@ from typing import Any
 
 import checkpoints
 import collection
-import evaluation
 import files
 import paths
 import run_identity
@@ -70,13 +69,6 @@ def part(
         remember(out, name, {"source": source, "files": sizes_of(target)})
     say(f"{done}: {paths.relative(target)}")
     return True
-
-
-def labels_of(folder: Path) -> dict[str, str]:
-    """What a part's `source` says of a collection's scores, where these are in the part; nothing where there are none,
-    so that a part made before there were any stays as it is."""
-    sha256 = evaluation.sha256_in(folder)
-    return {} if sha256 is None else {"labels": sha256}
 
 
 def is_there(out: Path, name: str, source: dict[str, Any]) -> bool:

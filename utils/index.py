@@ -12,6 +12,7 @@ Imported by all that works on collections: `chosen` gives those that the user se
 import argparse
 import hashlib
 import json
+import math
 import os
 import re
 import sys
@@ -234,7 +235,7 @@ def rows_of(name: str, folder: Path) -> "tuple[pa.Table, str]":
 
 
 def scores_by_step(shown: dict[str, Any] | None) -> dict[int, dict[str, Any]]:
-    """The SCORES of the checkpoints that the shown evaluation of a collection is of."""
+    """The SCORES of the checkpoints that a collection's shown evaluation is of; what is no finite number is null."""
     if shown is None:
         return {}
     base = shown["base"] or {}
@@ -244,8 +245,13 @@ def scores_by_step(shown: dict[str, Any] | None) -> dict[int, dict[str, Any]]:
     for score in shown["checkpoints"]:
         low, high = score["interval"] or (None, None)
         own = {"score": score["score"], "score_low": low, "score_high": high, "test_loss": score["loss"]}
-        found[score["step"]] = {**shared, **own}
+        found[score["step"]] = {key: value if is_known(value) else None for key, value in {**shared, **own}.items()}
     return found
+
+
+def is_known(value: Any) -> bool:
+    """Whether a value is not None, nor a number that is not finite (which is not even equal to itself)."""
+    return value is not None and not (isinstance(value, float) and not math.isfinite(value))
 
 
 def check_files(saves: Path, rows: "pa.Table", manifest: list[int], before: str | None) -> str:
