@@ -211,6 +211,32 @@ def test_load_dataset_shows_the_index_and_the_card_has_sound_metadata(licensed, 
         assert told in card.text, told
 
 
+def test_the_card_has_a_table_of_scores_where_something_was_evaluated(licensed, run):
+    run(publish, licensed, DRY_RUN="1")
+    card = tree_of(licensed) / "README.md"
+    before = card.read_text()
+    scored.label(
+        licensed / "saves" / NAME,
+        scored.evaluated({"base": 0.4, 7: 0.5, 9: 0.75, 12: 0.625}),
+        scored.evaluated({9: 1.5, 12: 1.25}, metric="loss", split="Other|test", paired=False, rows=8),
+        scored.evaluated({"base": 0.3}, limit=10),
+    )
+    run(publish, licensed, DRY_RUN="1")
+    start, end = "## How good\n", "## On what\n"
+    text = card.read_text()
+    section = text[text.index(start) : text.index(end)]
+    assert text.replace(section, "") == before, "nothing else is said otherwise"
+    assert "- `choice`: share of right choices, as generated\n- `loss`: mean loss per token of the" in section
+    head, line, *rows = [line for line in section.splitlines() if line.startswith("|")]
+    assert rows == [
+        "| Toy | tiny-llama | 4 | 42 | Toy_test | choice | 100 | 0.4000 (0.3000 to 0.5000) | "
+        "step 9: 0.7500 (0.6500 to 0.8500) | step 12: 0.6250 (0.5250 to 0.7250) |",
+        "| Toy | tiny-llama | 4 | 42 | Other\\|test | loss | 8 | – | "
+        "step 12: 1.2500 (1.1500 to 1.3500) | step 12: 1.2500 (1.1500 to 1.3500) |",
+    ]
+    assert {row.replace("\\|", "").count("|") for row in (head, line, *rows)} == {11}
+
+
 def test_one_licence_for_all_stands_alone_in_the_metadata(licensed, run):
     from huggingface_hub import DatasetCard
 

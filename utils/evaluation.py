@@ -6,6 +6,7 @@ lies beside the manifest; it belongs to the checkpoints of that manifest alone, 
 
 import hashlib
 import json
+import math
 import re
 from pathlib import Path
 from typing import Any
@@ -175,6 +176,31 @@ def shown(evaluations: list[dict[str, Any]]) -> dict[str, Any] | None:
     where no checkpoint was evaluated."""
     scored = [evaluation for evaluation in evaluations if evaluation["checkpoints"]]
     return max(scored, key=lambda evaluation: (evaluation["paired"], evaluation["rows"]), default=None)
+
+
+def figure_of(shown: dict[str, Any], score: dict[str, Any] | None) -> tuple[float | None, list[float] | None]:
+    """What counts of a score by its evaluation's metric: (the share, or the loss per token; its interval). Each None
+    where it is not known; a number that is not finite is not."""
+    name, span = ("loss", "loss_interval") if shown["metric"] == "loss" else ("score", "interval")
+    value, interval = (None, None) if score is None else (score[name], score[span])
+    if value is None or not math.isfinite(value):
+        return None, None
+    return value, interval if interval and all(map(math.isfinite, interval)) else None
+
+
+def best_of(shown: dict[str, Any]) -> dict[str, Any] | None:
+    """The score of the best checkpoint, the earliest of equal ones; None where no figure is known."""
+    known = [score for score in shown["checkpoints"] if figure_of(shown, score)[0] is not None]
+    sign = 1 if shown["metric"] == "loss" else -1
+    return min(known, key=lambda score: sign * figure_of(shown, score)[0], default=None)
+
+
+def text_of(shown: dict[str, Any], score: dict[str, Any] | None) -> str:
+    """A score as texts show it, with its interval where it has one: `0.6120 (0.5830 to 0.6403)`; empty if not known."""
+    value, span = figure_of(shown, score)
+    if value is None:
+        return ""
+    return f"{value:.4f} ({span[0]:.4f} to {span[1]:.4f})" if span else f"{value:.4f}"
 
 
 def _seal(content: dict[str, Any]) -> str:
