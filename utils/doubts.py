@@ -31,16 +31,15 @@ def below_base(shown: dict[str, Any] | None) -> str | None:
     Its whole 95 % confidence interval has to lie on the worse side of the base's score (the metric `loss`: of the
     base's loss). Only rows of the collection's own dataset count: an adapter may well be worse at another task.
     """
-    if shown is None or not shown["paired"] or shown["base"] is None:
+    if shown is None or not shown["paired"]:
         return None
-    last, base = shown["checkpoints"][-1], shown["base"]
-    is_loss = shown["metric"] == "loss"
-    name, span = ("loss", last["loss_interval"]) if is_loss else ("score", last["interval"])
-    if span is None or base[name] is None or not (span[0] > base[name] if is_loss else span[1] < base[name]):
+    last, is_loss = shown["checkpoints"][-1], shown["metric"] == "loss"
+    (value, span), (base, _) = (evaluation.figure_of(shown, score) for score in (last, shown["base"]))
+    if span is None or base is None or not (span[0] > base if is_loss else span[1] < base):
         return None
     return (
-        f"checkpoint {last['step']} is worse than the base model on {shown['split']}: {name} {last[name]:.4g} "
-        f"({span[0]:.4g} to {span[1]:.4g}), the base {base[name]:.4g}"
+        f"checkpoint {last['step']} is worse than the base model on {shown['split']}: "
+        f"{'loss' if is_loss else 'score'} {value:.4g} ({span[0]:.4g} to {span[1]:.4g}), the base {base:.4g}"
     )
 
 
@@ -76,11 +75,12 @@ def rising_test_loss(shown: dict[str, Any] | None) -> str | None:
     if shown is None or not shown["paired"]:
         return None
     first, last = shown["checkpoints"][0], shown["checkpoints"][-1]
-    if not first["loss_interval"] or not last["loss_interval"] or last["loss_interval"][0] <= first["loss_interval"][1]:
+    (before, low), (after, high) = (evaluation.figure_of({"metric": "loss"}, score) for score in (first, last))
+    if low is None or high is None or high[0] <= low[1]:
         return None
     return (
-        f"the test loss on {shown['split']} rose from {first['loss']:.4g} at checkpoint {first['step']} to "
-        f"{last['loss']:.4g} at checkpoint {last['step']}, beyond both confidence intervals"
+        f"the test loss on {shown['split']} rose from {before:.4g} at checkpoint {first['step']} to "
+        f"{after:.4g} at checkpoint {last['step']}, beyond both confidence intervals"
     )
 
 

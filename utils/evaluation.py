@@ -101,6 +101,8 @@ def _kind_fault(evaluations: Any, steps: set[int]) -> str | None:
     for evaluation in evaluations:
         if not evaluation.keys() >= KEYS or not all(type(evaluation[key]) is kind for key, kind in kinds.items()):
             return "holds an evaluation that lacks something, or has another kind of value"
+        if not evaluation["split"].isprintable() or abs(evaluation["rows"]) >= 2**53:
+            return "holds an evaluation of rows that cannot be"
         if evaluation["metric"] not in METRICS:
             return f"holds the metric {evaluation['metric']!r}, which is not known"
         base, scores = evaluation["base"], evaluation["checkpoints"]
@@ -122,7 +124,7 @@ def _is_score(score: Any) -> bool:
         if span is not None and (not isinstance(span, list) or len(span) != 2 or None in span):
             return False
         values += span or []
-    return all(value is None or type(value) in (int, float) for value in values)
+    return all(value is None or type(value) is float or type(value) is int and abs(value) < 2**53 for value in values)
 
 
 def is_newer(
