@@ -18,7 +18,7 @@ help:  ## list the targets
 	@printf '\nSettings: DATASET=ARC-c MODEL=smollm2-135m RANK=8 (default 8) KEEP=n SEED=n FORCE=1 DEVICES=0,1 ENGINE=packed|stock\n'
 
 ##@ Start here
-demo: setup  ## everything once, for real: model, training, 16 checkpoints, verification, answers (minutes)
+demo: setup  ## everything once, for real: model, training, 16 checkpoints, verification, scores (minutes)
 	@$(PY) utils/demo.py
 
 test: setup  ## run the tests

@@ -10,6 +10,7 @@ import time
 from pathlib import Path
 
 import pytest
+import scored
 import torch
 import warm
 from safetensors import safe_open
@@ -393,6 +394,98 @@ def test_a_value_that_a_dtype_cannot_hold_is_named(tmp_path):
     manifest["checkpoints"][0].update(bytes=file.stat().st_size, sha256=hashlib.sha256(file.read_bytes()).hexdigest())
     with pytest.raises(UserError, match="big.lora_A.weight holds values that float16 cannot"):
         archive.converted(folder, manifest, "float16")
+
+
+# Labels: the scores in evaluation.json
+
+
+FEW, MORE, OTHER = ({"base": 0.4, 5: 0.5}, {"base": 0.4, 5: 0.5, 6: 0.7}, {"base": 0.4, 5: 0.6})
+
+
+@pytest.fixture
+def imported(synthetic, tmp_path):
+    """imported(figures there, figures in the archive): the collection after the import; None for no evaluation."""
+
+    def bring(here: dict | None, coming: dict | None) -> Path:
+        saves = tmp_path / "saves"
+        (path,) = archived(synthetic, tmp_path / "plain.archive")
+        folder = archive.restore([path], saves)
+        if here:
+            scored.label(folder, scored.evaluated(here))
+        if coming:
+            scored.label(synthetic, scored.evaluated(coming))
+            (path,) = archived(synthetic, tmp_path / "x.archive")
+        return archive.restore([path], saves)
+
+    return bring
+
+
+def figures_in(folder: Path) -> dict:
+    (found,) = archive.evaluation.read(folder, collection.read_manifest(folder))
+    return {"base": found["base"]["score"]} | {one["step"]: one["score"] for one in found["checkpoints"]}
+
+
+def test_labels_travel_and_a_collection_without_any_is_archived_as_before(synthetic, tmp_path):
+    (plain,) = archived(synthetic, tmp_path / "plain.archive")
+    label = scored.label(synthetic, scored.evaluated(MORE))
+    parts = archived(synthetic, tmp_path / "x.archive", part_bytes=25_000)
+    assert len(parts) > 1
+    assert same_folders(synthetic, archive.restore(parts, tmp_path / "saves"))
+    label.unlink()
+    assert archived(synthetic, tmp_path / "again.archive")[0].read_bytes() == plain.read_bytes()
+
+
+def test_cast_checkpoints_have_no_labels_of_those_that_were_not(synthetic, tmp_path):
+    scored.label(synthetic, scored.evaluated(MORE))
+    cast = archive.converted(synthetic, collection.read_manifest(synthetic), "bfloat16")
+    archive.write(synthetic, cast, tmp_path / "x.archive")
+    folder = archive.restore([tmp_path / "x.archive"], tmp_path / "saves")
+    assert not (folder / "evaluation.json").exists()
+
+
+@pytest.mark.parametrize(
+    "here, coming, then", [(None, FEW, FEW), (FEW, None, FEW), (FEW, MORE, MORE), (MORE, FEW, MORE)]
+)
+def test_an_import_loses_no_score(imported, here, coming, then):
+    assert figures_in(imported(here, coming)) == then
+
+
+def test_other_scores_than_those_here_are_brought_only_with_force(imported, monkeypatch):
+    with pytest.raises(UserError, match=r"evaluation\.json: holds other scores than .* FORCE=1 replaces"):
+        imported(FEW, OTHER)
+    monkeypatch.setenv("FORCE", "1")
+    assert figures_in(imported(FEW, OTHER)) == OTHER
+
+
+def test_parts_of_different_ages_bring_the_fullest_labels(synthetic, tmp_path):
+    scored.label(synthetic, scored.evaluated(FEW))
+    older = archived(synthetic, tmp_path / "older.archive", part_bytes=25_000)
+    scored.label(synthetic, scored.evaluated(MORE))
+    newer = archived(synthetic, tmp_path / "newer.archive", part_bytes=25_000)
+    assert figures_in(archive.restore([older[0], *newer[1:]], tmp_path / "saves")) == MORE
+
+
+def test_labels_that_cannot_be_trusted_are_not_archived(synthetic, tmp_path):
+    path = scored.label(synthetic, scored.evaluated(MORE))
+    path.write_text(path.read_text().replace("0.7", "0.8"))
+    with pytest.raises(UserError, match=r"evaluation\.json: was edited after it was written; remove it and run"):
+        archived(synthetic, tmp_path / "x.archive")
+    archive.evaluation.write(synthetic, {"sha256": "another's"}, [scored.evaluated(MORE)])
+    with pytest.raises(UserError, match=r"evaluation\.json: is of other checkpoints than its manifest\.json"):
+        archived(synthetic, tmp_path / "x.archive")
+    assert not list(tmp_path.glob("*.archive"))
+
+
+def test_an_export_is_out_of_date_when_the_labels_changed(place, capsys):
+    folder = place.collect(category="math")
+    out = place.export("archive")
+    capsys.readouterr()
+    for said in ("exported", "there already"):
+        scored.label(folder, scored.evaluated(scored.RISING))
+        place.export("archive")
+        assert capsys.readouterr().out.startswith(said)
+    (path,) = out.rglob("*.archive")
+    assert archive.read_files(path)["evaluation.json"] == (folder / "evaluation.json").read_bytes()
 
 
 # In processes of their own: killed, two at once, on a full disk

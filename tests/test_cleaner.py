@@ -7,6 +7,7 @@ import sys
 from pathlib import Path
 
 import pytest
+import scored
 import warm
 
 import checkpoint_cleaner
@@ -56,6 +57,14 @@ def test_a_stock_run_becomes_a_collection_of_its_newest_checkpoints(stock, stock
     assert all(entry["loss"] is not None for entry in manifest["checkpoints"])
     assert collection.faults_of(stock, manifest) == []
     assert str(stock.parent) not in (stock / "manifest.json").read_text()
+
+
+def test_cleaning_again_keeps_the_scores_of_a_collection(stock):
+    checkpoint_cleaner.clean(stock, keep=2)
+    scored.label(stock, scored.evaluated({11: 0.5}))
+    before = content(stock)
+    assert checkpoint_cleaner.clean(stock, keep=1).state == "clean"
+    assert content(stock) == before
 
 
 def test_cleaning_twice_changes_nothing(stock):

@@ -6,6 +6,7 @@ import sys
 from pathlib import Path
 
 import pytest
+import scored
 from conftest import CATEGORY, ROOT
 
 import export_peft
@@ -141,6 +142,21 @@ def test_what_serving_engines_refuse_is_said(place, capsys):
     assert "bias, modules_to_save, use_dora" in told and "--max-lora-rank 32" in told
     place.export("peft", DATASET="B")
     assert "up to 512, not 600" in capsys.readouterr().out
+
+
+def test_the_model_card_names_the_score_of_its_step(place):
+    folder = place.collect()
+    scored.label(folder, scored.evaluated({"base": 0.4, 5: 0.5}))
+    out = place.export("peft")
+    cards = {path.parent.name: path.read_text() for path in out.rglob("README.md")}
+    said = (
+        "score of the collected checkpoint: 0.5000 (0.4000 to 0.6000): share of right choices, as generated, 100 rows"
+    )
+    assert f"- {said} of Toy_test; its base model 0.4000 (0.3000 to 0.5000)\n" in cards["checkpoint-5"]
+    assert "score" not in cards["checkpoint-6"]
+    scored.label(folder, scored.evaluated({"base": 0.4, 5: 0.5, 6: 0.6}))
+    place.export("peft")
+    assert "checkpoint: 0.6000" in next(out.rglob("checkpoint-6/README.md")).read_text(), "other scores, other cards"
 
 
 def test_the_model_card_links_the_base_only_by_its_hub_id(place):

@@ -11,6 +11,7 @@ from pathlib import Path
 
 import pyarrow.compute as pc
 import pytest
+import scored
 import torch
 from safetensors.torch import load_file, save_file
 from torch.utils.data import DataLoader, get_worker_info
@@ -182,6 +183,23 @@ def test_filters_on_any_column(mixed):
     assert len(Pairs(prompts=0, file=Pairs(prompts=0).row(0)["file"])) == 1
 
 
+def test_checkpoints_are_chosen_by_their_scores(mixed):
+    def steps(where) -> list[int]:
+        return [row["step"] for _, _, row in Pairs(prompts=0, where=where)]
+
+    better = pc.field("score") > pc.field("base_score")
+    with pytest.raises(UserError, match="no checkpoint fits where="):
+        steps(better)
+    scored.label(mixed, scored.evaluated({"base": 0.5, 7: 0.4, 9: 0.7, 12: 0.6}))
+    index.update()
+    assert steps(better) == [9, 12]
+    assert steps(better & (pc.field("score_low") > 0.55)) == [9]
+    assert steps(pc.field("split") == "Toy_test") == [7, 9, 12]
+    row = Pairs(prompts=0, where=better)[0].row
+    assert (row["metric"], row["score"], row["base_score"]) == ("choice", 0.7, 0.5)
+    assert list(row) == list(index.COLUMNS)
+
+
 @pytest.mark.parametrize(
     ("arguments", "said"),
     [
@@ -190,7 +208,7 @@ def test_filters_on_any_column(mixed):
         ({"rank": 3}, "no checkpoint fits rank=3"),
         ({"rank": "three"}, "rank='three' does not fit that column, whose values are int32"),
         ({"rank": 10**12}, "does not fit that column"),
-        ({"where": pc.field("los") < 1}, "columns: seed, category"),
+        ({"where": pc.field("los") < 1}, "columns: seed, split, category"),
         ({"where": pc.field("loss") < "x"}, "where="),
         ({"where": "loss < 1"}, "where="),
         ({"split": "dev"}, "split='dev' is not known"),

@@ -13,6 +13,7 @@ from pathlib import Path
 import pyarrow as pa
 import pyarrow.parquet
 import pytest
+import scored
 from upload_server import READS, USER, WRITES, UploadHub
 
 import card
@@ -210,6 +211,32 @@ def test_load_dataset_shows_the_index_and_the_card_has_sound_metadata(licensed, 
         assert told in card.text, told
 
 
+def test_the_card_has_a_table_of_scores_where_something_was_evaluated(licensed, run):
+    run(publish, licensed, DRY_RUN="1")
+    card = tree_of(licensed) / "README.md"
+    before = card.read_text()
+    scored.label(
+        licensed / "saves" / NAME,
+        scored.evaluated({"base": 0.4, 7: 0.5, 9: 0.75, 12: 0.625}),
+        scored.evaluated({9: 1.5, 12: 1.25}, metric="loss", split="Other|test", paired=False, rows=8),
+        scored.evaluated({"base": 0.3}, limit=10),
+    )
+    run(publish, licensed, DRY_RUN="1")
+    start, end = "## How good\n", "## On what\n"
+    text = card.read_text()
+    section = text[text.index(start) : text.index(end)]
+    assert text.replace(section, "") == before, "nothing else is said otherwise"
+    assert "- `choice`: share of right choices, as generated\n- `loss`: mean loss per token of the" in section
+    head, line, *rows = [line for line in section.splitlines() if line.startswith("|")]
+    assert rows == [
+        "| Toy | tiny-llama | 4 | 42 | Toy_test | choice | 100 | 0.4000 (0.3000 to 0.5000) | "
+        "step 9: 0.7500 (0.6500 to 0.8500) | step 12: 0.6250 (0.5250 to 0.7250) |",
+        "| Toy | tiny-llama | 4 | 42 | Other\\|test | loss | 8 | – | "
+        "step 12: 1.2500 (1.1500 to 1.3500) | step 12: 1.2500 (1.1500 to 1.3500) |",
+    ]
+    assert {row.replace("\\|", "").count("|") for row in (head, line, *rows)} == {11}
+
+
 def test_one_licence_for_all_stands_alone_in_the_metadata(licensed, run):
     from huggingface_hub import DatasetCard
 
@@ -223,7 +250,12 @@ def index_with(checkpoints: int, per_collection: int, datasets: int, size: int =
     """The index of so many checkpoints, of which no file exists."""
     numbers = range(checkpoints)
     names = [f"math/D{n // per_collection % datasets}/M{n // per_collection}_lora-rank_8_finetune" for n in numbers]
-    columns = {"collection": names, "step": list(numbers), "bytes": [size] * checkpoints}
+    columns = {
+        "collection": names,
+        "step": list(numbers),
+        "bytes": [size] * checkpoints,
+        "metric": [None] * checkpoints,
+    }
     return pa.table(columns)
 
 
@@ -506,6 +538,91 @@ def test_what_is_there_is_replaced_only_with_force(licensed, empty, run, hub):
         run(pull, empty)
     assert not list((empty / "data" / CATEGORY).iterdir())
     run(pull, empty, FORCE="1")
+    assert hashes(empty / "saves" / NAME) == hashes(licensed / "saves" / NAME)
+
+
+FEW, MORE, OTHER = ({"base": 0.4, 7: 0.5}, {"base": 0.4, 7: 0.5, 8: 0.7}, {"base": 0.4, 7: 0.6})
+
+
+def label(top: Path, figures: dict) -> bytes:
+    return scored.label(top / "saves" / NAME, scored.evaluated(figures)).read_bytes()
+
+
+def label_in(top: Path) -> bytes:
+    return (top / "saves" / NAME / "evaluation.json").read_bytes()
+
+
+@pytest.mark.parametrize("kind", LAYOUTS)
+def test_scores_are_published_and_come_back(licensed, empty, run, hub, kind):
+    run(publish, licensed, **layout(kind))
+    run(pull, empty)
+    label(licensed, FEW)
+    run(publish, licensed, **layout(kind))
+    out = run(pull, empty)
+    assert "there already" in out and "scores brought" in out, "the collection is there, its scores are new"
+    assert hashes(empty / "saves" / NAME) == hashes(licensed / "saves" / NAME)
+    assert index.load(empty / "saves")["score"].to_pylist() == [0.5] + [None] * 5
+    assert "fetching" not in run(pull, empty)
+    shutil.rmtree(empty / "saves" / CATEGORY)
+    run(pull, empty)
+    assert hashes(empty / "saves" / NAME) == hashes(licensed / "saves" / NAME)
+    (licensed / "saves" / NAME / "evaluation.json").unlink()
+    run(publish, licensed, FORCE="1", **layout(kind))
+    assert not any("evaluation" in name for name in hub.repositories[REPO].files)
+    assert "there already" in run(pull, empty) and label_in(empty), "what nobody else has stays"
+
+
+def test_a_pull_loses_no_score_without_force(licensed, empty, run, hub):
+    label(licensed, FEW)
+    run(publish, licensed)
+    run(pull, empty)
+    more = label(empty, MORE)
+    run(pull, empty)
+    assert label_in(empty) == more
+    other = label(empty, OTHER)
+    (empty / "data" / CATEGORY / "Toy.json").unlink()
+    with pytest.raises(UserError, match=r"evaluation\.json: holds other scores than .* FORCE=1 replaces it"):
+        run(pull, empty)
+    assert label_in(empty) == other and not (empty / "data" / CATEGORY / "Toy.json").exists(), "nothing was written"
+    run(pull, empty, FORCE="1")
+    assert label_in(empty) == label_in(licensed)
+    (empty / "saves" / NAME / "evaluation.json").write_text("{")
+    with pytest.raises(UserError, match=r"is there, but evaluation\.json: broken"):
+        run(pull, empty)
+
+
+def test_other_scores_than_the_index_names_are_not_brought(licensed, empty, run, hub):
+    label(licensed, FEW)
+    run(publish, licensed, RAW="1")
+    hub.repositories[REPO].files[f"collections/{NAME}/evaluation.json"] = label(licensed, OTHER)
+    with pytest.raises(UserError, match="has other scores than index.parquet names; it was not brought"):
+        run(pull, empty)
+    shutil.copytree(licensed / "saves" / NAME, empty / "saves" / NAME)
+    (empty / "saves" / NAME / "evaluation.json").unlink()
+    with pytest.raises(UserError, match="has other scores than its index.parquet names; nothing was brought"):
+        run(pull, empty)
+
+
+def test_scores_that_change_while_they_are_published_are_not_mixed(licensed, run, monkeypatch):
+    label(licensed, FEW)
+    place = publish_tree.place
+
+    def evaluated_meanwhile(source: Path, target: Path) -> None:
+        place(source, target)
+        if source.name == "evaluation.json":
+            label(licensed, MORE)
+
+    monkeypatch.setattr(publish_tree, "place", evaluated_meanwhile)
+    with pytest.raises(UserError, match="was evaluated while it was published; run it again"):
+        run(publish, licensed, RAW="1", DRY_RUN="1")
+
+
+def test_what_was_published_before_there_were_scores_can_be_pulled(licensed, empty, run, hub):
+    run(publish, licensed)
+    table = pa.parquet.read_table(pa.BufferReader(hub.repositories[REPO].files["index.parquet"]))
+    marks = json.loads(table.schema.metadata[b"paragen"])
+    hub.repositories[REPO].files["index.parquet"] = publish_tree.index_of(table.drop_columns(list(index.SCORES)), marks)
+    run(pull, empty)
     assert hashes(empty / "saves" / NAME) == hashes(licensed / "saves" / NAME)
 
 

@@ -10,6 +10,7 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+import scored
 from PIL import Image
 from selenium import webdriver
 from selenium.webdriver.chrome.service import Service
@@ -233,6 +234,96 @@ def test_pictures_follow_the_colour_scheme(browser):
     colours(browser, "dark")
     assert browser.execute_script(ground) == "rgb(20, 23, 26)"
     wait(browser, lambda: browser.execute_script(line) != light)
+
+
+@pytest.fixture(scope="module")
+def evaluated_page(trained_once, tmp_path_factory) -> Path:
+    """A page with three collections: scored by choices, by the loss at one step, and not evaluated."""
+    project = trained_once.copy(tmp_path_factory.mktemp("evaluated") / "my project")
+    for dataset in ("Loss", "Unscored"):
+        twin(project, f"math/{dataset}/{RUN}", dataset=dataset, category="math")
+    figures = {"base": 0.4, 7: 0.5, 9: 0.75, 12: 0.625}
+    scored.label(project.run_folder("finetune"), scored.evaluated(figures, split="<i>Toy_test"))
+    scored.label(project.top / "saves" / "math" / "Loss" / RUN, scored.evaluated({"base": 2.5, 12: 1.25}, "loss"))
+    with pytest.MonkeyPatch.context() as patch:
+        for name in ("SAVES", "DATA", "MODELS"):
+            patch.setattr(paths, name, project.top / name.lower())
+        patch.setattr(paths, "SCRIPTS", project.top / "collect_scripts")
+        return report.make()
+
+
+def figures_of(article) -> list[str]:
+    return [title.text for title in article.find_elements(By.CSS_SELECTOR, "figure h4")]
+
+
+@pytest.mark.parametrize("scheme", ["light", "dark"])
+def test_scores_are_drawn_beside_the_loss_with_base_and_best(chromium, evaluated_page, tmp_path, scheme):
+    size(chromium, 1280)
+    colours(chromium, scheme)
+    chromium.get_log("browser")
+    chromium.get(evaluated_page.as_uri())
+    article = opened(chromium)
+    assert drawn(chromium, "#opened .plot")
+    assert figures_of(article)[:2] == ["Loss and learning rate", "Score along the trajectory"]
+    loss, score = article.find_elements(By.CSS_SELECTOR, "figure")[:2]
+    assert loss.location["y"] == score.location["y"], "side by side"
+    assert score.find_element(By.CSS_SELECTOR, ".plot").get_attribute("aria-label") == (
+        "Score from 0.500 at step 7 to 0.625 at step 12, best 0.750 at step 9; the base model 0.400; "
+        "100 rows of <i>Toy_test, share of right choices, as generated; "
+        "3 of 6 checkpoints evaluated, with 95 % confidence intervals"
+    )
+    assert [text.text for text in score.find_elements(By.CSS_SELECTOR, ".legendtext")] == [
+        "base model", "checkpoints", "best, step 9",
+    ]  # fmt: skip
+    assert score.find_elements(By.CSS_SELECTOR, ".fills path.js-fill"), "the interval is a band"
+    chromium.execute_script("arguments[0].scrollIntoView()", score)
+    chromium.save_screenshot(str(tmp_path / f"{scheme}.png"))
+    png = chromium.get_screenshot_as_png()
+    line, base, best = {
+        "light": ((0, 114, 178), (213, 94, 0), (230, 159, 0)),
+        "dark": ((79, 168, 224), (240, 132, 60), (240, 180, 41)),
+    }[scheme]
+    assert shades(png, line) > 50 and shades(png, base) > 50 and shades(png, best) > 20
+    assert [entry["message"] for entry in chromium.get_log("browser")] == []
+
+
+def test_the_metric_loss_is_the_test_loss_and_what_was_not_evaluated_looks_as_before(chromium, evaluated_page):
+    size(chromium, 1280)
+    chromium.get(evaluated_page.as_uri())
+    article = opened(chromium, "Loss")
+    assert drawn(chromium, "#opened .plot")
+    assert figures_of(article)[1] == "Test loss along the trajectory"
+    label = article.find_element(By.CSS_SELECTOR, "[data-kind=scores]").get_attribute("aria-label")
+    assert label.startswith("Test loss 1.25 at step 12; the base model 2.50; 100 rows of Toy_test, mean loss per token")
+    article.find_element(By.CSS_SELECTOR, "[data-close]").click()
+    article = opened(chromium, "Unscored")
+    assert figures_of(article) == ["Loss and learning rate", "Trajectory of the steps", "Change of each layer per step"]
+    assert "wide" in article.find_element(By.CSS_SELECTOR, "figure").get_attribute("class")
+
+
+def test_scores_stand_in_the_table_where_something_was_evaluated(chromium, evaluated_page, page):
+    chromium.get(evaluated_page.as_uri())
+    heads = [head.text for head in chromium.find_elements(By.CSS_SELECTOR, "#collection-table thead button")]
+    at = heads.index("Base score") + 1
+    assert heads[at - 1 : at + 2] == ["Base score", "Last score", "Best score"]
+    cells = list(zip(*(shown(chromium, column=column) for column in (1, at, at + 1, at + 2)), strict=True))
+    assert sorted(cells) == [
+        ("Loss", "2.500 loss", "1.250 loss", "1.250 loss"),
+        ("Toy", "0.4000", "0.6250", "0.7500"),
+        ("Unscored", "", "", ""),
+    ]
+    assert "Base score" not in page.read_text()
+
+
+def test_what_is_not_known_of_scores_is_left_out():
+    lacking = scored.evaluated({7: 0.5, 8: float("nan"), 9: 0.25}, "loss")
+    picture = report_data.scores(lacking, 6)
+    assert (picture["step"], picture["value"], picture["base"], picture["best"]) == ([7, 9], [0.5, 0.25], None, 1)
+    assert "the base model was not evaluated" in picture["label"] and "2 of 6 checkpoints" in picture["label"]
+    nothing = report_data.scores(scored.evaluated({7: float("nan")}, "loss"), 6)
+    assert nothing == {
+        "title": "Test loss", "axis": "test loss per token", "label": "No figure of Toy_test is known",
+    }  # fmt: skip
 
 
 def test_a_phone_sees_it_without_sideways_scrolling(browser):

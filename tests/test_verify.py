@@ -6,10 +6,12 @@ import shutil
 from pathlib import Path
 
 import pytest
+import scored
 import torch
 from safetensors.torch import load_file, save_file
 
 import collection
+import evaluation
 import verify
 
 STEP = "checkpoint-9.safetensors"
@@ -50,6 +52,11 @@ def flip_a_bit(folder: Path) -> None:
     (folder / STEP).write_bytes(data)
 
 
+def edit_labels(folder: Path) -> None:
+    path = scored.label(folder, scored.evaluated({7: 0.5}))
+    path.write_text(path.read_text().replace("0.5", "0.9"))
+
+
 def add_key(manifest):
     manifest["recipe"]["learning_rate"] = 1.0
 
@@ -80,6 +87,20 @@ def test_a_fresh_collection_is_whole_and_loads_with_peft(folder, capsys):
         (lambda f: rewrite(f, lambda t: t.pop(min(t))), "other keys, shapes or types"),
         (lambda f: rewrite(f, lambda t: t.update({min(t): t[min(t)].half()})), "other keys, shapes or types"),
         (lambda f: edit_manifest(f, lambda m: m.update(rank=8)), "holds rank [4], not 8"),
+        (lambda f: (f / "evaluation.json").write_text("{"), "evaluation.json: broken"),
+        (lambda f: (f / "evaluation.json").write_text("{}"), "evaluation.json: not of format 1"),
+        (
+            lambda f: edit_labels(f),
+            "evaluation.json: was edited after it was written; remove it and run: make evaluate",
+        ),
+        (lambda f: evaluation.write(f, {"sha256": "0"}, []), "evaluation.json: is of other checkpoints"),
+        (lambda f: scored.label(f, scored.evaluated({6: 0.5, 7: 0.5})), "has a score of step 6, which is none of its"),
+        (lambda f: scored.label(f, scored.evaluated({7: 0.5}, metric="luck")), "the metric 'luck', which is not known"),
+        (
+            lambda f: scored.label(f, scored.evaluated({7: 0.5}, checkpoints=[{"step": 7}])),
+            "holds a score that is none",
+        ),
+        (lambda f: scored.label(f, scored.evaluated({}, rows="all")), "has another kind of value"),
         (lambda f: edit_manifest(f, lambda m: m.update(base_model={"name": "Gone"})), "make model MODEL=<org>/Gone"),
     ],
 )
@@ -89,6 +110,13 @@ def test_what_happened_to_a_collection_is_named(folder, capsys, damage, said):
     said_lines = capsys.readouterr().out.splitlines()
     assert any(said in line for line in said_lines), said_lines
     assert all(line.startswith("FAULTY") for line in said_lines)
+
+
+def test_scores_belong_into_a_collection_and_a_killed_evaluation_does_not_spoil_it(folder, capsys):
+    scored.label(folder, scored.evaluated({"base": 0.4, 7: 0.5, 12: 0.6}))
+    (folder / ".evaluation.json.4711.tmp").write_text("{")
+    assert verify.verify(folder)
+    assert capsys.readouterr().out.startswith("whole")
 
 
 def test_an_adapter_that_does_not_fit_its_base_is_found_by_peft(folder, capsys):

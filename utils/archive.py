@@ -20,6 +20,7 @@ import secrets
 from pathlib import Path
 
 import collection
+import evaluation
 import files
 import paths
 import run_identity
@@ -28,8 +29,8 @@ from archive_write import SUFFIX, converted, write
 from cli import UserError, say
 
 __all__ = [
-    "FORMAT", "SUFFIX", "converted", "load_step", "opened", "read_all", "read_files", "read_manifest", "restore",
-    "steps_of", "verify", "write",
+    "FORMAT", "SUFFIX", "converted", "load_step", "opened", "read_all", "read_files", "read_manifest",
+    "restore", "steps_of", "verify", "write",
 ]  # fmt: skip
 
 
@@ -55,9 +56,9 @@ def restore(archives: list[Path], saves: Path) -> Path:
         archives: one collection's, in any order.
         saves: the folder that gets `<category>/<dataset>/<run folder>/`, which the manifest names.
 
-    Returns the collection's folder. One that is there already is left as it is when it is the same, whole one. Raises
-    UserError, with nothing changed, when something is damaged or missing, or when something else stands at its place
-    (FORCE=1 replaces that).
+    Returns the collection's folder. One that is there already is left as it is when it is the same, whole one; it gets
+    the archive's evaluation.json where no score of its own is lost by that. Raises UserError, with nothing changed,
+    when something is damaged or missing, or when something else stands at its place (FORCE=1 replaces that).
     """
     manifest = read_manifest(archives[0])
     for path in archives:
@@ -73,6 +74,8 @@ def restore(archives: list[Path], saves: Path) -> Path:
     small = read_files(archives[0])
     if strange := sorted(small.keys() - {paths.MANIFEST, *collection.BESIDE}):
         raise UserError(f"{paths.relative(archives[0])}: holds {strange[0]!r}, which belongs to no collection")
+    if labels := _labels_of(archives, manifest):
+        small[evaluation.FILE] = labels
     folder = saves / place_of(manifest, paths.relative(archives[0]))
     folder = folder.resolve() if folder.is_symlink() else folder
     try:
@@ -83,6 +86,16 @@ def restore(archives: list[Path], saves: Path) -> Path:
     except files.Busy as busy:
         raise UserError(f"{paths.relative(folder)}: is trained or imported right now (by who holds {busy})") from None
     return folder
+
+
+def _labels_of(archives: list[Path], manifest: dict) -> bytes | None:
+    """The evaluation.json in a collection's archives: parts of different ages may differ in it, the fullest counts."""
+    found = None
+    for path in archives:
+        other = read_files(path).get(evaluation.FILE)
+        if evaluation.is_newer(other, found, manifest, f"{paths.relative(path)}: {evaluation.FILE}"):
+            found = other
+    return found
 
 
 def place_of(manifest: dict, name: str) -> Path:
@@ -119,10 +132,12 @@ def _there_already(folder: Path, manifest: dict, small: dict[str, bytes]) -> boo
         what = f"another collection{dtypes[0]} than the archive's{dtypes[1]}"
         raise UserError(f"{name}: {what} is there already; {way_out}")
     faults = collection.faults_of(folder, manifest)
-    faults += [f"{file} differs" for file, data in small.items() if not _holds(folder / file, data)]
+    beside = [file for file in small if file != evaluation.FILE]
+    faults += [f"{file} differs" for file in beside if not _holds(folder / file, small[file])]
     if faults:
         raise UserError(f"{name}: is there already, but {faults[0]}; {way_out}")
     say(f"there already: {name}")
+    collection.bring_labels(folder, manifest, small.get(evaluation.FILE))
     return True
 
 

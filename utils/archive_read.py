@@ -122,7 +122,8 @@ def _block(archive: Opened, handle: int, block: list, size: int, what: str) -> b
 
 
 def read_files(path: Path) -> dict[str, bytes]:
-    """The collection's files beside its checkpoints, by name: manifest.json, adapter_config.json, log and picture."""
+    """The collection's files beside its checkpoints, by name: manifest.json, adapter_config.json, log, picture, and
+    evaluation.json where it was evaluated."""
     archive = opened(path)
     with open(path, "rb") as file:
         return {

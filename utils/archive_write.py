@@ -16,6 +16,7 @@ import numpy as np
 import byte_planes
 import checkpoints
 import collection
+import evaluation
 import files
 import paths
 from archive_read import FORMAT, HEAD, codec, threads
@@ -37,12 +38,18 @@ def write(folder: Path, manifest: dict, target: Path, part_bytes: int | None = N
         part_bytes: no file is to have more bytes; where one would, `<name>-00001-of-00003.archive` and so on are
             written in its place, cut where a full checkpoint begins.
 
+    An evaluation.json goes along, but not with cast checkpoints: its scores are of those that were not.
+
     Returns the files written, flushed to the disk. Memory: about six checkpoints. Raises UserError, leaving nothing,
     for a file that differs from what was recorded and for a `part_bytes` too small for one checkpoint.
     """
     dtype, manifest_bytes = _source_of(folder, manifest)
     small = {paths.MANIFEST: manifest_bytes, paths.ADAPTER_CONFIG: checkpoints.adapter_config_bytes(folder, manifest)}
-    small |= {name: (folder / name).read_bytes() for name in collection.BESIDE[1:] if (folder / name).is_file()}
+    beside = (collection.LOG, collection.PICTURE)
+    small |= {name: (folder / name).read_bytes() for name in beside if (folder / name).is_file()}
+    if dtype is None and (labels := evaluation.bytes_in(folder)) is not None:  # they are not of cast checkpoints
+        evaluation.parse(labels, manifest, paths.relative(folder / evaluation.FILE))
+        small[evaluation.FILE] = labels
     left, parts = list(manifest["checkpoints"]), []
     try:
         while left or not parts:

@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import dataset_info
+import evaluation
 import index
 import licenses
 import paths
@@ -47,6 +48,8 @@ def render(
         repository=repository,
         checkpoints=table.num_rows,
         collections=collection_rows(table),
+        scores=(scores := score_rows(chosen, table)),
+        metrics={name: evaluation.METRICS[name] for name in sorted({row[5] for row in scores})},
         datasets=data,
         pictures=sorted({part["name"] for part in parts_of(chosen) if part.get("pictures")}),
         unknown_data=sorted({item.manifest["dataset"] for item in chosen if item.manifest["data"] is None}),
@@ -144,6 +147,24 @@ def collection_rows(table: "pa.Table") -> list[dict[str, str]]:
         }
         for row in table.group_by(keys).aggregate(figures).sort_by("collection").to_pylist()
     ]
+
+
+def score_rows(chosen: list[index.Chosen], table: "pa.Table") -> list[tuple[str, ...]]:
+    """A row per evaluation of a collection for the card: what was scored, and the scores of base and checkpoints."""
+    models = dict(zip(table["collection"].to_pylist(), table["model"].to_pylist(), strict=True))
+    rows = []
+    for item in chosen:
+        for found in evaluation.read(item.folder, item.manifest):
+            if not found["checkpoints"]:
+                continue
+            best, last = evaluation.best_of(found), found["checkpoints"][-1]
+            texts = [evaluation.text_of(found, score) for score in (found["base"], best, last)]
+            steps = ["", f"step {best['step']}: " if best else "", f"step {last['step']}: "]
+            named = (item.manifest["dataset"], models[item.name], item.manifest["rank"], item.manifest["seed"])
+            facts = (*named, found["split"], found["metric"], found["rows"])
+            scores = [step + text if text else None for step, text in zip(steps, texts, strict=True)]
+            rows.append(tuple("–" if fact is None else str(fact) for fact in (*facts, *scores)))
+    return rows
 
 
 def recipe_rows(chosen: list[index.Chosen], table: "pa.Table") -> list[tuple[str, ...]]:

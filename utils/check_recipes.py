@@ -12,7 +12,6 @@ import difflib
 import json
 import re
 import shlex
-import sys
 from collections.abc import Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -84,7 +83,7 @@ def main() -> int:
     chosen = sorted(set(found)) or all_recipes()
     messages, faulty = check(chosen)
     for message in messages:
-        print(f"error: {message}", file=sys.stderr, flush=True)
+        cli.complain(message)
     if messages:
         raise UserError(f"faults: {len(messages)}, in {faulty} of {len(chosen)} recipes")
     say(f"{len(chosen)} recipes, no faults")

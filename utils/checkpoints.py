@@ -22,6 +22,8 @@ if TYPE_CHECKING:
 
 _verified: dict[str, tuple[tuple, str]] = {}  # what was hashed: path -> (its stamp, its sha256)
 
+PEFT_PREFIX = "base_model.model."  # what PEFT puts before the names of a model's layers
+
 
 def verified(path: Path, size: int, sha256: str) -> Path:
     """`path`, checked to hold the bytes that were recorded.
@@ -209,4 +211,4 @@ def _by_number(name: str) -> list:
 
 def short_layer(layer: str) -> str:
     """A layer's name as pictures and tables show it: without PEFT's and the model's prefixes."""
-    return layer.removeprefix("base_model.model.").removeprefix("model.")
+    return layer.removeprefix(PEFT_PREFIX).removeprefix("model.")

@@ -43,7 +43,7 @@ def main() -> int:
                 failed.append(cell)
     status = verify([cell for cell in chosen if cell not in failed])
     for cell in failed:
-        packed_train.report(f"{finetune.stem} at rank {cell.rank}: is not collected; the cause stands above")
+        cli.complain(f"{finetune.stem} at rank {cell.rank}: is not collected; the cause stands above")
     return 1 if failed else status
 
 
@@ -70,7 +70,7 @@ def sort_out(chosen: list[Cell]) -> tuple[list[Cell], list[Cell]]:
     if len(errors) == len(chosen):
         raise errors[chosen[0]]
     for error in errors.values():
-        packed_train.report(str(error))
+        cli.complain(str(error))
     return to_do, list(errors)
 
 
@@ -90,7 +90,7 @@ def train_packed(chosen: list[Cell]) -> list[Cell]:
         status = cli.call([sys.executable, UTILS / "packed_train.py", *named, "--results", results])
         found = packed_train.read_results(results)
     if status < 0:
-        packed_train.report(f"the training was killed by signal {-status}; run it again, it goes on where it was")
+        cli.complain(f"the training was killed by signal {-status}; run it again, it goes on where it was")
     return [cell for number, cell in enumerate(chosen) if number not in found or found[number].outcome != "done"]
 
 

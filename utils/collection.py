@@ -14,10 +14,11 @@ from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
+import evaluation
 import files
 import paths
 import run_identity
-from cli import UserError
+from cli import UserError, say
 
 FORMAT = 2
 MANIFEST = paths.MANIFEST
@@ -27,7 +28,8 @@ KEYS = {
 }  # fmt: skip
 CHECKPOINT_FILE = re.compile(r"checkpoint-\d+\.safetensors")
 LOG, PICTURE = "trainer_log.jsonl", "training_loss.png"
-BESIDE = (paths.ADAPTER_CONFIG, LOG, PICTURE)  # the files of a collection beside its manifest and checkpoints
+OPTIONAL = (LOG, PICTURE, evaluation.FILE)
+BESIDE = (paths.ADAPTER_CONFIG, *OPTIONAL)  # the files of a collection beside its manifest and checkpoints
 PACKAGES = ("llamafactory", "transformers", "peft", "accelerate", "datasets", "torch", "safetensors")
 
 
@@ -236,13 +238,13 @@ def set_base_name(adapter_config: Path, base: dict) -> None:
 
 
 def faults_of(folder: Path, manifest: dict) -> list[str]:
-    """What is wrong with a collection, a phrase each: files, hashes, steps, keys, shapes, values, loading with PEFT."""
+    """What is wrong with a collection, a phrase each: files, hashes, steps, keys, shapes, values, evaluation.json."""
     entries = manifest["checkpoints"]
     faults = [] if entries else ["the manifest lists no checkpoint"]
     expected = {checkpoint_name(entry["step"]) for entry in entries}
     expected |= {MANIFEST, *BESIDE}
-    there = {path.name for path in folder.iterdir()}
-    faults += [f"{name} is missing" for name in sorted(expected - there - {LOG, PICTURE})]
+    there = {path.name for path in folder.iterdir() if not evaluation.HALF_WRITTEN.fullmatch(path.name)}
+    faults += [f"{name} is missing" for name in sorted(expected - there - {*OPTIONAL})]
     faults += [f"{name} does not belong here" for name in sorted(there - expected)]
     steps = [entry["step"] for entry in entries]
     if steps and manifest["recipe"] is not None and steps != list(range(steps[0], steps[0] + len(steps))):
@@ -253,9 +255,25 @@ def faults_of(folder: Path, manifest: dict) -> list[str]:
     config = folder / paths.ADAPTER_CONFIG
     if config.name in there and files.sha256_of(config) != manifest["adapter_config_sha256"]:
         faults.append(f"{config.name} does not have its recorded sha256")
+    try:
+        if (labels := evaluation.bytes_in(folder)) is not None:
+            evaluation.parse(labels, manifest, evaluation.FILE)
+    except UserError as error:
+        faults.append(str(error))
     present = [entry for entry in entries if checkpoint_name(entry["step"]) in there]
     faults += _checkpoint_faults(folder, present, manifest["rank"])
     return faults
+
+
+def bring_labels(folder: Path, manifest: dict, coming: bytes | None) -> None:
+    """Give a whole collection the evaluation.json that comes with the same one. Call it with the folder's lock held.
+
+    Raises UserError where that would lose scores that were measured here and FORCE=1 was not said.
+    """
+    path, here = folder / evaluation.FILE, evaluation.bytes_in(folder)
+    if evaluation.is_newer(coming, here, manifest, paths.relative(path), run_identity.force_asked()):
+        files.write_atomically(path, coming)
+        say(f"scores brought: {paths.relative(path)}")
 
 
 def _checkpoint_faults(folder: Path, entries: list[dict], rank: int) -> list[str]:

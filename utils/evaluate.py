@@ -69,6 +69,8 @@ def main() -> int:
             if len(chosen) == 1:
                 raise
             cli.complain(str(error) if one.name in str(error) else f"{one.name}: {error}")
+    if done:
+        index.update()  # so that pairs can be chosen by the new scores
     show_scores(done)
     return 0 if len(done) == len(chosen) else 1
 
@@ -134,10 +136,7 @@ def score(plan: Plan, base: "Base | None", show: int) -> "Base | None":
     folder, manifest = plan.chosen.folder, plan.chosen.manifest
     try:
         with files.lock(files.beside(folder, "evaluation.lock")):
-            files.remove_unfinished(folder / evaluation.FILE)
-            there = evaluation.read(folder, manifest)
-            entry = entry_for(plan, there)
-            others = [other for other in there if (other["split"], other["limit"]) != (entry["split"], entry["limit"])]
+            entry = entry_for(plan, evaluation.read(folder, manifest))
             wanted = missing(plan, entry)
             if not wanted:
                 say(f"scored already: {plan}, {len(plan.steps) - 1} checkpoints")
@@ -153,8 +152,7 @@ def score(plan: Plan, base: "Base | None", show: int) -> "Base | None":
             grader = grades.Grader(plan.chosen, base, plan.split, plan.metric, entry["engine"])
             for graded in grader.groups(wanted):
                 keep(entry, graded)
-                check_same(plan)
-                evaluation.write(folder, manifest, [*others, entry])
+                save(plan, entry)
                 left = len(missing(plan, entry))
                 say(f"  {len(plan.steps) - left} of {len(plan.steps)} scored, {time.monotonic() - started:.0f} s")
                 ends |= {step: one for step, one in graded.items() if step in (BASE, plan.steps[-1])}
@@ -176,7 +174,7 @@ def entry_for(plan: Plan, there: list[dict[str, Any]]) -> dict[str, Any]:
         "rows": len(plan.split.rows), "prompts_sha256": files.sha256_of_value(plan.split.texts), "settings": settings,
         "engine": engine, "dtype": None, "device": None, "versions": {}, "base": None, "checkpoints": [],
     }  # fmt: skip
-    old = next((one for one in there if (one["split"], one["limit"]) == (new["split"], new["limit"])), None)
+    old = next((one for one in there if rows_of(one) == rows_of(new)), None)
     if old is None or run_identity.force_asked():
         return new
     if changed := changes(old, new):
@@ -220,11 +218,24 @@ def keep(entry: dict[str, Any], graded: "dict[int, Graded]") -> None:
     entry["checkpoints"] = [scores[step] for step in sorted(scores)]
 
 
-def check_same(plan: Plan) -> None:
-    """Raise UserError when the collection was replaced while it was scored."""
-    manifest = collection.read_manifest(plan.chosen.folder)
-    if manifest is None or manifest["sha256"] != plan.chosen.manifest["sha256"]:
-        raise UserError(f"{plan}: the collection was replaced while it was scored; score it again")
+def save(plan: Plan, entry: dict[str, Any]) -> None:
+    """Put an evaluation into its collection's evaluation.json, beside those of other rows.
+
+    Raises UserError when the collection was replaced while it was scored.
+    """
+    folder = plan.chosen.folder
+    with files.lock(files.beside(folder, "lock"), waiting=f"waiting for what is at work on {plan.chosen.name}"):
+        manifest = collection.read_manifest(folder)
+        if manifest is None or manifest["sha256"] != plan.chosen.manifest["sha256"]:
+            raise UserError(f"{plan}: the collection was replaced while it was scored; score it again")
+        files.remove_unfinished(folder / evaluation.FILE)
+        others = [one for one in evaluation.read(folder, manifest) if rows_of(one) != rows_of(entry)]
+        evaluation.write(folder, manifest, [*others, entry])
+
+
+def rows_of(entry: dict[str, Any]) -> tuple:
+    """Which rows an evaluation is of."""
+    return entry["split"], entry["limit"]
 
 
 def show_answers(asked: list[Question], graded: "dict[int, Graded]") -> None:
@@ -241,13 +252,12 @@ def show_scores(plans: list[Plan]) -> None:
     rows = []
     for plan in plans:
         found = evaluation.read(plan.chosen.folder, plan.chosen.manifest)
-        entry = next(one for one in found if (one["split"], one["limit"]) == (plan.split.name, plan.limit))
-        last = entry["checkpoints"][-1]
-        best = evaluation.best(entry)
-        rows.append((
-            plan.chosen.name, entry["split"], str(entry["rows"]), entry["metric"], evaluation.text_of(entry["base"]),
-            f"{evaluation.text_of(best)} (step {best['step']})", f"{evaluation.text_of(last)} (step {last['step']})",
-        ))  # fmt: skip
+        entry = next(one for one in found if rows_of(one) == (plan.split.name, plan.limit))
+        last, best = entry["checkpoints"][-1], evaluation.best_of(entry)
+        texts = [evaluation.text_of(entry, one) for one in (entry["base"], best, last)]
+        if best is not None:
+            texts[1] += f" at step {best['step']}"
+        rows.append((plan.chosen.name, entry["split"], str(entry["rows"]), entry["metric"], *texts))
     if rows:
         cli.print_table(("collection", "on", "rows", "metric", "base", "best", "last"), rows)
 

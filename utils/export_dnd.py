@@ -168,7 +168,7 @@ def dnd_key(key: str, name: str) -> str:
             f"{name}: {key}: Drag-and-Drop reads model.layers.<n> with q/k/v/o_proj and up/gate/down_proj only; "
             "FORMAT=peft and canonical take any layer"
         )
-    return f"base_model.model.model.layers.{found[1]}"
+    return f"{checkpoints.PEFT_PREFIX}model.layers.{found[1]}"
 
 
 def source_of(one: Planned, dtype: str | None) -> dict[str, Any]:

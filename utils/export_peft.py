@@ -17,6 +17,7 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 import checkpoints
+import evaluation
 import exported
 import paths
 from cli import UserError, say
@@ -37,6 +38,7 @@ class Planned(NamedTuple):
     config: dict[str, Any]  # adapter_config.json
     keys: list[str]
     stored: str  # the dtype
+    scores: dict[int, str]  # by step, as the model card says it; of those that were evaluated
 
 
 def export(chosen: list[Chosen], out: Path, dtype: str | None) -> None:
@@ -74,7 +76,19 @@ def planned(chosen: Chosen, asked: str) -> Planned:
     config = checkpoints.adapter_config(chosen.folder, chosen.manifest)
     first = next(checkpoints.open_all(chosen.folder, entries))
     keys = sorted(first.keys())
-    return Planned(chosen, entries, config, keys, checkpoints.dtype_of(first))
+    return Planned(chosen, entries, config, keys, checkpoints.dtype_of(first), scores_of(chosen))
+
+
+def scores_of(chosen: Chosen) -> dict[int, str]:
+    """What the model cards say of the evaluated steps of a collection: score, metric, rows, and the base's score."""
+    shown = evaluation.shown(evaluation.read(chosen.folder, chosen.manifest))
+    if shown is None:
+        return {}
+    base = evaluation.text_of(shown, shown["base"])
+    about = f"{evaluation.METRICS[shown['metric']]}, {shown['rows']} rows of {shown['split']}"
+    about += f"; its base model {base}" if base else ""
+    texts = {score["step"]: evaluation.text_of(shown, score) for score in shown["checkpoints"]}
+    return {step: f"{text}: {about}" for step, text in texts.items() if text}
 
 
 def selected(entries: list[dict], asked: str) -> list[dict]:
@@ -94,12 +108,13 @@ def source_of(one: Planned, dtype: str | None) -> dict[str, Any]:
         "sha256": one.chosen.manifest["sha256"],
         "steps": [entry["step"] for entry in one.entries],
         "dtype": dtype or one.stored,
+        **evaluation.mark_of(one.chosen.folder),
     }
 
 
 def modules_of(keys: list[str]) -> list[str]:
     """The adapted modules, as the base model names them."""
-    return sorted({re.sub(r"\.lora_.*", "", key).removeprefix("base_model.model.") for key in keys})
+    return sorted({re.sub(r"\.lora_.*", "", key).removeprefix(checkpoints.PEFT_PREFIX) for key in keys})
 
 
 def refusals_of(config: dict[str, Any], keys: list[str]) -> list[str]:
@@ -157,6 +172,7 @@ def card_of(one: Planned, entry: dict, dtype: str | None) -> str:
         "collection": one.chosen.name,
         "step": entry["step"],
         "loss": entry["loss"],
+        "score of the collected checkpoint": one.scores.get(entry["step"]),
         "rank": manifest["rank"],
         "seed": manifest["seed"],
         "sha256 of the collected checkpoint": entry["sha256"],

@@ -98,7 +98,7 @@ def bring_all(wanted: dict[str, dict], base: str, force: bool, tries: int, data_
                         outcome = error
                 failed.append(name)
                 for line in (told(outcome) or "").splitlines():
-                    print(f"error: {name}: {line}", file=sys.stderr, flush=True)
+                    cli.complain(f"{name}: {line}")
     done, seconds = len(wanted) - len(failed), time.monotonic() - start
     say(f"{done} of {len(wanted)} files are there and registered ({fresh} fetched, {seconds:.0f} s)")
     if failed:

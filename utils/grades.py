@@ -68,7 +68,7 @@ class Grader:
         tried = self._tried()
         theirs = scored_base.expected(self.base.model, self.folder, self._read(self.last), tried)
         self.base.fuse()
-        stacked = Stacked(self.base.model, [layer.removeprefix(lora_stack.PREFIX) for layer in self.layers])
+        stacked = Stacked(self.base.model, [layer.removeprefix(checkpoints.PEFT_PREFIX) for layer in self.layers])
         try:
             found = self._scorer(stacked, tried).marks(self._on_device(self._stack([BASE, self.last])))
             scored_base.compare(found, theirs, self.base.dtype)

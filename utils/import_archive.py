@@ -4,7 +4,8 @@
     python utils/import_archive.py FOLDER             all archives below a folder, parts of a collection together
 
 Each goes to saves/<category>/<dataset>/<run folder>/, as its manifest says. What is there already is left when it is
-the same; something else is left, too, and named, unless FORCE=1. The archives stay as they are.
+the same (and gets the archive's scores where it has none, or fewer); something else is left, too, and named, unless
+FORCE=1. The archives stay as they are.
 """
 
 import os
@@ -26,7 +27,7 @@ def main() -> int:
         try:
             archive.restore(parts, paths.SAVES)
         except UserError as error:
-            print(f"error: {error}", file=sys.stderr, flush=True)
+            cli.complain(str(error))
             faults += 1
     return 1 if faults else 0
 

@@ -4,13 +4,15 @@
     python utils/index.py --rows           print every row (--csv: as CSV)
 
 Collections that did not change are not read again; checkpoints that changed after their manifest was written, or since
-the last index, are hashed. A collection that is broken is named and left out; status 1 then.
+the last index, are hashed. A collection that is broken is named and left out; status 1 then. Checkpoints that were
+evaluated have their scores beside their loss, and those of the base model to compare with.
 Imported by all that works on collections: `chosen` gives those that the user selects.
 """
 
 import argparse
 import hashlib
 import json
+import math
 import os
 import re
 import sys
@@ -20,6 +22,7 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 import checkpoints
 import cli
 import collection
+import evaluation
 import files
 import models
 import paths
@@ -29,13 +32,19 @@ from cli import UserError, say
 if TYPE_CHECKING:
     import pyarrow as pa
 
-FORMAT = "2"
+FORMAT = "3"
 ENTRY = ("step", "loss", "learning_rate", "bytes", "sha256")  # what a manifest says of a checkpoint
+# What an evaluation says of a checkpoint, null where it was not evaluated: of which split, by which metric; the score
+# with its confidence interval, the mean loss per token of the responses, and the base model's.
+SCORES = {
+    "metric": "string", "split": "string", "score": "float64", "score_low": "float64", "score_high": "float64",
+    "test_loss": "float64", "base_score": "float64", "base_loss": "float64",
+}  # fmt: skip
 COLUMNS = {
     "category": "string", "dataset": "string", "model": "string", "base_model": "string", "rank": "int32",
-    "seed": "int64", "step": "int64", "loss": "float64", "learning_rate": "float64", "file": "string",
-    "bytes": "int64", "sha256": "string", "prompts_file": "string", "prompts_sha256": "string", "rows": "int64",
-    "collection": "string",
+    "seed": "int64", "step": "int64", "loss": "float64", "learning_rate": "float64", **SCORES,
+    "file": "string", "bytes": "int64", "sha256": "string", "prompts_file": "string", "prompts_sha256": "string",
+    "rows": "int64", "collection": "string",
 }  # fmt: skip
 
 
@@ -90,10 +99,11 @@ def update(saves: Path | None = None) -> "tuple[pa.Table, dict[str, str]]":
     for folder in collection.run_folders([saves]) if saves.is_dir() else []:
         name = folder.relative_to(saves.absolute()).as_posix()
         try:
-            stamp, mark = stamp_of(folder), known.get(name)
-            if mark and mark["stamp"] == stamp and name in places:
-                part, seal = old.slice(*places[name]), mark["sha256"]
+            stamp, scores, mark = stamp_of(folder), scores_stamp_of(folder), known.get(name)
+            if mark and mark["stamp"] == stamp and mark["scores"]["stamp"] == scores and name in places:
+                part, seal, scores_sha256 = old.slice(*places[name]), mark["sha256"], mark["scores"]["sha256"]
             else:
+                scores_sha256 = evaluation.sha256_in(folder)
                 part, seal = rows_of(name, folder)
             before = mark["files"] if mark and mark["sha256"] == seal else None
             found = check_files(saves, part, stamp, before)
@@ -101,7 +111,9 @@ def update(saves: Path | None = None) -> "tuple[pa.Table, dict[str, str]]":
             faults[name] = str(error)
             continue
         tables.append(part)
-        seen[name] = {"stamp": stamp, "sha256": seal, "files": found}
+        seen[name] = {
+            "stamp": stamp, "sha256": seal, "files": found, "scores": {"stamp": scores, "sha256": scores_sha256},
+        }  # fmt: skip
     table = pa.concat_tables(tables).combine_chunks() if tables else schema().empty_table()
     if seen != known or (not seen and saves.is_dir()):
         write(saves, table, seen)
@@ -125,7 +137,8 @@ def schema() -> "pa.Schema":
 
 
 def read(saves: Path) -> "tuple[pa.Table, dict[str, dict]]":
-    """The index as it stands on disk, and by collection the manifest it was read from: its `stamp` and its `sha256`.
+    """The index as it stands on disk, and by collection what it was read from: the manifest's `stamp` and `sha256`, and
+    the same of its `scores`.
 
     Both empty where there is none, or one of another format, damaged or edited: it is but a copy of the manifests.
     """
@@ -178,14 +191,24 @@ def stamp_of(folder: Path) -> list[int]:
     return list(files.stamp_of(stat))
 
 
+def scores_stamp_of(folder: Path) -> list[int] | None:
+    """What tells whether an evaluation.json is the one that was read, None where there is none."""
+    try:
+        return list(files.stamp_of(os.stat(folder / evaluation.FILE)))
+    except FileNotFoundError:
+        return None
+
+
 def rows_of(name: str, folder: Path) -> "tuple[pa.Table, str]":
-    """The rows of one collection and its manifest's hash. Raises UserError when the manifest cannot be trusted."""
+    """The rows of one collection and its manifest's hash. Raises UserError when the manifest, or the evaluation.json
+    beside it, cannot be trusted."""
     import pyarrow as pa
 
     manifest = collection.read_manifest(folder)
     if manifest is None:
         raise UserError(f"{paths.relative(folder)}: has no {paths.MANIFEST}, so it is no finished collection")
     try:
+        scores = scores_by_step(evaluation.shown(evaluation.read(folder, manifest)))
         base, data = manifest["base_model"] or {}, (manifest["data"] or [{}])[0]
         shared = {
             "category": manifest.get("category"),
@@ -200,7 +223,7 @@ def rows_of(name: str, folder: Path) -> "tuple[pa.Table, str]":
             "collection": name,
         }
         rows = [
-            {**shared, **{key: entry[key] for key in ENTRY}}
+            {**shared, **{key: entry[key] for key in ENTRY}, **scores.get(entry["step"], {})}
             | {"file": f"{name}/{collection.checkpoint_name(entry['step'])}"}
             for entry in manifest["checkpoints"]
         ]
@@ -209,6 +232,26 @@ def rows_of(name: str, folder: Path) -> "tuple[pa.Table, str]":
         raise UserError(
             f"{paths.relative(folder / paths.MANIFEST)}: not a collection's ({error!r}); train again with FORCE=1"
         ) from None
+
+
+def scores_by_step(shown: dict[str, Any] | None) -> dict[int, dict[str, Any]]:
+    """The SCORES of the checkpoints that a collection's shown evaluation is of; what is no finite number is null."""
+    if shown is None:
+        return {}
+    base = shown["base"] or {}
+    shared = {"metric": shown["metric"], "split": shown["split"]}
+    shared |= {"base_score": base.get("score"), "base_loss": base.get("loss")}
+    found = {}
+    for score in shown["checkpoints"]:
+        low, high = score["interval"] or (None, None)
+        own = {"score": score["score"], "score_low": low, "score_high": high, "test_loss": score["loss"]}
+        found[score["step"]] = {key: value if is_known(value) else None for key, value in {**shared, **own}.items()}
+    return found
+
+
+def is_known(value: Any) -> bool:
+    """Whether a value is not None, nor a number that is not finite (which is not even equal to itself)."""
+    return value is not None and not (isinstance(value, float) and not math.isfinite(value))
 
 
 def check_files(saves: Path, rows: "pa.Table", manifest: list[int], before: str | None) -> str:
@@ -241,7 +284,7 @@ def check_files(saves: Path, rows: "pa.Table", manifest: list[int], before: str 
 
 
 def load(saves: Path | None = None) -> "pa.Table":
-    """The index as it stands on disk, checked not to be older than the manifests it was made from.
+    """The index as it stands on disk, checked not to be older than the manifests and scores it was made from.
 
     Raises UserError naming the collections that changed or are gone since, or when there is no index; a collection that
     the index does not have yet is named on stderr.
@@ -271,14 +314,18 @@ def listed(names: list[str]) -> str:
 
 
 def is_stale(folder: Path, mark: dict) -> bool:
-    """Whether a collection's manifest is another than the one that was indexed, gone, or not to be trusted."""
+    """Whether a collection's manifest or its scores are others than were indexed, gone, or not to be trusted."""
     try:
-        if stamp_of(folder) == mark["stamp"]:
-            return False
-        manifest = collection.read_manifest(folder)
+        if stamp_of(folder) != mark["stamp"]:
+            manifest = collection.read_manifest(folder)
+            if manifest is None or manifest["sha256"] != mark["sha256"]:
+                return True
+        return (
+            scores_stamp_of(folder) != mark["scores"]["stamp"]
+            and evaluation.sha256_in(folder) != mark["scores"]["sha256"]
+        )
     except UserError:
         return True
-    return manifest is None or manifest["sha256"] != mark["sha256"]
 
 
 def chosen(saves: Path | None = None) -> list[Chosen]:
@@ -360,12 +407,30 @@ def print_collections(table: "pa.Table") -> None:
     rows = []
     keys = ["collection", "category", "dataset", "model", "rank", "seed"]
     figures = [("step", "min"), ("step", "max"), ("step", "count"), ("loss", "mean"), ("bytes", "sum")]
+    last = last_scores(table)
     for row in table.group_by(keys).aggregate(figures).sort_by("collection").to_pylist():
         loss = "" if row["loss_mean"] is None else f"{row['loss_mean']:.4f}"
         named = [str(row[key]) if row[key] is not None else "?" for key in keys[1:]]
         steps = f"{row['step_min']}-{row['step_max']}"
-        rows.append((*named, str(row["step_count"]), steps, loss, f"{row['bytes_sum'] / 1e6:.1f}"))
-    cli.print_table(("category", "dataset", "model", "rank", "seed", "kept", "steps", "mean loss", "MB"), rows)
+        scores = last.get(row["collection"], ("", "")) if last else ()
+        rows.append((*named, str(row["step_count"]), steps, loss, f"{row['bytes_sum'] / 1e6:.1f}", *scores))
+    head = ("category", "dataset", "model", "rank", "seed", "kept", "steps", "mean loss", "MB")
+    cli.print_table((*head, *(("base", "last score") if last else ())), rows)
+
+
+def last_scores(table: "pa.Table") -> dict[str, tuple[str, str]]:
+    """By collection, the scores of the base model and of the last checkpoint that was evaluated, as a table shows them:
+    shares, or losses per token."""
+    found = {}
+    for row in table.select(["collection", *SCORES]).to_pylist():
+        if row["metric"]:
+            values = [
+                row[name]
+                for name in (("base_loss", "test_loss") if row["metric"] == "loss" else ("base_score", "score"))
+            ]
+            texts = ["" if value is None else f"{value:.4f}" for value in values]
+            found[row["collection"]] = texts[0], f"{texts[1]} ({row['metric']})"
+    return found
 
 
 def print_rows(table: "pa.Table") -> None:

@@ -13,9 +13,8 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor, nn
 
+from checkpoints import PEFT_PREFIX
 from cli import UserError
-
-PREFIX = "base_model.model."  # what PEFT puts before the names of a model's layers
 
 
 class Factors(NamedTuple):
@@ -55,8 +54,8 @@ def stack(adapters: list[dict[str, Tensor] | None], layers: list[str], scaling: 
         return torch.stack([zero if adapter is None else adapter[key] for adapter in adapters]).transpose(1, 2)
 
     return Factors(
-        {layer.removeprefix(PREFIX): joined(f"{layer}.lora_A.weight") for layer in layers},
-        {layer.removeprefix(PREFIX): joined(f"{layer}.lora_B.weight") * scaling for layer in layers},
+        {layer.removeprefix(PEFT_PREFIX): joined(f"{layer}.lora_A.weight") for layer in layers},
+        {layer.removeprefix(PEFT_PREFIX): joined(f"{layer}.lora_B.weight") * scaling for layer in layers},
     )
 
 

@@ -19,6 +19,7 @@ from torch import Tensor
 from transformers import PrinterCallback, ProgressCallback, set_seed
 from transformers.trainer_callback import DefaultFlowCallback
 
+import checkpoints
 import collector
 import files
 import paths
@@ -27,8 +28,6 @@ from packed_batches import Row
 from packed_engine import Adapter
 from packed_layers import NotPackable
 from train import Attempt
-
-PREFIX = "base_model.model."  # of PEFT's names
 
 
 class Course:
@@ -223,15 +222,20 @@ def named(adapter: Adapter, vector: Tensor) -> dict[str, Tensor]:
     """An adapter's vector as PEFT's tensors, contiguous, by PEFT's names in the order of the model's parameters."""
     tensors = {}
     for part in adapter.parts:
-        tensors[f"{PREFIX}{part.layer}.lora_A.weight"] = vector[part.a].view(adapter.rank, -1)
-        tensors[f"{PREFIX}{part.layer}.lora_B.weight"] = vector[part.b].view(adapter.rank, -1).t().contiguous()
+        tensors[f"{checkpoints.PEFT_PREFIX}{part.layer}.lora_A.weight"] = vector[part.a].view(adapter.rank, -1)
+        tensors[f"{checkpoints.PEFT_PREFIX}{part.layer}.lora_B.weight"] = (
+            vector[part.b].view(adapter.rank, -1).t().contiguous()
+        )
     return tensors
 
 
 def resumed_factors(checkpoint: Path, layers: list[str]) -> dict[str, tuple[Tensor, Tensor]]:
     """lora_A and lora_B of a stock checkpoint folder, by layer. Raises UserError where its layers are others."""
     stored = load_file(checkpoint / paths.ADAPTER)
-    keys = [(f"{PREFIX}{layer}.lora_A.weight", f"{PREFIX}{layer}.lora_B.weight") for layer in layers]
+    keys = [
+        (f"{checkpoints.PEFT_PREFIX}{layer}.lora_A.weight", f"{checkpoints.PEFT_PREFIX}{layer}.lora_B.weight")
+        for layer in layers
+    ]
     if {key for pair in keys for key in pair} != set(stored):
         raise UserError(
             f"{checkpoint / paths.ADAPTER}: adapts other layers than the recipe; train it again with FORCE=1"

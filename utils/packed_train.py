@@ -14,7 +14,6 @@ import argparse
 import contextlib
 import json
 import os
-import sys
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -120,7 +119,7 @@ def collect(
             by_base.setdefault(base_key(run), []).append(cell)
         except UserError as error:
             failed.append(cell)
-            report(str(error))
+            cli.complain(str(error))
             tell(cell, "failed", str(error))
     wanted = devices.choose()
     devices.pin(wanted)
@@ -146,11 +145,6 @@ def base_key(run: Run) -> tuple:
     """Runs with the same key can share a base model."""
     base = rank_config.resolve(run.recipe, run.config["model_name_or_path"])
     return str(base), bool(run.config.get("bf16")), str(run.config.get("lora_target", "all"))
-
-
-def report(text: str) -> None:
-    """An error that ends one cell and not the others."""
-    print(f"error: {text}", file=sys.stderr, flush=True)
 
 
 class Pack:
@@ -221,7 +215,7 @@ class Pack:
         try:
             yield
         except UserError as error:
-            report(str(error))
+            cli.complain(str(error))
             self._end(cell, "failed", str(error))
 
     def _begin(self, stack: contextlib.ExitStack, run: Run) -> "train.Attempt | None":

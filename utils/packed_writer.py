@@ -14,6 +14,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+import checkpoints
 import collection
 import collector
 import files
@@ -56,9 +57,9 @@ class Writer:
         """Where each of PEFT's tensors stands in a filled frame: first element and the one after the last."""
         spans, at = {}, first_b
         for part in self.adapter.parts:
-            spans[f"{packed_course.PREFIX}{part.layer}.lora_A.weight"] = part.a.start, part.a.stop
+            spans[f"{checkpoints.PEFT_PREFIX}{part.layer}.lora_A.weight"] = part.a.start, part.a.stop
             length = part.b.stop - part.b.start
-            spans[f"{packed_course.PREFIX}{part.layer}.lora_B.weight"] = at, at + length
+            spans[f"{checkpoints.PEFT_PREFIX}{part.layer}.lora_B.weight"] = at, at + length
             at += length
         return spans
 

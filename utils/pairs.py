@@ -27,6 +27,8 @@ import prompts as prompts_module
 import vectors
 from cli import UserError
 
+TAKEN = ("seed", "split")  # columns of the index whose names mean something else where pairs are filtered
+
 
 class Tensors(dict):
     """A checkpoint's tensors by PEFT's key: a dict that goes from process to process as one piece of memory.
@@ -61,11 +63,12 @@ class Pairs(Dataset):
         seed: what they are drawn by, together with the pair's number and the epoch. The same in any worker.
         split: `train`, the rows that were trained on, or `test`, those that were not.
         vector: give a checkpoint as one flat vector instead of a dict of tensors.
-        where: a pyarrow expression over the index's columns, such as `pc.field("loss") < 0.2`.
+        where: a pyarrow expression over the index's columns, such as `pc.field("loss") < 0.2` or, of checkpoints that
+            were evaluated, `pc.field("score") > pc.field("base_score")`; those of which it is not known do not fit.
         saves: the folder of the index (default: saves/).
         data_dir: the folder of dataset_info.json (default: data/).
-        filters: column=value or column=[values] for any column of the index (but `seed`, which is taken above: use
-            `where`); names are matched without case and punctuation. All filters hold at once.
+        filters: column=value or column=[values] for any column of the index (but `seed` and `split`, which are taken
+            above: use `where`); names are matched without case and punctuation. All filters hold at once.
 
     Checkpoints are memory-mapped, read only, and no file stays open. Each is hashed once for all workers and epochs.
 
@@ -224,7 +227,7 @@ def collate(pairs: Sequence[Pair]) -> dict[str, Any]:
 
 def select(table: pa.Table, where: pc.Expression | None, filters: Mapping[str, Any]) -> pa.Table:
     """The rows of an index that fit filters, as `Pairs` takes them."""
-    columns = ", ".join(name for name in index.COLUMNS if name != "seed")
+    columns = ", ".join(name for name in index.COLUMNS if name not in TAKEN)
     for name, asked in filters.items():
         if name not in index.COLUMNS:
             raise UserError(f"{name!r} is no column of the index; columns: {columns}")
@@ -242,7 +245,9 @@ def select(table: pa.Table, where: pc.Expression | None, filters: Mapping[str, A
     try:
         return table if where is None else table.filter(where)
     except (pa.ArrowException, TypeError) as error:
-        raise UserError(f"where={where}: {str(error).splitlines()[0]}; columns: seed, {columns}") from None
+        raise UserError(
+            f"where={where}: {str(error).splitlines()[0]}; columns: {', '.join(TAKEN)}, {columns}"
+        ) from None
 
 
 def compact(table: pa.Table) -> pa.Table:

@@ -7,7 +7,8 @@ Imported by publish.py (which builds it) and pull.py (which reads it).
     collections/<category>/<dataset>/<run folder>.archive, in parts of at most PART_BYTES; or, raw, the folder itself
 
 index.parquet is saves/index.parquet with the rows of these collections; its metadata holds, under `paragen`, what each
-other file has to be: by collection its manifest's hash and its files, and the data files with their hashes.
+other file has to be: by collection its manifest's hash, its files and, where it was evaluated, the hash of its
+evaluation.json as `labels`; and the data files with their hashes.
 """
 
 import json
@@ -19,6 +20,7 @@ from typing import TYPE_CHECKING, Any
 
 import collection
 import dataset_info
+import evaluation
 import files
 import index
 import licenses
@@ -54,11 +56,13 @@ def planned(table: "pa.Table", data_files: int, raw: bool) -> tuple[Counter, int
         raw: whether collections are published as folders.
     """
     per_folder, largest = Counter({"": 2, "data": data_files}), 0
-    sums = table.group_by("collection").aggregate([("bytes", "sum"), ("bytes", "count"), ("bytes", "max")])
+    figures = [("bytes", "sum"), ("bytes", "count"), ("bytes", "max"), ("metric", "count")]
+    sums = table.group_by("collection").aggregate(figures)
     for row in sums.to_pylist():
         folder = PurePosixPath(COLLECTIONS, row["collection"])
         if raw:
-            per_folder[str(folder)] += row["bytes_count"] + len(OTHER_FILES)
+            evaluated = row["metric_count"] > 0
+            per_folder[str(folder)] += row["bytes_count"] + len(OTHER_FILES) - (0 if evaluated else 1)
             largest = max(largest, row["bytes_max"])
         else:
             per_folder[str(folder.parent)] += -(-row["bytes_sum"] // PART_BYTES)
@@ -116,6 +120,8 @@ def build(tree: Path, chosen: list[index.Chosen], table: "pa.Table", data_dir: P
 
     Returns the marks that index.parquet holds.
     """
+    import pyarrow.compute as pc
+
     tree.mkdir(parents=True, exist_ok=True)
     record = read_record(tree)
     if record is None and any(tree.iterdir()):
@@ -130,8 +136,12 @@ def build(tree: Path, chosen: list[index.Chosen], table: "pa.Table", data_dir: P
         marks["data"][file] = files.sha256_of(tree / "data" / file)
     write(tree / INFO, (json.dumps(entries, indent=2, ensure_ascii=False) + "\n").encode())
     for item in chosen:
+        labels = evaluation.mark_of(item.folder)
         kept = raw_folder(tree, item) if raw else archived(tree, item, record)
-        marks["collections"][item.name] = {"sha256": item.manifest["sha256"], "files": kept}
+        marks["collections"][item.name] = {"sha256": item.manifest["sha256"], **labels, "files": kept}
+        rows = table.filter(pc.field("collection") == item.name).combine_chunks()
+        if evaluation.mark_of(item.folder) != labels or index.rows_of(item.name, item.folder)[0] != rows:
+            raise UserError(f"{paths.relative(item.folder)}: was evaluated while it was published; run it again")
     write(tree / paths.INDEX, index_of(table, marks))
     remove_strangers(tree, {paths.INDEX, INFO, "README.md", *files_in(marks)}, record)
     return marks
@@ -161,6 +171,7 @@ def archived(tree: Path, item: index.Chosen, record: dict[str, Any]) -> dict[str
 
     if there := archive_in(tree, item, record):
         return there
+    source = source_of(item)
     folder = (tree / COLLECTIONS / item.name).parent
     folder.mkdir(parents=True, exist_ok=True)
     staging = tree / ".cache" / "staging"
@@ -173,7 +184,7 @@ def archived(tree: Path, item: index.Chosen, record: dict[str, Any]) -> dict[str
     files.sync_folder(folder)
     files.remove_folder(staging)
     kept = {f"{Path(item.name).parent}/{part.name}": size_of(folder / part.name) for part in parts}
-    record[item.name] = {"source": source_of(item), "files": kept, "written": written(tree, kept)}
+    record[item.name] = {"source": source, "files": kept, "written": written(tree, kept)}
     files.write_json(tree / RECORD, record)
     return kept
 
@@ -190,7 +201,7 @@ def archive_in(tree: Path, item: index.Chosen, record: dict[str, Any]) -> dict[s
 
 def source_of(item: index.Chosen) -> dict[str, Any]:
     """What decides the content of a collection's archive."""
-    return {"manifest": item.manifest["sha256"], "part_bytes": PART_BYTES}
+    return {"manifest": item.manifest["sha256"], "part_bytes": PART_BYTES, **evaluation.mark_of(item.folder)}
 
 
 def written(tree: Path, kept: dict[str, int]) -> dict[str, int]:

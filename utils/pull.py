@@ -4,14 +4,18 @@
                                                                                                             (make pull)
 
 Reads a repository that `make publish` made: its index first, then the files of what is selected. Every file is checked:
-by the hub's hash, by the index, by the collection's manifest. What is there already stays; another collection or data
-file under the same name is replaced with FORCE=1 alone. An interrupted call goes on at the next one.
+by the hub's hash, by the index, by the collection's manifest. What is there already stays, and gets the scores of its
+evaluation where that loses none measured here; another collection or data file under the same name, and other scores,
+are replaced with FORCE=1 alone. An interrupted call goes on at the next one.
 """
 
+import contextlib
+import hashlib
 import json
 import os
 import re
 import shutil
+from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NamedTuple
@@ -19,6 +23,7 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 import cli
 import collection
 import dataset_info
+import evaluation
 import files
 import hub_errors
 import hub_transfer
@@ -79,10 +84,18 @@ def pull(repository: str, revision: str | None, staging: Path) -> "pa.Table":
         require_registrable(name, entry)
     wanted = {name: marks["collections"][name] for name in names if not is_here(name, marks["collections"][name])}
     check_disk(source, wanted, table)
+    scores = {
+        name: bring_scores(source, name, marks["collections"][name], marks["layout"])
+        for name in names
+        if name not in wanted and lacks_scores(name, marks["collections"][name])
+    }
     for file, sha256 in new_data.items():
         bring_data(source, file, sha256)
     for name, entry in entries.items():
         register(name, entry)
+    for name, data in scores.items():
+        with locked(paths.SAVES / name):
+            collection.bring_labels(paths.SAVES / name, collection.read_manifest(paths.SAVES / name), data)
     for name, mark in wanted.items():
         say(f"fetching {name}")
         fetch(source, [f"{publish_tree.COLLECTIONS}/{file}" for file in mark["files"]])
@@ -105,6 +118,7 @@ def read_index(source: Source) -> "tuple[pa.Table, dict[str, Any]]":
         table = pyarrow.parquet.read_table(source.staging / paths.INDEX, memory_map=False)
         marks = json.loads(table.schema.metadata[b"paragen"])
         table = table.replace_schema_metadata(None)
+        table = with_scores(table)
         if marks["format"] != publish_tree.FORMAT or not table.schema.equals(index.schema()):
             raise ValueError(f"of another format than {publish_tree.FORMAT}")
         faults = marks_faults(marks, set(table["collection"].to_pylist()))
@@ -115,6 +129,18 @@ def read_index(source: Source) -> "tuple[pa.Table, dict[str, Any]]":
     if faults:
         raise UserError(f"{source.repository}: {paths.INDEX}: {faults[0]}; nothing was brought")
     return table, marks
+
+
+def with_scores(table: "pa.Table") -> "pa.Table":
+    """An index that was published before there were scores in it, with empty columns for them; any other as it is."""
+    import pyarrow as pa
+
+    schema = index.schema()
+    if table.column_names != [name for name in index.COLUMNS if name not in index.SCORES]:
+        return table
+    for name in index.SCORES:
+        table = table.append_column(name, pa.nulls(table.num_rows, schema.field(name).type))
+    return table.select(list(index.COLUMNS))
 
 
 def marks_faults(marks: dict[str, Any], names: set[str]) -> list[str]:
@@ -289,15 +315,52 @@ def restore(source: Source, name: str, mark: dict[str, Any], layout: str, table:
     for path in folder.iterdir():
         with open(path, "rb") as file:
             os.fsync(file.fileno())
-    try:
-        with files.lock(files.beside(target, "lock")):
-            files.recover_folder(target)
-            files.publish_folder(folder, target)
-    except files.Busy:
-        raise UserError(f"{paths.relative(target)}: is being trained right now; run it again later") from None
+    with locked(target):
+        files.recover_folder(target)
+        files.publish_folder(folder, target)
     for path in fetched:
         path.unlink(missing_ok=True)
     say(f"brought: {paths.relative(target)}")
+
+
+@contextlib.contextmanager
+def locked(folder: Path) -> Iterator[None]:
+    """Hold the lock of a collection's folder. Raises UserError where another process does."""
+    try:
+        with files.lock(files.beside(folder, "lock")):
+            yield
+    except files.Busy:
+        raise UserError(f"{paths.relative(folder)}: is being trained right now; run it again later") from None
+
+
+def lacks_scores(name: str, mark: dict[str, Any]) -> bool:
+    """Whether a collection that is there was published with other scores than it has."""
+    return "labels" in mark and evaluation.sha256_in(paths.SAVES / name) != mark["labels"]
+
+
+def bring_scores(source: Source, name: str, mark: dict[str, Any], layout: str) -> bytes:
+    """The evaluation.json of a collection that is there already; of an archive, one part is fetched for it.
+
+    Raises UserError where it is not the one that the index names, or would replace scores that were measured here.
+    """
+    file = f"{name}/{evaluation.FILE}" if layout == "raw" else next(iter(mark["files"]), "")
+    say(f"fetching the scores of {name}")
+    fetch(source, [f"{publish_tree.COLLECTIONS}/{file}"])
+    path = source.staging / publish_tree.COLLECTIONS / file
+    if layout == "raw":
+        data = path.read_bytes()
+    else:
+        import archive
+
+        data = archive.read_files(path).get(evaluation.FILE, b"")
+    if hashlib.sha256(data).hexdigest() != mark["labels"]:
+        raise UserError(
+            f"{source.repository}: {name} has other scores than its {paths.INDEX} names; nothing was brought"
+        )
+    folder = paths.SAVES / name
+    label, force = paths.relative(folder / evaluation.FILE), run_identity.force_asked()
+    evaluation.is_newer(data, evaluation.bytes_in(folder), collection.read_manifest(folder), label, force)
+    return data
 
 
 def unpacked(source: Source, name: str, layout: str, fetched: list[Path], saves: Path) -> Path:
@@ -325,6 +388,8 @@ def fault_of(folder: Path, name: str, mark: dict[str, Any], table: "pa.Table") -
         return "has no manifest.json"
     if manifest["sha256"] != mark["sha256"]:
         return f"has another manifest than {paths.INDEX} names"
+    if evaluation.sha256_in(folder) != mark.get("labels"):
+        return f"has other scores than {paths.INDEX} names"
     try:
         faults = collection.faults_of(folder, manifest)
         rows, _ = index.rows_of(name, folder)

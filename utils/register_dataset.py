@@ -13,7 +13,6 @@ import contextlib
 import json
 import os
 import re
-import sys
 import time
 from collections.abc import Iterator
 from pathlib import Path
@@ -21,7 +20,7 @@ from typing import Any
 
 import convert_dataset
 import files
-from cli import UserError, run, say
+from cli import UserError, complain, run, say
 from dataset_info import (
     ACCEPTED_ROWS,
     FOREIGN_KEYS,
@@ -385,7 +384,7 @@ def check(data_dir: Path) -> int:
     for name, entry in info.items():
         faults, notes = check_entry(name, entry, info, earlier, data_dir)
         for fault in faults:
-            print(f"error: {name}: {fault}", file=sys.stderr, flush=True)
+            complain(f"{name}: {fault}")
         for note in notes:
             say(f"note: {name}: {note}")
         fault_count += len(faults)

@@ -124,6 +124,38 @@
     })];
   }
 
+  function scores({ step, value, low, high, base, best, axis: what }) {
+    const first = step[0] - (step.length > 1 ? 0 : 0.5);
+    const last = step[step.length - 1] + (step.length > 1 ? 0 : 0.5);
+    const known = step.map((_, place) => place).filter((place) => low[place] !== null);
+    const edge = (values, fill) => ({
+      x: known.map((place) => step[place]), y: known.map((place) => values[place]), mode: "lines", fill, showlegend: false,
+      line: { width: 0, color: css("c0") }, fillcolor: css("band"), hoverinfo: "skip",
+    });
+    const span = (place) => `<br>${low[place].toPrecision(3)} to ${high[place].toPrecision(3)}`;
+    const between = step.map((_, place) => (low[place] === null ? "" : span(place)));
+    const traces = [edge(low, "none"), edge(high, "tonexty")];
+    if (base !== null) {
+      traces.push({ x: [first, last], y: [base, base], mode: "lines", name: "base model",
+        line: { color: css("c1"), width: 1.6, dash: "dash" }, hovertemplate: "base model %{y:.4g}<extra></extra>" });
+    }
+    traces.push({
+      x: step, y: value, name: "checkpoints", mode: "lines+markers", line: { color: css("c0"), width: 1.6 },
+      marker: { size: step.length > 60 ? 3 : 5 }, text: between,
+      hovertemplate: "step %{x}: %{y:.4g}%{text}<extra></extra>",
+      error_y: { visible: step.length === 1 && known.length === 1, symmetric: false, thickness: 1.2,
+        array: [high[0] - value[0]], arrayminus: [value[0] - low[0]] },
+    }, {
+      x: [step[best]], y: [value[best]], name: `best, step ${step[best]}`, mode: "markers", hoverinfo: "skip",
+      marker: { symbol: "star", size: 14, color: css("c4"), line: { color: css("ink"), width: 1 } },
+    });
+    return [traces, layout({
+      showlegend: true, legend: { orientation: "h", x: 0, y: 1.02, yanchor: "bottom", traceorder: "normal" },
+      xaxis: axis({ title: text("optimizer step"), tickformat: "d", ...(step.length > 1 ? {} : { tickvals: step }) }),
+      yaxis: axis({ title: text(what) }),
+    })];
+  }
+
   function trajectory({ x, y, step, share: of }) {
     const last = step.length - 1;
     const label = (place, words) => ({ x: x[place], y: y[place], text: words, showarrow: false, yshift: 12 });
@@ -230,7 +262,7 @@
     }));
   }
 
-  const makers = { curve, trajectory, heat, map: mapPanel };
+  const makers = { curve, scores, trajectory, heat, map: mapPanel };
 
   function draw(element) {
     const { kind, of } = element.dataset;

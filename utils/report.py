@@ -19,6 +19,7 @@ from typing import TYPE_CHECKING, Any
 import checkpoints
 import cli
 import collection
+import evaluation
 import files
 import index
 import models
@@ -134,6 +135,9 @@ def described(saves: Path, name: str, state: str, reason: str, total: int) -> di
         raise UserError(f"{paths.relative(folder)}: its manifest lists no checkpoint")
     losses = [entry["loss"] for entry in entries if entry["loss"] is not None and math.isfinite(entry["loss"])]
     pictures, shown = {"curve": report_data.curve(folder, manifest)}, None
+    evaluated = evaluation.shown(evaluation.read(folder, manifest))
+    if evaluated:
+        pictures["scores"] = report_data.scores(evaluated, len(entries))
     try:
         base_model, layers, steps, sketch, change = statistics(index.Chosen(name, folder, manifest))
         pictures["trajectory"] = report_data.trajectory(steps, sketch)
@@ -158,6 +162,7 @@ def described(saves: Path, name: str, state: str, reason: str, total: int) -> di
         "first": entries[0]["step"],
         "last": entries[-1]["step"],
         "loss": sum(losses) / len(losses) if losses else None,
+        "scores": report_data.scores_in_table(evaluated) if evaluated else None,
         "bytes": sum(entry["bytes"] for entry in entries),
         "each": entries[0]["bytes"],
         "file": json.dumps(f"saves/{name}/{collection.checkpoint_name(entries[-1]['step'])}", ensure_ascii=False),
@@ -218,6 +223,7 @@ def described_broken(saves: Path, name: str, fault: str) -> dict[str, Any]:
         "first": None,
         "last": None,
         "loss": None,
+        "scores": None,
         "bytes": files.size_of(found),
         "pictures": {},
         "sketch": None,
@@ -292,6 +298,7 @@ def render(facts: dict[str, Any]) -> str:
     hashes = (base64.b64encode(hashlib.sha256(text.encode()).digest()).decode() for text in scripts)
     return environment.get_template(TEMPLATE).render(
         **facts,
+        evaluated=any(row["scores"] for row in facts["collections"]),
         states=[state for state in STATES if any(row["state"] == state for row in facts["collections"])],
         labels=[{key: row[key] for key in ("dataset", "model", "rank")} for row in facts["collections"]],
         made=datetime.datetime.now(datetime.UTC).strftime("%Y-%m-%d %H:%M UTC"),

@@ -1,4 +1,4 @@
-"""What the pictures of the report show, as plain JSON values: curves, trajectories, heat maps, maps.
+"""What the pictures of the report show, as plain JSON values: curves, scores, trajectories, heat maps, maps.
 
 Imported by report.py. Every picture is a dict; its `label` says in words and numbers what is to be seen.
 """
@@ -12,6 +12,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import collection
+import evaluation
 import paths
 from cli import UserError
 
@@ -110,6 +111,52 @@ def thinned(rows: list[tuple], kept: list[int]) -> list[tuple]:
     return [
         row for place, row in enumerate(rows) if place % stride == 0 or place == last or kept[0] <= row[0] <= kept[1]
     ]
+
+
+def scores(shown: dict[str, Any], kept: int) -> dict[str, Any]:
+    """The scores of a collection's checkpoints, of which `kept` were kept; by the metric `loss`, their test losses.
+
+    Returns `step`, `value`, `low` and `high` (lists; the last two are the confidence interval, or None), `base` (a
+    number or None), `best` (the place in the lists), `title`, `axis` and `label`; of these the last three alone where
+    no figure is known.
+    """
+    is_loss = shown["metric"] == "loss"
+    title = "Test loss" if is_loss else "Score"
+    said = {"title": title, "axis": "test loss per token" if is_loss else f"score ({shown['metric']})"}
+    points = [(score["step"], *evaluation.figure_of(shown, score)) for score in shown["checkpoints"]]
+    points = [point for point in points if point[1] is not None]
+    if not points:
+        return {**said, "label": f"No figure of {shown['split']} is known"}
+    base, _ = evaluation.figure_of(shown, shown["base"])
+    steps, values, spans = zip(*points, strict=True)
+    best = steps.index(evaluation.best_of(shown)["step"])
+    about = "the base model was not evaluated" if base is None else f"the base model {base:#.3g}"
+    course = f"{values[0]:#.3g} at step {steps[0]}"
+    if len(steps) > 1:
+        course = (
+            f"from {course} to {values[-1]:#.3g} at step {steps[-1]}, best {values[best]:#.3g} at step {steps[best]}"
+        )
+    label = (
+        f"{title} {course}; {about}; {shown['rows']:,} rows of {shown['split']}, "
+        f"{evaluation.METRICS[shown['metric']]}; {len(points)} of {kept} checkpoints evaluated"
+    )
+    label += ", with 95 % confidence intervals" if any(spans) else ""
+    return {
+        **said,
+        "step": list(steps),
+        "value": [short(value) for value in values],
+        "low": [short(span[0]) if span else None for span in spans],
+        "high": [short(span[1]) if span else None for span in spans],
+        "base": short(base),
+        "best": best,
+        "label": label,
+    }
+
+
+def scores_in_table(shown: dict[str, Any]) -> dict[str, float | str | None]:
+    """What the table of collections says of an evaluation: `metric`, and `base`, `last` and `best`, numbers or None."""
+    whose = {"base": shown["base"], "last": shown["checkpoints"][-1], "best": evaluation.best_of(shown)}
+    return {"metric": shown["metric"]} | {key: evaluation.figure_of(shown, score)[0] for key, score in whose.items()}
 
 
 def short(value: float | None) -> float | None:

@@ -4,7 +4,8 @@
     python utils/verify.py --recipe RECIPE.yaml RANK [key=value ...]     the collection of one recipe (again for others)
     DATASET=... python utils/verify.py                             those of one dataset (make verify)
 
-Prints a line for each; status 1 when one is not whole.
+Prints a line for each; status 1 when one is not whole. What is whole but doubtful (doubts.py: worse than its base, a
+rising loss, equal checkpoints) is said in lines of its own, which change no status.
 """
 
 import argparse
@@ -13,6 +14,7 @@ from pathlib import Path
 
 import cli
 import collection
+import doubts
 import files
 import models
 import paths
@@ -59,7 +61,7 @@ def asked_for(folders: list[Path], dataset: str) -> list[Path]:
 
 
 def verify(folder: Path, base: Path | None = None) -> bool:
-    """Check one collection, print how it is, and tell whether it is whole.
+    """Check one collection, print how it is and what is doubtful about it, and tell whether it is whole.
 
     `base` is the base model's folder (default: the one under models/ that the manifest names).
     """
@@ -79,6 +81,8 @@ def verify(folder: Path, base: Path | None = None) -> bool:
         steps = [entry["step"] for entry in manifest["checkpoints"]]
         size = files.size_of(folder.iterdir()) / 1e6
         say(f"whole  {name}: {len(steps)} checkpoints, steps {steps[0]}-{steps[-1]}, {size:.1f} MB")
+        for doubt in doubts.of(folder, manifest):
+            say(f"DOUBTFUL {name}: {doubt}")
     return not faults
 
 
