@@ -54,14 +54,14 @@ def parse(words: list[str]) -> argparse.Namespace:
     add("--rank", type=int, default=8)
     add("--steps", type=int, default=60, help="pretrain steps (default: %(default)s)")
     add("--learning-rate", default="1e-3", help="high, so that a random model's answers are options soon")
-    add("--sizes", default="8 16 32 64 128 256 512", help="batch sizes that PEFT is tried with")
+    add("--sizes", help="batch sizes that PEFT is tried with (default: 8 16 32 64 128 256 512; cpu: 4 16)")
     add("--baseline-checkpoints", type=int, default=3, help="that PEFT scores (default: %(default)s)")
     add("--predict-sizes", default="16 128", help="batch sizes that LLaMA-Factory's prediction is tried with")
     add("--predict-rows", type=int, default=0, help="rows of its measurement at the best size (default: all)")
     add("--predict-tried", type=int, default=256, help="rows of the others (default: %(default)s)")
     add("--metrics", type=Path, help="a folder with jieba and rouge-chinese (pip install --target FOLDER --no-deps "
         "jieba rouge-chinese), which LLaMA-Factory's prediction imports")  # fmt: skip
-    add("--rounds", type=int, default=2, help="of cpu (default: %(default)s)")
+    add("--rounds", type=int, default=1, help="of cpu (default: %(default)s)")
     add("--profile", action="store_true", help="of cpu: where the time of a pass goes")
     add("--out", type=Path, help="JSON file for the raw numbers")
     add("--tiny", action="store_true", help="a rehearsal: a tiny model, few rows and steps")
@@ -70,6 +70,7 @@ def parse(words: list[str]) -> argparse.Namespace:
         vars(args).update(model_shape="tiny", checkpoints=6, steps=8, sizes="4 8", predict_sizes="4 8", predict_rows=16,
                           predict_tried=8, data=DATA / "Demo_test.json", train=DATA / "Demo_train.json")  # fmt: skip
     args.checkpoints = args.checkpoints or (8 if args.part == "cpu" else 100)
+    args.sizes = args.sizes or ("4 16" if args.part == "cpu" else "8 16 32 64 128 256 512")
     return args
 
 
