@@ -5,9 +5,11 @@ Imported by evaluate.py. Checkpoints are read once, the next ones while the devi
 
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
+from functools import lru_cache
 from typing import Any, NamedTuple
 
 import numpy as np
+import torch
 from torch import Tensor
 
 import answers
@@ -127,8 +129,10 @@ class Grader:
     def _stack(self, steps: list[int]) -> Factors:
         adapters = [None if step == BASE else self._read(step) for step in steps]
         if adapters == [None]:  # the base by itself takes its adapter's shapes from the last checkpoint
-            return lora_stack.stack([None, self._read(self.last)], self.layers, self.scaling).of([0])
-        return lora_stack.stack(adapters, self.layers, self.scaling)
+            factors = lora_stack.stack([None, self._read(self.last)], self.layers, self.scaling).of([0])
+        else:
+            factors = lora_stack.stack(adapters, self.layers, self.scaling)
+        return factors.to(torch.device("cpu"), self.base.dtype)  # here, not while the device waits for them
 
     def _on_device(self, factors: Factors) -> Factors:
         return factors.to(self.base.model.device, self.base.dtype)
@@ -167,10 +171,15 @@ def grade(metric: str, questions: list[Question], marks: list[Marks], generated:
 
 def choice(question: Question, text: str) -> bool | None:
     """Whether a text chooses the right option; None where it cannot be told what it chooses."""
-    chosen = answers.chosen(text, question.options)
+    chosen = _chosen(text, tuple(question.options))
     return None if chosen is None else chosen == question.options[question.right]
 
 
 def result(question: Question, text: str) -> bool | None:
     """Whether a text comes to the response's result; None where no result can be read in it."""
     return answers.same_result(question.response, text)
+
+
+@lru_cache(maxsize=2**14)  # most answers are an option as it stands, of the same few options
+def _chosen(text: str, options: tuple[str, ...]) -> str | None:
+    return answers.chosen(text, list(options))
