@@ -53,7 +53,7 @@ def parse(words: list[str]) -> argparse.Namespace:
     add("--checkpoints", type=int, help="default: 100; cpu: 8")
     add("--rank", type=int, default=8)
     add("--steps", type=int, default=60, help="pretrain steps (default: %(default)s)")
-    add("--learning-rate", default="1e-3", help="high, so that a random model's answers are options soon")
+    add("--learning-rate", default="3e-3", help="high: a random model soon answers with options")
     add("--sizes", help="batch sizes that PEFT is tried with (default: 8 16 32 64 128 256 512; cpu: 4 16)")
     add("--baseline-checkpoints", type=int, default=3, help="that PEFT scores (default: %(default)s)")
     add("--predict-sizes", default="16 128", help="batch sizes that LLaMA-Factory's prediction is tried with")

@@ -115,7 +115,10 @@ class Peft:
             return self._likeliest(part), self._said(part)
 
     def _likeliest(self, part: list[Question]) -> list[int]:
-        """By the first token in which the options differ, behind those that they begin with alike."""
+        """By the first token in which the options differ, behind those that they begin with alike.
+
+        That is the whole of `[A]`'s likelihood but for its last bracket, of which only an untrained model is unsure.
+        """
         shared = [os.path.commonprefix([path.tokens for path in question.paths]) for question in part]
         rows = [question.tokens + start for question, start in zip(part, shared, strict=True)]
         tokens, there = self._padded(rows, left=False)
