@@ -5,7 +5,6 @@ Imported by evaluate.py. Checkpoints are read once, the next ones while the devi
 
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
-from functools import lru_cache
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -171,15 +170,10 @@ def grade(metric: str, questions: list[Question], marks: list[Marks], generated:
 
 def choice(question: Question, text: str) -> bool | None:
     """Whether a text chooses the right option; None where it cannot be told what it chooses."""
-    chosen = _chosen(text, tuple(question.options))
+    chosen = answers.chosen(text, question.options)
     return None if chosen is None else chosen == question.options[question.right]
 
 
 def result(question: Question, text: str) -> bool | None:
     """Whether a text comes to the response's result; None where no result can be read in it."""
     return answers.same_result(question.response, text)
-
-
-@lru_cache(maxsize=2**14)  # most answers are an option as it stands, of the same few options
-def _chosen(text: str, options: tuple[str, ...]) -> str | None:
-    return answers.chosen(text, list(options))
