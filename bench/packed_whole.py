@@ -6,12 +6,8 @@ the median step and the start-up and end of each phase's process are measured, a
 
 import argparse
 import json
-import os
 import shutil
 import statistics
-import subprocess
-import sys
-import time
 from pathlib import Path
 from typing import Any
 
@@ -69,17 +65,8 @@ class Bench:
 
     def process(self, name: str, *arguments: Any) -> dict[str, Any]:
         """Run timed.py; what it noted, with when it `started` and `exited`. Leaves with its log when it fails."""
-        result, log = self.top / f"{name}.json", self.top / f"{name}.log"
-        command = [sys.executable, shapes.ROOT / "bench" / "timed.py", result, *arguments]
-        started = time.time()
-        with open(log, "wb") as output:
-            environment = {**os.environ, "ENGINE": "packed" if "packed" in arguments else "stock"}
-            status = subprocess.run([str(word) for word in command], env=environment, stdout=output, stderr=output)
-        exited = time.time()
-        if status.returncode:
-            sys.exit(f"{log.read_text(errors='replace')[-6000:]}\nerror: {name} failed with {status.returncode}")
-        say(f"{name}: {exited - started:.1f} s")
-        noted = {"started": started, "exited": exited, **json.loads(result.read_text())}
+        engine = "packed" if "packed" in arguments else "stock"
+        noted = scratch.timed(self.top, name, "timed.py", *arguments, ENGINE=engine)
         self.noted[name] = noted
         scratch.write_json(self.args.out, self.noted)  # what is measured stays, should the rest be cut off
         return noted

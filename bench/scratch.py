@@ -5,7 +5,11 @@ Imported by packed.py's parts, which run this repository's scripts with PARAGEN_
 
 import json
 import multiprocessing
+import os
 import shutil
+import subprocess
+import sys
+import time
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -14,6 +18,7 @@ from omegaconf import OmegaConf
 from shapes import ROOT
 
 import cli
+from cli import say
 
 CATEGORY = "common-sense-reasoning"
 
@@ -27,16 +32,41 @@ def in_process(function: Callable[..., None], *arguments: Any) -> None:
         cli.fail(f"{function.__name__}{arguments} failed with status {process.exitcode}")
 
 
-def make(top: Path, dataset: str, data: Path) -> None:
-    """The folders of a repository with one registered dataset."""
+def timed(top: Path, name: str, script: str, *arguments: Any, **environment: str) -> dict[str, Any]:
+    """Run a script of bench/ that writes what it noted to a JSON file, its first argument, in a process of its own.
+
+    Args:
+        top: the folder for that file and the log, both called `name`.
+
+    Returns what it noted, with when it `started` and `exited`. Leaves with the log's end when it fails.
+    """
+    result, log = top / f"{name}.json", top / f"{name}.log"
+    command = [sys.executable, ROOT / "bench" / script, result, *arguments]
+    started = time.time()
+    with open(log, "wb") as output:
+        done = subprocess.run(
+            [str(word) for word in command], env={**os.environ, **environment}, stdout=output, stderr=output
+        )
+    exited = time.time()
+    if done.returncode:
+        sys.exit(f"{log.read_text(errors='replace')[-6000:]}\nerror: {name} failed with {done.returncode}")
+    say(f"{name}: {exited - started:.1f} s")
+    return {"started": started, "exited": exited, **json.loads(result.read_text())}
+
+
+def make(top: Path, dataset: str, data: Path, test: Path | None = None) -> None:
+    """The folders of a repository with one registered dataset, and its test split where there is one."""
     (top / "models").mkdir(parents=True)
     shutil.copy(ROOT / "models" / "models.yaml", top / "models")
     (top / "saves").mkdir()
-    file_name = f"{CATEGORY}/{dataset}_train.json"
     (top / "data" / CATEGORY).mkdir(parents=True)
-    shutil.copy(data, top / "data" / file_name)
     columns = {"prompt": "prompt", "response": "response", "system": "system"}
-    info = {dataset: {"file_name": file_name, "columns": columns}}
+    info = {}
+    for name, source, part in ((dataset, data, "train"), (f"{dataset}_test", test, "test")):
+        if source is not None:
+            file_name = f"{CATEGORY}/{dataset}_{part}.json"
+            shutil.copy(source, top / "data" / file_name)
+            info[name] = {"file_name": file_name, "columns": columns}
     (top / "data" / "dataset_info.json").write_text(json.dumps(info))
 
 

@@ -40,6 +40,34 @@ class Work(NamedTuple):
         return Work(*(mine + theirs for mine, theirs in zip(self, other, strict=True)))
 
 
+class Seen(NamedTuple):
+    """What one forward pass over rows has to compute, padding left out."""
+
+    tokens: int
+    keys: int  # the sum, over the tokens, of how many tokens each attends to
+    picks: int  # places where the output layer is needed
+
+
+# FLOPS without sparsity in bfloat16, by a part of the name that torch gives a device; the first that fits.
+PEAKS = {"H100 PCIe": 756e12, "H100 NVL": 835e12, "H100": 989e12, "H200": 989e12, "A100": 312e12}
+
+
+def peak_of(device: str) -> float | None:
+    """The peak of a device; None where it is not known, as for a CPU."""
+    return next((peak for name, peak in PEAKS.items() if name in device), None)
+
+
+def forward_flops(shape: str, seen: Seen) -> int:
+    """Floating-point operations that scoring needs: 2 x (weights of the blocks' linear layers) per token, attention
+    (4 x hidden size per layer, token and key) and the output layer (2 x hidden size x vocabulary) where it is needed.
+    LoRA's own products, norms and whatever generation adds are not counted."""
+    one = SHAPES[shape]
+    attention = 4 * one["num_hidden_layers"] * one["hidden_size"] * seen.keys
+    return (
+        2 * base_parameters(shape) * seen.tokens + attention + 2 * one["hidden_size"] * one["vocab_size"] * seen.picks
+    )
+
+
 def layer_sizes(shape: str) -> list[tuple[int, int]]:
     """(in, out) of the linear layers of one block: q, k, v, o, gate, up, down."""
     one = SHAPES[shape]

@@ -1,13 +1,16 @@
-"""Run one training in this process, and note when what of it happened.
+"""Run one training, or one evaluation, in this process, and note when what of it happened.
 
     python bench/timed.py RESULT.json stock CONFIG.json STOP                stock LLaMA-Factory on a config
     python bench/timed.py RESULT.json train STOP RECIPE RANK [key=value ..] our ordinary path
     python bench/timed.py RESULT.json packed --cell ..                      our packed engine
+    python bench/timed.py RESULT.json evaluate                              evaluate.py, on what the environment asks
 
-STOP is the step after which the run ends early, 0 for none. packed.py starts this; times are seconds since 1970.
+STOP is the step after which the run ends early, 0 for none. packed.py and evaluate.py start this; times are seconds
+since 1970.
 """
 
 import json
+import os
 import resource
 import sys
 import time
@@ -16,7 +19,7 @@ from typing import Any
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent / "utils"))
 
-from shapes import Work
+from shapes import Seen, Work
 
 import cli
 import devices
@@ -27,7 +30,7 @@ def main() -> None:
     devices.pin(devices.choose())
     noted: dict[str, Any] = {}
     try:
-        {"stock": stock, "train": ordinary, "packed": packed}[what](noted, arguments)
+        {"stock": stock, "train": ordinary, "packed": packed, "evaluate": evaluated}[what](noted, arguments)
     finally:
         noted["peak_GB"] = max(noted.get("peak_GB", 0.0), peak_gb())
         Path(result).write_text(json.dumps(noted))
@@ -123,6 +126,45 @@ def packed(noted: dict[str, Any], arguments: list[str]) -> None:
     status = packed_train.main()
     noted["peak_GB"] = max((pack["peak_GB"] for pack in noted["packs"]), default=0.0)
     sys.exit(status)
+
+
+def evaluated(noted: dict[str, Any], arguments: list[str]) -> None:
+    """evaluate.py; notes the spans of its parts, what went through the model and how many answers were generated."""
+    os.environ.setdefault("LLAMAFACTORY_VERBOSITY", "WARN")
+    import evaluate
+    import evaluation
+    import grades
+    import scored_base
+    from scoring import Scorer
+
+    noted |= {"imported": time.time(), "device": devices.describe(), "spans": [], "generated": 0}
+    for owner, name in ((scored_base, "load_model"), (grades.Grader, "__init__"), (scored_base, "expected"),
+                        (scored_base, "compare"), (grades.Grader, "_stack"), (grades.Grader, "_on_device"),
+                        (Scorer, "marks"), (Scorer, "generate"), (grades, "grade"), (evaluation, "write")):  # fmt: skip
+        note_spans(owner, name, noted["spans"])
+    plain = Scorer.generate
+
+    def generate(scorer, factors, numbers, most):
+        seen = seen_by(scorer.questions, scorer.trees, len(scorer.prefix))
+        noted.update(work=seen, rows=len(scorer.questions), budget=scorer.budget)
+        noted["generated"] += sum(map(len, numbers))
+        return plain(scorer, factors, numbers, most)
+
+    Scorer.generate = generate
+    sys.argv = ["evaluate.py", *arguments]
+    if status := evaluate.main():
+        sys.exit(status)
+
+
+def seen_by(questions, trees, prefix: int) -> Seen:
+    """What one adapter needs: each token once, without padding, the shared prefix of all rows once."""
+    tokens, keys, picks = prefix, prefix * (prefix + 1) // 2, 0
+    for question, tree in zip(questions, trees, strict=True):
+        size = len(question.tokens)
+        tokens += size - prefix + len(tree.tokens)
+        keys += size * (size + 1) // 2 - prefix * (prefix + 1) // 2 + sum(size + depth + 1 for depth in tree.depths)
+        picks += len({node for node, _ in tree.edges})
+    return Seen(tokens, keys, picks)
 
 
 def note_spans(owner: Any, name: str, spans: list[tuple[str, float, float]]) -> None:

@@ -1,5 +1,6 @@
 """The measurements under bench/ take minutes; what is tested here is that they start, and what they count."""
 
+import json
 import subprocess
 import sys
 from pathlib import Path
@@ -8,7 +9,11 @@ import pytest
 
 sys.path.append(str(Path(__file__).resolve().parent.parent / "bench"))
 
-from shapes import ROOT, Work, adapter_parameters, base_parameters, flops
+import timed
+from shapes import ROOT, Seen, Work, adapter_parameters, base_parameters, flops, forward_flops, peak_of
+
+import questions
+from sheets import tree_of
 
 
 @pytest.mark.parametrize("part", [[], ["whole"], ["grow"], ["cpu"], ["--cpu"]])
@@ -32,3 +37,45 @@ def test_flops_count_tokens_attention_and_learned_tokens():
     assert flops(shape, rank, Work(0, 0, 5)) == 5 * 4 * 896 * 151936
     both = Work(100, 100**2, 5) + Work(10, 10**2, 1)
     assert both == Work(110, 10100, 6)
+
+
+@pytest.mark.parametrize("part", [[], ["whole"], ["cpu"], ["--cpu"]])
+def test_evaluate_says_what_it_measures(part):
+    done = subprocess.run(
+        [sys.executable, ROOT / "bench" / "evaluate.py", *part, "--help"], capture_output=True, text=True
+    )
+    assert done.returncode == 0 and "usage" in done.stdout, done.stderr
+
+
+def test_flops_of_scoring_count_tokens_attended_keys_and_logits():
+    shape = "qwen2.5-0.5b"
+    assert forward_flops(shape, Seen(100, 0, 0)) == 2 * base_parameters(shape) * 100
+    assert forward_flops(shape, Seen(0, 5050, 0)) == 4 * 24 * 896 * 5050
+    assert forward_flops(shape, Seen(0, 0, 5)) == 2 * 896 * 151936 * 5
+
+
+def test_what_scoring_needs_counts_the_shared_prefix_once():
+    options = [questions.Path("a", [7, 9], 1), questions.Path("b", [8, 9], 1)]
+    asked = [questions.Question([1, 2, 3, 4], options, 0, "a", ""), questions.Question([1, 2, 5], options, 1, "b", "")]
+    seen = timed.seen_by(asked, [tree_of(question) for question in asked], prefix=2)
+    # the prefix (2 tokens), behind it 2 and 1 tokens of the prompts, and the right option's first token of each
+    assert seen.tokens == 2 + (2 + 1) + (1 + 1)
+    assert seen.keys == (1 + 2) + (3 + 4 + 5) + (3 + 4)
+    assert seen.picks == 2 + 2  # where the prompt ends, and behind the right option
+
+
+def test_a_peak_is_told_for_known_devices_alone():
+    assert peak_of("NVIDIA H100 80GB HBM3") == 989e12
+    assert peak_of("NVIDIA H100 PCIe") == 756e12
+    assert peak_of("cpu") is None
+
+
+@pytest.mark.slow
+def test_evaluate_measures_a_tiny_model(tmp_path):
+    out = tmp_path / "raw numbers.json"
+    command = [sys.executable, ROOT / "bench" / "evaluate.py", "--tiny", "--baseline-checkpoints", "1", "--out", out]
+    done = subprocess.run([str(word) for word in command], capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+    found = json.loads(out.read_text())
+    assert found["ours parts"]["checkpoints"] == 6 and found["ours parts"]["MFU"] is None
+    assert len(found["peft"]["checkpoints"]) == 1

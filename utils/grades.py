@@ -8,6 +8,7 @@ from concurrent.futures import ThreadPoolExecutor
 from typing import Any, NamedTuple
 
 import numpy as np
+import torch
 from torch import Tensor
 
 import answers
@@ -127,8 +128,10 @@ class Grader:
     def _stack(self, steps: list[int]) -> Factors:
         adapters = [None if step == BASE else self._read(step) for step in steps]
         if adapters == [None]:  # the base by itself takes its adapter's shapes from the last checkpoint
-            return lora_stack.stack([None, self._read(self.last)], self.layers, self.scaling).of([0])
-        return lora_stack.stack(adapters, self.layers, self.scaling)
+            factors = lora_stack.stack([None, self._read(self.last)], self.layers, self.scaling).of([0])
+        else:
+            factors = lora_stack.stack(adapters, self.layers, self.scaling)
+        return factors.to(torch.device("cpu"), self.base.dtype)  # here, not while the device waits for them
 
     def _on_device(self, factors: Factors) -> Factors:
         return factors.to(self.base.model.device, self.base.dtype)

@@ -175,14 +175,12 @@ class Scorer:
     def _pass(self, sheet: Sheet, count: int, before: DynamicCache | None) -> tuple[Tensor, Tensor]:
         """A forward pass: the log-probability of each edge [adapters, edges], the likeliest token at each pick."""
         rows, length = sheet.tokens.shape
-        past = copy.deepcopy(before)
-        if past is not None:
-            past.batch_repeat_interleave(rows)
+        past = None if before is None else repeated(before, rows)
         starts = torch.arange(count, device=self.device)[:, None] * (rows * length)
         with picking(self.model, (starts + sheet.picks).view(-1)):
             logits = self.model(
                 input_ids=sheet.tokens.repeat(count, 1), position_ids=sheet.positions.repeat(count, 1),
-                attention_mask=None if sheet.mask is None else sheet.mask.repeat(count, 1, 1, 1),
+                attention_mask=None if sheet.mask is None else bias_of(sheet.mask, count, self.model.dtype),
                 past_key_values=past, use_cache=past is not None,
             ).logits[0]  # fmt: skip
         totals, best = reduced(logits)
@@ -246,6 +244,24 @@ def picking(model: nn.Module, places: Tensor) -> Iterator[None]:
         yield
     finally:
         hook.remove()
+
+
+def repeated(before: DynamicCache, rows: int) -> DynamicCache:
+    """A cache with each of another's rows so often in a row; the other stays as it is."""
+    found = copy.copy(before)
+    found.layers = [copy.copy(layer) for layer in before.layers]  # repeating makes new tensors
+    found.batch_repeat_interleave(rows)
+    return found
+
+
+def bias_of(mask: Tensor, count: int, dtype: torch.dtype) -> Tensor:
+    """A sheet's mask for `count` adapters as what attention adds, [count * rows, 1, length, seen].
+
+    Else attention makes it of the mask in each layer; and its kernels want rows that begin at multiples of 8 numbers.
+    """
+    rows, _, length, seen = mask.shape
+    bias = torch.zeros(count, rows, 1, length, -(-seen // 8) * 8, dtype=dtype, device=mask.device)[..., :seen]
+    return bias.masked_fill_(~mask, -torch.inf).flatten(0, 1)
 
 
 def reduced(logits: Tensor) -> tuple[Tensor, Tensor]:
