@@ -150,17 +150,30 @@ class Scorer:
         return self.made[key]
 
     def _window(self, longest: int) -> int | None:
-        """How far back attention sees, where that is less than the longest row."""
-        window = getattr(self.config, "sliding_window", None)
-        kinds = set(getattr(self.config, "layer_types", None) or ["sliding_attention"])
+        """How far back layers with a window see, where that is less than the longest row."""
+        window, kinds = getattr(self.config, "sliding_window", None), self._kinds()
         if not window or longest <= window or "sliding_attention" not in kinds:
             return None
-        if kinds == {"sliding_attention"}:
-            return window
-        raise UserError(
-            f"a row of {longest} tokens is longer than the {window} that some of the model's layers see; LIMIT= or "
-            "another SPLIT without it can be scored"
-        )
+        if others := kinds - {"sliding_attention", "full_attention"}:
+            raise UserError(
+                f"a row of {longest} tokens is longer than the {window} that some of the model's layers see, and it "
+                f"has layers of {', '.join(sorted(others))}; LIMIT= or another SPLIT without it can be scored"
+            )
+        return window
+
+    def _kinds(self) -> set[str]:
+        """The kinds of attention that the model's layers have."""
+        return set(getattr(self.config, "layer_types", None) or ["sliding_attention"])
+
+    def _mask(self, sheet: Sheet, count: int) -> Tensor | dict[str, Tensor] | None:
+        """What the tokens of a batch see, as the model takes it: by kind of layer where it has more than one."""
+        if sheet.mask is None:
+            return None
+        everything = sheet.mask.repeat(count, 1, 1, 1)
+        if sheet.near is None:
+            return everything
+        near = sheet.near.repeat(count, 1, 1, 1)
+        return near if len(self._kinds()) == 1 else {"full_attention": everything, "sliding_attention": near}
 
     def _prefix_cache(self, count: int) -> DynamicCache | None:
         """Keys and values of what all prompts begin with, for each adapter."""
@@ -182,7 +195,7 @@ class Scorer:
         with picking(self.model, (starts + sheet.picks).view(-1)):
             logits = self.model(
                 input_ids=sheet.tokens.repeat(count, 1), position_ids=sheet.positions.repeat(count, 1),
-                attention_mask=None if sheet.mask is None else sheet.mask.repeat(count, 1, 1, 1),
+                attention_mask=self._mask(sheet, count),
                 past_key_values=past, use_cache=past is not None,
             ).logits[0]  # fmt: skip
         totals, best = reduced(logits)
