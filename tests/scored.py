@@ -1,4 +1,4 @@
-"""Tiny models with random adapters to be scored, and what transformers and PEFT make of the same questions by themselves.
+"""Tiny models with random adapters to be scored, and what transformers and PEFT make of the same questions.
 
 The stack and PEFT get two models of their own: nothing that one does to its model can reach the other.
 """
@@ -100,9 +100,7 @@ class Scene:
         settings = GenerationConfig(do_sample=False, max_new_tokens=LONGEST, eos_token_id=STOPS, pad_token_id=0)
         tokens = torch.tensor([prompt])
         with self.by_peft(number) as model:
-            said = model.generate(
-                input_ids=tokens, attention_mask=torch.ones_like(tokens), generation_config=settings
-            )
+            said = model.generate(input_ids=tokens, attention_mask=torch.ones_like(tokens), generation_config=settings)
         self.said[number, *prompt] = said[0, len(prompt) :].tolist()
         return self.said[number, *prompt]
 

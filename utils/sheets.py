@@ -150,9 +150,7 @@ def is_branched(tree: Tree) -> bool:
     return tree.parents != list(range(START, len(tree.parents) - 1))
 
 
-def seen_by(
-    numbers: list[int], questions: list[Question], trees: list[Tree], prefix: int, length: int
-) -> np.ndarray:
+def seen_by(numbers: list[int], questions: list[Question], trees: list[Tree], prefix: int, length: int) -> np.ndarray:
     """What each token sees, [rows, 1, length, prefix + length]: what stands before it, of its tree what leads to it."""
     seen = np.ones((len(numbers), length, prefix + length), bool)
     seen[:, :, prefix:] = np.tri(length, dtype=bool)
