@@ -1,4 +1,4 @@
-"""The score of a checkpoint: what counts as right, as wrong, as unread; how sure the score is."""
+"""The score of a checkpoint: what counts as right, as wrong, as unread, and how sure the score is."""
 
 import numpy as np
 import pytest
