@@ -41,7 +41,7 @@ class Measured(NamedTuple):
 def by_harness(model: torch.nn.Module, tokenizer: Any, asked: list[Question], blank: str, at_once: int) -> Measured:
     """The harness's own evaluation: the prompts as contexts, the options as what may follow."""
     harness = HFLM(pretrained=model, tokenizer=tokenizer, batch_size=at_once)
-    contexts = [tokenizer.decode(one.tokens) for one in asked]
+    contexts = [tokenizer.decode(one.tokens, clean_up_tokenization_spaces=False) for one in asked]
     rows = [
         {"context": context, "choices": one.options, "right": one.right}
         for context, one in zip(contexts, asked, strict=True)
