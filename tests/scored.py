@@ -93,16 +93,16 @@ class Scene:
             texts = [by_itself(model, question.tokens, path.tokens[: path.length]) for path in question.paths]
             return texts, -by_itself(model, question.tokens, question.paths[question.right].tokens)
 
-    def greedy(self, number: int, prompt: list[int]) -> list[int]:
+    def greedy(self, number: int, prompt: list[int], most: int = LONGEST) -> list[int]:
         """What an adapter says by transformers' greedy generation, with what ends it."""
-        if (number, *prompt) in self.said:
-            return self.said[number, *prompt]
-        settings = GenerationConfig(do_sample=False, max_new_tokens=LONGEST, eos_token_id=STOPS, pad_token_id=0)
+        if (number, most, *prompt) in self.said:
+            return self.said[number, most, *prompt]
+        settings = GenerationConfig(do_sample=False, max_new_tokens=most, eos_token_id=STOPS, pad_token_id=0)
         tokens = torch.tensor([prompt])
         with self.by_peft(number) as model:
             said = model.generate(input_ids=tokens, attention_mask=torch.ones_like(tokens), generation_config=settings)
-        self.said[number, *prompt] = said[0, len(prompt) :].tolist()
-        return self.said[number, *prompt]
+        self.said[number, most, *prompt] = said[0, len(prompt) :].tolist()
+        return self.said[number, most, *prompt]
 
     def asked(self, prompts: list[list[int]], seed: int = 0) -> list[Question]:
         """Questions with these prompts whose options are often what one of the adapters says.

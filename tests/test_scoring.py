@@ -31,7 +31,7 @@ def targets(name: str) -> dict:
     return {} if names == ["all"] else {"target_modules": names, "fan_in_fan_out": name == "gpt2"}
 
 
-def assert_right(scene: Scene, asked: list[Question]) -> list[list[Marks]]:
+def assert_right(scene: Scene, asked: list[Question], off: float = CLOSE) -> list[list[Marks]]:
     """What is computed for all adapters at once is what PEFT and transformers make of each question by itself."""
     scorer = scene.scorer(asked)
     found = scorer.marks(scene.factors())
@@ -41,8 +41,8 @@ def assert_right(scene: Scene, asked: list[Question]) -> list[list[Marks]]:
         assert list(generated[adapter]) != [] or not is_open[adapter]
         for number, (one, mark) in enumerate(zip(asked, marks, strict=True)):
             texts, loss = scene.likelihoods(adapter, one)
-            assert mark.likelihoods == pytest.approx(texts, abs=CLOSE)
-            assert mark.loss == pytest.approx(loss, abs=CLOSE) and mark.count == len(one.paths[one.right].tokens)
+            assert mark.likelihoods == pytest.approx(texts, abs=off)
+            assert mark.loss == pytest.approx(loss, abs=off) and mark.count == len(one.paths[one.right].tokens)
             said = scene.greedy(adapter, one.tokens)
             if mark.is_open:
                 assert mark.answer is None
@@ -197,6 +197,28 @@ def test_a_model_that_wants_to_be_sampled_or_penalised_answers_greedily(tiny):
         eos_token_id=[11, 12], bad_words_ids=[[one] for one in range(20, 90)], num_beams=2, max_length=7,
     )  # fmt: skip
     assert_right(scene, scene.asked(prompts(LENGTHS)))
+
+
+@pytest.mark.parametrize("name", ["gpt2", "bert"])
+def test_an_answer_ends_where_the_model_does(tiny, name):
+    """Both have learned positions for 128 tokens, and would fail behind them."""
+    scene = Scene(tiny / name, lora=targets(name))
+    asked = [question(prompt, [[20], [21]]) for prompt in prompts([127, 124, 122, 124, 30, 10])]
+    some = [list(range(len(asked))), [4, 1], [5]]
+    found = scene.scorer(asked).generate(scene.factors(), some, LONGEST)
+    for adapter, (numbers, answers) in enumerate(zip(some, found, strict=True)):
+        assert answers.keys() == set(numbers)
+        for number, said in answers.items():
+            room = min(LONGEST, 128 - len(asked[number].tokens))
+            assert said == scoring.until(scene.greedy(adapter, asked[number].tokens, room), STOPS)
+
+
+@pytest.mark.parametrize("name", ["llama-7b", "gemma-3-text", "gpt2", "bert"])
+def test_eager_attention_gives_the_same(tiny, name):
+    """Models without another have it."""
+    scene = Scene(tiny / name, lora=targets(name), dtype=torch.float32)
+    scene.model.set_attn_implementation("eager")
+    assert_right(scene, scene.asked(prompts([30, 4, 22], 10)), 1e-4)
 
 
 class Scarce:

@@ -169,11 +169,18 @@ class Scorer:
         """What the tokens of a batch see, as the model takes it: by kind of layer where it has more than one."""
         if sheet.mask is None:
             return None
-        everything = sheet.mask.repeat(count, 1, 1, 1)
+        everything = self._as_taken(sheet.mask).repeat(count, 1, 1, 1)
         if sheet.near is None:
             return everything
-        near = sheet.near.repeat(count, 1, 1, 1)
+        near = self._as_taken(sheet.near).repeat(count, 1, 1, 1)
         return near if len(self._kinds()) == 1 else {"full_attention": everything, "sliding_attention": near}
+
+    def _as_taken(self, mask: Tensor) -> Tensor:
+        """A mask as the model's attention takes it: PyTorch's own takes bools, the eager one adds numbers."""
+        if self.config._attn_implementation == "sdpa":
+            return mask
+        dtype = self.model.dtype
+        return torch.zeros(mask.shape, dtype=dtype, device=mask.device).masked_fill_(~mask, torch.finfo(dtype).min)
 
     def _prefix_cache(self, count: int) -> DynamicCache | None:
         """Keys and values of what all prompts begin with, for each adapter."""
@@ -205,22 +212,37 @@ class Scorer:
 
     def _generate(self, factors: Factors, numbers: list[list[int]], most: int) -> list[dict[int, list[int]]]:
         found: list[dict[int, list[int]]] = [{} for _ in numbers]
-        while some := [adapter for adapter, wanted in enumerate(numbers) if len(found[adapter]) < len(wanted)]:
-            left = {
-                adapter: sorted(set(numbers[adapter]) - found[adapter].keys(), key=self._length, reverse=True)
-                for adapter in some
+        while left := self._left(found, numbers):
+            # rows that end where the model does are answered apart: beside others an answer is as long as by itself
+            room = min(self._room(wanted[0], most) for wanted in left.values())
+            due = {
+                adapter: [one for one in wanted if self._room(one, most) == room] for adapter, wanted in left.items()
             }
-            longest = max(self._length(wanted[0]) for wanted in left.values()) + most
-            rows = max(1, 4 * self.budget // longest // len(some))
+            due = {adapter: wanted for adapter, wanted in due.items() if wanted}
+            longest = max(self._length(wanted[0]) for wanted in due.values()) + room
+            rows = max(1, 4 * self.budget // longest // len(due))
             # adapters with fewer rows are filled up with what they have: each takes an equal part of the batch
-            rows = min(rows, max(len(wanted) for wanted in left.values()))
-            batch = [[left[adapter][place % len(left[adapter])] for place in range(rows)] for adapter in some]
-            with self.stacked.using(factors.of(some)):
-                answers = self._answers([number for wanted in batch for number in wanted], most)
-            for place, adapter in enumerate(some):
+            rows = min(rows, max(len(wanted) for wanted in due.values()))
+            batch = [[wanted[place % len(wanted)] for place in range(rows)] for wanted in due.values()]
+            with self.stacked.using(factors.of(list(due))):
+                answers = self._answers([number for wanted in batch for number in wanted], room)
+            for place, adapter in enumerate(due):
                 part = answers[place * rows : (place + 1) * rows]
                 found[adapter] |= dict(zip(batch[place], part, strict=True))
         return found
+
+    def _left(self, found: list[dict[int, list[int]]], numbers: list[list[int]]) -> dict[int, list[int]]:
+        """By adapter the questions without an answer yet, the longest first; adapters that have all are left out."""
+        left = {
+            adapter: sorted(set(wanted) - found[adapter].keys(), key=self._length, reverse=True)
+            for adapter, wanted in enumerate(numbers)
+        }
+        return {adapter: wanted for adapter, wanted in left.items() if wanted}
+
+    def _room(self, number: int, most: int) -> int:
+        """How many tokens an answer may have: `most`, or what the model's positions leave of them."""
+        positions = getattr(self.config, "max_position_embeddings", None)
+        return max(1, min(most, positions - self._length(number))) if positions else most
 
     def _length(self, number: int) -> int:
         return len(self.questions[number].tokens)
