@@ -5,7 +5,6 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 import datasets
-import packed
 import pytest
 import tiny_models
 import torch
@@ -96,21 +95,14 @@ def multiple_choice(count: int) -> Split:
     return Split("some", True, [(ENTRY, rows)])
 
 
-@pytest.fixture(scope="module")
-def tiny(tmp_path_factory):
-    folder = tmp_path_factory.mktemp("m")
-    packed.make_models(folder, "smollm2-135m", "llama-7b", "mistral-7b", "gpt2", "gemma-3-text")
-    return folder
-
-
 @pytest.mark.parametrize("name", ["smollm2-135m", "llama-7b", "mistral-7b", "gpt2", "gemma-3-text"])
-def test_likelihoods_and_accuracy_are_the_harness_s(tiny, name):
+def test_likelihoods_and_accuracy_are_the_harness_s(every_model, name):
     known = tiny_models.NAMES.get(name) or tiny_models.KIN[name]
     lora = (
         {} if known.lora_target == "all" else {"target_modules": known.lora_target.split(","), "fan_in_fan_out": True}
     )
-    scene = Scene(tiny / name, lora=lora)
-    encoder = encoder_of(name, tiny / name)
+    scene = Scene(every_model / name, lora=lora)
+    encoder = encoder_of(name, every_model / name)
     asked = encoder.questions(multiple_choice(16), "choice")
     assert {len(one.options) for one in asked} == {2, 3, 4, 5}
     found = scene.scorer(asked).marks(scene.factors())
