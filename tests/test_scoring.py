@@ -72,6 +72,17 @@ def test_rows_longer_than_what_attention_sees_are_scored_with_its_window(every_m
     assert abs(narrow.likelihoods(1, asked[1])[1] - wide.likelihoods(1, asked[1])[1]) > 0.01
 
 
+def test_an_answer_that_ends_before_any_option_is_known_without_generating_it(every_model):
+    scene = Scene(every_model / "smollm2-135m", count=1)
+    asked = [question(prompt, [[20], [21]]) for prompt in prompts([30])]
+    for adapter in (0, 1):
+        first = scene.greedy(adapter, asked[0].tokens)[0]
+        scorer = scoring.Scorer(scene.stacked, asked, [first], 0)
+        (mark,) = scorer.marks(scene.factors(adapter))[0]
+        assert (mark.answer, mark.is_open) == (None, False)
+        assert scorer.generate(scene.factors(adapter), [[0]], LONGEST) == [{0: []}]
+
+
 def test_unusual_questions_are_scored_as_any_other(every_model):
     scene = Scene(every_model / "smollm2-135m", count=1)
     some = prompts([30, 1, 5])
