@@ -13,7 +13,7 @@ from lm_eval.api.task import ConfigurableTask
 from lm_eval.evaluator import evaluate
 from lm_eval.models.huggingface import HFLM
 from peft import LoraConfig, get_peft_model, get_peft_model_state_dict
-from scored import Scene
+from scenes import Scene
 
 import answers
 import checkpoints

@@ -3,7 +3,7 @@
 import pytest
 import tiny_models
 import torch
-from scored import CLOSE, LONGEST, STOPS, Scene, prompts, question
+from scenes import CLOSE, LONGEST, STOPS, Scene, prompts, question
 from transformers import GenerationConfig
 
 import lora_stack

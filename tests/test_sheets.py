@@ -2,7 +2,7 @@
 
 import numpy as np
 import pytest
-from scored import question
+from scenes import question
 
 import sheets
 from questions import Question
