@@ -38,7 +38,9 @@ os.environ["DEVICES"] = "cpu"  # the same hashes on a machine with a GPU
 os.environ["OMP_NUM_THREADS"] = "1"  # tiny tensors; two runs at once then do not fight for two cores
 
 import handmade  # noqa: E402
+import packed  # noqa: E402
 import tiny  # noqa: E402
+import tiny_models  # noqa: E402
 import warm  # noqa: E402
 
 CATEGORY = "common-sense-reasoning"
@@ -49,6 +51,14 @@ def model_folder(tmp_path_factory) -> Path:
     """A random two-layer Llama with its own tokenizer, made in another process so that this one stays fork-safe."""
     folder = tmp_path_factory.mktemp("models") / "Tiny-Llama"
     subprocess.run([sys.executable, ROOT / "tests" / "tiny.py", folder], check=True)
+    return folder
+
+
+@pytest.fixture(scope="session")
+def every_model(tmp_path_factory) -> Path:
+    """A folder with the tiny models of every architecture, by name. Read only."""
+    folder = tmp_path_factory.mktemp("every")
+    packed.make_models(folder, *tiny_models.NAMES, *tiny_models.KIN)
     return folder
 
 

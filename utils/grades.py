@@ -69,7 +69,7 @@ class Grader:
         tried = self._tried()
         theirs = scored_base.expected(self.base.model, self.folder, self._read(self.last), tried)
         self.base.fuse()
-        stacked = Stacked(self.base.model, [layer.removeprefix(checkpoints.PEFT_PREFIX) for layer in self.layers])
+        stacked = Stacked(self.base.model, self.layers)
         try:
             found = self._scorer(stacked, tried).marks(self._on_device(self._stack([BASE, self.last])))
             scored_base.compare(found, theirs, self.base.dtype)
@@ -94,10 +94,7 @@ class Grader:
         ]
         generated = scorer.generate(factors, asked, MOST[self.metric])
         generated = [one if there is None else there for one, there in zip(generated, said, strict=True)]
-        read = self.encoder.tokenizer.decode
-        texts = [
-            {number: read(tokens, skip_special_tokens=True) for number, tokens in one.items()} for one in generated
-        ]
+        texts = [{number: self.encoder.text_of(tokens) for number, tokens in one.items()} for one in generated]
         return [grade(self.metric, self.questions, *both) for both in zip(marks, texts, strict=True)]
 
     def _said_by_vllm(self, steps: list[int]) -> dict[int, Answers]:

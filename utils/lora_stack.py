@@ -65,20 +65,23 @@ class StackedLinear(nn.Module):
     def __init__(self, base: nn.Module):
         super().__init__()
         self.base = base
+        self.is_plain = type(base) is nn.Linear
         self.a: Tensor | None = None
         self.b: Tensor | None = None
 
     def forward(self, x: Tensor) -> Tensor:
         """(n * rows, ..., inputs) to (n * rows, ..., outputs)."""
-        y = self.base(x)
         if self.a is None:
-            return y
-        count = self.a.shape[0]
-        hidden = torch.bmm(x.reshape(count, -1, x.shape[-1]).to(self.a.dtype), self.a)
-        flat = y.view(count, -1, y.shape[-1])
-        if flat.dtype == hidden.dtype:
-            return torch.baddbmm(flat, hidden, self.b, out=flat).view(y.shape)
-        return (flat + torch.bmm(hidden, self.b)).to(y.dtype).view(y.shape)
+            return self.base(x)
+        rows = x.reshape(-1, x.shape[-1])
+        hidden = torch.bmm(rows.view(len(self.a), -1, x.shape[-1]).to(self.a.dtype), self.a)
+        if not self.is_plain:
+            y = self.base(x)
+            return (y + torch.bmm(hidden, self.b).view(y.shape)).to(y.dtype)
+        # the adapters' part first: the large product takes it up while it is written, so it is read and written once
+        bias = self.base.bias
+        y = torch.bmm(hidden, self.b) if bias is None else torch.baddbmm(bias, hidden, self.b)
+        return y.view(len(rows), -1).addmm_(rows, self.base.weight.t()).view(*x.shape[:-1], -1)
 
 
 class Stacked:
@@ -86,12 +89,12 @@ class Stacked:
 
     Args:
         model: the base; it is changed in place.
-        names: the adapted layers, by their names in the model.
+        layers: the adapted layers, as checkpoints.layers_of names them.
     """
 
-    def __init__(self, model: nn.Module, names: list[str]):
+    def __init__(self, model: nn.Module, layers: list[str]):
         self.model, self.layers = model, {}
-        for name in names:
+        for name in (layer.removeprefix(PEFT_PREFIX) for layer in layers):
             try:
                 layer = model.get_submodule(name)
             except AttributeError:

@@ -5,6 +5,7 @@ own converter and template, as in training.
 """
 
 import dataclasses
+from bisect import bisect_left
 from typing import Any, NamedTuple
 
 import answers
@@ -143,6 +144,10 @@ class Encoder:
                 found.append(self._question(converted(row, entry, self.data_args), options, text))
         return found
 
+    def text_of(self, tokens: list[int]) -> str:
+        """What generated tokens say, letter for letter."""
+        return self.tokenizer.decode(tokens, skip_special_tokens=True, clean_up_tokenization_spaces=False)
+
     def _question(self, messages: dict[str, Any], options: list[str], text: dict[str, Any]) -> Question:
         encoded = [self._encoded(messages, option) for option in options]
         tokens = encoded[0][0]
@@ -171,7 +176,14 @@ class Encoder:
     def _text_length(self, option: str, response: list[int]) -> int:
         """How many tokens of a response are its text's; all, where they are merged with what ends it."""
         text = self.tokenizer.encode(option, add_special_tokens=False)
-        return len(text) if response[: len(text)] == text else len(response)
+        if response[: len(text)] == text:
+            return len(text)
+        # a template may begin a response with a blank: its first tokens are others then
+
+        def is_said(length: int) -> bool:
+            return option in self.tokenizer.decode(response[:length])
+
+        return bisect_left(range(len(response)), True, key=is_said)
 
 
 def converted(row: dict[str, Any], entry: dict[str, Any], data_args: Any) -> dict[str, Any]:

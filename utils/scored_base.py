@@ -25,7 +25,9 @@ from packed_base import plain
 from questions import TEXT_KEYS, Question
 
 # Of a recipe's model keys, those that say where from and how a training goes, not what the model is.
-NOT_THE_MODELS = {"model_name_or_path", "adapter_name_or_path", "cache_dir", "enable_liger_kernel", "use_unsloth"}
+NOT_THE_MODELS = {
+    "model_name_or_path", "adapter_name_or_path", "cache_dir", "enable_liger_kernel", "use_unsloth", "flash_attn",
+}  # fmt: skip
 WAY_OUT = "put its files back, or collect again with FORCE=1"
 TOLERANCE = {torch.float32: 1e-3, torch.float16: 2e-2, torch.bfloat16: 5e-2}  # nats per token
 

@@ -150,17 +150,30 @@ class Scorer:
         return self.made[key]
 
     def _window(self, longest: int) -> int | None:
-        """How far back attention sees, where that is less than the longest row."""
-        window = getattr(self.config, "sliding_window", None)
-        kinds = set(getattr(self.config, "layer_types", None) or ["sliding_attention"])
+        """How far back layers with a window see, where that is less than the longest row."""
+        window, kinds = getattr(self.config, "sliding_window", None), self._kinds()
         if not window or longest <= window or "sliding_attention" not in kinds:
             return None
-        if kinds == {"sliding_attention"}:
-            return window
-        raise UserError(
-            f"a row of {longest} tokens is longer than the {window} that some of the model's layers see; LIMIT= or "
-            "another SPLIT without it can be scored"
-        )
+        if others := kinds - {"sliding_attention", "full_attention"}:
+            raise UserError(
+                f"a row of {longest} tokens is longer than the {window} that some of the model's layers see, and it "
+                f"has layers of {', '.join(sorted(others))}; LIMIT= or another SPLIT without it can be scored"
+            )
+        return window
+
+    def _kinds(self) -> set[str]:
+        """The kinds of attention that the model's layers have."""
+        return set(getattr(self.config, "layer_types", None) or ["sliding_attention"])
+
+    def _mask(self, sheet: Sheet, count: int) -> Tensor | dict[str, Tensor] | None:
+        """What the tokens of a batch see, as the model takes it: by kind of layer where it has more than one."""
+        if sheet.mask is None:
+            return None
+        everything = bias_of(sheet.mask, count, self.model.dtype)
+        if sheet.near is None:
+            return everything
+        near = bias_of(sheet.near, count, self.model.dtype)
+        return near if len(self._kinds()) == 1 else {"full_attention": everything, "sliding_attention": near}
 
     def _prefix_cache(self, count: int) -> DynamicCache | None:
         """Keys and values of what all prompts begin with, for each adapter."""
@@ -180,7 +193,7 @@ class Scorer:
         with picking(self.model, (starts + sheet.picks).view(-1)):
             logits = self.model(
                 input_ids=sheet.tokens.repeat(count, 1), position_ids=sheet.positions.repeat(count, 1),
-                attention_mask=None if sheet.mask is None else bias_of(sheet.mask, count, self.model.dtype),
+                attention_mask=self._mask(sheet, count),
                 past_key_values=past, use_cache=past is not None,
             ).logits[0]  # fmt: skip
         totals, best = reduced(logits)
@@ -190,22 +203,37 @@ class Scorer:
 
     def _generate(self, factors: Factors, numbers: list[list[int]], most: int) -> list[dict[int, list[int]]]:
         found: list[dict[int, list[int]]] = [{} for _ in numbers]
-        while some := [adapter for adapter, wanted in enumerate(numbers) if len(found[adapter]) < len(wanted)]:
-            left = {
-                adapter: sorted(set(numbers[adapter]) - found[adapter].keys(), key=self._length, reverse=True)
-                for adapter in some
+        while left := self._left(found, numbers):
+            # rows that end where the model does are answered apart: beside others an answer is as long as by itself
+            room = min(self._room(wanted[0], most) for wanted in left.values())
+            due = {
+                adapter: [one for one in wanted if self._room(one, most) == room] for adapter, wanted in left.items()
             }
-            longest = max(self._length(wanted[0]) for wanted in left.values()) + most
-            rows = max(1, 4 * self.budget // longest // len(some))
+            due = {adapter: wanted for adapter, wanted in due.items() if wanted}
+            longest = max(self._length(wanted[0]) for wanted in due.values()) + room
+            rows = max(1, 4 * self.budget // longest // len(due))
             # adapters with fewer rows are filled up with what they have: each takes an equal part of the batch
-            rows = min(rows, max(len(wanted) for wanted in left.values()))
-            batch = [[left[adapter][place % len(left[adapter])] for place in range(rows)] for adapter in some]
-            with self.stacked.using(factors.of(some)):
-                answers = self._answers([number for wanted in batch for number in wanted], most)
-            for place, adapter in enumerate(some):
+            rows = min(rows, max(len(wanted) for wanted in due.values()))
+            batch = [[wanted[place % len(wanted)] for place in range(rows)] for wanted in due.values()]
+            with self.stacked.using(factors.of(list(due))):
+                answers = self._answers([number for wanted in batch for number in wanted], room)
+            for place, adapter in enumerate(due):
                 part = answers[place * rows : (place + 1) * rows]
                 found[adapter] |= dict(zip(batch[place], part, strict=True))
         return found
+
+    def _left(self, found: list[dict[int, list[int]]], numbers: list[list[int]]) -> dict[int, list[int]]:
+        """By adapter the questions without an answer yet, the longest first; adapters that have all are left out."""
+        left = {
+            adapter: sorted(set(wanted) - found[adapter].keys(), key=self._length, reverse=True)
+            for adapter, wanted in enumerate(numbers)
+        }
+        return {adapter: wanted for adapter, wanted in left.items() if wanted}
+
+    def _room(self, number: int, most: int) -> int:
+        """How many tokens an answer may have: `most`, or what the model's positions leave of them."""
+        positions = getattr(self.config, "max_position_embeddings", None)
+        return max(1, min(most, positions - self._length(number))) if positions else most
 
     def _length(self, number: int) -> int:
         return len(self.questions[number].tokens)

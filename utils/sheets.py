@@ -39,6 +39,7 @@ class Sheet(NamedTuple):
     tokens: Tensor  # [rows, length] int64
     positions: Tensor  # [rows, length] int64
     mask: Tensor | None  # [rows, 1, length, prefix + length] bool; None where it is simply causal
+    near: Tensor | None  # the same for layers that see no further than a window; None where all rows lie within it
     picks: Tensor  # [picks] int64: places in the flattened rows whose logits are needed
     edges: Tensor  # [edges, 2] int64: number of the pick, token
     pick_of: list[dict[int, int]]  # of each row, the number of the pick by node
@@ -115,7 +116,7 @@ def sheet_of(
 
     Args:
         prefix: tokens at the beginning of each prompt that are computed apart.
-        window: how far back the model's attention sees; None: to the beginning.
+        window: how far back some of the model's layers see; None: to the beginning.
     """
     length = max(length_of(questions[number], trees[number], prefix) for number in numbers)
     tokens, positions = np.zeros((2, len(numbers), length), np.int64)
@@ -133,12 +134,14 @@ def sheet_of(
                 pick_of[-1][node] = len(picks)
                 picks.append(row * length + size + node)
             edges.append((pick_of[-1][node], token))
-    mask = None
+    mask = near = None
     if any(is_branched(trees[number]) for number in numbers) or prefix:
-        mask = torch.from_numpy(mask_of(numbers, questions, trees, prefix, length, positions, window))
+        seen = seen_by(numbers, questions, trees, prefix, length)
+        mask = torch.from_numpy(seen)
+        near = None if window is None else torch.from_numpy(seen & within(window, positions, prefix))
     return Sheet(
-        numbers, torch.from_numpy(tokens), torch.from_numpy(positions), mask, torch.tensor(picks), torch.tensor(edges),
-        pick_of, edge_of,
+        numbers, torch.from_numpy(tokens), torch.from_numpy(positions), mask, near, torch.tensor(picks),
+        torch.tensor(edges), pick_of, edge_of,
     )  # fmt: skip
 
 
@@ -147,10 +150,7 @@ def is_branched(tree: Tree) -> bool:
     return tree.parents != list(range(START, len(tree.parents) - 1))
 
 
-def mask_of(
-    numbers: list[int], questions: list[Question], trees: list[Tree], prefix: int, length: int, positions: np.ndarray,
-    window: int | None,
-) -> np.ndarray:  # fmt: skip
+def seen_by(numbers: list[int], questions: list[Question], trees: list[Tree], prefix: int, length: int) -> np.ndarray:
     """What each token sees, [rows, 1, length, prefix + length]: what stands before it, of its tree what leads to it."""
     seen = np.ones((len(numbers), length, prefix + length), bool)
     seen[:, :, prefix:] = np.tri(length, dtype=bool)
@@ -161,8 +161,13 @@ def mask_of(
             if parent != START:
                 seen[row, start + node, prefix + start :] = seen[row, start + parent, prefix + start :]
             seen[row, start + node, prefix + start + node] = True
-    if window is not None:
-        keys = np.concatenate([np.broadcast_to(np.arange(prefix), (len(numbers), prefix)), positions], 1)
-        seen &= positions[:, :, None] - keys[:, None, :] < window
-        seen |= np.eye(length, prefix + length, prefix, dtype=bool)  # padding sees itself, so that it sees something
     return seen[:, None]
+
+
+def within(window: int, positions: np.ndarray, prefix: int) -> np.ndarray:
+    """Which tokens are less than a window apart by their positions, [rows, 1, length, prefix + length]."""
+    rows, length = positions.shape
+    keys = np.concatenate([np.broadcast_to(np.arange(prefix), (rows, prefix)), positions], 1)
+    near = positions[:, :, None] - keys[:, None, :] < window
+    near |= np.eye(length, prefix + length, prefix, dtype=bool)  # padding sees itself, so that it sees something
+    return near[:, None]

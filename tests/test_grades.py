@@ -1,0 +1,96 @@
+"""The score of a checkpoint: what counts as right, as wrong, as unread, and how sure the score is."""
+
+import numpy as np
+import pytest
+from scipy.stats import binomtest
+
+import grades
+from questions import Path, Question
+from scoring import Marks
+
+LETTERS = ["[A]", "[B]", "[C]"]
+
+
+def asked(response: str, options: list[str] = LETTERS) -> Question:
+    return Question([1], [Path(text, [5], 1) for text in options], options.index(response), response, "")
+
+
+def marks(answer: int | None = None, likelihoods=(-1.0, -2.0, -3.0), loss: float = 2.0, count: int = 4) -> Marks:
+    return Marks(list(likelihoods), loss, count, answer, answer is None)
+
+
+def test_choices_are_right_wrong_or_unread():
+    questions = [asked("[B]")] * 7
+    made = [marks(1), marks(0), *[marks()] * 5]
+    said = {2: "I say [b ], not [A]", 3: "[A] or [B]", 4: "B", 5: "[D]", 6: "[D], no: [B]"}
+    graded = grades.grade("choice", questions, made, said)
+    assert graded.score["score"] == pytest.approx(2 / 7), "[B] without generation, and [b ]"
+    assert graded.score["unparsed"] == 3, "no brackets, or in the first no option"
+    assert graded.answers == ["[B]", "[A]", *said.values()]
+    interval = binomtest(2, 7).proportion_ci(0.95, "wilson")
+    assert graded.score["interval"] == pytest.approx([interval.low, interval.high])
+
+
+def test_an_answer_that_ended_without_an_option_is_unread():
+    ended = Marks([-1.0, -2.0, -3.0], 2.0, 4, None, False)
+    graded = grades.grade("choice", [asked("[A]")], [ended], {})
+    assert (graded.score["score"], graded.score["unparsed"], graded.answers) == (0, 1, [""])
+
+
+def test_a_generated_answer_counts_before_what_was_followed():
+    """Another engine generates the answers to all questions."""
+    graded = grades.grade("choice", [asked("[A]")] * 2, [marks(0), marks(1)], {0: "[C]", 1: "[A]"})
+    assert graded.score["score"] == 0.5 and graded.answers == ["[C]", "[A]"]
+
+
+def test_choices_by_likelihood_take_the_likeliest_option():
+    questions = [asked("[A]"), asked("[B]"), asked("[C]"), asked("[2]", ["[1]", "[2]"])]
+    made = [marks(0), marks(0), marks(0, (-3.0, -2.0, -1.5)), marks(0, (-8.0, -7.5))]
+    graded = grades.grade("choice", questions, made, {})
+    assert graded.score["likelihood_score"] == 0.75 and graded.score["score"] == 0.25
+    interval = binomtest(3, 4).proportion_ci(0.95, "wilson")
+    assert graded.score["likelihood_interval"] == pytest.approx([interval.low, interval.high])
+
+
+def test_results_are_compared_by_value():
+    responses = ["so 1/2 \\boxed{\\frac{1}{2}}", "#### 1,000", "12", "\\boxed{7}", "\\boxed{x+1}"]
+    questions = [asked(response, [response]) for response in responses]
+    said = dict(enumerate(["it is \\boxed{0.5}", "... #### 1000", "\\boxed{13}", "I cannot say", "\\boxed{1+x}"]))
+    graded = grades.grade("math", questions, [marks()] * 5, said)
+    assert graded.score["score"] == 0.6 and graded.score["unparsed"] == 1
+    interval = binomtest(3, 5).proportion_ci(0.95, "wilson")
+    assert graded.score["interval"] == pytest.approx([interval.low, interval.high])
+    assert "likelihood_score" not in graded.score and graded.answers == list(said.values())
+
+
+def test_the_loss_is_the_mean_over_tokens_not_over_rows():
+    made = [marks(loss=3.0, count=1), marks(loss=4.0, count=9)]
+    graded = grades.grade("loss", [asked("[A]")] * 2, made, {})
+    assert graded.score["loss"] == pytest.approx(0.7)
+    low, high = graded.score["loss_interval"]
+    assert 0 <= low < 0.7 < high
+    assert graded.score["score"] is None and graded.score["interval"] is None and graded.score["unparsed"] == 0
+    assert graded.answers == ["", ""]
+
+
+def test_the_interval_of_a_loss_holds_the_truth_as_often_as_it_says():
+    """500 splits of 150 rows, the longer ones with more loss a token."""
+    drawn = np.random.default_rng(0)
+    held = 0
+    for _ in range(500):
+        counts = drawn.integers(1, 40, 150)
+        losses = drawn.gamma(4, 0.25, 150) * counts * (0.5 + counts / 40)
+        made = [marks(loss=float(loss), count=int(count)) for loss, count in zip(losses, counts, strict=True)]
+        low, high = grades.grade("loss", [asked("[A]")] * 150, made, {}).score["loss_interval"]
+        held += low <= TRUTH <= high
+    assert 0.92 <= held / 500 <= 0.975
+
+
+LONGS = np.arange(1, 40)
+TRUTH = float((LONGS * (0.5 + LONGS / 40)).mean() / LONGS.mean())
+
+
+def test_one_row_is_a_score_too():
+    graded = grades.grade("choice", [asked("[A]")], [marks(0)], {})
+    assert graded.score["score"] == 1 and graded.score["interval"][1] == pytest.approx(1)
+    assert graded.score["loss_interval"] == [0.5, 0.5]

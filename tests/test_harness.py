@@ -1,0 +1,142 @@
+"""The accuracy by log-likelihood is the one that lm-evaluation-harness measures, on the same rows and prompts."""
+
+import random
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import datasets
+import pytest
+import tiny_models
+import torch
+from lm_eval.api.instance import Instance
+from lm_eval.api.task import ConfigurableTask
+from lm_eval.evaluator import evaluate
+from lm_eval.models.huggingface import HFLM
+from peft import LoraConfig, get_peft_model, get_peft_model_state_dict
+from scenes import Scene
+
+import answers
+import checkpoints
+import grades
+import lora_stack
+import models
+import paths
+import questions
+import scored_base
+from questions import Encoder, Question, Split
+from scoring import Marks, Scorer
+
+ENTRY = {"columns": {"prompt": "prompt", "response": "response", "system": "system"}}
+BLANK = {"mistral-7b": " ", "gpt2": " "}  # what a template writes before a response
+
+
+class Measured(NamedTuple):
+    """What the harness makes of questions."""
+
+    accuracy: float
+    likelihoods: list[list[float]]  # of each question's options
+
+
+def by_harness(model: torch.nn.Module, tokenizer: Any, asked: list[Question], blank: str, at_once: int) -> Measured:
+    """The harness's own evaluation: the prompts as contexts, the options as what may follow."""
+    harness = HFLM(pretrained=model, tokenizer=tokenizer, batch_size=at_once)
+    contexts = [tokenizer.decode(one.tokens, clean_up_tokenization_spaces=False) for one in asked]
+    rows = [
+        {"context": context, "choices": one.options, "right": one.right}
+        for context, one in zip(contexts, asked, strict=True)
+    ]
+    config = {
+        "task": "ours", "output_type": "multiple_choice", "doc_to_text": "context", "doc_to_choice": "choices",
+        "doc_to_target": "right", "target_delimiter": blank, "test_split": "test", "metric_list": [{"metric": "acc"}],
+        "custom_dataset": lambda **_: {"test": datasets.Dataset.from_list(rows)},
+    }  # fmt: skip
+    found = evaluate(harness, {"ours": ConfigurableTask(config=config)}, bootstrap_iters=0, log_samples=True)
+    samples = sorted(found["samples"]["ours"], key=lambda sample: sample["doc_id"])
+    likelihoods = []
+    for one, context, sample in zip(asked, contexts, samples, strict=True):
+        for path in one.paths:
+            tokens = harness.tok_encode(context + blank + path.text)
+            assert tokens == one.tokens + path.tokens[: path.length], "the harness reads what is scored here"
+        moved = blanks_of(harness, context)
+        likelihoods.append([result[0][0] - moved for result in sample["resps"]])
+    return Measured(found["results"]["ours"]["acc,none"], likelihoods)
+
+
+def blanks_of(harness: HFLM, context: str) -> float:
+    """The log-likelihood of the blanks at the end of a context, which the harness counts to what follows it."""
+    text = context.rstrip()
+    if text == context:
+        return 0.0
+    asked = Instance(request_type="loglikelihood", doc={}, arguments=(text, context[len(text) :]), idx=0)
+    return harness.loglikelihood([asked], disable_tqdm=True)[0][0]
+
+
+def assert_same(marks: list[Marks], asked: list[Question], theirs: Measured, off: float) -> None:
+    for mark, likelihoods in zip(marks, theirs.likelihoods, strict=True):
+        assert mark.likelihoods == pytest.approx(likelihoods, abs=off)
+    assert grades.grade("choice", asked, marks, {}).score["likelihood_score"] == pytest.approx(theirs.accuracy)
+
+
+def encoder_of(name: str, folder: Path) -> Encoder:
+    known = tiny_models.NAMES.get(name) or tiny_models.KIN[name]
+    base = scored_base.Base({"template": known.template, "stage": "sft", "finetuning_type": "lora"}, folder)
+    return Encoder(base.tokenizer_module, base.data_args, base.longest)
+
+
+def multiple_choice(count: int) -> Split:
+    """Rows with two to five options, some of letters, some of numbers, with short and long prompts."""
+    some, rows = random.Random(0), []
+    for place in range(count):
+        labels = "ABCDE" if place % 3 else "12345"
+        options = labels[: some.randint(2, 5)]
+        listed = "".join(f"\n{label}: {some.randint(0, 999)}" for label in options)
+        prompt = "Which? " + "so " * some.randint(0, 5) + listed
+        rows.append({"prompt": prompt, "response": f"[{some.choice(options)}]", "system": "Say one letter."})
+    return Split("some", True, [(ENTRY, rows)])
+
+
+@pytest.mark.parametrize("name", ["smollm2-135m", "llama-7b", "mistral-7b", "gpt2", "gemma-3-text"])
+def test_likelihoods_and_accuracy_are_the_harness_s(every_model, name):
+    known = tiny_models.NAMES.get(name) or tiny_models.KIN[name]
+    lora = (
+        {} if known.lora_target == "all" else {"target_modules": known.lora_target.split(","), "fan_in_fan_out": True}
+    )
+    scene = Scene(every_model / name, lora=lora)
+    encoder = encoder_of(name, every_model / name)
+    asked = encoder.questions(multiple_choice(16), "choice")
+    assert {len(one.options) for one in asked} == {2, 3, 4, 5}
+    found = scene.scorer(asked).marks(scene.factors())
+    for number, marks in enumerate(found):
+        with scene.by_peft(number) as model:
+            theirs = by_harness(model, encoder.tokenizer, asked, BLANK.get(name, ""), 4)
+        assert_same(marks, asked, theirs, 1e-4)
+    accuracies = {grades.grade("choice", asked, marks, {}).score["likelihood_score"] for marks in found}
+    assert len(accuracies) > 1, "the adapters choose differently"
+
+
+@pytest.mark.slow
+def test_a_real_model_has_the_harness_s_likelihoods_and_accuracy():
+    """SmolLM2-135M and an adapter of it on Demo_test; without the model this fails: `make setup` has it made."""
+    folder = models.local_folder(paths.MODELS / models.table()["smollm2-135m"]["folder"])
+    base = scored_base.Base({"template": "smollm2", "stage": "sft", "finetuning_type": "lora"}, folder)
+    encoder = Encoder(base.tokenizer_module, base.data_args, base.longest)
+    split = questions.split_of({"data": None}, "Demo_test")
+    assert answers.metric_of(split.rows) == "choice"
+    asked = encoder.questions(split, "choice")
+    peft = get_peft_model(base.model, LoraConfig(r=8, lora_alpha=16, target_modules="all-linear")).eval()
+    torch.manual_seed(0)
+    for name, parameter in peft.named_parameters():
+        if ".lora_B." in name:
+            parameter.data.normal_(std=0.02)
+    tensors = {key: tensor.clone() for key, tensor in get_peft_model_state_dict(peft).items()}
+    with torch.inference_mode():
+        adapted = by_harness(peft, encoder.tokenizer, asked, "", 16)
+        with peft.disable_adapter():
+            plain = by_harness(peft, encoder.tokenizer, asked, "", 16)
+    layers = checkpoints.layers_of(tensors)
+    stacked = lora_stack.Stacked(scored_base.plain(peft), layers)
+    scorer = Scorer(stacked, asked, encoder.stops, encoder.tokenizer.pad_token_id)
+    found = scorer.marks(lora_stack.stack([None, tensors], layers, 2.0))
+    for marks, theirs in zip(found, (plain, adapted), strict=True):
+        assert_same(marks, asked, theirs, 1e-4)
+    assert plain.likelihoods != adapted.likelihoods

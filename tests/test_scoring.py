@@ -1,0 +1,343 @@
+"""Scores are those of the plain model: likelihoods as by PEFT row by row, answers as by transformers' generation."""
+
+import pytest
+import tiny_models
+import torch
+from scenes import CLOSE, LONGEST, STOPS, Scene, prompts, question
+from transformers import GenerationConfig
+
+import lora_stack
+import scored_base
+import scoring
+from cli import UserError
+from questions import Question
+from scoring import Marks
+
+LENGTHS = [1, 23, 4, 60, 17, 30]
+
+
+def targets(name: str) -> dict:
+    known = tiny_models.NAMES.get(name) or tiny_models.KIN[name]
+    names = known.lora_target.split(",")
+    return {} if names == ["all"] else {"target_modules": names, "fan_in_fan_out": name == "gpt2"}
+
+
+def assert_right(scene: Scene, asked: list[Question], off: float = CLOSE) -> list[list[Marks]]:
+    """What is computed for all adapters at once is what PEFT and transformers make of each question by itself."""
+    scorer = scene.scorer(asked)
+    found = scorer.marks(scene.factors())
+    is_open = [[number for number, mark in enumerate(marks) if mark.is_open] for marks in found]
+    generated = scorer.generate(scene.factors(), is_open, LONGEST)
+    for adapter, marks in enumerate(found):
+        assert list(generated[adapter]) != [] or not is_open[adapter]
+        for number, (one, mark) in enumerate(zip(asked, marks, strict=True)):
+            texts, loss = scene.likelihoods(adapter, one)
+            assert mark.likelihoods == pytest.approx(texts, abs=off)
+            assert mark.loss == pytest.approx(loss, abs=off) and mark.count == len(one.paths[one.right].tokens)
+            said = scene.greedy(adapter, one.tokens)
+            if mark.is_open:
+                assert mark.answer is None
+                assert generated[adapter][number] == scoring.until(said, STOPS)
+            else:
+                assert mark.answer == first_option(one, said)
+    return found
+
+
+def first_option(one: Question, said: list[int]) -> int | None:
+    """The option that a text begins with."""
+    return next(
+        (number for number, path in enumerate(one.paths) if said[: path.length] == path.tokens[: path.length]), None
+    )
+
+
+@pytest.mark.parametrize("name", [*tiny_models.NAMES, *tiny_models.KIN])
+def test_every_architecture_gets_the_scores_and_answers_of_the_plain_model(every_model, name):
+    scene = Scene(every_model / name, lora=targets(name))
+    for shared in (0, 12):
+        found = assert_right(scene, scene.asked(prompts(LENGTHS, shared)))
+        answers = [[mark.answer for mark in marks] for marks in found]
+        assert len({tuple(one) for one in answers}) > 1, "the adapters answer differently"
+        assert any(answer is not None for one in answers for answer in one)
+        assert any(mark.is_open for marks in found for mark in marks)
+
+
+@pytest.mark.parametrize("name", ["mistral-7b", "gemma-3-text", "gemma-3-4b"])
+def test_rows_longer_than_what_attention_sees_are_scored_with_its_window(every_model, name):
+    """Mistral's layers see the last 7 tokens alone, one of Gemma's two; of prompts, their beginning and options."""
+    narrow, wide = (Scene(every_model / name, config={"sliding_window": window}) for window in (7, 128))
+    for shared in (0, 12):
+        asked = narrow.asked(prompts([3, 40, 8], shared))
+        asked.append(question(prompts([20], shared)[0], [[*range(50, 70)], [50, 51], [*range(50, 65)]]))
+        assert_right(narrow, asked)
+    assert abs(narrow.likelihoods(1, asked[1])[1] - wide.likelihoods(1, asked[1])[1]) > 0.01
+
+
+def test_an_answer_that_ends_before_any_option_is_known_without_generating_it(every_model):
+    scene = Scene(every_model / "smollm2-135m", count=1)
+    asked = [question(prompt, [[20], [21]]) for prompt in prompts([30])]
+    for adapter in (0, 1):
+        first = scene.greedy(adapter, asked[0].tokens)[0]
+        scorer = scoring.Scorer(scene.stacked, asked, [first], 0)
+        (mark,) = scorer.marks(scene.factors(adapter))[0]
+        assert (mark.answer, mark.is_open) == (None, False)
+        assert scorer.generate(scene.factors(adapter), [[0]], LONGEST) == [{0: []}]
+
+
+def test_unusual_questions_are_scored_as_any_other(every_model):
+    scene = Scene(every_model / "smollm2-135m", count=1)
+    some = prompts([30, 1, 5])
+    sets = {
+        "one row": [question(some[0], [[20], [21]])],
+        "one row of one token": [question(some[1], [[20], [21, 22]], 1)],
+        "one prompt for all": [question(some[0], [[20 + n], [30, 40 + n]]) for n in range(5)],
+        "one prompt begins another": [question(some[0][:n], [[20, 21], [22]]) for n in (9, 10, 30)],
+        "single tokens": [question(prompt, [[20], [21], [22]], 2) for prompt in some],
+        "a stem": [question(prompt, [[*range(20, 29), last] for last in (60, 61, 62)], 1) for prompt in some],
+        "of all lengths": [question(prompt, [[20], [21, 22], list(range(23, 40))], 1) for prompt in some],
+        "many": [question(prompt, [[9, tens, ones] for tens in (30, 31) for ones in range(40, 45)]) for prompt in some],
+        "long chains": [question(prompt, [[*range(20, 60), 20, 21]]) for prompt in some],
+        "responses of one token": [question(prompt, [[20]]) for prompt in some],
+    }  # fmt: skip
+    for asked in sets.values():
+        assert_right(scene, asked)
+
+
+@pytest.mark.parametrize(
+    "lora",
+    [
+        {"r": 1, "lora_alpha": 1}, {"target_modules": ["v_proj"]}, {"r": 5, "lora_alpha": 3, "use_rslora": True},
+        {"target_modules": ["q_proj", "down_proj"], "layers_to_transform": [1]},
+    ],
+    ids=["rank 1", "one kind of layer", "rank-stabilised", "some layers of one block"],
+)  # fmt: skip
+def test_every_shape_of_adapter_is_applied_as_peft_applies_it(every_model, lora):
+    scene = Scene(every_model / "qwen2.5-0.5b", lora=lora)
+    found = assert_right(scene, scene.asked(prompts(LENGTHS, 12)))
+    losses = [sum(mark.loss for mark in marks) for marks in found]
+    assert min(abs(losses[one] - losses[other]) for one, other in ((0, 1), (0, 2), (1, 2))) > 0.1
+
+
+@pytest.fixture(scope="module")
+def crowd(every_model) -> Scene:
+    """Fifteen adapters, in float32."""
+    return Scene(every_model / "smollm2-135m", count=15, dtype=torch.float32)
+
+
+@pytest.fixture(scope="module")
+def answered(crowd):
+    """Questions with a common beginning, and what each adapter says of them when all go through the model together."""
+    asked = crowd.asked(prompts([1, 9, 3, 33, 2, 14, 5, 70, 21, 8], 10))
+    return asked, everything(crowd, asked)
+
+
+def everything(scene: Scene, asked: list[Question], *adapters: int, budget: int | None = None) -> list[list[tuple]]:
+    """Of each adapter and question the marks and the tokens of an answer, generated whether it is open or not."""
+    scorer = scene.scorer(asked)
+    scorer.budget = budget or scorer.budget
+    marks = scorer.marks(scene.factors(*adapters))
+    said = scorer.generate(scene.factors(*adapters), [list(range(len(asked)))] * len(marks), LONGEST)
+    return [
+        [(mark, answer[number]) for number, mark in enumerate(of_one)]
+        for of_one, answer in zip(marks, said, strict=True)
+    ]
+
+
+def assert_same(found: list[tuple], expected: list[tuple]) -> None:
+    for (mark, said), (other, told) in zip(found, expected, strict=True):
+        assert said == told
+        assert mark.likelihoods == pytest.approx(other.likelihoods, abs=1e-4)
+        assert mark.loss == pytest.approx(other.loss, abs=1e-4)
+        assert (mark.count, mark.answer, mark.is_open) == (other.count, other.answer, other.is_open)
+
+
+def test_a_checkpoint_alone_has_the_scores_it_has_among_others(crowd, answered):
+    asked, together = answered
+    assert len({str(said) for said in together}) == 16, "no two say the same"
+    for number in (0, 1, 7, 15):
+        assert_same(everything(crowd, asked, number)[0], together[number])
+    for one, number in zip(everything(crowd, asked, 9, 0, 3), (9, 0, 3), strict=True):
+        assert_same(one, together[number])
+
+
+@pytest.mark.parametrize("budget", [32, 100, 1000, 10**6])
+def test_how_much_goes_through_the_model_at_once_changes_no_score(crowd, answered, budget):
+    asked, together = answered
+    for one, number in zip(everything(crowd, asked, 2, 0, budget=budget), (2, 0), strict=True):
+        assert_same(one, together[number])
+
+
+def test_the_order_and_the_number_of_rows_change_no_score(crowd, answered):
+    asked, together = answered
+    some = [7, 2, 0, 9, 5]
+    found = everything(crowd, [asked[number] for number in some], 4, 11)
+    for one, adapter in zip(found, (4, 11), strict=True):
+        assert_same(one, [together[adapter][number] for number in some])
+    for number in (7, 0):
+        assert_same(everything(crowd, [asked[number]], 4)[0], [together[4][number]])
+
+
+def test_few_logits_at_once_change_no_score(crowd, answered, monkeypatch):
+    asked, together = answered
+    monkeypatch.setattr(scoring, "LOGITS", 1)
+    monkeypatch.setattr(scoring, "AT_ONCE", 1)
+    assert_same(everything(crowd, asked, 6)[0], together[6])
+
+
+def test_each_adapter_answers_its_own_questions(crowd, answered):
+    asked, together = answered
+    wanted = [[3], [], [9, 0, 1, 2, 3, 4, 5, 6, 7, 8], [8, 2]]
+    found = crowd.scorer(asked).generate(crowd.factors(1, 2, 3, 4), wanted, LONGEST)
+    for adapter, (numbers, said) in enumerate(zip(wanted, found, strict=True), 1):
+        assert said == {number: together[adapter][number][1] for number in numbers}
+
+
+def test_a_model_that_wants_to_be_sampled_or_penalised_answers_greedily(every_model):
+    scene = Scene(every_model / "qwen2.5-0.5b")
+    scene.model.generation_config = GenerationConfig(
+        do_sample=True, temperature=9.0, top_k=3, repetition_penalty=4.0, no_repeat_ngram_size=2, min_new_tokens=5,
+        eos_token_id=[11, 12], bad_words_ids=[[one] for one in range(20, 90)], num_beams=2, max_length=7,
+    )  # fmt: skip
+    assert_right(scene, scene.asked(prompts(LENGTHS)))
+
+
+@pytest.mark.parametrize("name", ["gpt2", "bert"])
+def test_an_answer_ends_where_the_model_does(every_model, name):
+    """Both have learned positions for 128 tokens, and would fail behind them."""
+    scene = Scene(every_model / name, lora=targets(name))
+    asked = [question(prompt, [[20], [21]]) for prompt in prompts([127, 124, 122, 124, 30, 10])]
+    some = [list(range(len(asked))), [4, 1], [5]]
+    found = scene.scorer(asked).generate(scene.factors(), some, LONGEST)
+    for adapter, (numbers, answers) in enumerate(zip(some, found, strict=True)):
+        assert answers.keys() == set(numbers)
+        for number, said in answers.items():
+            room = min(LONGEST, 128 - len(asked[number].tokens))
+            assert said == scoring.until(scene.greedy(adapter, asked[number].tokens, room), STOPS)
+
+
+@pytest.mark.parametrize("name", ["llama-7b", "gemma-3-text", "gpt2", "bert"])
+def test_eager_attention_gives_the_same(every_model, name):
+    """Models without another have it."""
+    scene = Scene(every_model / name, lora=targets(name), dtype=torch.float32)
+    scene.model.set_attn_implementation("eager")
+    assert_right(scene, scene.asked(prompts([30, 4, 22], 10)), 1e-4)
+
+
+class Scarce:
+    """Device memory for so many tokens at once, counted in what goes into a model."""
+
+    def __init__(self, model: torch.nn.Module, most: int):
+        self.most, self.asked = most, []
+        self.hook = model.register_forward_pre_hook(self.check, with_kwargs=True)
+
+    def check(self, _model, _inputs, named) -> None:
+        self.asked.append(named["input_ids"].numel())
+        if self.asked[-1] > self.most:
+            raise torch.OutOfMemoryError(f"{self.asked[-1]} tokens")
+
+
+def test_without_memory_for_a_batch_smaller_ones_give_the_same(crowd, answered):
+    asked, together = answered
+    scorer = crowd.scorer(asked)
+    memory = Scarce(crowd.model, 300)
+    try:
+        marks = scorer.marks(crowd.factors(5, 6))
+        said = scorer.generate(crowd.factors(5, 6), [list(range(len(asked)))] * 2, LONGEST)
+    finally:
+        memory.hook.remove()
+    assert max(memory.asked) > 300 and scorer.budget < scoring.TOKENS["cpu"]
+    for adapter, one, answer in zip((5, 6), marks, said, strict=True):
+        assert_same([(mark, answer[number]) for number, mark in enumerate(one)], together[adapter])
+
+
+def test_without_memory_for_one_row_a_line_says_so(crowd, answered):
+    scorer = crowd.scorer(answered[0])
+    scorer.budget = 2 * scoring.LEAST
+    memory = Scarce(crowd.model, 40)
+    try:
+        with pytest.raises(UserError, match="^out of device memory, even with single rows; score on another device$"):
+            scorer.marks(crowd.factors(5))
+        with pytest.raises(UserError, match="^out of device memory"):
+            scorer.generate(crowd.factors(5), [[7]], LONGEST)
+    finally:
+        memory.hook.remove()
+    assert_same(everything(crowd, answered[0], 5)[0], answered[1][5])  # the adapters of the failed run are gone
+
+
+@pytest.fixture
+def compared(every_model, tmp_path):
+    """A collection's base and checkpoint, and what PEFT makes of two questions by them."""
+    scene = Scene(every_model / "llama-7b", count=1, dtype=torch.float32)
+    scene.peft.save_pretrained(tmp_path)
+    asked = [question(prompt, [[*range(20, 30)], [21]]) for prompt in prompts([5, 40])]
+    return scene, asked, scored_base.expected(scene.fresh(), tmp_path, scene.adapters[1], asked)
+
+
+def test_what_peft_computes_too_is_accepted(compared):
+    scene, asked, theirs = compared
+    scored_base.compare(scene.scorer(asked).marks(scene.factors()), theirs, torch.float32)
+    assert theirs == [
+        pytest.approx([scene.likelihoods(number, one)[1] for one in asked], abs=1e-4) for number in (0, 1)
+    ]
+
+
+@pytest.mark.parametrize("how", ["scaling", "a layer", "a factor", "the base", "not a number"])
+def test_what_peft_computes_otherwise_is_refused(compared, how):
+    scene, asked, theirs = compared
+    factors = scene.factors()
+    last = list(factors.b)[-1]
+    if how == "scaling":
+        factors = lora_stack.stack(scene.adapters, scene.layers, scene.scaling * 1.05)
+    elif how == "a layer":
+        factors.b[last].zero_()
+    elif how == "a factor":
+        factors.a[last][1] = factors.a[last][1].flip(0)
+    elif how == "the base":
+        factors.b[last][0] = 0.1
+        factors.a[last][0] = 0.1
+    else:
+        factors.b[last][1, 0, 0] = torch.nan
+    with pytest.raises(UserError, match="the scores of this model would be wrong .* so none are made"):
+        scored_base.compare(scene.scorer(asked).marks(factors), theirs, torch.float32)
+
+
+def test_scores_of_peft_leave_the_model_as_it_was(every_model, compared, tmp_path):
+    scene, asked, theirs = compared
+    model = scene.fresh()
+    before = {name: tensor.clone() for name, tensor in model.state_dict().items()}
+    for _ in range(2):
+        assert scored_base.expected(model, tmp_path, scene.adapters[1], asked) == theirs
+    after = model.state_dict()
+    assert list(after) == list(before) and all(torch.equal(after[name], before[name]) for name in before)
+
+
+def test_a_model_has_its_own_layers_back_in_the_end(every_model):
+    scene = Scene(every_model / "smollm2-135m", count=1)
+    before = dict(scene.fresh().named_modules())
+    scene.stacked.close()
+    assert {name: type(module) for name, module in scene.model.named_modules()} == {
+        name: type(module) for name, module in before.items()
+    }
+
+
+def test_an_adapter_of_another_model_is_refused(every_model):
+    with pytest.raises(UserError, match="model.layers.2.mlp: is adapted, but the base model has no such layer"):
+        lora_stack.Stacked(Scene(every_model / "smollm2-135m", count=1).fresh(), ["model.layers.2.mlp"])
+
+
+@pytest.mark.parametrize(
+    ("key", "value"),
+    [
+        ("use_dora", True), ("rank_pattern", {"q_proj": 2}), ("alpha_pattern", {"q_proj": 2}), ("bias", "all"),
+        ("modules_to_save", ["lm_head"]),
+    ],
+)  # fmt: skip
+def test_another_kind_of_lora_is_refused(key, value):
+    with pytest.raises(UserError, match=f"adapter_config.json: {key} is .*; only plain LoRA is scored here"):
+        lora_stack.scaling_of({"r": 4, "lora_alpha": 8, key: value})
+
+
+def test_the_scaling_is_peft_s(every_model):
+    for lora in ({"r": 3, "lora_alpha": 5}, {"r": 3, "lora_alpha": 5, "use_rslora": True}, {"r": 8, "lora_alpha": 16}):
+        scene = Scene(every_model / "smollm2-135m", count=1, lora=lora)
+        layer = scene.peft.get_submodule("base_model.model.model.layers.0.self_attn.q_proj")
+        assert scene.scaling == layer.scaling["default"]

@@ -1,0 +1,106 @@
+"""How questions are laid out as batches: trees of options, a common beginning, who sees whom."""
+
+import numpy as np
+import pytest
+from scenes import question
+
+import sheets
+from questions import Question
+from sheets import START
+
+
+def sheet(asked: list[Question], prefix: int = 0, window: int | None = None) -> sheets.Sheet:
+    return sheets.sheet_of(list(range(len(asked))), asked, [sheets.tree_of(one) for one in asked], prefix, window)
+
+
+def seen(batch: sheets.Sheet, row: int = 0, near: bool = False) -> list[str]:
+    """What each token of a row sees, a string of x and . per token."""
+    mask = batch.near if near else batch.mask
+    return ["".join(".x"[int(there)] for there in line) for line in mask[row, 0]]
+
+
+def test_options_share_their_first_tokens():
+    tree = sheets.tree_of(question([1], [[5, 6, 8], [5, 7, 8], [9]], right=1))
+    # 5 behind the prompt, 6 and 7 behind it; of the right one also what ends it (2, 7) but for its last token
+    assert list(zip(tree.parents, tree.tokens, tree.depths, strict=True)) == [
+        (START, 5, 0), (0, 6, 1), (0, 7, 1), (2, 8, 2), (3, 2, 3)
+    ]  # fmt: skip
+    assert [tree.edges[edge] for edge in tree.paths[0]] == [(START, 5), (0, 6), (1, 8)]
+    assert [tree.edges[edge] for edge in tree.paths[1]] == [(START, 5), (0, 7), (2, 8), (3, 2), (4, 7)]
+    assert [tree.edges[edge] for edge in tree.paths[2]] == [(START, 9)]
+    assert tree.lengths == [3, 3, 1]
+
+
+def test_options_of_one_token_need_no_token_but_the_right_one_s():
+    tree = sheets.tree_of(question([1], [[5], [6]]))
+    assert tree.tokens == [5, 2] and len(tree.edges) == 4
+
+
+def test_a_node_sees_its_prompt_and_what_leads_to_it():
+    batch = sheet([question([1, 3], [[5, 6, 8], [5, 7, 8]])])
+    assert batch.tokens.tolist() == [[1, 3, 5, 6, 8, 2, 7]]
+    assert batch.positions.tolist() == [[0, 1, 2, 3, 4, 5, 3]]
+    assert seen(batch) == ["x......", "xx.....", "xxx....", "xxxx...", "xxxxx..", "xxxxxx.", "xxx...x"]
+
+
+def test_a_row_sees_the_common_beginning_which_is_not_in_it():
+    batch = sheet([question([1, 3, 4, 9], [[5], [6]]), question([1, 3, 8], [[5], [6]])], prefix=2)
+    assert batch.tokens.tolist() == [[4, 9, 5, 2], [8, 5, 2, 0]]
+    assert batch.positions.tolist() == [[2, 3, 4, 5], [2, 3, 4, 0]]
+    assert seen(batch, 0) == ["xxx...", "xxxx..", "xxxxx.", "xxxxxx"]
+    assert seen(batch, 1)[:3] == ["xxx...", "xxxx..", "xxxxx."]
+
+
+def test_within_a_window_a_node_sees_by_position_not_by_place():
+    batch = sheet([question([1, 3, 4, 9], [[5, 6, 8], [7, 8, 9]])], prefix=2, window=3)
+    assert batch.positions.tolist() == [[2, 3, 4, 5, 6, 7, 4, 5]]
+    assert seen(batch, near=True) == [
+        "xxx.......", ".xxx......", "..xxx.....", "...xxx....", "....xxx...", ".....xxx..", "..xx....x.", "...x....xx",
+    ]  # fmt: skip
+    assert seen(batch)[-1] == "xxxx....xx"
+
+
+def test_single_responses_without_a_common_beginning_are_simply_causal():
+    assert sheet([question([1, 3], [[5, 6]]), question([1], [[5]])], window=2).mask is None
+    assert not sheets.is_branched(sheets.tree_of(question([1], [[5, 6, 7]])))
+    assert sheets.is_branched(sheets.tree_of(question([1], [[5, 6], [7, 6]])))
+
+
+def test_padding_is_neither_seen_nor_asked():
+    batch = sheet([question([1, 3, 4, 9, 9, 9], [[5], [6]]), question([1], [[5, 6], [8, 6]])])
+    assert batch.tokens.tolist() == [[1, 3, 4, 9, 9, 9, 5, 2], [1, 5, 6, 2, 8, 0, 0, 0]]
+    assert not batch.mask[1, 0, :5, 5:].any()
+    assert batch.picks.tolist() == [5, 6, 7, 8, 9, 10, 11, 12]
+    assert batch.edge_of == [0, 4]
+    assert batch.edges[4:].tolist() == [[3, 5], [4, 6], [5, 2], [6, 7], [3, 8], [7, 6]]
+
+
+@pytest.mark.parametrize(
+    ("prompts", "length"),
+    [
+        ([[*range(20)], [*range(12), 50]], 12),
+        ([[*range(20)], [*range(20)]], 19),  # the last token's logits are needed of each row
+        ([[*range(20)], [*range(9)]], 8),
+        ([[*range(20)]], 19),
+        ([[*range(20)], [*range(7), 50, 51]], 0),  # too few to be worth a pass
+        ([[1], [1]], 0),
+        ([[*range(20)], [50, *range(1, 20)]], 0),
+    ],
+)
+def test_the_common_beginning_leaves_each_prompt_a_token(prompts, length):
+    asked = [question(prompt, [[5], [6]]) for prompt in prompts]
+    assert sheets.prefix_of(asked) == prompts[0][:length]
+    assert sheets.prefix_of(asked[::-1]) == prompts[0][:length]
+
+
+def test_every_row_is_dealt_once_and_no_batch_is_too_large():
+    lengths = np.random.default_rng(0).integers(1, 90, 200).tolist()
+    heights = np.random.default_rng(1).integers(1, 9, 200).tolist()
+    for most, tallest in ((1, 1), (64, 10**9), (500, 30), (10**9, 10**9), (10**9, 20)):
+        batches = sheets.deal(lengths, most, heights, tallest)
+        assert sorted(number for batch in batches for number in batch) == list(range(200))
+        for batch in batches:
+            padded = len(batch) * max(lengths[number] for number in batch)
+            tall = sum(heights[number] for number in batch)
+            assert len(batch) == 1 or (padded <= most and tall <= tallest)
+    assert len(sheets.deal(lengths, 10**9, heights, 10**9)) == 1
