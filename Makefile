@@ -24,7 +24,8 @@ demo: setup  ## everything once, for real: model, training, 16 checkpoints, veri
 test: setup  ## run the tests
 	@$(PY) -m pytest -q -m "not slow" tests
 
-test-all: setup  ## run the tests that take minutes too
+test-all: setup  ## run the tests that take minutes too, some with the embedded model
+	@$(PY) utils/fetch_model.py smollm2-135m
 	@$(PY) -m pytest -q tests
 
 ##@ Prepare

@@ -116,7 +116,7 @@ def test_likelihoods_and_accuracy_are_the_harness_s(every_model, name):
 
 @pytest.mark.slow
 def test_a_real_model_has_the_harness_s_likelihoods_and_accuracy():
-    """SmolLM2-135M and an adapter of it on Demo_test; without the model this fails: `make setup` has it made."""
+    """SmolLM2-135M and an adapter of it on Demo_test; without the model this fails: `make test-all` brings it."""
     folder = models.local_folder(paths.MODELS / models.table()["smollm2-135m"]["folder"])
     base = scored_base.Base({"template": "smollm2", "stage": "sft", "finetuning_type": "lora"}, folder)
     encoder = Encoder(base.tokenizer_module, base.data_args, base.longest)

@@ -308,7 +308,7 @@ def test_scores_stand_in_the_table_where_something_was_evaluated(chromium, evalu
     assert heads[at - 1 : at + 2] == ["Base score", "Last score", "Best score"]
     cells = list(zip(*(shown(chromium, column=column) for column in (1, at, at + 1, at + 2)), strict=True))
     assert sorted(cells) == [
-        ("Loss", "2.500 loss", "1.250 loss", "1.250 loss"),
+        ("Loss", "2.5000 loss", "1.2500 loss", "1.2500 loss"),
         ("Toy", "0.4000", "0.6250", "0.7500"),
         ("Unscored", "", "", ""),
     ]

@@ -11,6 +11,7 @@ collection's; LIMIT takes its first rows. --show prints the answers of the base 
 import argparse
 import os
 import time
+from collections.abc import Iterator
 from importlib.metadata import version
 from typing import TYPE_CHECKING, Any, NamedTuple
 
@@ -150,7 +151,7 @@ def score(plan: Plan, base: "Base | None", show: int) -> "Base | None":
             entry |= computed_by(plan, base, entry)
             started, ends = time.monotonic(), {}
             grader = grades.Grader(plan.chosen, base, plan.split, plan.metric, entry["engine"])
-            for graded in grader.groups(wanted):
+            for graded in unless_replaced(plan, grader.groups(wanted)):
                 keep(entry, graded)
                 save(plan, entry)
                 left = len(missing(plan, entry))
@@ -219,18 +220,29 @@ def keep(entry: dict[str, Any], graded: "dict[int, Graded]") -> None:
 
 
 def save(plan: Plan, entry: dict[str, Any]) -> None:
-    """Put an evaluation into its collection's evaluation.json, beside those of other rows.
-
-    Raises UserError when the collection was replaced while it was scored.
-    """
+    """Put an evaluation into its collection's evaluation.json, beside those of other rows; raises as `check_same`."""
     folder = plan.chosen.folder
     with files.lock(files.beside(folder, "lock"), waiting=f"waiting for what is at work on {plan.chosen.name}"):
-        manifest = collection.read_manifest(folder)
-        if manifest is None or manifest["sha256"] != plan.chosen.manifest["sha256"]:
-            raise UserError(f"{plan}: the collection was replaced while it was scored; score it again")
+        check_same(plan)
         files.remove_unfinished(folder / evaluation.FILE)
-        others = [one for one in evaluation.read(folder, manifest) if rows_of(one) != rows_of(entry)]
-        evaluation.write(folder, manifest, [*others, entry])
+        others = [one for one in evaluation.read(folder, plan.chosen.manifest) if rows_of(one) != rows_of(entry)]
+        evaluation.write(folder, plan.chosen.manifest, [*others, entry])
+
+
+def unless_replaced(plan: Plan, groups: Iterator[Any]) -> Iterator[Any]:
+    """The groups; where they end with an error because the collection was replaced, that is what is said."""
+    try:
+        yield from groups
+    except UserError:
+        check_same(plan)
+        raise
+
+
+def check_same(plan: Plan) -> None:
+    """Raise UserError when the collection is no more the one that is being scored."""
+    manifest = collection.read_manifest(plan.chosen.folder)
+    if manifest is None or manifest["sha256"] != plan.chosen.manifest["sha256"]:
+        raise UserError(f"{plan}: the collection was replaced while it was scored; score it again")
 
 
 def rows_of(entry: dict[str, Any]) -> tuple:

@@ -129,7 +129,10 @@ class Encoder:
         self.data_args = dataclasses.replace(data_args, cutoff_len=longest)
         self.template = get_template_and_fix_tokenizer(self.tokenizer, data_args)
         self.processor = SupervisedDatasetProcessor(
-            template=self.template, tokenizer=self.tokenizer, processor=None, data_args=self.data_args
+            template=self.template,
+            tokenizer=self.tokenizer,
+            processor=tokenizer_module["processor"],
+            data_args=self.data_args,
         )
         self.stops = sorted(set(self.template.get_stop_token_ids(self.tokenizer)))
 

@@ -9,7 +9,6 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from typing import Any, NamedTuple
 
-import numpy as np
 import torch
 from torch import Tensor, nn
 from transformers import DynamicCache, GenerationConfig
@@ -309,8 +308,3 @@ def reference(model: nn.Module, question: Question) -> float:
         logits = model(input_ids=tokens).logits[0, len(question.tokens) - 1 : -1].float()
     chosen = torch.log_softmax(logits, -1).gather(1, tokens[0, len(question.tokens) :, None])
     return -float(chosen.double().sum())
-
-
-def array_of(marks: list[Marks]) -> tuple[np.ndarray, np.ndarray]:
-    """Summed loss in nats and number of tokens of each question."""
-    return np.array([mark.loss for mark in marks]), np.array([mark.count for mark in marks])
