@@ -116,27 +116,19 @@ def test_likelihoods_and_accuracy_are_the_harness_s(every_model, name):
 
 @pytest.mark.slow
 def test_a_real_model_has_the_harness_s_likelihoods_and_accuracy():
-    """SmolLM2-135M and an adapter of it on Demo_test; without the model this fails: `make test-all` brings it."""
+    """SmolLM2-135M on Demo_test; without the model this fails: `make test-all` brings it."""
     folder = models.local_folder(paths.MODELS / models.table()["smollm2-135m"]["folder"])
     base = scored_base.Base({"template": "smollm2", "stage": "sft", "finetuning_type": "lora"}, folder)
     encoder = Encoder(base.tokenizer_module, base.data_args, base.longest)
     split = questions.split_of({"data": None}, "Demo_test")
     assert answers.metric_of(split.rows) == "choice"
     asked = encoder.questions(split, "choice")
-    peft = get_peft_model(base.model, LoraConfig(r=8, lora_alpha=16, target_modules="all-linear")).eval()
-    torch.manual_seed(0)
-    for name, parameter in peft.named_parameters():
-        if ".lora_B." in name:
-            parameter.data.normal_(std=0.02)
-    tensors = {key: tensor.clone() for key, tensor in get_peft_model_state_dict(peft).items()}
     with torch.inference_mode():
-        adapted = by_harness(peft, encoder.tokenizer, asked, "", 16)
-        with peft.disable_adapter():
-            plain = by_harness(peft, encoder.tokenizer, asked, "", 16)
+        theirs = by_harness(base.model, encoder.tokenizer, asked, "", 16)
+    peft = get_peft_model(base.model, LoraConfig(r=1, target_modules="all-linear"))
+    tensors = get_peft_model_state_dict(peft)  # only their shapes count here
     layers = checkpoints.layers_of(tensors)
-    stacked = lora_stack.Stacked(scored_base.plain(peft), layers)
-    scorer = Scorer(stacked, asked, encoder.stops, encoder.tokenizer.pad_token_id)
-    found = scorer.marks(lora_stack.stack([None, tensors], layers, 2.0))
-    for marks, theirs in zip(found, (plain, adapted), strict=True):
-        assert_same(marks, asked, theirs, 1e-4)
-    assert plain.likelihoods != adapted.likelihoods
+    scorer = Scorer(
+        lora_stack.Stacked(scored_base.plain(peft), layers), asked, encoder.stops, encoder.tokenizer.pad_token_id
+    )
+    assert_same(scorer.marks(lora_stack.stack([None, tensors], layers, 1.0))[0], asked, theirs, 1e-4)
