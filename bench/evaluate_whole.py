@@ -32,8 +32,8 @@ LIKE = "qwen2.5-0.5b"  # the model whose recipes are taken
 MADE_UP = {"train": 1119, "test": 1172}  # rows, where ARC-c's own are not there
 SYSTEM = "Answer the question by picking one of the given choices, and reply with its letter alone in brackets. " * 2
 WORDS = ("the", "a", "of", "which", "best", "when", "water", "plant", "light", "rock", "heat", "likely", "energy")
-# Parts of evaluate.py, by the functions whose time they are; they do not overlap but for `reading`, done beside.
-PARTS = {"load": "load_model", "tokens": "__init__", "reading": "_stack", "to the device": "_on_device",
+# Parts of evaluate.py, by the functions whose time they are; they do not overlap.
+PARTS = {"load": "load_model", "tokens": "__init__", "stacking": "_stack", "to the device": "_on_device",
          "forward passes": "marks", "generation": "generate", "grading": "grade", "writing": "write"}  # fmt: skip
 
 
@@ -132,7 +132,7 @@ def show_ours(found: dict[str, Any], noted: dict[str, Any], entry: dict[str, Any
     say(f"\nevaluate.py: {found['rows']} rows, the base and {found['checkpoints']} checkpoints, {found['device']}")
     rows = [(part, f"{seconds:.2f}") for part, seconds in found["seconds"].items()]
     rows += [("from the loaded model on", f"{found['window']:.2f}"), ("whole process", f"{found['whole']:.2f}")]
-    cli.print_table(("part (reading goes on beside)", "seconds"), rows)
+    cli.print_table(("part", "seconds"), rows)
     answered = found["models"] * found["rows"]
     say(f"answers that left the options and were generated: {found['generated']} of {answered}")
     say(f"peak memory {noted['peak_GB']:.1f} GB; {noted['budget']} tokens at once; base {entry['base']['score']:.3f}")

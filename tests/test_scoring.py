@@ -249,6 +249,22 @@ def test_without_memory_for_a_batch_smaller_ones_give_the_same(crowd, answered):
         assert_same([(mark, answer[number]) for number, mark in enumerate(one)], together[adapter])
 
 
+def test_without_memory_for_a_row_of_two_adapters_they_are_scored_one_after_the_other(crowd, answered):
+    asked, together = answered
+    longest = max(len(one.tokens) + len(one.paths[0].tokens) for one in asked)
+    scorer = crowd.scorer(asked)
+    scorer.budget = 2 * scoring.LEAST
+    memory = Scarce(crowd.model, longest + LONGEST + 8)
+    try:
+        marks = scorer.marks(crowd.factors(5, 6))
+        said = scorer.generate(crowd.factors(5, 6), [list(range(len(asked)))] * 2, LONGEST)
+    finally:
+        memory.hook.remove()
+    assert max(memory.asked) > longest + LONGEST + 8
+    for adapter, one, answer in zip((5, 6), marks, said, strict=True):
+        assert_same([(mark, answer[number]) for number, mark in enumerate(one)], together[adapter])
+
+
 def test_without_memory_for_one_row_a_line_says_so(crowd, answered):
     scorer = crowd.scorer(answered[0])
     scorer.budget = 2 * scoring.LEAST

@@ -23,6 +23,11 @@ class Factors(NamedTuple):
     a: dict[str, Tensor]  # n x inputs x rank
     b: dict[str, Tensor]  # n x rank x outputs, scaled
 
+    @property
+    def count(self) -> int:
+        """How many adapters."""
+        return len(next(iter(self.a.values())))
+
     def to(self, device: torch.device, dtype: torch.dtype) -> "Factors":
         """The same on a device, in the dtype that its layers compute in."""
         return Factors(*({name: one.to(device, dtype) for name, one in half.items()} for half in self))

@@ -5,9 +5,9 @@ a response's tokens are predicted. Nothing is fetched from the device before a g
 """
 
 import copy
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 import torch
 from torch import Tensor, nn
@@ -59,7 +59,7 @@ class Scorer:
 
     def marks(self, factors: Factors) -> list[list[Marks]]:
         """What each adapter makes of each question: by adapter, by question."""
-        return self._within_memory(lambda: self._marks(factors))
+        return self._within_memory(self._marks, factors, list(range(factors.count)))
 
     def generate(self, factors: Factors, numbers: list[list[int]], most: int) -> list[dict[int, list[int]]]:
         """Greedy answers.
@@ -70,23 +70,32 @@ class Scorer:
 
         Returns, of each adapter, the tokens by question, without what ended them.
         """
-        return self._within_memory(lambda: self._generate(factors, numbers, most))
 
-    def _within_memory(self, work: Any) -> Any:
-        """What `work` returns, with half as many tokens at once as often as it needs more memory than there is."""
+        def work(some: Factors, which: list[int]) -> list[dict[int, list[int]]]:
+            return self._generate(some, [numbers[adapter] for adapter in which], most)
+
+        return self._within_memory(work, factors, list(range(factors.count)))
+
+    def _within_memory(self, work: Callable[[Factors, list[int]], list], factors: Factors, which: list[int]) -> list:
+        """What `work` returns of adapters (`which`, of `factors`): with half as many tokens at once as often as it
+        needs more memory than there is, in the end with half of the adapters at once."""
         while True:
             try:
                 with torch.inference_mode():
-                    return work()
+                    return work(factors if len(which) == factors.count else factors.of(which), which)
             except torch.OutOfMemoryError:
-                if self.budget // 2 < LEAST:
+                if self.budget // 2 < LEAST and len(which) == 1:
                     raise UserError("out of device memory, even with single rows; score on another device") from None
-                self.budget //= 2
             self.made.clear()
             devices.free_memory()
+            if self.budget // 2 < LEAST:
+                half = len(which) // 2
+                parts = [self._within_memory(work, factors, part) for part in (which[:half], which[half:])]
+                return parts[0] + parts[1]
+            self.budget //= 2
 
-    def _marks(self, factors: Factors) -> list[list[Marks]]:
-        count = len(next(iter(factors.a.values())))
+    def _marks(self, factors: Factors, _: list[int]) -> list[list[Marks]]:
+        count = factors.count
         found: list[list[Marks | None]] = [[None] * len(self.questions) for _ in range(count)]
         results = []
         with self.stacked.using(factors):
