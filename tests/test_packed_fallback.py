@@ -80,7 +80,7 @@ def test_a_model_that_cannot_be_packed_is_refused_with_engine_packed(tiny, tmp_p
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("name", ["gemma-3-4b", "gpt2", "bert"])
+@pytest.mark.parametrize("name", ["gemma-3-4b", "gpt2"])
 def test_a_model_that_cannot_be_packed_is_trained_the_ordinary_way(tiny, tmp_path, name):
     """Also where only the loaded model shows it, after a pack was begun."""
     project, cell = project_of(tiny, tmp_path, name)
