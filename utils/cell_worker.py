@@ -89,7 +89,7 @@ class CellWorker:
         return Outcome(text, again, time.monotonic() - started)
 
     def _collect(self, cell: Cell, settings: dict[str, str], log: Path) -> tuple[str | None, str]:
-        forced, asked = run_identity.force_asked(), packed_train.Cell(cell.pretrain, cell.finetune, cell.rank)
+        forced, asked = run_identity.force_asked(), packed_train.of(cell)
         for recipe in (cell.pretrain, cell.finetune):
             if not forced and packed_train.is_done(asked):
                 # takes away the lock file of a run that was killed after it had given its collection its name
@@ -163,7 +163,7 @@ class CellWorker:
         self, cells: list[Cell], settings: dict[str, str], log: Path
     ) -> tuple[int, dict[int, packed_train.Result]]:
         """Run packed_train.py on cells to its end: its exit code, and its results."""
-        asked = [packed_train.Cell(cell.pretrain, cell.finetune, cell.rank) for cell in cells]
+        asked = [packed_train.of(cell) for cell in cells]
         named = [argument for cell in asked for argument in packed_train.arguments_of(cell)]
         with tempfile.TemporaryDirectory(prefix="paragen-") as folder:
             results = Path(folder, "results")

@@ -243,7 +243,8 @@ def faults_of(folder: Path, manifest: dict) -> list[str]:
     faults = [] if entries else ["the manifest lists no checkpoint"]
     expected = {checkpoint_name(entry["step"]) for entry in entries}
     expected |= {MANIFEST, *BESIDE}
-    there = {path.name for path in folder.iterdir() if not evaluation.HALF_WRITTEN.fullmatch(path.name)}
+    half_written = files.unfinished(folder / evaluation.FILE)  # what a killed evaluation leaves is no fault
+    there = {path.name for path in folder.iterdir() if path not in half_written}
     faults += [f"{name} is missing" for name in sorted(expected - there - {*OPTIONAL})]
     faults += [f"{name} does not belong here" for name in sorted(there - expected)]
     steps = [entry["step"] for entry in entries]

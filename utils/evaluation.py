@@ -7,7 +7,6 @@ lies beside the manifest; it belongs to the checkpoints of that manifest alone, 
 import hashlib
 import json
 import math
-import re
 from pathlib import Path
 from typing import Any
 
@@ -30,7 +29,6 @@ KEYS = {
     "base", "checkpoints",
 }  # fmt: skip
 SCORE_KEYS = {"score", "interval", "loss", "loss_interval"}  # of every score, some of them null
-HALF_WRITTEN = re.compile(r"\.evaluation\.json\.\d+\.tmp")  # what a killed `write` leaves
 
 
 def read(folder: Path, manifest: dict[str, Any]) -> list[dict[str, Any]]:

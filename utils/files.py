@@ -29,9 +29,14 @@ def write_atomically(path: Path, *parts: bytes | memoryview) -> None:
     sync_folder(path.parent)
 
 
+def unfinished(path: Path) -> list[Path]:
+    """What is there of writing `path` atomically: of a process that writes it now, or was killed when it did."""
+    return list(path.parent.glob(f".{glob.escape(path.name)}.*.tmp"))
+
+
 def remove_unfinished(path: Path) -> None:
     """Remove what killed processes left of `write_atomically`. Call it where no live one can be writing `path`."""
-    for left_over in path.parent.glob(f".{glob.escape(path.name)}.*.tmp"):
+    for left_over in unfinished(path):
         left_over.unlink()
 
 

@@ -162,9 +162,7 @@ class Base:
         compared = [short[len(short) // 2], short[-1]]
         theirs = stock_gradient(adapted, compared, self.dtype)
         model = plain(adapted)
-        if model.device.type == "cuda":
-            # its kernels for norms, rotary positions and gated activations; the loss is our own
-            apply_liger_kernel(model, {"cross_entropy": False, "fused_linear_cross_entropy": False})
+        fuse(model)
         compare(model, first, theirs, compared, self.dtype)
         set_seed(args.seed)
         again = init_adapter(model.config, model, model_args, finetuning_args, True)
@@ -180,6 +178,12 @@ def plain(adapted: PeftModel) -> nn.Module:
     model = adapted.unload()
     del model.peft_config
     return model
+
+
+def fuse(model: nn.Module) -> None:
+    """On an NVIDIA GPU, use Liger's kernels for norms, rotary positions and gated activations; the loss is our own."""
+    if model.device.type == "cuda":
+        apply_liger_kernel(model, {"cross_entropy": False, "fused_linear_cross_entropy": False})
 
 
 def fresh_of(adapted: PeftModel) -> Fresh:

@@ -26,6 +26,7 @@ import files
 import paths
 import rank_config
 import run_identity
+import status
 import train
 from cli import UserError
 
@@ -57,6 +58,11 @@ class Cell(NamedTuple):
         recipe = self.pretrain if phase == "pretrain" else self.finetune
         overrides = self.overrides if phase == "pretrain" else self.overrides + self.keep
         return Run(recipe, rank_config.render(recipe, self.rank, list(overrides)), overrides)
+
+
+def of(cell: status.Cell) -> Cell:
+    """A cell of a sweep."""
+    return Cell(cell.pretrain, cell.finetune, cell.rank)
 
 
 class Result(NamedTuple):

@@ -38,7 +38,7 @@ def kind_of(cell: Cell) -> tuple | None:
 
 def judge(cell: Cell) -> tuple[str | None, tuple]:
     """(why a cell cannot be packed or None, what it must have in common with others to be packed with them)."""
-    asked = packed_train.Cell(cell.pretrain, cell.finetune, cell.rank)
+    asked = packed_train.of(cell)
     try:
         runs = [asked.run(phase) for phase in ("pretrain", "finetune")]
         for run in runs:

@@ -13,7 +13,6 @@ from llamafactory.hparams import ModelArguments, get_infer_args
 from llamafactory.model import load_config, load_model, load_tokenizer
 from peft import LoraConfig, PeftModel, set_peft_model_state_dict
 from torch import Tensor, nn
-from transformers.integrations.liger import apply_liger_kernel
 from transformers.utils.logging import disable_progress_bar
 
 import models
@@ -21,7 +20,7 @@ import paths
 import prompt_templates
 import scoring
 from cli import UserError
-from packed_base import plain
+from packed_base import fuse, plain
 from questions import TEXT_KEYS, Question
 
 # Of a recipe's model keys, those that say where from and how a training goes, not what the model is.
@@ -70,9 +69,9 @@ class Base:
         return getattr(config, "max_position_embeddings", None) or 2**17
 
     def fuse(self) -> None:
-        """Use Liger's kernels for norms, rotary positions and gated activations on an NVIDIA GPU."""
-        if self.model.device.type == "cuda" and not hasattr(self.model, "paragen_fused"):
-            apply_liger_kernel(self.model, {"cross_entropy": False, "fused_linear_cross_entropy": False})
+        """Use fused kernels where the packed engine does; once for a model, also where collections share it."""
+        if not hasattr(self.model, "paragen_fused"):
+            fuse(self.model)
             self.model.paragen_fused = True
 
 
