@@ -43,7 +43,7 @@ def run(args: argparse.Namespace, _: Path) -> int:
     peft.choose_size([int(size) for size in args.sizes.split()])
     steps = [entry["step"] for entry in entries]
     spans: list[tuple] = []
-    for name in ("marks", "generate"):
+    for name in ("begin", "generate"):
         note_spans(Scorer, name, spans)
     sample = entries[-args.baseline_checkpoints :]
     found: dict[str, Any] = {"steps": steps, "rows": len(grader.questions), "batch": peft.size, "rounds": []}
@@ -79,7 +79,7 @@ def ours(grader: Any, steps: list[int], at_once: int, spans: list[tuple]) -> dic
     finally:
         scored_base.compare = plain
     found = timed(began[0], scores)
-    for name in ("marks", "generate"):
+    for name in ("begin", "generate"):
         took = sum(end - start for other, start, end in spans if other == name and start > began[0][2])
         found.setdefault("parts", {})[name] = round(took / len(scores), 3)
     return found

@@ -137,12 +137,14 @@ def evaluated(noted: dict[str, Any], arguments: list[str]) -> None:
     import scored_base
     from scoring import Scorer
 
-    noted |= {"imported": time.time(), "device": devices.describe(), "spans": [], "generated": 0}
+    noted |= {"imported": time.time(), "device": devices.describe(), "spans": [], "generated": 0, "passes": []}
     for owner, name in ((scored_base, "load_model"), (grades.Grader, "__init__"), (scored_base, "expected"),
-                        (scored_base, "compare"), (grades.Grader, "_stack"), (grades.Grader, "_on_device"),
-                        (Scorer, "marks"), (Scorer, "generate"), (grades, "grade"), (evaluation, "write")):  # fmt: skip
+                        (scored_base, "compare"), (grades.Grader, "_stack"),
+                        (Scorer, "begin"), (Scorer, "finish"), (Scorer, "generate"), (grades, "grade"),
+                        (evaluation, "write")):  # fmt: skip
         note_spans(owner, name, noted["spans"])
-    plain = Scorer.generate
+    plain, launch = Scorer.generate, Scorer.begin
+    ticks: list[Any] = []
 
     def generate(scorer, factors, numbers, most):
         seen = seen_by(scorer.questions, scorer.trees, len(scorer.prefix))
@@ -150,10 +152,34 @@ def evaluated(noted: dict[str, Any], arguments: list[str]) -> None:
         noted["generated"] += sum(map(len, numbers))
         return plain(scorer, factors, numbers, most)
 
-    Scorer.generate = generate
+    def begin(scorer, factors):
+        ticks.append(tick())
+        begun = launch(scorer, factors)
+        ticks.append(tick())
+        return begun
+
+    Scorer.generate, Scorer.begin = generate, begin
     sys.argv = ["evaluate.py", *arguments]
-    if status := evaluate.main():
+    status = evaluate.main()
+    noted["passes"] = [between(*pair) for pair in zip(ticks[::2], ticks[1::2], strict=True)]
+    if status:
         sys.exit(status)
+
+
+def tick() -> Any:
+    """Now, as the device sees it."""
+    import torch
+
+    if not torch.cuda.is_available():
+        return time.time()
+    event = torch.cuda.Event(enable_timing=True)
+    event.record()
+    return event
+
+
+def between(one: Any, other: Any) -> float:
+    """Seconds of the device between two ticks."""
+    return other - one if isinstance(one, float) else one.elapsed_time(other) / 1000
 
 
 def seen_by(questions, trees, prefix: int) -> Seen:

@@ -36,11 +36,12 @@ class Scene:
         lora: what the adapters' LoraConfig differs in.
         config: what the model's config of text differs in.
         dtype: of both; in float64 a difference is an error, not one of rounding.
+        fused: as lora_stack.Stacked takes it.
     """
 
     def __init__(
         self, folder: Path, count: int = 2, lora: dict[str, Any] | None = None, config: dict[str, Any] | None = None,
-        dtype: torch.dtype = torch.float64,
+        dtype: torch.dtype = torch.float64, fused: bool | None = None,
     ):  # fmt: skip
         self.folder, self.config, self.dtype = folder, config or {}, dtype
         self.said: dict[tuple[int, ...], list[int]] = {}
@@ -55,7 +56,7 @@ class Scene:
             self.adapters.append(drawn)
         self.layers = checkpoints.layers_of(drawn)
         self.scaling = lora_stack.scaling_of(self.peft.peft_config["default"].to_dict())
-        self.stacked = lora_stack.Stacked(self.model, self.layers)
+        self.stacked = lora_stack.Stacked(self.model, self.layers, fused)
 
     def fresh(self) -> nn.Module:
         """The model as it lies in its folder."""
@@ -72,9 +73,10 @@ class Scene:
     def factors(self, *numbers: int) -> lora_stack.Factors:
         """Those of some adapters, all by default."""
         chosen = [self.adapters[number] for number in numbers or range(len(self.adapters))]
+        where = self.layers, self.scaling, self.model.device, self.dtype
         if chosen == [None]:
-            return lora_stack.stack([None, self.adapters[1]], self.layers, self.scaling).of([0])
-        return lora_stack.stack(chosen, self.layers, self.scaling)
+            return lora_stack.stack([None, self.adapters[1]], *where).of([0])
+        return lora_stack.stack(chosen, *where)
 
     @contextmanager
     def by_peft(self, number: int) -> Iterator[nn.Module]:

@@ -50,9 +50,10 @@ def first_option(one: Question, said: list[int]) -> int | None:
     )
 
 
+@pytest.mark.parametrize("fused", [False, True], ids=["as on a CPU", "as on a GPU"])
 @pytest.mark.parametrize("name", [*tiny_models.NAMES, *tiny_models.KIN])
-def test_every_architecture_gets_the_scores_and_answers_of_the_plain_model(every_model, name):
-    scene = Scene(every_model / name, lora=targets(name))
+def test_every_architecture_gets_the_scores_and_answers_of_the_plain_model(every_model, name, fused):
+    scene = Scene(every_model / name, lora=targets(name), fused=fused)
     for shared in (0, 12):
         found = assert_right(scene, scene.asked(prompts(LENGTHS, shared)))
         answers = [[mark.answer for mark in marks] for marks in found]
@@ -61,10 +62,11 @@ def test_every_architecture_gets_the_scores_and_answers_of_the_plain_model(every
         assert any(mark.is_open for marks in found for mark in marks)
 
 
+@pytest.mark.parametrize("fused", [False, True], ids=["as on a CPU", "as on a GPU"])
 @pytest.mark.parametrize("name", ["mistral-7b", "gemma-3-text", "gemma-3-4b"])
-def test_rows_longer_than_what_attention_sees_are_scored_with_its_window(every_model, name):
+def test_rows_longer_than_what_attention_sees_are_scored_with_its_window(every_model, name, fused):
     """Mistral's layers see the last 7 tokens alone, one of Gemma's two; of prompts, their beginning and options."""
-    narrow, wide = (Scene(every_model / name, config={"sliding_window": window}) for window in (7, 128))
+    narrow, wide = (Scene(every_model / name, config={"sliding_window": window}, fused=fused) for window in (7, 128))
     for shared in (0, 12):
         asked = narrow.asked(prompts([3, 40, 8], shared))
         asked.append(question(prompts([20], shared)[0], [[*range(50, 70)], [50, 51], [*range(50, 65)]]))
@@ -178,7 +180,7 @@ def test_the_order_and_the_number_of_rows_change_no_score(crowd, answered):
 
 def test_few_logits_at_once_change_no_score(crowd, answered, monkeypatch):
     asked, together = answered
-    monkeypatch.setattr(scoring, "LOGITS", 1)
+    monkeypatch.setattr(scoring, "LOGITS", {"cpu": 1})
     monkeypatch.setattr(scoring, "AT_ONCE", 1)
     assert_same(everything(crowd, asked, 6)[0], together[6])
 
@@ -302,7 +304,7 @@ def test_what_peft_computes_otherwise_is_refused(compared, how):
     factors = scene.factors()
     last = list(factors.b)[-1]
     if how == "scaling":
-        factors = lora_stack.stack(scene.adapters, scene.layers, scene.scaling * 1.05)
+        factors = lora_stack.stack(scene.adapters, scene.layers, scene.scaling * 1.05, scene.model.device, scene.dtype)
     elif how == "a layer":
         factors.b[last].zero_()
     elif how == "a factor":

@@ -4,11 +4,12 @@ Imported by evaluate.py. Checkpoints are read once, the next ones while the devi
 """
 
 from collections.abc import Iterator
-from concurrent.futures import ThreadPoolExecutor
+from concurrent.futures import Future, ThreadPoolExecutor
 from pathlib import Path
 from typing import Any, NamedTuple
 
 import numpy as np
+import torch
 from torch import Tensor
 
 import answers
@@ -27,6 +28,8 @@ from scored_base import Base
 from scoring import Marks, Scorer
 
 AT_ONCE = 8  # adapters that go through the model together; the base counts as one
+HELD = 4  # groups on a GPU whose answers are generated together
+HELD_BYTES = 2**31  # of their factors
 COMPARED = 1024  # tokens of a question that PEFT's forward pass, which makes all logits, is tried with
 
 
@@ -38,6 +41,14 @@ class Graded(NamedTuple):
 
     score: dict[str, Any]
     answers: list[str]
+
+
+class Begun(NamedTuple):
+    """A group of steps that went through the model."""
+
+    steps: list[int]
+    factors: Factors  # of the steps, and perhaps of more
+    marks: Future[list[list[Marks]]]  # likewise
 
 
 class Grader:
@@ -52,6 +63,7 @@ class Grader:
 
     def __init__(self, chosen: Chosen, base: Base, split: Split, metric: str, engine: str):
         self.chosen, self.base, self.metric, self.engine = chosen, base, metric, engine
+        self.on_gpu = torch.cuda.is_available()
         self.folder, manifest = chosen.folder, chosen.manifest
         self.entries = {entry["step"]: entry for entry in manifest["checkpoints"]}
         self.scaling = lora_stack.scaling_of(checkpoints.adapter_config(self.folder, manifest))
@@ -63,7 +75,8 @@ class Grader:
     def groups(self, steps: list[int]) -> Iterator[dict[int, Graded]]:
         """The grades of steps (evaluation.BASE: the base model), some at a time.
 
-        Raises UserError when what is computed here is not what PEFT computes for this model.
+        A GPU computes the next group meanwhile. Raises UserError when what is computed here is not what PEFT computes
+        for this model.
         """
         said = self._said_by_vllm(steps) if self.engine == "vllm" else {}  # before this process takes the device
         tried = self._tried()
@@ -71,31 +84,56 @@ class Grader:
         self.base.fuse()
         stacked = Stacked(self.base.model, self.layers)
         try:
-            found = self._scorer(stacked, tried).marks(self._on_device(self._stack([BASE, self.last])))
+            found = self._scorer(stacked, tried).marks(self._stack([BASE, self.last]))
             scored_base.compare(found, theirs, self.base.dtype)
             scorer = self._scorer(stacked, self.questions)
-            parts = [steps[start : start + AT_ONCE] for start in range(0, len(steps), AT_ONCE)]
-            with ThreadPoolExecutor(1) as reader:
-                for part, after in zip(parts, [*parts[1:], []], strict=True):
-                    factors = self._on_device(self._stack(part))
-                    coming = reader.submit(self._hash, after)
-                    yield dict(zip(part, self._graded(scorer, factors, [said.get(step) for step in part]), strict=True))
-                    coming.result()
+            begun: list[Begun] = []
+            for group in self._begun(scorer, steps):
+                begun.append(group)
+                if len(begun) > self._held(group.factors):
+                    ready = begun[:-1] or begun
+                    yield self._graded(scorer, ready, said)
+                    begun = begun[len(ready) :]
+            if begun:
+                yield self._graded(scorer, begun, said)
         finally:
             stacked.close()
 
-    def _graded(self, scorer: Scorer, factors: Factors, said: list[Answers | None]) -> list[Graded]:
-        marks = scorer.marks(factors)
-        if self.metric not in MOST:
-            return [grade(self.metric, self.questions, one, {}) for one in marks]
-        asked = [
-            [number for number, mark in enumerate(one) if mark.is_open] if there is None else []
-            for one, there in zip(marks, said, strict=True)
-        ]
-        generated = scorer.generate(factors, asked, MOST[self.metric])
-        generated = [one if there is None else there for one, there in zip(generated, said, strict=True)]
-        texts = [{number: self.encoder.text_of(tokens) for number, tokens in one.items()} for one in generated]
-        return [grade(self.metric, self.questions, *both) for both in zip(marks, texts, strict=True)]
+    def _begun(self, scorer: Scorer, steps: list[int]) -> Iterator[Begun]:
+        """Groups of steps, each as soon as the device has it to do."""
+        parts = [steps[start : start + AT_ONCE] for start in range(0, len(steps), AT_ONCE)]
+        with ThreadPoolExecutor(2) as aside:
+            for part, after in zip(parts, [*parts[1:], []], strict=True):
+                is_short = self.on_gpu and len(part) < AT_ONCE < len(steps)
+                # kernels are made for sizes: another one costs more than the base a few times again
+                factors = self._stack(part + [BASE] * (AT_ONCE - len(part)) if is_short else part)
+                coming = aside.submit(self._hash, after)
+                yield Begun(part, factors, aside.submit(scorer.finish, scorer.begin(factors)))
+                coming.result()
+
+    def _held(self, factors: Factors) -> int:
+        """How many groups wait for their answers to be generated together, while the next one is computed."""
+        return max(1, min(HELD, HELD_BYTES // factors.bytes)) if self.on_gpu else 0
+
+    def _graded(self, scorer: Scorer, begun: list[Begun], said: dict[int, Answers]) -> dict[int, Graded]:
+        marks = {step: one for group in begun for step, one in zip(group.steps, group.marks.result(), strict=False)}
+        said = said or self._generated(scorer, begun, marks)
+        return {
+            step: grade(self.metric, self.questions, one, {
+                number: self.encoder.text_of(tokens) for number, tokens in said.get(step, {}).items()
+            }) for step, one in marks.items()
+        }  # fmt: skip
+
+    def _generated(self, scorer: Scorer, begun: list[Begun], marks: dict[int, list[Marks]]) -> dict[int, Answers]:
+        """The answers to what was left open, for all groups at once."""
+        asked = {step: [number for number, mark in enumerate(one) if mark.is_open] for step, one in marks.items()}
+        asked = {step: numbers for step, numbers in asked.items() if numbers and self.metric in MOST}
+        if not asked:
+            return {}
+        places = [[place for place, step in enumerate(group.steps) if step in asked] for group in begun]
+        some = [group.factors.of(which) for group, which in zip(begun, places, strict=True) if which]
+        found = scorer.generate(lora_stack.joined(some), [*asked.values()], MOST[self.metric])
+        return dict(zip(asked, found, strict=True))
 
     def _said_by_vllm(self, steps: list[int]) -> dict[int, Answers]:
         """The answers of steps to all questions."""
@@ -137,12 +175,10 @@ class Grader:
 
     def _stack(self, steps: list[int]) -> Factors:
         adapters = [None if step == BASE else self._read(step) for step in steps]
+        where = self.layers, self.scaling, self.base.model.device, self.base.dtype
         if adapters == [None]:  # the base by itself takes its adapter's shapes from the last checkpoint
-            return lora_stack.stack([None, self._read(self.last)], self.layers, self.scaling).of([0])
-        return lora_stack.stack(adapters, self.layers, self.scaling)
-
-    def _on_device(self, factors: Factors) -> Factors:
-        return factors.to(self.base.model.device, self.base.dtype)
+            return lora_stack.stack([None, self._read(self.last)], *where).of([0])
+        return lora_stack.stack(adapters, *where)
 
 
 def grade(metric: str, questions: list[Question], marks: list[Marks], generated: dict[int, str]) -> Graded:

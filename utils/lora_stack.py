@@ -12,13 +12,18 @@ from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
+from transformers.activations import SiLUActivation
 
+import attention
 from checkpoints import PEFT_PREFIX
 from cli import UserError
 
+MOST = 64  # of ranks that the kernel has room for
+SILU = (nn.SiLU, SiLUActivation)
+
 
 class Factors(NamedTuple):
-    """The factors of n adapters by layer."""
+    """The factors of n adapters by layer, on the device and in the dtype that its layers compute in."""
 
     a: dict[str, Tensor]  # n x inputs x rank
     b: dict[str, Tensor]  # n x rank x outputs, scaled
@@ -28,13 +33,23 @@ class Factors(NamedTuple):
         """How many adapters."""
         return len(next(iter(self.a.values())))
 
-    def to(self, device: torch.device, dtype: torch.dtype) -> "Factors":
-        """The same on a device, in the dtype that its layers compute in."""
-        return Factors(*({name: one.to(device, dtype) for name, one in half.items()} for half in self))
+    @property
+    def bytes(self) -> int:
+        """How much memory they take."""
+        return sum(one.nbytes for half in self for one in half.values())
 
     def of(self, adapters: list[int]) -> "Factors":
         """Those of some of the adapters, by number."""
-        return Factors(*({name: one[adapters] for name, one in half.items()} for half in self))
+        which = torch.tensor(adapters, device=next(iter(self.a.values())).device)
+        return Factors(*({name: one.index_select(0, which) for name, one in half.items()} for half in self))
+
+
+def joined(groups: list[Factors]) -> Factors:
+    """The adapters of several groups as one."""
+    if len(groups) == 1:
+        return groups[0]
+    halves = zip(*groups, strict=True)
+    return Factors(*({name: torch.cat([one[name] for one in half]) for name in half[0]} for half in halves))
 
 
 def scaling_of(config: dict[str, Any]) -> float:
@@ -45,23 +60,35 @@ def scaling_of(config: dict[str, Any]) -> float:
     return config["lora_alpha"] / (config["r"] ** (0.5 if config.get("use_rslora") else 1))
 
 
-def stack(adapters: list[dict[str, Tensor] | None], layers: list[str], scaling: float) -> Factors:
+def stack(
+    adapters: list[dict[str, Tensor] | None], layers: list[str], scaling: float, device: torch.device,
+    dtype: torch.dtype,
+) -> Factors:  # fmt: skip
     """The factors of some checkpoints (tensors by PEFT's key; None: the base itself, an adapter that is zero).
+
+    They go to the device in one piece and are put in order there; the host does not wait for it.
 
     Args:
         layers: the adapted layers, as checkpoints.layers_of names them.
         scaling: as `scaling_of` gives it; in float32 it is exact for powers of two alone, as in PEFT.
+        device, dtype: of the result.
     """
     some = next(adapter for adapter in adapters if adapter is not None)
-
-    def joined(key: str) -> Tensor:
-        zero = torch.zeros_like(some[key])
-        both = torch.stack([zero if adapter is None else adapter[key] for adapter in adapters])
-        return both.transpose(1, 2).contiguous()  # a CPU multiplies turned matrices more slowly
-
+    keys = [f"{layer}.{half}.weight" for layer in layers for half in ("lora_A", "lora_B")]
+    sizes = [some[key].numel() for key in keys]
+    shape, is_pinned = (len(adapters), sum(sizes)), device.type == "cuda"
+    flat = torch.zeros(shape, dtype=some[keys[0]].dtype, device="cpu", pin_memory=is_pinned)
+    for row, adapter in zip(flat, adapters, strict=True):
+        if adapter is not None:
+            torch.cat([adapter[key].flatten() for key in keys], out=row)
+    flat = flat.to(device, non_blocking=True).to(dtype)
+    parts = zip(keys, flat.split(sizes, 1), strict=True)
+    # turned for good: a CPU multiplies turned matrices more slowly
+    turned = [part.view(len(flat), *some[key].shape).transpose(1, 2).contiguous() for key, part in parts]
+    names = [layer.removeprefix(PEFT_PREFIX) for layer in layers]
     return Factors(
-        {layer.removeprefix(PEFT_PREFIX): joined(f"{layer}.lora_A.weight") for layer in layers},
-        {layer.removeprefix(PEFT_PREFIX): joined(f"{layer}.lora_B.weight") * scaling for layer in layers},
+        dict(zip(names, turned[::2], strict=True)),
+        dict(zip(names, [one.mul_(scaling) for one in turned[1::2]], strict=True)),
     )
 
 
@@ -90,16 +117,70 @@ class StackedLinear(nn.Module):
         return y.view(len(rows), -1).addmm_(rows, self.base.weight.t()).view(*x.shape[:-1], -1)
 
 
+class StackedGated(nn.Module):
+    """A block of gate, up and down whose activation takes up the factors (scoring_kernels.py).
+
+    Args:
+        block: its three layers are StackedLinear of plain layers without biases.
+    """
+
+    def __init__(self, block: nn.Module):
+        super().__init__()
+        self.block = block
+        self.a: Tensor | None = None  # gate's and up's side by side
+
+    def forward(self, x: Tensor) -> Tensor:
+        """(n * rows, ..., inputs) to (n * rows, ..., outputs)."""
+        gate, up, down = self.block.gate_proj, self.block.up_proj, self.block.down_proj
+        if self.a is None or (x.is_cuda and (x.dtype.itemsize > 2 or self.a.shape[2] > 2 * MOST)):
+            return self.block(x)
+        rows = x.reshape(-1, x.shape[-1])
+        hidden = torch.bmm(rows.view(len(self.a), -1, x.shape[-1]), self.a)
+        inner = gate.base(rows)
+        hidden = gated(inner, up.base(rows), hidden, gate.b, up.b, down.a)
+        y = torch.bmm(hidden, down.b).view(len(rows), -1)
+        return y.addmm_(inner, down.base.weight.t()).view(*x.shape[:-1], -1)
+
+
+def gated(gate: Tensor, up: Tensor, hidden: Tensor, b_gate: Tensor, b_up: Tensor, a_down: Tensor) -> Tensor:
+    """What scoring_kernels.gated does, by that kernel on an NVIDIA GPU."""
+    if gate.device.type == "cuda":
+        import scoring_kernels
+
+        return scoring_kernels.gated(gate, up, hidden, b_gate, b_up, a_down)
+    of_gate, of_up = hidden.chunk(2, 2)
+    parts = torch.baddbmm(gate.view(len(b_gate), -1, gate.shape[-1]), of_gate, b_gate), torch.bmm(of_up, b_up)
+    made = nn.functional.silu(parts[0]) * (parts[1] + up.view_as(parts[1]))
+    gate.copy_(made.view_as(gate))
+    return torch.bmm(made, a_down)
+
+
+def is_gated(block: nn.Module) -> bool:
+    """Whether a block is silu(gate) * up, then down, all of them adapted and without biases, and does no more."""
+    parts = dict(block.named_children())
+    if parts.keys() != {"gate_proj", "up_proj", "down_proj", "act_fn"} or type(parts.pop("act_fn")) not in SILU:
+        return False
+    if not all(isinstance(part, StackedLinear) and part.is_plain and part.base.bias is None for part in parts.values()):
+        return False
+    gate, up, down = (parts[name].base for name in ("gate_proj", "up_proj", "down_proj"))
+    with torch.inference_mode():
+        x = torch.linspace(-3, 3, gate.in_features, device=gate.weight.device, dtype=gate.weight.dtype)
+        found, plain = block(x[None]), down(nn.functional.silu(gate(x[None])) * up(x[None]))
+        return bool((found - plain).norm() <= 0.02 * plain.norm())
+
+
 class Stacked:
     """A base model whose adapted layers take factors; `close` puts its own layers back.
 
     Args:
         model: the base; it is changed in place.
         layers: the adapted layers, as checkpoints.layers_of names them.
+        fused: whether gated activations take up their factors, and heads share keys as rows; by default on an NVIDIA
+            GPU.
     """
 
-    def __init__(self, model: nn.Module, layers: list[str]):
-        self.model, self.layers = model, {}
+    def __init__(self, model: nn.Module, layers: list[str], fused: bool | None = None):
+        self.model, self.layers, self.gated = model, {}, {}
         for name in (layer.removeprefix(PEFT_PREFIX) for layer in layers):
             try:
                 layer = model.get_submodule(name)
@@ -107,20 +188,31 @@ class Stacked:
                 raise UserError(f"{name}: is adapted, but the base model has no such layer") from None
             self.layers[name] = StackedLinear(layer)
             self._put(name, self.layers[name])
+        if model.device.type == "cuda" if fused is None else fused:
+            blocks = dict.fromkeys(name.rpartition(".")[0] for name in self.layers)
+            for name in (name for name in blocks if is_gated(model.get_submodule(name))):
+                self.gated[name] = StackedGated(model.get_submodule(name))
+                self._put(name, self.gated[name])
+            attention.group(model)
 
     @contextmanager
     def using(self, factors: Factors) -> Iterator[None]:
         """While the body runs, a batch belongs to these adapters, in equal parts one behind the other."""
         for name, layer in self.layers.items():
             layer.a, layer.b = factors.a[name], factors.b[name]
+        for block in self.gated.values():
+            block.a = torch.cat([block.block.gate_proj.a, block.block.up_proj.a], 2)
         try:
             yield
         finally:
-            for layer in self.layers.values():
+            for layer in (*self.layers.values(), *self.gated.values()):
                 layer.a = layer.b = None
 
     def close(self) -> None:
         """Give the model its own layers back."""
+        attention.ungroup(self.model)
+        for name, block in self.gated.items():
+            self._put(name, block.block)
         for name, layer in self.layers.items():
             self._put(name, layer.base)
 

@@ -130,7 +130,7 @@ class Encoder:
         self.template = get_template_and_fix_tokenizer(self.tokenizer, data_args)
         self.processor = SupervisedDatasetProcessor(
             template=self.template,
-            tokenizer=self.tokenizer,
+            tokenizer=Remembering(self.tokenizer),
             processor=tokenizer_module["processor"],
             data_args=self.data_args,
         )
@@ -178,7 +178,7 @@ class Encoder:
 
     def _text_length(self, option: str, response: list[int]) -> int:
         """How many tokens of a response are its text's; all, where they are merged with what ends it."""
-        text = self.tokenizer.encode(option, add_special_tokens=False)
+        text = self.processor.tokenizer.encode(option, add_special_tokens=False)
         if response[: len(text)] == text:
             return len(text)
         # a template may begin a response with a blank: its first tokens are others then
@@ -187,6 +187,22 @@ class Encoder:
             return option in self.tokenizer.decode(response[:length])
 
         return bisect_left(range(len(response)), True, key=is_said)
+
+
+class Remembering:
+    """A tokenizer that encodes a text once: a prompt comes with each option, what begins prompts with each row."""
+
+    def __init__(self, tokenizer: Any):
+        self.tokenizer, self.known = tokenizer, {}
+
+    def encode(self, text: str, **more: Any) -> list[int]:
+        key = text, *more.items()
+        if key not in self.known:
+            self.known[key] = self.tokenizer.encode(text, **more)
+        return [*self.known[key]]
+
+    def __getattr__(self, name: str) -> Any:
+        return getattr(self.tokenizer, name)
 
 
 def converted(row: dict[str, Any], entry: dict[str, Any], data_args: Any) -> dict[str, Any]:

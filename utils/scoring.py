@@ -5,23 +5,25 @@ a response's tokens are predicted. Nothing is fetched from the device before a g
 """
 
 import copy
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from collections.abc import Callable
 from typing import NamedTuple
 
 import torch
 from torch import Tensor, nn
 from transformers import DynamicCache, GenerationConfig
 
+import attention
+import decoding
 import devices
 import sheets
 from cli import UserError
+from decoding import picking
 from lora_stack import Factors, Stacked
 from questions import Question
 from sheets import START, Sheet, Tree
 
-TOKENS = {"cpu": 768, "cuda": 16384}  # of all adapters together that go through the model at once, to begin with
-LOGITS = 2**28  # numbers that the logits of one pass may have
+TOKENS = {"cpu": 768, "cuda": 65536}  # of all adapters together that go through the model at once, to begin with
+LOGITS = {"cpu": 2**28, "cuda": 2**30}  # numbers that the logits of one pass may have
 AT_ONCE = 512  # rows of logits that are reduced at a time, in float32
 LEAST = 32  # tokens at once; where even so few do not fit, nothing does
 
@@ -34,6 +36,14 @@ class Marks(NamedTuple):
     count: int  # its tokens
     answer: int | None  # the option that greedy generation gives; None: it ended or left the options
     is_open: bool  # whether it left them, so that it has to be generated
+
+
+class Passed(NamedTuple):
+    """What some adapters made of all sheets, on its way from the device."""
+
+    count: int
+    results: list[tuple[Sheet, Tensor, Tensor]]  # log-probabilities of edges, likeliest tokens at picks, by adapter
+    arrived: torch.cuda.Event | None
 
 
 class Scorer:
@@ -49,17 +59,26 @@ class Scorer:
     def __init__(self, stacked: Stacked, questions: list[Question], stops: list[int], pad: int):
         self.stacked, self.model, self.questions, self.stops, self.pad = stacked, stacked.model, questions, stops, pad
         self.device = self.model.device
-        self.budget = TOKENS["cuda" if self.device.type == "cuda" else "cpu"]
+        kind = "cuda" if self.device.type == "cuda" else "cpu"
+        self.budget, self.most_logits = TOKENS[kind], LOGITS[kind]
         self.trees = [sheets.tree_of(question) for question in questions]
         self.prefix = sheets.prefix_of(questions)
-        self.config = self.model.config.get_text_config()
+        self.config = attention.config_of(self.model)
         self.made: dict[tuple[int, int], list[Sheet]] = {}
         # the model's own may ask for sampling or penalties
         self.model.generation_config = GenerationConfig(pad_token_id=pad, eos_token_id=stops)
 
     def marks(self, factors: Factors) -> list[list[Marks]]:
         """What each adapter makes of each question: by adapter, by question."""
-        return self._within_memory(self._marks, factors, list(range(factors.count)))
+        return self.finish(self.begin(factors))
+
+    def begin(self, factors: Factors) -> list[Passed]:
+        """Have the device compute the marks; the host does not wait for a GPU."""
+        return self._within_memory(self._passes, factors, list(range(factors.count)))
+
+    def finish(self, passed: list[Passed]) -> list[list[Marks]]:
+        """The marks that were begun."""
+        return [marks for one in passed for marks in self._read(one)]
 
     def generate(self, factors: Factors, numbers: list[list[int]], most: int) -> list[dict[int, list[int]]]:
         """Greedy answers.
@@ -94,17 +113,25 @@ class Scorer:
                 return parts[0] + parts[1]
             self.budget //= 2
 
-    def _marks(self, factors: Factors, _: list[int]) -> list[list[Marks]]:
-        count = factors.count
-        found: list[list[Marks | None]] = [[None] * len(self.questions) for _ in range(count)]
-        results = []
+    def _passes(self, factors: Factors, _: list[int]) -> list[Passed]:
+        results, arrived = [], None
         with self.stacked.using(factors):
-            before = self._prefix_cache(count)
-            for sheet in self._sheets(count):
-                results.append((sheet, *self._pass(sheet, count, before)))
-        for sheet, scores, best in results:
+            before = self._prefix_cache(factors.count)
+            for sheet in self._sheets(factors.count):
+                both = self._pass(sheet, factors.count, before)
+                results.append((sheet, *(one.to("cpu", non_blocking=True) for one in both)))
+        if self.device.type == "cuda":
+            arrived = torch.cuda.Event()
+            arrived.record()
+        return [Passed(factors.count, results, arrived)]
+
+    def _read(self, passed: Passed) -> list[list[Marks]]:
+        if passed.arrived is not None:
+            passed.arrived.synchronize()
+        found: list[list[Marks | None]] = [[None] * len(self.questions) for _ in range(passed.count)]
+        for sheet, scores, best in passed.results:
             scores, best = scores.tolist(), best.tolist()
-            for adapter in range(count):
+            for adapter in range(passed.count):
                 for row, number in enumerate(sheet.numbers):
                     first = sheet.edge_of[row]
                     picks = {node: best[adapter][pick] for node, pick in sheet.pick_of[row].items()}
@@ -149,39 +176,13 @@ class Scorer:
                 for question, tree in zip(self.questions, self.trees, strict=True)
             ]
             heights = [len({node for node, _ in tree.edges}) for tree in self.trees]
-            batches = sheets.deal(lengths, self.budget // count, heights, LOGITS // vocabulary // count)
-            window = self._window(prefix + max(lengths))
+            batches = sheets.deal(lengths, self.budget // count, heights, self.most_logits // vocabulary // count)
+            window = attention.window_of(self.model, prefix + max(lengths))
             made = [sheets.sheet_of(batch, self.questions, self.trees, prefix, window) for batch in batches]
             self.made[key] = [
                 Sheet(*(part.to(self.device) if isinstance(part, Tensor) else part for part in sheet)) for sheet in made
             ]
         return self.made[key]
-
-    def _window(self, longest: int) -> int | None:
-        """How far back layers with a window see, where that is less than the longest row."""
-        window, kinds = getattr(self.config, "sliding_window", None), self._kinds()
-        if not window or longest <= window or "sliding_attention" not in kinds:
-            return None
-        if others := kinds - {"sliding_attention", "full_attention"}:
-            raise UserError(
-                f"a row of {longest} tokens is longer than the {window} that some of the model's layers see, and it "
-                f"has layers of {', '.join(sorted(others))}; LIMIT= or another SPLIT without it can be scored"
-            )
-        return window
-
-    def _kinds(self) -> set[str]:
-        """The kinds of attention that the model's layers have."""
-        return set(getattr(self.config, "layer_types", None) or ["sliding_attention"])
-
-    def _mask(self, sheet: Sheet, count: int) -> Tensor | dict[str, Tensor] | None:
-        """What the tokens of a batch see, as the model takes it: by kind of layer where it has more than one."""
-        if sheet.mask is None:
-            return None
-        everything = bias_of(sheet.mask, count, self.model.dtype)
-        if sheet.near is None:
-            return everything
-        near = bias_of(sheet.near, count, self.model.dtype)
-        return near if len(self._kinds()) == 1 else {"full_attention": everything, "sliding_attention": near}
 
     def _prefix_cache(self, count: int) -> DynamicCache | None:
         """Keys and values of what all prompts begin with, for each adapter."""
@@ -198,11 +199,11 @@ class Scorer:
         rows, length = sheet.tokens.shape
         past = None if before is None else repeated(before, rows)
         starts = torch.arange(count, device=self.device)[:, None] * (rows * length)
+        seen = None if sheet.mask is None else attention.mask_for(self.model, sheet.mask, sheet.near, count)
         with picking(self.model, (starts + sheet.picks).view(-1)):
             logits = self.model(
                 input_ids=sheet.tokens.repeat(count, 1), position_ids=sheet.positions.repeat(count, 1),
-                attention_mask=self._mask(sheet, count),
-                past_key_values=past, use_cache=past is not None,
+                attention_mask=seen, past_key_values=past, use_cache=past is not None,
             ).logits[0]  # fmt: skip
         totals, best = reduced(logits)
         at = torch.arange(count, device=self.device)[:, None] * len(sheet.picks) + sheet.edges[:, 0]
@@ -223,7 +224,8 @@ class Scorer:
             # adapters with fewer rows are filled up with what they have: each takes an equal part of the batch
             rows = min(rows, max(len(wanted) for wanted in due.values()))
             batch = [[wanted[place % len(wanted)] for place in range(rows)] for wanted in due.values()]
-            with self.stacked.using(factors.of(list(due))):
+            some = factors if len(due) == factors.count else factors.of(list(due))
+            with self.stacked.using(some):
                 answers = self._answers([number for wanted in batch for number in wanted], room)
             for place, adapter in enumerate(due):
                 part = answers[place * rows : (place + 1) * rows]
@@ -248,6 +250,9 @@ class Scorer:
 
     def _answers(self, numbers: list[int], most: int) -> list[list[int]]:
         prompts = [self.questions[number].tokens for number in numbers]
+        if attention.is_grouped(self.model):
+            said = decoding.greedy(self.model, prompts, most, self.stops, self.pad)
+            return [until(row, self.stops) for row in said]
         longest = max(map(len, prompts))
         tokens = torch.tensor([[self.pad] * (longest - len(prompt)) + prompt for prompt in prompts])
         there = torch.tensor([[0] * (longest - len(prompt)) + [1] * len(prompt) for prompt in prompts])
@@ -265,23 +270,6 @@ def until(tokens: list[int], stops: list[int]) -> list[int]:
     return tokens[: next((place for place, token in enumerate(tokens) if token in stops), len(tokens))]
 
 
-@contextmanager
-def picking(model: nn.Module, places: Tensor) -> Iterator[None]:
-    """While the body runs, the model makes logits at these places of its flattened batch alone, [1, places, words].
-
-    Whatever it does behind its output layer (scaling, capping) is done to them.
-    """
-
-    def pick(_: nn.Module, inputs: tuple[Tensor, ...]) -> tuple[Tensor, ...]:
-        return (inputs[0].flatten(0, 1).index_select(0, places)[None],)
-
-    hook = model.get_output_embeddings().register_forward_pre_hook(pick)
-    try:
-        yield
-    finally:
-        hook.remove()
-
-
 def repeated(before: DynamicCache, rows: int) -> DynamicCache:
     """A cache with each of another's rows so often in a row; the other stays as it is."""
     found = copy.copy(before)
@@ -290,18 +278,12 @@ def repeated(before: DynamicCache, rows: int) -> DynamicCache:
     return found
 
 
-def bias_of(mask: Tensor, count: int, dtype: torch.dtype) -> Tensor:
-    """A sheet's mask for `count` adapters as what attention adds, [count * rows, 1, length, seen].
-
-    Else attention makes it of the mask in each layer; and its kernels want rows that begin at multiples of 8 numbers.
-    """
-    rows, _, length, seen = mask.shape
-    bias = torch.zeros(count, rows, 1, length, -(-seen // 8) * 8, dtype=dtype, device=mask.device)[..., :seen]
-    return bias.masked_fill_(~mask, -torch.inf).flatten(0, 1)
-
-
 def reduced(logits: Tensor) -> tuple[Tensor, Tensor]:
     """Of rows of logits the logarithm of the sum of their exponentials, in float32, and the place of the largest."""
+    if logits.device.type == "cuda":
+        import scoring_kernels
+
+        return scoring_kernels.reduced(logits)
     totals, best = [], []
     for part in logits.split(AT_ONCE):
         totals.append(part.float().logsumexp(-1))
