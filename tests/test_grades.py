@@ -1,10 +1,15 @@
 """The score of a checkpoint: what counts as right, as wrong, as unread, and how sure the score is."""
 
+from types import SimpleNamespace
+
 import numpy as np
 import pytest
+from scenes import Scene, prompts
 from scipy.stats import binomtest
 
 import grades
+from evaluation import BASE
+from grades import Grader
 from questions import Path, Question
 from scoring import Marks
 
@@ -94,3 +99,38 @@ def test_one_row_is_a_score_too():
     graded = grades.grade("choice", [asked("[A]")], [marks(0)], {})
     assert graded.score["score"] == 1 and graded.score["interval"][1] == pytest.approx(1)
     assert graded.score["loss_interval"] == [0.5, 0.5]
+
+
+class Toy(Grader):
+    """A grader of a scene's adapters, whose numbers are the steps; 0 is the base."""
+
+    def __init__(self, scene: Scene, asked: list[Question], on_gpu: bool):
+        self.scene, self.questions, self.on_gpu, self.metric = scene, asked, on_gpu, "choice"
+        self.encoder, self.sizes = SimpleNamespace(text_of=str), []  # sizes: of the groups that were stacked
+
+    def _stack(self, steps):
+        self.sizes.append(len(steps))
+        return self.scene.factors(*[0 if step == BASE else step for step in steps])
+
+    def _hash(self, steps):
+        pass
+
+    def grades(self) -> list[dict]:
+        return list(self._scored(self.scene.scorer(self.questions), [BASE, 1, 2, 3, 4, 5, 6], {}))
+
+
+def test_groups_wait_for_each_other_on_a_gpu_and_get_the_same_grades(every_model, monkeypatch):
+    scene = Scene(every_model / "smollm2-135m", count=6)
+    asked = scene.asked(prompts([5, 20, 11, 30]))
+    monkeypatch.setattr(grades, "AT_ONCE", 2)
+    monkeypatch.setattr(grades, "HELD", 2)
+    cpu, gpu = Toy(scene, asked, False), Toy(scene, asked, True)
+    plain, held = cpu.grades(), gpu.grades()
+    assert [[*one] for one in plain] == [[BASE, 1], [2, 3], [4, 5], [6]] and cpu.sizes == [2, 2, 2, 1]
+    assert [[*one] for one in held] == [[BASE, 1, 2, 3], [4, 5, 6]] and gpu.sizes == [2, 2, 2, 2]
+    merged = [{step: graded for one in both for step, graded in one.items()} for both in (plain, held)]
+    assert merged[0] == merged[1]
+    assert len({str(graded) for graded in merged[0].values()}) > 3
+    answers = [answer for graded in merged[0].values() for answer in graded.answers]
+    assert any("," in answer for answer in answers), "some are generated tokens"
+    assert any(answer in asked[0].options for answer in answers), "some stay among the options"

@@ -5,7 +5,9 @@ import tiny_models
 import torch
 from scenes import CLOSE, LONGEST, STOPS, Scene, prompts, question
 from transformers import GenerationConfig
+from transformers.models.llama.modeling_llama import LlamaMLP
 
+import decoding
 import lora_stack
 import scored_base
 import scoring
@@ -328,13 +330,59 @@ def test_scores_of_peft_leave_the_model_as_it_was(every_model, compared, tmp_pat
     assert list(after) == list(before) and all(torch.equal(after[name], before[name]) for name in before)
 
 
-def test_a_model_has_its_own_layers_back_in_the_end(every_model):
-    scene = Scene(every_model / "smollm2-135m", count=1)
+@pytest.mark.parametrize("fused", [False, True], ids=["as on a CPU", "as on a GPU"])
+def test_a_model_has_its_own_layers_back_in_the_end(every_model, fused):
+    scene = Scene(every_model / "smollm2-135m", count=1, fused=fused)
     before = dict(scene.fresh().named_modules())
+    assert (scene.model.config._attn_implementation == "sdpa") != fused
     scene.stacked.close()
+    assert scene.model.config._attn_implementation == "sdpa"
     assert {name: type(module) for name, module in scene.model.named_modules()} == {
         name: type(module) for name, module in before.items()
     }
+
+
+GATED = {"llama-7b", "smollm2-135m", "mistral-7b", "qwen2.5-0.5b", "qwen2.5-vl-3b"}
+
+
+@pytest.mark.parametrize("name", [*tiny_models.NAMES, *tiny_models.KIN])
+def test_activations_that_are_silu_of_a_gate_take_up_their_factors(every_model, name):
+    scene = Scene(every_model / name, count=1, lora=targets(name), fused=True)
+    assert len(scene.stacked.gated) == (2 if name in GATED else 0)
+
+
+def test_an_activation_that_does_more_is_left_as_it_is(every_model):
+    class Scaled(LlamaMLP):
+        def forward(self, x):
+            return 1.1 * super().forward(x)
+
+    scene = Scene(every_model / "llama-7b", count=1)
+    model = scene.fresh()
+    model.model.layers[1].mlp.__class__ = Scaled
+    assert [*lora_stack.Stacked(model, scene.layers, fused=True).gated] == ["model.layers.0.mlp"]
+
+
+def test_an_activation_with_an_adapter_on_part_of_it_is_left_as_it_is(every_model):
+    lora = {"target_modules": ["gate_proj", "down_proj", "q_proj"]}
+    scene = Scene(every_model / "qwen2.5-0.5b", lora=lora, fused=True)
+    assert not scene.stacked.gated
+    assert_right(scene, scene.asked(prompts(LENGTHS, 12)))
+
+
+def test_answers_that_have_ended_are_not_continued(every_model):
+    scene = Scene(every_model / "smollm2-135m", fused=True)
+    some = prompts([30, 4, 11])
+    said = [scene.greedy(1, prompt)[0] for prompt in some]
+    passes = []
+    hook = scene.model.register_forward_pre_hook(lambda *_: passes.append(1))
+    with torch.inference_mode(), scene.stacked.using(scene.factors(1)):
+        long = decoding.greedy(scene.model, some, 64, [199], 0)
+        assert len(passes) == 64 and all(len(set(row)) > 1 for row in long)
+        passes.clear()
+        short = decoding.greedy(scene.model, some, 64, said, 0)
+    hook.remove()
+    assert len(passes) == decoding.LOOK
+    assert [row[0] for row in short] == said == [row[0] for row in long]
 
 
 def test_an_adapter_of_another_model_is_refused(every_model):

@@ -86,18 +86,20 @@ class Grader:
         try:
             found = self._scorer(stacked, tried).marks(self._stack([BASE, self.last]))
             scored_base.compare(found, theirs, self.base.dtype)
-            scorer = self._scorer(stacked, self.questions)
-            begun: list[Begun] = []
-            for group in self._begun(scorer, steps):
-                begun.append(group)
-                if len(begun) > self._held(group.factors):
-                    ready = begun[:-1] or begun
-                    yield self._graded(scorer, ready, said)
-                    begun = begun[len(ready) :]
-            if begun:
-                yield self._graded(scorer, begun, said)
+            yield from self._scored(self._scorer(stacked, self.questions), steps, said)
         finally:
             stacked.close()
+
+    def _scored(self, scorer: Scorer, steps: list[int], said: dict[int, Answers]) -> Iterator[dict[int, Graded]]:
+        begun: list[Begun] = []
+        for group in self._begun(scorer, steps):
+            begun.append(group)
+            if len(begun) > self._held(group.factors):
+                ready = begun[:-1] or begun  # on a GPU the newest is being computed
+                yield self._graded(scorer, ready, said)
+                begun = begun[len(ready) :]
+        if begun:
+            yield self._graded(scorer, begun, said)
 
     def _begun(self, scorer: Scorer, steps: list[int]) -> Iterator[Begun]:
         """Groups of steps, each as soon as the device has it to do."""

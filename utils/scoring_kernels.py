@@ -45,10 +45,10 @@ def _gated(
     adapter = tl.program_id(1).to(tl.int64)
     first = tl.program_id(0) * TALL
     begin = adapter * rows + first  # only this is large; what follows are offsets from it
-    gate, up, hidden, result = gate + begin * INNER, up + begin * INNER, hidden + begin * 2 * RANK, result + begin * RANK
-    b_gate, b_up, a_down = (
-        b_gate + adapter * RANK * INNER, b_up + adapter * RANK * INNER, a_down + adapter * INNER * RANK
-    )  # fmt: skip
+    gate, up = gate + begin * INNER, up + begin * INNER
+    hidden, result = hidden + begin * 2 * RANK, result + begin * RANK
+    size = adapter * RANK * INNER
+    b_gate, b_up, a_down = b_gate + size, b_up + size, a_down + size
     row, ranks = tl.arange(0, TALL)[:, None], tl.arange(0, PADDED)
     is_row, is_rank = first + row < rows, ranks < RANK
     side = row * (2 * RANK) + ranks[None, :]
@@ -90,7 +90,7 @@ def reduced(logits: Tensor) -> tuple[Tensor, Tensor]:
 def _reduced(logits, totals, best, COUNT: tl.constexpr, WORDS: tl.constexpr):
     """One row."""
     row = tl.program_id(0).to(tl.int64)
-    largest = tl.full((), -float("inf"), tl.float32)
+    largest = tl.full((), -3.0e38, tl.float32)  # of words that are all impossible, too, the difference is a number
     total = tl.zeros((), tl.float32)
     place = tl.zeros((), tl.int32)
     for start in range(0, COUNT, WORDS):
