@@ -160,7 +160,9 @@ def show_agreement(entry: dict[str, Any], peft: dict[str, Any]) -> None:
 def why_no_prediction(args: argparse.Namespace) -> str | None:
     """Why LLaMA-Factory cannot predict here; None where it can."""
     tried = subprocess.run(
-        [sys.executable, "-c", "import jieba, nltk, rouge_chinese"], capture_output=True, env=environment(args)
+        [sys.executable, "-c", "import jieba, llamafactory, nltk, rouge_chinese"],
+        capture_output=True,
+        env=environment(args),
     )
     return f"it {tried.stderr.decode().splitlines()[-1]}; see --metrics" if tried.returncode else None
 
@@ -169,7 +171,8 @@ def environment(args: argparse.Namespace) -> dict[str, str]:
     """What LLaMA-Factory's process finds: a device, and the packages of args.metrics."""
     found = devices.choose()[:1]
     visible = {} if not found else {"CUDA_VISIBLE_DEVICES": "" if found[0] == "cpu" else found[0]}
-    more = {"PYTHONPATH": str(args.metrics.absolute())} if args.metrics else {}
+    folders = [str(args.metrics.absolute()), *filter(None, [os.environ.get("PYTHONPATH")])] if args.metrics else []
+    more = {"PYTHONPATH": os.pathsep.join(folders)} if folders else {}
     return {**os.environ, **visible, **more}
 
 

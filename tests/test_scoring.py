@@ -385,6 +385,28 @@ def test_answers_that_have_ended_are_not_continued(every_model):
     assert [row[0] for row in short] == said == [row[0] for row in long]
 
 
+def test_answers_are_generated_for_as_many_rows_as_their_cache_has_room(every_model, monkeypatch):
+    scene = Scene(every_model / "smollm2-135m", fused=True)
+    config = scene.model.config
+    each = 2 * config.num_hidden_layers * config.num_key_value_heads * config.head_dim * 8
+    asked = [question(prompt, [[20], [21]]) for prompt in prompts([30, 4, 11, 20])]
+    sizes = []
+    plain = decoding.Rows.__init__
+
+    def noted(rows, model, texts, *more):
+        sizes.append(len(texts))
+        plain(rows, model, texts, *more)
+
+    monkeypatch.setattr(decoding.Rows, "__init__", noted)
+    for room in (2 * 2 * (30 + LONGEST), 2**20):
+        monkeypatch.setattr(decoding, "HOST", 4 * each * room)
+        said = scene.scorer(asked).generate(scene.factors(1, 2), [list(range(4))] * 2, LONGEST)
+        for adapter, answers in zip((1, 2), said, strict=True):
+            expected = [scoring.until(scene.greedy(adapter, one.tokens), STOPS) for one in asked]
+            assert [answers[number] for number in range(4)] == expected
+    assert sizes == [4, 4, 8]
+
+
 def test_an_adapter_of_another_model_is_refused(every_model):
     with pytest.raises(UserError, match="model.layers.2.mlp: is adapted, but the base model has no such layer"):
         lora_stack.Stacked(Scene(every_model / "smollm2-135m", count=1).fresh(), ["model.layers.2.mlp"])

@@ -14,6 +14,7 @@ from transformers.cache_utils import Cache, StaticLayer
 import attention
 
 FAR = 2**30  # a position that no token reaches
+HOST = 2**34  # bytes of memory that a machine without a GPU is taken to have
 LOOK = 4  # tokens after which is looked whether all answers have ended
 
 
@@ -35,6 +36,16 @@ def greedy(model: nn.Module, prompts: list[list[int]], most: int, stops: list[in
             step = captured(rows.step)
         step()
     return rows.said.tolist()
+
+
+def most_tokens(model: nn.Module) -> int:
+    """How many tokens a cache may hold: a quarter of a GPU's memory."""
+    config = attention.config_of(model)
+    heads = getattr(config, "num_key_value_heads", None) or config.num_attention_heads
+    width = getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads
+    is_gpu = model.device.type == "cuda"
+    memory = torch.cuda.get_device_properties(model.device).total_memory if is_gpu else HOST
+    return memory // 4 // (2 * config.num_hidden_layers * heads * width * model.dtype.itemsize)
 
 
 def captured(work: Callable[[], None]) -> Callable[[], None]:

@@ -3,7 +3,7 @@
 Imported by evaluate.py. Checkpoints are read once, the next ones while the device is busy.
 """
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from concurrent.futures import Future, ThreadPoolExecutor
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -29,7 +29,7 @@ from scoring import Marks, Scorer
 
 AT_ONCE = 8  # adapters that go through the model together; the base counts as one
 HELD = 4  # groups on a GPU whose answers are generated together
-HELD_BYTES = 2**31  # of their factors
+HELD_BYTES = 2**30  # of their factors
 COMPARED = 1024  # tokens of a question that PEFT's forward pass, which makes all logits, is tried with
 
 
@@ -105,13 +105,32 @@ class Grader:
         """Groups of steps, each as soon as the device has it to do."""
         parts = [steps[start : start + AT_ONCE] for start in range(0, len(steps), AT_ONCE)]
         with ThreadPoolExecutor(2) as aside:
-            for part, after in zip(parts, [*parts[1:], []], strict=True):
-                is_short = self.on_gpu and len(part) < AT_ONCE < len(steps)
-                # kernels are made for sizes: another one costs more than the base a few times again
-                factors = self._stack(part + [BASE] * (AT_ONCE - len(part)) if is_short else part)
-                coming = aside.submit(self._hash, after)
+            ready = self._ahead(aside, self._filled(parts[0], len(steps)))
+            for part, after in zip(parts, [*parts[1:], None], strict=True):
+                factors = ready()
+                if after is not None:
+                    ready = self._ahead(aside, self._filled(after, len(steps)))
                 yield Begun(part, factors, aside.submit(scorer.finish, scorer.begin(factors)))
-                coming.result()
+
+    def _filled(self, part: list[int], count: int) -> list[int]:
+        """A group; on a GPU the base fills up a short one: a pass of another size costs more than its arithmetic."""
+        return part + [BASE] * (AT_ONCE - len(part)) if self.on_gpu and count > AT_ONCE else part
+
+    def _ahead(self, aside: ThreadPoolExecutor, steps: list[int]) -> Callable[[], Factors]:
+        """Read checkpoints in a thread, while the device works; returns what waits for their factors.
+
+        Beside a CPU's work it does not use PyTorch: threads of its own for a second caller were seen to slow down the
+        first one's by a fifth.
+        """
+        if self.on_gpu:
+            return aside.submit(self._stack, steps).result
+        hashed = aside.submit(self._hash, steps)
+
+        def stacked() -> Factors:
+            hashed.result()
+            return self._stack(steps)
+
+        return stacked
 
     def _held(self, factors: Factors) -> int:
         """How many groups wait for their answers to be generated together, while the next one is computed."""
@@ -163,10 +182,7 @@ class Grader:
         return checkpoints.load(self._file(step), entry["bytes"], entry["sha256"])
 
     def _hash(self, steps: list[int]) -> None:
-        """Read the checkpoints of steps and check them, so that they come from memory afterwards.
-
-        Without PyTorch: threads of its own for a second caller were seen to slow down the first one's by a fifth.
-        """
+        """Read the checkpoints of steps and check them, so that they come from memory afterwards."""
         for step in steps:
             if step != BASE:
                 entry = self.entries[step]

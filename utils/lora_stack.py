@@ -40,6 +40,8 @@ class Factors(NamedTuple):
 
     def of(self, adapters: list[int]) -> "Factors":
         """Those of some of the adapters, by number."""
+        if adapters == [*range(self.count)]:
+            return self
         which = torch.tensor(adapters, device=next(iter(self.a.values())).device)
         return Factors(*({name: one.index_select(0, which) for name, one in half.items()} for half in self))
 
@@ -205,8 +207,10 @@ class Stacked:
         try:
             yield
         finally:
-            for layer in (*self.layers.values(), *self.gated.values()):
+            for layer in self.layers.values():
                 layer.a = layer.b = None
+            for block in self.gated.values():
+                block.a = None
 
     def close(self) -> None:
         """Give the model its own layers back."""

@@ -101,7 +101,7 @@ class Scorer:
         while True:
             try:
                 with torch.inference_mode():
-                    return work(factors if len(which) == factors.count else factors.of(which), which)
+                    return work(factors.of(which), which)
             except torch.OutOfMemoryError:
                 if self.budget // 2 < LEAST and len(which) == 1:
                     raise UserError("out of device memory, even with single rows; score on another device") from None
@@ -220,12 +220,11 @@ class Scorer:
             }
             due = {adapter: wanted for adapter, wanted in due.items() if wanted}
             longest = max(self._length(wanted[0]) for wanted in due.values()) + room
-            rows = max(1, 4 * self.budget // longest // len(due))
+            rows = max(1, min(4 * self.budget, decoding.most_tokens(self.model)) // longest // len(due))
             # adapters with fewer rows are filled up with what they have: each takes an equal part of the batch
             rows = min(rows, max(len(wanted) for wanted in due.values()))
             batch = [[wanted[place % len(wanted)] for place in range(rows)] for wanted in due.values()]
-            some = factors if len(due) == factors.count else factors.of(list(due))
-            with self.stacked.using(some):
+            with self.stacked.using(factors.of(list(due))):
                 answers = self._answers([number for wanted in batch for number in wanted], room)
             for place, adapter in enumerate(due):
                 part = answers[place * rows : (place + 1) * rows]
