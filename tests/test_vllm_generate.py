@@ -154,7 +154,7 @@ def test_results_of_another_job_are_not_taken_for_its_own(place, stand_in, tmp_p
 @pytest.mark.parametrize(
     "how, said",
     [
-        ("killed", "was killed (SIGKILL); what it had finished is kept, run it again"),
+        ("killed", "was killed (SIGKILL); run it again"),
         ("refused", "failed: ValueError: 1 validation error for ModelConfig Value error, max_model_len is too large"),
         ("engine", "failed: ValueError: Free memory (3 GiB) is small"),
     ],

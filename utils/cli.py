@@ -3,6 +3,7 @@
 Imported by the scripts: `cli.run(main)` is the last line of each.
 """
 
+import ctypes
 import errno
 import os
 import re
@@ -32,6 +33,12 @@ def say(line: str) -> None:
 def asked(name: str) -> bool:
     """Whether a switch of the environment, such as FORCE, is on: set, and not 0."""
     return os.environ.get(name, "") not in ("", "0")
+
+
+def end_with_parent() -> None:
+    """Have the kernel end this process when the one that started it is killed (Linux). For a child to call first."""
+    if sys.platform == "linux":
+        ctypes.CDLL(None).prctl(1, signal.SIGTERM)  # PR_SET_PDEATHSIG
 
 
 def print_table(head: tuple[str, ...], rows: list[tuple[str, ...]]) -> None:

@@ -6,13 +6,12 @@ otherwise like one: the fork happens before any tensor or device is touched, so 
 process that asked for it ends.
 """
 
-import ctypes
 import multiprocessing
 import os
-import signal
 import sys
 from pathlib import Path
 
+import cli
 import devices
 
 # LLaMA-Factory itself asks for the devices when it is imported, which would spoil a later fork on a machine with a GPU;
@@ -55,8 +54,7 @@ def start(script: str, arguments: list[str], environment: dict[str, str], log: P
 
 
 def _run(script: str, arguments: list[str], environment: dict[str, str], log: Path | None, folder: str) -> None:
-    if sys.platform == "linux":
-        ctypes.CDLL(None).prctl(1, signal.SIGTERM)  # PR_SET_PDEATHSIG
+    cli.end_with_parent()
     os.setpgid(0, 0)
     if log is not None:
         handle = os.open(log, os.O_WRONLY | os.O_CREAT | os.O_APPEND, 0o644)
@@ -67,6 +65,4 @@ def _run(script: str, arguments: list[str], environment: dict[str, str], log: Pa
     multiprocessing.set_start_method("fork", force=True)  # for data loaders, as in a process of its own on Linux
     sys.path.insert(0, str(UTILS))
     sys.argv = [script, *arguments]
-    import cli
-
     cli.run(__import__(script).main)

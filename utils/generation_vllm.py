@@ -4,7 +4,6 @@ Imported by evaluate.py. vLLM pins other versions of torch and transformers than
 environment of its own, whose Python VLLM_PYTHON names; vllm_generate.py runs there.
 """
 
-import ctypes
 import json
 import os
 import re
@@ -147,7 +146,7 @@ def run(job: Path, out: Path, log: Path) -> Iterator[bytes]:
             stdout=output,
             stderr=subprocess.STDOUT,
             start_new_session=True,  # with the processes that vLLM starts, so that all can be stopped
-            preexec_fn=_die_with_parent if sys.platform == "linux" else None,
+            preexec_fn=cli.end_with_parent,
         )
     try:
         yield from _lines(child, out)
@@ -173,7 +172,7 @@ def _lines(child: subprocess.Popen, out: Path) -> Iterator[bytes]:
 def _cause(status: int, log: Path) -> str:
     """Why a run failed, in one line."""
     if status < 0:
-        return f"was killed ({signal.Signals(-status).name}); what it had finished is kept, run it again"
+        return f"was killed ({signal.Signals(-status).name}); run it again"
     lines = log.read_text(encoding="utf-8", errors="replace").splitlines()
     last = next((line for line in reversed(lines) if line.startswith("error: ")), f"status {status}")
     if ENGINE_FAILED.search(last):
@@ -202,8 +201,3 @@ def _environment() -> dict[str, str]:
     if (chosen := devices.choose()[:1]) and chosen != ["cpu"]:
         environment["CUDA_VISIBLE_DEVICES"] = chosen[0]
     return environment
-
-
-def _die_with_parent() -> None:
-    """Have the kernel end this child when its parent is killed (prctl's PR_SET_PDEATHSIG)."""
-    ctypes.CDLL(None).prctl(1, signal.SIGTERM)

@@ -272,7 +272,10 @@ def check_files(saves: Path, rows: "pa.Table", manifest: list[int], before: str 
         except OSError:
             raise UserError(f"{paths.relative(saves / name)}: is missing; collect it again with FORCE=1") from None
         if stamps[-1][0] != size:
-            raise UserError(f"{paths.relative(saves / name)}: has {stamps[-1][0]} bytes, its manifest says {size}")
+            raise UserError(
+                f"{paths.relative(saves / name)}: has {stamps[-1][0]} bytes, its manifest says {size}; "
+                "put the file back or collect again with FORCE=1"
+            )
     # Without the time of the last change of the inode, which a hard link alone moves on.
     found = hashlib.sha256(repr([(size, written, number) for size, written, _, number in stamps]).encode()).hexdigest()
     late = any(changed > manifest[2] for _, _, changed, _ in stamps)

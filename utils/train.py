@@ -8,12 +8,10 @@ DEVICES chooses devices (see devices.py). HF_HUB_OFFLINE is set: everything a ru
 
 import argparse
 import contextlib
-import ctypes
 import json
 import os
 import secrets
 import shutil
-import signal
 import subprocess
 import sys
 from collections.abc import Iterator
@@ -274,10 +272,7 @@ def spread(job: dict, count: int) -> None:
     files.write_json(path, job)
     worker = Path(__file__).with_name("train_worker.py")
     command = [sys.executable, "-m", "torch.distributed.run", "--standalone", f"--nproc-per-node={count}", worker, path]
-    on_linux = sys.platform == "linux"
-    child = subprocess.Popen(
-        command, preexec_fn=(lambda: ctypes.CDLL(None).prctl(1, signal.SIGTERM)) if on_linux else None
-    )
+    child = subprocess.Popen(command, preexec_fn=cli.end_with_parent)
     try:
         status = child.wait()
     finally:
