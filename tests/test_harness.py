@@ -131,4 +131,5 @@ def test_a_real_model_has_the_harness_s_likelihoods_and_accuracy():
     scorer = Scorer(
         lora_stack.Stacked(scored_base.plain(peft), layers), asked, encoder.stops, encoder.tokenizer.pad_token_id
     )
-    assert_same(scorer.marks(lora_stack.stack([None, tensors], layers, 1.0))[0], asked, theirs, 1e-4)
+    factors = lora_stack.stack([None, tensors], layers, 1.0, base.model.device, base.dtype)
+    assert_same(scorer.marks(factors)[0], asked, theirs, 1e-4)
