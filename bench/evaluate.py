@@ -10,8 +10,8 @@ temporary folder and removed.
 Model FLOP utilisation (MFU) is, of the base model and all checkpoints, what shapes.forward_flops counts (each token
 once, without padding, the prefix that all rows share once per checkpoint) per second, by the device's peak. The
 seconds are those from the loaded model to the last written evaluation.json, with tokenisation, the comparison with PEFT
-and the reading of checkpoints. Told beside it: without the first two, and of the forward passes alone by the device's
-clock.
+and the reading of checkpoints. Told beside it: without the first two; and of the forward passes alone, from the first
+launch of a group to its end by the device's clock.
 """
 
 import argparse

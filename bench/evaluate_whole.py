@@ -32,7 +32,7 @@ LIKE = "qwen2.5-0.5b"  # the model whose recipes are taken
 MADE_UP = {"train": 1119, "test": 1172}  # rows, where ARC-c's own are not there
 SYSTEM = "Answer the question by picking one of the given choices, and reply with its letter alone in brackets. " * 2
 WORDS = ("the", "a", "of", "which", "best", "when", "water", "plant", "light", "rock", "heat", "likely", "energy")
-# What the host does in evaluate.py, by the functions whose time it is. A GPU computes meanwhile.
+# What the host does in evaluate.py, by the functions whose time it is, with their waits for a GPU. Some overlap.
 PARTS = {"load": "load_model", "tokens": "__init__", "stacking": "_stack", "launching": "begin", "reading": "finish",
          "generation": "generate", "grading": "grade", "writing": "write"}  # fmt: skip
 

@@ -147,16 +147,17 @@ def evaluated(noted: dict[str, Any], arguments: list[str]) -> None:
     ticks: list[Any] = []
 
     def generate(scorer, factors, numbers, most):
-        seen = seen_by(scorer.questions, scorer.trees, len(scorer.prefix))
-        noted.update(work=seen, rows=len(scorer.questions), budget=scorer.budget)
+        noted["budget"] = scorer.budget
         noted["generated"] += sum(map(len, numbers))
         return plain(scorer, factors, numbers, most)
 
     def begin(scorer, factors):
+        noted.update(work=seen_by(scorer.questions, scorer.trees, len(scorer.prefix)), rows=len(scorer.questions))
         ticks.append(tick())
-        begun = launch(scorer, factors)
-        ticks.append(tick())
-        return begun
+        try:
+            return launch(scorer, factors)
+        finally:
+            ticks.append(tick())
 
     Scorer.generate, Scorer.begin = generate, begin
     sys.argv = ["evaluate.py", *arguments]

@@ -1,13 +1,16 @@
 """The score of a checkpoint: what counts as right, as wrong, as unread, and how sure the score is."""
 
+from collections.abc import Iterator
 from types import SimpleNamespace
 
 import numpy as np
 import pytest
+import torch
 from scenes import Scene, prompts
 from scipy.stats import binomtest
 
 import grades
+from cli import UserError
 from evaluation import BASE
 from grades import Grader
 from questions import Path, Question
@@ -104,19 +107,21 @@ def test_one_row_is_a_score_too():
 class Toy(Grader):
     """A grader of a scene's adapters, whose numbers are the steps; 0 is the base."""
 
-    def __init__(self, scene: Scene, asked: list[Question], on_gpu: bool):
-        self.scene, self.questions, self.on_gpu, self.metric = scene, asked, on_gpu, "choice"
+    def __init__(self, scene: Scene, asked: list[Question], on_gpu: bool, broken: int | None = None):
+        self.scene, self.questions, self.on_gpu, self.metric, self.broken = scene, asked, on_gpu, "choice", broken
         self.encoder, self.sizes = SimpleNamespace(text_of=str), []  # sizes: of the groups that were stacked
 
     def _stack(self, steps):
         self.sizes.append(len(steps))
+        if self.broken in steps:
+            raise UserError(f"checkpoint {self.broken} is broken")
         return self.scene.factors(*[0 if step == BASE else step for step in steps])
 
     def _hash(self, steps):
         pass
 
-    def grades(self) -> list[dict]:
-        return list(self._scored(self.scene.scorer(self.questions), [BASE, 1, 2, 3, 4, 5, 6], {}))
+    def grades(self) -> Iterator[dict]:
+        return self._scored(self.scene.scorer(self.questions), [BASE, 1, 2, 3, 4, 5, 6], {})
 
 
 def test_groups_wait_for_each_other_on_a_gpu_and_get_the_same_grades(every_model, monkeypatch):
@@ -125,7 +130,7 @@ def test_groups_wait_for_each_other_on_a_gpu_and_get_the_same_grades(every_model
     monkeypatch.setattr(grades, "AT_ONCE", 2)
     monkeypatch.setattr(grades, "HELD", 2)
     cpu, gpu = Toy(scene, asked, False), Toy(scene, asked, True)
-    plain, held = cpu.grades(), gpu.grades()
+    plain, held = list(cpu.grades()), list(gpu.grades())
     assert [[*one] for one in plain] == [[BASE, 1], [2, 3], [4, 5], [6]] and cpu.sizes == [2, 2, 2, 1]
     assert [[*one] for one in held] == [[BASE, 1, 2, 3], [4, 5, 6]] and gpu.sizes == [2, 2, 2, 2]
     merged = [{step: graded for one in both for step, graded in one.items()} for both in (plain, held)]
@@ -134,3 +139,30 @@ def test_groups_wait_for_each_other_on_a_gpu_and_get_the_same_grades(every_model
     answers = [answer for graded in merged[0].values() for answer in graded.answers]
     assert any("," in answer for answer in answers), "some are generated tokens"
     assert any(answer in asked[0].options for answer in answers), "some stay among the options"
+
+
+@pytest.mark.parametrize("on_gpu", [False, True])
+def test_what_was_scored_before_a_broken_checkpoint_is_kept(every_model, monkeypatch, on_gpu):
+    scene = Scene(every_model / "smollm2-135m", count=6)
+    monkeypatch.setattr(grades, "AT_ONCE", 2)
+    found = []
+    with pytest.raises(UserError, match="checkpoint 5 is broken"):
+        for group in Toy(scene, scene.asked(prompts([5, 20])), on_gpu, broken=5).grades():
+            found += group
+    assert found == [BASE, 1, 2, 3]
+
+
+@pytest.mark.parametrize(("times", "is_enough"), [(1, True), (2, False)])
+def test_adapters_that_do_not_fit_are_tried_once_more_with_tidied_memory(times, is_enough):
+    failures = [torch.OutOfMemoryError()] * times
+
+    def work():
+        if failures:
+            raise failures.pop()
+        return "factors"
+
+    if is_enough:
+        assert grades.fitting(work, work) == "factors"
+    else:
+        with pytest.raises(UserError, match="^out of device memory for the adapters; score on another device$"):
+            grades.fitting(work, work)

@@ -4,7 +4,7 @@ import pytest
 import tiny_models
 import torch
 from scenes import CLOSE, LONGEST, STOPS, Scene, prompts, question
-from transformers import GenerationConfig
+from transformers import GenerationConfig, LlamaConfig, LlamaForCausalLM
 from transformers.models.llama.modeling_llama import LlamaMLP
 
 import decoding
@@ -52,7 +52,7 @@ def first_option(one: Question, said: list[int]) -> int | None:
     )
 
 
-@pytest.mark.parametrize("fused", [False, True], ids=["as on a CPU", "as on a GPU"])
+@pytest.mark.parametrize("fused", [False, True], ids=["plain", "fused"])
 @pytest.mark.parametrize("name", [*tiny_models.NAMES, *tiny_models.KIN])
 def test_every_architecture_gets_the_scores_and_answers_of_the_plain_model(every_model, name, fused):
     scene = Scene(every_model / name, lora=targets(name), fused=fused)
@@ -64,7 +64,17 @@ def test_every_architecture_gets_the_scores_and_answers_of_the_plain_model(every
         assert any(mark.is_open for marks in found for mark in marks)
 
 
-@pytest.mark.parametrize("fused", [False, True], ids=["as on a CPU", "as on a GPU"])
+def test_heads_may_share_more_than_one_key(tmp_path):
+    config = LlamaConfig(
+        vocab_size=200, hidden_size=64, intermediate_size=96, num_hidden_layers=2, num_attention_heads=8,
+        num_key_value_heads=2,
+    )  # fmt: skip
+    LlamaForCausalLM(config).save_pretrained(tmp_path)
+    scene = Scene(tmp_path, fused=True)
+    assert_right(scene, scene.asked(prompts(LENGTHS, 12)))
+
+
+@pytest.mark.parametrize("fused", [False, True], ids=["plain", "fused"])
 @pytest.mark.parametrize("name", ["mistral-7b", "gemma-3-text", "gemma-3-4b"])
 def test_rows_longer_than_what_attention_sees_are_scored_with_its_window(every_model, name, fused):
     """Mistral's layers see the last 7 tokens alone, one of Gemma's two; of prompts, their beginning and options."""
@@ -330,7 +340,7 @@ def test_scores_of_peft_leave_the_model_as_it_was(every_model, compared, tmp_pat
     assert list(after) == list(before) and all(torch.equal(after[name], before[name]) for name in before)
 
 
-@pytest.mark.parametrize("fused", [False, True], ids=["as on a CPU", "as on a GPU"])
+@pytest.mark.parametrize("fused", [False, True], ids=["plain", "fused"])
 def test_a_model_has_its_own_layers_back_in_the_end(every_model, fused):
     scene = Scene(every_model / "smollm2-135m", count=1, fused=fused)
     before = dict(scene.fresh().named_modules())
@@ -378,6 +388,7 @@ def test_answers_that_have_ended_are_not_continued(every_model):
     with torch.inference_mode(), scene.stacked.using(scene.factors(1)):
         long = decoding.greedy(scene.model, some, 64, [199], 0)
         assert len(passes) == 64 and all(len(set(row)) > 1 for row in long)
+        assert decoding.greedy(scene.model, some, 64, [199], 199) == long, "padding that ends answers"
         passes.clear()
         short = decoding.greedy(scene.model, some, 64, said, 0)
     hook.remove()
@@ -398,13 +409,13 @@ def test_answers_are_generated_for_as_many_rows_as_their_cache_has_room(every_mo
         plain(rows, model, texts, *more)
 
     monkeypatch.setattr(decoding.Rows, "__init__", noted)
-    for room in (2 * 2 * (30 + LONGEST), 2**20):
-        monkeypatch.setattr(decoding, "HOST", 4 * each * room)
+    for room in (2 * 2 * (30 + LONGEST), 30, 2**20):
+        monkeypatch.setattr(decoding, "free", lambda _, room=room: 2 * each * room)
         said = scene.scorer(asked).generate(scene.factors(1, 2), [list(range(4))] * 2, LONGEST)
         for adapter, answers in zip((1, 2), said, strict=True):
             expected = [scoring.until(scene.greedy(adapter, one.tokens), STOPS) for one in asked]
             assert [answers[number] for number in range(4)] == expected
-    assert sizes == [4, 4, 8]
+    assert sizes == [4, 4, *[1] * 8, 8]
 
 
 def test_an_adapter_of_another_model_is_refused(every_model):

@@ -112,7 +112,10 @@ class Noted:
                 key: "constexpr" if key.isupper() else types[value.dtype] if torch.is_tensor(value) else "i32"
                 for key, value in named.items()
             }
-            self.asked[self.kernel.__name__] = ASTSource(self.kernel, signature, constant), options
+            aligned = {
+                (place,): [["tt.divisibility", 16]] for place, kind in enumerate(signature.values()) if "*" in kind
+            }
+            self.asked[self.kernel.__name__] = ASTSource(self.kernel, signature, constant, aligned), options
 
         assert all(isinstance(size, int) and size > 0 for size in grid)
         return launch

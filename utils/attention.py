@@ -50,14 +50,16 @@ def attend(
         attention_mask: as `mask_for` makes it, [rows, 1, groups * length, seen]; any other is left to transformers.
     """
     rows, heads, length, width = query.shape
-    groups = heads // key.shape[1]
+    shared = key.shape[1]
+    groups = heads // shared
     if groups == 1 or attention_mask is None or attention_mask.shape[2] != groups * length:
         return sdpa_attention_forward(module, query, key, value, attention_mask, **more)
     y = nn.functional.scaled_dot_product_attention(
-        query.reshape(rows, key.shape[1], groups * length, width), key, value, attn_mask=attention_mask,
+        query.reshape(rows, shared, groups * length, width), key, value, attn_mask=attention_mask,
         scale=more.get("scaling"),
     )  # fmt: skip
-    return y.view(rows, heads, length, -1).transpose(1, 2).contiguous(), None
+    # of the kernels some give the rows behind one another, others the heads: a dimension can always be split
+    return y.view(rows, shared, groups, length, -1).permute(0, 3, 1, 2, 4).reshape(rows, length, heads, -1), None
 
 
 def mask_for(model: nn.Module, seen: Tensor, near: Tensor | None, count: int = 1) -> Tensor | dict[str, Tensor]:
@@ -67,11 +69,9 @@ def mask_for(model: nn.Module, seen: Tensor, near: Tensor | None, count: int = 1
         seen: [rows, 1, length, seen] bool; near: the same for layers with a window; None where none has.
         count: how many times the rows follow one another.
     """
-    everything = bias_of(model, seen, count)
-    if near is None:
-        return everything
-    narrow = bias_of(model, near, count)
-    return narrow if len(kinds_of(model)) == 1 else {"full_attention": everything, "sliding_attention": narrow}
+    if near is None or len(kinds_of(model)) == 1:
+        return bias_of(model, seen if near is None else near, count)
+    return {"full_attention": bias_of(model, seen, count), "sliding_attention": bias_of(model, near, count)}
 
 
 def bias_of(model: nn.Module, mask: Tensor, count: int) -> Tensor:
@@ -103,6 +103,12 @@ def window_of(model: nn.Module, longest: int) -> int | None:
             f"has layers of {', '.join(sorted(others))}; LIMIT= or another SPLIT without it can be scored"
         )
     return window
+
+
+def positions_vary(model: nn.Module) -> bool:
+    """Whether a model's rotary positions depend on the longest row of a batch."""
+    rope = str(getattr(config_of(model), "rope_parameters", None))
+    return any(kind in rope for kind in ("dynamic", "longrope"))
 
 
 def kinds_of(model: nn.Module) -> set[str]:

@@ -13,8 +13,8 @@ from transformers.cache_utils import Cache, StaticLayer
 
 import attention
 
+NOTHING = -1  # in place of a token that was not said: padding may end an answer
 FAR = 2**30  # a position that no token reaches
-HOST = 2**34  # bytes of memory that a machine without a GPU is taken to have
 LOOK = 4  # tokens after which is looked whether all answers have ended
 
 
@@ -22,7 +22,7 @@ def greedy(model: nn.Module, prompts: list[list[int]], most: int, stops: list[in
     """Of each prompt the tokens that the model says; behind one of `stops` there may be any.
 
     Args:
-        model: its attention is grouped (attention.py).
+        model: one that `suits`.
         most: tokens that an answer may have.
         pad: a token for padding.
     """
@@ -38,20 +38,31 @@ def greedy(model: nn.Module, prompts: list[list[int]], most: int, stops: list[in
     return rows.said.tolist()
 
 
+def suits(model: nn.Module) -> bool:
+    """Whether `greedy` can do a model: its masks are ours, and nothing in its step has to be looked at by the host."""
+    return attention.is_grouped(model) and not attention.positions_vary(model)
+
+
 def most_tokens(model: nn.Module) -> int:
-    """How many tokens a cache may hold: a quarter of a GPU's memory."""
+    """How many tokens a cache may hold: half of a GPU's free memory; elsewhere memory is not the limit."""
     config = attention.config_of(model)
     heads = getattr(config, "num_key_value_heads", None) or config.num_attention_heads
     width = getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads
-    is_gpu = model.device.type == "cuda"
-    memory = torch.cuda.get_device_properties(model.device).total_memory if is_gpu else HOST
-    return memory // 4 // (2 * config.num_hidden_layers * heads * width * model.dtype.itemsize)
+    return free(model.device) // 2 // (2 * config.num_hidden_layers * heads * width * model.dtype.itemsize)
+
+
+def free(device: torch.device) -> int:
+    """Bytes of memory that are left."""
+    if device.type != "cuda":
+        return 2**40
+    unused = torch.cuda.memory_reserved(device) - torch.cuda.memory_allocated(device)
+    return torch.cuda.mem_get_info(device)[0] + unused
 
 
 def captured(work: Callable[[], None]) -> Callable[[], None]:
-    """The same work as one CUDA graph; it is not done yet."""
+    """The same work as one CUDA graph; it is not done yet. Other threads may use the GPU meanwhile."""
     graph = torch.cuda.CUDAGraph()
-    with torch.cuda.graph(graph):
+    with torch.cuda.graph(graph, capture_error_mode="thread_local"):
         work()
     return graph.replay
 
@@ -72,7 +83,7 @@ class Rows:
         answers = (lengths + self.slots - self.longest).masked_fill(~is_answer, FAR)
         self.positions = torch.where(is_prompt, self.slots, answers)  # of what lies in the slots, [rows, slots]
         self.newest, self.at = self.tokens.gather(1, lengths - 1), lengths - 1  # token, and its position
-        self.said = torch.full((len(prompts), most), pad, device=device)
+        self.said = torch.full((len(prompts), most), NOTHING, device=device)
         self.turn = torch.zeros(1, dtype=torch.int64, device=device)
 
     def begin(self) -> None:

@@ -3,6 +3,7 @@
 Imported by evaluate.py. Checkpoints are read once, the next ones while the device is busy.
 """
 
+import contextlib
 from collections.abc import Callable, Iterator
 from concurrent.futures import Future, ThreadPoolExecutor
 from pathlib import Path
@@ -15,11 +16,13 @@ from torch import Tensor
 import answers
 import checkpoints
 import collection
+import devices
 import export_peft
 import files
 import generation_vllm
 import lora_stack
 import scored_base
+from cli import UserError
 from evaluation import BASE, MOST
 from index import Chosen
 from lora_stack import Factors, Stacked
@@ -28,7 +31,7 @@ from scored_base import Base
 from scoring import Marks, Scorer
 
 AT_ONCE = 8  # adapters that go through the model together; the base counts as one
-HELD = 4  # groups on a GPU whose answers are generated together
+HELD = 4  # groups on a GPU whose answers are generated together; scores are written as often
 HELD_BYTES = 2**30  # of their factors
 COMPARED = 1024  # tokens of a question that PEFT's forward pass, which makes all logits, is tried with
 
@@ -92,12 +95,18 @@ class Grader:
 
     def _scored(self, scorer: Scorer, steps: list[int], said: dict[int, Answers]) -> Iterator[dict[int, Graded]]:
         begun: list[Begun] = []
-        for group in self._begun(scorer, steps):
-            begun.append(group)
-            if len(begun) > self._held(group.factors):
-                ready = begun[:-1] or begun  # on a GPU the newest is being computed
-                yield self._graded(scorer, ready, said)
-                begun = begun[len(ready) :]
+        try:
+            with contextlib.closing(self._begun(scorer, steps)) as groups:
+                for group in groups:
+                    begun.append(group)
+                    if len(begun) > self._held(group.factors):
+                        ready = begun[:-1] or begun  # on a GPU the newest is being computed
+                        begun = begun[len(ready) :]
+                        yield self._graded(scorer, ready, said)
+        except UserError:
+            if begun:
+                yield self._graded(scorer, begun, said)
+            raise
         if begun:
             yield self._graded(scorer, begun, said)
 
@@ -107,7 +116,7 @@ class Grader:
         with ThreadPoolExecutor(2) as aside:
             ready = self._ahead(aside, self._filled(parts[0], len(steps)))
             for part, after in zip(parts, [*parts[1:], None], strict=True):
-                factors = ready()
+                factors = fitting(ready, lambda part=part: self._stack(self._filled(part, len(steps))))
                 if after is not None:
                     ready = self._ahead(aside, self._filled(after, len(steps)))
                 yield Begun(part, factors, aside.submit(scorer.finish, scorer.begin(factors)))
@@ -119,8 +128,8 @@ class Grader:
     def _ahead(self, aside: ThreadPoolExecutor, steps: list[int]) -> Callable[[], Factors]:
         """Read checkpoints in a thread, while the device works; returns what waits for their factors.
 
-        Beside a CPU's work it does not use PyTorch: threads of its own for a second caller were seen to slow down the
-        first one's by a fifth.
+        Beside a CPU's work that thread does not compute with PyTorch: threads of its own for a second caller were seen
+        to slow down the first one's by a fifth.
         """
         if self.on_gpu:
             return aside.submit(self._stack, steps).result
@@ -152,8 +161,12 @@ class Grader:
         if not asked:
             return {}
         places = [[place for place, step in enumerate(group.steps) if step in asked] for group in begun]
-        some = [group.factors.of(which) for group, which in zip(begun, places, strict=True) if which]
-        found = scorer.generate(lora_stack.joined(some), [*asked.values()], MOST[self.metric])
+
+        def joined() -> Factors:
+            pairs = zip(begun, places, strict=True)
+            return lora_stack.joined([group.factors.of(which) for group, which in pairs if which])
+
+        found = scorer.generate(fitting(joined, joined), [*asked.values()], MOST[self.metric])
         return dict(zip(asked, found, strict=True))
 
     def _said_by_vllm(self, steps: list[int]) -> dict[int, Answers]:
@@ -197,6 +210,19 @@ class Grader:
         if adapters == [None]:  # the base by itself takes its adapter's shapes from the last checkpoint
             return lora_stack.stack([None, self._read(self.last)], *where).of([0])
         return lora_stack.stack(adapters, *where)
+
+
+def fitting(work: Callable[[], Factors], again: Callable[[], Factors]) -> Factors:
+    """What `work` returns, or `again` with the device's memory tidied. Raises UserError where that does not help."""
+    try:
+        return work()
+    except torch.OutOfMemoryError:
+        pass  # outside, so that what it holds is let go
+    devices.free_memory()
+    try:
+        return again()
+    except torch.OutOfMemoryError:
+        raise UserError("out of device memory for the adapters; score on another device") from None
 
 
 def grade(metric: str, questions: list[Question], marks: list[Marks], generated: dict[int, str]) -> Graded:

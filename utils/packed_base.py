@@ -21,6 +21,7 @@ from torch import Tensor, nn
 from transformers import set_seed
 from transformers.integrations.liger import apply_liger_kernel
 
+import attention
 import cli
 import prompt_templates
 import run_identity
@@ -213,8 +214,7 @@ def check_packable(adapted: PeftModel, dtype: torch.dtype) -> None:
     config = model.config.to_dict()
     if changed := [key for key in LOGITS_CHANGED if config.get(key) not in (None, 1, 1.0)]:
         raise NotPackable(f"the model changes its logits ({changed[0]})")
-    rope = config.get("rope_parameters") or {}
-    if any(kind in str(rope) for kind in ("dynamic", "longrope")):
+    if attention.positions_vary(model):
         raise NotPackable("its rotary positions depend on the longest row of a batch")
     if any(isinstance(module, LoraLayer) for module in (model.get_input_embeddings(), model.get_output_embeddings())):
         raise NotPackable("its embeddings or its output layer are adapted")

@@ -61,8 +61,10 @@ class Scorer:
         self.device = self.model.device
         kind = "cuda" if self.device.type == "cuda" else "cpu"
         self.budget, self.most_logits = TOKENS[kind], LOGITS[kind]
+        self.room = min(4 * self.budget, decoding.most_tokens(self.model))  # tokens that answers' rows may have
         self.trees = [sheets.tree_of(question) for question in questions]
         self.prefix = sheets.prefix_of(questions)
+        self.beginning = torch.tensor([self.prefix], dtype=torch.int64, device=self.device)
         self.config = attention.config_of(self.model)
         self.made: dict[tuple[int, int], list[Sheet]] = {}
         # the model's own may ask for sampling or penalties
@@ -74,7 +76,7 @@ class Scorer:
 
     def begin(self, factors: Factors) -> list[Passed]:
         """Have the device compute the marks; the host does not wait for a GPU."""
-        return self._within_memory(self._passes, factors, list(range(factors.count)))
+        return self._within_memory("budget", self._passes, factors, list(range(factors.count)))
 
     def finish(self, passed: list[Passed]) -> list[list[Marks]]:
         """The marks that were begun."""
@@ -93,25 +95,27 @@ class Scorer:
         def work(some: Factors, which: list[int]) -> list[dict[int, list[int]]]:
             return self._generate(some, [numbers[adapter] for adapter in which], most)
 
-        return self._within_memory(work, factors, list(range(factors.count)))
+        return self._within_memory("room", work, factors, list(range(factors.count)))
 
-    def _within_memory(self, work: Callable[[Factors, list[int]], list], factors: Factors, which: list[int]) -> list:
-        """What `work` returns of adapters (`which`, of `factors`): with half as many tokens at once as often as it
-        needs more memory than there is, in the end with half of the adapters at once."""
+    def _within_memory(
+        self, limit: str, work: Callable[[Factors, list[int]], list], factors: Factors, which: list[int]
+    ) -> list:
+        """What `work` returns of adapters (`which`, of `factors`): with half as many tokens at once (`limit` names
+        what says how many) as often as it needs more memory than there is, in the end with half of the adapters."""
         while True:
             try:
                 with torch.inference_mode():
                     return work(factors.of(which), which)
             except torch.OutOfMemoryError:
-                if self.budget // 2 < LEAST and len(which) == 1:
+                half, is_least = len(which) // 2, getattr(self, limit) // 2 < LEAST
+                if is_least and half == 0:
                     raise UserError("out of device memory, even with single rows; score on another device") from None
             self.made.clear()
             devices.free_memory()
-            if self.budget // 2 < LEAST:
-                half = len(which) // 2
-                parts = [self._within_memory(work, factors, part) for part in (which[:half], which[half:])]
+            if is_least:
+                parts = [self._within_memory(limit, work, factors, part) for part in (which[:half], which[half:])]
                 return parts[0] + parts[1]
-            self.budget //= 2
+            setattr(self, limit, getattr(self, limit) // 2)
 
     def _passes(self, factors: Factors, _: list[int]) -> list[Passed]:
         results, arrived = [], None
@@ -188,10 +192,9 @@ class Scorer:
         """Keys and values of what all prompts begin with, for each adapter."""
         if not self.prefix:
             return None
-        tokens = torch.tensor([self.prefix] * count, device=self.device)
         before = DynamicCache()
         with picking(self.model, torch.zeros(1, dtype=torch.int64, device=self.device)):
-            self.model(input_ids=tokens, past_key_values=before, use_cache=True)
+            self.model(input_ids=self.beginning.expand(count, -1), past_key_values=before, use_cache=True)
         return before
 
     def _pass(self, sheet: Sheet, count: int, before: DynamicCache | None) -> tuple[Tensor, Tensor]:
@@ -220,7 +223,8 @@ class Scorer:
             }
             due = {adapter: wanted for adapter, wanted in due.items() if wanted}
             longest = max(self._length(wanted[0]) for wanted in due.values()) + room
-            rows = max(1, min(4 * self.budget, decoding.most_tokens(self.model)) // longest // len(due))
+            due = dict([*due.items()][: max(1, self.room // longest)])
+            rows = max(1, self.room // longest // len(due))
             # adapters with fewer rows are filled up with what they have: each takes an equal part of the batch
             rows = min(rows, max(len(wanted) for wanted in due.values()))
             batch = [[wanted[place % len(wanted)] for place in range(rows)] for wanted in due.values()]
@@ -249,7 +253,7 @@ class Scorer:
 
     def _answers(self, numbers: list[int], most: int) -> list[list[int]]:
         prompts = [self.questions[number].tokens for number in numbers]
-        if attention.is_grouped(self.model):
+        if decoding.suits(self.model):
             said = decoding.greedy(self.model, prompts, most, self.stops, self.pad)
             return [until(row, self.stops) for row in said]
         longest = max(map(len, prompts))
