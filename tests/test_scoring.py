@@ -64,7 +64,14 @@ def test_every_architecture_gets_the_scores_and_answers_of_the_plain_model(every
         assert any(mark.is_open for marks in found for mark in marks)
 
 
-def test_heads_may_share_more_than_one_key(tmp_path):
+@pytest.mark.parametrize("is_turned", [False, True], ids=["heads outside", "heads inside"])
+def test_heads_may_share_more_than_one_key_in_kernels_of_either_layout(tmp_path, monkeypatch, is_turned):
+    plain = torch.nn.functional.scaled_dot_product_attention
+
+    def turned(*given, **more):
+        return plain(*given, **more).transpose(1, 2).contiguous().transpose(1, 2)
+
+    monkeypatch.setattr(torch.nn.functional, "scaled_dot_product_attention", turned if is_turned else plain)
     config = LlamaConfig(
         vocab_size=200, hidden_size=64, intermediate_size=96, num_hidden_layers=2, num_attention_heads=8,
         num_key_value_heads=2,
