@@ -59,10 +59,13 @@ def run(main: Callable[[], int | None]) -> None:
 
     def stop(number: int, _frame) -> None:
         received.append(number)
+        if number == signal.SIGINT:
+            raise KeyboardInterrupt
         sys.exit(128 + number)
 
-    for number in (signal.SIGTERM, signal.SIGHUP):
-        signal.signal(number, stop)
+    for number in (signal.SIGTERM, signal.SIGHUP, signal.SIGINT):
+        if number != signal.SIGINT or signal.getsignal(number) is not signal.SIG_IGN:  # as in a shell's background
+            signal.signal(number, stop)
     try:
         sys.exit(main() or 0)
     except KeyboardInterrupt:
@@ -73,7 +76,7 @@ def run(main: Callable[[], int | None]) -> None:
             sys.exit(128 + received[0])
         raise
     except Exception as error:
-        if received:  # a library made another exception of the SystemExit
+        if received:  # a library (safetensors) made another exception of it
             sys.exit(128 + received[0])
         fault = str(error) if isinstance(error, UserError) else storage_fault(error)
         if fault is None:

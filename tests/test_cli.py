@@ -1,0 +1,42 @@
+"""How scripts end when they are stopped, also where a library hides the cause."""
+
+import signal
+import subprocess
+import sys
+
+import pytest
+from conftest import ROOT
+
+SCRIPT = """
+import os, sys, time
+sys.path.insert(0, sys.argv[1])
+import cli
+
+def main():
+    try:
+        os.kill(os.getpid(), int(sys.argv[2]))
+        time.sleep(20)
+    except BaseException as error:
+        if sys.argv[3] == "itself":
+            raise
+        raise {"another": ValueError("of a library"), "an end": SystemExit(3)}[sys.argv[3]] from error
+
+cli.run(main)
+"""
+
+
+@pytest.mark.parametrize("made", ["itself", "another", "an end"])
+@pytest.mark.parametrize(("number", "status"), [(signal.SIGINT, 130), (signal.SIGTERM, 143), (signal.SIGHUP, 129)])
+def test_a_signal_decides_the_status_whatever_a_library_makes_of_it(number, status, made):
+    command = [sys.executable, "-c", SCRIPT, ROOT / "utils", str(int(number)), made]
+    ended = subprocess.run(command, capture_output=True, text=True)
+    assert (ended.returncode, "Traceback" in ended.stderr) == (status, False), ended.stderr
+
+
+def test_ctrl_c_that_the_shell_ignores_stays_ignored():
+    """So do shells for what they start in the background."""
+    script = SCRIPT.replace("time.sleep(20)", "print('went on')")
+    ignored = f'trap \'\' INT; exec {sys.executable} -c "$0" "$@"'
+    command = ["bash", "-c", ignored, script, ROOT / "utils", str(int(signal.SIGINT)), "itself"]
+    ended = subprocess.run(command, capture_output=True, text=True)
+    assert (ended.returncode, ended.stdout) == (0, "went on\n"), ended.stderr
