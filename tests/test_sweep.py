@@ -167,13 +167,22 @@ def below(run: subprocess.Popen) -> list[tuple[int, int, str]]:
     return found
 
 
+def begun_logs(saves: Path) -> list[Path]:
+    """The logs of cells that are being trained and have said something."""
+    logs = saves.glob("*/*_finetune.log")
+    return [log for log in logs if log.stat().st_size and not (log.with_suffix("") / "manifest.json").exists()]
+
+
 @pytest.mark.slow
 def test_a_killed_worker_and_a_killed_run_cost_an_attempt_each(repository):
     run = sweep(repository, RANKS="2 4 8", ENGINE="stock")
     saves = repository / "saves" / CATEGORY
     for number, victims_of in enumerate((workers_of, runs_of), 1):
-        while len(list(saves.glob("*/*_finetune/manifest.json"))) < 2 * number or not (victims := victims_of(run)):
+        while True:
             assert run.poll() is None, run.communicate()[0]
+            complete, victims = len(list(saves.glob("*/*_finetune/manifest.json"))), victims_of(run)
+            if complete >= 2 * number and victims and len(begun_logs(saves)) >= len(victims):
+                break
             time.sleep(0.02)
         os.kill(victims[0], signal.SIGKILL)
     output = run.communicate()[0]
