@@ -12,6 +12,7 @@ import packed_train
 def main() -> int:
     import torch
 
+    import devices
     import packed_engine
     import packed_memory
 
@@ -35,7 +36,7 @@ def main() -> int:
             free_bytes.amount = beside + (sum(need[: int(number)]) + 0.5 * min(need)) / packed_memory.USED
             return real(model, dtype, adapters, steps)
 
-        packed_memory.free_bytes, packed_memory.how_many = free_bytes, how_many
+        devices.free_bytes, packed_memory.how_many = free_bytes, how_many
     else:
         prepare = packed_engine.Engine.prepare
 

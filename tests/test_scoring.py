@@ -8,6 +8,7 @@ from transformers import GenerationConfig, LlamaConfig, LlamaForCausalLM
 from transformers.models.llama.modeling_llama import LlamaMLP
 
 import decoding
+import devices
 import lora_stack
 import scored_base
 import scoring
@@ -417,7 +418,7 @@ def test_answers_are_generated_for_as_many_rows_as_their_cache_has_room(every_mo
 
     monkeypatch.setattr(decoding.Rows, "__init__", noted)
     for room in (2 * 2 * (30 + LONGEST), 30, 2**20):
-        monkeypatch.setattr(decoding, "free", lambda _, room=room: 2 * each * room)
+        monkeypatch.setattr(devices, "free_bytes", lambda _, room=room: 2 * each * room)
         said = scene.scorer(asked).generate(scene.factors(1, 2), [list(range(4))] * 2, LONGEST)
         for adapter, answers in zip((1, 2), said, strict=True):
             expected = [scoring.until(scene.greedy(adapter, one.tokens), STOPS) for one in asked]

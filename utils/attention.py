@@ -80,16 +80,16 @@ def bias_of(model: nn.Module, mask: Tensor, count: int) -> Tensor:
     Else attention makes it of the mask in each layer; and its kernels want rows that begin at multiples of 8 numbers.
     """
     rows, _, length, seen = mask.shape
-    groups = groups_of(config_of(model)) if is_grouped(model) else 1
+    config = config_of(model)
+    groups = config.num_attention_heads // key_heads(config) if is_grouped(model) else 1
     shape = count, rows, groups, length, -(-seen // 8) * 8
     bias = torch.zeros(shape, dtype=model.dtype, device=mask.device)[..., :seen]
     return bias.masked_fill_(~mask, -torch.inf).view(count * rows, 1, groups * length, seen)
 
 
-def groups_of(config: Any) -> int:
-    """How many heads share their keys."""
-    heads = config.num_attention_heads
-    return heads // (getattr(config, "num_key_value_heads", None) or heads)
+def key_heads(config: Any) -> int:
+    """How many heads have keys of their own."""
+    return getattr(config, "num_key_value_heads", None) or config.num_attention_heads
 
 
 def window_of(model: nn.Module, longest: int) -> int | None:

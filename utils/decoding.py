@@ -12,6 +12,7 @@ from torch import Tensor, nn
 from transformers.cache_utils import Cache, StaticLayer
 
 import attention
+import devices
 
 NOTHING = -1  # in place of a token that was not said: padding may end an answer
 FAR = 2**30  # a position that no token reaches
@@ -44,19 +45,11 @@ def suits(model: nn.Module) -> bool:
 
 
 def most_tokens(model: nn.Module) -> int:
-    """How many tokens a cache may hold: half of a GPU's free memory; elsewhere memory is not the limit."""
+    """How many tokens a cache may hold: half of the device's free memory."""
     config = attention.config_of(model)
-    heads = getattr(config, "num_key_value_heads", None) or config.num_attention_heads
     width = getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads
-    return free(model.device) // 2 // (2 * config.num_hidden_layers * heads * width * model.dtype.itemsize)
-
-
-def free(device: torch.device) -> int:
-    """Bytes of memory that are left."""
-    if device.type != "cuda":
-        return 2**40
-    unused = torch.cuda.memory_reserved(device) - torch.cuda.memory_allocated(device)
-    return torch.cuda.mem_get_info(device)[0] + unused
+    numbers = 2 * config.num_hidden_layers * attention.key_heads(config) * width  # of keys and values per token
+    return devices.free_bytes(model.device) // 2 // (numbers * model.dtype.itemsize)
 
 
 def captured(work: Callable[[], None]) -> Callable[[], None]:

@@ -12,8 +12,12 @@ import shutil
 import subprocess
 import sys
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 from cli import UserError, say
+
+if TYPE_CHECKING:
+    import torch
 
 # What a recipe for GPUs says and a CPU cannot do; float32 there.
 CPU_SETTINGS = {"use_cpu": True, "bf16": False, "fp16": False, "pure_bf16": False, "tf32": False}
@@ -115,6 +119,17 @@ def free_memory() -> None:
         import torch
 
         torch.cuda.empty_cache()
+
+
+def free_bytes(device: "torch.device") -> int:
+    """Free memory of a device, what torch holds and does not use included; on the CPU, this process's share of it."""
+    import psutil
+    import torch
+
+    if device.type == "cuda":
+        return torch.cuda.mem_get_info(device)[0] + torch.cuda.memory_reserved() - torch.cuda.memory_allocated()
+    slots = int(os.environ.get("PARAGEN_CPU_SLOTS") or 1)  # of a sweep: as many processes measure at the same time
+    return psutil.virtual_memory().available // slots
 
 
 def describe() -> str:

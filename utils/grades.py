@@ -113,12 +113,13 @@ class Grader:
     def _begun(self, scorer: Scorer, steps: list[int]) -> Iterator[Begun]:
         """Groups of steps, each as soon as the device has it to do."""
         parts = [steps[start : start + AT_ONCE] for start in range(0, len(steps), AT_ONCE)]
+        stacks = [self._filled(part, len(steps)) for part in parts]
         with ThreadPoolExecutor(2) as aside:
-            ready = self._ahead(aside, self._filled(parts[0], len(steps)))
-            for part, after in zip(parts, [*parts[1:], None], strict=True):
-                factors = fitting(ready, lambda part=part: self._stack(self._filled(part, len(steps))))
+            ready = self._ahead(aside, stacks[0])
+            for part, now, after in zip(parts, stacks, [*stacks[1:], None], strict=True):
+                factors = fitting(ready, lambda now=now: self._stack(now))
                 if after is not None:
-                    ready = self._ahead(aside, self._filled(after, len(steps)))
+                    ready = self._ahead(aside, after)
                 yield Begun(part, factors, aside.submit(scorer.finish, scorer.begin(factors)))
 
     def _filled(self, part: list[int], count: int) -> list[int]:

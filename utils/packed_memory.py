@@ -3,12 +3,11 @@
 Imported by packed_train.py.
 """
 
-import os
-
 import psutil
 import torch
 from torch import nn
 
+import devices
 from packed_batches import Step, to_batch
 from packed_engine import Adapter, Engine
 
@@ -28,7 +27,7 @@ def how_many(model: nn.Module, dtype: torch.dtype, adapters: list[Adapter], step
     """
     largest = [max(each, key=tokens_of) for each in steps]
     per_token, beside = measure(model, dtype, adapters[0], largest[0])
-    free = USED * (free_bytes(model.device) - beside)
+    free = USED * (devices.free_bytes(model.device) - beside)
     for number, (adapter, step) in enumerate(zip(adapters, largest, strict=True)):
         state = adapter.start.numel() * (STATE + STACKED * torch.finfo(dtype).bits // 8)
         free -= state + per_token * tokens_of(step)
@@ -85,11 +84,3 @@ def used_by(engine: Engine, step: Step) -> int:
         engine.step(batch)
     frozen = {parameter.untyped_storage().data_ptr() for parameter in engine.model.parameters()}
     return 2 * sum(size for place, size in kept.items() if place not in frozen)  # as much again while it runs back
-
-
-def free_bytes(device: torch.device) -> int:
-    """Free memory of a device, what torch holds and does not use included; on the CPU, this process's share of it."""
-    if device.type == "cuda":
-        return torch.cuda.mem_get_info(device)[0] + torch.cuda.memory_reserved() - torch.cuda.memory_allocated()
-    slots = int(os.environ.get("PARAGEN_CPU_SLOTS") or 1)  # of a sweep: as many processes measure at the same time
-    return psutil.virtual_memory().available // slots
