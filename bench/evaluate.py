@@ -7,11 +7,15 @@ Ends in a table; --out takes the raw numbers as JSON as they come. --tiny rehear
 TOKENIZER names a folder with the random model's tokenizer (default: the embedded model's). All else is written to a
 temporary folder and removed.
 
-Model FLOP utilisation (MFU) is, of the base model and all checkpoints, what shapes.forward_flops counts (each token
-once, without padding, the prefix that all rows share once per checkpoint) per second, by the device's peak. The
-seconds are those from the loaded model to the last written evaluation.json, with tokenisation, the comparison with PEFT
-and the reading of checkpoints. Told beside it: without the first two; and of the forward passes alone, from the first
-launch of a group to its end by the device's clock.
+Model FLOP utilisation (MFU) is what the base model and all checkpoints need for their rows (shapes.forward_flops: each
+row's prompt and responses once, without padding) per second, by the device's peak. As PaLM's authors define it, it does
+not depend on what an implementation does twice or spares itself, so PEFT's is counted alike. `computed` counts what all
+prompts begin with once per checkpoint, as it is computed: the share of the peak that the device really reached.
+
+The seconds are those from the loaded model to the last written evaluation.json, with tokenisation, the comparison with
+PEFT and the reading of checkpoints. Told beside it: without the first two; and of the forward passes alone, from the
+first launch of a group to its end by the device's clock. On a GPU evaluate.py runs twice and the second run counts: the
+first one on a machine compiles Triton's kernels. Its seconds are told, too.
 """
 
 import argparse

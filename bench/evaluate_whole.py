@@ -50,11 +50,14 @@ def run(args: argparse.Namespace, top: Path) -> int:
     cell = ["--cell", *recipes, args.rank, f"learning_rate={args.learning_rate}"]
     keep("collected", scratch.timed(top, "collecting", "timed.py", "packed", *cell, ENGINE="packed"))
     folder = next((top / "saves").glob("*/*/*_finetune"))
-    keep("ours", scratch.timed(top, "evaluate.py", "timed.py", "evaluate"))
+    keep("first", scratch.timed(top, "evaluate.py", "timed.py", "evaluate"))
+    keep("ours", results["first"] if on_cpu() else again(top, folder))
     entry = evaluation.read(folder, collection.read_manifest(folder))[0]
     keep("evaluation", entry)
     keep("ours parts", parts_of(results["ours"], args, len(entry["checkpoints"])))
+    first = parts_of(results["first"], args, len(entry["checkpoints"]))["window"]
     show_ours(results["ours parts"], results["ours"], entry)
+    say(f"the first run, from the loaded model on: {first:.2f} s")
     count = min(args.baseline_checkpoints, args.checkpoints)
     keep("peft", scratch.timed(top, "PEFT", "evaluate_peft.py", count, *args.sizes.split()))
     show_agreement(entry, results["peft"])
@@ -65,6 +68,17 @@ def run(args: argparse.Namespace, top: Path) -> int:
             keep(name, found)
     show(args, results)
     return 0
+
+
+def again(top: Path, folder: Path) -> dict[str, Any]:
+    """What a second run of evaluate.py notes: the first compiles Triton's kernels, which stay on the machine's disk."""
+    (folder / evaluation.FILE).unlink()
+    return scratch.timed(top, "evaluate.py, again", "timed.py", "evaluate")
+
+
+def on_cpu() -> bool:
+    """Whether there is no GPU to run on."""
+    return devices.choose()[:1] in (["cpu"], [])
 
 
 def prepare(args: argparse.Namespace, top: Path) -> tuple[Path, Path]:
@@ -116,16 +130,19 @@ def parts_of(noted: dict[str, Any], args: argparse.Namespace, count: int) -> dic
     window = seconds["tokens"] + ends["write"] - ends["load_model"]
     scoring = ends["write"] - compared
     whole = noted["exited"] - noted["started"]
-    models, work = count + 1, shapes.Seen(*noted["work"])
-    flops = models * shapes.forward_flops(args.model_shape, work)
-    peak = shapes.peak_of(noted["device"])
+    models, peak = count + 1, shapes.peak_of(noted["device"])
+    work = shapes.Seen(*noted["work"])
+    flops = {name: shapes.forward_flops(args.model_shape, shapes.Seen(*noted[name])) for name in ("work", "computed")}
+    spans = {"from the loaded model on": window, "from the first checkpoint's reading on": scoring,
+             "forward passes alone": seconds["device: forward passes"]}  # fmt: skip
+    used = peak and {
+        name: {part: models * flops[name] / taken / peak for part, taken in spans.items()} for name in flops
+    }
     return {
         "seconds": seconds, "whole": whole, "window": window, "models": models, "checkpoints": count,
-        "tokens": work.tokens, "rows": noted["rows"], "generated": noted["generated"], "TFLOP": flops / 1e12,
-        "tokens_per_s": models * work.tokens / window, "checkpoints_per_s": models / window,
-        "TFLOPS": flops / window / 1e12, "device": noted["device"],
-        "MFU": peak and flops / window / peak, "scoring": scoring, "MFU of scoring": peak and flops / scoring / peak,
-        "MFU of forward passes": peak and flops / seconds["device: forward passes"] / peak,
+        "tokens": work.tokens, "rows": noted["rows"], "generated": noted["generated"],
+        "TFLOP": {name: each / 1e12 for name, each in flops.items()}, "tokens_per_s": models * work.tokens / window,
+        "checkpoints_per_s": models / window, "device": noted["device"], "scoring": scoring, "MFU": used,
     }  # fmt: skip
 
 
@@ -139,12 +156,13 @@ def show_ours(found: dict[str, Any], noted: dict[str, Any], entry: dict[str, Any
     answered = found["models"] * found["rows"]
     say(f"answers that left the options and were generated: {found['generated']} of {answered}")
     say(f"peak memory {noted['peak_GB']:.1f} GB; {noted['budget']} tokens at once; base {entry['base']['score']:.3f}")
-    say(f"{found['tokens']} tokens per checkpoint, {found['TFLOP']:.1f} TFLOP in all: {found['tokens_per_s']:.0f} "
-        f"tokens/s, {found['checkpoints_per_s']:.2f} checkpoints/s, {found['TFLOPS']:.2f} TFLOPS")  # fmt: skip
-    if found["MFU"]:
-        say(f"MFU from the loaded model on {100 * found['MFU']:.1f} %, from the first checkpoint's reading on "
-            f"{100 * found['MFU of scoring']:.1f} %, of the forward passes alone "
-            f"{100 * found['MFU of forward passes']:.1f} %")  # fmt: skip
+    each = found["TFLOP"]
+    say(f"{found['tokens']} tokens, {each['work']:.1f} TFLOP per checkpoint, of them computed {each['computed']:.1f}: "
+        f"{found['tokens_per_s']:.0f} tokens/s, {found['checkpoints_per_s']:.2f} checkpoints/s")  # fmt: skip
+    if used := found["MFU"]:
+        cli.print_table(("share of the device's peak", "MFU", "computed"), [
+            (part, *(f"{100 * used[name][part]:.1f} %" for name in ("work", "computed"))) for part in used["work"]
+        ])  # fmt: skip
 
 
 def show_agreement(entry: dict[str, Any], peft: dict[str, Any]) -> None:
@@ -199,7 +217,6 @@ def predict(
     """One process of `llamafactory-cli train` that predicts; None where it fails (out of memory, say)."""
     rendered = rank_config.render(recipe, args.rank)
     out = top.parent / f"predicted {size} {limit}"
-    on_cpu = devices.choose()[:1] in (["cpu"], [])
     config = {
         "model_name_or_path": str(rank_config.resolve(recipe, rendered["model_name_or_path"])),
         "adapter_name_or_path": str(adapter), "stage": "sft", "do_predict": True, "predict_with_generate": True,
@@ -207,7 +224,7 @@ def predict(
         "template": rendered["template"], "cutoff_len": rendered["cutoff_len"], "output_dir": str(out),
         "per_device_eval_batch_size": size, "max_new_tokens": evaluation.MOST["choice"], "do_sample": False,
         "report_to": "none", **({"max_samples": limit} if limit else {}),
-        **(devices.CPU_SETTINGS if on_cpu else {"bf16": True}),
+        **(devices.CPU_SETTINGS if on_cpu() else {"bf16": True}),
     }  # fmt: skip
     file, log, began = top.parent / f"{out.name}.yaml", top.parent / f"{out.name}.log", time.monotonic()
     file.write_text(OmegaConf.to_yaml(OmegaConf.create(config)))
@@ -235,6 +252,8 @@ def show(args: argparse.Namespace, results: dict[str, Any]) -> None:
     start = peft["loaded"] - peft["started"]
     sizes = ", ".join(f"{size}: {rate:.0f}" for size, rate in peft["sizes"].items())
     say(f"\nPEFT, rows/s by rows at once: {sizes}; {peft['best']} taken; start-up {start:.1f} s\n")
+    if peak := shapes.peak_of(ours["device"]):
+        say(f"PEFT's MFU with the model loaded: {100 * ours['TFLOP']['work'] * 1e12 / per / peak:.1f} %\n")
     found = [
         ("this project, whole process", ours["whole"] / count, "measured, with the base model's score"),
         ("this project, model loaded", ours["window"] / ours["models"], "measured"),

@@ -152,7 +152,9 @@ def evaluated(noted: dict[str, Any], arguments: list[str]) -> None:
         return plain(scorer, factors, numbers, most)
 
     def begin(scorer, factors):
-        noted.update(work=seen_by(scorer.questions, scorer.trees, len(scorer.prefix)), rows=len(scorer.questions))
+        lengths = {"work": 0, "computed": len(scorer.prefix)}
+        noted.update({name: seen_by(scorer.questions, scorer.trees, prefix) for name, prefix in lengths.items()})
+        noted["rows"] = len(scorer.questions)
         ticks.append(tick())
         try:
             return launch(scorer, factors)
@@ -184,7 +186,8 @@ def between(one: Any, other: Any) -> float:
 
 
 def seen_by(questions, trees, prefix: int) -> Seen:
-    """What one adapter needs: each token once, without padding, the shared prefix of all rows once."""
+    """What one adapter needs: each row's prompt and the tree of its responses, without padding; of the prompts' first
+    tokens, `prefix`, those of one row."""
     tokens, keys, picks = prefix, prefix * (prefix + 1) // 2, 0
     for question, tree in zip(questions, trees, strict=True):
         size = len(question.tokens)

@@ -37,13 +37,14 @@ class Scene:
         config: what the model's config of text differs in.
         dtype: of both; in float64 a difference is an error, not one of rounding.
         fused: as lora_stack.Stacked takes it.
+        device: of both models.
     """
 
     def __init__(
         self, folder: Path, count: int = 2, lora: dict[str, Any] | None = None, config: dict[str, Any] | None = None,
-        dtype: torch.dtype = torch.float64, fused: bool | None = None,
+        dtype: torch.dtype = torch.float64, fused: bool | None = None, device: str = "cpu",
     ):  # fmt: skip
-        self.folder, self.config, self.dtype = folder, config or {}, dtype
+        self.folder, self.config, self.dtype, self.device = folder, config or {}, dtype, device
         self.said: dict[tuple[int, ...], list[int]] = {}
         settings = {"r": 4, "lora_alpha": 6, "target_modules": "all-linear", "task_type": "CAUSAL_LM"} | (lora or {})
         self.model = self.fresh()
@@ -65,7 +66,7 @@ class Scene:
         config = AutoConfig.from_pretrained(self.folder)
         for key, value in self.config.items():
             setattr(config.get_text_config(), key, value)
-        return auto.from_pretrained(self.folder, config=config, dtype=self.dtype).eval()
+        return auto.from_pretrained(self.folder, config=config, dtype=self.dtype).eval().to(self.device)
 
     def scorer(self, asked: list[Question]) -> Scorer:
         return Scorer(self.stacked, asked, STOPS, 0)
@@ -100,7 +101,7 @@ class Scene:
         if (number, most, *prompt) in self.said:
             return self.said[number, most, *prompt]
         settings = GenerationConfig(do_sample=False, max_new_tokens=most, eos_token_id=STOPS, pad_token_id=0)
-        tokens = torch.tensor([prompt])
+        tokens = torch.tensor([prompt], device=self.device)
         with self.by_peft(number) as model:
             said = model.generate(input_ids=tokens, attention_mask=torch.ones_like(tokens), generation_config=settings)
         self.said[number, most, *prompt] = said[0, len(prompt) :].tolist()
@@ -139,6 +140,6 @@ def prompts(lengths: list[int], shared: int = 0, seed: int = 0) -> list[list[int
 
 def by_itself(model: nn.Module, prompt: list[int], said: list[int]) -> float:
     """The log-likelihood of what is said behind a prompt, by one plain pass over both."""
-    tokens = torch.tensor([[*prompt, *said]])
+    tokens = torch.tensor([[*prompt, *said]], device=model.device)
     logits = model(input_ids=tokens).logits[0, len(prompt) - 1 : -1].double()
     return float(logits.log_softmax(-1).gather(1, tokens[0, len(prompt) :, None]).sum())

@@ -4,9 +4,10 @@ import pytest
 import tiny_models
 import torch
 from scenes import CLOSE, LONGEST, STOPS, Scene, prompts, question
-from transformers import GenerationConfig, LlamaConfig, LlamaForCausalLM
-from transformers.models.llama.modeling_llama import LlamaMLP
+from transformers import GenerationConfig
+from transformers.models.llama.modeling_llama import LlamaMLP, apply_rotary_pos_emb
 
+import attention
 import decoding
 import devices
 import lora_stack
@@ -65,21 +66,14 @@ def test_every_architecture_gets_the_scores_and_answers_of_the_plain_model(every
         assert any(mark.is_open for marks in found for mark in marks)
 
 
-@pytest.mark.parametrize("is_turned", [False, True], ids=["heads outside", "heads inside"])
-def test_heads_may_share_more_than_one_key_in_kernels_of_either_layout(tmp_path, monkeypatch, is_turned):
-    plain = torch.nn.functional.scaled_dot_product_attention
-
-    def turned(*given, **more):
-        return plain(*given, **more).transpose(1, 2).contiguous().transpose(1, 2)
-
-    monkeypatch.setattr(torch.nn.functional, "scaled_dot_product_attention", turned if is_turned else plain)
-    config = LlamaConfig(
-        vocab_size=200, hidden_size=64, intermediate_size=96, num_hidden_layers=2, num_attention_heads=8,
-        num_key_value_heads=2,
-    )  # fmt: skip
-    LlamaForCausalLM(config).save_pretrained(tmp_path)
-    scene = Scene(tmp_path, fused=True)
-    assert_right(scene, scene.asked(prompts(LENGTHS, 12)))
+def test_rows_are_turned_by_their_positions_as_one_long_row():
+    torch.manual_seed(0)
+    query, key = torch.randn(3, 5, 4, 8).transpose(1, 2), torch.randn(3, 5, 2, 8).transpose(1, 2)
+    for rows in (1, 3):
+        cos, sin = torch.randn(2, rows, 5, 8)
+        found = attention.by_token(apply_rotary_pos_emb)(query, key, cos, sin)
+        for one, plain in zip(found, apply_rotary_pos_emb(query, key, cos, sin), strict=True):
+            assert torch.equal(one, plain)
 
 
 @pytest.mark.parametrize("fused", [False, True], ids=["plain", "fused"])

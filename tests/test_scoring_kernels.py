@@ -12,6 +12,7 @@ from torch import Tensor
 from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource
 
+import attention
 import lora_stack
 import scoring_kernels
 
@@ -19,20 +20,35 @@ LEAST_SHARED = 99 * 1024  # bytes of shared memory of a block, on GPUs of capabi
 
 
 # Triton is told when it is imported that its kernels are to be interpreted, on the CPU: so in a process of their own.
+# Its numbers are arrays of one element, which NumPy no longer takes for the end of a loop.
 INTERPRETER = """
 import sys, torch, scoring_kernels
+from triton.runtime import interpreter
+plain = interpreter._patch_lang_tensor
+def patched(tensor, scope):
+    plain(tensor, scope)
+    scope.set_attr(tensor, "__index__", lambda self: self.handle.data.item())
+interpreter._patch_lang_tensor = patched
 found = [(getattr(scoring_kernels, name)(*given), given) for name, given in torch.load(sys.argv[1])]
 torch.save(found, sys.argv[1])
 """
 SIZES = [(2, 70, 160, 8), (3, 5, 128, 4), (1, 64, 64, 20), (2, 130, 96, 64), (1, 1, 40, 1)]
 WORDS = [7, 8192, 20001]
+HEADS = {
+    "a common beginning": {"heads": 14, "shared": 2, "length": 80, "beginning": 70},
+    "short rows": {"heads": 14, "shared": 2, "length": 5, "beginning": 9},
+    "no beginning": {"heads": 8, "shared": 8, "length": 33, "adapters": 1, "masks": 6, "width": 16},
+    "one more token": {"heads": 6, "shared": 2, "length": 1, "keys": 100, "adapters": 1, "masks": 6, "width": 80},
+    "prompts and room behind": {"heads": 6, "shared": 1, "length": 9, "keys": 33, "width": 12},
+}  # fmt: skip
 
 
 @pytest.fixture(scope="module")
 def interpreted(tmp_path_factory) -> list[tuple]:
-    """What the kernels make of `activations` and `logits`: (result, the arguments afterwards) of each."""
+    """What the kernels make of `activations`, `logits` and `attention_of`: (result, the arguments afterwards)."""
     file = tmp_path_factory.mktemp("interpreted") / "tensors.pt"
     asked = [("gated", activations(*sizes)) for sizes in SIZES] + [("reduced", (logits(words),)) for words in WORDS]
+    asked += [("attend", heads_of(**sizes)) for sizes in HEADS.values()]
     torch.save(asked, file)
     environment = {**os.environ, "TRITON_INTERPRET": "1", "PYTHONPATH": str(ROOT / "utils")}
     subprocess.run([sys.executable, "-c", INTERPRETER, file], env=environment, check=True)
@@ -57,6 +73,22 @@ def logits(words: int) -> Tensor:
     return found
 
 
+def heads_of(
+    heads: int, shared: int, length: int, keys: int | None = None, width: int = 64, beginning: int = 0,
+    adapters: int = 3, masks: int = 2,
+) -> tuple:  # fmt: skip
+    """The arguments of `attend` for six rows; `keys` are the rows' own where they are others than the tokens'."""
+    torch.manual_seed(length)
+    sizes = [(6, length, heads, width), *[(6, keys or length, shared, width)] * 2]
+    seen = torch.rand(masks, 1, length, beginning + (keys or length)) < 0.6
+    if keys is None:
+        seen[..., beginning:] &= torch.ones(length, length, dtype=torch.bool).tril()
+        seen[..., beginning:] |= torch.eye(length, dtype=torch.bool)
+    seen[..., 0] = True
+    first = tuple(torch.randn(adapters, shared, beginning, width) for _ in range(2)) if beginning else None
+    return *(torch.randn(size).transpose(1, 2) for size in sizes), attention.packed(seen), 0.3, first
+
+
 @pytest.mark.parametrize("number", range(len(SIZES)))
 def test_the_activation_takes_up_its_factors(interpreted, number):
     gate, up, hidden, b_gate, b_up, a_down = activations(*SIZES[number])
@@ -78,21 +110,52 @@ def test_logits_are_reduced_as_pytorch_does_it(interpreted, number):
     assert best[0] == WORDS[number] // 3, "of equals, the first"
 
 
+@pytest.mark.parametrize("width", [1, 64, 65, 200])
+def test_a_mask_is_packed_and_unpacked(width):
+    torch.manual_seed(width)
+    mask = torch.rand(3, 1, 5, width) < 0.5
+    found = attention.unpacked(attention.packed(mask))
+    assert torch.equal(found[..., :width], mask) and not found[..., width:].any()
+    assert attention.packed(mask).shape == (3, 1, 5, -(-width // 64))
+
+
+@pytest.mark.parametrize("name", HEADS)
+def test_rows_attend_to_their_beginning_and_to_what_they_see(interpreted, name):
+    found, _ = interpreted[len(SIZES) + len(WORDS) + [*HEADS].index(name)]
+    query, key, value, seen, scale, first = heads_of(**HEADS[name])
+    adapters, times = (len(first[0]), 6 // len(first[0])) if first else (1, 6)
+    for row in range(6):
+        own = [one[row] for one in (key, value)]
+        if first:
+            assert adapters * times == 6
+            own = [torch.cat([before[row // times], one], 1) for before, one in zip(first, own, strict=True)]
+        keys, values = (one.repeat_interleave(query.shape[1] // len(one), 0) for one in own)
+        visible = attention.unpacked(seen[row % len(seen)])[..., : keys.shape[1]]
+        scores = (query[row] @ keys.mT * scale).masked_fill(~visible, -torch.inf)
+        torch.testing.assert_close(found[row].transpose(0, 1), scores.softmax(-1) @ values)
+    torch.testing.assert_close(attention.attended(query, key, value, seen, scale, first), found)
+
+
 @pytest.mark.parametrize("capability", [80, 89, 90])
 @pytest.mark.parametrize("rank", [1, 8, lora_stack.MOST])
 def test_they_compile_for_the_gpus_that_they_are_for(monkeypatch, tmp_path, capability, rank):
     """Compiled as a first call on such a GPU would, and with room in its shared memory."""
     monkeypatch.setenv("TRITON_CACHE_DIR", str(tmp_path))
-    asked = {}
-    for name in ("_gated", "_reduced"):
+    asked = []
+    for name in ("_gated", "_reduced", "_attend"):
         monkeypatch.setattr(scoring_kernels, name, Noted(getattr(scoring_kernels, name), asked))
     gate, up = torch.zeros(2, 2 * 80, 96, dtype=torch.bfloat16)
     hidden, a_down = torch.zeros(2, 80, 2 * rank).bfloat16(), torch.zeros(2, 96, rank).bfloat16()
     b_gate, b_up = torch.zeros(2, 2, rank, 96, dtype=torch.bfloat16)
     scoring_kernels.gated(gate, up, hidden, b_gate, b_up, a_down)
     scoring_kernels.reduced(torch.zeros(3, 151936, dtype=torch.bfloat16))
-    assert asked.keys() == {"_gated", "_reduced"}
-    for source, options in asked.values():
+    for width, dtype in ((64, torch.bfloat16), (256, torch.bfloat16), (128, torch.float32)) if rank == 8 else ():
+        for length, keys in ((80, None), (1, 100)):
+            *heads, seen, scale, first = heads_of(14, 2, length, keys, width, 0 if keys else 70)
+            assert scoring_kernels.can_attend(heads[0].to(dtype), heads[2].to(dtype))
+            first = first and tuple(one.to(dtype) for one in first)
+            scoring_kernels.attend(*(one.to(dtype) for one in heads), seen, scale, first)
+    for source, options in asked:
         made = triton.compile(source, target=GPUTarget("cuda", capability, 32), options=options)
         assert made.asm["cubin"] and made.metadata.shared <= LEAST_SHARED
 
@@ -100,7 +163,7 @@ def test_they_compile_for_the_gpus_that_they_are_for(monkeypatch, tmp_path, capa
 class Noted:
     """In a kernel's place: notes what it would be compiled from."""
 
-    def __init__(self, kernel: triton.JITFunction, asked: dict):
+    def __init__(self, kernel: triton.JITFunction, asked: list):
         self.kernel, self.asked = kernel, asked
 
     def __getitem__(self, grid: tuple):
@@ -109,13 +172,19 @@ class Noted:
             types = {torch.bfloat16: "*bf16", torch.float32: "*fp32", torch.int64: "*i64"}
             constant = {key: value for key, value in named.items() if key.isupper()}
             signature = {
-                key: "constexpr" if key.isupper() else types[value.dtype] if torch.is_tensor(value) else "i32"
+                key: "constexpr"
+                if key.isupper()
+                else types[value.dtype]
+                if torch.is_tensor(value)
+                else "fp32"
+                if isinstance(value, float)
+                else "i32"
                 for key, value in named.items()
             }
             aligned = {
                 (place,): [["tt.divisibility", 16]] for place, kind in enumerate(signature.values()) if "*" in kind
             }
-            self.asked[self.kernel.__name__] = ASTSource(self.kernel, signature, constant, aligned), options
+            self.asked.append((ASTSource(self.kernel, signature, constant, aligned), options))
 
         assert all(isinstance(size, int) and size > 0 for size in grid)
         return launch

@@ -77,8 +77,7 @@ def chosen(text: str, options: list[str]) -> str | None:
     None where there are no brackets, or something else than an option stands in the first.
     """
     found = BRACKET.search(text)
-    by_key = {_key(option): option for option in options}
-    return by_key.get(_key(found[0])) if found else None
+    return _by_key(tuple(options)).get(_key(found[0])) if found else None
 
 
 def result_of(text: str) -> list[Any]:
@@ -189,6 +188,11 @@ def _lists_in(prompt: str) -> list[list[str]]:
 
 def _next(label: str) -> str:
     return str(int(label) + 1) if label.isdigit() else chr(ord(label) + 1)
+
+
+@cache
+def _by_key(options: tuple[str, ...]) -> dict[str, str]:
+    return {_key(option): option for option in options}
 
 
 def _key(bracketed: str) -> str:

@@ -1,43 +1,105 @@
-"""How a model's tokens are told what they see, and attention whose heads share keys without copies of them.
+"""How a model's tokens are told what they see, and attention for rows of which many have the same mask.
 
-Imported by scoring.py, decoding.py and lora_stack.py. With a mask, transformers repeats keys and values for each head
-that uses them, in every layer; here the queries of such heads follow one another as rows, which gives the same numbers.
+Imported by scoring.py, decoding.py, lora_stack.py and scored_base.py. With a mask, transformers copies what all rows
+begin with for each row, and keys for each head that uses them, in every layer; the attention here takes both as they
+are.
 """
 
+import copy
+import sys
+from collections.abc import Callable
 from typing import Any
 
 import torch
 from torch import Tensor, nn
-from transformers import AttentionInterface, AttentionMaskInterface
+from transformers import AttentionInterface, AttentionMaskInterface, DynamicCache
+from transformers.cache_utils import DynamicLayer
 from transformers.integrations.sdpa_attention import sdpa_attention_forward
 from transformers.masking_utils import sdpa_mask
 
 from cli import UserError
 
-GROUPED = "grouped_sdpa"
+SHARED = "shared_sdpa"
+WORD = 64  # tokens of a mask in one number
 
 
-def group(model: nn.Module) -> None:
-    """Let a model's heads share keys as rows, where it attends by PyTorch's scaled_dot_product_attention."""
+def share(model: nn.Module) -> None:
+    """Let a model attend by `attend`, where it does by PyTorch's scaled_dot_product_attention."""
     if config_of(model)._attn_implementation == "sdpa":
-        AttentionInterface.register(GROUPED, attend)
-        AttentionMaskInterface.register(GROUPED, sdpa_mask)
-        model.set_attn_implementation(GROUPED)
+        AttentionInterface.register(SHARED, attend)
+        AttentionMaskInterface.register(SHARED, sdpa_mask)
+        model.set_attn_implementation(SHARED)
 
 
-def ungroup(model: nn.Module) -> None:
-    """Undo `group`."""
-    if is_grouped(model):
+def unshare(model: nn.Module) -> None:
+    """Undo `share`."""
+    if is_shared(model):
         model.set_attn_implementation("sdpa")
 
 
-def is_grouped(model: nn.Module) -> bool:
-    return config_of(model)._attn_implementation == GROUPED
+def is_shared(model: nn.Module) -> bool:
+    return config_of(model)._attn_implementation == SHARED
+
+
+def turn_by_token(model: nn.Module) -> None:
+    """Let a model on an NVIDIA GPU, which has Liger's rotary positions, have those of `by_token`."""
+    if model.device.type != "cuda":
+        return
+    from liger_kernel.transformers.rope import liger_rotary_pos_emb
+
+    modeling = sys.modules[type(model).__module__]
+    if getattr(modeling, "apply_rotary_pos_emb", None) is liger_rotary_pos_emb:
+        modeling.apply_rotary_pos_emb = by_token(liger_rotary_pos_emb)
+
+
+def by_token(turn: Callable[..., tuple[Tensor, Tensor]]) -> Callable[..., tuple[Tensor, Tensor]]:
+    """Rotary positions of rows as those of one long row, which are the same: Liger compiles its kernel anew for each
+    number of rows.
+
+    Args:
+        turn: takes queries and keys [rows, heads, length, width] and cosines and sines [rows or 1, length, width].
+    """
+
+    def turned(query: Tensor, key: Tensor, cos: Tensor, sin: Tensor, *more: Any, **named: Any) -> tuple[Tensor, Tensor]:
+        if cos.dim() != 3:
+            return turn(query, key, cos, sin, *more, **named)
+        rows, _, length, _ = query.shape
+        flat = [one.transpose(1, 2).flatten(0, 1)[None].transpose(1, 2) for one in (query, key)]
+        angles = [one.expand(rows, -1, -1).flatten(0, 1)[None] for one in (cos, sin)]
+        found = turn(*flat, *angles, *more, **named)
+        query, key = (one.transpose(1, 2).unflatten(1, (rows, length))[0].transpose(1, 2) for one in found)
+        return query, key
+
+    return turned
 
 
 def config_of(model: nn.Module) -> Any:
     """The configuration of a model's text part."""
     return model.config.get_text_config()
+
+
+class Beginning(DynamicLayer):
+    """A layer's keys and values of what all rows of an adapter begin with; `attend` takes them beside the rows' own."""
+
+    def __init__(self, layer: DynamicLayer):
+        super().__init__()
+        self.keys, self.values, self.is_initialized = layer.keys.contiguous(), layer.values.contiguous(), True
+
+    def update(self, key_states: Tensor, value_states: Tensor, *_: Any, **__: Any) -> tuple[Tensor, Tensor]:
+        """The rows' own, from which `attend` gets at the others."""
+        key_states.beginning = self.keys, self.values
+        return key_states, value_states
+
+
+def behind(model: nn.Module, before: DynamicCache, rows: int) -> DynamicCache:
+    """A cache for so many rows of each adapter, behind what `before` holds for each; `before` stays as it is."""
+    found = copy.copy(before)
+    if is_shared(model):
+        found.layers = [Beginning(layer) for layer in before.layers]
+    else:
+        found.layers = [copy.copy(layer) for layer in before.layers]  # repeating makes new tensors
+        found.batch_repeat_interleave(rows)
+    return found
 
 
 def attend(
@@ -46,20 +108,36 @@ def attend(
     """Attention as transformers calls it.
 
     Args:
-        query: [rows, heads, length, width]; key, value: [rows, heads / groups, seen, width].
-        attention_mask: as `mask_for` makes it, [rows, 1, groups * length, seen]; any other is left to transformers.
+        query: [rows, heads, length, width]; key, value: [rows, heads / groups, seen, width], `key` as `Beginning` gives
+            it where more comes before them.
+        attention_mask: what is seen, as `packed` gives it, [some, 1, length, words]: the rows are so many, or a
+            multiple, and then have it again and again. Any other is left to transformers.
     """
-    rows, heads, length, width = query.shape
-    shared = key.shape[1]
-    groups = heads // shared
-    if groups == 1 or attention_mask is None or attention_mask.shape[2] != groups * length:
+    if attention_mask is None or attention_mask.dtype is not torch.int64:
         return sdpa_attention_forward(module, query, key, value, attention_mask, **more)
-    y = nn.functional.scaled_dot_product_attention(
-        query.reshape(rows, shared, groups * length, width), key, value, attn_mask=attention_mask,
-        scale=more.get("scaling"),
-    )  # fmt: skip
-    # of the kernels some give the rows behind one another, others the heads: a dimension can always be split
-    return y.view(rows, shared, groups, length, -1).permute(0, 3, 1, 2, 4).reshape(rows, length, heads, -1), None
+    beginning, scale = getattr(key, "beginning", None), more.get("scaling") or query.shape[-1] ** -0.5
+    if query.device.type == "cuda":
+        import scoring_kernels
+
+        if scoring_kernels.can_attend(query, value):
+            return scoring_kernels.attend(query, key, value, attention_mask, scale, beginning), None
+    return attended(query, key, value, attention_mask, scale, beginning), None
+
+
+def attended(
+    query: Tensor, key: Tensor, value: Tensor, seen: Tensor, scale: float, beginning: tuple[Tensor, Tensor] | None
+) -> Tensor:
+    """What scoring_kernels.attend does, by PyTorch's operations."""
+    seen = unpacked(seen)
+    if beginning is not None:
+        times = len(query) // len(beginning[0])
+        key, value = (
+            torch.cat([first.repeat_interleave(times, 0), own], 2)
+            for first, own in zip(beginning, (key, value), strict=True)
+        )
+    mask = seen[..., : key.shape[2]].repeat(len(query) // len(seen), 1, 1, 1)
+    y = nn.functional.scaled_dot_product_attention(query, key, value, mask, scale=scale, enable_gqa=True)
+    return y.transpose(1, 2).contiguous()
 
 
 def mask_for(model: nn.Module, seen: Tensor, near: Tensor | None, count: int = 1) -> Tensor | dict[str, Tensor]:
@@ -69,22 +147,31 @@ def mask_for(model: nn.Module, seen: Tensor, near: Tensor | None, count: int = 1
         seen: [rows, 1, length, seen] bool; near: the same for layers with a window; None where none has.
         count: how many times the rows follow one another.
     """
+
+    def made(mask: Tensor) -> Tensor:
+        return packed(mask) if is_shared(model) else bias_of(model, mask, count)
+
     if near is None or len(kinds_of(model)) == 1:
-        return bias_of(model, seen if near is None else near, count)
-    return {"full_attention": bias_of(model, seen, count), "sliding_attention": bias_of(model, near, count)}
+        return made(seen if near is None else near)
+    return {"full_attention": made(seen), "sliding_attention": made(near)}
+
+
+def packed(mask: Tensor) -> Tensor:
+    """A mask [.., seen] as bits of words, [.., words] int64, the first in the lowest: an eighth of its memory."""
+    wanted = nn.functional.pad(mask, (0, -mask.shape[-1] % WORD)).unflatten(-1, (-1, 8))
+    powers = 2 ** torch.arange(8, dtype=torch.uint8, device=mask.device)
+    return (wanted * powers).sum(-1, dtype=torch.uint8).view(torch.int64)
+
+
+def unpacked(words: Tensor) -> Tensor:
+    """The bits of words, [.., 64 * words] bool."""
+    return (words[..., None] >> torch.arange(WORD, device=words.device) & 1).bool().flatten(-2)
 
 
 def bias_of(model: nn.Module, mask: Tensor, count: int) -> Tensor:
-    """A mask as what attention adds, [count * rows, 1, groups * length, seen].
-
-    Else attention makes it of the mask in each layer; and its kernels want rows that begin at multiples of 8 numbers.
-    """
-    rows, _, length, seen = mask.shape
-    config = config_of(model)
-    groups = config.num_attention_heads // key_heads(config) if is_grouped(model) else 1
-    shape = count, rows, groups, length, -(-seen // 8) * 8
-    bias = torch.zeros(shape, dtype=model.dtype, device=mask.device)[..., :seen]
-    return bias.masked_fill_(~mask, -torch.inf).view(count * rows, 1, groups * length, seen)
+    """A mask as what attention adds, [count * rows, 1, length, seen]; else attention makes it anew in each layer."""
+    bias = torch.zeros((count, *mask.shape), dtype=model.dtype, device=mask.device)
+    return bias.masked_fill_(~mask, -torch.inf).flatten(0, 1)
 
 
 def key_heads(config: Any) -> int:

@@ -41,7 +41,7 @@ def greedy(model: nn.Module, prompts: list[list[int]], most: int, stops: list[in
 
 def suits(model: nn.Module) -> bool:
     """Whether `greedy` can do a model: its masks are ours, and nothing in its step has to be looked at by the host."""
-    return attention.is_grouped(model) and not attention.positions_vary(model)
+    return attention.is_shared(model) and not attention.positions_vary(model)
 
 
 def most_tokens(model: nn.Module) -> int:

@@ -4,6 +4,7 @@ Imported by evaluate.py. Checkpoints are read once, the next ones while the devi
 """
 
 import contextlib
+import sys
 from collections.abc import Callable, Iterator
 from concurrent.futures import Future, ThreadPoolExecutor
 from pathlib import Path
@@ -33,6 +34,7 @@ from scoring import Marks, Scorer
 AT_ONCE = 8  # adapters that go through the model together; the base counts as one
 HELD = 4  # groups on a GPU whose answers are generated together; scores are written as often
 HELD_BYTES = 2**30  # of their factors
+SWITCH = 1e-4  # seconds that another thread may keep the one that feeds a GPU waiting, at each of its calls
 COMPARED = 1024  # tokens of a question that PEFT's forward pass, which makes all logits, is tried with
 
 
@@ -113,18 +115,15 @@ class Grader:
     def _begun(self, scorer: Scorer, steps: list[int]) -> Iterator[Begun]:
         """Groups of steps, each as soon as the device has it to do."""
         parts = [steps[start : start + AT_ONCE] for start in range(0, len(steps), AT_ONCE)]
-        stacks = [self._filled(part, len(steps)) for part in parts]
+        if self.on_gpu:
+            sys.setswitchinterval(SWITCH)
         with ThreadPoolExecutor(2) as aside:
-            ready = self._ahead(aside, stacks[0])
-            for part, now, after in zip(parts, stacks, [*stacks[1:], None], strict=True):
-                factors = fitting(ready, lambda now=now: self._stack(now))
+            ready = self._ahead(aside, parts[0])
+            for part, after in zip(parts, [*parts[1:], None], strict=True):
+                factors = fitting(ready, lambda part=part: self._stack(part))
                 if after is not None:
                     ready = self._ahead(aside, after)
                 yield Begun(part, factors, aside.submit(scorer.finish, scorer.begin(factors)))
-
-    def _filled(self, part: list[int], count: int) -> list[int]:
-        """A group; on a GPU the base fills up a short one: a pass of another size costs more than its arithmetic."""
-        return part + [BASE] * (AT_ONCE - len(part)) if self.on_gpu and count > AT_ONCE else part
 
     def _ahead(self, aside: ThreadPoolExecutor, steps: list[int]) -> Callable[[], Factors]:
         """Read checkpoints in a thread, while the device works; returns what waits for their factors.
@@ -250,7 +249,8 @@ def grade(metric: str, questions: list[Question], marks: list[Marks], generated:
     score["unparsed"] = sum(verdict is None for verdict in verdicts)
     if metric == "choice":
         likelier = sum(
-            int(np.argmax(mark.likelihoods)) == question.right for question, mark in zip(questions, marks, strict=True)
+            mark.likelihoods.index(max(mark.likelihoods)) == question.right
+            for question, mark in zip(questions, marks, strict=True)
         )
         score["likelihood_score"] = likelier / len(questions)
         score["likelihood_interval"] = answers.wilson(likelier, len(questions))

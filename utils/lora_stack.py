@@ -19,6 +19,8 @@ from checkpoints import PEFT_PREFIX
 from cli import UserError
 
 MOST = 64  # of ranks that the kernel has room for
+FEW = 64 * 128  # rows; of fewer, the kernel has not enough parts for a GPU's multiprocessors
+READERS = "q_proj", "k_proj", "v_proj"  # as most models name the layers that read one input
 SILU = (nn.SiLU, SiLUActivation)
 
 
@@ -94,6 +96,44 @@ def stack(
     )
 
 
+class Siblings:
+    """Layers that read the same input: the product with their first factors is made once for all.
+
+    Args:
+        layers: StackedLinear with inputs of one width, in the order in which they read.
+    """
+
+    def __init__(self, layers: "list[StackedLinear]"):
+        self.layers = layers
+        self.a: Tensor | None = None  # theirs side by side
+        self.x = self.hidden = None
+        for layer in layers:
+            layer.siblings = self
+
+    def begin(self) -> None:
+        """Take the layers' present factors."""
+        self.a = torch.cat([layer.a for layer in self.layers], 2)
+
+    def end(self) -> None:
+        """Let them go."""
+        self.a = self.x = self.hidden = None
+
+    def of(self, layer: "StackedLinear", x: Tensor) -> Tensor:
+        """A layer's part of `times`; an input is kept until the last layer has read it."""
+        if self.x is not x:
+            self.x, self.hidden = x, times(x, self.a)
+        ranks = [layer.a.shape[2] for layer in self.layers]
+        part = self.hidden.split(ranks, 2)[self.layers.index(layer)]
+        if layer is self.layers[-1]:
+            self.x = self.hidden = None
+        return part
+
+
+def times(x: Tensor, a: Tensor) -> Tensor:
+    """An input [n * rows, ..., inputs] times n first factors, [n, rows, rank]."""
+    return torch.bmm(x.reshape(len(a), -1, x.shape[-1]).to(a.dtype), a)
+
+
 class StackedLinear(nn.Module):
     """A layer of the base with the factors of the present adapters, whose rows follow one another in its input."""
 
@@ -103,20 +143,23 @@ class StackedLinear(nn.Module):
         self.is_plain = type(base) is nn.Linear
         self.a: Tensor | None = None
         self.b: Tensor | None = None
+        self.siblings: Siblings | None = None
 
     def forward(self, x: Tensor) -> Tensor:
         """(n * rows, ..., inputs) to (n * rows, ..., outputs)."""
         if self.a is None:
             return self.base(x)
-        rows = x.reshape(-1, x.shape[-1])
-        hidden = torch.bmm(rows.view(len(self.a), -1, x.shape[-1]).to(self.a.dtype), self.a)
+        hidden = times(x, self.a) if self.siblings is None else self.siblings.of(self, x)
         if not self.is_plain:
             y = self.base(x)
             return (y + torch.bmm(hidden, self.b).view(y.shape)).to(y.dtype)
+        rows = x.reshape(-1, x.shape[-1])
+        if self.base.bias is not None:
+            y = self.base(rows)  # adds it while it is written
+            return y.view(len(self.a), -1, y.shape[-1]).baddbmm_(hidden, self.b).view(*x.shape[:-1], -1)
         # the adapters' part first: the large product takes it up while it is written, so it is read and written once
-        bias = self.base.bias
-        y = torch.bmm(hidden, self.b) if bias is None else torch.baddbmm(bias, hidden, self.b)
-        return y.view(len(rows), -1).addmm_(rows, self.base.weight.t()).view(*x.shape[:-1], -1)
+        y = torch.bmm(hidden, self.b).view(len(rows), -1)
+        return y.addmm_(rows, self.base.weight.t()).view(*x.shape[:-1], -1)
 
 
 class StackedGated(nn.Module):
@@ -129,19 +172,23 @@ class StackedGated(nn.Module):
     def __init__(self, block: nn.Module):
         super().__init__()
         self.block = block
-        self.a: Tensor | None = None  # gate's and up's side by side
+        self.inputs = Siblings([block.gate_proj, block.up_proj])
 
     def forward(self, x: Tensor) -> Tensor:
         """(n * rows, ..., inputs) to (n * rows, ..., outputs)."""
         gate, up, down = self.block.gate_proj, self.block.up_proj, self.block.down_proj
-        if self.a is None or (x.is_cuda and (x.dtype.itemsize > 2 or self.a.shape[2] > 2 * MOST)):
-            return self.block(x)
         rows = x.reshape(-1, x.shape[-1])
-        hidden = torch.bmm(rows.view(len(self.a), -1, x.shape[-1]), self.a)
+        if down.a is None or (x.is_cuda and not pays(rows, down.a.shape[2])):
+            return self.block(x)
         inner = gate.base(rows)
-        hidden = gated(inner, up.base(rows), hidden, gate.b, up.b, down.a)
+        hidden = gated(inner, up.base(rows), times(x, self.inputs.a), gate.b, up.b, down.a)
         y = torch.bmm(hidden, down.b).view(len(rows), -1)
         return y.addmm_(inner, down.base.weight.t()).view(*x.shape[:-1], -1)
+
+
+def pays(rows: Tensor, rank: int) -> bool:
+    """Whether scoring_kernels.gated can do an input [rows, width], and faster than PyTorch's operations."""
+    return rows.dtype.itemsize == 2 and rank <= MOST and len(rows) >= FEW
 
 
 def gated(gate: Tensor, up: Tensor, hidden: Tensor, b_gate: Tensor, b_up: Tensor, a_down: Tensor) -> Tensor:
@@ -171,18 +218,24 @@ def is_gated(block: nn.Module) -> bool:
         return bool((found - plain).norm() <= 0.02 * plain.norm())
 
 
+def read_alike(layers: list[nn.Module | None]) -> bool:
+    """Whether all of these are adapted plain layers with inputs of one width."""
+    is_plain = all(isinstance(layer, StackedLinear) and layer.is_plain for layer in layers)
+    return is_plain and len({layer.base.in_features for layer in layers}) == 1
+
+
 class Stacked:
     """A base model whose adapted layers take factors; `close` puts its own layers back.
 
     Args:
         model: the base; it is changed in place.
         layers: the adapted layers, as checkpoints.layers_of names them.
-        fused: whether gated activations take up their factors, and heads share keys as rows; by default on an NVIDIA
-            GPU.
+        fused: whether gated activations take up their factors, layers with the same input share a product, and rows
+            their masks; by default on an NVIDIA GPU.
     """
 
     def __init__(self, model: nn.Module, layers: list[str], fused: bool | None = None):
-        self.model, self.layers, self.gated = model, {}, {}
+        self.model, self.layers, self.gated, self.siblings = model, {}, {}, []
         for name in (layer.removeprefix(PEFT_PREFIX) for layer in layers):
             try:
                 layer = model.get_submodule(name)
@@ -191,30 +244,34 @@ class Stacked:
             self.layers[name] = StackedLinear(layer)
             self._put(name, self.layers[name])
         if model.device.type == "cuda" if fused is None else fused:
-            blocks = dict.fromkeys(name.rpartition(".")[0] for name in self.layers)
-            for name in (name for name in blocks if is_gated(model.get_submodule(name))):
-                self.gated[name] = StackedGated(model.get_submodule(name))
-                self._put(name, self.gated[name])
-            attention.group(model)
+            for name in dict.fromkeys(name.rpartition(".")[0] for name in self.layers):
+                block = model.get_submodule(name)
+                if is_gated(block):
+                    self.gated[name] = StackedGated(block)
+                    self._put(name, self.gated[name])
+                    self.siblings.append(self.gated[name].inputs)
+                elif read_alike(readers := [getattr(block, child, None) for child in READERS]):
+                    self.siblings.append(Siblings(readers))
+            attention.share(model)
 
     @contextmanager
     def using(self, factors: Factors) -> Iterator[None]:
         """While the body runs, a batch belongs to these adapters, in equal parts one behind the other."""
         for name, layer in self.layers.items():
             layer.a, layer.b = factors.a[name], factors.b[name]
-        for block in self.gated.values():
-            block.a = torch.cat([block.block.gate_proj.a, block.block.up_proj.a], 2)
+        for siblings in self.siblings:
+            siblings.begin()
         try:
             yield
         finally:
             for layer in self.layers.values():
                 layer.a = layer.b = None
-            for block in self.gated.values():
-                block.a = None
+            for siblings in self.siblings:
+                siblings.end()
 
     def close(self) -> None:
         """Give the model its own layers back."""
-        attention.ungroup(self.model)
+        attention.unshare(self.model)
         for name, block in self.gated.items():
             self._put(name, block.block)
         for name, layer in self.layers.items():

@@ -15,6 +15,7 @@ from peft import LoraConfig, PeftModel, set_peft_model_state_dict
 from torch import Tensor, nn
 from transformers.utils.logging import disable_progress_bar
 
+import attention
 import models
 import paths
 import prompt_templates
@@ -72,6 +73,7 @@ class Base:
         """Use fused kernels where the packed engine does; once for a model, also where collections share it."""
         if not hasattr(self.model, "paragen_fused"):
             fuse(self.model)
+            attention.turn_by_token(self.model)
             self.model.paragen_fused = True
 
 

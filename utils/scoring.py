@@ -4,7 +4,6 @@ Imported by evaluate.py. Every pass takes the same rows for several adapters (lo
 a response's tokens are predicted. Nothing is fetched from the device before a group of adapters is through.
 """
 
-import copy
 from collections.abc import Callable
 from typing import NamedTuple
 
@@ -200,7 +199,7 @@ class Scorer:
     def _pass(self, sheet: Sheet, count: int, before: DynamicCache | None) -> tuple[Tensor, Tensor]:
         """A forward pass: the log-probability of each edge [adapters, edges], the likeliest token at each pick."""
         rows, length = sheet.tokens.shape
-        past = None if before is None else repeated(before, rows)
+        past = None if before is None else attention.behind(self.model, before, rows)
         starts = torch.arange(count, device=self.device)[:, None] * (rows * length)
         seen = None if sheet.mask is None else attention.mask_for(self.model, sheet.mask, sheet.near, count)
         with picking(self.model, (starts + sheet.picks).view(-1)):
@@ -271,14 +270,6 @@ class Scorer:
 def until(tokens: list[int], stops: list[int]) -> list[int]:
     """The tokens before the first that ends an answer."""
     return tokens[: next((place for place, token in enumerate(tokens) if token in stops), len(tokens))]
-
-
-def repeated(before: DynamicCache, rows: int) -> DynamicCache:
-    """A cache with each of another's rows so often in a row; the other stays as it is."""
-    found = copy.copy(before)
-    found.layers = [copy.copy(layer) for layer in before.layers]  # repeating makes new tensors
-    found.batch_repeat_interleave(rows)
-    return found
 
 
 def reduced(logits: Tensor) -> tuple[Tensor, Tensor]:

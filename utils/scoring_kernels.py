@@ -1,6 +1,6 @@
 """What scoring does on an NVIDIA GPU in one pass over memory, where PyTorch's operations need several (Triton).
 
-Imported by lora_stack.py and scoring.py. Sums are in float32.
+Imported by attention.py, lora_stack.py and scoring.py. Sums are in float32.
 """
 
 import torch
@@ -8,8 +8,12 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-TALL, WIDE = 64, 64  # rows and columns of an activation that are computed at a time
+TALL, WIDE = 64, 64  # rows and columns of an activation, or tokens and keys, that are computed at a time
+LOW = 16  # tokens of an answer that are: one for each head that shares its keys
+LOG2_E = 1.4426950408889634
 WORDS = 8192  # logits that are read at a time
+WIDEST = 512  # bytes of a head, for whose keys and values there is room
+NEVER = tl.constexpr(-1.0e30)  # of what is not seen; of tokens that see nothing, too, the difference is a number
 
 
 def gated(gate: Tensor, up: Tensor, hidden: Tensor, b_gate: Tensor, b_up: Tensor, a_down: Tensor) -> Tensor:
@@ -37,7 +41,7 @@ def gated(gate: Tensor, up: Tensor, hidden: Tensor, b_gate: Tensor, b_up: Tensor
     return result
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["rows"])
 def _gated(
     gate, up, hidden, b_gate, b_up, a_down, result, rows,
     INNER: tl.constexpr, RANK: tl.constexpr, PADDED: tl.constexpr, TALL: tl.constexpr, WIDE: tl.constexpr,
@@ -104,3 +108,96 @@ def _reduced(logits, totals, best, COUNT: tl.constexpr, WORDS: tl.constexpr):
         largest = more
     tl.store(totals + row, largest + tl.log(total))
     tl.store(best + row, place.to(tl.int64))
+
+
+def can_attend(query: Tensor, value: Tensor) -> bool:
+    """Whether `attend` can do heads of this width."""
+    width = query.shape[-1]
+    return value.shape[-1] == width and triton.next_power_of_2(width) * query.dtype.itemsize <= WIDEST
+
+
+def attend(
+    query: Tensor, key: Tensor, value: Tensor, seen: Tensor, scale: float, beginning: tuple[Tensor, Tensor] | None
+) -> Tensor:
+    """Attention of rows that share what they see and, if they do, what they begin with.
+
+    Args:
+        query: [rows, heads, length, width]; key, value: [rows, heads / groups, keys, width].
+        seen: which of the beginning's and their own keys, as attention.packed gives it, [some, 1, length, words]; the
+            rows are a multiple of them, and have them in turn.
+        scale: what products of queries and keys are multiplied by.
+        beginning: keys and values before the rows' own, [adapters, heads / groups, beginning, width], contiguous; each
+            is the beginning of equally many rows that follow one another.
+
+    Returns [rows, length, heads, width], contiguous.
+    """
+    rows, heads, length, width = query.shape
+    shared, keys = key.shape[1:3]
+    result = torch.empty(rows, length, heads, width, dtype=query.dtype, device=query.device)
+    strides = []
+    for one in (query, key, value):
+        if one.stride(3) != 1 or any(stride % width for stride in one.stride()[:3]):
+            raise ValueError(f"heads of {width} that are {one.stride()} apart")
+        strides += [stride // width for stride in one.stride()[:3]]
+    first, values = beginning or (key, value)
+    before, adapters = (first.shape[2], len(first)) if beginning else (0, 1)
+    groups, padded = heads // shared, max(16, triton.next_power_of_2(width))
+    is_one = groups * length <= LOW
+    tall = LOW if is_one else TALL
+    _attend[rows * shared, triton.cdiv(groups * length, tall)](
+        query, key, value, first, values, seen.contiguous(), result, *strides, length, keys, before,
+        rows // adapters, len(seen), scale * LOG2_E, shared, groups, width, padded, tall,
+        WIDE if padded * query.dtype.itemsize <= WIDEST // 2 else WIDE // 2, keys == length,
+        num_warps=2 if is_one else 4, num_stages=2,
+    )  # fmt: skip
+    return result
+
+
+@triton.jit(do_not_specialize=[
+    "query_row", "query_head", "query_token", "key_row", "key_head", "key_token", "value_row", "value_head",
+    "value_token", "length", "keys", "before", "sharing", "masks",
+])  # fmt: skip
+def _attend(
+    query, key, value, first_key, first_value, seen, result, query_row, query_head, query_token, key_row, key_head,
+    key_token, value_row, value_head, value_token, length, keys, before, sharing, masks, scale,
+    SHARED: tl.constexpr, GROUPS: tl.constexpr, WIDTH: tl.constexpr, PADDED: tl.constexpr, TALL: tl.constexpr,
+    WIDE: tl.constexpr, IS_SELF: tl.constexpr,
+):  # fmt: skip
+    """The next TALL queries of a row's heads that share keys, token by token; strides are in heads."""
+    row, head = (tl.program_id(0) // SHARED).to(tl.int64), tl.program_id(0) % SHARED
+    start = tl.program_id(1) * TALL
+    place = start + tl.arange(0, TALL)
+    token, own_head = place // GROUPS, head * GROUPS + place % GROUPS
+    is_token, number = token < length, tl.arange(0, PADDED)
+    is_number = number[None, :] < WIDTH
+    is_here = is_token[:, None] & is_number
+    side = own_head * query_head + token * query_token
+    q = tl.load(query + row * query_row * WIDTH + side[:, None] * WIDTH + number[None, :], mask=is_here, other=0.0)
+    key += (row * key_row + head * key_head) * WIDTH
+    value += (row * value_row + head * value_head) * WIDTH
+    shared = ((row // sharing) * SHARED + head) * before * WIDTH
+    total = before + keys
+    seen += ((row % masks) * length + token) * tl.cdiv(total, 64)
+    # of tokens that see only what stands before them, the last of these
+    end = before + tl.minimum(keys, (start + TALL - 1) // GROUPS + 1) if IS_SELF else total
+    largest, sums = tl.full((TALL,), NEVER, tl.float32), tl.zeros((TALL,), tl.float32)
+    found = tl.zeros((TALL, PADDED), tl.float32)
+    for at in range(0, end, WIDE):
+        other = at + tl.arange(0, WIDE)
+        own = other - before
+        is_first, is_other = own[:, None] < 0, (other < total)[:, None] & is_number
+        common = shared + other[:, None] * WIDTH + number[None, :]
+        where = tl.where(is_first, first_key + common, key + own[:, None] * key_token * WIDTH + number[None, :])
+        k = tl.load(where, mask=is_other, other=0.0)
+        where = tl.where(is_first, first_value + common, value + own[:, None] * value_token * WIDTH + number[None, :])
+        v = tl.load(where, mask=is_other, other=0.0)
+        word = tl.load(seen + at // 64, mask=is_token, other=0)
+        is_seen = (word[:, None] >> (other % 64)[None, :]) & 1
+        score = tl.where(is_seen != 0, tl.dot(q, tl.trans(k), input_precision="ieee") * scale, NEVER)
+        more = tl.maximum(largest, tl.max(score, 1))
+        weight, less = tl.exp2(score - more[:, None]), tl.exp2(largest - more)
+        sums = sums * less + tl.sum(weight, 1)
+        found = tl.dot(weight.to(v.dtype), v, found * less[:, None], input_precision="ieee")
+        largest = more
+    to = (row * length * SHARED * GROUPS) * WIDTH + (token * SHARED * GROUPS + own_head)[:, None] * WIDTH
+    tl.store(result + to + number[None, :], (found / sums[:, None]).to(result.dtype.element_ty), mask=is_here)

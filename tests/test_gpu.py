@@ -1,0 +1,93 @@
+"""Scoring on an NVIDIA GPU: what test_scoring.py and test_scoring_kernels.py ask of it, without Triton's interpreter.
+
+Run on a machine that has one; elsewhere they are skipped.
+"""
+
+import pytest
+import tiny_models
+import torch
+from scenes import Scene, prompts
+from test_scoring import LENGTHS, assert_right, targets
+from test_scoring_kernels import HEADS, SIZES, WORDS, activations, heads_of, logits
+from torch import Tensor
+from transformers.models.llama.modeling_llama import apply_rotary_pos_emb
+
+import attention
+import lora_stack
+import scoring
+
+pytestmark = pytest.mark.skipif(not torch.cuda.is_available(), reason="needs an NVIDIA GPU")
+
+CLOSE = 5e-3  # nats; in float32, with adapters that are larger than trained ones
+
+
+@pytest.mark.parametrize("name", [*tiny_models.NAMES, *tiny_models.KIN])
+def test_every_architecture_gets_the_scores_and_answers_of_the_plain_model(every_model, name):
+    scene = Scene(every_model / name, lora=targets(name), dtype=torch.float32, device="cuda")
+    for shared in (0, 12):
+        assert_right(scene, scene.asked(prompts(LENGTHS, shared)), CLOSE)
+
+
+@pytest.mark.parametrize("name", ["mistral-7b", "gemma-3-text"])
+def test_layers_with_a_window_see_no_further(every_model, name):
+    config = {"sliding_window": 7}
+    scene = Scene(every_model / name, config=config, dtype=torch.float32, device="cuda")
+    for shared in (0, 12):
+        assert_right(scene, scene.asked(prompts([3, 40, 8], shared)), CLOSE)
+
+
+def test_a_checkpoint_alone_has_the_scores_it_has_among_others(every_model):
+    scene = Scene(every_model / "qwen2.5-0.5b", count=7, dtype=torch.float32, device="cuda")
+    asked = scene.asked(prompts([1, 9, 3, 33, 2, 14, 5, 70, 21, 8], 10))
+    together = scene.scorer(asked).marks(scene.factors())
+    for number in (0, 3, 7):
+        (alone,) = scene.scorer(asked).marks(scene.factors(number))
+        for one, other in zip(alone, together[number], strict=True):
+            assert one.likelihoods == pytest.approx(other.likelihoods, abs=1e-3)
+            assert (one.answer, one.is_open) == (other.answer, other.is_open)
+
+
+@pytest.mark.parametrize("name", HEADS)
+def test_attention_is_that_of_pytorch(name):
+    given = heads_of(**HEADS[name])
+    expected = attention.attended(*given)
+    for dtype, off in ((torch.float32, 1e-5), (torch.bfloat16, 1e-2)):
+        query, key, value = moved(given[:3], dtype)
+        if given[5] is not None:
+            key.beginning = tuple(moved(given[5], dtype))
+        found, _ = attention.attend(None, query, key, value, given[3].cuda(), scaling=given[4])
+        assert (found.float().cpu() - expected).norm() <= off * expected.norm()
+
+
+@pytest.mark.parametrize("sizes", SIZES)
+def test_activations_take_up_their_factors(sizes):
+    given = activations(*sizes)
+    there = moved(given, torch.bfloat16)
+    for one, other in ((lora_stack.gated(*there), lora_stack.gated(*given)), (there[0], given[0])):
+        assert (one.float().cpu() - other).norm() <= 1e-2 * other.norm()
+
+
+@pytest.mark.parametrize("words", WORDS)
+def test_logits_are_reduced(words):
+    given = logits(words)
+    totals, best = scoring.reduced(given.cuda())
+    torch.testing.assert_close(totals.cpu(), given.logsumexp(-1))
+    assert best.tolist() == given.argmax(-1).tolist()
+
+
+def test_rotary_positions_are_those_of_transformers():
+    from liger_kernel.transformers.rope import liger_rotary_pos_emb
+
+    torch.manual_seed(0)
+    query, key = torch.randn(3, 5, 4, 16).transpose(1, 2), torch.randn(3, 5, 2, 16).transpose(1, 2)
+    half = torch.randn(2, 3, 5, 8)
+    cos, sin = torch.cat([half, half], -1)
+    expected = apply_rotary_pos_emb(query, key, cos, sin)
+    found = attention.by_token(liger_rotary_pos_emb)(*moved((query, key, cos, sin), torch.float32))
+    for one, other in zip(found, expected, strict=True):
+        torch.testing.assert_close(one.cpu(), other)
+
+
+def moved(tensors: tuple, dtype: torch.dtype) -> list[Tensor]:
+    """Tensors on the GPU."""
+    return [one.to("cuda", dtype) for one in tensors]
