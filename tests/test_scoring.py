@@ -332,6 +332,20 @@ def test_what_peft_computes_otherwise_is_refused(compared, how):
         scored_base.compare(scene.scorer(asked).marks(factors), theirs, torch.float32)
 
 
+@pytest.mark.parametrize("how", ["a token late", "every third token"])
+def test_answers_that_no_forward_pass_gives_are_refused(every_model, monkeypatch, how):
+    scene = Scene(every_model / "qwen2.5-0.5b", count=1, dtype=torch.float32, fused=True)
+    scorer = scene.scorer(scene.asked(prompts([5, 40])))
+    scored_base.compare_answers(scorer, scene.factors(), torch.float32)
+    plain = decoding.Rows._mask
+    off = {"a token late": (1, 1), "every third token": (3, 0)}[how]
+    monkeypatch.setattr(
+        decoding.Rows, "_mask", lambda rows, at, positions: plain(rows, at, off[0] * positions + off[1])
+    )
+    with pytest.raises(UserError, match="the scores of this model would be wrong .* the same tokens"):
+        scored_base.compare_answers(scorer, scene.factors(), torch.float32)
+
+
 def test_scores_of_peft_leave_the_model_as_it_was(every_model, compared, tmp_path):
     scene, asked, theirs = compared
     model = scene.fresh()

@@ -140,7 +140,8 @@ def score(plan: Plan, base: "Base | None", show: int) -> "Base | None":
             entry = entry_for(plan, evaluation.read(folder, manifest))
             wanted = missing(plan, entry)
             if not wanted:
-                say(f"scored already: {plan}, {len(plan.steps) - 1} checkpoints")
+                more = "; FORCE=1 scores again, and shows answers" if show else ""
+                say(f"scored already: {plan}, {len(plan.steps) - 1} checkpoints{more}")
                 return base
             say(f"scoring {plan}: {entry['rows']} rows, {len(wanted)} of {len(plan.steps)} models")
             os.environ.setdefault("LLAMAFACTORY_VERBOSITY", "WARN")

@@ -89,8 +89,10 @@ class Grader:
         self.base.fuse()
         stacked = Stacked(self.base.model, self.layers)
         try:
-            found = self._scorer(stacked, tried).marks(self._stack([BASE, self.last]))
-            scored_base.compare(found, theirs, self.base.dtype)
+            scorer, both = self._scorer(stacked, tried), self._stack([BASE, self.last])
+            scored_base.compare(scorer.marks(both), theirs, self.base.dtype)
+            if self.metric in MOST and not said:
+                scored_base.compare_answers(scorer, both, self.base.dtype)
             yield from self._scored(self._scorer(stacked, self.questions), steps, said)
         finally:
             stacked.close()

@@ -16,11 +16,13 @@ from torch import Tensor, nn
 from transformers.utils.logging import disable_progress_bar
 
 import attention
+import decoding
 import models
 import paths
 import prompt_templates
 import scoring
 from cli import UserError
+from lora_stack import Factors
 from packed_base import fuse, plain
 from questions import TEXT_KEYS, Question
 
@@ -29,6 +31,8 @@ NOT_THE_MODELS = {
     "model_name_or_path", "adapter_name_or_path", "cache_dir", "enable_liger_kernel", "use_unsloth", "flash_attn",
 }  # fmt: skip
 WAY_OUT = "put its files back, or collect again with FORCE=1"
+SAID = 8  # tokens of an answer that are compared
+TIE = 10  # tolerances that the likeliest tokens' logits, which are rounded themselves, may be apart
 TOLERANCE = {torch.float32: 1e-3, torch.float16: 2e-2, torch.bfloat16: 5e-2}  # nats per token
 
 
@@ -143,7 +147,28 @@ def compare(found: list[list[scoring.Marks]], theirs: list[list[float]], dtype: 
         for mark, loss in zip(marks, losses, strict=True):
             off = abs(mark.loss - loss) / mark.count
             if not off <= TOLERANCE[dtype] * max(1.0, loss / mark.count):
-                raise UserError(
-                    f"the scores of this model would be wrong (by {off:.1e} nats a token against PEFT's own forward "
-                    "pass), so none are made; export with FORMAT=peft and score with another tool"
-                )
+                raise wrong(off, "PEFT's own forward pass")
+
+
+def compare_answers(scorer: scoring.Scorer, factors: Factors, dtype: torch.dtype) -> None:
+    """Raise UserError unless each token of the scorer's answers, but for ties, is the likeliest of a forward pass.
+
+    Args:
+        factors: of adapters whose marks are known to be right.
+    """
+    if not decoding.suits(scorer.model):
+        return  # transformers generates
+    every = [*range(len(scorer.questions))]
+    for adapter, answers in enumerate(scorer.generate(factors, [every] * factors.count, SAID)):
+        with scorer.stacked.using(factors.of([adapter])):
+            for number, said in answers.items():
+                off = scoring.missed(scorer.model, scorer.questions[number].tokens, said)
+                if not off <= TIE * TOLERANCE[dtype]:
+                    raise wrong(off, "the forward pass behind the same tokens")
+
+
+def wrong(off: float, against: str) -> UserError:
+    return UserError(
+        f"the scores of this model would be wrong (by {off:.1e} nats a token against {against}), so none are made; "
+        "export with FORMAT=peft and score with another tool"
+    )

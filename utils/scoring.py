@@ -293,3 +293,12 @@ def reference(model: nn.Module, question: Question) -> float:
         logits = model(input_ids=tokens).logits[0, len(question.tokens) - 1 : -1].float()
     chosen = torch.log_softmax(logits, -1).gather(1, tokens[0, len(question.tokens) :, None])
     return -float(chosen.double().sum())
+
+
+def missed(model: nn.Module, prompt: list[int], said: list[int]) -> float:
+    """How far, in nats, greedy tokens behind a prompt are at most from the likeliest of a plain forward pass."""
+    tokens = torch.tensor([prompt + said], device=model.device)
+    with torch.inference_mode():
+        logits = model(input_ids=tokens).logits[0, len(prompt) - 1 : -1].float()
+    chosen = logits.gather(1, tokens[0, len(prompt) :, None])[:, 0]
+    return float((logits.amax(-1) - chosen).amax()) if said else 0.0
