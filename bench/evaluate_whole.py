@@ -118,7 +118,7 @@ def parts_of(noted: dict[str, Any], args: argparse.Namespace, count: int) -> dic
     """Seconds of evaluate.py by part, and how well it used the device; `count`: checkpoints, beside the base."""
     spans = noted["spans"]
     ends = {name: end for name, _, end in spans}  # the last of each
-    compared = ends["compare"]
+    compared = ends["_compare"]
     seconds = {"import": noted["imported"] - noted["started"]}
     for part, name in PARTS.items():
         own = [(began, end) for other, began, end in spans if other == name]
@@ -133,11 +133,9 @@ def parts_of(noted: dict[str, Any], args: argparse.Namespace, count: int) -> dic
     models, peak = count + 1, shapes.peak_of(noted["device"])
     work = shapes.Seen(*noted["work"])
     flops = {name: shapes.forward_flops(args.model_shape, shapes.Seen(*noted[name])) for name in ("work", "computed")}
-    spans = {"from the loaded model on": window, "from the first checkpoint's reading on": scoring,
+    taken = {"from the loaded model on": window, "from the first checkpoint's reading on": scoring,
              "forward passes alone": seconds["device: forward passes"]}  # fmt: skip
-    used = peak and {
-        name: {part: models * flops[name] / taken / peak for part, taken in spans.items()} for name in flops
-    }
+    used = peak and {name: {part: models * flops[name] / time / peak for part, time in taken.items()} for name in flops}
     return {
         "seconds": seconds, "whole": whole, "window": window, "models": models, "checkpoints": count,
         "tokens": work.tokens, "rows": noted["rows"], "generated": noted["generated"],

@@ -139,7 +139,7 @@ def evaluated(noted: dict[str, Any], arguments: list[str]) -> None:
 
     noted |= {"imported": time.time(), "device": devices.describe(), "spans": [], "generated": 0, "passes": []}
     for owner, name in ((scored_base, "load_model"), (grades.Grader, "__init__"), (scored_base, "expected"),
-                        (scored_base, "compare"), (grades.Grader, "_stack"),
+                        (grades.Grader, "_compare"), (grades.Grader, "_stack"),
                         (Scorer, "begin"), (Scorer, "finish"), (Scorer, "generate"), (grades, "grade"),
                         (evaluation, "write")):  # fmt: skip
         note_spans(owner, name, noted["spans"])

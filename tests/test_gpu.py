@@ -6,7 +6,7 @@ Run on a machine that has one; elsewhere they are skipped.
 import pytest
 import tiny_models
 import torch
-from scenes import Scene, prompts
+from scenes import Scene, prompts, question
 from test_scoring import LENGTHS, assert_right, targets
 from test_scoring_kernels import HEADS, SIZES, WORDS, activations, heads_of, logits
 from torch import Tensor
@@ -15,6 +15,7 @@ from transformers.models.llama.modeling_llama import apply_rotary_pos_emb
 import attention
 import lora_stack
 import scoring
+import scoring_kernels
 
 pytestmark = pytest.mark.skipif(not torch.cuda.is_available(), reason="needs an NVIDIA GPU")
 
@@ -47,16 +48,33 @@ def test_a_checkpoint_alone_has_the_scores_it_has_among_others(every_model):
             assert (one.answer, one.is_open) == (other.answer, other.is_open)
 
 
+def test_blocks_with_the_kernel_give_what_they_give_without_it(every_model, monkeypatch):
+    scene = Scene(every_model / "qwen2.5-0.5b", dtype=torch.bfloat16, device="cuda")
+    asked = [question(prompt, [[20], [21]]) for prompt in prompts(LENGTHS, 12)]
+    plain = scene.scorer(asked).marks(scene.factors())
+    called = []
+    monkeypatch.setattr(lora_stack, "FEW", 1)
+    kernel = scoring_kernels.gated
+    monkeypatch.setattr(scoring_kernels, "gated", lambda *given: called.append(given) or kernel(*given))
+    found = scene.scorer(asked).marks(scene.factors())
+    assert called
+    for marks, others in zip(found, plain, strict=True):
+        for mark, other in zip(marks, others, strict=True):
+            assert mark.loss / mark.count == pytest.approx(other.loss / other.count, rel=0.1)
+
+
 @pytest.mark.parametrize("name", HEADS)
 def test_attention_is_that_of_pytorch(name):
     given = heads_of(**HEADS[name])
     expected = attention.attended(*given)
-    for dtype, off in ((torch.float32, 1e-5), (torch.bfloat16, 1e-2)):
+    for dtype, off in ((torch.float32, 1e-5), (torch.bfloat16, 1e-2), (torch.float16, 1e-3)):
         query, key, value = moved(given[:3], dtype)
-        if given[5] is not None:
-            key.beginning = tuple(moved(given[5], dtype))
-        found, _ = attention.attend(None, query, key, value, given[3].cuda(), scaling=given[4])
-        assert (found.float().cpu() - expected).norm() <= off * expected.norm()
+        if scoring_kernels.can_attend(query, value):
+            first = given[5] and tuple(moved(given[5], dtype))
+            found = scoring_kernels.attend(query, key, value, given[3].cuda(), given[4], first)
+            assert (found.float().cpu() - expected).norm() <= off * expected.norm()
+        else:
+            assert dtype is torch.float32 and query.shape[-1] == 256
 
 
 @pytest.mark.parametrize("sizes", SIZES)

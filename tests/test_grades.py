@@ -6,10 +6,12 @@ from types import SimpleNamespace
 import numpy as np
 import pytest
 import torch
-from scenes import Scene, prompts
+from scenes import Scene, prompts, question
 from scipy.stats import binomtest
 
+import attention
 import grades
+import scored_base
 from cli import UserError
 from evaluation import BASE
 from grades import Grader
@@ -166,3 +168,20 @@ def test_adapters_that_do_not_fit_are_tried_once_more_with_tidied_memory(times, 
     else:
         with pytest.raises(UserError, match="^out of device memory for the adapters; score on another device$"):
             grades.fitting(work, work)
+
+
+def test_a_model_that_our_attention_gets_wrong_goes_on_with_its_own(every_model, tmp_path, monkeypatch):
+    scene = Scene(every_model / "qwen2.5-0.5b", count=1, dtype=torch.float32, fused=True)
+    scene.peft.save_pretrained(tmp_path)
+    asked = [question(prompt, [[*range(20, 30)], [21]]) for prompt in prompts([5, 40], 12)]
+    theirs = scored_base.expected(scene.fresh(), tmp_path, scene.adapters[1], asked)
+    toy = Toy(scene, asked, False)
+    toy.base, toy.last = SimpleNamespace(model=scene.model, dtype=torch.float32), 1
+    toy._scorer = lambda _, questions: scene.scorer(questions)
+    toy._compare(scene.stacked, asked, theirs, False)
+    assert attention.is_shared(scene.model)
+    monkeypatch.setattr(attention.Beginning, "update", lambda _, keys, values, *more: (keys, values))
+    toy._compare(scene.stacked, asked, theirs, False)
+    assert not attention.is_shared(scene.model)
+    with pytest.raises(UserError, match="the scores of this model would be wrong"):
+        toy._compare(scene.stacked, asked, [[one + 1 for one in losses] for losses in theirs], False)

@@ -32,20 +32,23 @@ interpreter._patch_lang_tensor = patched
 found = [(getattr(scoring_kernels, name)(*given), given) for name, given in torch.load(sys.argv[1])]
 torch.save(found, sys.argv[1])
 """
-SIZES = [(2, 70, 160, 8), (3, 5, 128, 4), (1, 64, 64, 20), (2, 130, 96, 64), (1, 1, 40, 1)]
+SIZES = [(2, 70, 160, 8), (3, 5, 128, 4), (1, 64, 72, 20), (2, 130, 96, 64), (1, 1, 70, 1)]
 WORDS = [7, 8192, 20001]
+KINDS = [(64, torch.bfloat16), (128, torch.bfloat16), (256, torch.float16), (128, torch.float32)]  # of heads
 HEADS = {
     "a common beginning": {"heads": 14, "shared": 2, "length": 80, "beginning": 70},
     "short rows": {"heads": 14, "shared": 2, "length": 5, "beginning": 9},
     "no beginning": {"heads": 8, "shared": 8, "length": 33, "adapters": 1, "masks": 6, "width": 16},
     "one more token": {"heads": 6, "shared": 2, "length": 1, "keys": 100, "adapters": 1, "masks": 6, "width": 80},
+    "wide heads": {"heads": 4, "shared": 2, "length": 20, "beginning": 66, "width": 256},
+    "values apart": {"heads": 4, "shared": 4, "length": 6, "beginning": 9, "apart": 20},
     "prompts and room behind": {"heads": 6, "shared": 1, "length": 9, "keys": 33, "width": 12},
 }  # fmt: skip
 
 
 @pytest.fixture(scope="module")
 def interpreted(tmp_path_factory) -> list[tuple]:
-    """What the kernels make of `activations`, `logits` and `attention_of`: (result, the arguments afterwards)."""
+    """What the kernels make of `activations`, `logits` and `heads_of`: (result, the arguments afterwards)."""
     file = tmp_path_factory.mktemp("interpreted") / "tensors.pt"
     asked = [("gated", activations(*sizes)) for sizes in SIZES] + [("reduced", (logits(words),)) for words in WORDS]
     asked += [("attend", heads_of(**sizes)) for sizes in HEADS.values()]
@@ -75,18 +78,23 @@ def logits(words: int) -> Tensor:
 
 def heads_of(
     heads: int, shared: int, length: int, keys: int | None = None, width: int = 64, beginning: int = 0,
-    adapters: int = 3, masks: int = 2,
+    adapters: int = 3, masks: int = 2, apart: int = 0,
 ) -> tuple:  # fmt: skip
-    """The arguments of `attend` for six rows; `keys` are the rows' own where they are others than the tokens'."""
+    """The arguments of `attend` for six rows.
+
+    Args:
+        keys: the rows' own, where they are others than the tokens'.
+        apart: numbers between one head's value and the next's.
+    """
     torch.manual_seed(length)
-    sizes = [(6, length, heads, width), *[(6, keys or length, shared, width)] * 2]
+    sizes = [(6, length, heads, width), (6, keys or length, shared, width), (6, keys or length, shared, width + apart)]
     seen = torch.rand(masks, 1, length, beginning + (keys or length)) < 0.6
     if keys is None:
         seen[..., beginning:] &= torch.ones(length, length, dtype=torch.bool).tril()
         seen[..., beginning:] |= torch.eye(length, dtype=torch.bool)
     seen[..., 0] = True
     first = tuple(torch.randn(adapters, shared, beginning, width) for _ in range(2)) if beginning else None
-    return *(torch.randn(size).transpose(1, 2) for size in sizes), attention.packed(seen), 0.3, first
+    return *(torch.randn(size)[..., :width].transpose(1, 2) for size in sizes), attention.packed(seen), 0.3, first
 
 
 @pytest.mark.parametrize("number", range(len(SIZES)))
@@ -100,6 +108,11 @@ def test_the_activation_takes_up_its_factors(interpreted, number):
     for made, found in ((given[0], result), (gate, plain)):
         torch.testing.assert_close(made.view_as(by_hand), by_hand, rtol=1e-5, atol=1e-4)
         torch.testing.assert_close(found, by_hand @ a_down, rtol=1e-4, atol=1e-3)
+
+
+def test_activations_that_triton_gets_wrong_are_refused():
+    with pytest.raises(ValueError, match="activations of 64 are too narrow"):
+        scoring_kernels.gated(*activations(1, 8, 64, 20))
 
 
 @pytest.mark.parametrize("number", range(len(WORDS)))
@@ -149,7 +162,7 @@ def test_they_compile_for_the_gpus_that_they_are_for(monkeypatch, tmp_path, capa
     b_gate, b_up = torch.zeros(2, 2, rank, 96, dtype=torch.bfloat16)
     scoring_kernels.gated(gate, up, hidden, b_gate, b_up, a_down)
     scoring_kernels.reduced(torch.zeros(3, 151936, dtype=torch.bfloat16))
-    for width, dtype in ((64, torch.bfloat16), (256, torch.bfloat16), (128, torch.float32)) if rank == 8 else ():
+    for width, dtype in KINDS if rank == 8 else ():
         for length, keys in ((80, None), (1, 100)):
             *heads, seen, scale, first = heads_of(14, 2, length, keys, width, 0 if keys else 70)
             assert scoring_kernels.can_attend(heads[0].to(dtype), heads[2].to(dtype))
@@ -169,7 +182,7 @@ class Noted:
     def __getitem__(self, grid: tuple):
         def launch(*given, **options):
             named = dict(zip(self.kernel.arg_names, given, strict=True))
-            types = {torch.bfloat16: "*bf16", torch.float32: "*fp32", torch.int64: "*i64"}
+            types = {torch.bfloat16: "*bf16", torch.float32: "*fp32", torch.int64: "*i64", torch.float16: "*fp16"}
             constant = {key: value for key, value in named.items() if key.isupper()}
             signature = {
                 key: "constexpr"

@@ -9,13 +9,15 @@ from questions import Question
 from sheets import START
 
 
-def sheet(asked: list[Question], prefix: int = 0, window: int | None = None) -> sheets.Sheet:
-    return sheets.sheet_of(list(range(len(asked))), asked, [sheets.tree_of(one) for one in asked], prefix, window)
+def sheet(asked: list[Question], prefix: int = 0) -> sheets.Sheet:
+    return sheets.sheet_of(list(range(len(asked))), asked, [sheets.tree_of(one) for one in asked], prefix)
 
 
-def seen(batch: sheets.Sheet, row: int = 0, near: bool = False) -> list[str]:
+def seen(batch: sheets.Sheet, row: int = 0, prefix: int = 0, window: int | None = None) -> list[str]:
     """What each token of a row sees, a string of x and . per token."""
-    mask = batch.near if near else batch.mask
+    mask = sheets.seen_in(batch, prefix)
+    if window:
+        mask &= sheets.near_in(batch, prefix, window)
     return ["".join(".x"[int(there)] for there in line) for line in mask[row, 0]]
 
 
@@ -29,6 +31,15 @@ def test_options_share_their_first_tokens():
     assert [tree.edges[edge] for edge in tree.paths[1]] == [(START, 5), (0, 7), (2, 8), (3, 2), (4, 7)]
     assert [tree.edges[edge] for edge in tree.paths[2]] == [(START, 9)]
     assert tree.lengths == [3, 3, 1]
+
+
+def test_a_branch_is_whole_before_the_next_begins():
+    tree = sheets.tree_of(question([1], [[5, 6, 8, 8], [5, 7, 8], [5, 6, 9, 8], [4, 4]], right=1))
+    assert [tree.tokens[node] for node in range(len(tree.tokens))] == [4, 5, 6, 8, 9, 7, 8, 2]
+    assert sheets.ends_of(tree) == [1, 8, 5, 4, 5, 8, 8, 8]
+    assert [[tree.edges[edge][1] for edge in path] for path in tree.paths] == [
+        [5, 6, 8, 8], [5, 7, 8, 2, 7], [5, 6, 9, 8], [4, 4]
+    ]  # fmt: skip
 
 
 def test_options_of_one_token_need_no_token_but_the_right_one_s():
@@ -47,21 +58,21 @@ def test_a_row_sees_the_common_beginning_which_is_not_in_it():
     batch = sheet([question([1, 3, 4, 9], [[5], [6]]), question([1, 3, 8], [[5], [6]])], prefix=2)
     assert batch.tokens.tolist() == [[4, 9, 5, 2], [8, 5, 2, 0]]
     assert batch.positions.tolist() == [[2, 3, 4, 5], [2, 3, 4, 0]]
-    assert seen(batch, 0) == ["xxx...", "xxxx..", "xxxxx.", "xxxxxx"]
-    assert seen(batch, 1)[:3] == ["xxx...", "xxxx..", "xxxxx."]
+    assert seen(batch, 0, 2) == ["xxx...", "xxxx..", "xxxxx.", "xxxxxx"]
+    assert seen(batch, 1, 2)[:3] == ["xxx...", "xxxx..", "xxxxx."]
 
 
 def test_within_a_window_a_node_sees_by_position_not_by_place():
-    batch = sheet([question([1, 3, 4, 9], [[5, 6, 8], [7, 8, 9]])], prefix=2, window=3)
+    batch = sheet([question([1, 3, 4, 9], [[5, 6, 8], [7, 8, 9]])], prefix=2)
     assert batch.positions.tolist() == [[2, 3, 4, 5, 6, 7, 4, 5]]
-    assert seen(batch, near=True) == [
+    assert seen(batch, 0, 2, window=3) == [
         "xxx.......", ".xxx......", "..xxx.....", "...xxx....", "....xxx...", ".....xxx..", "..xx....x.", "...x....xx",
     ]  # fmt: skip
-    assert seen(batch)[-1] == "xxxx....xx"
+    assert seen(batch, 0, 2)[-1] == "xxxx....xx"
 
 
 def test_single_responses_without_a_common_beginning_are_simply_causal():
-    assert sheet([question([1, 3], [[5, 6]]), question([1], [[5]])], window=2).mask is None
+    assert sheet([question([1, 3], [[5, 6]]), question([1], [[5]])]).until is None
     assert not sheets.is_branched(sheets.tree_of(question([1], [[5, 6, 7]])))
     assert sheets.is_branched(sheets.tree_of(question([1], [[5, 6], [7, 6]])))
 
@@ -69,7 +80,7 @@ def test_single_responses_without_a_common_beginning_are_simply_causal():
 def test_padding_is_neither_seen_nor_asked():
     batch = sheet([question([1, 3, 4, 9, 9, 9], [[5], [6]]), question([1], [[5, 6], [8, 6]])])
     assert batch.tokens.tolist() == [[1, 3, 4, 9, 9, 9, 5, 2], [1, 5, 6, 2, 8, 0, 0, 0]]
-    assert not batch.mask[1, 0, :5, 5:].any()
+    assert not sheets.seen_in(batch, 0)[1, 0, :5, 5:].any()
     assert batch.picks.tolist() == [5, 6, 7, 8, 9, 10, 11, 12]
     assert batch.edge_of == [0, 4]
     assert batch.edges[4:].tolist() == [[3, 5], [4, 6], [5, 2], [6, 7], [3, 8], [7, 6]]

@@ -1,8 +1,8 @@
 """How a model's tokens are told what they see, and attention for rows of which many have the same mask.
 
-Imported by scoring.py, decoding.py, lora_stack.py and scored_base.py. With a mask, transformers copies what all rows
-begin with for each row, and keys for each head that uses them, in every layer; the attention here takes both as they
-are.
+Imported by scoring.py, decoding.py, lora_stack.py, scored_base.py, grades.py and packed_base.py. With a mask,
+transformers copies what all rows begin with for each row, and keys for each head that uses them, in every layer; the
+attention here takes both as they are.
 """
 
 import copy
@@ -14,7 +14,7 @@ import torch
 from torch import Tensor, nn
 from transformers import AttentionInterface, AttentionMaskInterface, DynamicCache
 from transformers.cache_utils import DynamicLayer
-from transformers.integrations.sdpa_attention import sdpa_attention_forward
+from transformers.integrations.sdpa_attention import repeat_kv, sdpa_attention_forward
 from transformers.masking_utils import sdpa_mask
 
 from cli import UserError
@@ -128,15 +128,15 @@ def attended(
     query: Tensor, key: Tensor, value: Tensor, seen: Tensor, scale: float, beginning: tuple[Tensor, Tensor] | None
 ) -> Tensor:
     """What scoring_kernels.attend does, by PyTorch's operations."""
-    seen = unpacked(seen)
     if beginning is not None:
         times = len(query) // len(beginning[0])
         key, value = (
             torch.cat([first.repeat_interleave(times, 0), own], 2)
             for first, own in zip(beginning, (key, value), strict=True)
         )
-    mask = seen[..., : key.shape[2]].repeat(len(query) // len(seen), 1, 1, 1)
-    y = nn.functional.scaled_dot_product_attention(query, key, value, mask, scale=scale, enable_gqa=True)
+    mask = unpacked(seen)[..., : key.shape[2]].repeat(len(query) // len(seen), 1, 1, 1)
+    key, value = (repeat_kv(one, query.shape[1] // one.shape[1]) for one in (key, value))  # else a GPU's is the slowest
+    y = nn.functional.scaled_dot_product_attention(query, key, value, mask, scale=scale)
     return y.transpose(1, 2).contiguous()
 
 
@@ -164,8 +164,9 @@ def packed(mask: Tensor) -> Tensor:
 
 
 def unpacked(words: Tensor) -> Tensor:
-    """The bits of words, [.., 64 * words] bool."""
-    return (words[..., None] >> torch.arange(WORD, device=words.device) & 1).bool().flatten(-2)
+    """The bits of words, [.., WORD * words] bool."""
+    parts = words.contiguous().view(torch.uint8)[..., None]
+    return (parts >> torch.arange(8, dtype=torch.uint8, device=words.device) & 1).bool().flatten(-2)
 
 
 def bias_of(model: nn.Module, mask: Tensor, count: int) -> Tensor:

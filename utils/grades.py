@@ -4,6 +4,7 @@ Imported by evaluate.py. Checkpoints are read once, the next ones while the devi
 """
 
 import contextlib
+import gc
 import sys
 from collections.abc import Callable, Iterator
 from concurrent.futures import Future, ThreadPoolExecutor
@@ -15,6 +16,7 @@ import torch
 from torch import Tensor
 
 import answers
+import attention
 import checkpoints
 import collection
 import devices
@@ -34,7 +36,7 @@ from scoring import Marks, Scorer
 AT_ONCE = 8  # adapters that go through the model together; the base counts as one
 HELD = 4  # groups on a GPU whose answers are generated together; scores are written as often
 HELD_BYTES = 2**30  # of their factors
-SWITCH = 1e-4  # seconds that another thread may keep the one that feeds a GPU waiting, at each of its calls
+SWITCH = 1e-4  # seconds; Python's 5e-3 starve a GPU, whose thread asks for its turn at each call
 COMPARED = 1024  # tokens of a question that PEFT's forward pass, which makes all logits, is tried with
 
 
@@ -52,8 +54,8 @@ class Begun(NamedTuple):
     """A group of steps that went through the model."""
 
     steps: list[int]
-    factors: Factors  # of the steps, and perhaps of more
-    marks: Future[list[list[Marks]]]  # likewise
+    factors: Factors
+    marks: Future[list[list[Marks]]]
 
 
 class Grader:
@@ -84,18 +86,30 @@ class Grader:
         for this model.
         """
         said = self._said_by_vllm(steps) if self.engine == "vllm" else {}  # before this process takes the device
+        gc.freeze()  # what is there by now stays: to look through it again and again holds up all threads
         tried = self._tried()
         theirs = scored_base.expected(self.base.model, self.folder, self._read(self.last), tried)
         self.base.fuse()
         stacked = Stacked(self.base.model, self.layers)
         try:
-            scorer, both = self._scorer(stacked, tried), self._stack([BASE, self.last])
-            scored_base.compare(scorer.marks(both), theirs, self.base.dtype)
-            if self.metric in MOST and not said:
-                scored_base.compare_answers(scorer, both, self.base.dtype)
+            self._compare(stacked, tried, theirs, bool(said))
             yield from self._scored(self._scorer(stacked, self.questions), steps, said)
         finally:
             stacked.close()
+
+    def _compare(self, stacked: Stacked, tried: list[Question], theirs: list[list[float]], is_said: bool) -> None:
+        """Raise UserError unless questions get what PEFT makes of them (`theirs`, as scored_base.expected gives it); a
+        model that does not get it by our attention goes on with its own. `is_said`: all answers are there already."""
+        scorer, both = self._scorer(stacked, tried), self._stack([BASE, self.last])
+        try:
+            scored_base.compare(scorer.marks(both), theirs, self.base.dtype)
+        except (UserError, RuntimeError, ValueError):
+            if not attention.is_shared(self.base.model):
+                raise
+            attention.unshare(self.base.model)
+            scored_base.compare(scorer.marks(both), theirs, self.base.dtype)
+        if self.metric in MOST and not is_said:
+            scored_base.compare_answers(scorer, both.of([1]), self.base.dtype)
 
     def _scored(self, scorer: Scorer, steps: list[int], said: dict[int, Answers]) -> Iterator[dict[int, Graded]]:
         begun: list[Begun] = []
@@ -117,9 +131,7 @@ class Grader:
     def _begun(self, scorer: Scorer, steps: list[int]) -> Iterator[Begun]:
         """Groups of steps, each as soon as the device has it to do."""
         parts = [steps[start : start + AT_ONCE] for start in range(0, len(steps), AT_ONCE)]
-        if self.on_gpu:
-            sys.setswitchinterval(SWITCH)
-        with ThreadPoolExecutor(2) as aside:
+        with ThreadPoolExecutor(2) as aside, quick_switches():
             ready = self._ahead(aside, parts[0])
             for part, after in zip(parts, [*parts[1:], None], strict=True):
                 factors = fitting(ready, lambda part=part: self._stack(part))
@@ -148,7 +160,7 @@ class Grader:
         return max(1, min(HELD, HELD_BYTES // factors.bytes)) if self.on_gpu else 0
 
     def _graded(self, scorer: Scorer, begun: list[Begun], said: dict[int, Answers]) -> dict[int, Graded]:
-        marks = {step: one for group in begun for step, one in zip(group.steps, group.marks.result(), strict=False)}
+        marks = {step: one for group in begun for step, one in zip(group.steps, group.marks.result(), strict=True)}
         said = said or self._generated(scorer, begun, marks)
         return {
             step: grade(self.metric, self.questions, one, {
@@ -212,6 +224,17 @@ class Grader:
         if adapters == [None]:  # the base by itself takes its adapter's shapes from the last checkpoint
             return lora_stack.stack([None, self._read(self.last)], *where).of([0])
         return lora_stack.stack(adapters, *where)
+
+
+@contextlib.contextmanager
+def quick_switches() -> Iterator[None]:
+    """While the body runs, a thread that computes keeps another one waiting for SWITCH seconds at most."""
+    before = sys.getswitchinterval()
+    sys.setswitchinterval(SWITCH)
+    try:
+        yield
+    finally:
+        sys.setswitchinterval(before)
 
 
 def fitting(work: Callable[[], Factors], again: Callable[[], Factors]) -> Factors:

@@ -100,11 +100,11 @@ class Siblings:
     """Layers that read the same input: the product with their first factors is made once for all.
 
     Args:
-        layers: StackedLinear with inputs of one width, in the order in which they read.
+        layers: StackedLinear with inputs of one width.
     """
 
     def __init__(self, layers: "list[StackedLinear]"):
-        self.layers = layers
+        self.layers, self.left = layers, 0
         self.a: Tensor | None = None  # theirs side by side
         self.x = self.hidden = None
         for layer in layers:
@@ -119,12 +119,13 @@ class Siblings:
         self.a = self.x = self.hidden = None
 
     def of(self, layer: "StackedLinear", x: Tensor) -> Tensor:
-        """A layer's part of `times`; an input is kept until the last layer has read it."""
+        """A layer's part of `times`; an input is kept until all layers have read it."""
         if self.x is not x:
-            self.x, self.hidden = x, times(x, self.a)
-        ranks = [layer.a.shape[2] for layer in self.layers]
+            self.x, self.hidden, self.left = x, times(x, self.a), len(self.layers)
+        ranks = [one.a.shape[2] for one in self.layers]
         part = self.hidden.split(ranks, 2)[self.layers.index(layer)]
-        if layer is self.layers[-1]:
+        self.left -= 1
+        if self.left == 0:
             self.x = self.hidden = None
         return part
 
@@ -178,7 +179,7 @@ class StackedGated(nn.Module):
         """(n * rows, ..., inputs) to (n * rows, ..., outputs)."""
         gate, up, down = self.block.gate_proj, self.block.up_proj, self.block.down_proj
         rows = x.reshape(-1, x.shape[-1])
-        if down.a is None or (x.is_cuda and not pays(rows, down.a.shape[2])):
+        if down.a is None or not pays(rows, *down.a.shape[1:]):
             return self.block(x)
         inner = gate.base(rows)
         hidden = gated(inner, up.base(rows), times(x, self.inputs.a), gate.b, up.b, down.a)
@@ -186,9 +187,10 @@ class StackedGated(nn.Module):
         return y.addmm_(inner, down.base.weight.t()).view(*x.shape[:-1], -1)
 
 
-def pays(rows: Tensor, rank: int) -> bool:
-    """Whether scoring_kernels.gated can do an input [rows, width], and faster than PyTorch's operations."""
-    return rows.dtype.itemsize == 2 and rank <= MOST and len(rows) >= FEW
+def pays(rows: Tensor, inner: int, rank: int) -> bool:
+    """Whether `gated` can do an input [rows, width], and faster than PyTorch's operations."""
+    is_wide = inner > 64 and rows.dtype.itemsize == 2
+    return not rows.is_cuda or (is_wide and rank <= MOST and len(rows) >= FEW)
 
 
 def gated(gate: Tensor, up: Tensor, hidden: Tensor, b_gate: Tensor, b_up: Tensor, a_down: Tensor) -> Tensor:
@@ -218,10 +220,11 @@ def is_gated(block: nn.Module) -> bool:
         return bool((found - plain).norm() <= 0.02 * plain.norm())
 
 
-def read_alike(layers: list[nn.Module | None]) -> bool:
-    """Whether all of these are adapted plain layers with inputs of one width."""
-    is_plain = all(isinstance(layer, StackedLinear) and layer.is_plain for layer in layers)
-    return is_plain and len({layer.base.in_features for layer in layers}) == 1
+def readers_in(block: nn.Module) -> list[StackedLinear]:
+    """The adapted plain layers among READERS, if their inputs have one width."""
+    readers = [getattr(block, child, None) for child in READERS]
+    readers = [layer for layer in readers if isinstance(layer, StackedLinear) and layer.is_plain]
+    return readers if len({layer.base.in_features for layer in readers}) == 1 else []
 
 
 class Stacked:
@@ -250,7 +253,7 @@ class Stacked:
                     self.gated[name] = StackedGated(block)
                     self._put(name, self.gated[name])
                     self.siblings.append(self.gated[name].inputs)
-                elif read_alike(readers := [getattr(block, child, None) for child in READERS]):
+                elif len(readers := readers_in(block)) > 1:
                     self.siblings.append(Siblings(readers))
             attention.share(model)
 

@@ -32,7 +32,7 @@ NOT_THE_MODELS = {
 }  # fmt: skip
 WAY_OUT = "put its files back, or collect again with FORCE=1"
 SAID = 8  # tokens of an answer that are compared
-TIE = 10  # tolerances that the likeliest tokens' logits, which are rounded themselves, may be apart
+TIE = 10  # tolerances that the logits of likeliest tokens may be apart: they are rounded themselves
 TOLERANCE = {torch.float32: 1e-3, torch.float16: 2e-2, torch.bfloat16: 5e-2}  # nats per token
 
 
@@ -151,20 +151,21 @@ def compare(found: list[list[scoring.Marks]], theirs: list[list[float]], dtype: 
 
 
 def compare_answers(scorer: scoring.Scorer, factors: Factors, dtype: torch.dtype) -> None:
-    """Raise UserError unless each token of the scorer's answers, but for ties, is the likeliest of a forward pass.
+    """Raise UserError unless each token of an adapter's answers, but for ties, is the likeliest of a forward pass.
 
     Args:
-        factors: of adapters whose marks are known to be right.
+        factors: of one adapter, whose marks are known to be right.
     """
     if not decoding.suits(scorer.model):
         return  # transformers generates
-    every = [*range(len(scorer.questions))]
-    for adapter, answers in enumerate(scorer.generate(factors, [every] * factors.count, SAID)):
-        with scorer.stacked.using(factors.of([adapter])):
-            for number, said in answers.items():
-                off = scoring.missed(scorer.model, scorer.questions[number].tokens, said)
-                if not off <= TIE * TOLERANCE[dtype]:
-                    raise wrong(off, "the forward pass behind the same tokens")
+    prompts = [question.tokens for question in scorer.questions]
+    with torch.inference_mode(), scorer.stacked.using(factors):
+        found = decoding.greedy(scorer.model, prompts, SAID, scorer.stops, scorer.pad)
+        for prompt, row in zip(prompts, found, strict=True):
+            said = row[: len(scoring.until(row, scorer.stops)) + 1]  # with what ends it
+            off = scoring.missed(scorer.model, prompt, said)
+            if not off <= TIE * TOLERANCE[dtype]:
+                raise wrong(off, "the forward pass behind the same tokens")
 
 
 def wrong(off: float, against: str) -> UserError:

@@ -24,6 +24,7 @@ from sheets import START, Sheet, Tree
 TOKENS = {"cpu": 768, "cuda": 65536}  # of all adapters together that go through the model at once, to begin with
 LOGITS = {"cpu": 2**28, "cuda": 2**30}  # numbers that the logits of one pass may have
 AT_ONCE = 512  # rows of logits that are reduced at a time, in float32
+LARGE = 32  # a logit that is rounded to an eighth in bfloat16
 LEAST = 32  # tokens at once; where even so few do not fit, nothing does
 
 
@@ -65,6 +66,9 @@ class Scorer:
         self.prefix = sheets.prefix_of(questions)
         self.beginning = torch.tensor([self.prefix], dtype=torch.int64, device=self.device)
         self.config = attention.config_of(self.model)
+        lengths = zip(questions, self.trees, strict=True)
+        self.lengths = [sheets.length_of(question, tree, len(self.prefix)) for question, tree in lengths]
+        self.window = attention.window_of(self.model, len(self.prefix) + max(self.lengths))
         self.made: dict[tuple[int, int], list[Sheet]] = {}
         # the model's own may ask for sampling or penalties
         self.model.generation_config = GenerationConfig(pad_token_id=pad, eos_token_id=stops)
@@ -173,15 +177,10 @@ class Scorer:
         """The batches of all questions for so many adapters at once, on the device."""
         key = (self.budget, count)
         if key not in self.made:
-            prefix, vocabulary = len(self.prefix), self.config.vocab_size
-            lengths = [
-                sheets.length_of(question, tree, prefix)
-                for question, tree in zip(self.questions, self.trees, strict=True)
-            ]
             heights = [len({node for node, _ in tree.edges}) for tree in self.trees]
-            batches = sheets.deal(lengths, self.budget // count, heights, self.most_logits // vocabulary // count)
-            window = attention.window_of(self.model, prefix + max(lengths))
-            made = [sheets.sheet_of(batch, self.questions, self.trees, prefix, window) for batch in batches]
+            tallest = self.most_logits // self.config.vocab_size // count
+            batches = sheets.deal(self.lengths, self.budget // count, heights, tallest)
+            made = [sheets.sheet_of(batch, self.questions, self.trees, len(self.prefix)) for batch in batches]
             self.made[key] = [
                 Sheet(*(part.to(self.device) if isinstance(part, Tensor) else part for part in sheet)) for sheet in made
             ]
@@ -201,7 +200,7 @@ class Scorer:
         rows, length = sheet.tokens.shape
         past = None if before is None else attention.behind(self.model, before, rows)
         starts = torch.arange(count, device=self.device)[:, None] * (rows * length)
-        seen = None if sheet.mask is None else attention.mask_for(self.model, sheet.mask, sheet.near, count)
+        seen = None if sheet.until is None else self._seen(sheet, count)
         with picking(self.model, (starts + sheet.picks).view(-1)):
             logits = self.model(
                 input_ids=sheet.tokens.repeat(count, 1), position_ids=sheet.positions.repeat(count, 1),
@@ -211,6 +210,12 @@ class Scorer:
         at = torch.arange(count, device=self.device)[:, None] * len(sheet.picks) + sheet.edges[:, 0]
         scores = logits[at, sheet.edges[:, 1]].float() - totals[at]
         return scores, best.view(count, -1)
+
+    def _seen(self, sheet: Sheet, count: int) -> Tensor | dict[str, Tensor]:
+        """What the tokens of a sheet see, as the model takes it."""
+        seen = sheets.seen_in(sheet, len(self.prefix))
+        near = None if self.window is None else seen & sheets.near_in(sheet, len(self.prefix), self.window)
+        return attention.mask_for(self.model, seen, near, count)
 
     def _generate(self, factors: Factors, numbers: list[list[int]], most: int) -> list[dict[int, list[int]]]:
         found: list[dict[int, list[int]]] = [{} for _ in numbers]
@@ -296,9 +301,12 @@ def reference(model: nn.Module, question: Question) -> float:
 
 
 def missed(model: nn.Module, prompt: list[int], said: list[int]) -> float:
-    """How far, in nats, greedy tokens behind a prompt are at most from the likeliest of a plain forward pass."""
+    """How far, in nats, greedy tokens behind a prompt are at most from the likeliest of a plain forward pass.
+
+    Logits of a size above LARGE count as if they were scaled to it: so is what they are rounded to.
+    """
     tokens = torch.tensor([prompt + said], device=model.device)
-    with torch.inference_mode():
-        logits = model(input_ids=tokens).logits[0, len(prompt) - 1 : -1].float()
-    chosen = logits.gather(1, tokens[0, len(prompt) :, None])[:, 0]
-    return float((logits.amax(-1) - chosen).amax()) if said else 0.0
+    logits = model(input_ids=tokens).logits[0, len(prompt) - 1 : -1].float()
+    likeliest = logits.amax(-1)
+    off = likeliest - logits.gather(1, tokens[0, len(prompt) :, None])[:, 0]
+    return float((off / (likeliest.abs() / LARGE).clamp(min=1)).amax())

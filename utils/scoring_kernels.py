@@ -19,7 +19,8 @@ NEVER = tl.constexpr(-1.0e30)  # of what is not seen; of tokens that see nothing
 def gated(gate: Tensor, up: Tensor, hidden: Tensor, b_gate: Tensor, b_up: Tensor, a_down: Tensor) -> Tensor:
     """Of n adapters with `rows` rows each: silu(gate + hidden[:, :, :r] b_gate) * (up + hidden[:, :, r:] b_up).
 
-    Two wide activations are read and one is written, nothing else of their size.
+    Two wide activations are read and one is written, nothing else of their size. Raises ValueError for activations no
+    wider than WIDE: of a loop of one round, Triton 3.6 made wrong numbers on an H100 (with ranks from 17 to 32).
 
     Args:
         gate, up: what the base's layers make, [n * rows, inner], contiguous; `gate` is overwritten with the result.
@@ -31,6 +32,8 @@ def gated(gate: Tensor, up: Tensor, hidden: Tensor, b_gate: Tensor, b_up: Tensor
     """
     count, rows, width = hidden.shape
     rank, inner = width // 2, gate.shape[-1]
+    if inner <= WIDE:
+        raise ValueError(f"activations of {inner} are too narrow")
     result = torch.empty(count, rows, rank, dtype=gate.dtype, device=gate.device)
     padded = max(16, triton.next_power_of_2(rank))
     registers = {"maxnreg": 128} if padded == 16 else {}  # four blocks on a multiprocessor, not three
@@ -111,7 +114,7 @@ def _reduced(logits, totals, best, COUNT: tl.constexpr, WORDS: tl.constexpr):
 
 
 def can_attend(query: Tensor, value: Tensor) -> bool:
-    """Whether `attend` can do heads of this width."""
+    """Whether `attend` can do heads of these widths."""
     width = query.shape[-1]
     return value.shape[-1] == width and triton.next_power_of_2(width) * query.dtype.itemsize <= WIDEST
 
@@ -134,37 +137,41 @@ def attend(
     rows, heads, length, width = query.shape
     shared, keys = key.shape[1:3]
     result = torch.empty(rows, length, heads, width, dtype=query.dtype, device=query.device)
-    strides = []
-    for one in (query, key, value):
-        if one.stride(3) != 1 or any(stride % width for stride in one.stride()[:3]):
-            raise ValueError(f"heads of {width} that are {one.stride()} apart")
-        strides += [stride // width for stride in one.stride()[:3]]
+    query, key, value = (spaced(one) for one in (query, key, value))
+    strides = [stride // width for one in (query, key, value) for stride in one.stride()[:3]]
     first, values = beginning or (key, value)
     before, adapters = (first.shape[2], len(first)) if beginning else (0, 1)
     groups, padded = heads // shared, max(16, triton.next_power_of_2(width))
-    is_one = groups * length <= LOW
-    tall = LOW if is_one else TALL
+    is_low = groups * length <= LOW
+    tall = LOW if is_low else TALL
     _attend[rows * shared, triton.cdiv(groups * length, tall)](
         query, key, value, first, values, seen.contiguous(), result, *strides, length, keys, before,
         rows // adapters, len(seen), scale * LOG2_E, shared, groups, width, padded, tall,
         WIDE if padded * query.dtype.itemsize <= WIDEST // 2 else WIDE // 2, keys == length,
-        num_warps=2 if is_one else 4, num_stages=2,
+        num_warps=2 if is_low else 4, num_stages=2,
     )  # fmt: skip
     return result
 
 
+def spaced(heads: Tensor) -> Tensor:
+    """Heads whose distances in memory are multiples of their width; a copy where they are not."""
+    width = heads.shape[-1]
+    is_even = heads.stride(3) == 1 and not any(stride % width for stride in heads.stride()[:3])
+    return heads if is_even else heads.contiguous()
+
+
 @triton.jit(do_not_specialize=[
     "query_row", "query_head", "query_token", "key_row", "key_head", "key_token", "value_row", "value_head",
-    "value_token", "length", "keys", "before", "sharing", "masks",
+    "value_token", "length", "keys", "before", "rows_each", "masks",
 ])  # fmt: skip
 def _attend(
     query, key, value, first_key, first_value, seen, result, query_row, query_head, query_token, key_row, key_head,
-    key_token, value_row, value_head, value_token, length, keys, before, sharing, masks, scale,
-    SHARED: tl.constexpr, GROUPS: tl.constexpr, WIDTH: tl.constexpr, PADDED: tl.constexpr, TALL: tl.constexpr,
+    key_token, value_row, value_head, value_token, length, keys, before, rows_each, masks, scale,
+    KEY_HEADS: tl.constexpr, GROUPS: tl.constexpr, WIDTH: tl.constexpr, PADDED: tl.constexpr, TALL: tl.constexpr,
     WIDE: tl.constexpr, IS_SELF: tl.constexpr,
 ):  # fmt: skip
     """The next TALL queries of a row's heads that share keys, token by token; strides are in heads."""
-    row, head = (tl.program_id(0) // SHARED).to(tl.int64), tl.program_id(0) % SHARED
+    row, head = (tl.program_id(0) // KEY_HEADS).to(tl.int64), tl.program_id(0) % KEY_HEADS
     start = tl.program_id(1) * TALL
     place = start + tl.arange(0, TALL)
     token, own_head = place // GROUPS, head * GROUPS + place % GROUPS
@@ -175,7 +182,7 @@ def _attend(
     q = tl.load(query + row * query_row * WIDTH + side[:, None] * WIDTH + number[None, :], mask=is_here, other=0.0)
     key += (row * key_row + head * key_head) * WIDTH
     value += (row * value_row + head * value_head) * WIDTH
-    shared = ((row // sharing) * SHARED + head) * before * WIDTH
+    common_at = ((row // rows_each) * KEY_HEADS + head) * before * WIDTH
     total = before + keys
     seen += ((row % masks) * length + token) * tl.cdiv(total, 64)
     # of tokens that see only what stands before them, the last of these
@@ -186,7 +193,7 @@ def _attend(
         other = at + tl.arange(0, WIDE)
         own = other - before
         is_first, is_other = own[:, None] < 0, (other < total)[:, None] & is_number
-        common = shared + other[:, None] * WIDTH + number[None, :]
+        common = common_at + other[:, None] * WIDTH + number[None, :]
         where = tl.where(is_first, first_key + common, key + own[:, None] * key_token * WIDTH + number[None, :])
         k = tl.load(where, mask=is_other, other=0.0)
         where = tl.where(is_first, first_value + common, value + own[:, None] * value_token * WIDTH + number[None, :])
@@ -199,5 +206,5 @@ def _attend(
         sums = sums * less + tl.sum(weight, 1)
         found = tl.dot(weight.to(v.dtype), v, found * less[:, None], input_precision="ieee")
         largest = more
-    to = (row * length * SHARED * GROUPS) * WIDTH + (token * SHARED * GROUPS + own_head)[:, None] * WIDTH
+    to = (row * length * KEY_HEADS * GROUPS) * WIDTH + (token * KEY_HEADS * GROUPS + own_head)[:, None] * WIDTH
     tl.store(result + to + number[None, :], (found / sums[:, None]).to(result.dtype.element_ty), mask=is_here)

@@ -10,7 +10,7 @@ from typing import NamedTuple
 
 import numpy as np
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from questions import Question
 
@@ -19,9 +19,9 @@ WORTH = 8  # tokens that prompts have to share before it pays to compute them ap
 
 
 class Tree(NamedTuple):
-    """The responses of a question as a tree of tokens."""
+    """The responses of a question as a tree of tokens; behind each node come all that follow from it."""
 
-    parents: list[int]  # of each node that goes through the model, the node before it, or START
+    parents: list[int]  # of each node that goes through the model, the node it follows, or START
     tokens: list[int]
     depths: list[int]
     edges: list[tuple[int, int]]  # (from node, to token): what has a log-probability
@@ -38,8 +38,9 @@ class Sheet(NamedTuple):
     numbers: list[int]  # which questions
     tokens: Tensor  # [rows, length] int64
     positions: Tensor  # [rows, length] int64
-    mask: Tensor | None  # [rows, 1, length, prefix + length] bool; None where it is simply causal
-    near: Tensor | None  # the same for layers that see no further than a window; None where all rows lie within it
+    until: (
+        Tensor | None
+    )  # [rows, length] int64: the place from which on a token is not seen; None: it is seen to the end
     picks: Tensor  # [picks] int64: places in the flattened rows whose logits are needed
     edges: Tensor  # [edges, 2] int64: number of the pick, token
     pick_of: list[dict[int, int]]  # of each row, the number of the pick by node
@@ -51,16 +52,18 @@ def tree_of(question: Question) -> Tree:
     tree = Tree([], [], [], [], [], [])
     edge_numbers: dict[tuple[int, int], int] = {}
     nodes: dict[tuple[int, int], int] = {}
-    for number, path in enumerate(question.paths):
-        used = path.tokens if number == question.right else path.tokens[: path.length]
+    used = [path.tokens if number == question.right else path.tokens[: path.length]
+            for number, path in enumerate(question.paths)]  # fmt: skip
+    found: dict[int, list[int]] = {}
+    for number in sorted(range(len(used)), key=used.__getitem__):  # so that a branch is whole before the next begins
         at, edges = START, []
-        for depth, token in enumerate(used):
+        for depth, token in enumerate(used[number]):
             if depth:
-                step = (at, used[depth - 1])
+                step = (at, used[number][depth - 1])
                 if step not in nodes:
                     nodes[step] = len(tree.tokens)
                     tree.parents.append(at)
-                    tree.tokens.append(used[depth - 1])
+                    tree.tokens.append(used[number][depth - 1])
                     tree.depths.append(depth - 1)
                 at = nodes[step]
             edge = (at, token)
@@ -68,7 +71,9 @@ def tree_of(question: Question) -> Tree:
                 edge_numbers[edge] = len(tree.edges)
                 tree.edges.append(edge)
             edges.append(edge_numbers[edge])
-        tree.paths.append(edges)
+        found[number] = edges
+    for number, path in enumerate(question.paths):
+        tree.paths.append(found[number])
         tree.lengths.append(path.length)
     return tree
 
@@ -109,17 +114,11 @@ def deal(lengths: list[int], most: int, heights: list[int], tallest: int) -> lis
     return batches
 
 
-def sheet_of(
-    numbers: list[int], questions: list[Question], trees: list[Tree], prefix: int, window: int | None
-) -> Sheet:
-    """Some questions as a batch.
-
-    Args:
-        prefix: tokens at the beginning of each prompt that are computed apart.
-        window: how far back some of the model's layers see; None: to the beginning.
-    """
+def sheet_of(numbers: list[int], questions: list[Question], trees: list[Tree], prefix: int) -> Sheet:
+    """Some questions as a batch; `prefix`: tokens at the beginning of each prompt that are computed apart."""
     length = max(length_of(questions[number], trees[number], prefix) for number in numbers)
-    tokens, positions = np.zeros((2, len(numbers), length), np.int64)
+    tokens, positions, until = np.zeros((3, len(numbers), length), np.int64)
+    until[:] = np.arange(1, length + 1)  # padding sees itself
     picks, edges, pick_of, edge_of = [], [], [], []
     for row, number in enumerate(numbers):
         prompt, tree = questions[number].tokens[prefix:], trees[number]
@@ -127,6 +126,8 @@ def sheet_of(
         tokens[row, :end] = [*prompt, *tree.tokens]
         positions[row, :size] = np.arange(prefix, prefix + size)
         positions[row, size:end] = np.asarray(tree.depths, np.int64) + prefix + size
+        until[row, :size] = length
+        until[row, size:end] = np.asarray(ends_of(tree), np.int64) + size
         pick_of.append({})
         edge_of.append(len(edges))
         for node, token in tree.edges:
@@ -134,14 +135,10 @@ def sheet_of(
                 pick_of[-1][node] = len(picks)
                 picks.append(row * length + size + node)
             edges.append((pick_of[-1][node], token))
-    mask = near = None
-    if any(is_branched(trees[number]) for number in numbers) or prefix:
-        seen = seen_by(numbers, questions, trees, prefix, length)
-        mask = torch.from_numpy(seen)
-        near = None if window is None else torch.from_numpy(seen & within(window, positions, prefix))
+    is_simple = not prefix and not any(is_branched(trees[number]) for number in numbers)
     return Sheet(
-        numbers, torch.from_numpy(tokens), torch.from_numpy(positions), mask, near, torch.tensor(picks),
-        torch.tensor(edges), pick_of, edge_of,
+        numbers, torch.from_numpy(tokens), torch.from_numpy(positions), None if is_simple else torch.from_numpy(until),
+        torch.tensor(picks), torch.tensor(edges), pick_of, edge_of,
     )  # fmt: skip
 
 
@@ -150,24 +147,27 @@ def is_branched(tree: Tree) -> bool:
     return tree.parents != list(range(START, len(tree.parents) - 1))
 
 
-def seen_by(numbers: list[int], questions: list[Question], trees: list[Tree], prefix: int, length: int) -> np.ndarray:
-    """What each token sees, [rows, 1, length, prefix + length]: what stands before it, of its tree what leads to it."""
-    seen = np.ones((len(numbers), length, prefix + length), bool)
-    seen[:, :, prefix:] = np.tri(length, dtype=bool)
-    for row, number in enumerate(numbers):
-        start, tree = len(questions[number].tokens) - prefix, trees[number]
-        for node, parent in enumerate(tree.parents):
-            seen[row, start + node, prefix + start :] = False
-            if parent != START:
-                seen[row, start + node, prefix + start :] = seen[row, start + parent, prefix + start :]
-            seen[row, start + node, prefix + start + node] = True
-    return seen[:, None]
+def ends_of(tree: Tree) -> list[int]:
+    """Of each node the place behind all that follow from it."""
+    ends = [*range(1, len(tree.parents) + 1)]
+    for node in reversed(range(len(ends))):
+        if (parent := tree.parents[node]) != START:
+            ends[parent] = max(ends[parent], ends[node])
+    return ends
 
 
-def within(window: int, positions: np.ndarray, prefix: int) -> np.ndarray:
-    """Which tokens are less than a window apart by their positions, [rows, 1, length, prefix + length]."""
-    rows, length = positions.shape
-    keys = np.concatenate([np.broadcast_to(np.arange(prefix), (rows, prefix)), positions], 1)
-    near = positions[:, :, None] - keys[:, None, :] < window
-    near |= np.eye(length, prefix + length, prefix, dtype=bool)  # padding sees itself, so that it sees something
+def seen_in(sheet: Sheet, prefix: int) -> Tensor:
+    """What each token of a sheet that is not simply causal sees, [rows, 1, length, prefix + length] bool: the prefix,
+    its prompt so far, and of its tree what leads to it."""
+    at = torch.arange(sheet.tokens.shape[1], device=sheet.tokens.device)
+    own = (at <= at[:, None]) & (at[:, None] < sheet.until[:, None, :])
+    return nn.functional.pad(own, (prefix, 0), value=True)[:, None]
+
+
+def near_in(sheet: Sheet, prefix: int, window: int) -> Tensor:
+    """Which tokens are less than a window apart by their positions, or one: [rows, 1, length, prefix + length] bool."""
+    first = torch.arange(prefix, device=sheet.tokens.device).expand(len(sheet.tokens), -1)
+    keys = torch.cat([first, sheet.positions], 1)
+    near = sheet.positions[:, :, None] < keys[:, None, :] + window
+    near |= torch.eye(*near.shape[1:], dtype=torch.bool, device=near.device).roll(prefix, 1)  # padding sees itself
     return near[:, None]
