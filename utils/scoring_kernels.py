@@ -125,7 +125,8 @@ def attend(
     """Attention of rows that share what they see and, if they do, what they begin with.
 
     Args:
-        query: [rows, heads, length, width]; key, value: [rows, heads / groups, keys, width].
+        query: [rows, heads, length, width]; key, value: [rows, heads / groups, keys, width]. Where there are as many
+            keys as tokens they belong to them, and none is seen from before it, whatever `seen` says.
         seen: which of the beginning's and their own keys, as attention.packed gives it, [some, 1, length, words]; the
             rows are a multiple of them, and have them in turn.
         scale: what products of queries and keys are multiplied by.
