@@ -86,7 +86,8 @@ class Grader:
         for this model.
         """
         said = self._said_by_vllm(steps) if self.engine == "vllm" else {}  # before this process takes the device
-        gc.freeze()  # what is there by now stays: to look through it again and again holds up all threads
+        if not gc.get_freeze_count():
+            gc.freeze()  # what was imported stays: to look through it again and again holds up all threads
         tried = self._tried()
         theirs = scored_base.expected(self.base.model, self.folder, self._read(self.last), tried)
         self.base.fuse()

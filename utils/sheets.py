@@ -38,9 +38,7 @@ class Sheet(NamedTuple):
     numbers: list[int]  # which questions
     tokens: Tensor  # [rows, length] int64
     positions: Tensor  # [rows, length] int64
-    until: (
-        Tensor | None
-    )  # [rows, length] int64: the place from which on a token is not seen; None: it is seen to the end
+    until: Tensor | None  # [rows, length] int64: the place from which on a token is unseen; None: simply causal
     picks: Tensor  # [picks] int64: places in the flattened rows whose logits are needed
     edges: Tensor  # [edges, 2] int64: number of the pick, token
     pick_of: list[dict[int, int]]  # of each row, the number of the pick by node
@@ -49,32 +47,27 @@ class Sheet(NamedTuple):
 
 def tree_of(question: Question) -> Tree:
     """The tree of a question's options; of the right one's response all tokens, of the others' those of the text."""
-    tree = Tree([], [], [], [], [], [])
-    edge_numbers: dict[tuple[int, int], int] = {}
-    nodes: dict[tuple[int, int], int] = {}
     used = [path.tokens if number == question.right else path.tokens[: path.length]
             for number, path in enumerate(question.paths)]  # fmt: skip
-    found: dict[int, list[int]] = {}
+    tree = Tree([], [], [], [], [[] for _ in used], [path.length for path in question.paths])
+    nodes: dict[tuple[int, int], int] = {}
+    edges: dict[tuple[int, int], int] = {}
     for number in sorted(range(len(used)), key=used.__getitem__):  # so that a branch is whole before the next begins
-        at, edges = START, []
+        at = START
         for depth, token in enumerate(used[number]):
             if depth:
                 step = (at, used[number][depth - 1])
                 if step not in nodes:
                     nodes[step] = len(tree.tokens)
                     tree.parents.append(at)
-                    tree.tokens.append(used[number][depth - 1])
+                    tree.tokens.append(step[1])
                     tree.depths.append(depth - 1)
                 at = nodes[step]
             edge = (at, token)
-            if edge not in edge_numbers:
-                edge_numbers[edge] = len(tree.edges)
+            if edge not in edges:
+                edges[edge] = len(tree.edges)
                 tree.edges.append(edge)
-            edges.append(edge_numbers[edge])
-        found[number] = edges
-    for number, path in enumerate(question.paths):
-        tree.paths.append(found[number])
-        tree.lengths.append(path.length)
+            tree.paths[number].append(edges[edge])
     return tree
 
 
