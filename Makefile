@@ -11,7 +11,8 @@ export DATASET MODEL MODELS RANK RANKS KEEP SEED FORCE DEVICES PRUNE_PRETRAIN FI
 
 .DEFAULT_GOAL := help
 .PHONY: help setup lock model data data-all register check-data recipe check-recipes pretrain finetune collect collect-all \
-	plan status verify clean-checkpoints index export import evaluate stats report publish pull demo test test-all lint format
+	plan status verify clean-checkpoints index export import evaluate stats report publish pull demo test test-all test-runs test-others \
+	lint format
 
 help:  ## list the targets
 	@awk -F ':.*## ' '/^##@/ {print "\n" substr($$0, 5)} /^[a-z-]+:.*## / {printf "  make %-18s %s\n", $$1, $$2}' Makefile
@@ -22,11 +23,16 @@ demo: setup  ## everything once, for real: model, training, 16 checkpoints, veri
 	@$(PY) utils/demo.py
 
 test: setup  ## run the tests
-	@$(PY) -m pytest -q -m "not slow" tests
+	@$(MAKE) --no-print-directory -j 2 test-runs test-others SPEED="not slow"
 
 test-all: setup  ## run the tests that take minutes too, some with the embedded model
 	@$(PY) utils/fetch_model.py smollm2-135m
-	@$(PY) -m pytest -q tests
+	@$(MAKE) --no-print-directory -j 2 test-runs test-others SPEED="slow or not slow"
+
+test-runs: WHICH := runs
+test-others: WHICH := not runs
+test-runs test-others: setup
+	@$(PY) -m pytest -q -m "($(WHICH)) and ($(SPEED))" tests
 
 ##@ Prepare
 setup:  ## make .venv from requirements.txt (every target does so by itself)

@@ -182,3 +182,4 @@ def trained_place(place, trained_once) -> handmade.Place:
 
 def pytest_configure(config):
     config.addinivalue_line("markers", "slow: takes minutes; `make test-all` runs it, `make test` does not")
+    config.addinivalue_line("markers", "runs: starts trainings as processes; `make test` has two pytest, one for these")

@@ -7,6 +7,8 @@ from pathlib import Path
 
 import pytest
 
+pytestmark = pytest.mark.runs
+
 CATEGORY = "common-sense-reasoning"
 CELL = ("DATASET=To-y", "MODEL=tiny-one")
 

@@ -8,6 +8,8 @@ import packed
 import pytest
 import tiny_models
 
+pytestmark = pytest.mark.runs
+
 UNLIKE = {
     "lora_dropout": 0.1, "use_dora": True, "val_size": 0.1, "packing": True, "report_to": "tensorboard",
     "group_by_length": True, "optim": "adafactor",

@@ -11,6 +11,8 @@ from pathlib import Path
 import pytest
 from test_sweep import CATEGORY, left_over, runs_of, sweep, workers_of
 
+pytestmark = pytest.mark.runs
+
 ROOT = Path(__file__).resolve().parent.parent
 PYTHON = ROOT / ".venv" / "bin" / "python"
 

@@ -20,6 +20,8 @@ import stage
 import status
 from cli import UserError
 
+pytestmark = pytest.mark.runs
+
 ROOT = Path(__file__).resolve().parent.parent
 PYTHON = ROOT / ".venv" / "bin" / "python"
 # A node that sees, at the repository's path, another folder: in a mount namespace of its own, as on another machine.
