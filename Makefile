@@ -24,13 +24,15 @@ demo: setup  ## everything once, for real: model, training, 16 checkpoints, veri
 
 test: setup  ## run the tests
 	@$(MAKE) --no-print-directory -j 2 test-runs test-others SPEED="not slow"
+	@$(PY) -m pytest -q -m "alone and not slow" tests
 
 test-all: setup  ## run the tests that take minutes too, some with the embedded model
 	@$(PY) utils/fetch_model.py smollm2-135m
 	@$(MAKE) --no-print-directory -j 2 test-runs test-others SPEED="slow or not slow"
+	@$(PY) -m pytest -q -m alone tests
 
-test-runs: WHICH := runs
-test-others: WHICH := not runs
+test-runs: WHICH := runs and not alone
+test-others: WHICH := not runs and not alone
 test-runs test-others: setup
 	@$(PY) -m pytest -q -m "($(WHICH)) and ($(SPEED))" tests
 

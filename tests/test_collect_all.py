@@ -39,6 +39,7 @@ def status(repository: Path, **environment: str) -> str:
     return done.stdout
 
 
+@pytest.mark.alone
 @pytest.mark.slow
 def test_a_category_killed_twice_ends_complete_with_every_cell_once(repository):
     """The whole process group is killed, as on a machine that goes down; the next call goes on."""
@@ -80,6 +81,7 @@ def test_a_failed_cell_costs_that_cell_and_the_status_says_so(repository):
     assert lines == {"tiny-one": ["missing", "pretrained"], "tiny-two": ["missing", "complete"]}
 
 
+@pytest.mark.alone
 def test_ctrl_c_stops_the_cell_too_and_leaves_nothing_running(repository):
     run = collect_all(repository, RANKS="4")
     saves = repository / "saves" / CATEGORY

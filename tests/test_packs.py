@@ -97,6 +97,7 @@ def test_an_engine_that_is_not_known_is_one_line(repository):
     assert "Traceback" not in output and not (repository / "saves").exists()
 
 
+@pytest.mark.alone
 @pytest.mark.slow
 @pytest.mark.parametrize("victims_of", [runs_of, workers_of])
 def test_a_pack_that_is_killed_is_done_again(repository, victims_of):
@@ -139,6 +140,7 @@ def test_plan_says_what_is_packed(repository):
     assert said(ENGINE="stock").startswith("engine: the ordinary way")
 
 
+@pytest.mark.alone
 def test_what_a_pack_trains_is_seen_from_another_shell_and_ctrl_c_leaves_nothing(repository):
     """`make status` reads step and loss of each of its runs from that run's staging folder."""
     add_to_recipes(repository, "Other", "tiny-one", "max_steps: 4000")

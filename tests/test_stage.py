@@ -91,6 +91,7 @@ def cluster(repository, tmp_path_factory, monkeypatch):
         started.kill(number)
 
 
+@pytest.mark.alone
 @pytest.mark.slow
 def test_packs_of_other_machines_come_back_and_a_killed_machine_costs_time_alone(repository, cluster):
     """Killed in the middle of its pack's finetunes: these cells are done again elsewhere."""
@@ -111,6 +112,7 @@ def test_packs_of_other_machines_come_back_and_a_killed_machine_costs_time_alone
     assert not list(kept.glob(f"*/saves/{CATEGORY}/*/*")), "a node keeps no runs"
 
 
+@pytest.mark.alone
 @pytest.mark.slow
 def test_cells_of_other_machines_have_the_same_hashes_and_a_killed_one_costs_time_alone(repository, project, cluster):
     cluster.add()

@@ -105,6 +105,7 @@ def stop(node: subprocess.Popen) -> None:
         node.wait()
 
 
+@pytest.mark.alone
 @pytest.mark.slow
 def test_a_node_that_is_killed_costs_time_alone(repository, cluster):
     address, nodes = cluster
@@ -175,6 +176,7 @@ def begun_logs(saves: Path) -> list[Path]:
     return [log for log in logs if log.stat().st_size and not (log.with_suffix("") / "manifest.json").exists()]
 
 
+@pytest.mark.alone
 @pytest.mark.slow
 def test_a_killed_worker_and_a_killed_run_cost_an_attempt_each(repository):
     run = sweep(repository, RANKS="2 4 8", ENGINE="stock")
