@@ -35,6 +35,8 @@ torch.save(found, sys.argv[1])
 SIZES = [(2, 70, 160, 8), (3, 5, 128, 4), (1, 64, 72, 20), (2, 130, 96, 64), (1, 1, 70, 1)]
 WORDS = [7, 8192, 20001]
 KINDS = [(64, torch.bfloat16), (128, torch.bfloat16), (256, torch.float16), (128, torch.float32)]  # of heads
+TYPES = {torch.bfloat16: "*bf16", torch.float16: "*fp16", torch.float32: "*fp32", torch.int64: "*i64", int: "i32",
+         float: "fp32"}  # fmt: skip
 HEADS = {
     "a common beginning": {"heads": 14, "shared": 2, "length": 80, "beginning": 70},
     "short rows": {"heads": 14, "shared": 2, "length": 5, "beginning": 9},
@@ -182,16 +184,9 @@ class Noted:
     def __getitem__(self, grid: tuple):
         def launch(*given, **options):
             named = dict(zip(self.kernel.arg_names, given, strict=True))
-            types = {torch.bfloat16: "*bf16", torch.float32: "*fp32", torch.int64: "*i64", torch.float16: "*fp16"}
             constant = {key: value for key, value in named.items() if key.isupper()}
             signature = {
-                key: "constexpr"
-                if key.isupper()
-                else types[value.dtype]
-                if torch.is_tensor(value)
-                else "fp32"
-                if isinstance(value, float)
-                else "i32"
+                key: "constexpr" if key.isupper() else TYPES[value.dtype if torch.is_tensor(value) else type(value)]
                 for key, value in named.items()
             }
             aligned = {

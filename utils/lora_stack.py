@@ -113,6 +113,7 @@ class Siblings:
     def begin(self) -> None:
         """Take the layers' present factors."""
         self.a = torch.cat([layer.a for layer in self.layers], 2)
+        self.ranks = [layer.a.shape[2] for layer in self.layers]
 
     def end(self) -> None:
         """Let them go."""
@@ -122,8 +123,7 @@ class Siblings:
         """A layer's part of `times`; an input is kept until all layers have read it."""
         if self.x is not x:
             self.x, self.hidden, self.left = x, times(x, self.a), len(self.layers)
-        ranks = [one.a.shape[2] for one in self.layers]
-        part = self.hidden.split(ranks, 2)[self.layers.index(layer)]
+        part = self.hidden.split(self.ranks, 2)[self.layers.index(layer)]
         self.left -= 1
         if self.left == 0:
             self.x = self.hidden = None
@@ -189,8 +189,11 @@ class StackedGated(nn.Module):
 
 def pays(rows: Tensor, inner: int, rank: int) -> bool:
     """Whether `gated` can do an input [rows, width], and faster than PyTorch's operations."""
-    is_wide = inner > 64 and rows.dtype.itemsize == 2
-    return not rows.is_cuda or (is_wide and rank <= MOST and len(rows) >= FEW)
+    if not rows.is_cuda:
+        return True
+    import scoring_kernels
+
+    return scoring_kernels.can_gate(inner) and rows.dtype.itemsize == 2 and rank <= MOST and len(rows) >= FEW
 
 
 def gated(gate: Tensor, up: Tensor, hidden: Tensor, b_gate: Tensor, b_up: Tensor, a_down: Tensor) -> Tensor:

@@ -293,10 +293,8 @@ def reduced(logits: Tensor) -> tuple[Tensor, Tensor]:
 def reference(model: nn.Module, question: Question) -> float:
     """The negative log-likelihood of a question's right response in nats, by the model's own plain forward pass."""
     response = question.paths[question.right].tokens
-    tokens = torch.tensor([question.tokens + response], device=model.device)
-    with torch.inference_mode():
-        logits = model(input_ids=tokens).logits[0, len(question.tokens) - 1 : -1].float()
-    chosen = torch.log_softmax(logits, -1).gather(1, tokens[0, len(question.tokens) :, None])
+    logits = logits_of(model, question.tokens, response)
+    chosen = torch.log_softmax(logits, -1).gather(1, torch.tensor(response, device=logits.device)[:, None])
     return -float(chosen.double().sum())
 
 
@@ -305,8 +303,14 @@ def missed(model: nn.Module, prompt: list[int], said: list[int]) -> float:
 
     Logits of a size above LARGE count as if they were scaled to it: so is what they are rounded to.
     """
-    tokens = torch.tensor([prompt + said], device=model.device)
-    logits = model(input_ids=tokens).logits[0, len(prompt) - 1 : -1].float()
+    logits = logits_of(model, prompt, said)
     likeliest = logits.amax(-1)
-    off = likeliest - logits.gather(1, tokens[0, len(prompt) :, None])[:, 0]
+    off = likeliest - logits.gather(1, torch.tensor(said, device=logits.device)[:, None])[:, 0]
     return float((off / (likeliest.abs() / LARGE).clamp(min=1)).amax())
+
+
+def logits_of(model: nn.Module, prompt: list[int], said: list[int]) -> Tensor:
+    """By a plain forward pass, what predicts each token that is said behind a prompt, [tokens, words] float32."""
+    with torch.inference_mode():
+        found = model(input_ids=torch.tensor([prompt + said], device=model.device)).logits
+        return found[0, len(prompt) - 1 : -1].float()

@@ -16,11 +16,17 @@ WIDEST = 512  # bytes of a head, for whose keys and values there is room
 NEVER = tl.constexpr(-1.0e30)  # of what is not seen; of tokens that see nothing, too, the difference is a number
 
 
+def can_gate(inner: int) -> bool:
+    """Whether `gated` can do activations of this width: of a loop of one round, Triton 3.6 made wrong numbers on an
+    H100 (with ranks from 17 to 32)."""
+    return inner > WIDE
+
+
 def gated(gate: Tensor, up: Tensor, hidden: Tensor, b_gate: Tensor, b_up: Tensor, a_down: Tensor) -> Tensor:
     """Of n adapters with `rows` rows each: silu(gate + hidden[:, :, :r] b_gate) * (up + hidden[:, :, r:] b_up).
 
-    Two wide activations are read and one is written, nothing else of their size. Raises ValueError for activations no
-    wider than WIDE: of a loop of one round, Triton 3.6 made wrong numbers on an H100 (with ranks from 17 to 32).
+    Two wide activations are read and one is written, nothing else of their size. Raises ValueError for activations that
+    `can_gate` refuses.
 
     Args:
         gate, up: what the base's layers make, [n * rows, inner], contiguous; `gate` is overwritten with the result.
@@ -32,7 +38,7 @@ def gated(gate: Tensor, up: Tensor, hidden: Tensor, b_gate: Tensor, b_up: Tensor
     """
     count, rows, width = hidden.shape
     rank, inner = width // 2, gate.shape[-1]
-    if inner <= WIDE:
+    if not can_gate(inner):
         raise ValueError(f"activations of {inner} are too narrow")
     result = torch.empty(count, rows, rank, dtype=gate.dtype, device=gate.device)
     padded = max(16, triton.next_power_of_2(rank))
