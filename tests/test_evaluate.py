@@ -451,8 +451,6 @@ def folder(project: Project) -> Path:
         (None, {"LIMIT": "0"}, "LIMIT=0: is not a number of rows from 1 up"),
         (None, {"LIMIT": "abc"}, "LIMIT=abc: is not a number of rows from 1 up"),
         (None, {"STEPS": "every:0"}, "STEPS=every:0: is not known; known: all, last, every:<n>"),
-        (None, {"ENGINE": "stock"}, "ENGINE=stock: cannot score; known: packed, vllm"),
-        (None, {"ENGINE": "vllm"}, "ENGINE=vllm: needs an NVIDIA GPU, and none was found or DEVICES=cpu"),
         (
             lambda p: register(p, "Toy_test", [{"prompt": "?"}], columns={"prompt": "prompt"}, prompts_only=True),
             {},

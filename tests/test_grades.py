@@ -48,7 +48,6 @@ def test_an_answer_that_ended_without_an_option_is_unread():
 
 
 def test_a_generated_answer_counts_before_what_was_followed():
-    """Another engine generates the answers to all questions."""
     graded = grades.grade("choice", [asked("[A]")] * 2, [marks(0), marks(1)], {0: "[C]", 1: "[A]"})
     assert graded.score["score"] == 0.5 and graded.answers == ["[C]", "[A]"]
 

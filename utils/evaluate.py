@@ -1,6 +1,6 @@
 """Score the base model and each checkpoint of collections on prompts that they were not trained on.
 
-    DATASET=ARC-c [MODEL=..] [RANK=..] [SPLIT=..] [STEPS=all|last|every:10] [LIMIT=n] [ENGINE=vllm] [FORCE=1]
+    DATASET=ARC-c [MODEL=..] [RANK=..] [SPLIT=..] [STEPS=all|last|every:10] [LIMIT=n] [FORCE=1]
         python utils/evaluate.py [--show N]                                                      (make evaluate)
 
 Reads collections, data/ and models/; writes evaluation.json into each collection after every few checkpoints, so that a
@@ -22,7 +22,6 @@ import devices
 import evaluation
 import export_peft
 import files
-import generation_vllm
 import index
 import prompts
 import questions
@@ -35,7 +34,7 @@ if TYPE_CHECKING:
     from grades import Graded
     from scored_base import Base
 
-ENGINES = ("packed", "vllm")
+ENGINE = "packed"  # as evaluation.json names what computed it
 BASE = evaluation.BASE
 PACKAGES = ("llamafactory", "transformers", "torch", "math-verify")
 
@@ -82,21 +81,11 @@ def check_asked() -> None:
     export_peft.selected([], asked_steps())
     if split := os.environ.get("SPLIT"):
         prompts.registered(split)
-    if asked_engine() == "vllm":
-        generation_vllm.check()
 
 
 def asked_steps() -> str:
     """Which checkpoints STEPS asks for."""
     return os.environ.get("STEPS") or "all"
-
-
-def asked_engine() -> str:
-    """The engine that ENGINE names. Raises UserError for one that is not known."""
-    name = os.environ.get("ENGINE") or ENGINES[0]
-    if name not in ENGINES:
-        raise UserError(f"ENGINE={name}: cannot score; known: {', '.join(ENGINES)}")
-    return name
 
 
 def asked_limit() -> int | None:
@@ -151,7 +140,7 @@ def score(plan: Plan, base: "Base | None", show: int) -> "Base | None":
             base = scored_base.at(manifest, base)
             entry |= computed_by(plan, base, entry)
             started, ends = time.monotonic(), {}
-            grader = grades.Grader(plan.chosen, base, plan.split, plan.metric, entry["engine"])
+            grader = grades.Grader(plan.chosen, base, plan.split, plan.metric)
             for graded in unless_replaced(plan, grader.groups(wanted)):
                 keep(entry, graded)
                 save(plan, entry)
@@ -170,11 +159,11 @@ def entry_for(plan: Plan, there: list[dict[str, Any]]) -> dict[str, Any]:
     FORCE=1 begins anew.
     """
     most = evaluation.MOST.get(plan.metric)
-    settings, engine = ({"max_new_tokens": most}, asked_engine()) if most else ({}, ENGINES[0])  # or none generates
+    settings = {"max_new_tokens": most} if most else {}
     new = {
         "split": plan.split.name, "paired": plan.split.paired, "limit": plan.limit, "metric": plan.metric,
         "rows": len(plan.split.rows), "prompts_sha256": files.sha256_of_value(plan.split.texts), "settings": settings,
-        "engine": engine, "dtype": None, "device": None, "versions": {}, "base": None, "checkpoints": [],
+        "engine": ENGINE, "dtype": None, "device": None, "versions": {}, "base": None, "checkpoints": [],
     }  # fmt: skip
     old = next((one for one in there if rows_of(one) == rows_of(new)), None)
     if old is None or run_identity.force_asked():
