@@ -18,12 +18,10 @@ from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent / "utils"))
 
-import archive
-import archive_read
-import cli
-import collection
-import paths
-from cli import UserError, say
+from paragen.archives import archive, read
+from paragen.collection import collection
+from paragen.common import cli, paths
+from paragen.common.cli import UserError, say
 
 
 def main() -> None:
@@ -73,7 +71,7 @@ def read_times(path: Path, plain: Path, rounds: int) -> tuple[float, list[float]
     ours: dict[int, list[float]] = {step: [] for step in steps}
     theirs: dict[int, list[float]] = {step: [] for step in steps}
     copied(load_file(files[steps[0]]))
-    archive_read._opened.cache_clear()
+    read._opened.cache_clear()
     first, _ = timed(lambda: archive.load_step(path, steps[0]))
     for _ in range(rounds):
         for step in steps:

@@ -23,12 +23,9 @@ sys.path.insert(0, str(Path(__file__).resolve().parent.parent / "utils"))
 
 from shapes import tokenizer_source, write_random
 
-import cells
-import cli
-import devices
-import models
-import paths
-import rank_config
+from paragen.common import cli, devices, paths
+from paragen.model import base_models
+from paragen.recipes import lookup, render
 
 WARM_UP = 4  # steps at the start that no median counts
 BLOCK = 6  # steps; the first of a block is not counted, since writing what was saved before may reach into it
@@ -53,7 +50,7 @@ def main() -> None:
     context.set_forkserver_preload(["llamafactory.train.tuner"])
     measured = {way: [] for way in WAYS if way == OURS or not args.no_stock}
     with tempfile.TemporaryDirectory(prefix="collect_overhead_") as top:
-        base = paths.MODELS / models.table()["smollm2-135m"]["folder"]
+        base = paths.MODELS / base_models.table()["smollm2-135m"]["folder"]
         if args.random_qwen:
             base = Path(top, "Qwen2.5-0.5B-random")
             in_process(context, write_random, "qwen2.5-0.5b", str(base), str(tokenizer_source()))
@@ -81,12 +78,12 @@ def measure(way: str, base: str, steps: int, rank: int, top: str, result: str) -
     devices.pin(wanted)
     from llamafactory.train.tuner import run_exp
 
-    from collector import Collector, Rules
+    from paragen.training.collector import Collector, Rules
 
-    recipe = cells.find("Demo", "smollm2-135m", "finetune")
+    recipe = lookup.find("Demo", "smollm2-135m", "finetune")
     out = Path(top, "out")
     out.mkdir()
-    config = rank_config.render(recipe, rank)
+    config = render.render(recipe, rank)
     arguments = {**config, "resume_from_checkpoint": None, "save_total_limit": None, "plot_loss": False}
     arguments |= {"model_name_or_path": base, "max_steps": steps, "output_dir": str(out), **WAYS[way]}
     arguments |= {"dataset_dir": str(paths.DATA), **devices.settings(wanted)}

@@ -9,8 +9,8 @@ import shapes
 import torch
 from torch.profiler import ProfilerActivity, profile
 
-import cli
-from cli import say
+from paragen.common import cli
+from paragen.common.cli import say
 
 REPEATED = 3  # steps
 BASE, LORA = "base layers' products", "LoRA's products"

@@ -14,9 +14,9 @@ from typing import Any
 
 import scratch
 
-import cli
-import index
-from cli import say
+from paragen.collection import index
+from paragen.common import cli
+from paragen.common.cli import say
 
 DATASET, MODEL = "Demo", "smollm2-135m"
 WAYS = ("together", "one at a time", "PEFT")
@@ -30,15 +30,13 @@ def run(args: argparse.Namespace, _: Path) -> int:
     from evaluate_peft import Peft
     from timed import note_spans
 
-    import grades
-    import questions
-    import scored_base
-    from scoring import Scorer
+    from paragen.scoring import checkpoint_scores, questions, scored_base
+    from paragen.scoring.model_passes import Scorer
 
     chosen = next(one for one in index.chosen() if MODEL in one.name.lower())
     entries = chosen.manifest["checkpoints"][-args.checkpoints :]
     base = scored_base.at(chosen.manifest, None)
-    grader = grades.Grader(chosen, base, questions.split_of(chosen.manifest, ""), "choice", "packed")
+    grader = checkpoint_scores.Grader(chosen, base, questions.split_of(chosen.manifest, ""), "choice", "packed")
     peft = Peft(chosen, {})
     peft.choose_size([int(size) for size in args.sizes.split()])
     steps = [entry["step"] for entry in entries]
@@ -63,10 +61,9 @@ def run(args: argparse.Namespace, _: Path) -> int:
 
 def ours(grader: Any, steps: list[int], at_once: int, spans: list[tuple]) -> dict[str, Any]:
     """Score steps, so many at once; the time from the end of the comparison with PEFT on, by the parts in spans."""
-    import grades
-    import scored_base
+    from paragen.scoring import checkpoint_scores, scored_base
 
-    grades.AT_ONCE, plain, began = at_once, scored_base.compare, []
+    checkpoint_scores.AT_ONCE, plain, began = at_once, scored_base.compare, []
     spans.clear()
 
     def compare(*arguments):

@@ -16,14 +16,10 @@ from typing import Any
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent / "utils"))
 
-import answers
-import checkpoints
-import cli
-import collection
-import devices
-import evaluation
-import index
-from questions import Question
+from paragen.collection import checkpoints, collection, evaluation, index
+from paragen.common import cli, devices
+from paragen.scoring import answers
+from paragen.scoring.questions import Question
 
 PART = 8  # batches of each size that is tried
 
@@ -53,8 +49,7 @@ class Peft:
         from peft import LoraConfig, PeftModel
         from transformers import AutoModelForCausalLM
 
-        import questions
-        import scored_base
+        from paragen.scoring import questions, scored_base
 
         os.environ.setdefault("LLAMAFACTORY_VERBOSITY", "WARN")
         self.folder, self.noted, self.torch = chosen.folder, noted, torch

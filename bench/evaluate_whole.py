@@ -19,13 +19,11 @@ import scratch
 import shapes
 from omegaconf import OmegaConf
 
-import answers
-import cli
-import collection
-import devices
-import evaluation
-import rank_config
-from cli import UserError, say
+from paragen.collection import collection, evaluation
+from paragen.common import cli, devices
+from paragen.common.cli import UserError, say
+from paragen.recipes import render
+from paragen.scoring import answers
 
 DATASET = "ARC-c"
 LIKE = "qwen2.5-0.5b"  # the model whose recipes are taken
@@ -213,10 +211,10 @@ def predict(
     args: argparse.Namespace, top: Path, recipe: Path, adapter: Path, size: int, limit: int
 ) -> dict[str, Any] | None:
     """One process of `llamafactory-cli train` that predicts; None where it fails (out of memory, say)."""
-    rendered = rank_config.render(recipe, args.rank)
+    rendered = render.render(recipe, args.rank)
     out = top.parent / f"predicted {size} {limit}"
     config = {
-        "model_name_or_path": str(rank_config.resolve(recipe, rendered["model_name_or_path"])),
+        "model_name_or_path": str(render.resolve(recipe, rendered["model_name_or_path"])),
         "adapter_name_or_path": str(adapter), "stage": "sft", "do_predict": True, "predict_with_generate": True,
         "finetuning_type": "lora", "dataset_dir": str(top / "data"), "eval_dataset": f"{DATASET}_test",
         "template": rendered["template"], "cutoff_len": rendered["cutoff_len"], "output_dir": str(out),

@@ -17,11 +17,8 @@ from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent / "utils"))
 
-import cli
-import collection
-import files
-import index
-import paths
+from paragen.collection import collection, index
+from paragen.common import cli, files, paths
 
 PROMPTS = 8  # per pair
 HIDDEN = 576  # width of the made-up layers

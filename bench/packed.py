@@ -19,7 +19,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parent.parent / "utils"))
 
 from shapes import ROOT, SHAPES
 
-import cli
+from paragen.common import cli
 
 
 def main() -> int | None:

@@ -5,6 +5,7 @@ used is told, too, for a machine that others use at the same time.
 """
 
 import argparse
+import importlib
 import multiprocessing
 import os
 import resource
@@ -16,8 +17,8 @@ from typing import Any
 import scratch
 import shapes
 
-import cli
-from cli import UserError, say
+from paragen.common import cli
+from paragen.common.cli import UserError, say
 
 DATASET, LIKE, MODEL = "Demo", "smollm2-135m", "SmolLM2-135M-Instruct-Q4_1"
 RANKS = (2, 4, 8, 16, 64)
@@ -45,7 +46,7 @@ def run(args: argparse.Namespace, top: Path) -> int:
         say(f"rank {rank}: {sum(one['seconds'] for one in found['one after the other'][-2:]):.1f} s")
     (top / "saves").rename(top / "stock saves")
     cells = [str(word) for rank in ranks for word in ("--cell", *recipes, rank)]
-    found["packed"].append(forked("packed_train", cells, "packed", top / "packed.log"))
+    found["packed"].append(forked("paragen.packed.packed_train", cells, "packed", top / "packed.log"))
     scratch.write_json(args.out, found)
     show(found)
     return 0
@@ -70,7 +71,7 @@ def call(script: str, arguments: list[str], engine: str, log: str) -> None:
     os.dup2(handle, 2)
     os.environ["ENGINE"] = engine
     sys.argv = [script, *arguments]
-    cli.run(__import__(script).main)
+    cli.run(importlib.import_module(script).main)
 
 
 def show(found: dict[str, Any]) -> None:

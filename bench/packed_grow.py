@@ -18,11 +18,11 @@ import shapes
 import torch
 from timed import peak_gb, work_of
 
-import cli
-from cli import say
-from packed_batches import IGNORED, Row, Step, buckets, to_batch
-from packed_engine import Adapter, Engine
-from packed_layers import PackedLinear
+from paragen.common import cli
+from paragen.common.cli import say
+from paragen.packed.batches import IGNORED, Row, Step, buckets, to_batch
+from paragen.packed.layers import PackedLinear
+from paragen.packed.packed_engine import Adapter, Engine
 
 RANKS = (2, 4, 8, 16, 64)
 ROWS = {"pretrain": 8, "collect": 2}

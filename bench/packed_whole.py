@@ -14,8 +14,8 @@ from typing import Any
 import scratch
 import shapes
 
-import cli
-from cli import UserError, say
+from paragen.common import cli
+from paragen.common.cli import UserError, say
 
 DATASET = "ARC-c"
 LIKE = "qwen2.5-0.5b"  # the model whose recipes are taken
@@ -101,13 +101,13 @@ class Bench:
 
     def stock(self) -> dict[str, Any]:
         """The first steps of both phases with the documented protocol."""
-        import rank_config
+        from paragen.recipes import render
 
         measured, found = [int(count) for count in self.args.stock_steps.split()], {}
         for recipe, phase, count in zip(self.recipes, ("pretrain", "finetune"), measured, strict=True):
-            config = rank_config.render(recipe, self.rank)
+            config = render.render(recipe, self.rank)
             for key in ("model_name_or_path", "dataset_dir"):
-                config[key] = str(rank_config.resolve(recipe, config[key]))
+                config[key] = str(render.resolve(recipe, config[key]))
             accumulated = config["per_device_train_batch_size"] * config["gradient_accumulation_steps"]
             config |= {
                 **COMMON,

@@ -16,9 +16,8 @@ sys.path.insert(0, str(Path(__file__).resolve().parent.parent / "utils"))
 
 import numpy as np
 
-import cli
-import report
-import report_data
+from paragen.analysis import report, report_data
+from paragen.common import cli
 
 MODELS = {"qwen2.5-0.5b": "Qwen2.5-0.5B-Instruct", "smollm2-135m": "SmolLM2-135M-Instruct", "gpt2": "gpt2"}
 DATASETS = ("ARC-c", "ARC-e", "BoolQ", "HellaSwag", "OBQA", "PIQA", "WinoGrande", "GSM8K", "MATH", "CodeAlpaca-20K",

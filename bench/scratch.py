@@ -17,8 +17,8 @@ from typing import Any
 from omegaconf import OmegaConf
 from shapes import ROOT
 
-import cli
-from cli import say
+from paragen.common import cli
+from paragen.common.cli import say
 
 CATEGORY = "common-sense-reasoning"
 

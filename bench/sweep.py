@@ -182,7 +182,7 @@ class NoOp:
         pass
 
     def collect(self, pack, packed, smaller):
-        from cell_worker import Outcome
+        from paragen.sweep.cell_worker import Outcome
 
         return [Outcome("collected", None, 0.0)] * len(pack)
 
@@ -193,7 +193,8 @@ class NoOp:
 def no_op(top: Path, count: int) -> float:
     """Seconds per cell that the scheduler itself takes."""
     code = (
-        "import sys, time; sys.path[:0] = ['utils', %r]; import status, sweep, bench_sweep as bench\n"
+        "import sys, time; sys.path[:0] = ['utils', %r]\n"
+        "import bench_sweep as bench\nfrom paragen.sweep import sweep\nfrom paragen.training import status\n"
         "cells = status.chosen_cells('', [])[:1] * 0 + [cell._replace(rank=rank) "
         "for cell in status.chosen_cells('', [])[:1] for rank in range(1, %d)]\n"
         "times = []\n"

@@ -21,8 +21,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parent.parent / "utils"))
 
 from shapes import Seen, Work
 
-import cli
-import devices
+from paragen.common import cli, devices
 
 
 def main() -> None:
@@ -30,7 +29,7 @@ def main() -> None:
     devices.pin(devices.choose())
     noted: dict[str, Any] = {}
     try:
-        {"stock": stock, "train": ordinary, "packed": packed, "evaluate": evaluated}[what](noted, arguments)
+        {"stock": stock, "train": trained, "packed": packed, "evaluate": evaluated}[what](noted, arguments)
     finally:
         noted["peak_GB"] = max(noted.get("peak_GB", 0.0), peak_gb())
         Path(result).write_text(json.dumps(noted))
@@ -44,7 +43,7 @@ def stock(noted: dict[str, Any], arguments: list[str]) -> None:
     run_exp(config | devices.settings(devices.choose()), [steps_clock(noted, int(arguments[1]), saves=False)])
 
 
-def ordinary(noted: dict[str, Any], arguments: list[str]) -> None:
+def trained(noted: dict[str, Any], arguments: list[str]) -> None:
     """train.py, with the same callback beside its own."""
     from llamafactory.train import tuner
 
@@ -93,17 +92,14 @@ def steps_clock(noted: dict[str, Any], stop: int, saves: bool) -> Any:
 
 def packed(noted: dict[str, Any], arguments: list[str]) -> None:
     """packed_train.py; notes the spans of its parts and, of each pack, when the losses of its steps were known."""
-    import packed_base
-    import packed_engine
-    import packed_loop
-    import packed_train
+    from paragen.packed import frozen_base, loop, packed_engine, packed_train
 
     noted |= {"imported": time.time(), "spans": [], "packs": []}
-    for owner, name in ((packed_base.Base, "_load"), (packed_base.Base, "admit"), (packed_loop, "fitting"),
-                        (packed_loop.Pack, "__init__"), (packed_loop.Pack, "complete")):  # fmt: skip
+    for owner, name in ((frozen_base.Base, "_load"), (frozen_base.Base, "admit"), (loop, "fitting"),
+                        (loop.Pack, "__init__"), (loop.Pack, "complete")):  # fmt: skip
         note_spans(owner, name, noted["spans"])
     known: list[float] = []
-    plain_steps, plain_train = packed_engine.Engine.train, packed_loop.Pack.train
+    plain_steps, plain_train = packed_engine.Engine.train, loop.Pack.train
 
     def steps(engine, *given):
         for item in plain_steps(engine, *given):
@@ -121,7 +117,7 @@ def packed(noted: dict[str, Any], arguments: list[str]) -> None:
         })  # fmt: skip
         return whole
 
-    packed_engine.Engine.train, packed_loop.Pack.train = steps, train
+    packed_engine.Engine.train, loop.Pack.train = steps, train
     sys.argv = ["packed_train.py", *arguments]
     status = packed_train.main()
     noted["peak_GB"] = max((pack["peak_GB"] for pack in noted["packs"]), default=0.0)
@@ -132,15 +128,14 @@ def evaluated(noted: dict[str, Any], arguments: list[str]) -> None:
     """evaluate.py; notes the spans of its parts, what went through the model and how many answers were generated."""
     os.environ.setdefault("LLAMAFACTORY_VERBOSITY", "WARN")
     import evaluate
-    import evaluation
-    import grades
-    import scored_base
-    from scoring import Scorer
+    from paragen.collection import evaluation
+    from paragen.scoring import checkpoint_scores, scored_base
+    from paragen.scoring.model_passes import Scorer
 
     noted |= {"imported": time.time(), "device": devices.describe(), "spans": [], "generated": 0, "passes": []}
-    for owner, name in ((scored_base, "load_model"), (grades.Grader, "__init__"), (scored_base, "expected"),
-                        (grades.Grader, "_compare"), (grades.Grader, "_stack"),
-                        (Scorer, "begin"), (Scorer, "finish"), (Scorer, "generate"), (grades, "grade"),
+    for owner, name in ((scored_base, "load_model"), (checkpoint_scores.Grader, "__init__"), (scored_base, "expected"),
+                        (checkpoint_scores.Grader, "_compare"), (checkpoint_scores.Grader, "_stack"),
+                        (Scorer, "begin"), (Scorer, "finish"), (Scorer, "generate"), (checkpoint_scores, "grade"),
                         (evaluation, "write")):  # fmt: skip
         note_spans(owner, name, noted["spans"])
     plain, launch = Scorer.generate, Scorer.begin

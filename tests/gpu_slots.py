@@ -4,9 +4,9 @@ import os
 import sys
 import time
 
-import sweep
-from cell_worker import Outcome
-from status import Cell
+from paragen.sweep import sweep
+from paragen.sweep.cell_worker import Outcome
+from paragen.training.status import Cell
 
 
 class Teller:

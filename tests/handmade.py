@@ -8,11 +8,10 @@ from pathlib import Path
 
 import pytest
 
-import collection
 import export
-import files
-import paths
-from cli import UserError
+from paragen.collection import collection
+from paragen.common import files, paths
+from paragen.common.cli import UserError
 
 UTILS = Path(__file__).resolve().parent.parent / "utils"
 CATEGORY = "common-sense-reasoning"
@@ -131,7 +130,8 @@ class Place:
     def start(self, format_name: str, limit: int | None = None, **environment: str) -> subprocess.Popen:
         """The same in a process of its own, from another folder; no file may get more bytes than `limit`."""
         code = (
-            "import sys, pathlib, resource, signal; sys.path.insert(0, sys.argv[1]); import paths, cli\n"
+            "import sys, pathlib, resource, signal; sys.path.insert(0, sys.argv[1])\n"
+            "from paragen.common import cli, paths\n"
             "paths.SAVES, paths.DATA = map(pathlib.Path, sys.argv[2:4])\n"
             "signal.signal(signal.SIGXFSZ, signal.SIG_IGN)\n"
             "if len(sys.argv) > 4: resource.setrlimit(resource.RLIMIT_FSIZE, (int(sys.argv[4]),) * 2)\n"

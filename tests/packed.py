@@ -106,7 +106,9 @@ class Packable:
     def start(self, *cells: Cell, **environment: str) -> warm.Run:
         """Start utils/packed_train.py on cells; ENGINE=packed unless told otherwise, so that nothing falls back."""
         arguments = [text for cell in cells for text in cell.arguments()]
-        return warm.start("packed_train", arguments, {"ENGINE": "packed", **environment}, self.top / "packed.txt")
+        return warm.start(
+            "paragen.packed.packed_train", arguments, {"ENGINE": "packed", **environment}, self.top / "packed.txt"
+        )
 
     def packed(self, *cells: Cell, **environment: str) -> warm.Result:
         """The same to its end."""

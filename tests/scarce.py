@@ -6,15 +6,14 @@ SCARCE=prepare:N    torch runs out of memory while a pack of more than N cells i
 
 import os
 
-import packed_train
+from paragen.packed import packed_train
 
 
 def main() -> int:
     import torch
 
-    import devices
-    import packed_engine
-    import packed_memory
+    from paragen.common import devices
+    from paragen.packed import memory, packed_engine
 
     kind, number = os.environ["SCARCE"].split(":")
     if kind == "room":
@@ -22,21 +21,20 @@ def main() -> int:
         def free_bytes(device: torch.device) -> float:
             return free_bytes.amount
 
-        real = packed_memory.how_many
+        real = memory.how_many
 
         def how_many(model, dtype, adapters, steps):
             """Gives what N of the adapters need by the real measurement, and asks it again."""
-            largest = [max(each, key=packed_memory.tokens_of) for each in steps]
-            per_token, beside = packed_memory.measure(model, dtype, adapters[0], largest[0])
+            largest = [max(each, key=memory.tokens_of) for each in steps]
+            per_token, beside = memory.measure(model, dtype, adapters[0], largest[0])
             need = [
-                adapter.start.numel() * (packed_memory.STATE + packed_memory.STACKED * 4)
-                + per_token * packed_memory.tokens_of(step)
+                adapter.start.numel() * (memory.STATE + memory.STACKED * 4) + per_token * memory.tokens_of(step)
                 for adapter, step in zip(adapters, largest, strict=True)
             ]
-            free_bytes.amount = beside + (sum(need[: int(number)]) + 0.5 * min(need)) / packed_memory.USED
+            free_bytes.amount = beside + (sum(need[: int(number)]) + 0.5 * min(need)) / memory.USED
             return real(model, dtype, adapters, steps)
 
-        devices.free_bytes, packed_memory.how_many = free_bytes, how_many
+        devices.free_bytes, memory.how_many = free_bytes, how_many
     else:
         prepare = packed_engine.Engine.prepare
 

@@ -14,11 +14,10 @@ from peft import LoraConfig, get_peft_model, get_peft_model_state_dict, set_peft
 from torch import Tensor, nn
 from transformers import AutoConfig, AutoModelForCausalLM, AutoModelForImageTextToText, GenerationConfig
 
-import checkpoints
-import lora_stack
-import questions
-from questions import Question
-from scoring import Scorer
+from paragen.collection import checkpoints
+from paragen.scoring import lora_stack, questions
+from paragen.scoring.model_passes import Scorer
+from paragen.scoring.questions import Question
 
 STOPS = [2]
 ENDS = [2, 7]  # what a template may write behind a response: a token that ends it, and a line break

@@ -3,8 +3,7 @@
 from pathlib import Path
 from typing import Any
 
-import collection
-import evaluation
+from paragen.collection import collection, evaluation
 
 RISING = {"base": 0.4, 5: 0.5, 6: 0.7, 7: 0.6}
 

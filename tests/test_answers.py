@@ -8,10 +8,10 @@ import sys
 import numpy as np
 import pytest
 
-import answers
-import dataset_info
-import paths
-import prompts
+from paragen.collection import prompts
+from paragen.common import paths
+from paragen.dataset import dataset_info
+from paragen.scoring import answers
 
 LETTERS = ["[A]", "[B]", "[C]", "[D]"]
 
@@ -237,6 +237,7 @@ def test_what_is_returned_can_be_written_as_json():
 
 def test_importing_it_is_quick():
     heavy = "{'numpy', 'scipy', 'sympy', 'math_verify', 'torch'}"
-    code = f"import sys, answers; sys.exit(str({heavy} & set(sys.modules)) if {heavy} & set(sys.modules) else 0)"
+    code = "import sys; from paragen.scoring import answers; "
+    code += f"sys.exit(str({heavy} & set(sys.modules)) if {heavy} & set(sys.modules) else 0)"
     done = subprocess.run([sys.executable, "-c", code], cwd=paths.ROOT / "utils", capture_output=True, text=True)
     assert (done.returncode, done.stderr) == (0, "")

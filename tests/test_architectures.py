@@ -11,8 +11,8 @@ import tiny_models
 import warm
 from safetensors import safe_open
 
-import models
-import rank_config
+from paragen.model import base_models
+from paragen.recipes import render
 
 ROOT = Path(__file__).resolve().parent.parent
 RANK = 2
@@ -35,7 +35,7 @@ class Projects:
         )
         (top / "models").mkdir()
         for name in names or tiny_models.NAMES:
-            (top / name).rename(top / "models" / models.table()[name]["folder"])
+            (top / name).rename(top / "models" / base_models.table()[name]["folder"])
         subprocess.run([sys.executable, ROOT / "tests" / "tiny_pictures.py", top / "data"], check=True)
 
     def recipe(self, name: str, phase: str) -> Path:
@@ -49,12 +49,12 @@ class Projects:
         """The `key=value` arguments that make a recipe small."""
         if phase == "pretrain":
             return list(SMALL_PRETRAIN)
-        resumed = rank_config.render(self.recipe(name, phase), RANK)["resume_from_checkpoint"]
+        resumed = render.render(self.recipe(name, phase), RANK)["resume_from_checkpoint"]
         return [*SMALL_FINETUNE, f"resume_from_checkpoint={Path(resumed).parent}/checkpoint-2"]
 
     def model(self, name: str) -> Path:
         """The folder of a tiny model, named as the real one's."""
-        return self.top / "models" / models.table()[name]["folder"]
+        return self.top / "models" / base_models.table()[name]["folder"]
 
     def train(self, name: str, phase: str) -> Path:
         """Train a phase of a model through utils/train.py; the run folder."""
@@ -62,7 +62,7 @@ class Projects:
         overrides = self.overrides(name, phase)
         result = self.start(recipe, *overrides)
         assert result.status == 0, result.output
-        return rank_config.run_folder(recipe, rank_config.render(recipe, RANK, overrides))
+        return render.run_folder(recipe, render.render(recipe, RANK, overrides))
 
     def start(self, recipe: Path, *overrides: str, **environment: str) -> warm.Result:
         """Run utils/train.py on a recipe to its end."""
@@ -79,7 +79,7 @@ def test_the_tiny_models_stand_for_all_of_the_table():
     def kind(entry: dict) -> tuple:
         return entry["template"], entry["lora_target"], entry["processor"]
 
-    table = models.table()
+    table = base_models.table()
     assert {name: kind(table[name]) for name in tiny_models.NAMES} == {
         name: (known.template, known.lora_target, known.image_token is not None)
         for name, known in tiny_models.NAMES.items()

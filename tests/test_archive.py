@@ -16,15 +16,12 @@ import warm
 from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 
-import archive
-import archive_read
-import archive_write
-import collection
-import export_archive
 import import_archive
-import index
-import paths
-from cli import UserError
+from paragen.archives import archive, read, write
+from paragen.collection import collection, index
+from paragen.common import paths
+from paragen.common.cli import UserError
+from paragen.exports import archive as export_archive
 
 RUN = "Synth_lora-rank_2_finetune"
 
@@ -84,7 +81,7 @@ def flip(path: Path, place: int, bit: int = 0) -> None:
         byte = file.read(1)[0]
         file.seek(place)
         file.write(bytes([byte ^ 1 << bit]))
-    archive_read._opened.cache_clear()  # within a tick of the clock a file's times do not tell that it changed
+    read._opened.cache_clear()  # within a tick of the clock a file's times do not tell that it changed
 
 
 def left_overs(top: Path) -> list[Path]:
@@ -124,7 +121,7 @@ def test_a_real_collection_comes_back_with_the_same_bytes(trained_once, tmp_path
 )
 def test_any_dtypes_are_lossless_over_several_full_checkpoints(tmp_path, dtypes):
     folder = tmp_path / "math" / "Toy" / RUN
-    make_collection(folder, 2 * archive_write.GROUP + 3, tuple(dtype for dtype in dtypes if dtype.itemsize > 1))
+    make_collection(folder, 2 * write.GROUP + 3, tuple(dtype for dtype in dtypes if dtype.itemsize > 1))
     if any(dtype.itemsize == 1 for dtype in dtypes):
         manifest = collection.read_manifest(folder)
         for entry in manifest["checkpoints"]:
@@ -172,10 +169,10 @@ def test_it_is_a_safetensors_file(synthetic, tmp_path):
 def test_a_step_is_read_without_the_groups_before_it(synthetic, tmp_path):
     (path,) = archived(synthetic, tmp_path / "x.archive")
     first_block = archive.opened(path).index["steps"][0]["planes"][0]
-    flip(path, archive_read.HEAD + first_block[1])
+    flip(path, read.HEAD + first_block[1])
     with pytest.raises(UserError, match="byte plane 0 of checkpoint 5 is damaged"):
         archive.load_step(path, 5)
-    archive.load_step(path, 5 + archive_write.GROUP)
+    archive.load_step(path, 5 + write.GROUP)
     with pytest.raises(UserError, match="does not hold step 99; it holds 5 to 24"):
         archive.load_step(path, 99)
 
@@ -184,7 +181,7 @@ def test_a_flipped_bit_anywhere_is_found_and_named(tmp_path):
     folder = make_collection(tmp_path / "math" / "Toy" / RUN, 6, (torch.bfloat16,), size=32)
     (path,) = archived(folder, tmp_path / "x.archive")
     found = archive.opened(path).index
-    named = {HEADER: range(archive_read.HEAD)}
+    named = {HEADER: range(read.HEAD)}
     for name, entry in found["files"].items():
         named[name] = block_of(entry["block"])
     for entry in found["headers"]:
@@ -210,7 +207,7 @@ HEADER = "the safetensors header and its padding"  # the library finds some of i
 
 
 def block_of(block: list) -> range:
-    return range(archive_read.HEAD + block[1], archive_read.HEAD + block[1] + block[2])
+    return range(read.HEAD + block[1], read.HEAD + block[1] + block[2])
 
 
 def test_a_truncated_or_lengthened_file_is_found(synthetic, tmp_path):
@@ -218,7 +215,7 @@ def test_a_truncated_or_lengthened_file_is_found(synthetic, tmp_path):
     data = path.read_bytes()
     for wrong in (b"", data[:5], data[:600], data[: len(data) // 2], data[:-1], data + b"\0", b"no archive" * 100):
         path.write_bytes(wrong)
-        archive_read._opened.cache_clear()
+        read._opened.cache_clear()
         with pytest.raises(UserError, match=r"x\.archive: is truncated"):
             archive.restore([path], tmp_path / "saves")
     with pytest.raises(UserError, match="no such archive"):
@@ -289,12 +286,12 @@ def test_a_strangers_names_do_not_leave_saves(tmp_path):
         target = tmp_path / f"{number}.archive"
         crafted = collection.sealed(manifest | names)
         small = {paths.MANIFEST: json.dumps(crafted).encode()}
-        archive_write._write_part(target, folder, None, crafted["sha256"], small, manifest["checkpoints"], None)
+        write._write_part(target, folder, None, crafted["sha256"], small, manifest["checkpoints"], None)
         with pytest.raises(UserError, match=f"{number}.archive"):
             archive.restore([target], tmp_path / "saves")
         assert not (tmp_path / "saves").exists(), names
     small = {paths.MANIFEST: json.dumps(manifest).encode(), "../evil": b"evil"}
-    archive_write._write_part(target, folder, None, manifest["sha256"], small, manifest["checkpoints"], None)
+    write._write_part(target, folder, None, manifest["sha256"], small, manifest["checkpoints"], None)
     with pytest.raises(UserError, match=r"'\.\./evil', which belongs to no collection"):
         archive.restore([target], tmp_path / "saves")
     assert not (tmp_path / "saves").exists() and not list(tmp_path.rglob("evil*"))
@@ -306,13 +303,13 @@ def test_what_differs_from_the_manifest_or_lies_between_blocks_is_refused(synthe
     entries[4]["sha256"] = entries[3]["sha256"]
     crafted = collection.sealed(manifest | {"checkpoints": entries})
     small = {paths.MANIFEST: json.dumps(crafted).encode()}
-    archive_write._write_part(target, synthetic, None, crafted["sha256"], small, manifest["checkpoints"], None)
+    write._write_part(target, synthetic, None, crafted["sha256"], small, manifest["checkpoints"], None)
     with pytest.raises(UserError, match="checkpoint 9 is not the one that its manifest records"):
         archive.restore([target], tmp_path / "saves")
     assert not list(tmp_path.glob("saves/*/*/*")) and not left_overs(tmp_path / "saves")
 
-    put = archive_write._put
-    monkeypatch.setattr(archive_write, "_put", lambda file, *block: (file.write(b"?"), put(file, *block))[1])
+    put = write._put
+    monkeypatch.setattr(write, "_put", lambda file, *block: (file.write(b"?"), put(file, *block))[1])
     archived(synthetic, target)
     with pytest.raises(UserError, match=r"x\.archive: its index is not one of format"):
         archive.restore([target], tmp_path / "saves")

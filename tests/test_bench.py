@@ -12,8 +12,8 @@ sys.path.append(str(Path(__file__).resolve().parent.parent / "bench"))
 import timed
 from shapes import ROOT, Seen, Work, adapter_parameters, base_parameters, flops, forward_flops, peak_of
 
-import questions
-from sheets import tree_of
+from paragen.scoring import questions
+from paragen.scoring.option_trees import tree_of
 
 
 @pytest.mark.parametrize("part", [[], ["whole"], ["grow"], ["cpu"], ["--cpu"]])

@@ -7,14 +7,12 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
-import canonical
-import checkpoints
 import export
-import export_canonical
-import files
-import index
-import paths
-from cli import UserError
+from paragen.analysis import canonical
+from paragen.collection import checkpoints, index
+from paragen.common import files, paths
+from paragen.common.cli import UserError
+from paragen.exports import canonical as export_canonical
 
 FLOAT32 = torch.finfo(torch.float32).eps
 

@@ -10,11 +10,10 @@ import pytest
 import scored
 import warm
 
-import checkpoint_cleaner
 import clean_dataset_dir
-import collection
-import rank_config
-from cli import UserError
+from paragen.collection import collection, stock_runs
+from paragen.common.cli import UserError
+from paragen.recipes import render
 
 ROOT = Path(__file__).resolve().parent.parent
 
@@ -24,7 +23,7 @@ def stock_once(pretrained_once, tmp_path_factory) -> Path:
     """A finetune as LLaMA-Factory leaves it, optimizer states and all: every step saved, from scratch as stock can."""
     top = tmp_path_factory.mktemp("stock")
     folder = top / "Toy" / "Tiny-Llama_lora-rank_4_finetune"
-    config = rank_config.render(pretrained_once.finetune, 4)
+    config = render.render(pretrained_once.finetune, 4)
     config |= {"use_cpu": True, "bf16": False, "save_only_model": False, "output_dir": str(folder)}
     config |= {"resume_from_checkpoint": None, "save_total_limit": None, "logging_steps": 1}
     (top / "config.json").write_text(json.dumps(config))
@@ -43,7 +42,7 @@ def content(folder: Path) -> dict[str, bytes]:
 
 
 def test_a_stock_run_becomes_a_collection_of_its_newest_checkpoints(stock, stock_once):
-    outcome = checkpoint_cleaner.clean(stock, keep=5)
+    outcome = stock_runs.clean(stock, keep=5)
     assert (outcome.state, outcome.checkpoints) == ("cleaned", 5) and outcome.freed > 0
     kept = {f"checkpoint-{step}.safetensors" for step in range(8, 13)}
     expected = {"adapter_config.json", "manifest.json", "trainer_log.jsonl", "training_loss.png"}
@@ -60,32 +59,32 @@ def test_a_stock_run_becomes_a_collection_of_its_newest_checkpoints(stock, stock
 
 
 def test_cleaning_again_keeps_the_scores_of_a_collection(stock):
-    checkpoint_cleaner.clean(stock, keep=2)
+    stock_runs.clean(stock, keep=2)
     scored.label(stock, scored.evaluated({11: 0.5}))
     before = content(stock)
-    assert checkpoint_cleaner.clean(stock, keep=1).state == "clean"
+    assert stock_runs.clean(stock, keep=1).state == "clean"
     assert content(stock) == before
 
 
 def test_cleaning_twice_changes_nothing(stock):
-    checkpoint_cleaner.clean(stock)
+    stock_runs.clean(stock)
     before = content(stock)
-    assert checkpoint_cleaner.clean(stock).state == "clean"
+    assert stock_runs.clean(stock).state == "clean"
     assert content(stock) == before
 
 
 def test_a_dry_run_tells_what_it_would_free_and_changes_nothing(stock):
     before = content(stock)
-    outcome = checkpoint_cleaner.clean(stock, keep=5, dry_run=True)
+    outcome = stock_runs.clean(stock, keep=5, dry_run=True)
     assert content(stock) == before and outcome.state == "would clean"
-    real = checkpoint_cleaner.clean(stock, keep=5)
+    real = stock_runs.clean(stock, keep=5)
     assert abs(real.freed - outcome.freed) < 100_000, "but for log, picture and manifest"
 
 
 def test_newest_means_by_step_number_also_where_steps_are_not_consecutive(stock):
     for step in (1, 2, 4, 7, 8, 11):
         shutil.rmtree(stock / f"checkpoint-{step}")
-    checkpoint_cleaner.clean(stock, keep=3)
+    stock_runs.clean(stock, keep=3)
     manifest = collection.read_manifest(stock)
     assert [entry["step"] for entry in manifest["checkpoints"]] == [9, 10, 12]
 
@@ -93,7 +92,7 @@ def test_newest_means_by_step_number_also_where_steps_are_not_consecutive(stock)
 def test_a_crash_in_the_middle_is_put_right_by_the_next_call(stock):
     (stock.parent / f".{stock.name}.staging-dead").mkdir()
     stock.rename(stock.with_name(f".{stock.name}.old"))  # killed between the two renames
-    assert checkpoint_cleaner.clean(stock).state == "cleaned"
+    assert stock_runs.clean(stock).state == "cleaned"
     assert [path.name for path in stock.parent.iterdir()] == [stock.name]
 
 
@@ -125,7 +124,7 @@ def test_a_folder_that_is_no_finished_finetune_is_refused_untouched(stock, damag
     damage(stock)
     before = content(stock)
     with pytest.raises(UserError) as refused:
-        checkpoint_cleaner.clean(stock)
+        stock_runs.clean(stock)
     assert said in str(refused.value) and str(stock) in str(refused.value)
     assert content(stock) == before
 
@@ -133,19 +132,21 @@ def test_a_folder_that_is_no_finished_finetune_is_refused_untouched(stock, damag
 def test_a_pretrain_run_is_refused(stock, trained_once):
     renamed = stock.rename(stock.with_name("Tiny-Llama_lora-rank_4_pretrain"))
     with pytest.raises(UserError, match="no finetune run"):
-        checkpoint_cleaner.clean(renamed)
+        stock_runs.clean(renamed)
     with pytest.raises(UserError, match="is a pretrain run"):
-        checkpoint_cleaner.clean(trained_once.run_folder("pretrain"))
+        stock_runs.clean(trained_once.run_folder("pretrain"))
 
 
 def test_a_running_run_is_left_alone(stock):
     lock = stock.with_name(f".{stock.name}.lock")
-    hold = f"import sys; sys.path.insert(0, {str(ROOT / 'utils')!r}); import files, pathlib\n"
+    hold = (
+        f"import sys; sys.path.insert(0, {str(ROOT / 'utils')!r}); import pathlib; from paragen.common import files\n"
+    )
     hold += f"with files.lock(pathlib.Path({str(lock)!r})): print('held', flush=True); input()"
     holder = subprocess.Popen([sys.executable, "-c", hold], stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True)
     holder.stdout.readline()
     with pytest.raises(UserError, match="going on"):
-        checkpoint_cleaner.clean(stock)
+        stock_runs.clean(stock)
     holder.communicate("\n")
 
 

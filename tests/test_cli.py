@@ -10,7 +10,7 @@ from conftest import ROOT
 SCRIPT = """
 import os, sys, time
 sys.path.insert(0, sys.argv[1])
-import cli
+from paragen.common import cli
 
 def main():
     try:

@@ -7,9 +7,8 @@ import numpy
 import pytest
 import scored
 
-import collection
-import doubts
 import verify
+from paragen.collection import collection, quality_warnings
 
 STEPS = range(5, 25)
 
@@ -27,7 +26,7 @@ def doubts_of(place):
     def told(*evaluations) -> list[str]:
         if evaluations:
             scored.label(folder, *evaluations)
-        return doubts.of(folder, manifest)
+        return quality_warnings.of(folder, manifest)
 
     return told
 
@@ -66,30 +65,30 @@ def test_a_test_loss_that_rises_beyond_both_intervals_is_doubtful(doubts_of, las
 
 def test_a_training_loss_that_rises_through_the_kept_steps_is_doubtful():
     noise = numpy.random.default_rng(0).lognormal(-1, 0.3, 40)
-    told = doubts.rising_loss(entries_of(noise * numpy.linspace(1, 3, 40)))
+    told = quality_warnings.rising_loss(entries_of(noise * numpy.linspace(1, 3, 40)))
     assert told.startswith("the training loss rose through the kept steps, from 0.")
-    assert doubts.rising_loss(entries_of(noise * numpy.linspace(3, 1, 40))) is None
+    assert quality_warnings.rising_loss(entries_of(noise * numpy.linspace(3, 1, 40))) is None
 
 
 def test_noise_and_spikes_and_unknown_losses_raise_no_doubt():
     generator = numpy.random.default_rng(0)
-    alarms = [doubts.rising_loss(entries_of(generator.lognormal(-1, 0.5, 40))) for _ in range(500)]
+    alarms = [quality_warnings.rising_loss(entries_of(generator.lognormal(-1, 0.5, 40))) for _ in range(500)]
     assert sum(map(bool, alarms)) <= 2
-    assert doubts.rising_loss(entries_of([0.5] * 30 + [500.0] * 3 + [0.5] * 2)) is None
-    assert doubts.rising_loss(entries_of([None, math.nan] * 20)) is None
-    assert doubts.rising_loss(entries_of([0.1] * 6 + [9.0] * 6)) is None, "too few to tell"
-    assert doubts.rising_loss(entries_of([0.1, None] * 7 + [9.0, math.inf] * 7)) is not None
+    assert quality_warnings.rising_loss(entries_of([0.5] * 30 + [500.0] * 3 + [0.5] * 2)) is None
+    assert quality_warnings.rising_loss(entries_of([None, math.nan] * 20)) is None
+    assert quality_warnings.rising_loss(entries_of([0.1] * 6 + [9.0] * 6)) is None, "too few to tell"
+    assert quality_warnings.rising_loss(entries_of([0.1, None] * 7 + [9.0, math.inf] * 7)) is not None
     certain = [0.5 + 1e-5 * step for step in range(1000)]
-    assert doubts.rising_loss(entries_of(certain)) is None, "certain, but not worth a word"
+    assert quality_warnings.rising_loss(entries_of(certain)) is None, "certain, but not worth a word"
 
 
 def test_equal_checkpoints_are_named_by_their_steps():
     hashes = ["a", "b", "b", "b", "c", "a", "d"]
     entries = [{"step": step, "loss": None, "sha256": sha256} for step, sha256 in enumerate(hashes, 5)]
-    [line] = doubts.equal_checkpoints(entries)
+    [line] = quality_warnings.equal_checkpoints(entries)
     assert line == "the checkpoints of steps 5, 10; of 6-8 are equal to each other"
     many = [{"step": step, "sha256": str(step // 2)} for step in range(10)]
-    assert doubts.equal_checkpoints(many)[0].endswith("of 4-5 are equal to each other, and 2 more groups")
+    assert quality_warnings.equal_checkpoints(many)[0].endswith("of 4-5 are equal to each other, and 2 more groups")
 
 
 def test_a_doubt_is_a_line_of_its_own_and_no_fault(collected, monkeypatch, capsys):

@@ -14,11 +14,9 @@ import twins
 import warm
 from conftest import CATEGORY, ROOT, Project
 
-import answers
-import collection
-import evaluation
-import files
-import prompts
+from paragen.collection import collection, evaluation, prompts
+from paragen.common import files
+from paragen.scoring import answers
 
 NAME = f"{CATEGORY}/Toy/Tiny-Llama_lora-rank_4_finetune"
 STEPS = [7, 8, 9, 10, 11, 12]

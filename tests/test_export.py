@@ -10,9 +10,9 @@ import handmade
 import pytest
 from handmade import tree
 
-import exported
-import files
-from cli import UserError
+from paragen.collection import exported
+from paragen.common import files
+from paragen.common.cli import UserError
 
 
 @pytest.mark.parametrize("format_name", ["dnd", "peft"])

@@ -10,8 +10,7 @@ import handmade
 import pytest
 from handmade import CATEGORY, tree
 
-import dnd_prompts
-import export_dnd
+from paragen.exports import dnd, dnd_prompts
 
 CODING, MULTIMODAL = "coding", "multimodal"
 
@@ -133,7 +132,7 @@ def test_renamed_layers_keep_their_values(place):
     ],
 )
 def test_tasks_are_named_as_drag_and_drop_names_them(category, model, task):
-    assert export_dnd.task_of(category, model) == task
+    assert dnd.task_of(category, model) == task
 
 
 def test_two_models_ranks_or_seeds_do_not_share_an_export(place):
@@ -207,8 +206,8 @@ def test_a_model_and_rank_with_a_tokenizer_there_is_not_remarked_on(capsys):
     keys = [f"base_model.model.model.layers.{layer}.x.{name}.lora_A.weight" for layer in range(24) for name in names]
     shapes = {key: [8, 4864 if "down" in key else 896] for key in keys}
     for rank, told in ((8, ""), (16, "no tokenizer")):
-        chosen = export_dnd.Chosen("x", Path("x"), {"rank": rank, "base_model": {"name": "Qwen2.5-0.5B-Instruct"}})
-        export_dnd.say_tokenizer(export_dnd.Planned(chosen, "", "", {}, shapes, "float32"))
+        chosen = dnd.Chosen("x", Path("x"), {"rank": rank, "base_model": {"name": "Qwen2.5-0.5B-Instruct"}})
+        dnd.say_tokenizer(dnd.Planned(chosen, "", "", {}, shapes, "float32"))
         said = capsys.readouterr().out
         assert told in said and bool(told) == bool(said)
 

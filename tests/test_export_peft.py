@@ -9,7 +9,7 @@ import pytest
 import scored
 from conftest import CATEGORY, ROOT
 
-import export_peft
+from paragen.exports import peft
 
 CODING, MULTIMODAL = "coding", "multimodal"
 
@@ -70,7 +70,7 @@ def test_peft_takes_every_key_of_other_architectures(place, architectures, name,
         if "lora_B" in key:
             torch.nn.init.normal_(parameter)
     state = {key: tensor.clone() for key, tensor in get_peft_model_state_dict(model).items()}
-    modules = export_peft.modules_of(list(state))
+    modules = peft.modules_of(list(state))
     written = {**config.to_dict(), "target_modules": targets, "inference_mode": True}
     category = MULTIMODAL if reads_pictures else CODING
     place.collect(category, "A", model=name, modules=modules, states=[state], steps=[9], config=written)

@@ -19,9 +19,9 @@ from pathlib import Path
 import pytest
 import yaml
 
-import sources
-from cli import UserError
-from dataset_info import HELD_OUT
+from paragen.common.cli import UserError
+from paragen.dataset import sources
+from paragen.dataset.dataset_info import HELD_OUT
 
 ROOT = Path(__file__).resolve().parent.parent
 SCRIPT = ROOT / "utils" / "fetch_data.py"

@@ -13,10 +13,7 @@ from torch import Tensor
 from transformers import LlamaConfig, LlamaForCausalLM
 from transformers.models.llama.modeling_llama import apply_rotary_pos_emb
 
-import attention
-import lora_stack
-import scoring
-import scoring_kernels
+from paragen.scoring import attention, kernels, lora_stack, model_passes
 
 pytestmark = pytest.mark.skipif(not torch.cuda.is_available(), reason="needs an NVIDIA GPU")
 
@@ -60,8 +57,8 @@ def test_blocks_with_the_kernel_give_what_they_give_without_it(tmp_path, monkeyp
     plain = scene.scorer(asked).marks(scene.factors())
     called = []
     monkeypatch.setattr(lora_stack, "FEW", 1)
-    kernel = scoring_kernels.gated
-    monkeypatch.setattr(scoring_kernels, "gated", lambda *given: called.append(given) or kernel(*given))
+    kernel = kernels.gated
+    monkeypatch.setattr(kernels, "gated", lambda *given: called.append(given) or kernel(*given))
     found = scene.scorer(asked).marks(scene.factors())
     assert called
     for marks, others in zip(found, plain, strict=True):
@@ -75,9 +72,9 @@ def test_attention_is_that_of_pytorch(name):
     expected = attention.attended(*given)
     for dtype, off in ((torch.float32, 1e-5), (torch.bfloat16, 1e-2), (torch.float16, 1e-3)):
         query, key, value = moved(given[:3], dtype)
-        if scoring_kernels.can_attend(query, value):
+        if kernels.can_attend(query, value):
             first = given[5] and tuple(moved(given[5], dtype))
-            found = scoring_kernels.attend(query, key, value, given[3].cuda(), given[4], first)
+            found = kernels.attend(query, key, value, given[3].cuda(), given[4], first)
             assert (found.float().cpu() - expected).norm() <= off * expected.norm()
         else:
             assert dtype is torch.float32 and query.shape[-1] == 256
@@ -94,7 +91,7 @@ def test_activations_take_up_their_factors(sizes):
 @pytest.mark.parametrize("words", WORDS)
 def test_logits_are_reduced(words):
     given = logits(words)
-    totals, best = scoring.reduced(given.cuda())
+    totals, best = model_passes.reduced(given.cuda())
     torch.testing.assert_close(totals.cpu(), given.logsumexp(-1))
     assert best.tolist() == given.argmax(-1).tolist()
 

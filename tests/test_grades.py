@@ -9,14 +9,12 @@ import torch
 from scenes import Scene, prompts, question
 from scipy.stats import binomtest
 
-import attention
-import grades
-import scored_base
-from cli import UserError
-from evaluation import BASE
-from grades import Grader
-from questions import Path, Question
-from scoring import Marks
+from paragen.collection.evaluation import BASE
+from paragen.common.cli import UserError
+from paragen.scoring import attention, checkpoint_scores, scored_base
+from paragen.scoring.checkpoint_scores import Grader
+from paragen.scoring.model_passes import Marks
+from paragen.scoring.questions import Path, Question
 
 LETTERS = ["[A]", "[B]", "[C]"]
 
@@ -33,7 +31,7 @@ def test_choices_are_right_wrong_or_unread():
     questions = [asked("[B]")] * 7
     made = [marks(1), marks(0), *[marks()] * 5]
     said = {2: "I say [b ], not [A]", 3: "[A] or [B]", 4: "B", 5: "[D]", 6: "[D], no: [B]"}
-    graded = grades.grade("choice", questions, made, said)
+    graded = checkpoint_scores.grade("choice", questions, made, said)
     assert graded.score["score"] == pytest.approx(2 / 7), "[B] without generation, and [b ]"
     assert graded.score["unparsed"] == 3, "no brackets, or in the first no option"
     assert graded.answers == ["[B]", "[A]", *said.values()]
@@ -43,19 +41,19 @@ def test_choices_are_right_wrong_or_unread():
 
 def test_an_answer_that_ended_without_an_option_is_unread():
     ended = Marks([-1.0, -2.0, -3.0], 2.0, 4, None, False)
-    graded = grades.grade("choice", [asked("[A]")], [ended], {})
+    graded = checkpoint_scores.grade("choice", [asked("[A]")], [ended], {})
     assert (graded.score["score"], graded.score["unparsed"], graded.answers) == (0, 1, [""])
 
 
 def test_a_generated_answer_counts_before_what_was_followed():
-    graded = grades.grade("choice", [asked("[A]")] * 2, [marks(0), marks(1)], {0: "[C]", 1: "[A]"})
+    graded = checkpoint_scores.grade("choice", [asked("[A]")] * 2, [marks(0), marks(1)], {0: "[C]", 1: "[A]"})
     assert graded.score["score"] == 0.5 and graded.answers == ["[C]", "[A]"]
 
 
 def test_choices_by_likelihood_take_the_likeliest_option():
     questions = [asked("[A]"), asked("[B]"), asked("[C]"), asked("[2]", ["[1]", "[2]"])]
     made = [marks(0), marks(0), marks(0, (-3.0, -2.0, -1.5)), marks(0, (-8.0, -7.5))]
-    graded = grades.grade("choice", questions, made, {})
+    graded = checkpoint_scores.grade("choice", questions, made, {})
     assert graded.score["likelihood_score"] == 0.75 and graded.score["score"] == 0.25
     interval = binomtest(3, 4).proportion_ci(0.95, "wilson")
     assert graded.score["likelihood_interval"] == pytest.approx([interval.low, interval.high])
@@ -65,7 +63,7 @@ def test_results_are_compared_by_value():
     responses = ["so 1/2 \\boxed{\\frac{1}{2}}", "#### 1,000", "12", "\\boxed{7}", "\\boxed{x+1}"]
     questions = [asked(response, [response]) for response in responses]
     said = dict(enumerate(["it is \\boxed{0.5}", "... #### 1000", "\\boxed{13}", "I cannot say", "\\boxed{1+x}"]))
-    graded = grades.grade("math", questions, [marks()] * 5, said)
+    graded = checkpoint_scores.grade("math", questions, [marks()] * 5, said)
     assert graded.score["score"] == 0.6 and graded.score["unparsed"] == 1
     interval = binomtest(3, 5).proportion_ci(0.95, "wilson")
     assert graded.score["interval"] == pytest.approx([interval.low, interval.high])
@@ -74,7 +72,7 @@ def test_results_are_compared_by_value():
 
 def test_the_loss_is_the_mean_over_tokens_not_over_rows():
     made = [marks(loss=3.0, count=1), marks(loss=4.0, count=9)]
-    graded = grades.grade("loss", [asked("[A]")] * 2, made, {})
+    graded = checkpoint_scores.grade("loss", [asked("[A]")] * 2, made, {})
     assert graded.score["loss"] == pytest.approx(0.7)
     low, high = graded.score["loss_interval"]
     assert 0 <= low < 0.7 < high
@@ -90,7 +88,7 @@ def test_the_interval_of_a_loss_holds_the_truth_as_often_as_it_says():
         counts = drawn.integers(1, 40, 150)
         losses = drawn.gamma(4, 0.25, 150) * counts * (0.5 + counts / 40)
         made = [marks(loss=float(loss), count=int(count)) for loss, count in zip(losses, counts, strict=True)]
-        low, high = grades.grade("loss", [asked("[A]")] * 150, made, {}).score["loss_interval"]
+        low, high = checkpoint_scores.grade("loss", [asked("[A]")] * 150, made, {}).score["loss_interval"]
         held += low <= TRUTH <= high
     assert 0.92 <= held / 500 <= 0.975
 
@@ -100,7 +98,7 @@ TRUTH = float((LONGS * (0.5 + LONGS / 40)).mean() / LONGS.mean())
 
 
 def test_one_row_is_a_score_too():
-    graded = grades.grade("choice", [asked("[A]")], [marks(0)], {})
+    graded = checkpoint_scores.grade("choice", [asked("[A]")], [marks(0)], {})
     assert graded.score["score"] == 1 and graded.score["interval"][1] == pytest.approx(1)
     assert graded.score["loss_interval"] == [0.5, 0.5]
 
@@ -128,8 +126,8 @@ class Toy(Grader):
 def test_groups_wait_for_each_other_on_a_gpu_and_get_the_same_grades(every_model, monkeypatch):
     scene = Scene(every_model / "smollm2-135m", count=6)
     asked = scene.asked(prompts([5, 20, 11, 30]))
-    monkeypatch.setattr(grades, "AT_ONCE", 2)
-    monkeypatch.setattr(grades, "HELD", 2)
+    monkeypatch.setattr(checkpoint_scores, "AT_ONCE", 2)
+    monkeypatch.setattr(checkpoint_scores, "HELD", 2)
     cpu, gpu = Toy(scene, asked, False), Toy(scene, asked, True)
     plain, held = list(cpu.grades()), list(gpu.grades())
     assert [[*one] for one in plain] == [[BASE, 1], [2, 3], [4, 5], [6]] and cpu.sizes == [2, 2, 2, 1]
@@ -145,7 +143,7 @@ def test_groups_wait_for_each_other_on_a_gpu_and_get_the_same_grades(every_model
 @pytest.mark.parametrize("on_gpu", [False, True])
 def test_what_was_scored_before_a_broken_checkpoint_is_kept(every_model, monkeypatch, on_gpu):
     scene = Scene(every_model / "smollm2-135m", count=6)
-    monkeypatch.setattr(grades, "AT_ONCE", 2)
+    monkeypatch.setattr(checkpoint_scores, "AT_ONCE", 2)
     found = []
     with pytest.raises(UserError, match="checkpoint 5 is broken"):
         for group in Toy(scene, scene.asked(prompts([5, 20])), on_gpu, broken=5).grades():
@@ -163,10 +161,10 @@ def test_adapters_that_do_not_fit_are_tried_once_more_with_tidied_memory(times, 
         return "factors"
 
     if is_enough:
-        assert grades.fitting(work, work) == "factors"
+        assert checkpoint_scores.fitting(work, work) == "factors"
     else:
         with pytest.raises(UserError, match="^out of device memory for the adapters; score on another device$"):
-            grades.fitting(work, work)
+            checkpoint_scores.fitting(work, work)
 
 
 def test_a_model_that_our_attention_gets_wrong_goes_on_with_its_own(every_model, tmp_path, monkeypatch):

@@ -15,16 +15,12 @@ from lm_eval.models.huggingface import HFLM
 from peft import LoraConfig, get_peft_model, get_peft_model_state_dict
 from scenes import Scene
 
-import answers
-import checkpoints
-import grades
-import lora_stack
-import models
-import paths
-import questions
-import scored_base
-from questions import Encoder, Question, Split
-from scoring import Marks, Scorer
+from paragen.collection import checkpoints
+from paragen.common import paths
+from paragen.model import base_models
+from paragen.scoring import answers, checkpoint_scores, lora_stack, questions, scored_base
+from paragen.scoring.model_passes import Marks, Scorer
+from paragen.scoring.questions import Encoder, Question, Split
 
 ENTRY = {"columns": {"prompt": "prompt", "response": "response", "system": "system"}}
 BLANK = {"mistral-7b": " ", "gpt2": " "}  # what a template writes before a response
@@ -74,7 +70,9 @@ def blanks_of(harness: HFLM, context: str) -> float:
 def assert_same(marks: list[Marks], asked: list[Question], theirs: Measured, off: float) -> None:
     for mark, likelihoods in zip(marks, theirs.likelihoods, strict=True):
         assert mark.likelihoods == pytest.approx(likelihoods, abs=off)
-    assert grades.grade("choice", asked, marks, {}).score["likelihood_score"] == pytest.approx(theirs.accuracy)
+    assert checkpoint_scores.grade("choice", asked, marks, {}).score["likelihood_score"] == pytest.approx(
+        theirs.accuracy
+    )
 
 
 def encoder_of(name: str, folder: Path) -> Encoder:
@@ -110,14 +108,14 @@ def test_likelihoods_and_accuracy_are_the_harness_s(every_model, name):
         with scene.by_peft(number) as model:
             theirs = by_harness(model, encoder.tokenizer, asked, BLANK.get(name, ""), 4)
         assert_same(marks, asked, theirs, 1e-4)
-    accuracies = {grades.grade("choice", asked, marks, {}).score["likelihood_score"] for marks in found}
+    accuracies = {checkpoint_scores.grade("choice", asked, marks, {}).score["likelihood_score"] for marks in found}
     assert len(accuracies) > 1, "the adapters choose differently"
 
 
 @pytest.mark.slow
 def test_a_real_model_has_the_harness_s_likelihoods_and_accuracy():
     """SmolLM2-135M on Demo_test; without the model this fails: `make test-all` brings it."""
-    folder = models.local_folder(paths.MODELS / models.table()["smollm2-135m"]["folder"])
+    folder = base_models.local_folder(paths.MODELS / base_models.table()["smollm2-135m"]["folder"])
     base = scored_base.Base({"template": "smollm2", "stage": "sft", "finetuning_type": "lora"}, folder)
     encoder = Encoder(base.tokenizer_module, base.data_args, base.longest)
     split = questions.split_of({"data": None}, "Demo_test")

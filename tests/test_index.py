@@ -17,11 +17,10 @@ import pytest
 import scored
 from twins import edit, flip_a_bit, twin
 
-import checkpoints
-import collection
-import index
-import paths
-from cli import UserError
+import index as index_script
+from paragen.collection import checkpoints, collection, index
+from paragen.common import paths
+from paragen.common.cli import UserError
 
 ROOT = Path(__file__).resolve().parent.parent
 STEP = "checkpoint-9.safetensors"
@@ -46,7 +45,7 @@ def make_index(monkeypatch, capsys, *arguments: str) -> tuple[int, str, str]:
     """What `python utils/index.py` ends with, says and complains."""
     monkeypatch.setattr("sys.argv", ["index.py", *arguments])
     capsys.readouterr()
-    status = index.main()
+    status = index_script.main()
     return status, *capsys.readouterr()
 
 

@@ -15,8 +15,8 @@ from pathlib import Path
 import pytest
 from hub_server import COMMIT, Hub, Repository
 
-import models
-from cli import UserError
+from paragen.common.cli import UserError
+from paragen.model import base_models
 
 ROOT = Path(__file__).resolve().parent.parent
 QWEN = "Qwen/Qwen2.5-0.5B-Instruct"
@@ -96,8 +96,8 @@ def test_a_known_model_comes_under_its_folder_with_its_origin_noted_and_a_second
         source = json.loads((folder / "source.json").read_bytes())
         assert {path.name: path.read_bytes() for path in folder.iterdir() if path.name != "source.json"} == tiny
         assert (source["hub_id"], source["revision"], source["license"]) == (QWEN, COMMIT, "mit")
-        assert source["sha256"] == models.identity_of(folder)["sha256"]
-        assert models.identity_of(folder)["revision"] == COMMIT
+        assert source["sha256"] == base_models.identity_of(folder)["sha256"]
+        assert base_models.identity_of(folder)["revision"] == COMMIT
         assert left_in(top) == [folder.name]
         requests = len(hub.requests)
         status, stdout, _ = fetch(top, "qwen2.5-0.5b", hub)
@@ -118,7 +118,7 @@ def test_only_safetensors_and_what_reads_them_are_downloaded_and_no_weights_twic
         assert fetch(top, "org/My.Model-1", hub)[0] == 0
         folder = top / "models" / "My.Model-1"
         assert {path.name for path in folder.iterdir()} == {*sharded(tiny), "LICENSE", "source.json"}
-        assert {path.name for path in models.weight_files(folder)} == set(SHARDS)
+        assert {path.name for path in base_models.weight_files(folder)} == set(SHARDS)
         assert not any(hub.of(name) for name in unwanted)
 
 
@@ -126,11 +126,11 @@ def test_a_model_outside_the_table_is_known_by_its_folder_afterwards(top, tiny, 
     with Hub({"org/My.Model-1": Repository(tiny)}) as hub:
         assert fetch(top, "org/My.Model-1", hub)[0] == 0
     assert "is there and whole" in fetch(top, "my.model-1")[1]
-    monkeypatch.setattr(models.paths, "MODELS", top / "models")
-    short, entry = models.entry("mymodel1")
+    monkeypatch.setattr(base_models.paths, "MODELS", top / "models")
+    short, entry = base_models.entry("mymodel1")
     assert short == "my.model-1" and entry["folder"] == "My.Model-1" and entry["hub_id"] == "org/My.Model-1"
-    assert models.entry("qwen2.505b") == ("qwen2.5-0.5b", models.table()["qwen2.5-0.5b"])
-    assert models.entry("Qwen2.5-0.5B-Instruct")[0] == "qwen2.5-0.5b"
+    assert base_models.entry("qwen2.505b") == ("qwen2.5-0.5b", base_models.table()["qwen2.5-0.5b"])
+    assert base_models.entry("Qwen2.5-0.5B-Instruct")[0] == "qwen2.5-0.5b"
 
 
 def test_a_killed_download_goes_on_in_the_middle_of_the_file(top, tiny):
@@ -324,10 +324,10 @@ def test_bert_is_made_a_decoder_by_the_download(top, tiny):
 def test_a_bert_put_there_by_hand_is_refused_until_make_model_has_made_it_a_decoder(top, tiny):
     folder = put(top, "bert-base-multilingual-cased", bert(tiny))
     with pytest.raises(UserError, match="would see the tokens that it is to predict; .* make model MODEL=bert"):
-        models.local_folder(folder)
+        base_models.local_folder(folder)
     status, stdout, stderr = fetch(top, "bert")
     assert status == 0 and "is_decoder is true now" in stdout, stderr
-    assert models.local_folder(folder) == folder
+    assert base_models.local_folder(folder) == folder
     assert (folder / "config.json").read_bytes() != bert(tiny)["config.json"]
 
 
@@ -371,7 +371,7 @@ def test_what_is_missing_in_a_folder_put_there_by_hand_is_named(top, tiny, damag
     damage(files)
     folder = put(top, "Qwen2.5-0.5B-Instruct", files)
     with pytest.raises(UserError) as raised:
-        models.local_folder(folder)
+        base_models.local_folder(folder)
     assert said in str(raised.value) and "\n" not in str(raised.value)
 
 
@@ -386,9 +386,9 @@ def test_an_incomplete_folder_fails_make_model_and_is_left_as_it_is(top, tiny):
 
 def test_the_table_says_the_same_things_of_every_model():
     keys = {"hub_id", "revision", "folder", "template", "lora_target", "parameters", "gated", "license", "processor"}
-    for short, values in models.table().items():
+    for short, values in base_models.table().items():
         assert set(values) == keys, short
         assert values["parameters"] > 10**8 and isinstance(values["processor"], bool), short
         assert short == "smollm2-135m" or re.fullmatch(r"[\w.-]+/[\w.-]+", values["hub_id"]), short
-    folders = [values["folder"] for values in models.table().values()]
+    folders = [values["folder"] for values in base_models.table().values()]
     assert len(folders) == len(set(folders)) == 10

@@ -6,14 +6,14 @@ import numpy as np
 import packed
 import pytest
 
-import engine
-import rank_config
-from cli import UserError
+from paragen.common.cli import UserError
+from paragen.recipes import render
+from paragen.training import engines
 
 
 def why(cell: packed.Cell, devices: tuple[str, ...] = ("cpu",)) -> str | None:
-    config = rank_config.render(cell.pretrain, cell.rank, list(cell.overrides))
-    return engine.why_not_packed(cell.pretrain, config, list(devices))
+    config = render.render(cell.pretrain, cell.rank, list(cell.overrides))
+    return engines.why_not_packed(cell.pretrain, config, list(devices))
 
 
 @pytest.fixture
@@ -44,8 +44,8 @@ REFUSED = {
 @pytest.mark.parametrize("key", REFUSED)
 def test_what_it_does_not_know_for_sure_is_named(packable, key):
     cell = packable.cell()
-    config = rank_config.render(cell.pretrain, 4, []) | {key: REFUSED[key]}
-    assert key in engine.why_not_packed(cell.pretrain, config, ["cpu"])
+    config = render.render(cell.pretrain, 4, []) | {key: REFUSED[key]}
+    assert key in engines.why_not_packed(cell.pretrain, config, ["cpu"])
 
 
 def test_several_devices_and_processors_are_not_for_it(packable):
@@ -62,14 +62,14 @@ def test_several_devices_and_processors_are_not_for_it(packable):
 def test_an_engine_that_does_not_exist_is_refused(monkeypatch):
     monkeypatch.setenv("ENGINE", "fast")
     with pytest.raises(UserError, match="stock or packed"):
-        engine.asked()
+        engines.asked()
     monkeypatch.setenv("ENGINE", "")
-    assert engine.asked() is None
+    assert engines.asked() is None
 
 
 @pytest.mark.parametrize("ranks", [[1], [2, 4, 8, 16, 32, 64], [64] * 5, [200, 3, 7], [2] * 100, [128, 128, 1]])
 def test_every_adapter_has_rows_of_its_own_in_a_stack(ranks):
-    from packed_layers import ALIGNED, WIDTH, Bins
+    from paragen.packed.layers import ALIGNED, WIDTH, Bins
 
     bins = Bins(ranks)
     taken = np.zeros((bins.count, bins.width), int)
@@ -84,7 +84,7 @@ def test_every_adapter_has_rows_of_its_own_in_a_stack(ranks):
 
 def row(length: int, learned: int, first: int = 5):
     """A row whose last tokens are learned."""
-    from packed_batches import IGNORED, Row
+    from paragen.packed.batches import IGNORED, Row
 
     tokens = np.arange(first, first + length)
     labels = np.where(np.arange(length) >= length - learned, tokens, IGNORED)
@@ -92,7 +92,7 @@ def row(length: int, learned: int, first: int = 5):
 
 
 def test_each_step_has_a_bucket_that_covers_it():
-    from packed_batches import GRAIN, Shape, buckets
+    from paragen.packed.batches import GRAIN, Shape, buckets
 
     draw = np.random.default_rng(0)
     for count in (1, 2, 6):
@@ -107,8 +107,8 @@ def test_each_step_has_a_bucket_that_covers_it():
 
 def laid_out(roomy: bool):
     """Four adapters in two bins, one of them through, laid out in the smallest shape or a larger one."""
-    from packed_batches import Shape, Step, lay_out
-    from packed_layers import Bins
+    from paragen.packed.batches import Shape, Step, lay_out
+    from paragen.packed.layers import Bins
 
     bins = Bins([64, 64, 8, 4])
     step = Step([[row(7, 3), row(4, 2)], [], [row(5, 5)], [row(9, 1), row(3, 2), row(6, 4)]])
@@ -148,7 +148,7 @@ def test_padding_comes_from_padding_and_goes_to_padding(roomy):
 
 @pytest.mark.parametrize("roomy", [False, True])
 def test_the_losses_of_an_adapter_weigh_what_the_trainer_divides_by(roomy):
-    from packed_batches import IGNORED
+    from paragen.packed.batches import IGNORED
 
     step, _, shape, out = laid_out(roomy)
     for adapter, rows in enumerate(step.rows):
@@ -169,8 +169,8 @@ def test_the_layers_give_each_adapters_tokens_what_its_own_factors_give(stacked)
 
     import torch
 
-    from packed_batches import to_batch
-    from packed_layers import PackedLinear, Shared
+    from paragen.packed.batches import to_batch
+    from paragen.packed.layers import PackedLinear, Shared
 
     step, bins, shape, out = laid_out(True)
     torch.manual_seed(0)
@@ -202,8 +202,8 @@ def test_a_step_in_a_gpus_bucket_learns_what_the_same_step_in_its_own_shape_lear
     import torch
     from transformers import LlamaConfig, LlamaForCausalLM
 
-    from packed_batches import Shape, Step, lay_out, to_batch
-    from packed_engine import Adapter, Engine, Stage
+    from paragen.packed.batches import Shape, Step, lay_out, to_batch
+    from paragen.packed.packed_engine import Adapter, Engine, Stage
 
     torch.manual_seed(0)
     config = LlamaConfig(
@@ -242,8 +242,8 @@ def test_a_gradient_is_clipped_to_positive_norms_alone(most):
     import torch
     from transformers import LlamaConfig, LlamaForCausalLM
 
-    from packed_batches import Step
-    from packed_engine import Adapter, Engine
+    from paragen.packed.batches import Step
+    from paragen.packed.packed_engine import Adapter, Engine
 
     torch.manual_seed(0)
     model = LlamaForCausalLM(
@@ -267,7 +267,9 @@ def test_a_pack_of_the_suites_recipes_equals_what_the_ordinary_path_made(trained
     project = trained_once.copy(tmp_path / "packed")
     theirs = (project.top / "saves").rename(tmp_path / "theirs")
     cell = packed.Cell(project.pretrain, project.finetune)
-    run = packed.warm.start("packed_train", cell.arguments(), {"ENGINE": "packed"}, tmp_path / "log.txt").wait()
+    run = packed.warm.start(
+        "paragen.packed.packed_train", cell.arguments(), {"ENGINE": "packed"}, tmp_path / "log.txt"
+    ).wait()
     assert run.status == 0, run.output
     packed.assert_same_adapters(project.top / "saves", theirs)
     manifest = json.loads((project.run_folder("finetune") / "manifest.json").read_text())

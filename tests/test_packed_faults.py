@@ -6,7 +6,7 @@ import packed
 import pytest
 import warm
 
-import files
+from paragen.common import files
 
 pytestmark = pytest.mark.slow
 

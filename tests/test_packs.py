@@ -120,7 +120,7 @@ def test_a_pack_that_is_killed_is_done_again(repository, victims_of):
     ("cells", "slots", "at_once"), [(5, 8, 1), (10, 2, 5), (32, 1, 32), (33, 1, 17), (100, 2, 25), (7, 0, 7)]
 )
 def test_the_cells_of_a_base_are_dealt_out_evenly(cells, slots, at_once):
-    import packs
+    from paragen.sweep import packs
 
     assert packs.share(cells, slots) == at_once
 

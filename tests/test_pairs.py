@@ -17,15 +17,11 @@ from safetensors.torch import load_file, save_file
 from torch.utils.data import DataLoader, get_worker_info
 from twins import edit, flip_a_bit, twin
 
-import checkpoints
-import files
-import index
-import pairs as pairs_module
-import paths
-import prompts
-import vectors
-from cli import UserError
 from pairs import Pair, Pairs, collate
+from paragen.collection import checkpoints, index, prompts, vectors
+from paragen.collection import pairs as pairs_module
+from paragen.common import files, paths
+from paragen.common.cli import UserError
 
 STEP = "checkpoint-9.safetensors"
 ROOT = Path(__file__).resolve().parent.parent

@@ -9,10 +9,10 @@ import pytest
 import tiny_pictures
 from test_architectures import RANK, SMALL_PRETRAIN, Projects
 
-import pictures
-import rank_config
-import run_identity
-from cli import UserError
+from paragen.collection import run_identity
+from paragen.common.cli import UserError
+from paragen.dataset import pictures
+from paragen.recipes import render
 
 NAME = "qwen2.5-vl-3b"
 
@@ -36,7 +36,7 @@ def folder(project: Projects) -> Path:
 def data_of(project: Projects, *overrides: str) -> dict:
     """The data section of a run's identity, as before any training."""
     recipe = project.recipe(NAME, "pretrain")
-    config = rank_config.render(recipe, RANK, [*SMALL_PRETRAIN, *overrides])
+    config = render.render(recipe, RANK, [*SMALL_PRETRAIN, *overrides])
     (data,) = run_identity.identity_of(recipe, config)["data"]
     return data
 

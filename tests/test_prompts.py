@@ -5,10 +5,9 @@ from pathlib import Path
 
 import pytest
 
-import collection
-import dataset_info
-import prompts
-from cli import UserError
+from paragen.collection import collection, prompts
+from paragen.common.cli import UserError
+from paragen.dataset import dataset_info
 
 
 @pytest.fixture

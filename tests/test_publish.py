@@ -16,16 +16,12 @@ import pytest
 import scored
 from upload_server import READS, USER, WRITES, UploadHub
 
-import card
-import collection
-import files
-import index
-import licenses
-import paths
 import publish
-import publish_tree
 import pull
-from cli import UserError
+from paragen.collection import collection, index
+from paragen.common import files, paths
+from paragen.common.cli import UserError
+from paragen.publishing import card, licenses, published_tree
 
 ROOT = Path(__file__).resolve().parent.parent
 CATEGORY = "common-sense-reasoning"
@@ -155,7 +151,7 @@ def test_a_dry_run_writes_just_the_tree_that_would_be_uploaded(licensed, run, ki
     names += [f"{NAME}/{name}" for name in ("adapter_config.json", "trainer_log.jsonl", "training_loss.png")]
     names = names if kind == "raw" else [f"{NAME}.archive"]
     data = [f"data/{CATEGORY}/Toy.json", f"data/{CATEGORY}/Toy_test.json", "data/dataset_info.json"]
-    assert publish_tree.files_of(tree) == sorted(
+    assert published_tree.files_of(tree) == sorted(
         ["README.md", "index.parquet", *data, *(f"collections/{n}" for n in names)]
     )
     info = json.loads((tree / "data" / "dataset_info.json").read_bytes())
@@ -181,11 +177,11 @@ def test_an_archive_in_the_tree_that_was_damaged_since_is_made_again(licensed, r
 def test_changing_from_folders_to_archives_leaves_nothing_of_the_folders(licensed, run):
     run(publish, licensed, DRY_RUN="1", RAW="1")
     run(publish, licensed, DRY_RUN="1")
-    assert [name for name in publish_tree.files_of(tree_of(licensed)) if "collections" in name] == [
+    assert [name for name in published_tree.files_of(tree_of(licensed)) if "collections" in name] == [
         f"collections/{NAME}.archive"
     ]
     run(publish, licensed, DRY_RUN="1", RAW="1")
-    assert f"collections/{NAME}/manifest.json" in publish_tree.files_of(tree_of(licensed))
+    assert f"collections/{NAME}/manifest.json" in published_tree.files_of(tree_of(licensed))
 
 
 def test_load_dataset_shows_the_index_and_the_card_has_sound_metadata(licensed, run, tmp_path):
@@ -274,10 +270,10 @@ def index_with(checkpoints: int, per_collection: int, datasets: int, size: int =
 )
 def test_the_hubs_limits_are_known_before_anything_is_written(table, raw, told):
     if told is None:
-        publish_tree.check_limits(index_with(*table), 3, raw)
+        published_tree.check_limits(index_with(*table), 3, raw)
     else:
         with pytest.raises(UserError, match=re.escape(told)):
-            publish_tree.check_limits(index_with(*table), 3, raw)
+            published_tree.check_limits(index_with(*table), 3, raw)
 
 
 # ---------------------------------------------------------------------------------------------------------- refusals
@@ -353,7 +349,7 @@ def test_a_repository_is_named_as_the_hub_names_it(licensed, run, name):
 def test_what_was_published_comes_back_with_the_same_hashes(licensed, empty, run, hub, kind):
     run(publish, licensed, **layout(kind))
     assert not hub.repositories[REPO].private
-    assert set(hub.repositories[REPO].files) == {".gitattributes", *publish_tree.files_of(tree_of(licensed))}
+    assert set(hub.repositories[REPO].files) == {".gitattributes", *published_tree.files_of(tree_of(licensed))}
     sent = len(hub.arrived)
     run(publish, licensed, **layout(kind))
     assert len(hub.arrived) == sent and hub.commits == 1, "a second call sends nothing"
@@ -372,11 +368,11 @@ def test_what_was_published_comes_back_with_the_same_hashes(licensed, empty, run
 def test_an_archive_too_large_for_one_file_goes_in_parts(licensed, empty, run, hub, monkeypatch):
     run(publish, licensed, DRY_RUN="1")
     [whole] = (tree_of(licensed) / "collections" / CATEGORY / "Toy").iterdir()
-    monkeypatch.setattr(publish_tree, "PART_BYTES", whole.stat().st_size * 2 // 3)
+    monkeypatch.setattr(published_tree, "PART_BYTES", whole.stat().st_size * 2 // 3)
     run(publish, licensed)
     parts = sorted(name for name in hub.repositories[REPO].files if "collections/" in name)
     assert len(parts) > 1 and not whole.exists()
-    assert max(len(hub.repositories[REPO].files[name]) for name in parts) <= publish_tree.PART_BYTES
+    assert max(len(hub.repositories[REPO].files[name]) for name in parts) <= published_tree.PART_BYTES
     run(pull, empty)
     assert hashes(empty / "saves" / NAME) == hashes(licensed / "saves" / NAME)
 
@@ -452,7 +448,7 @@ def marked(data: bytes, change) -> bytes:
     table = pa.parquet.read_table(pa.BufferReader(data))
     marks = json.loads(table.schema.metadata[b"paragen"])
     change(marks)
-    return publish_tree.index_of(table, marks)
+    return published_tree.index_of(table, marks)
 
 
 def with_path(marks: dict) -> None:
@@ -605,14 +601,14 @@ def test_other_scores_than_the_index_names_are_not_brought(licensed, empty, run,
 
 def test_scores_that_change_while_they_are_published_are_not_mixed(licensed, run, monkeypatch):
     label(licensed, FEW)
-    place = publish_tree.place
+    place = published_tree.place
 
     def evaluated_meanwhile(source: Path, target: Path) -> None:
         place(source, target)
         if source.name == "evaluation.json":
             label(licensed, MORE)
 
-    monkeypatch.setattr(publish_tree, "place", evaluated_meanwhile)
+    monkeypatch.setattr(published_tree, "place", evaluated_meanwhile)
     with pytest.raises(UserError, match="was evaluated while it was published; run it again"):
         run(publish, licensed, RAW="1", DRY_RUN="1")
 
@@ -621,7 +617,9 @@ def test_what_was_published_before_there_were_scores_can_be_pulled(licensed, emp
     run(publish, licensed)
     table = pa.parquet.read_table(pa.BufferReader(hub.repositories[REPO].files["index.parquet"]))
     marks = json.loads(table.schema.metadata[b"paragen"])
-    hub.repositories[REPO].files["index.parquet"] = publish_tree.index_of(table.drop_columns(list(index.SCORES)), marks)
+    hub.repositories[REPO].files["index.parquet"] = published_tree.index_of(
+        table.drop_columns(list(index.SCORES)), marks
+    )
     run(pull, empty)
     assert hashes(empty / "saves" / NAME) == hashes(licensed / "saves" / NAME)
 

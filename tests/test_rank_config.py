@@ -3,8 +3,8 @@
 import pytest
 import yaml
 
-import rank_config
-from cli import UserError
+from paragen.common.cli import UserError
+from paragen.recipes import render
 
 RECIPE = """### model
 model_name_or_path: ../models/M
@@ -32,58 +32,58 @@ def edit(recipe, old, new):
 
 
 def test_rank_is_set_in_all_three_places_and_nothing_else_changes(recipe):
-    config = rank_config.render(recipe, 16)
+    config = render.render(recipe, 16)
     assert config["lora_rank"] == 16
     assert config["output_dir"] == "saves/M_lora-rank_16_finetune"
     assert config["resume_from_checkpoint"] == "saves/M_lora-rank_16_pretrain/checkpoint-70"
-    own = rank_config.load(recipe)
+    own = render.load(recipe)
     assert {key for key in own if own[key] != config[key]} == {"lora_rank", "output_dir", "resume_from_checkpoint"}
 
 
 def test_numbers_are_read_as_llamafactory_reads_them(recipe):
-    assert rank_config.render(recipe, 8)["learning_rate"] == 5e-5
-    assert rank_config.render(recipe, 8, ["learning_rate=1e-4", "bf16=false"])["learning_rate"] == 1e-4
-    dumped = yaml.safe_load(rank_config.dump(rank_config.render(recipe, 8)))
+    assert render.render(recipe, 8)["learning_rate"] == 5e-5
+    assert render.render(recipe, 8, ["learning_rate=1e-4", "bf16=false"])["learning_rate"] == 1e-4
+    dumped = yaml.safe_load(render.dump(render.render(recipe, 8)))
     assert dumped["learning_rate"] == 5e-5, "also by readers that take 5e-5 for a text"
 
 
 @pytest.mark.parametrize("rank", ["0", "-1", "8.5", "eight", "", "8 ", "٨"])
 def test_a_rank_is_a_positive_whole_number(rank):
     with pytest.raises(UserError, match="not a positive whole number"):
-        rank_config.parse_rank(rank)
+        render.parse_rank(rank)
 
 
 def test_a_model_whose_own_name_holds_a_rank_keeps_it(recipe):
     edit(recipe, "saves/M_lora", "saves/M_lora-rank_4_merged_lora")
-    config = rank_config.render(recipe, 2)
+    config = render.render(recipe, 2)
     assert config["output_dir"] == "saves/M_lora-rank_4_merged_lora-rank_2_finetune"
 
 
 def test_a_rank_in_a_folder_above_is_left_alone(recipe):
     edit(recipe, "saves/M", "/disk_lora-rank_64_x/saves/M")
-    assert rank_config.render(recipe, 2)["output_dir"] == "/disk_lora-rank_64_x/saves/M_lora-rank_2_finetune"
+    assert render.render(recipe, 2)["output_dir"] == "/disk_lora-rank_64_x/saves/M_lora-rank_2_finetune"
 
 
 def test_paths_without_a_rank_stay_as_they_are(recipe):
     edit(recipe, "M_lora-rank_8_finetune", "plain")
-    assert rank_config.render(recipe, 2)["output_dir"] == "saves/plain"
+    assert render.render(recipe, 2)["output_dir"] == "saves/plain"
 
 
 @pytest.mark.parametrize("value", ["false", "null", "", "~"])
 def test_a_recipe_that_resumes_from_nothing_is_a_pretrain(recipe, value):
     edit(recipe, '"saves/M_lora-rank_8_pretrain/checkpoint-70"', value)
-    config = rank_config.render(recipe, 2)
-    assert not config["resume_from_checkpoint"] and rank_config.phase_of(config) == "pretrain"
+    config = render.render(recipe, 2)
+    assert not config["resume_from_checkpoint"] and render.phase_of(config) == "pretrain"
 
 
 def test_the_phase_is_finetune_where_it_resumes_and_saves_every_step(recipe):
-    assert rank_config.phase_of(rank_config.render(recipe, 8)) == "finetune"
-    assert rank_config.phase_of(rank_config.render(recipe, 8, ["save_steps=100"])) == "pretrain"
+    assert render.phase_of(render.render(recipe, 8)) == "finetune"
+    assert render.phase_of(render.render(recipe, 8, ["save_steps=100"])) == "pretrain"
 
 
 def test_windows_line_ends_and_a_byte_order_mark_are_read(recipe):
     recipe.write_bytes(b"\xef\xbb\xbf" + recipe.read_text().replace("\n", "\r\n").encode())
-    assert rank_config.render(recipe, 4)["output_dir"] == "saves/M_lora-rank_4_finetune"
+    assert render.render(recipe, 4)["output_dir"] == "saves/M_lora-rank_4_finetune"
 
 
 @pytest.mark.parametrize(
@@ -106,10 +106,10 @@ def test_windows_line_ends_and_a_byte_order_mark_are_read(recipe):
 def test_a_recipe_that_cannot_be_meant_is_refused_with_its_line(recipe, old, new, said):
     edit(recipe, old, new)
     if said is None:  # without the key LLaMA-Factory's default, 8, agrees with the paths
-        assert rank_config.render(recipe, 4)["lora_rank"] == 4
+        assert render.render(recipe, 4)["lora_rank"] == 4
         return
     with pytest.raises(UserError) as refused:
-        rank_config.render(recipe, 8)
+        render.render(recipe, 8)
     assert said in str(refused.value) and str(recipe) in str(refused.value) and "\n" not in str(refused.value)
 
 
@@ -117,38 +117,38 @@ def test_a_recipe_that_cannot_be_meant_is_refused_with_its_line(recipe, old, new
 def test_what_is_no_recipe_is_refused(recipe, content):
     recipe.write_bytes(content)
     with pytest.raises(UserError) as refused:
-        rank_config.render(recipe, 8)
+        render.render(recipe, 8)
     assert str(recipe) in str(refused.value)
 
 
 @pytest.mark.parametrize("text", ["nonsense", "=1", "a b=1", "--lora_rank=3"])
 def test_an_override_that_is_no_key_value_is_refused(recipe, text):
     with pytest.raises(UserError, match="is not key=value"):
-        rank_config.render(recipe, 8, [text])
+        render.render(recipe, 8, [text])
 
 
 def test_a_seed_of_the_recipes_own_stays_in_its_paths(recipe):
     edit(recipe, "save_steps", "seed: 7\nsave_steps")
     edit(recipe, "lora-rank_8_", "lora-rank_8_seed-7_")
-    assert rank_config.render(recipe, 4)["output_dir"] == "saves/M_lora-rank_4_seed-7_finetune"
-    assert rank_config.render(recipe, 4, ["seed=9"])["output_dir"] == "saves/M_lora-rank_4_seed-9_finetune"
+    assert render.render(recipe, 4)["output_dir"] == "saves/M_lora-rank_4_seed-7_finetune"
+    assert render.render(recipe, 4, ["seed=9"])["output_dir"] == "saves/M_lora-rank_4_seed-9_finetune"
     edit(recipe, "seed: 7", "seed: 8")
     with pytest.raises(UserError, match="names seed 7 but seed is 8"):
-        rank_config.render(recipe, 4)
+        render.render(recipe, 4)
 
 
 @pytest.mark.parametrize("ending", ["/", "/.", "//"])
 def test_a_trailing_slash_or_dot_hides_no_rank(recipe, ending):
     edit(recipe, "M_lora-rank_8_finetune", f"M_lora-rank_8_finetune{ending}")
-    assert rank_config.render(recipe, 16)["output_dir"] == f"saves/M_lora-rank_16_finetune{ending}"
+    assert render.render(recipe, 16)["output_dir"] == f"saves/M_lora-rank_16_finetune{ending}"
 
 
 def test_a_seed_other_than_the_recipes_is_named_in_the_folders(recipe):
-    config = rank_config.render(recipe, 8, ["seed=7"])
+    config = render.render(recipe, 8, ["seed=7"])
     assert config["output_dir"] == "saves/M_lora-rank_8_seed-7_finetune"
     assert config["resume_from_checkpoint"] == "saves/M_lora-rank_8_seed-7_pretrain/checkpoint-70"
-    assert rank_config.render(recipe, 8, ["seed=42"])["output_dir"] == "saves/M_lora-rank_8_finetune"
+    assert render.render(recipe, 8, ["seed=42"])["output_dir"] == "saves/M_lora-rank_8_finetune"
     edit(recipe, "save_steps", "seed: 7\nsave_steps")
-    assert rank_config.render(recipe, 8, ["seed=7"])["output_dir"] == "saves/M_lora-rank_8_finetune"
+    assert render.render(recipe, 8, ["seed=7"])["output_dir"] == "saves/M_lora-rank_8_finetune"
     edit(recipe, "M_lora-rank_8_finetune", "plain_finetune")
-    assert rank_config.render(recipe, 8, ["seed=3"])["output_dir"] == "saves/plain_seed-3_finetune"
+    assert render.render(recipe, 8, ["seed=3"])["output_dir"] == "saves/plain_seed-3_finetune"

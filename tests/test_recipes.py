@@ -10,20 +10,16 @@ from pathlib import Path
 import pytest
 import yaml
 
-import cells
-import check_recipes
-import make_recipe
-import models
-import paths
-import rank_config
-import recipe_facts
+from paragen.common import paths
+from paragen.model import base_models
+from paragen.recipes import check, lookup, new_pair, render, vocabulary
 
 ROOT = Path(__file__).resolve().parent.parent
 COMMON = ("ARC-c", "ARC-e", "BoolQ", "HellaSwag", "OBQA", "PIQA", "WinoGrande")
 CODING = ("Code-74k-ShareGPT", "CodeAlpaca-20K", "Evol-Instruct-Code-80K-V1", "Glaive-Code-Assistant-V2")
 CODING += ("LLaMA-Python-Codes-30K", "Python-Codes-25K", "Rosetta-Code")
 MATH = ("Competition_Math", "Math-IIO-68K-Mini", "Math-Plus", "Math_QA", "Mu-Math", "ToT-Math-V1", "MATH")
-SHIPPED = {(dataset, model) for dataset in COMMON for model in models.table() if "-1.5b" not in model}
+SHIPPED = {(dataset, model) for dataset in COMMON for model in base_models.table() if "-1.5b" not in model}
 SHIPPED = {(dataset, model) for dataset, model in SHIPPED if model not in ("qwen2.5-7b", "qwen2.5-vl-3b")}
 SHIPPED |= {(dataset, model) for dataset in CODING + MATH for model in ("qwen2.5-1.5b", "qwen2.5-7b")}
 SHIPPED |= {("MathV360K", "qwen2.5-vl-3b"), ("Demo", "smollm2-135m")}
@@ -37,7 +33,7 @@ def repository(tmp_path) -> Path:
     for folder in ("models", "saves", "data/common-sense-reasoning"):
         (top / folder).mkdir(parents=True)
     shutil.copytree(ROOT / "utils", top / "utils", ignore=shutil.ignore_patterns("__pycache__"))
-    known = cells.recipes()
+    known = lookup.recipes()
     recipes = [known[dataset, model, phase] for dataset, model in SHIPPED for phase in paths.PHASES]
     recipes += [ROOT / "collect_scripts" / name for name in ("figures.yaml", "test.yaml")]
     data = [ROOT / "data" / name for name in ("sources.yaml", "common-sense-reasoning/Demo_train.json")]
@@ -104,7 +100,7 @@ def new_dataset(repository: Path, name: str, rows: int, category: str = "math", 
 
 
 def test_every_dataset_has_a_pair_for_each_of_its_models():
-    assert {(*pair, phase) for pair in SHIPPED for phase in paths.PHASES} <= set(cells.recipes())
+    assert {(*pair, phase) for pair in SHIPPED for phase in paths.PHASES} <= set(lookup.recipes())
 
 
 def test_all_that_we_ship_is_clean(repository):
@@ -116,10 +112,10 @@ def test_all_that_we_ship_is_clean(repository):
 @pytest.mark.parametrize(("dataset", "model"), sorted(SHIPPED - {("Demo", "smollm2-135m")}))
 def test_each_shipped_pair_collects_the_100_steps_after_its_pretrain(dataset, model):
     """... with the rows a step of its source: in one batch for a small model on short rows, else activations twice."""
-    pretrain, finetune = (rank_config.load(cells.recipes()[dataset, model, phase]) for phase in paths.PHASES)
+    pretrain, finetune = (render.load(lookup.recipes()[dataset, model, phase]) for phase in paths.PHASES)
     assert finetune["save_total_limit"] == 100 and finetune["max_steps"] == pretrain["max_steps"] + 100
     rows = {"MathV360K": (64, 64)}.get(dataset, (8, 2) if dataset in COMMON else (8, 8))
-    entry = models.table()[model]
+    entry = base_models.table()[model]
     for config, expected in zip((pretrain, finetune), rows, strict=True):
         micro, accumulated = config["per_device_train_batch_size"], config["gradient_accumulation_steps"]
         small = entry["parameters"] < 2e9 and config["cutoff_len"] <= 2048 and not entry["processor"]
@@ -127,19 +123,19 @@ def test_each_shipped_pair_collects_the_100_steps_after_its_pretrain(dataset, mo
         assert config["disable_gradient_checkpointing"] is small
         assert accumulated == 1 or not small
         assert config["lora_target"] == entry["lora_target"] and config["template"] == entry["template"]
-        assert config["max_samples"] <= (recipe_facts.trainable_rows(dataset) or 100_000) or dataset in COMMON
+        assert config["max_samples"] <= (vocabulary.trainable_rows(dataset) or 100_000) or dataset in COMMON
 
 
 def test_models_with_a_processor_keep_their_sources_micro_batches():
     """Their loss is a mean of micro-batch means, so another split of the same rows trains something else."""
-    known = cells.recipes()
+    known = lookup.recipes()
     for dataset, model, split in (("ARC-c", "gemma-3-4b", (1, 8)), ("MathV360K", "qwen2.5-vl-3b", (8, 8))):
-        config = rank_config.load(known[dataset, model, "pretrain"])
+        config = render.load(known[dataset, model, "pretrain"])
         assert (config["per_device_train_batch_size"], config["gradient_accumulation_steps"]) == split
 
 
 def test_a_recipe_with_a_template_of_ours_says_that_stock_llamafactory_lacks_it():
-    for (dataset, model, _), path in cells.recipes().items():
+    for (dataset, model, _), path in lookup.recipes().items():
         if (dataset, model) not in SHIPPED:
             continue
         head = path.read_text().split("###")[0]
@@ -147,8 +143,8 @@ def test_a_recipe_with_a_template_of_ours_says_that_stock_llamafactory_lacks_it(
 
 
 def test_recipes_are_read_by_plain_yaml_too():
-    for path in [*cells.recipes().values(), ROOT / "collect_scripts" / "test.yaml"]:
-        assert yaml.safe_load(path.read_text()) == rank_config.load(path), path
+    for path in [*lookup.recipes().values(), ROOT / "collect_scripts" / "test.yaml"]:
+        assert yaml.safe_load(path.read_text()) == render.load(path), path
 
 
 def test_keys_and_templates_are_those_of_llamafactory_itself():
@@ -162,8 +158,8 @@ print("RESULT" + json.dumps([keys, sorted(TEMPLATES)]))
 """
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
     keys, templates = json.loads(done.stdout.split("RESULT")[1])
-    assert sorted(recipe_facts.keys()) == keys
-    assert sorted(recipe_facts.stock_templates()) == templates
+    assert sorted(vocabulary.keys()) == keys
+    assert sorted(vocabulary.stock_templates()) == templates
 
 
 # --- faults, planted
@@ -227,7 +223,7 @@ FAULTS = [
 def test_a_planted_fault_is_named_with_file_line_and_key(clone, name, old, new, key, said):
     recipe = pair_in(clone, name)
     edit(recipe, old, new)
-    messages, _ = check_recipes.check([recipe, check_recipes.other_half(recipe)])
+    messages, _ = check.check([recipe, check.other_half(recipe)])
     told = [message for message in messages if f": {key}" in message and said in message]
     assert told, messages
     file, _, number = told[0].split(": ")[0].partition(":")  # FILE:LINE: KEY: ...
@@ -376,15 +372,15 @@ def test_what_cannot_be_written_is_one_line_and_leaves_everything_as_it_was(repo
 
 
 def test_near_templates_are_those_of_the_models_family():
-    known = sorted(recipe_facts.stock_templates())
-    assert "qwen3" in make_recipe.near_templates("qwen3-4b-instruct", known)
-    assert "llama3" in make_recipe.near_templates("meta-llama-3.1-8b", known)
+    known = sorted(vocabulary.stock_templates())
+    assert "qwen3" in new_pair.near_templates("qwen3-4b-instruct", known)
+    assert "llama3" in new_pair.near_templates("meta-llama-3.1-8b", known)
 
 
 def test_a_small_model_takes_short_rows_in_one_batch_and_a_large_one_accumulates():
     def split(model: str, batch: list[int], cutoff_len: int) -> tuple:
-        cell = make_recipe.cell_of(model, "ARC-c")
-        return make_recipe.split(batch, cell, cutoff_len)
+        cell = new_pair.cell_of(model, "ARC-c")
+        return new_pair.split(batch, cell, cutoff_len)
 
     assert split("qwen2.5-0.5b", [1, 8], 2048) == (8, 1, True)
     assert split("qwen2.5-1.5b", [1, 8], 4096) == (2, 4, False)

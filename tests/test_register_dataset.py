@@ -10,8 +10,8 @@ from types import SimpleNamespace
 
 import pytest
 
-import dataset_info
-from cli import UserError
+from paragen.common.cli import UserError
+from paragen.dataset import dataset_info
 
 SCRIPT = Path(__file__).resolve().parent.parent / "utils" / "register_dataset.py"
 CATEGORIES = ("coding", "common-sense-reasoning", "math", "multimodal")

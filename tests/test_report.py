@@ -18,11 +18,9 @@ from selenium.webdriver.common.by import By
 from selenium.webdriver.common.keys import Keys
 from selenium.webdriver.support.wait import WebDriverWait
 
-import collection
-import files
-import paths
-import report
-import report_data
+from paragen.analysis import report, report_data
+from paragen.collection import collection
+from paragen.common import files, paths
 
 CHROMIUM, DRIVER = Path("/usr/bin/chromium"), Path("/usr/bin/chromedriver")
 EVIL = "</script><script>document.title='owned'</script><img src=x onerror=\"document.title='owned'\">'&amp;"

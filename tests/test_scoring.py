@@ -7,15 +7,11 @@ from scenes import CLOSE, LONGEST, STOPS, Scene, prompts, question
 from transformers import GenerationConfig
 from transformers.models.llama.modeling_llama import LlamaMLP, apply_rotary_pos_emb
 
-import attention
-import decoding
-import devices
-import lora_stack
-import scored_base
-import scoring
-from cli import UserError
-from questions import Question
-from scoring import Marks
+from paragen.common import devices
+from paragen.common.cli import UserError
+from paragen.scoring import attention, decoding, lora_stack, model_passes, scored_base
+from paragen.scoring.model_passes import Marks
+from paragen.scoring.questions import Question
 
 LENGTHS = [1, 23, 4, 60, 17, 30]
 
@@ -41,7 +37,7 @@ def assert_right(scene: Scene, asked: list[Question], off: float = CLOSE) -> lis
             said = scene.greedy(adapter, one.tokens)
             if mark.is_open:
                 assert mark.answer is None
-                assert generated[adapter][number] == scoring.until(said, STOPS)
+                assert generated[adapter][number] == model_passes.until(said, STOPS)
             else:
                 assert mark.answer == first_option(one, said)
     return found
@@ -104,7 +100,7 @@ def test_an_answer_that_ends_before_any_option_is_known_without_generating_it(ev
     asked = [question(prompt, [[20], [21]]) for prompt in prompts([30])]
     for adapter in (0, 1):
         first = scene.greedy(adapter, asked[0].tokens)[0]
-        scorer = scoring.Scorer(scene.stacked, asked, [first], 0)
+        scorer = model_passes.Scorer(scene.stacked, asked, [first], 0)
         (mark,) = scorer.marks(scene.factors(adapter))[0]
         assert (mark.answer, mark.is_open) == (None, False)
         assert scorer.generate(scene.factors(adapter), [[0]], LONGEST) == [{0: []}]
@@ -205,8 +201,8 @@ def test_the_order_and_the_number_of_rows_change_no_score(crowd, answered):
 
 def test_few_logits_at_once_change_no_score(crowd, answered, monkeypatch):
     asked, together = answered
-    monkeypatch.setattr(scoring, "LOGITS", {"cpu": 1})
-    monkeypatch.setattr(scoring, "AT_ONCE", 1)
+    monkeypatch.setattr(model_passes, "LOGITS", {"cpu": 1})
+    monkeypatch.setattr(model_passes, "AT_ONCE", 1)
     assert_same(everything(crowd, asked, 6)[0], together[6])
 
 
@@ -238,7 +234,7 @@ def test_an_answer_ends_where_the_model_does(every_model, name):
         assert answers.keys() == set(numbers)
         for number, said in answers.items():
             room = min(LONGEST, 128 - len(asked[number].tokens))
-            assert said == scoring.until(scene.greedy(adapter, asked[number].tokens, room), STOPS)
+            assert said == model_passes.until(scene.greedy(adapter, asked[number].tokens, room), STOPS)
 
 
 @pytest.mark.parametrize("name", ["llama-7b", "gemma-3-text", "gpt2", "bert"])
@@ -271,7 +267,7 @@ def test_without_memory_for_a_batch_smaller_ones_give_the_same(crowd, answered):
         said = scorer.generate(crowd.factors(5, 6), [list(range(len(asked)))] * 2, LONGEST)
     finally:
         memory.hook.remove()
-    assert max(memory.asked) > 300 and scorer.budget < scoring.TOKENS["cpu"]
+    assert max(memory.asked) > 300 and scorer.budget < model_passes.TOKENS["cpu"]
     for adapter, one, answer in zip((5, 6), marks, said, strict=True):
         assert_same([(mark, answer[number]) for number, mark in enumerate(one)], together[adapter])
 
@@ -280,7 +276,7 @@ def test_without_memory_for_a_row_of_two_adapters_they_are_scored_one_after_the_
     asked, together = answered
     longest = max(len(one.tokens) + len(one.paths[0].tokens) for one in asked)
     scorer = crowd.scorer(asked)
-    scorer.budget = 2 * scoring.LEAST
+    scorer.budget = 2 * model_passes.LEAST
     memory = Scarce(crowd.model, longest + LONGEST + 8)
     try:
         marks = scorer.marks(crowd.factors(5, 6))
@@ -294,7 +290,7 @@ def test_without_memory_for_a_row_of_two_adapters_they_are_scored_one_after_the_
 
 def test_without_memory_for_one_row_a_line_says_so(crowd, answered):
     scorer = crowd.scorer(answered[0])
-    scorer.budget = 2 * scoring.LEAST
+    scorer.budget = 2 * model_passes.LEAST
     memory = Scarce(crowd.model, 40)
     try:
         with pytest.raises(UserError, match="^out of device memory, even with single rows; score on another device$"):
@@ -447,7 +443,7 @@ def test_answers_are_generated_for_as_many_rows_as_their_cache_has_room(every_mo
         monkeypatch.setattr(devices, "free_bytes", lambda _, room=room: 2 * each * room)
         said = scene.scorer(asked).generate(scene.factors(1, 2), [list(range(4))] * 2, LONGEST)
         for adapter, answers in zip((1, 2), said, strict=True):
-            expected = [scoring.until(scene.greedy(adapter, one.tokens), STOPS) for one in asked]
+            expected = [model_passes.until(scene.greedy(adapter, one.tokens), STOPS) for one in asked]
             assert [answers[number] for number in range(4)] == expected
     assert sizes == [4, 4, *[1] * 8, 8]
 

@@ -12,9 +12,7 @@ from torch import Tensor
 from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource
 
-import attention
-import lora_stack
-import scoring_kernels
+from paragen.scoring import attention, kernels, lora_stack
 
 LEAST_SHARED = 99 * 1024  # bytes of shared memory of a block, on GPUs of capability 8.6 and 8.9
 
@@ -29,7 +27,7 @@ def patched(tensor, scope):
     plain(tensor, scope)
     scope.set_attr(tensor, "__index__", lambda self: self.handle.data.item())
 interpreter._patch_lang_tensor = patched
-found = [(getattr(scoring_kernels, name)(*given), given) for name, given in torch.load(sys.argv[1])]
+found = [(getattr(kernels, name)(*given), given) for name, given in torch.load(sys.argv[1])]
 torch.save(found, sys.argv[1])
 """
 SIZES = [(2, 70, 160, 8), (3, 5, 128, 4), (1, 64, 72, 20), (2, 130, 96, 64), (1, 1, 70, 1)]
@@ -114,7 +112,7 @@ def test_the_activation_takes_up_its_factors(interpreted, number):
 
 def test_activations_that_triton_gets_wrong_are_refused():
     with pytest.raises(ValueError, match="activations of 64 are too narrow"):
-        scoring_kernels.gated(*activations(1, 8, 64, 20))
+        kernels.gated(*activations(1, 8, 64, 20))
 
 
 @pytest.mark.parametrize("number", range(len(WORDS)))
@@ -158,18 +156,18 @@ def test_they_compile_for_the_gpus_that_they_are_for(monkeypatch, tmp_path, capa
     monkeypatch.setenv("TRITON_CACHE_DIR", str(tmp_path))
     asked = []
     for name in ("_gated", "_reduced", "_attend"):
-        monkeypatch.setattr(scoring_kernels, name, Noted(getattr(scoring_kernels, name), asked))
+        monkeypatch.setattr(kernels, name, Noted(getattr(kernels, name), asked))
     gate, up = torch.zeros(2, 2 * 80, 96, dtype=torch.bfloat16)
     hidden, a_down = torch.zeros(2, 80, 2 * rank).bfloat16(), torch.zeros(2, 96, rank).bfloat16()
     b_gate, b_up = torch.zeros(2, 2, rank, 96, dtype=torch.bfloat16)
-    scoring_kernels.gated(gate, up, hidden, b_gate, b_up, a_down)
-    scoring_kernels.reduced(torch.zeros(3, 151936, dtype=torch.bfloat16))
+    kernels.gated(gate, up, hidden, b_gate, b_up, a_down)
+    kernels.reduced(torch.zeros(3, 151936, dtype=torch.bfloat16))
     for width, dtype in KINDS if rank == 8 else ():
         for length, keys in ((80, None), (1, 100)):
             *heads, seen, scale, first = heads_of(14, 2, length, keys, width, 0 if keys else 70)
-            assert scoring_kernels.can_attend(heads[0].to(dtype), heads[2].to(dtype))
+            assert kernels.can_attend(heads[0].to(dtype), heads[2].to(dtype))
             first = first and tuple(one.to(dtype) for one in first)
-            scoring_kernels.attend(*(one.to(dtype) for one in heads), seen, scale, first)
+            kernels.attend(*(one.to(dtype) for one in heads), seen, scale, first)
     for source, options in asked:
         made = triton.compile(source, target=GPUTarget("cuda", capability, 32), options=options)
         assert made.asm["cubin"] and made.metadata.shared <= LEAST_SHARED

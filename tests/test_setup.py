@@ -11,14 +11,17 @@ from pathlib import Path
 import pytest
 
 ROOT = Path(__file__).resolve().parent.parent
+COMMON = ROOT / "utils" / "paragen" / "common"  # all that setting up needs
 
 
 @pytest.fixture
 def repository(tmp_path) -> Path:
     """A repository whose locked set is empty, so that setting it up needs no network."""
     (tmp_path / "a b" / "utils").mkdir(parents=True)
-    for name in ("setup_env.py", "cli.py", "files.py"):
-        shutil.copy(ROOT / "utils" / name, tmp_path / "a b" / "utils")
+    for path in [ROOT / "utils" / "setup_env.py", *(ROOT / "utils" / "paragen").glob("*.py"), *COMMON.glob("*.py")]:
+        copy = tmp_path / "a b" / path.relative_to(ROOT)
+        copy.parent.mkdir(parents=True, exist_ok=True)
+        shutil.copy(path, copy)
     shutil.copy(ROOT / "Makefile", tmp_path / "a b")
     for name in ("requirements.in", "requirements.txt"):
         (tmp_path / "a b" / name).write_text("# nothing\n")

@@ -4,25 +4,25 @@ import numpy as np
 import pytest
 from scenes import question
 
-import sheets
-from questions import Question
-from sheets import START
+from paragen.scoring import option_trees
+from paragen.scoring.option_trees import START
+from paragen.scoring.questions import Question
 
 
-def sheet(asked: list[Question], prefix: int = 0) -> sheets.Sheet:
-    return sheets.sheet_of(list(range(len(asked))), asked, [sheets.tree_of(one) for one in asked], prefix)
+def sheet(asked: list[Question], prefix: int = 0) -> option_trees.Sheet:
+    return option_trees.sheet_of(list(range(len(asked))), asked, [option_trees.tree_of(one) for one in asked], prefix)
 
 
-def seen(batch: sheets.Sheet, row: int = 0, prefix: int = 0, window: int | None = None) -> list[str]:
+def seen(batch: option_trees.Sheet, row: int = 0, prefix: int = 0, window: int | None = None) -> list[str]:
     """What each token of a row sees, a string of x and . per token."""
-    mask = sheets.seen_in(batch, prefix)
+    mask = option_trees.seen_in(batch, prefix)
     if window:
-        mask &= sheets.near_in(batch, prefix, window)
+        mask &= option_trees.near_in(batch, prefix, window)
     return ["".join(".x"[int(there)] for there in line) for line in mask[row, 0]]
 
 
 def test_options_share_their_first_tokens():
-    tree = sheets.tree_of(question([1], [[5, 6, 8], [5, 7, 8], [9]], right=1))
+    tree = option_trees.tree_of(question([1], [[5, 6, 8], [5, 7, 8], [9]], right=1))
     # 5 behind the prompt, 6 and 7 behind it; of the right one also what ends it (2, 7) but for its last token
     assert list(zip(tree.parents, tree.tokens, tree.depths, strict=True)) == [
         (START, 5, 0), (0, 6, 1), (0, 7, 1), (2, 8, 2), (3, 2, 3)
@@ -34,16 +34,16 @@ def test_options_share_their_first_tokens():
 
 
 def test_a_branch_is_whole_before_the_next_begins():
-    tree = sheets.tree_of(question([1], [[5, 6, 8, 8], [5, 7, 8], [5, 6, 9, 8], [4, 4]], right=1))
+    tree = option_trees.tree_of(question([1], [[5, 6, 8, 8], [5, 7, 8], [5, 6, 9, 8], [4, 4]], right=1))
     assert [tree.tokens[node] for node in range(len(tree.tokens))] == [4, 5, 6, 8, 9, 7, 8, 2]
-    assert sheets.ends_of(tree) == [1, 8, 5, 4, 5, 8, 8, 8]
+    assert option_trees.ends_of(tree) == [1, 8, 5, 4, 5, 8, 8, 8]
     assert [[tree.edges[edge][1] for edge in path] for path in tree.paths] == [
         [5, 6, 8, 8], [5, 7, 8, 2, 7], [5, 6, 9, 8], [4, 4]
     ]  # fmt: skip
 
 
 def test_options_of_one_token_need_no_token_but_the_right_one_s():
-    tree = sheets.tree_of(question([1], [[5], [6]]))
+    tree = option_trees.tree_of(question([1], [[5], [6]]))
     assert tree.tokens == [5, 2] and len(tree.edges) == 4
 
 
@@ -73,14 +73,14 @@ def test_within_a_window_a_node_sees_by_position_not_by_place():
 
 def test_single_responses_without_a_common_beginning_are_simply_causal():
     assert sheet([question([1, 3], [[5, 6]]), question([1], [[5]])]).until is None
-    assert not sheets.is_branched(sheets.tree_of(question([1], [[5, 6, 7]])))
-    assert sheets.is_branched(sheets.tree_of(question([1], [[5, 6], [7, 6]])))
+    assert not option_trees.is_branched(option_trees.tree_of(question([1], [[5, 6, 7]])))
+    assert option_trees.is_branched(option_trees.tree_of(question([1], [[5, 6], [7, 6]])))
 
 
 def test_padding_is_neither_seen_nor_asked():
     batch = sheet([question([1, 3, 4, 9, 9, 9], [[5], [6]]), question([1], [[5, 6], [8, 6]])])
     assert batch.tokens.tolist() == [[1, 3, 4, 9, 9, 9, 5, 2], [1, 5, 6, 2, 8, 0, 0, 0]]
-    assert not sheets.seen_in(batch, 0)[1, 0, :5, 5:].any()
+    assert not option_trees.seen_in(batch, 0)[1, 0, :5, 5:].any()
     assert batch.picks.tolist() == [5, 6, 7, 8, 9, 10, 11, 12]
     assert batch.edge_of == [0, 4]
     assert batch.edges[4:].tolist() == [[3, 5], [4, 6], [5, 2], [6, 7], [3, 8], [7, 6]]
@@ -100,18 +100,18 @@ def test_padding_is_neither_seen_nor_asked():
 )
 def test_the_common_beginning_leaves_each_prompt_a_token(prompts, length):
     asked = [question(prompt, [[5], [6]]) for prompt in prompts]
-    assert sheets.prefix_of(asked) == prompts[0][:length]
-    assert sheets.prefix_of(asked[::-1]) == prompts[0][:length]
+    assert option_trees.prefix_of(asked) == prompts[0][:length]
+    assert option_trees.prefix_of(asked[::-1]) == prompts[0][:length]
 
 
 def test_every_row_is_dealt_once_and_no_batch_is_too_large():
     lengths = np.random.default_rng(0).integers(1, 90, 200).tolist()
     heights = np.random.default_rng(1).integers(1, 9, 200).tolist()
     for most, tallest in ((1, 1), (64, 10**9), (500, 30), (10**9, 10**9), (10**9, 20)):
-        batches = sheets.deal(lengths, most, heights, tallest)
+        batches = option_trees.deal(lengths, most, heights, tallest)
         assert sorted(number for batch in batches for number in batch) == list(range(200))
         for batch in batches:
             padded = len(batch) * max(lengths[number] for number in batch)
             tall = sum(heights[number] for number in batch)
             assert len(batch) == 1 or (padded <= most and tall <= tallest)
-    assert len(sheets.deal(lengths, 10**9, heights, 10**9)) == 1
+    assert len(option_trees.deal(lengths, 10**9, heights, 10**9)) == 1

@@ -14,11 +14,11 @@ from types import SimpleNamespace
 import pytest
 from test_sweep import CATEGORY, hashes, left_over, sweep
 
-import models
-import paths
-import stage
-import status
-from cli import UserError
+from paragen.common import paths
+from paragen.common.cli import UserError
+from paragen.model import base_models
+from paragen.sweep import stage
+from paragen.training import status
 
 pytestmark = pytest.mark.runs
 
@@ -174,7 +174,7 @@ class Place:
     def __init__(self, project, tmp_path, monkeypatch, attempt="now"):
         monkeypatch.setattr(paths, "ROOT", project.top)
         shutil.copy(ROOT / "models" / "models.yaml", project.top / "models")
-        monkeypatch.setattr(models, "TABLE", project.top / "models" / "models.yaml")
+        monkeypatch.setattr(base_models, "TABLE", project.top / "models" / "models.yaml")
         self.project, self.attempt = project, attempt
         self.cell = status.Cell("Toy", "tiny-llama", 4, project.pretrain, project.finetune)
         self.back = tmp_path / "runs of the node"

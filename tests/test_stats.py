@@ -12,15 +12,12 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 
-import canonical
-import checkpoints
-import collection
-import files
-import index
-import layer_stats as ls
-import paths
 import stats
-from cli import UserError
+from paragen.analysis import canonical, measures
+from paragen.analysis import layer_stats as ls
+from paragen.collection import checkpoints, collection, index
+from paragen.common import files, paths
+from paragen.common.cli import UserError
 
 NAMES = {"stats.parquet", "importance.safetensors", "steps.safetensors", "stats.json"}
 
@@ -32,7 +29,7 @@ def measured_once(trained_once, tmp_path_factory):
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(paths, "SAVES", trained_once.top / "saves")
         (one,) = index.chosen()
-        stats.update([one], out)
+        measures.update([one], out)
     return one, out / one.name
 
 
@@ -139,9 +136,9 @@ def test_importance_is_the_deviation_of_standardised_factors_over_its_mean_and_a
 def test_chunks_of_steps_and_groups_of_layers_change_nothing(measured_once):
     one, _ = measured_once
     config, entries = checkpoints.adapter_config(one.folder, one.manifest), one.manifest["checkpoints"]
-    whole = stats.measure(one.folder, entries, config, "base")
-    parted = stats.measure(one.folder, entries, config, "base", budget=1, chunk=1)
-    assert len(stats.groups_of(whole.shapes, 1)) == len(whole.layers)
+    whole = measures.measure(one.folder, entries, config, "base")
+    parted = measures.measure(one.folder, entries, config, "base", budget=1, chunk=1)
+    assert len(measures.groups_of(whole.shapes, 1)) == len(whole.layers)
     for name in whole._fields[2:]:
         torch.testing.assert_close(getattr(parted, name), getattr(whole, name), rtol=1e-12, atol=1e-15)
 
@@ -252,7 +249,7 @@ def synthetic(folder, steps, shape=(8, 32, 24, 2), dtype=torch.float32, zero=())
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 def test_a_first_step_without_any_update_is_measured_like_others(tmp_path, dtype):
     entries = synthetic(tmp_path / "x", 3, dtype=dtype, zero=[1])
-    found = stats.measure(tmp_path / "x", entries, {"lora_alpha": 2}, "base")
+    found = measures.measure(tmp_path / "x", entries, {"lora_alpha": 2}, "base")
     assert (found.norm[:, 0] == 0).all() and (found.effective_rank[:, 0] == 0).all()
     assert all(getattr(found, name).isfinite().all() for name in found._fields[2:])
     torch.testing.assert_close(found.change[:, 1], found.norm[:, 1])
@@ -260,8 +257,8 @@ def test_a_first_step_without_any_update_is_measured_like_others(tmp_path, dtype
 
 def test_a_single_checkpoint_makes_every_layer_equally_important(tmp_path):
     entries = synthetic(tmp_path / "x", 1)
-    found = stats.measure(tmp_path / "x", entries, {"lora_alpha": 2}, "base")
-    by_factor, by_layer = stats.importance_of(found)
+    found = measures.measure(tmp_path / "x", entries, {"lora_alpha": 2}, "base")
+    by_factor, by_layer = measures.importance_of(found)
     assert (by_factor == 1).all() and (by_layer == 1).all() and (found.change == 0).all()
 
 
@@ -269,9 +266,9 @@ PEAK = """
 import json, sys
 sys.path.insert(0, sys.argv[1])
 from pathlib import Path
-import stats
+from paragen.analysis import measures
 entries = json.loads(Path(sys.argv[2], "entries.json").read_text())[: int(sys.argv[3])]
-stats.measure(Path(sys.argv[2]), entries, {"lora_alpha": 2}, "base", chunk=1)
+measures.measure(Path(sys.argv[2]), entries, {"lora_alpha": 2}, "base", chunk=1)
 print(next(line.split()[1] for line in open("/proc/self/status") if line.startswith("VmHWM")))
 """
 
@@ -313,7 +310,7 @@ def test_it_is_made_once_and_again_when_the_collection_or_the_method_changed(col
     assert first_line().startswith("there already: ")
     assert first_line(FORCE="1").startswith("statistics: ")
     assert {path.name: path.read_bytes() for path in folder.iterdir()} == content, "the same bit for bit"
-    monkeypatch.setattr(stats, "METHOD", "another")
+    monkeypatch.setattr(measures, "METHOD", "another")
     assert first_line().startswith("statistics: ")
     manifest_file = collected.run_folder("finetune") / paths.MANIFEST
     manifest = json.loads(manifest_file.read_bytes())

@@ -232,7 +232,7 @@ def test_what_runs_is_seen_from_another_shell(repository, project):
     ],
 )  # fmt: skip
 def test_the_cause_of_a_failure_is_the_logs_last_error(tmp_path, log, cause, again):
-    import cell_worker
+    from paragen.sweep import cell_worker
 
     (tmp_path / "x.log").write_text(log)
     assert cell_worker.cause_in(tmp_path / "x.log") == f"{cause} (log: {tmp_path / 'x.log'})"
@@ -264,8 +264,8 @@ def test_each_worker_sees_its_own_devices(tmp_path, gpus_per_cell, groups):
     ],
 )
 def test_devices_that_cannot_be_are_one_line(monkeypatch, settings, said):
-    import sweep
-    from cli import UserError
+    from paragen.common.cli import UserError
+    from paragen.sweep import sweep
 
     for name, value in settings.items():
         monkeypatch.setenv(name, value)
@@ -286,7 +286,7 @@ def worker(tmp_path, monkeypatch):
     """A slot in this process, whose runs are forked from it and sleep."""
     import multiprocessing
 
-    import cell_worker
+    from paragen.sweep import cell_worker
 
     def start(script, arguments, environment, log):
         process = multiprocessing.get_context("fork").Process(target=time.sleep, args=(60,))
@@ -301,7 +301,7 @@ def worker(tmp_path, monkeypatch):
 
 
 def test_a_stop_reaches_a_run_that_is_just_starting(worker, tmp_path, monkeypatch):
-    import cell_worker
+    from paragen.sweep import cell_worker
 
     start = cell_worker.forked.start
 
@@ -316,7 +316,7 @@ def test_a_stop_reaches_a_run_that_is_just_starting(worker, tmp_path, monkeypatc
 
 
 def test_a_run_whose_end_nobody_saw_is_worth_another_attempt(worker, tmp_path, monkeypatch):
-    import cell_worker
+    from paragen.sweep import cell_worker
 
     class Lost:
         exitcode = 255  # multiprocessing's, when the process that the others are forked from was killed
@@ -352,7 +352,7 @@ def test_a_terminated_sweep_unwinds_and_says_so_in_its_status(repository):
 
 def test_half_the_rows_on_several_devices_are_half_of_what_each_had():
     """Splitting after halving would undo it."""
-    import devices
+    from paragen.common import devices
 
     config = {"per_device_train_batch_size": 8, "gradient_accumulation_steps": 1}
     assert devices.share_batch(config, 2, False, False) == {"per_device_train_batch_size": 4}
@@ -373,7 +373,7 @@ def test_half_the_rows_on_several_devices_are_half_of_what_each_had():
     ],
 )
 def test_tokenised_rows_are_shared_only_where_they_are_the_same(change, same):
-    import run_identity
+    from paragen.collection import run_identity
 
     identity = {"recipe": {"template": "qwen", "lora_rank": 4}, "data": [{"pictures": None}], "tokenizer": {}}
     changed = run_identity.tokens_key({**identity, "recipe": identity["recipe"] | change})
@@ -382,9 +382,9 @@ def test_tokenised_rows_are_shared_only_where_they_are_the_same(change, same):
 
 def test_a_cell_that_another_program_is_at_work_on_waits_behind_the_others(project):
     """Its run keeps the right to its name; a second attempt takes it from the first."""
-    import files
-    import sweep
-    from status import Cell
+    from paragen.common import files
+    from paragen.sweep import sweep
+    from paragen.training.status import Cell
 
     cell = Cell("Toy", "tiny", 4, project.pretrain, project.finetune)
     mark = project.run_folder("finetune").with_name(f".{project.run_folder('finetune').name}.attempt")
@@ -408,8 +408,8 @@ def test_a_sweep_has_as_many_slots_as_its_machines_can_hold(monkeypatch, machine
     """What no machine can hold is an error, not a wait without end. The machines are only told of."""
     from types import SimpleNamespace
 
-    import sweep
-    from cli import UserError
+    from paragen.common.cli import UserError
+    from paragen.sweep import sweep
 
     for name in ("DEVICES", "GPUS_PER_CELL"):
         monkeypatch.setenv(name, settings.get(name, ""))

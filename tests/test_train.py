@@ -64,9 +64,9 @@ def test_each_checkpoint_is_bit_identical_to_what_the_stock_trainer_saves(traine
     resumed = twin.run_folder("pretrain") / "checkpoint-4"
     state = json.loads((resumed / "trainer_state.json").read_text())
     (resumed / "trainer_state.json").write_text(json.dumps({**state, "save_steps": 1}))
-    import rank_config
+    from paragen.recipes import render
 
-    config = rank_config.render(twin.finetune, 4) | {
+    config = render.render(twin.finetune, 4) | {
         "use_cpu": True,
         "bf16": False,
         "output_dir": str(tmp_path / "out"),
@@ -413,7 +413,7 @@ def test_two_processes_train_the_same_adapters_as_one(pretrained, trained_once):
 
 def test_a_batch_that_devices_cannot_share_is_refused(project):
     """Rows or accumulation are divided; a model with a processor keeps its micro-batches, whose means its loss is."""
-    import devices
+    from paragen.common import devices
 
     assert devices.split_batch({"gradient_accumulation_steps": 4}, 2, True) == {"gradient_accumulation_steps": 2}
     one_batch = {"per_device_train_batch_size": 8, "gradient_accumulation_steps": 1}

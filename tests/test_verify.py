@@ -10,9 +10,8 @@ import scored
 import torch
 from safetensors.torch import load_file, save_file
 
-import collection
-import evaluation
 import verify
+from paragen.collection import collection, evaluation
 
 STEP = "checkpoint-9.safetensors"
 
@@ -33,7 +32,7 @@ def edit_manifest(folder: Path, change, seal: bool = True) -> None:
 
 def rewrite(folder: Path, change) -> None:
     """Change a checkpoint's tensors and record its new hash, as a careless tool would."""
-    import files
+    from paragen.common import files
 
     tensors = load_file(folder / STEP)
     change(tensors)

@@ -4,7 +4,7 @@ import json
 import shutil
 from pathlib import Path
 
-import collection
+from paragen.collection import collection
 
 
 def twin(folder: Path, dataset: str = "Toy", model: str = "Tiny-Llama", rank: int = 4, seed: int | None = None) -> Path:

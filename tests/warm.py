@@ -3,6 +3,7 @@
 The fork happens before any tensor is made, so a run behaves as in a process of its own; it can be killed like one.
 """
 
+import importlib
 import multiprocessing
 import os
 import resource
@@ -69,8 +70,7 @@ def _run(script: str, arguments: list[str], environment: dict[str, str], log: st
         os.chdir(arguments[1])
         run_exp(json.loads(Path(arguments[0]).read_text()))
         return
-    import cli
-    import paths
+    from paragen.common import cli, paths
 
     paths.SAVES = Path(environment.get("SAVES_FOLDER", paths.SAVES))
-    cli.run(__import__(script).main)
+    cli.run(importlib.import_module(script).main)

@@ -8,206 +8,23 @@ safe to run twice and after a crash. What a stock run cannot tell is null in the
 """
 
 import argparse
-import json
-import os
-import re
-import secrets
-import shutil
 from pathlib import Path
-from typing import NamedTuple
 
-import cli
-import collection
-import files
-import models
-import paths
-from cli import UserError, say
-
-DEFAULT_KEEP = 100
-STATE = "trainer_state.json"
-
-
-class Outcome(NamedTuple):
-    """What became of a run folder."""
-
-    state: str  # `clean` already, `cleaned`, or `would clean` in a dry run
-    checkpoints: int
-    freed: int  # bytes
+from paragen.collection import stock_runs
+from paragen.common import cli, paths
+from paragen.common.cli import say
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(description="Make a stock LLaMA-Factory finetune run a collection.")
     parser.add_argument("run_folder", type=Path)
-    add_options(parser)
+    stock_runs.add_options(parser)
     args = parser.parse_args()
-    outcome = clean(args.run_folder, args.keep, args.dry_run)
+    outcome = stock_runs.clean(args.run_folder, args.keep, args.dry_run)
     freed = (
         f", {outcome.freed / 1e6:.1f} MB {'to free' if args.dry_run else 'freed'}" if outcome.state != "clean" else ""
     )
     say(f"{outcome.state}: {paths.relative(args.run_folder)}, {outcome.checkpoints} checkpoints{freed}")
-
-
-def add_options(parser: argparse.ArgumentParser) -> None:
-    """The options that cleaning one folder and cleaning many share."""
-    parser.add_argument("--keep", type=int, default=DEFAULT_KEEP, help="keep the newest N steps (default: %(default)s)")
-    parser.add_argument("--dry-run", action="store_true", help="only show what would be freed")
-
-
-def clean(folder: Path, keep: int = DEFAULT_KEEP, dry_run: bool = False) -> Outcome:
-    """Bring a stock finetune run folder to the collection layout.
-
-    Args:
-        folder: the run folder.
-        keep: how many checkpoints stay, the newest by step number.
-        dry_run: change nothing.
-
-    Raises UserError, with nothing changed, for a folder that is no finished finetune run or holds a broken checkpoint.
-    """
-    if keep < 1:
-        raise UserError(f"--keep {keep}: keep at least one checkpoint")
-    folder = Path(os.path.normpath(folder.absolute()))
-    folder = folder.resolve() if folder.is_symlink() else folder
-    if not folder.parent.is_dir():
-        raise UserError(f"{folder}: no such folder")
-    try:
-        with files.lock(files.beside(folder, "lock")):
-            if not dry_run:
-                files.recover_folder(folder)
-            if not folder.is_dir():
-                raise UserError(f"{folder}: no such folder")
-            manifest = collection.read_manifest(folder)
-            if manifest is not None:
-                if manifest["phase"] != "finetune":
-                    raise UserError(f"{folder}: is a pretrain run; only a finetune run becomes a collection")
-                return Outcome("clean", len(manifest["checkpoints"]), 0)
-            kept = finished_checkpoints(folder)[-keep:]
-            freed = files.size_of(folder.rglob("*")) - sum((path / paths.ADAPTER).stat().st_size for path in kept)
-            if dry_run:
-                return Outcome("would clean", len(kept), freed)
-            return rebuild(folder, kept)
-    except files.Busy:
-        raise UserError(f"{folder}: a run is going on in it") from None
-
-
-def finished_checkpoints(folder: Path) -> list[Path]:
-    """The checkpoint folders of a finished stock finetune run, in the order of their steps; each is whole.
-
-    Raises UserError saying what the folder lacks.
-    """
-    found = {int(path.name.split("-")[1]): path for path in folder.iterdir() if is_checkpoint(path)}
-    if not found:
-        raise UserError(f"{folder}: holds no checkpoint-<step> folder, so it is no run folder")
-    checkpoints = [found[step] for step in sorted(found)]
-    state = read_state(folder)
-    if state is None or state["global_step"] < state["max_steps"]:
-        raise UserError(f"{folder}: the run did not finish ({STATE} of its end is missing); train it to the end first")
-    if folder.name.endswith("_pretrain") or not (folder.name.endswith("_finetune") or saved_every_step(state, found)):
-        raise UserError(f"{folder}: is no finetune run (its name does not say so and it did not save every step)")
-    if max(found) != state["global_step"]:
-        raise UserError(f"{folder}: the checkpoint of its last step, {state['global_step']}, is missing")
-    for path in checkpoints:
-        check_adapter(path)
-    return checkpoints
-
-
-def is_checkpoint(path: Path) -> bool:
-    """Whether a path is a checkpoint folder by its name."""
-    return path.is_dir() and paths.CHECKPOINT.fullmatch(path.name) is not None
-
-
-def saved_every_step(state: dict, found: dict[int, Path]) -> bool:
-    """Whether a run of any name collected: several checkpoints, one after each step."""
-    return len(found) > 1 and max(found) - min(found) == len(found) - 1 or state.get("save_steps") == 1
-
-
-def read_state(folder: Path) -> dict | None:
-    """The trainer state in a folder, or None."""
-    try:
-        state = json.loads((folder / STATE).read_bytes())
-    except FileNotFoundError:
-        return None
-    except ValueError as error:
-        raise UserError(f"{folder / STATE}: broken: {error}") from None
-    return state if isinstance(state, dict) and {"global_step", "max_steps", "log_history"} <= state.keys() else None
-
-
-def check_adapter(checkpoint: Path) -> None:
-    """Raise UserError unless a checkpoint folder holds a LoRA adapter that can be read to its last byte."""
-    from safetensors import SafetensorError
-    from safetensors.torch import load_file
-
-    try:
-        adapter = json.loads((checkpoint / paths.ADAPTER_CONFIG).read_bytes())
-        load_file(checkpoint / paths.ADAPTER)
-    except FileNotFoundError as error:
-        raise UserError(f"{error.filename or checkpoint / paths.ADAPTER}: is missing; nothing was changed") from None
-    except (ValueError, SafetensorError) as error:
-        raise UserError(
-            f"{checkpoint}: its adapter is broken ({error}); remove that folder to go on without it"
-        ) from None
-    if adapter.get("peft_type") != "LORA":
-        raise UserError(f"{checkpoint}: holds no LoRA adapter")
-
-
-def rebuild(folder: Path, kept: list[Path]) -> Outcome:
-    """Build the collection beside `folder` and put it in its place. `kept` is in the order of steps."""
-    before = files.size_of(folder.rglob("*"))
-    staging = files.beside(folder, f"staging-{secrets.token_hex(4)}")
-    staging.mkdir()
-    try:
-        losses = {entry["step"]: entry for entry in read_state(folder)["log_history"] if "loss" in entry}
-        entries = []
-        for checkpoint in kept:
-            step = int(paths.CHECKPOINT.fullmatch(checkpoint.name)[1])
-            target = staging / collection.checkpoint_name(step)
-            link_or_copy(checkpoint / paths.ADAPTER, target)
-            log = losses.get(step, {})
-            entries.append({
-                "step": step,
-                "loss": log.get("loss"),
-                "learning_rate": log.get("learning_rate"),
-                "bytes": target.stat().st_size,
-                "sha256": files.sha256_of(target),
-            })  # fmt: skip
-        for name in (collection.LOG, collection.PICTURE):
-            if (folder / name).is_file():
-                shutil.copyfile(folder / name, staging / name)
-        adapter = json.loads((kept[-1] / paths.ADAPTER_CONFIG).read_bytes())
-        base = base_of(adapter)
-        shutil.copyfile(kept[-1] / paths.ADAPTER_CONFIG, staging / paths.ADAPTER_CONFIG)
-        collection.set_base_name(staging / paths.ADAPTER_CONFIG, base)
-        identity = {"recipe": None, "data": None, "base_model": base, "tokenizer": None, "pretrain": None}
-        unknown = ("seed", "device", "processes", "precision", "rows_at_a_time", "accumulated", "trained_rows",
-                   "total_steps", "versions", "attempt")  # fmt: skip
-        facts = {**dict.fromkeys(unknown), "adapter_config_sha256": files.sha256_of(staging / paths.ADAPTER_CONFIG)}
-        manifest = collection.manifest_of(folder, "finetune", adapter["r"], identity, entries, facts)
-        files.write_json(staging / collection.MANIFEST, manifest)
-        faults = collection.faults_of(staging, manifest)
-        if faults:
-            raise UserError(f"{folder}: {faults[0]}; nothing was changed")
-        files.publish_folder(staging, folder)
-    finally:
-        files.remove_folder(staging)
-    return Outcome("cleaned", len(entries), before - files.size_of(folder.iterdir()))
-
-
-def link_or_copy(source: Path, target: Path) -> None:
-    """The same file under a second name where the file system can do that, else a copy on disk."""
-    try:
-        os.link(source, target)
-    except OSError:
-        shutil.copyfile(source, target)
-        with open(target, "rb+") as file:
-            os.fsync(file.fileno())
-
-
-def base_of(adapter: dict) -> dict:
-    """Name and hub id of the base model that an adapter_config.json names; the hash is not known."""
-    named = str(adapter.get("base_model_name_or_path") or "")
-    is_hub_id = re.fullmatch(r"[\w.-]+/[\w.-]+", named) and not named.startswith(".") and not Path(named).exists()
-    folder = paths.MODELS / Path(named).name
-    hub_id = named if is_hub_id else models.hub_origin(folder)[0]
-    return {"name": Path(named).name or None, "hub_id": hub_id, "revision": adapter.get("revision"), "sha256": None}
 
 
 if __name__ == "__main__":

@@ -10,16 +10,15 @@ import argparse
 import os
 from pathlib import Path
 
-import checkpoint_cleaner
-import cli
-import paths
-from cli import UserError
+from paragen.collection import stock_runs
+from paragen.common import cli, paths
+from paragen.common.cli import UserError
 
 
 def main() -> int:
     parser = argparse.ArgumentParser(description="Make every stock finetune run of a dataset a collection.")
     parser.add_argument("folder", type=Path, nargs="?", help="the dataset's folder under saves/")
-    checkpoint_cleaner.add_options(parser)
+    stock_runs.add_options(parser)
     args = parser.parse_args()
     folder = args.folder or dataset_folder(os.environ.get("DATASET", ""))
     if not folder.is_dir():
@@ -30,7 +29,7 @@ def main() -> int:
             rows.append((run.name, "pretrain, left alone", "", ""))
             continue
         try:
-            outcome = checkpoint_cleaner.clean(run, args.keep, args.dry_run)
+            outcome = stock_runs.clean(run, args.keep, args.dry_run)
             rows.append((run.name, outcome.state, str(outcome.checkpoints), f"{outcome.freed / 1e6:.1f}"))
         except UserError as error:
             failed += 1

@@ -13,24 +13,23 @@ import sys
 import tempfile
 from pathlib import Path
 
-import cells
-import cli
-import engine
-import packed_train
-import rank_config
-import run_identity
-from cli import UserError
-from packed_train import Cell
+from paragen.collection import run_identity
+from paragen.common import cli
+from paragen.common.cli import UserError
+from paragen.packed import packed_train
+from paragen.packed.packed_train import Cell
+from paragen.recipes import lookup, render
+from paragen.training import engines
 
 UTILS = Path(__file__).resolve().parent
 
 
 def main() -> int:
-    dataset, model, name = os.environ.get("DATASET", ""), os.environ.get("MODEL"), engine.asked()
+    dataset, model, name = os.environ.get("DATASET", ""), os.environ.get("MODEL"), engines.asked()
     ranks = asked_ranks()
     seed = (f"seed={value}",) if (value := os.environ.get("SEED")) else ()
     keep = (f"save_total_limit={value}",) if (value := os.environ.get("KEEP")) else ()
-    pretrain, finetune = (cells.find(dataset, model, phase) for phase in ("pretrain", "finetune"))
+    pretrain, finetune = (lookup.find(dataset, model, phase) for phase in ("pretrain", "finetune"))
     chosen = [Cell(pretrain, finetune, rank, seed, keep) for rank in ranks]
     to_do, failed = sort_out(chosen)
     if name == "packed" or (name is None and os.environ.get("RANKS", "").split()):
@@ -52,7 +51,7 @@ def asked_ranks() -> list[int]:
     one, several = os.environ.get("RANK"), os.environ.get("RANKS", "").split()
     if one and several:
         raise UserError(f"RANK={one} and RANKS={' '.join(several)}: give one of the two")
-    return list(dict.fromkeys(rank_config.parse_rank(rank) for rank in several or [one or "8"]))
+    return list(dict.fromkeys(render.parse_rank(rank) for rank in several or [one or "8"]))
 
 
 def sort_out(chosen: list[Cell]) -> tuple[list[Cell], list[Cell]]:
@@ -87,7 +86,8 @@ def train_packed(chosen: list[Cell]) -> list[Cell]:
     with tempfile.TemporaryDirectory(prefix="paragen-") as folder:
         results = Path(folder, "results")
         named = [argument for cell in chosen for argument in packed_train.arguments_of(cell)]
-        status = cli.call([sys.executable, UTILS / "packed_train.py", *named, "--results", results])
+        command = [sys.executable, "-m", packed_train.__name__, *named, "--results", results]
+        status = cli.call(command, cli.environment_for_modules())
         found = packed_train.read_results(results)
     if status < 0:
         cli.complain(f"the training was killed by signal {-status}; run it again, it goes on where it was")

@@ -10,13 +10,11 @@ has been verified.
 
 import sys
 
-import cell_worker
-import cli
-import plan
-import status
-import sweep
-from cli import UserError, say
-from sweep_display import Display
+from paragen.common import cli
+from paragen.common.cli import UserError, say
+from paragen.sweep import cell_worker, plan, sweep
+from paragen.sweep.display import Display
+from paragen.training import status
 
 
 def main() -> int:

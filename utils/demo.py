@@ -11,16 +11,13 @@ import sys
 import time
 from pathlib import Path
 
-import cells
-import cli
-import collection
-import files
-import forked
-import packed_train
-import paths
-import rank_config
-import report
-from cli import UserError, say
+from paragen.analysis import report
+from paragen.collection import collection
+from paragen.common import cli, files, paths
+from paragen.common.cli import UserError, say
+from paragen.packed import packed_train
+from paragen.recipes import lookup, render
+from paragen.sweep import forked
 
 DATASET, MODEL, RANK = "Demo", "smollm2-135m", 8
 SCORED = "every:5"  # of the checkpoints
@@ -40,14 +37,14 @@ def main() -> None:
     if cli.call([sys.executable, UTILS / "fetch_model.py", MODEL]):
         raise UserError("the demo stopped at this part; the cause stands above")
     step("training and collecting")
-    pretrain, finetune = (cells.find(DATASET, MODEL, phase) for phase in ("pretrain", "finetune"))
+    pretrain, finetune = (lookup.find(DATASET, MODEL, phase) for phase in ("pretrain", "finetune"))
     if not packed_train.is_done(packed_train.Cell(pretrain, finetune, RANK)):
         for recipe in (pretrain, finetune):
             call("train", str(recipe), str(RANK))
     call("verify", "--recipe", str(finetune), str(RANK))
     step("scoring the base model and four checkpoints on held-out questions")
     call("evaluate", "--show", str(QUESTIONS))
-    folder = rank_config.run_folder(finetune, rank_config.render(finetune, RANK))
+    folder = render.run_folder(finetune, render.render(finetune, RANK))
     show_table(folder, collection.read_manifest(folder))
     step("drawing the report")
     call("report")

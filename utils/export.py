@@ -12,12 +12,11 @@ import importlib
 import os
 from pathlib import Path
 
-import cli
-import index
-import paths
-from cli import UserError
+from paragen.collection import index
+from paragen.common import cli, paths
+from paragen.common.cli import UserError
 
-FORMATS = {"dnd": "export_dnd", "peft": "export_peft", "canonical": "export_canonical", "archive": "export_archive"}
+FORMATS = ("dnd", "peft", "canonical", "archive")  # modules of paragen.exports, imported when asked for
 DTYPES = ("float32", "bfloat16", "float16")
 
 
@@ -32,7 +31,7 @@ def main() -> None:
     if os.environ.get("STEPS") and format_name != "peft":
         raise UserError(f"STEPS={os.environ['STEPS']}: only FORMAT=peft selects steps; leave it out")
     out = out_folder(os.environ.get("OUT") or str(paths.SAVES / "exports" / format_name))
-    importlib.import_module(FORMATS[format_name]).export(index.chosen(), out, dtype)
+    importlib.import_module(f"paragen.exports.{format_name}").export(index.chosen(), out, dtype)
 
 
 def out_folder(asked: str) -> Path:

@@ -12,10 +12,9 @@ import os
 import sys
 from pathlib import Path
 
-import archive
-import cli
-import paths
-from cli import UserError
+from paragen.archives import archive
+from paragen.common import cli, paths
+from paragen.common.cli import UserError
 
 
 def main() -> int:

@@ -22,9 +22,8 @@ import subprocess
 from importlib.metadata import distributions
 from pathlib import Path
 
-import cli
-import files
-from cli import UserError, say
+from paragen.common import cli, files
+from paragen.common.cli import UserError, say
 
 ROOT = Path(__file__).resolve().parent.parent
 VENV = ROOT / ".venv"

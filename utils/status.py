@@ -5,44 +5,19 @@
 Reads recipes, run folders and their manifests; writes nothing. A cell is a dataset, a model and a rank.
 """
 
-import functools
-import json
 import os
-from collections.abc import Iterable
-from pathlib import Path
-from typing import NamedTuple
 
-import cells
-import cli
-import collection
-import files
-import paths
-import rank_config
-import run_identity
-from cli import UserError, say
-
-RANKS = (2, 4, 8, 16, 64)
-
-
-class Cell(NamedTuple):
-    """What is collected together: the recipe pair of a dataset and a model, at a rank."""
-
-    dataset: str
-    model: str
-    rank: int
-    pretrain: Path
-    finetune: Path
-
-    def __str__(self) -> str:
-        return f"{self.dataset} {self.model} rank {self.rank}"
+from paragen.common import cli
+from paragen.common.cli import say
+from paragen.training import status
 
 
 def main() -> None:
-    chosen = chosen_cells(os.environ.get("CATEGORY", ""), os.environ.get("DATASET", "").split())
+    chosen = status.chosen_cells(os.environ.get("CATEGORY", ""), os.environ.get("DATASET", "").split())
     by_pair: dict[tuple[str, str], dict[int, str]] = {}
     reasons: list[str] = []
     for cell in chosen:
-        state, reason = state_of(cell)
+        state, reason = status.state_of(cell)
         by_pair.setdefault((cell.dataset, cell.model), {})[cell.rank] = state
         if reason:
             reasons.append(f"{state}: {cell}: {reason}")
@@ -53,80 +28,6 @@ def main() -> None:
     )
     for reason in reasons:
         say(reason)
-
-
-def chosen_cells(category: str, datasets: Iterable[str]) -> list[Cell]:
-    """The cells of a category (empty: all) and of some datasets (none: all), for MODELS or MODEL and RANKS.
-
-    Names are matched without case and punctuation. Cells that share a base model stand together. Raises UserError for a
-    value that is not known, listing the right ones.
-    """
-    pairs = pairs_in(category)
-    names = {dataset for dataset, _ in pairs}
-    wanted = {paths.choose(name, names, "dataset") for name in datasets} or names
-    known_models = {model for dataset, model in pairs if dataset in wanted}
-    asked = (os.environ.get("MODELS") or os.environ.get("MODEL") or "").split()
-    models = {paths.choose(name, known_models, "model") for name in asked} or known_models
-    ranks = [rank_config.parse_rank(rank) for rank in os.environ.get("RANKS", "").split()] or RANKS
-    return [
-        Cell(dataset, model, rank, *pairs[dataset, model])
-        for dataset, model in sorted(pairs, key=lambda pair: (pair[1], pair[0]))
-        if dataset in wanted and model in models
-        for rank in dict.fromkeys(ranks)
-    ]
-
-
-def pairs_in(category: str) -> dict[tuple[str, str], tuple[Path, Path]]:
-    """The recipe pairs (pretrain, finetune) of a category, by (dataset, model); all categories' where none is named."""
-    if category:
-        category = paths.choose(category, paths.CATEGORIES, "category")
-    recipes = {key: path for key, path in cells.recipes().items() if category in ("", path.parent.parent.name)}
-    pairs = {
-        (dataset, model): (path, recipes[dataset, model, "finetune"])
-        for (dataset, model, phase), path in recipes.items()
-        if phase == "pretrain" and (dataset, model, "finetune") in recipes
-    }
-    if not pairs:
-        raise UserError(f"collect_scripts/{category or '*'}: no pair of recipes there yet")
-    return pairs
-
-
-def state_of(cell: Cell) -> tuple[str, str]:
-    """How a cell stands and, where there is more to say, why: (state, reason)."""
-    try:
-        pretrain, folder = run_folders(cell)
-        if any(files.is_held(files.beside(run, "lock")) for run in (pretrain, folder)):
-            return "collecting", progress_of(cell)
-        if not folder.exists():
-            return ("pretrained" if (pretrain / collection.MANIFEST).is_file() else "missing"), ""
-        config = rank_config.render(cell.finetune, cell.rank)
-        state, changed = collection.state_of(folder, run_identity.identity_of(cell.finetune, config))
-    except UserError as error:
-        return "broken", str(error)
-    if state == "unknown":
-        return "broken", f"{paths.relative(folder)} has no manifest.json"
-    return state, "; ".join(changed)
-
-
-def progress_of(cell: Cell) -> str:
-    """How far the run in progress of a cell is, from the log in its staging folder; empty where there is none yet."""
-    for phase, folder in zip(paths.PHASES, run_folders(cell), strict=True):
-        for staging in files.companions(folder, "staging-"):
-            try:
-                last = json.loads((staging / collection.LOG).read_text(encoding="utf-8").splitlines()[-1])
-                loss = f", loss {last['loss']:.4f}" if "loss" in last else ""
-                left = f", {last['remaining_time']} left" if "remaining_time" in last else ""
-                return f"{phase} step {last['current_steps']} of {last['total_steps']}{loss}{left}"
-            except (OSError, IndexError, ValueError, KeyError):
-                return f"{phase} starting"  # no whole line yet, or it ended just now
-    return ""
-
-
-@functools.cache  # a sweep asks often, and must know them to its end, whatever becomes of the recipe meanwhile
-def run_folders(cell: Cell) -> tuple[Path, Path]:
-    """The pretrain and the finetune run folder of a cell. Raises UserError for a broken recipe."""
-    pretrain = rank_config.run_folder(cell.pretrain, rank_config.render(cell.pretrain, cell.rank))
-    return pretrain, rank_config.run_folder(cell.finetune, rank_config.render(cell.finetune, cell.rank))
 
 
 if __name__ == "__main__":

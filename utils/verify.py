@@ -12,14 +12,11 @@ import argparse
 import os
 from pathlib import Path
 
-import cli
-import collection
-import doubts
-import files
-import models
-import paths
-import rank_config
-from cli import UserError, say
+from paragen.collection import collection, quality_warnings
+from paragen.common import cli, files, paths
+from paragen.common.cli import UserError, say
+from paragen.model import base_models
+from paragen.recipes import render
 
 
 def main() -> int:
@@ -43,9 +40,9 @@ def of_recipe(recipe: str, rank: str = "", *overrides: str) -> tuple[Path, Path]
     """The run folder and the base model's folder of a recipe."""
     if not rank:
         raise UserError("--recipe needs a recipe and a rank")
-    config = rank_config.render(Path(recipe), rank_config.parse_rank(rank), list(overrides))
-    folder = rank_config.run_folder(Path(recipe), config)
-    return folder, rank_config.resolve(Path(recipe), config["model_name_or_path"])
+    config = render.render(Path(recipe), render.parse_rank(rank), list(overrides))
+    folder = render.run_folder(Path(recipe), config)
+    return folder, render.resolve(Path(recipe), config["model_name_or_path"])
 
 
 def asked_for(folders: list[Path], dataset: str) -> list[Path]:
@@ -81,7 +78,7 @@ def verify(folder: Path, base: Path | None = None) -> bool:
         steps = [entry["step"] for entry in manifest["checkpoints"]]
         size = files.size_of(folder.iterdir()) / 1e6
         say(f"whole  {name}: {len(steps)} checkpoints, steps {steps[0]}-{steps[-1]}, {size:.1f} MB")
-        for doubt in doubts.of(folder, manifest):
+        for doubt in quality_warnings.of(folder, manifest):
             say(f"DOUBTFUL {name}: {doubt}")
     return not faults
 
@@ -90,9 +87,8 @@ def peft_faults(folder: Path, manifest: dict, base: Path | None) -> list[str]:
     """What PEFT says to the collection's last checkpoint."""
     base = base or paths.MODELS / ((manifest["base_model"] or {}).get("name") or "unknown")
     if not (base / "config.json").is_file():
-        return [
-            f"cannot be loaded with PEFT here, models/{base.name} is missing; bring it with: {models.how_to_get(base)}"
-        ]
+        way = base_models.how_to_get(base)
+        return [f"cannot be loaded with PEFT here, models/{base.name} is missing; bring it with: {way}"]
     return collection.peft_faults(folder, manifest["checkpoints"][-1]["step"], base)
 
 

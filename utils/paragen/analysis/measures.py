@@ -1,0 +1,265 @@
+"""Statistics of collections: how far the adapters of the steps are apart, where, and in how many directions.
+
+    [CATEGORY=..] [DATASET=..] [MODEL=..] [RANK=..] [SEED=..] python utils/stats.py                  (make stats)
+
+Reads collections, writes saves/stats/<category>/<dataset>/<run folder>/ and prints a table per collection:
+    stats.parquet           a row per factor tensor and a row per layer's update; COLUMNS says what each column is
+    importance.safetensors  a float32 scalar per layer, and per factor tensor: Drag-and-Drop LLMs' loss weight
+    steps.safetensors       per step: sketch, norm and change of each layer's update; ARRAYS says what each is
+    stats.json              what it was made from; the layers in the order of the arrays
+Made once, and again when the collection or METHOD changed (FORCE=1: always). An update is B·A times PEFT's scaling.
+
+Importance of a layer (or of one factor) = m / M, with m the mean over its entries of the standard deviation across the
+steps, and M that mean over the entries of all layers. The deviation is the population's, of factors that were first
+standardised within each step (mean 0, standard deviation 1 over the factor; a constant factor is 0). So the mean of
+the importances over all entries is 1; without any variation every importance is 1. Drag-and-Drop LLMs computes the
+same per token, which is a block of columns of a factor; here it is per factor and per layer.
+"""
+
+from functools import partial
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import torch
+
+from paragen.analysis import layer_stats as ls
+from paragen.collection import checkpoints, exported, index
+from paragen.common import cli, files, parallel, paths
+
+METHOD = "stats-1"  # changes with every change of the numbers
+BUDGET = 512 << 20  # bytes of running sums: layers that do not fit are taken in a further pass over the files
+CHUNK = 256 << 20  # bytes of one layer's steps that are worked on together
+MOST_STEPS = 64  # files that are open together
+COLUMNS = {
+    "layer": "the layer's name in PEFT's keys",
+    "tensor": "lora_A, lora_B, or update: scaling * B A",
+    "rows": "of the matrix", "columns": "of the matrix",
+    "mean": "over all entries and steps (factors only)",
+    "std": "population standard deviation across steps of an entry, mean over the entries (factors only)",
+    "norm_first": "Frobenius norm at the first step", "norm_mean": "mean over steps", "norm_last": "at the last step",
+    "change_mean": "Frobenius norm of the difference to the step before, mean over all steps but the first",
+    "change_max": "its largest",
+    "effective_rank_first": "exp of the entropy of the normalised singular values, at the first step (updates only)",
+    "effective_rank_mean": "mean over steps", "effective_rank_last": "at the last step",
+    "importance": "see importance.safetensors; an update's is its layer's",
+}  # fmt: skip
+ARRAYS = {
+    "steps": "int64, N: the optimizer steps",
+    "sketch": "float32, N x 1024: random projection of a step's updates, the same for all collections of base_model",
+    "norm": "float32, L x N: Frobenius norm of each layer's update",
+    "change": "float32, L x N: Frobenius norm of the update's difference to the kept step before; first column 0",
+    "effective_rank": "float32, L x N: effective rank of each layer's update",
+}  # fmt: skip
+
+
+PER_LAYER, PER_FACTOR = ("norm", "change", "effective_rank"), ("factor_norm", "factor_change")
+TOTALS = ("mean", "std", "standardised_std")
+
+
+class Measured(NamedTuple):
+    """The statistics of a collection: L layers, N steps; float64."""
+
+    layers: list[str]
+    shapes: list[tuple[int, int, int]]  # outputs, inputs, r
+    sketch: torch.Tensor  # N x 1024
+    norm: torch.Tensor  # L x N
+    change: torch.Tensor  # L x N
+    effective_rank: torch.Tensor  # L x N
+    factor_norm: torch.Tensor  # L x 2 (A, B) x N
+    factor_change: torch.Tensor  # L x 2 x N
+    mean: torch.Tensor  # L x 2
+    std: torch.Tensor  # L x 2
+    standardised_std: torch.Tensor  # L x 2
+
+
+def update(chosen: list[index.Chosen], out: Path | None = None) -> None:
+    """Bring the statistics of some collections up to date below `out` (saves/stats) and print a table of each."""
+    for one in chosen:
+        print_table(of(one, out))
+
+
+def of(one: index.Chosen, out: Path | None = None, quiet: bool = False) -> Path:
+    """The folder with a collection's statistics below `out` (saves/stats), measured unless they are there already.
+
+    `quiet` says nothing then.
+    """
+    out = out or paths.SAVES / "stats"
+    source = {"format": "stats", "method": METHOD, "manifest": one.manifest["sha256"]}
+    exported.part(out, one.name, source, partial(write, one), done="statistics", quiet=quiet)
+    return out / one.name
+
+
+def write(one: index.Chosen, folder: Path) -> None:
+    """Measure a collection and write its four files to the new `folder`."""
+    from safetensors.torch import save
+
+    config = checkpoints.adapter_config(one.folder, one.manifest)
+    base = base_model_of(one, config)
+    steps = [entry["step"] for entry in one.manifest["checkpoints"]]
+    measured = measure(one.folder, one.manifest["checkpoints"], config, base)
+    by_factor, by_layer = importance_of(measured)
+    keys = [f"{layer}.{end}.weight" for layer in measured.layers for end in ("lora_A", "lora_B")]
+    weights = dict(zip(measured.layers, by_layer, strict=True)) | dict(zip(keys, by_factor.flatten(), strict=True))
+    arrays = {name: getattr(measured, name).float() for name in ARRAYS if name != "steps"}
+    folder.mkdir()
+    files.write_atomically(
+        folder / "importance.safetensors", save({key: value.float().clone() for key, value in weights.items()})
+    )
+    files.write_atomically(folder / "steps.safetensors", save({"steps": torch.tensor(steps), **arrays}))
+    write_table(folder / "stats.parquet", measured, by_factor, by_layer)
+    files.write_json(folder / "stats.json", about(one, config, base, measured))
+
+
+def base_model_of(one: index.Chosen, config: dict[str, Any]) -> str:
+    """The base model's name that decides the sketch: its folder's, also for a run whose manifest does not know it."""
+    base = one.manifest["base_model"] or {}
+    return base.get("name") or str(config.get("base_model_name_or_path")).rstrip("/").rsplit("/", 1)[-1]
+
+
+def measure(
+    folder: Path, entries: list[dict], config: dict[str, Any], base: str, budget: int = BUDGET, chunk: int = CHUNK
+) -> Measured:
+    """One streaming pass over the checkpoints of a collection, each tensor read once.
+
+    Memory: `budget` for the running sums of a group of layers, `chunk` for the steps worked on, and 8 bytes per step
+    and layer (and 1024 per step) for what is kept of each step; nothing else grows with the number of steps.
+
+    Args:
+        folder: the collection.
+        entries: its manifest's `checkpoints`.
+        config: its adapter_config.json.
+        base: the base model's name.
+        budget, chunk: bytes.
+    """
+    layout = checkpoints.layout_of(next(checkpoints.open_all(folder, entries[:1])))
+    layers = checkpoints.layers_of(layout)
+    shapes = [(layout[f"{layer}.lora_B.weight"][0], *layout[f"{layer}.lora_A.weight"][::-1]) for layer in layers]
+    kept = {name: torch.zeros(len(layers), len(entries), dtype=torch.float64) for name in PER_LAYER}
+    kept |= {name: torch.zeros(len(layers), 2, len(entries), dtype=torch.float64) for name in PER_FACTOR}
+    totals = {name: torch.zeros(len(layers), 2, dtype=torch.float64) for name in TOTALS}
+    sketch = torch.zeros(len(entries), ls.SKETCH_SIDE**2, dtype=torch.float64)
+    for group in groups_of(shapes, budget):
+        begun = parallel.each(lambda number: ls.start(config, base, layers[number], *shapes[number]), group)
+        running = dict(zip(group, begun, strict=True))
+        for part, handles in checkpoints.in_chunks(folder, entries, steps_within(chunk, shapes)):
+
+            def take_in(number: int, running=running, part=part, handles=handles) -> tuple:
+                a, b = checkpoints.factors_of(folder, entries[part], handles, layers[number])
+                return ls.taken_in(running[number], a, b)
+
+            for number, (after, figures) in zip(group, parallel.each(take_in, group), strict=True):
+                running[number] = after
+                sketch[part] += figures.pop("sketch")
+                for name, values in figures.items():
+                    kept[name][number, ..., part] = values
+        for number in group:
+            for name, values in ls.totals(running[number]).items():
+                totals[name][number] = values
+    return Measured(layers, shapes, sketch, **kept, **totals)
+
+
+def groups_of(shapes: list[tuple[int, int, int]], budget: int) -> list[list[int]]:
+    """The numbers of the layers in groups whose running sums take at most `budget` bytes (but one layer at least)."""
+    groups, used = [[]], 0
+    for number, (outputs, inputs, rank) in enumerate(shapes):
+        size = 8 * (outputs + inputs) * (9 * rank + ls.SKETCH_SIDE)  # 4 moments of 2, the step before, projections
+        if groups[-1] and used + size > budget:
+            groups.append([])
+            used = 0
+        groups[-1].append(number)
+        used += size
+    return groups
+
+
+def steps_within(chunk: int, shapes: list[tuple[int, int, int]]) -> int:
+    """How many steps are worked on together: a layer's float64 copies (about eight) and the open files' own bytes."""
+    sizes = [(outputs + inputs) * rank for outputs, inputs, rank in shapes]
+    return max(1, min(MOST_STEPS, chunk // (parallel.WORKERS * 8 * 8 * max(sizes) + 4 * sum(sizes))))
+
+
+def importance_of(measured: Measured) -> tuple[torch.Tensor, torch.Tensor]:
+    """The importance of each factor (L x 2) and of each layer (L), as the head of this file defines it."""
+    sizes = torch.tensor([(rank * inputs, outputs * rank) for outputs, inputs, rank in measured.shapes])
+    sums = measured.standardised_std * sizes
+    overall = sums.sum() / sizes.sum()
+    if overall == 0:
+        return torch.ones(sizes.shape), torch.ones(len(sizes))
+    return measured.standardised_std / overall, sums.sum(1) / sizes.sum(1) / overall
+
+
+def write_table(path: Path, measured: Measured, by_factor: torch.Tensor, by_layer: torch.Tensor) -> None:
+    """Write stats.parquet: for each layer lora_A, lora_B and update."""
+    import pyarrow as pa
+    import pyarrow.parquet
+
+    rows = []
+    for number, layer in enumerate(measured.layers):
+        outputs, inputs, rank = measured.shapes[number]
+        for side, (name, shape) in enumerate((("lora_A", (rank, inputs)), ("lora_B", (outputs, rank)))):
+            norm, change = measured.factor_norm[number, side], measured.factor_change[number, side]
+            rows.append({"layer": layer, "tensor": name, "rows": shape[0], "columns": shape[1]})
+            rows[-1] |= {"mean": float(measured.mean[number, side]), "std": float(measured.std[number, side])}
+            rows[-1] |= over_steps(norm, change) | {"importance": float(by_factor[number, side])}
+        rows.append({"layer": layer, "tensor": "update", "rows": outputs, "columns": inputs})
+        rows[-1] |= over_steps(measured.norm[number], measured.change[number])
+        ranks = measured.effective_rank[number]
+        figures = {"first": ranks[0], "mean": ranks.mean(), "last": ranks[-1]}
+        rows[-1] |= {f"effective_rank_{name}": float(value) for name, value in figures.items()}
+        rows[-1] |= {"importance": float(by_layer[number])}
+    kinds = {"layer": pa.string(), "tensor": pa.string(), "rows": pa.int64(), "columns": pa.int64()}
+    schema = pa.schema([(name, kinds.get(name, pa.float64())) for name in COLUMNS])
+    sink = pa.BufferOutputStream()
+    pyarrow.parquet.write_table(pa.Table.from_pylist(rows, schema=schema), sink)
+    files.write_atomically(path, sink.getvalue().to_pybytes())
+
+
+def over_steps(norm: torch.Tensor, change: torch.Tensor) -> dict[str, float]:
+    """The columns of stats.parquet that sum up one tensor's norm and change, each given per step."""
+    moved = change[1:] if len(change) > 1 else change
+    figures = {
+        "norm_first": norm[0],
+        "norm_mean": norm.mean(),
+        "norm_last": norm[-1],
+        "change_mean": moved.mean(),
+        "change_max": moved.max(),
+    }
+    return {name: float(value) for name, value in figures.items()}
+
+
+def about(one: index.Chosen, config: dict[str, Any], base: str, measured: Measured) -> dict[str, Any]:
+    """The content of stats.json."""
+    return {
+        "method": METHOD,
+        "manifest": one.manifest["sha256"],
+        "collection": one.name,
+        "base_model": base,
+        "rank": one.manifest["rank"],
+        "lora_alpha": config["lora_alpha"],
+        "use_rslora": bool(config.get("use_rslora")),
+        "parameters": sum((outputs + inputs) * rank for outputs, inputs, rank in measured.shapes),
+        "files": {
+            "stats.parquet": COLUMNS,
+            "importance.safetensors": "float32 scalar by layer and by factor tensor: the mean over its entries of the "
+            "standard deviation across steps of the factors standardised within each step, divided by that mean over "
+            "all layers; averages to 1 over all entries",
+            "steps.safetensors": ARRAYS,
+        },
+        "layers": measured.layers,
+    }
+
+
+def print_table(folder: Path) -> None:
+    """Print what a collection's statistics say of each kind of layer."""
+    import pyarrow.parquet
+
+    table = pyarrow.parquet.read_table(folder / "stats.parquet", memory_map=False).to_pylist()
+    kinds: dict[str, list[dict]] = {}
+    for row in table:
+        if row["tensor"] == "update":
+            kinds.setdefault(row["layer"].rsplit(".", 1)[-1], []).append(row)
+    rows = []
+    for kind, found in kinds.items():
+        figures = ("norm_last", "change_mean", "effective_rank_mean", "importance")
+        means = [sum(row[name] for row in found) / len(found) for name in figures]
+        rows.append((kind, str(len(found)), *(f"{mean:.3g}" for mean in means)))
+    cli.print_table(("layers", "count", "norm", "change per step", "effective rank", "importance"), rows)

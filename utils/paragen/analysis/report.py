@@ -1,0 +1,312 @@
+"""One page to look at all that was collected: saves/report/index.html, which opens from disk without a network.
+
+    python utils/report.py        (make report)
+
+Reads recipes, manifests, logs and the statistics of each collection (computed where they are missing); writes the
+index, the statistics and the page. A broken collection is on the page as such, and named on stderr.
+"""
+
+import base64
+import datetime
+import hashlib
+import json
+import math
+import sys
+import urllib.parse
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from paragen.analysis import report_data
+from paragen.collection import checkpoints, collection, evaluation, index
+from paragen.common import files, paths
+from paragen.common.cli import UserError
+from paragen.model import base_models
+from paragen.training import status
+
+if TYPE_CHECKING:
+    import numpy as np
+    import pyarrow as pa
+
+TEMPLATE, SCRIPT = "report.html", "report.js"
+STATES = ("complete", "stale", "broken", "collecting", "pretrained", "missing")
+
+
+def make(saves: Path | None = None) -> Path:
+    """Gather, render and write the page below `saves`, whole or not at all; returns its path."""
+    saves = saves or paths.SAVES
+    facts = gather(saves)
+    for fault in facts["faults"]:
+        print(f"FAULTY {fault}", file=sys.stderr, flush=True)
+    path = page_of(saves)
+    path.parent.mkdir(parents=True, exist_ok=True)
+    files.write_atomically(path, render(facts).encode())
+    return path
+
+
+def page_of(saves: Path | None = None) -> Path:
+    """Where the page lies."""
+    return (saves or paths.SAVES) / "report" / "index.html"
+
+
+def gather(saves: Path) -> dict[str, Any]:
+    """All that the page shows, as plain values.
+
+    Returns `collections` (a dict each: what stands in the table, and `pictures`), `pairs` (the rows of the grid: a
+    recipe pair and its cells by rank), `ranks`, `map` (a panel for each base model), `totals`, `faults` (lines).
+    """
+    table, faults = index.update(saves)
+    names = [folder.relative_to(saves.absolute()).as_posix() for folder in collection.run_folders([saves])]
+    states = cell_states(table)
+    found, faulty = [], []
+    for name in names:
+        state, reason = states["by_folder"].get(saves.absolute() / name, ("complete", ""))
+        row = None
+        if name not in faults:
+            try:
+                row = described(saves, name, state, reason, table.num_rows)
+            except UserError as error:
+                faults[name] = str(error)
+        if row is None:
+            row = described_broken(saves, name, faults[name])
+        if row["state"] == "broken":
+            faulty.append(row["reason"])
+        found.append({"id": len(found), **row})
+    pairs = grid(states["cells"], {saves / row["name"]: row for row in found})
+    return {
+        "collections": found,
+        "pairs": pairs,
+        "ranks": sorted({rank for pair in pairs for rank in pair["cells"]}),
+        "map": checkpoint_map(found),
+        "totals": totals(found, pairs),
+        "faults": faulty,
+    }
+
+
+def cell_states(table: "pa.Table") -> dict[str, Any]:
+    """The cells of all recipe pairs at the usual ranks and those that were collected, and how each stands.
+
+    Returns `cells`, a list of (category, cell, run folder or None, state, reason), and `by_folder`, (state, reason) by
+    the cell's run folder.
+    """
+    collected: dict[tuple, set[int]] = {}
+    keys = ("dataset", "model", "rank")
+    for dataset, model, rank in zip(*(table[key].to_pylist() for key in keys), strict=True):
+        collected.setdefault((dataset, model), set()).add(rank)
+    found, by_folder = [], {}
+    try:
+        pairs = status.pairs_in("")
+    except UserError:  # no recipes: the collections are all there is
+        pairs = {}
+    for (dataset, model), (pretrain, finetune) in sorted(pairs.items()):
+        for rank in sorted({*status.RANKS, *collected.get((dataset, model), ())}):
+            cell = status.Cell(dataset, model, rank, pretrain, finetune)
+            state, reason = status.state_of(cell)
+            try:
+                folder = status.run_folders(cell)[1].absolute()
+                by_folder[folder] = (state, reason)
+            except UserError:  # a recipe that cannot be rendered; the reason says so
+                folder = None
+            found.append((finetune.parent.parent.name, cell, folder, state, reason))
+    return {"cells": found, "by_folder": by_folder}
+
+
+def described(saves: Path, name: str, state: str, reason: str, total: int) -> dict[str, Any]:
+    """The row and the pictures of one collection, of `total` checkpoints in all.
+
+    `sketch` holds what the map shows of it: (steps, sketches), or None. Raises UserError where its manifest or its
+    files are not right.
+    """
+    folder = saves / name
+    manifest = collection.read_manifest(folder)
+    if manifest is None:
+        raise UserError(f"{paths.relative(folder)}: is gone")
+    entries, base_model = manifest["checkpoints"], (manifest["base_model"] or {}).get("name")
+    if not entries:
+        raise UserError(f"{paths.relative(folder)}: its manifest lists no checkpoint")
+    losses = [entry["loss"] for entry in entries if entry["loss"] is not None and math.isfinite(entry["loss"])]
+    pictures, shown = {"curve": report_data.curve(folder, manifest)}, None
+    evaluated = evaluation.shown(evaluation.read(folder, manifest))
+    if evaluated:
+        pictures["scores"] = report_data.scores(evaluated, len(entries))
+    try:
+        base_model, layers, steps, sketch, change = statistics(index.Chosen(name, folder, manifest))
+        pictures["trajectory"] = report_data.trajectory(steps, sketch)
+        pictures["heat"] = report_data.heat([checkpoints.short_layer(layer) for layer in layers], steps, change)
+        places = report_data.chosen_places(len(steps), total)
+        shown = steps[places], sketch[places]
+    except UserError as error:
+        for entry in entries:  # where the files are as recorded, it is their kind that is not known
+            checkpoints.verified(folder / collection.checkpoint_name(entry["step"]), entry["bytes"], entry["sha256"])
+        pictures["none"] = report_data.without_places(str(error), saves)
+    return {
+        **named(name),
+        "category": manifest["category"] or named(name)["category"],
+        "dataset": manifest["dataset"],
+        "model": base_models.short_name(Path(base_model)) if base_model else "?",
+        "base_model": base_model or "unknown base model",
+        "rank": manifest["rank"],
+        "seed": manifest["seed"],
+        "state": state,
+        "reason": report_data.without_places(reason, saves),
+        "kept": len(entries),
+        "first": entries[0]["step"],
+        "last": entries[-1]["step"],
+        "loss": sum(losses) / len(losses) if losses else None,
+        "scores": report_data.scores_in_table(evaluated) if evaluated else None,
+        "bytes": sum(entry["bytes"] for entry in entries),
+        "each": entries[0]["bytes"],
+        "file": json.dumps(f"saves/{name}/{collection.checkpoint_name(entries[-1]['step'])}", ensure_ascii=False),
+        "rows": manifest.get("trained_rows"),
+        "device": manifest.get("device"),
+        "precision": manifest.get("precision"),
+        "pictures": pictures,
+        "sketch": shown,
+    }
+
+
+def statistics(chosen: index.Chosen) -> "tuple[str, list[str], np.ndarray, np.ndarray, np.ndarray]":
+    """What pictures take of a collection's statistics, which are computed where they are not there yet.
+
+    Returns the base model's name, layers (names), steps (n,), sketches (n, d), and changes (layers, n): the norm of
+    each layer's update less the one of the step before, over the norm of the update; NaN at the first step.
+    """
+    import numpy as np
+    from safetensors.numpy import load_file
+
+    from paragen.analysis import measures
+
+    folder = measures.of(chosen, quiet=True)
+    tensors = load_file(folder / "steps.safetensors")
+    about = json.loads((folder / "stats.json").read_bytes())
+    change, norm = (tensors[name].astype(np.float64) for name in ("change", "norm"))
+    relative = np.divide(change, norm, out=np.full(change.shape, np.nan), where=norm > 0)
+    relative[:, 0] = np.nan
+    return about["base_model"], about["layers"], tensors["steps"], tensors["sketch"], relative
+
+
+def named(name: str) -> dict[str, Any]:
+    """What a collection's path alone says."""
+    parts = name.split("/")
+    held = paths.rank_in(name) or (None, None)
+    return {
+        "name": name,
+        "href": "../" + urllib.parse.quote(name) + "/",
+        "category": parts[0] if len(parts) > 2 else "?",
+        "dataset": parts[-2] if len(parts) > 1 else "?",
+        "rank": held[0],
+        "seed": held[1],
+    }
+
+
+def described_broken(saves: Path, name: str, fault: str) -> dict[str, Any]:
+    """The row of a folder that is no whole collection, or not yet."""
+    folder = saves / name
+    running = files.is_held(files.beside(folder, "lock"))
+    found = [path for path in folder.rglob("*") if path.is_file()] if folder.is_dir() else []
+    return {
+        **named(name),
+        "model": name.rsplit("/", 1)[-1].split("_lora-rank_")[0],
+        "base_model": None,
+        "state": "collecting" if running else "broken",
+        "reason": "is being made now" if running else report_data.without_places(fault, saves),
+        "kept": None,
+        "first": None,
+        "last": None,
+        "loss": None,
+        "scores": None,
+        "bytes": files.size_of(found),
+        "pictures": {},
+        "sketch": None,
+    }
+
+
+def grid(states: list[tuple], by_folder: dict[Path, dict]) -> list[dict[str, Any]]:
+    """The rows of the grid, those with most collected first: category, dataset, model, bytes, cells by rank."""
+    rows: dict[tuple, dict] = {}
+    for category, cell, folder, state, reason in states:
+        key = (cell.dataset, cell.model)
+        row = rows.setdefault(
+            key, {"category": category, "dataset": cell.dataset, "model": cell.model, "bytes": 0, "cells": {}}
+        )
+        there = by_folder.get(folder)
+        row["cells"][cell.rank] = {
+            "state": there["state"] if there else state,
+            "reason": there["reason"] if there else report_data.without_places(reason, paths.SAVES),
+            "bytes": there["bytes"] if there else 0,
+            "id": there["id"] if there else None,
+        }
+        row["bytes"] += there["bytes"] if there else 0
+    return sorted(rows.values(), key=lambda row: (-row["bytes"], row["category"], row["dataset"], row["model"]))
+
+
+def checkpoint_map(found: list[dict]) -> list[dict[str, Any]]:
+    """A panel for each base model with its checkpoints in their first two principal components."""
+    import numpy as np
+
+    held = [row for row in found if row["sketch"] is not None]
+    panels = []
+    for base_model in dict.fromkeys(row["base_model"] for row in held):
+        rows = [row for row in held if row["base_model"] == base_model]
+        points = [(row["id"], int(step)) for row in rows for step in row["sketch"][0]]
+        sketch = np.concatenate([row["sketch"][1] for row in rows])
+        panels.append(report_data.panel(base_model, points, sketch, sum(row["kept"] for row in rows)))
+    return panels
+
+
+def totals(found: list[dict], pairs: list[dict]) -> list[tuple[str, str]]:
+    """The headline figures: (figure, of what)."""
+    whole = [row for row in found if row["kept"]]
+    states = [cell["state"] for pair in pairs for cell in pair["cells"].values()]
+    size = sum(row["bytes"] for row in whole)
+    figures = [
+        (len(whole), "collection"),
+        (sum(row["kept"] for row in whole), "checkpoint"),
+        (len({row["dataset"] for row in whole}), "dataset"),
+        (len({row["base_model"] for row in whole}), "base model"),
+    ]
+    return [
+        *((f"{count:,}", what + ("" if count == 1 else "s")) for count, what in figures),
+        (f"{size / 1e9:.1f}" if size >= 9.5e8 else report_data.megabytes(size), "GB" if size >= 9.5e8 else "MB"),
+        (f"{states.count('complete'):,} of {len(states):,}", "cells complete"),
+        *((str(count), "broken") for count in [sum(row["state"] == "broken" for row in found)] if count),
+    ]
+
+
+def render(facts: dict[str, Any]) -> str:
+    """The page, whole in one text. What stands in `facts` cannot become markup or script."""
+    import jinja2
+    import markupsafe
+    import plotly.offline
+
+    here = Path(__file__).parent
+    environment = jinja2.Environment(
+        loader=jinja2.FileSystemLoader(here), autoescape=True, trim_blocks=True, lstrip_blocks=True,
+        undefined=jinja2.StrictUndefined,
+    )  # fmt: skip
+    environment.filters |= {"megabytes": report_data.megabytes, "data": as_data, "digits": digits}
+    scripts = [plotly.offline.get_plotlyjs(), (here / SCRIPT).read_text(encoding="utf-8")]
+    hashes = (base64.b64encode(hashlib.sha256(text.encode()).digest()).decode() for text in scripts)
+    return environment.get_template(TEMPLATE).render(
+        **facts,
+        evaluated=any(row["scores"] for row in facts["collections"]),
+        states=[state for state in STATES if any(row["state"] == state for row in facts["collections"])],
+        labels=[{key: row[key] for key in ("dataset", "model", "rank")} for row in facts["collections"]],
+        made=datetime.datetime.now(datetime.UTC).strftime("%Y-%m-%d %H:%M UTC"),
+        scripts=[markupsafe.Markup(text) for text in scripts],
+        policy=" ".join(f"'sha256-{value}'" for value in hashes),
+    )
+
+
+def as_data(value: Any) -> Any:
+    """A value as JSON for a <script type="application/json">, which no name in it can end."""
+    import markupsafe
+
+    text = json.dumps(value, ensure_ascii=False, separators=(",", ":"), allow_nan=False)
+    for character in "<>&\u2028\u2029":
+        text = text.replace(character, f"\\u{ord(character):04x}")
+    return markupsafe.Markup(text)
+
+
+def digits(value: float | None) -> str:
+    """A loss or a rate as a table shows it."""
+    return "" if value is None else f"{value:#.4g}"

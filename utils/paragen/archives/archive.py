@@ -1,0 +1,162 @@
+"""A collection as one small file, lossless to the bit, of which any step is read without reading all.
+
+Imported by export_archive.py, import_archive.py and what publishes; `write`, `converted`, `read_manifest`, `load_step`,
+`verify` and `restore` are what they use.
+
+An archive is a safetensors file of three uint8 tensors:
+    blocks   one after another: adapter_config.json, manifest.json and the other small files; the distinct headers of
+             the checkpoints; per checkpoint its byte planes (byte_planes.py)
+    index    zstd-compressed JSON: where each block lies, how it is stored, its sha256
+    seal     the SHA-256 of the file's first HEAD bytes and of `index`
+so that every byte is under a hash. A plane is stored as it is (`raw`), compressed (`zstd`), or as the compressed XOR
+with the same plane of an earlier step (`xor`); what does not shrink stays raw. Every GROUP-th checkpoint is full; in
+between, each is stored against the step before, every STRIDE-th against the one STRIDE steps before, so that a plane of
+a step takes at most 7 blocks. A collection may be cut into parts: archives of some of its steps, each whole in itself.
+bench/archive.py measures it.
+"""
+
+import hashlib
+import secrets
+from pathlib import Path
+
+from paragen.archives.read import FORMAT, load_step, opened, read_all, read_files, read_manifest, steps_of
+from paragen.archives.write import SUFFIX, converted, write
+from paragen.collection import collection, evaluation, run_identity
+from paragen.common import files, paths
+from paragen.common.cli import UserError, say
+
+__all__ = [
+    "FORMAT", "SUFFIX", "converted", "load_step", "opened", "read_all", "read_files", "read_manifest",
+    "restore", "steps_of", "verify", "write",
+]  # fmt: skip
+
+
+def verify(path: Path) -> None:
+    """Read all of an archive; raise UserError naming the first thing that is damaged or not as its manifest records."""
+    entries = {entry["step"]: entry for entry in read_manifest(path)["checkpoints"]}
+    read_files(path)
+    for step, data in read_all(path):
+        check_recorded(path, entries, step, data)
+
+
+def check_recorded(path: Path, entries: dict[int, dict], step: int, data: bytearray) -> None:
+    """Raise UserError unless an archive's checkpoint is the one that the manifest's entries record."""
+    entry = entries.get(step)
+    if entry is None or entry["bytes"] != len(data) or entry["sha256"] != hashlib.sha256(data).hexdigest():
+        raise UserError(f"{paths.relative(path)}: checkpoint {step} is not the one that its manifest records")
+
+
+def restore(archives: list[Path], saves: Path) -> Path:
+    """Bring a collection back from its archive, or all of its parts: the same files with the same bytes.
+
+    Args:
+        archives: one collection's, in any order.
+        saves: the folder that gets `<category>/<dataset>/<run folder>/`, which the manifest names.
+
+    Returns the collection's folder. One that is there already is left as it is when it is the same, whole one; it gets
+    the archive's evaluation.json where no score of its own is lost by that. Raises UserError, with nothing changed,
+    when something is damaged or missing, or when something else stands at its place (FORCE=1 replaces that).
+    """
+    manifest = read_manifest(archives[0])
+    for path in archives:
+        if read_manifest(path)["sha256"] != manifest["sha256"]:
+            raise UserError(f"{paths.relative(path)}: is of another collection than {paths.relative(archives[0])}")
+    entries = {entry["step"]: entry for entry in manifest["checkpoints"]}
+    held = [step for path in archives for step in steps_of(path)]
+    if missing := sorted(entries.keys() - set(held)):
+        raise UserError(
+            f"{paths.relative(archives[0])}: lacks {len(missing)} of {len(entries)} checkpoints, such as step "
+            f"{missing[0]}; give the folder that holds all parts"
+        )
+    small = read_files(archives[0])
+    if strange := sorted(small.keys() - {paths.MANIFEST, *collection.BESIDE}):
+        raise UserError(f"{paths.relative(archives[0])}: holds {strange[0]!r}, which belongs to no collection")
+    if labels := _labels_of(archives, manifest):
+        small[evaluation.FILE] = labels
+    folder = saves / place_of(manifest, paths.relative(archives[0]))
+    folder = folder.resolve() if folder.is_symlink() else folder
+    try:
+        with files.lock(files.beside(folder, "lock")):
+            files.recover_folder(folder)
+            if not _there_already(folder, manifest, small):
+                _unpack(archives, entries, small, folder)
+    except files.Busy as busy:
+        raise UserError(f"{paths.relative(folder)}: is trained or imported right now (by who holds {busy})") from None
+    return folder
+
+
+def _labels_of(archives: list[Path], manifest: dict) -> bytes | None:
+    """The evaluation.json in a collection's archives: parts of different ages may differ in it, the fullest counts."""
+    found = None
+    for path in archives:
+        other = read_files(path).get(evaluation.FILE)
+        if evaluation.is_newer(other, found, manifest, f"{paths.relative(path)}: {evaluation.FILE}"):
+            found = other
+    return found
+
+
+def place_of(manifest: dict, name: str) -> Path:
+    """Where below saves/ a collection belongs, by its manifest: category (if it has one), dataset, run folder.
+
+    Raises UserError, calling it `name`, unless each is the plain name of a folder and the manifest one of a collection.
+    """
+    category, parts = manifest.get("category"), [manifest["dataset"], manifest["run"]]
+    for part in parts:
+        plain = isinstance(part, str) and part.isprintable() and part.strip() == part and not part.startswith(".")
+        if not plain or not part or set(part) & set("/\\") or len(part.encode()) > 200 or part == paths.INDEX:
+            raise UserError(f"{name}: its manifest names the folder {part!r}, which is no plain name")
+    if category is not None:
+        parts.insert(0, category)
+    if category not in (None, *paths.CATEGORIES) or (
+        category is None and parts[0] in (*paths.CATEGORIES, *paths.DERIVED)
+    ):
+        raise UserError(f"{name}: its manifest names the category {category!r} and the dataset {manifest['dataset']!r}")
+    if manifest["phase"] != "finetune":
+        raise UserError(f"{name}: holds a {manifest['phase']} run, not a collection")
+    return Path(*parts)
+
+
+def _there_already(folder: Path, manifest: dict, small: dict[str, bytes]) -> bool:
+    """Whether a collection is there, whole. Raises UserError where something else is; FORCE=1 replaces whatever is."""
+    if not folder.exists() or run_identity.force_asked():
+        return False
+    name, way_out = paths.relative(folder), "FORCE=1 replaces it by the archive's"
+    there = collection.read_manifest(folder)
+    if there is None:
+        raise UserError(f"{name}: is there already, without a {paths.MANIFEST}; {way_out}")
+    if there["sha256"] != manifest["sha256"]:
+        dtypes = [f" (in {one['converted']['to']})" if one.get("converted") else "" for one in (there, manifest)]
+        what = f"another collection{dtypes[0]} than the archive's{dtypes[1]}"
+        raise UserError(f"{name}: {what} is there already; {way_out}")
+    faults = collection.faults_of(folder, manifest)
+    beside = [file for file in small if file != evaluation.FILE]
+    faults += [f"{file} differs" for file in beside if not _holds(folder / file, small[file])]
+    if faults:
+        raise UserError(f"{name}: is there already, but {faults[0]}; {way_out}")
+    say(f"there already: {name}")
+    collection.bring_labels(folder, manifest, small.get(evaluation.FILE))
+    return True
+
+
+def _holds(path: Path, data: bytes) -> bool:
+    return path.is_file() and path.read_bytes() == data
+
+
+def _unpack(archives: list[Path], entries: dict[int, dict], small: dict[str, bytes], folder: Path) -> None:
+    """Restore a collection into a staging folder, verify it as it lies on the disk, give it its name."""
+    staging = files.beside(folder, f"staging-{secrets.token_hex(4)}")
+    staging.mkdir()
+    try:
+        for path in archives:
+            for step, data in read_all(path):
+                check_recorded(path, entries, step, data)
+                files.write_atomically(staging / collection.checkpoint_name(step), data)
+        for name in (*collection.BESIDE, paths.MANIFEST):
+            if name in small:
+                files.write_atomically(staging / name, small[name])
+        if faults := collection.faults_of(staging, collection.read_manifest(staging)):
+            raise UserError(f"{paths.relative(archives[0])}: what it holds is no whole collection: {faults[0]}")
+        files.publish_folder(staging, folder)
+    finally:
+        files.remove_folder(staging)
+    say(f"imported: {paths.relative(folder)}, {len(entries)} checkpoints")

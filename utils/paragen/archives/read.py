@@ -1,0 +1,239 @@
+"""Reads archives: any step by itself, or all in their order; every byte is checked against a hash before it is used.
+
+Imported by archive.py, which says how an archive is laid out.
+"""
+
+import functools
+import hashlib
+import json
+import os
+from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, NamedTuple
+
+import numpy as np
+
+from paragen.archives import byte_planes
+from paragen.collection import collection
+from paragen.common import files, paths
+from paragen.common.cli import UserError
+
+if TYPE_CHECKING:
+    import torch
+
+FORMAT = "1"
+HEAD = 512  # bytes at the front: the safetensors header, padded with spaces as that format allows
+LEVEL = 1  # zstd's, for what is written; 3, 6 and 9 change its size by -1 to +4 % and take two to six times as long
+
+
+class Opened(NamedTuple):
+    """An archive whose seal was found whole; its blocks are checked as they are read."""
+
+    path: Path
+    index: dict[str, Any]
+    positions: dict[int, int]  # step -> where it stands in index["steps"]
+
+
+def codec():
+    """zstd, as pyarrow has it."""
+    import pyarrow
+
+    return pyarrow.Codec("zstd", compression_level=LEVEL)
+
+
+def threads() -> int:
+    """How many planes are worked on at once: the processors that this process may use."""
+    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+
+
+def opened(path: Path) -> Opened:
+    """An archive, its seal checked. Raises UserError naming the file when it is truncated, damaged or no archive."""
+    try:
+        stat = os.stat(path)
+    except FileNotFoundError:
+        raise UserError(f"{paths.relative(path)}: no such archive") from None
+    return _opened(path, files.stamp_of(stat))
+
+
+@functools.lru_cache(maxsize=16)
+def _opened(path: Path, _stamp: tuple) -> Opened:
+    from safetensors import SafetensorError, safe_open
+
+    name = paths.relative(path)
+    try:
+        with safe_open(path, "np") as file:
+            marks = file.metadata() or {}
+            if marks.get("paragen_archive") != FORMAT:
+                raise UserError(f"{name}: is no archive of format {FORMAT}, or its header is damaged")
+            index, seal = (file.get_tensor(part).tobytes() for part in ("index", "seal"))
+            size = file.get_slice("blocks").get_shape()[0]
+    except (SafetensorError, OSError) as error:
+        raise UserError(f"{name}: is truncated, damaged in its header, or no archive ({error})") from None
+    with open(path, "rb") as file:
+        head = file.read(HEAD)
+    if hashlib.sha256(head + index).digest() != seal:
+        raise UserError(f"{name}: its header or its index is damaged; get it again")
+    try:
+        index = json.loads(codec().decompress(index, int(marks["index_bytes"]), asbytes=True))
+        _check_index(index, size)
+    except (ValueError, LookupError, TypeError, AttributeError, OSError) as error:
+        raise UserError(f"{name}: its index is not one of format {FORMAT} ({error!r})") from None
+    return Opened(path, index, {step["step"]: place for place, step in enumerate(index["steps"])})
+
+
+def _check_index(index: dict, size: int) -> None:
+    """Raise ValueError, or what a missing key raises, unless an index makes sense and all of `blocks` is in blocks."""
+    blocks = [entry["block"] for entry in (*index["files"].values(), *index["headers"])]
+    for place, step in enumerate(index["steps"]):
+        blocks += step["planes"]
+        base = step["base"]
+        if not all(type(step[key]) is int and step[key] >= 0 for key in ("step", "bytes", "header")):
+            raise ValueError(f"checkpoint {place}: {step['step']!r}")
+        if base is None and any(kind == "xor" for kind, *_ in step["planes"]):
+            raise ValueError(f"checkpoint {place} has no base")
+        if base is not None and (not 0 <= base < place or index["steps"][base]["header"] != step["header"]):
+            raise ValueError(f"checkpoint {place} has the base {base}")
+    end = 0
+    for kind, offset, length, _ in sorted(blocks, key=lambda block: block[1]):
+        if kind not in ("raw", "zstd", "xor") or offset != end or length < 0:
+            raise ValueError(f"a block of kind {kind!r} at {offset}, expected at {end}")
+        end += length
+    if end != size or len({step["step"] for step in index["steps"]}) != len(index["steps"]):
+        raise ValueError("bytes outside of the blocks, or a step twice")
+
+
+def _block(archive: Opened, handle: int, block: list, size: int, what: str) -> bytes:
+    """The content of a block: `size` bytes. Raises UserError naming it when it is damaged."""
+    kind, offset, length, sha256 = block
+    data = os.pread(handle, length, HEAD + offset)
+    if hashlib.sha256(data).hexdigest() != sha256:
+        raise UserError(
+            f"{paths.relative(archive.path)}: {what} is damaged (its sha256 differs); get the archive again"
+        )
+    try:
+        data = data if kind == "raw" else codec().decompress(data, size, asbytes=True)
+    except OSError as error:
+        raise UserError(f"{paths.relative(archive.path)}: {what} cannot be decompressed ({error})") from None
+    if len(data) != size:
+        raise UserError(f"{paths.relative(archive.path)}: {what} has {len(data)} bytes, not {size}")
+    return data
+
+
+def read_files(path: Path) -> dict[str, bytes]:
+    """The collection's files beside its checkpoints, by name: manifest.json, adapter_config.json, log, picture, and
+    evaluation.json where it was evaluated."""
+    archive = opened(path)
+    with open(path, "rb") as file:
+        return {
+            name: _block(archive, file.fileno(), entry["block"], entry["bytes"], name)
+            for name, entry in archive.index["files"].items()
+        }
+
+
+def read_manifest(path: Path) -> dict:
+    """The manifest of the collection in an archive (a part has the whole's); raises UserError if it is not sound."""
+    archive = opened(path)
+    entry = archive.index["files"].get(paths.MANIFEST)
+    if entry is None:
+        raise UserError(f"{paths.relative(path)}: has no {paths.MANIFEST}")
+    with open(path, "rb") as file:
+        data = _block(archive, file.fileno(), entry["block"], entry["bytes"], paths.MANIFEST)
+    name = f"{paths.relative(path)}: {paths.MANIFEST}"
+    manifest = collection.parse_manifest(data, name, "get the archive again")
+    _check_kinds(manifest, name)
+    return manifest
+
+
+def _check_kinds(manifest: dict, name: str) -> None:
+    """Raise UserError, calling it `name`, where a stranger's manifest holds another kind of value than is used here."""
+    kinds = {"step": int, "bytes": int, "sha256": str}
+    entries, recipe, mark = manifest["checkpoints"], manifest["recipe"], manifest.get("converted", {})
+    sound = isinstance(entries, list) and all(
+        isinstance(entry, dict) and all(type(entry.get(key)) is kind for key, kind in kinds.items())
+        for entry in entries
+    )
+    if not sound or not isinstance(recipe, dict | None) or not isinstance(mark, dict) or not entries:
+        raise UserError(f"{name}: its checkpoints, recipe or `converted` are not what a manifest has")
+
+
+def steps_of(path: Path) -> list[int]:
+    """The steps that an archive holds, in its order."""
+    return list(opened(path).positions)
+
+
+def load_step(path: Path, step: int) -> "dict[str, torch.Tensor]":
+    """The tensors of one checkpoint by PEFT's key, in the order of the keys, reading no more of the file than needed.
+
+    Raises UserError naming what is damaged, or the steps there are.
+    """
+    from safetensors.torch import load
+
+    archive = opened(path)
+    if step not in archive.positions:
+        there = list(archive.positions)
+        span = f"{there[0]} to {there[-1]}" if there else "none"
+        raise UserError(f"{paths.relative(path)}: does not hold step {step}; it holds {span}")
+    with open(path, "rb") as file, ThreadPoolExecutor(threads()) as pool:
+        data, _ = _restored(archive, file.fileno(), archive.positions[step], {}, {}, pool)
+    tensors = load(bytes(data))
+    return {key: tensors[key] for key in sorted(tensors)}
+
+
+def read_all(path: Path) -> Iterator[tuple[int, bytearray]]:
+    """Each (step, bytes of its checkpoint file) of an archive, in its order, every block read once.
+
+    Memory: a few checkpoints. Raises UserError naming what is damaged.
+    """
+    archive = opened(path)
+    steps = archive.index["steps"]
+    last_use = {step["base"]: place for place, step in enumerate(steps)}
+    known: dict[int, list[np.ndarray]] = {}
+    headers: dict[int, bytes] = {}
+    with open(path, "rb") as file, ThreadPoolExecutor(threads()) as pool:
+        for place, step in enumerate(steps):
+            data, planes = _restored(archive, file.fileno(), place, known, headers, pool)
+            known = {base: known[base] for base in known if last_use[base] > place}
+            if last_use.get(place, 0) > place:
+                known[place] = planes
+            yield step["step"], data
+
+
+def _restored(
+    archive: Opened, handle: int, place: int, known: dict, headers: dict, pool: ThreadPoolExecutor
+) -> tuple[bytearray, list[np.ndarray]]:
+    """(The bytes, the planes) of one checkpoint; `known` has the planes of others, `headers` what was read of those."""
+    step = archive.index["steps"][place]
+    what, number = f"checkpoint {step['step']}", step["header"]
+    if number not in headers:
+        entry = archive.index["headers"][number]
+        headers[number] = _block(archive, handle, entry["block"], entry["bytes"], f"the header of {what}")
+    try:
+        header = headers[number]
+        runs = byte_planes.runs_of(header, step["bytes"] - len(header))
+        sizes = byte_planes.sizes_of(runs)
+    except ValueError as error:
+        raise UserError(f"{paths.relative(archive.path)}: {what} {error}") from None
+    if len(sizes) != len(step["planes"]):
+        raise UserError(f"{paths.relative(archive.path)}: {what} has {len(step['planes'])} planes, not {len(sizes)}")
+    plane = functools.partial(_plane, archive, handle, place, known)
+    planes = list(pool.map(plane, range(len(sizes)), sizes))
+    return byte_planes.join(header, planes, runs), planes
+
+
+def _plane(archive: Opened, handle: int, place: int, known: dict, number: int, size: int) -> np.ndarray:
+    """One plane of a checkpoint (uint8): its own block, and where that is a difference, those it is one from."""
+    found = None
+    while True:
+        step, ready = archive.index["steps"][place], known.get(place)
+        kind = None if ready else step["planes"][number][0]
+        what = f"byte plane {number} of checkpoint {step['step']}"
+        block = (
+            ready[number]
+            if ready
+            else np.frombuffer(_block(archive, handle, step["planes"][number], size, what), np.uint8)
+        )
+        found = block if found is None else np.bitwise_xor(found, block)
+        if kind != "xor":
+            return found
+        place = step["base"]

@@ -1,0 +1,212 @@
+"""What evaluation.json says of a collection: how good its base model and its checkpoints are on held-out prompts.
+
+Imported by evaluate.py, which writes it, and by what verifies, indexes, shows, packs and brings collections. The file
+lies beside the manifest; it belongs to the checkpoints of that manifest alone, and is sealed by its own hash like it.
+"""
+
+import hashlib
+import json
+import math
+from pathlib import Path
+from typing import Any
+
+from paragen.common import files, paths
+from paragen.common.cli import UserError
+
+FILE = "evaluation.json"
+FORMAT = 1
+METRICS = {
+    "choice": "share of right choices, as generated",
+    "math": "share of right results, as generated",
+    "loss": "mean loss per token of the responses",
+}
+BASE = 0  # the step that stands for the base model
+MOST = {"choice": 32, "math": 512}  # tokens that a generated answer may have
+# What an evaluation says, beside `base` and `checkpoints` (see `read`).
+KEYS = {
+    "split", "paired", "limit", "metric", "rows", "prompts_sha256", "settings", "engine", "dtype", "device", "versions",
+    "base", "checkpoints",
+}  # fmt: skip
+SCORE_KEYS = {"score", "interval", "loss", "loss_interval"}  # of every score, some of them null
+
+
+def read(folder: Path, manifest: dict[str, Any]) -> list[dict[str, Any]]:
+    """The evaluations of a collection, one per split and limit; none where it was not evaluated.
+
+    Each is a dict:
+        split: the registered dataset whose rows are scored (`Demo_test`), or a part of one (`Demo[1000:1119]`).
+        paired: whether these are the rows that belong to the collection's dataset; `limit`: None, or how many of them.
+        metric: a key of METRICS. rows: how many; prompts_sha256: their hash. settings: of generating.
+        engine, dtype, device, versions: what computed it.
+        base: a score (below), or None while it is not there yet.
+        checkpoints: a score each, with its `step`, in the order of steps; those that were evaluated.
+
+    A score is a dict: `score` (0 to 1, None where the metric is the loss), `interval` (its 95 % confidence interval,
+    [low, high], or None), `unparsed` (rows whose generated answer could not be read; they count as wrong),
+    `loss` (mean over the responses' tokens) with `loss_interval`; of choices also `likelihood_score` and
+    `likelihood_interval`, by comparing the options' log-likelihoods.
+
+    Raises UserError when the file is broken, was edited, or is of other checkpoints.
+    """
+    data = bytes_in(folder)
+    return [] if data is None else parse(data, manifest, paths.relative(folder / FILE))
+
+
+def bytes_in(folder: Path) -> bytes | None:
+    """The bytes of a collection's evaluation.json, None where it was not evaluated."""
+    try:
+        return (folder / FILE).read_bytes()
+    except FileNotFoundError:
+        return None
+    except OSError as error:
+        raise _unsound(paths.relative(folder / FILE), f"cannot be read ({error.strerror})") from None
+
+
+def sha256_in(folder: Path) -> str | None:
+    """What tells whether what was made from a collection has its labels of now: the hash of these bytes, or None."""
+    data = bytes_in(folder)
+    return None if data is None else hashlib.sha256(data).hexdigest()
+
+
+def mark_of(folder: Path) -> dict[str, str]:
+    """What is said of a collection's labels by what was made from it with them: their hash as `labels`; nothing where
+    there are none, so that what was made before there were any stays as it is."""
+    sha256 = sha256_in(folder)
+    return {} if sha256 is None else {"labels": sha256}
+
+
+def parse(data: bytes, manifest: dict[str, Any], name: str) -> list[dict[str, Any]]:
+    """The evaluations in the bytes of an evaluation.json, as `read` gives them; raises UserError calling it `name`."""
+    try:
+        content = json.loads(data)
+    except ValueError as error:
+        raise _unsound(name, f"broken ({error})") from None
+    if not isinstance(content, dict) or content.get("format") != FORMAT:
+        raise _unsound(name, f"not of format {FORMAT}")
+    if content.get("sha256") != _seal(content):
+        raise _unsound(name, "was edited after it was written")
+    if content.get("manifest_sha256") != manifest["sha256"]:
+        raise _unsound(name, "is of other checkpoints than its manifest.json")
+    if fault := _kind_fault(content.get("evaluations"), {entry["step"] for entry in manifest["checkpoints"]}):
+        raise _unsound(name, fault)
+    return content["evaluations"]
+
+
+def _kind_fault(evaluations: Any, steps: set[int]) -> str | None:
+    """What is not as `read` describes it in a file that may be a stranger's; `steps` are those of the manifest."""
+    kinds = {"split": str, "paired": bool, "rows": int, "metric": str, "checkpoints": list}
+    if not isinstance(evaluations, list) or not all(isinstance(evaluation, dict) for evaluation in evaluations):
+        return "holds no list of evaluations"
+    for evaluation in evaluations:
+        if not evaluation.keys() >= KEYS or not all(type(evaluation[key]) is kind for key, kind in kinds.items()):
+            return "holds an evaluation that lacks something, or has another kind of value"
+        if not evaluation["split"].isprintable() or abs(evaluation["rows"]) >= 2**53:
+            return "holds an evaluation of rows that cannot be"
+        if evaluation["metric"] not in METRICS:
+            return f"holds the metric {evaluation['metric']!r}, which is not known"
+        base, scores = evaluation["base"], evaluation["checkpoints"]
+        if not all(map(_is_score, scores if base is None else [base, *scores])):
+            return "holds a score that is none"
+        scored = [score.get("step") for score in scores]
+        if not all(type(step) is int for step in scored) or scored != sorted(set(scored)):
+            return "does not have its checkpoints in the order of their steps"
+        if strange := sorted(set(scored) - steps):
+            return f"has a score of step {strange[0]}, which is none of its manifest.json"
+    return None
+
+
+def _is_score(score: Any) -> bool:
+    if not isinstance(score, dict) or not score.keys() >= SCORE_KEYS:
+        return False
+    values = [score["score"], score["loss"]]
+    for span in (score["interval"], score["loss_interval"]):
+        if span is not None and (not isinstance(span, list) or len(span) != 2 or None in span):
+            return False
+        values += span or []
+    return all(value is None or type(value) is float or type(value) is int and abs(value) < 2**53 for value in values)
+
+
+def is_newer(
+    coming: bytes | None, here: bytes | None, manifest: dict[str, Any], name: str, force: bool = False
+) -> bool:
+    """Whether the labels that come with a collection take the place of those that are here: nothing would be lost.
+
+    They do where there are none here, or where they hold all that these hold; labels that are here stay where the
+    others hold no more, or are none.
+
+    Args:
+        coming, here: the bytes of two evaluation.json, None for none.
+        manifest: the collection's, the same for both.
+        name: the file here, as messages call it.
+        force: they do, too, where each holds what the other lacks.
+
+    Raises UserError where each holds what the other lacks, and where one of them is not sound.
+    """
+    if coming is None or coming == here:
+        return False
+    there = parse(coming, manifest, f"what is to be brought as {name}")
+    own = [] if here is None else parse(here, manifest, name)
+    if here is not None and _holds(own, there):
+        return False
+    if force or _holds(there, own):
+        return True
+    raise UserError(f"{name}: holds other scores than the one to bring; move it away, or FORCE=1 replaces it")
+
+
+def _holds(evaluations: list[dict], others: list[dict]) -> bool:
+    """Whether all scores of the other evaluations are among these, measured in the same way."""
+    return all(
+        any(
+            all(one.get(key) == other.get(key) for key in (one.keys() | other.keys()) - {"base", "checkpoints"})
+            and other["base"] in (None, one["base"])
+            and all(score in one["checkpoints"] for score in other["checkpoints"])
+            for one in evaluations
+        )
+        for other in others
+    )
+
+
+def write(folder: Path, manifest: dict[str, Any], evaluations: list[dict[str, Any]]) -> None:
+    """Write a collection's evaluations, whole or not at all."""
+    content = {"format": FORMAT, "manifest_sha256": manifest["sha256"], "evaluations": evaluations}
+    files.write_json(folder / FILE, {**content, "sha256": _seal(content)})
+
+
+def shown(evaluations: list[dict[str, Any]]) -> dict[str, Any] | None:
+    """The evaluation that tables and pictures show: of the paired rows before others, of many rows before few; None
+    where no checkpoint was evaluated."""
+    scored = [evaluation for evaluation in evaluations if evaluation["checkpoints"]]
+    return max(scored, key=lambda evaluation: (evaluation["paired"], evaluation["rows"]), default=None)
+
+
+def figure_of(shown: dict[str, Any], score: dict[str, Any] | None) -> tuple[float | None, list[float] | None]:
+    """What counts of a score by its evaluation's metric: (the share, or the loss per token; its interval). Each None
+    where it is not known; a number that is not finite is not."""
+    name, span = ("loss", "loss_interval") if shown["metric"] == "loss" else ("score", "interval")
+    value, interval = (None, None) if score is None else (score[name], score[span])
+    if value is None or not math.isfinite(value):
+        return None, None
+    return value, interval if interval and all(map(math.isfinite, interval)) else None
+
+
+def best_of(shown: dict[str, Any]) -> dict[str, Any] | None:
+    """The score of the best checkpoint, the earliest of equal ones; None where no figure is known."""
+    known = [score for score in shown["checkpoints"] if figure_of(shown, score)[0] is not None]
+    sign = 1 if shown["metric"] == "loss" else -1
+    return min(known, key=lambda score: sign * figure_of(shown, score)[0], default=None)
+
+
+def text_of(shown: dict[str, Any], score: dict[str, Any] | None) -> str:
+    """A score as texts show it, with its interval where it has one: `0.6120 (0.5830 to 0.6403)`; empty if not known."""
+    value, span = figure_of(shown, score)
+    if value is None:
+        return ""
+    return f"{value:.4f} ({span[0]:.4f} to {span[1]:.4f})" if span else f"{value:.4f}"
+
+
+def _seal(content: dict[str, Any]) -> str:
+    return files.sha256_of_value({key: value for key, value in content.items() if key != "sha256"})
+
+
+def _unsound(name: str, why: str) -> UserError:
+    return UserError(f"{name}: {why}; remove it and run: make evaluate")

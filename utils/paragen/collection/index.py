@@ -1,0 +1,427 @@
+"""One table over all collections: saves/index.parquet, a row per checkpoint.
+
+    python utils/index.py                  bring it up to date and print a line per collection        (make index)
+    python utils/index.py --rows           print every row (--csv: as CSV)
+
+Collections that did not change are not read again; checkpoints that changed after their manifest was written, or since
+the last index, are hashed. A collection that is broken is named and left out; status 1 then. Checkpoints that were
+evaluated have their scores beside their loss, and those of the base model to compare with.
+Imported by all that works on collections: `chosen` gives those that the user selects.
+"""
+
+import argparse
+import hashlib
+import json
+import math
+import os
+import re
+import sys
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, NamedTuple
+
+from paragen.collection import checkpoints, collection, evaluation
+from paragen.common import cli, files, paths
+from paragen.common.cli import UserError, say
+from paragen.model import base_models
+from paragen.recipes import render
+
+if TYPE_CHECKING:
+    import pyarrow as pa
+
+FORMAT = "3"
+ENTRY = ("step", "loss", "learning_rate", "bytes", "sha256")  # what a manifest says of a checkpoint
+# What an evaluation says of a checkpoint, null where it was not evaluated: of which split, by which metric; the score
+# with its confidence interval, the mean loss per token of the responses, and the base model's.
+SCORES = {
+    "metric": "string", "split": "string", "score": "float64", "score_low": "float64", "score_high": "float64",
+    "test_loss": "float64", "base_score": "float64", "base_loss": "float64",
+}  # fmt: skip
+COLUMNS = {
+    "category": "string", "dataset": "string", "model": "string", "base_model": "string", "rank": "int32",
+    "seed": "int64", "step": "int64", "loss": "float64", "learning_rate": "float64", **SCORES,
+    "file": "string", "bytes": "int64", "sha256": "string", "prompts_file": "string", "prompts_sha256": "string",
+    "rows": "int64", "collection": "string",
+}  # fmt: skip
+
+
+class Chosen(NamedTuple):
+    """A collection on disk."""
+
+    name: str  # <category>/<dataset>/<run folder>, as in the index
+    folder: Path
+    manifest: dict[str, Any]
+
+
+def show(table: "pa.Table", args: argparse.Namespace, whole: bool) -> None:
+    """Print the index as the user asked; `whole`: no collection is broken, so that an empty table means none."""
+    if args.csv:
+        import pyarrow.csv
+
+        pyarrow.csv.write_csv(table, sys.stdout.buffer)
+    elif args.rows:
+        print_rows(table)
+    elif table.num_rows or whole:
+        print_collections(table)
+    else:
+        say("no whole collection")
+
+
+def update(saves: Path | None = None) -> "tuple[pa.Table, dict[str, str]]":
+    """Bring the index up to date with the collections below `saves` and write it where it changed.
+
+    Returns (the table, by name the collections that are not in it and what is wrong with each, a line).
+    """
+    import pyarrow as pa
+
+    saves = saves or paths.SAVES
+    old, known = read(saves)
+    places = places_of(old)
+    tables, seen, faults = [], {}, {}
+    for folder in collection.run_folders([saves]) if saves.is_dir() else []:
+        name = folder.relative_to(saves.absolute()).as_posix()
+        try:
+            stamp, scores, mark = stamp_of(folder), scores_stamp_of(folder), known.get(name)
+            if mark and mark["stamp"] == stamp and mark["scores"]["stamp"] == scores and name in places:
+                part, seal, scores_sha256 = old.slice(*places[name]), mark["sha256"], mark["scores"]["sha256"]
+            else:
+                scores_sha256 = evaluation.sha256_in(folder)
+                part, seal = rows_of(name, folder)
+            before = mark["files"] if mark and mark["sha256"] == seal else None
+            found = check_files(saves, part, stamp, before)
+        except UserError as error:
+            faults[name] = str(error)
+            continue
+        tables.append(part)
+        seen[name] = {
+            "stamp": stamp, "sha256": seal, "files": found, "scores": {"stamp": scores, "sha256": scores_sha256},
+        }  # fmt: skip
+    table = pa.concat_tables(tables).combine_chunks() if tables else schema().empty_table()
+    if seen != known or (not seen and saves.is_dir()):
+        write(saves, table, seen)
+    return table, faults
+
+
+def places_of(table: "pa.Table") -> dict[str, tuple[int, int]]:
+    """By collection, (first row, number of rows) in an index, whose rows stand collection by collection."""
+    places: dict[str, tuple[int, int]] = {}
+    for row, name in enumerate(table["collection"].to_pylist()):
+        first, _ = places.get(name, (row, 0))
+        places[name] = first, row - first + 1
+    return places
+
+
+def schema() -> "pa.Schema":
+    """The index's columns and their types."""
+    import pyarrow as pa
+
+    return pa.schema([(name, getattr(pa, kind)()) for name, kind in COLUMNS.items()])
+
+
+def read(saves: Path) -> "tuple[pa.Table, dict[str, dict]]":
+    """The index as it stands on disk, and by collection what it was read from: the manifest's `stamp` and `sha256`, and
+    the same of its `scores`.
+
+    Both empty where there is none, or one of another format, damaged or edited: it is but a copy of the manifests.
+    """
+    import pyarrow as pa
+    import pyarrow.parquet
+
+    path = saves / paths.INDEX
+    try:
+        table = pyarrow.parquet.read_table(path, memory_map=False)
+        marks = json.loads(table.schema.metadata[b"paragen"])
+        table = table.replace_schema_metadata(None)
+        if marks["format"] == FORMAT and marks["sha256"] == content_sha256(table, marks["collections"]):
+            return table, marks["collections"]
+    except (OSError, pa.ArrowException, KeyError, TypeError, ValueError):
+        pass
+    return schema().empty_table(), {}
+
+
+def write(saves: Path, table: "pa.Table", known: dict[str, dict]) -> None:
+    """Write the index, whole or not at all."""
+    import pyarrow as pa
+    import pyarrow.parquet
+
+    marks = json.dumps({"format": FORMAT, "collections": known, "sha256": content_sha256(table, known)})
+    sink = pa.BufferOutputStream()
+    pyarrow.parquet.write_table(table.replace_schema_metadata({"paragen": marks}), sink)
+    files.write_atomically(saves / paths.INDEX, sink.getvalue().to_pybytes())
+
+
+def content_sha256(table: "pa.Table", known: dict[str, dict]) -> str:
+    """The hash of all that an index says."""
+    import pyarrow as pa
+    import pyarrow.csv
+
+    sink = pa.BufferOutputStream()
+    pyarrow.csv.write_csv(table, sink)
+    sha256 = hashlib.sha256(sink.getvalue())
+    sha256.update(json.dumps(known, sort_keys=True).encode())
+    return sha256.hexdigest()
+
+
+def stamp_of(folder: Path) -> list[int]:
+    """What tells whether a manifest is the one that was read: its size and times. Raises UserError without one."""
+    try:
+        stat = os.stat(folder / paths.MANIFEST)
+    except FileNotFoundError:
+        raise UserError(f"{paths.relative(folder)}: has no {paths.MANIFEST}, so it is no finished collection") from None
+    except OSError as error:
+        raise UserError(f"{paths.relative(folder)}: cannot be read: {error.strerror}") from None
+    return list(files.stamp_of(stat))
+
+
+def scores_stamp_of(folder: Path) -> list[int] | None:
+    """What tells whether an evaluation.json is the one that was read, None where there is none."""
+    try:
+        return list(files.stamp_of(os.stat(folder / evaluation.FILE)))
+    except FileNotFoundError:
+        return None
+
+
+def rows_of(name: str, folder: Path) -> "tuple[pa.Table, str]":
+    """The rows of one collection and its manifest's hash. Raises UserError when the manifest, or the evaluation.json
+    beside it, cannot be trusted."""
+    import pyarrow as pa
+
+    manifest = collection.read_manifest(folder)
+    if manifest is None:
+        raise UserError(f"{paths.relative(folder)}: has no {paths.MANIFEST}, so it is no finished collection")
+    try:
+        scores = scores_by_step(evaluation.shown(evaluation.read(folder, manifest)))
+        base, data = manifest["base_model"] or {}, (manifest["data"] or [{}])[0]
+        shared = {
+            "category": manifest.get("category"),
+            "dataset": manifest["dataset"],
+            "model": base_models.short_name(Path(base["name"])) if base.get("name") else None,
+            "base_model": base.get("name"),
+            "rank": manifest["rank"],
+            "seed": manifest.get("seed"),
+            "prompts_file": data.get("file"),
+            "prompts_sha256": data.get("rows_sha256"),
+            "rows": data.get("rows"),
+            "collection": name,
+        }
+        rows = [
+            {**shared, **{key: entry[key] for key in ENTRY}, **scores.get(entry["step"], {})}
+            | {"file": f"{name}/{collection.checkpoint_name(entry['step'])}"}
+            for entry in manifest["checkpoints"]
+        ]
+        return pa.Table.from_pylist(rows, schema=schema()), manifest["sha256"]
+    except (KeyError, TypeError, AttributeError, ValueError) as error:
+        raise UserError(
+            f"{paths.relative(folder / paths.MANIFEST)}: not a collection's ({error!r}); train again with FORCE=1"
+        ) from None
+
+
+def scores_by_step(shown: dict[str, Any] | None) -> dict[int, dict[str, Any]]:
+    """The SCORES of the checkpoints that a collection's shown evaluation is of; what is no finite number is null."""
+    if shown is None:
+        return {}
+    base = shown["base"] or {}
+    shared = {"metric": shown["metric"], "split": shown["split"]}
+    shared |= {"base_score": base.get("score"), "base_loss": base.get("loss")}
+    found = {}
+    for score in shown["checkpoints"]:
+        low, high = score["interval"] or (None, None)
+        own = {"score": score["score"], "score_low": low, "score_high": high, "test_loss": score["loss"]}
+        found[score["step"]] = {key: value if is_known(value) else None for key, value in {**shared, **own}.items()}
+    return found
+
+
+def is_known(value: Any) -> bool:
+    """Whether a value is not None, nor a number that is not finite (which is not even equal to itself)."""
+    return value is not None and not (isinstance(value, float) and not math.isfinite(value))
+
+
+def check_files(saves: Path, rows: "pa.Table", manifest: list[int], before: str | None) -> str:
+    """Check that the files of a collection are those of its manifest; they are hashed only if they changed after it.
+
+    Args:
+        saves: what the rows' files are relative to.
+        rows: the collection's part of the index.
+        manifest: the manifest's stamp; it is written after the checkpoints.
+        before: what this function returned when the collection was indexed last, if that was the same manifest.
+
+    Returns what tells whether the files changed since. Raises UserError naming a file that is gone or other.
+    """
+    stamps = []
+    for name, size in zip(rows["file"].to_pylist(), rows["bytes"].to_pylist(), strict=True):
+        try:
+            stamps.append(checkpoints.stamp_of(saves / name))
+        except OSError:
+            raise UserError(f"{paths.relative(saves / name)}: is missing; collect it again with FORCE=1") from None
+        if stamps[-1][0] != size:
+            raise UserError(
+                f"{paths.relative(saves / name)}: has {stamps[-1][0]} bytes, its manifest says {size}; "
+                "put the file back or collect again with FORCE=1"
+            )
+    # Without the time of the last change of the inode, which a hard link alone moves on.
+    found = hashlib.sha256(repr([(size, written, number) for size, written, _, number in stamps]).encode()).hexdigest()
+    late = any(changed > manifest[2] for _, _, changed, _ in stamps)
+    if found != before and (late or before is not None):
+        print(f"hashing {rows['collection'][0]}: changed after its manifest was written", file=sys.stderr, flush=True)
+        for row in rows.select(["file", "bytes", "sha256"]).to_pylist():
+            checkpoints.verified(saves / row["file"], row["bytes"], row["sha256"])
+    return found
+
+
+def load(saves: Path | None = None) -> "pa.Table":
+    """The index as it stands on disk, checked not to be older than the manifests and scores it was made from.
+
+    Raises UserError naming the collections that changed or are gone since, or when there is no index; a collection that
+    the index does not have yet is named on stderr.
+    """
+    return load_sealed(saves)[0]
+
+
+def load_sealed(saves: Path | None = None) -> "tuple[pa.Table, dict[str, str]]":
+    """What `load` gives, and by collection the `sha256` of the manifest that its rows were read from."""
+    saves = saves or paths.SAVES
+    label = paths.relative(saves / paths.INDEX)
+    table, known = read(saves)
+    if not known:
+        there = "there are no collections in it" if (saves / paths.INDEX).exists() else "there is no index yet"
+        raise UserError(f"{label}: {there}, or it is broken; run: make index")
+    if stale := sorted(name for name, mark in known.items() if is_stale(saves / name, mark)):
+        raise UserError(f"{label}: older than {listed(stale)}; run: make index")
+    there = {folder.relative_to(saves.absolute()).as_posix() for folder in collection.run_folders([saves])}
+    if new := sorted(there - known.keys()):
+        print(f"{label}: does not have {listed(new)} (make index brings it in or says why not)", file=sys.stderr)
+    return table, {name: mark["sha256"] for name, mark in known.items()}
+
+
+def listed(names: list[str]) -> str:
+    """Names as a message shows them: the first three and how many more."""
+    return ", ".join(names[:3]) + (f" and {len(names) - 3} more" if len(names) > 3 else "")
+
+
+def is_stale(folder: Path, mark: dict) -> bool:
+    """Whether a collection's manifest or its scores are others than were indexed, gone, or not to be trusted."""
+    try:
+        if stamp_of(folder) != mark["stamp"]:
+            manifest = collection.read_manifest(folder)
+            if manifest is None or manifest["sha256"] != mark["sha256"]:
+                return True
+        return (
+            scores_stamp_of(folder) != mark["scores"]["stamp"]
+            and evaluation.sha256_in(folder) != mark["scores"]["sha256"]
+        )
+    except UserError:
+        return True
+
+
+def chosen(saves: Path | None = None) -> list[Chosen]:
+    """The collections that CATEGORY, DATASET, MODEL, RANK and SEED of the environment select; unset ones select all.
+
+    Names are matched without case and punctuation; all may list several. Brings the index up to date first.
+
+    Raises UserError for a name that no collection has, when nothing is left, or when a selected one is broken.
+    """
+    saves = saves or paths.SAVES
+    table, faults = update(saves)
+    wanted = asked()
+    for name, fault in faults.items():
+        if concerns(name, wanted):
+            raise UserError(fault)
+    names = sorted(set(selected(table, wanted)["collection"].to_pylist()))
+    if not names:
+        said = " ".join(f"{name.upper()}={' '.join(values)}" for name, values in wanted.items() if values)
+        what = f"no collection fits {said}" if said else "no collections yet"
+        raise UserError(f"{paths.relative(saves)}: {what}; make index lists those there are")
+    return [Chosen(name, saves / name, collection.read_manifest(saves / name)) for name in names]
+
+
+def asked() -> dict[str, list[str]]:
+    """What CATEGORY, DATASET, MODEL, RANK and SEED of the environment ask for, by column; empty lists ask for all."""
+    wanted = {
+        name: os.environ.get(name.upper(), "").split() for name in ("category", "dataset", "model", "rank", "seed")
+    }
+    wanted["model"] = wanted["model"] or os.environ.get("MODELS", "").split()
+    wanted["rank"] = wanted["rank"] or os.environ.get("RANKS", "").split()
+    wanted["rank"] = [str(render.parse_rank(value)) for value in wanted["rank"]]
+    for value in wanted["seed"]:
+        if not re.fullmatch(r"[0-9]{1,18}", value):
+            raise UserError(f"SEED {value!r} is not a whole number")
+    return wanted
+
+
+def selected(table: "pa.Table", wanted: dict[str, list[str]]) -> "pa.Table":
+    """The rows of an index that are asked for (see `asked`). Raises UserError for a name that no row has."""
+    import pyarrow as pa
+    import pyarrow.compute as pc
+
+    for name in ("category", "dataset", "model"):
+        known = {value for value in table[name].to_pylist() if value}
+        values = [paths.choose(value, known, f"collected {name}") for value in wanted[name]]
+        if values:
+            table = table.filter(pc.is_in(table[name], pa.array(values)))
+    for name in ("rank", "seed"):
+        if wanted[name]:
+            values = pa.array([int(value) for value in wanted[name]], table.schema.field(name).type)
+            table = table.filter(pc.is_in(table[name], values))
+    return table
+
+
+def concerns(name: str, asked: dict[str, list[str]]) -> bool:
+    """Whether a collection whose manifest cannot be read may be one of those asked for, going by its path."""
+    parts = name.split("/")
+    *_, rank = [None, *paths.RANK_PART.finditer(parts[-1])]
+    if len(parts) != 3 or not rank:
+        return True
+    held = {
+        "category": parts[0],
+        "dataset": parts[1],
+        "model": base_models.short_name(Path(parts[-1][: rank.start()])),
+        "rank": rank[1],
+        "seed": rank[2],
+    }
+    return all(
+        not asked[key] or value is None or paths.loose(value) in map(paths.loose, asked[key])
+        for key, value in held.items()
+    )
+
+
+def print_collections(table: "pa.Table") -> None:
+    """A line per collection: what it is of, its steps, its loss, its size."""
+    if not table.num_rows:
+        say("no collections yet")
+        return
+    rows = []
+    keys = ["collection", "category", "dataset", "model", "rank", "seed"]
+    figures = [("step", "min"), ("step", "max"), ("step", "count"), ("loss", "mean"), ("bytes", "sum")]
+    last = last_scores(table)
+    for row in table.group_by(keys).aggregate(figures).sort_by("collection").to_pylist():
+        loss = "" if row["loss_mean"] is None else f"{row['loss_mean']:.4f}"
+        named = [str(row[key]) if row[key] is not None else "?" for key in keys[1:]]
+        steps = f"{row['step_min']}-{row['step_max']}"
+        scores = last.get(row["collection"], ("", "")) if last else ()
+        rows.append((*named, str(row["step_count"]), steps, loss, f"{row['bytes_sum'] / 1e6:.1f}", *scores))
+    head = ("category", "dataset", "model", "rank", "seed", "kept", "steps", "mean loss", "MB")
+    cli.print_table((*head, *(("base", "last score") if last else ())), rows)
+
+
+def last_scores(table: "pa.Table") -> dict[str, tuple[str, str]]:
+    """By collection, the scores of the base model and of the last checkpoint that was evaluated, as a table shows them:
+    shares, or losses per token."""
+    found = {}
+    for row in table.select(["collection", *SCORES]).to_pylist():
+        if row["metric"]:
+            values = [
+                row[name]
+                for name in (("base_loss", "test_loss") if row["metric"] == "loss" else ("base_score", "score"))
+            ]
+            texts = ["" if value is None else f"{value:.4f}" for value in values]
+            found[row["collection"]] = texts[0], f"{texts[1]} ({row['metric']})"
+    return found
+
+
+def print_rows(table: "pa.Table") -> None:
+    """A line per checkpoint."""
+    shown = ("category", "dataset", "model", "rank", "step", "loss", "learning_rate", "bytes", "file")
+    columns = [
+        [f"{value:.6g}" if isinstance(value, float) else str(value) for value in table[name].to_pylist()]
+        for name in shown
+    ]
+    cli.print_table(shown, list(zip(*columns, strict=True)))

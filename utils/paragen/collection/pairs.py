@@ -1,0 +1,251 @@
+"""Prompt-checkpoint pairs for PyTorch: a Dataset over saves/index.parquet. Users import it from utils/pairs.py.
+
+Reads the index that `make index` wrote, the collections in it and the data files below data/. Writes nothing. Opening
+reads the index alone; a checkpoint is read when its pair is asked for, and hashed against its manifest the first time.
+"""
+
+import operator
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import numpy
+import pyarrow as pa
+import pyarrow.compute as pc
+import torch
+from torch.utils.data import Dataset
+
+from paragen.collection import checkpoints, collection, index, vectors
+from paragen.collection import prompts as prompts_module
+from paragen.common import paths
+from paragen.common.cli import UserError
+
+TAKEN = ("seed", "split")  # columns of the index whose names mean something else where pairs are filtered
+
+
+class Tensors(dict):
+    """A checkpoint's tensors by PEFT's key: a dict that goes from process to process as one piece of memory.
+
+    Tensor by tensor, each would take a file descriptor, hundreds for one checkpoint.
+    """
+
+    def __reduce__(self):
+        return _from_vector, (vectors.to_vector(self), vectors.layout_of(self))
+
+    def __copy__(self):
+        return Tensors(self)
+
+
+def _from_vector(vector: torch.Tensor, layout: vectors.Layout) -> Tensors:
+    return Tensors(vectors.to_dict(vector, layout))
+
+
+class Pair(NamedTuple):
+    """What `Pairs` yields."""
+
+    prompts: list[dict[str, Any]]  # as prompts.of_collection gives them: system, prompt, response, images
+    checkpoint: Tensors | torch.Tensor  # by PEFT's key in natural order; with vector=True 1-D, see Pairs.layout
+    row: dict[str, Any]  # the checkpoint's row of the index: dataset, model, rank, step, loss, file, ...
+
+
+class Pairs(Dataset):
+    """The checkpoints of all collections that fit the filters, each with prompts of its dataset.
+
+    Args:
+        prompts: how many prompts a pair has, drawn without replacement; 0 for none.
+        seed: what they are drawn by, together with the pair's number and the epoch. The same in any worker.
+        split: `train`, the rows that were trained on, or `test`, those that were not.
+        vector: give a checkpoint as one flat vector instead of a dict of tensors.
+        where: a pyarrow expression over the index's columns, such as `pc.field("loss") < 0.2` or, of checkpoints that
+            were evaluated, `pc.field("score") > pc.field("base_score")`; those of which it is not known do not fit.
+        saves: the folder of the index (default: saves/).
+        data_dir: the folder of dataset_info.json (default: data/).
+        filters: column=value or column=[values] for any column of the index (but `seed` and `split`, which are taken
+            above: use `where`); names are matched without case and punctuation. All filters hold at once.
+
+    Checkpoints are memory-mapped, read only, and no file stays open. Each is hashed once for all workers and epochs.
+
+    Raises UserError when there is no index, when it is older than its collections, for a filter that names no column or
+    nothing collected, and when nothing is left. Taking a pair raises one that names the file when a checkpoint, a
+    manifest or a data file is gone, cut short or another than was recorded.
+    """
+
+    def __init__(
+        self,
+        *,
+        prompts: int,
+        seed: int = 0,
+        split: str = "train",
+        vector: bool = False,
+        where: pc.Expression | None = None,
+        saves: str | Path | None = None,
+        data_dir: str | Path | None = None,
+        **filters: Any,
+    ):
+        self.prompts, self.seed = whole("prompts", prompts), whole("seed", seed)
+        if split not in prompts_module.SPLITS:
+            raise UserError(f"split={split!r} is not known; known: {', '.join(prompts_module.SPLITS)}")
+        self.saves = Path(saves or paths.SAVES).absolute()
+        self.data_dir = Path(data_dir or paths.DATA).absolute()
+        self.split, self.vector = split, vector
+        table, self._seals = index.load_sealed(self.saves)
+        table = select(table, where, filters)
+        if not table.num_rows:
+            asked = [f"{name}={value!r}" for name, value in filters.items()] + (
+                [f"where={where}"] * (where is not None)
+            )
+            raise UserError(
+                f"{paths.relative(self.saves / paths.INDEX)}: no checkpoint fits {' and '.join(asked)}; "
+                "make index lists what there is"
+            )
+        self.table = compact(table)
+        # Shared with the workers: the epoch, and of each checkpoint the stamp under which it was hashed.
+        self._shared = torch.zeros(1 + len(self), dtype=torch.int64).share_memory_()
+        self._forget()
+
+    def _forget(self) -> None:
+        self._manifests: dict[str, dict[str, Any]] = {}
+        self._layouts: dict[str, vectors.Layout] = {}
+
+    def __getstate__(self) -> dict[str, Any]:
+        return {**vars(self), "_manifests": {}, "_layouts": {}}
+
+    def __len__(self) -> int:
+        return self.table.num_rows
+
+    def set_epoch(self, epoch: int) -> None:
+        """Let all pairs have other prompts, in the workers of a DataLoader too; call it before each epoch."""
+        self._shared[0] = whole("epoch", epoch)
+
+    def row(self, number: int) -> dict[str, Any]:
+        """A checkpoint's row of the index."""
+        number = range(len(self))[operator.index(number)]
+        values = {name: self.table[name][number].as_py() for name in self.table.column_names}
+        file = f"{values['collection']}/{collection.checkpoint_name(values['step'])}"
+        return {name: values.get(name, file) for name in index.COLUMNS}
+
+    def __getitem__(self, number: int) -> Pair:
+        number = range(len(self))[operator.index(number)]
+        row = self.row(number)
+        manifest = self._manifest(row["collection"])
+        drawn = self._draw(number, manifest) if self.prompts else []
+        tensors = self._read(number, row)
+        return Pair(drawn, vectors.to_vector(tensors) if self.vector else Tensors(tensors), row)
+
+    def layout(self, name: str) -> vectors.Layout:
+        """How the vectors of a collection (as its rows' `collection` says) are laid out: key, shape, offset, dtype.
+
+        `vectors.to_dict(vector, layout)` turns a vector back into the dict of tensors.
+        """
+        if name not in self._layouts:
+            number = pc.index(self.table["collection"].cast(pa.string()), name).as_py()
+            if number < 0:
+                raise UserError(f"{name}: no such collection among these pairs")
+            self._read(number, self.row(number))
+        return self._layouts[name]
+
+    def _manifest(self, name: str) -> dict[str, Any]:
+        """What pairs need of a collection's manifest, checked to be the one that was indexed."""
+        if name not in self._manifests:
+            folder = self.saves / name
+            manifest = collection.read_manifest(folder)
+            if manifest is None or manifest["sha256"] != self._seals[name]:
+                what = "is gone" if manifest is None else "changed"
+                raise UserError(
+                    f"{paths.relative(folder / paths.MANIFEST)}: {what} since the index was made; run: make index"
+                )
+            self._manifests[name] = {key: manifest[key] for key in ("run", "data")}
+        return self._manifests[name]
+
+    def _draw(self, number: int, manifest: dict[str, Any]) -> list[dict[str, Any]]:
+        """The prompts of a pair in this epoch."""
+        parts = prompts_module.parts(manifest, self.split, self.data_dir)
+        total = sum(len(rows) for _, rows in parts)
+        if self.prompts > total:
+            raise UserError(
+                f"{manifest['run']}: has {total} {self.split} prompts; prompts={self.prompts} asks for more"
+            )
+        generator = numpy.random.default_rng((self.seed, int(self._shared[0]), number))
+        drawn = []
+        for place in generator.choice(total, self.prompts, replace=False).tolist():
+            for entry, rows in parts:
+                if place < len(rows):
+                    drawn.append(prompts_module.texts_of(rows[place], entry))
+                    break
+                place -= len(rows)
+        return drawn
+
+    def _read(self, number: int, row: dict[str, Any]) -> dict[str, torch.Tensor]:
+        """A checkpoint's tensors, hashed unless one of the workers did; they fit the layout of their collection."""
+        path = self.saves / row["file"]
+        try:
+            stamp = checkpoints.stamp_of(path)
+        except OSError:
+            stamp = ()  # the loading says what is the matter
+        mark = hash(stamp) or 1
+        if stamp and int(self._shared[1 + number]) == mark:
+            checkpoints.vouch(path, stamp, row["sha256"])
+        tensors = checkpoints.load(path, row["bytes"], row["sha256"])
+        self._shared[1 + number] = mark
+        layout = vectors.layout_of(tensors)
+        if self._layouts.setdefault(row["collection"], layout) != layout:
+            raise UserError(f"{paths.relative(path)}: has other keys, shapes or types than the rest of its collection")
+        return tensors
+
+
+def whole(name: str, value: Any) -> int:
+    """`value`, checked to be a whole number from 0 up."""
+    if isinstance(value, bool) or not isinstance(value, int) or value < 0:
+        raise UserError(f"{name}={value!r} is not a whole number from 0 up")
+    return value
+
+
+def collate(pairs: Sequence[Pair]) -> dict[str, Any]:
+    """A batch of pairs of any collections: for DataLoader(..., collate_fn=collate).
+
+    Returns a dict: `prompts`, a list of prompts per pair; `row`, a list of dicts; `checkpoint`, a list of dicts of
+    tensors or, for vectors, one tensor (pairs x longest vector), zeros behind the end of the shorter ones, with their
+    numbers of values as `length` (pairs, int64).
+    """
+    batch = {"prompts": [pair.prompts for pair in pairs], "row": [pair.row for pair in pairs]}
+    if isinstance(pairs[0].checkpoint, Mapping):
+        return {**batch, "checkpoint": [pair.checkpoint for pair in pairs]}
+    found = [pair.checkpoint for pair in pairs]
+    return {
+        **batch,
+        "checkpoint": torch.nn.utils.rnn.pad_sequence(found, batch_first=True),
+        "length": torch.tensor([vector.numel() for vector in found]),
+    }
+
+
+def select(table: pa.Table, where: pc.Expression | None, filters: Mapping[str, Any]) -> pa.Table:
+    """The rows of an index that fit filters, as `Pairs` takes them."""
+    columns = ", ".join(name for name in index.COLUMNS if name not in TAKEN)
+    for name, asked in filters.items():
+        if name not in index.COLUMNS:
+            raise UserError(f"{name!r} is no column of the index; columns: {columns}")
+        kind = table.schema.field(name).type
+        values = list(asked) if isinstance(asked, (list, tuple, set, frozenset, range)) else [asked]
+        if pa.types.is_string(kind):
+            known = {value for value in table[name].unique().to_pylist() if value is not None}
+            values = [
+                value if value is None else paths.choose(str(value), known, f"collected {name}") for value in values
+            ]
+        try:
+            table = table.filter(pc.is_in(table[name], pa.array(values, kind)))
+        except (pa.ArrowException, TypeError, OverflowError):
+            raise UserError(f"{name}={asked!r} does not fit that column, whose values are {kind}") from None
+    try:
+        return table if where is None else table.filter(where)
+    except (pa.ArrowException, TypeError) as error:
+        raise UserError(
+            f"where={where}: {str(error).splitlines()[0]}; columns: {', '.join(TAKEN)}, {columns}"
+        ) from None
+
+
+def compact(table: pa.Table) -> pa.Table:
+    """The table without what its other columns say, names kept once each: it goes to every worker."""
+    for number, name in enumerate(table.column_names):
+        if pa.types.is_string(table.schema.field(name).type) and name not in ("sha256", "file"):
+            table = table.set_column(number, name, table[name].dictionary_encode())
+    return table.drop_columns(["file"]).unify_dictionaries().combine_chunks()

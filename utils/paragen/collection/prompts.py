@@ -1,0 +1,176 @@
+"""The prompts of a collection: the rows it was trained on, or those kept to score it, as its manifest recorded them.
+
+Imported by all that pairs prompts with checkpoints. A data file that changed since is refused.
+"""
+
+import os
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+from paragen.common import files, paths
+from paragen.common.cli import UserError
+from paragen.dataset import dataset_info
+
+SPLITS = ("train", "test")
+Part = tuple[dict[str, Any], Sequence[dict[str, Any]]]  # (an entry of dataset_info.json, rows of its file)
+
+# What was read by this process, each file once: by path (its stamp, what was made of it).
+_rows: dict[Path, tuple[tuple, list[dict[str, Any]]]] = {}
+_hashes: dict[tuple[Path, int | None], tuple[tuple, str]] = {}
+_entries: dict[tuple[Path, str], tuple[tuple, tuple[dict[str, Any], Path] | None]] = {}
+
+
+def of_collection(manifest: dict[str, Any], split: str = "train", data_dir: Path | None = None) -> list[dict[str, Any]]:
+    """The prompts of one split of a collection's dataset.
+
+    Args:
+        manifest: the collection's.
+        split: `train` for the rows trained on; `test` for the dataset's registered `<name>_test`, else for the rows of
+            its own file that were not trained on (only the last `held_out` of them where the entry says so).
+        data_dir: where dataset_info.json lies (default: data/).
+
+    Returns a dict per row: `system`, `prompt` and `response` (texts, empty where there is none), `images` (paths
+    relative to data/). A conversation gives its first user message, its last answer, and all of it as `messages`.
+
+    Raises UserError when the rows are gone, changed since the training, or when there are none of this split. A file
+    registered as `<name>_test` is taken as it is: no training recorded it.
+    """
+    return [texts_of(row, entry) for entry, rows in parts(manifest, split, data_dir) for row in rows]
+
+
+def parts(manifest: dict[str, Any], split: str = "train", data_dir: Path | None = None) -> list[Part]:
+    """The rows behind `of_collection`, by dataset, as they stand in their files; the files are read once."""
+    if split not in SPLITS:
+        raise UserError(f"split {split!r} is not known; known: {', '.join(SPLITS)}")
+    if manifest["data"] is None:
+        raise UserError(f"{manifest['run']}: its manifest does not know the data (it was made from a stock run)")
+    folder = Path(data_dir or paths.DATA).absolute()
+    return [(trained if split == "train" else kept_back)(data, folder) for data in manifest["data"]]
+
+
+def trained(data: dict[str, Any], data_dir: Path) -> Part:
+    """What one element of a manifest's `data` was trained on, unchanged."""
+    path = data_dir / data["file"]
+    rows = rows_in(path)
+    if _hash_of(path, data["rows"]) != data["rows_sha256"]:
+        raise UserError(
+            f"{paths.relative(path)}: its first {data['rows']} rows are not those that {data['name']} was trained on; "
+            "put the file back, or train again with FORCE=1"
+        )
+    return data["entry"], rows[: data["rows"]]
+
+
+def kept_back(data: dict[str, Any], data_dir: Path) -> Part:
+    """What one element of a manifest's `data` has beside the rows trained on."""
+    paired = paired_name(data)
+    if found := _registered(paired, data_dir):
+        entry, path = found
+        return entry, rows_in(path)
+    entry, _ = trained(data, data_dir)
+    path = data_dir / data["file"]
+    rest = rows_in(path)[first_kept_back(data, data_dir) :]
+    if not rest:
+        raise UserError(
+            f"{data['name']}: has no {paired} in dataset_info.json and was trained on all its rows; register rows to "
+            f"score with as {paired}"
+        )
+    if data.get("sha256") and _hash_of(path, None) != data["sha256"]:
+        raise UserError(
+            f"{paths.relative(path)}: changed since {data['name']} was trained, behind the rows trained on; put it "
+            f"back, or register rows to score with as {paired}"
+        )
+    return entry, rest
+
+
+def first_kept_back(data: dict[str, Any], data_dir: Path) -> int:
+    """The number of the first row of a dataset's own file that is there to score with: behind those trained on, or the
+    first of the `held_out` ones where the entry says so."""
+    count, held_out = len(rows_in(data_dir / data["file"])), data["entry"].get(dataset_info.HELD_OUT)
+    return max(data["rows"], count - held_out) if held_out else data["rows"]
+
+
+def paired_name(data: dict[str, Any]) -> str:
+    """What the test split of one element of a manifest's `data` is called where it is a dataset of its own."""
+    return f"{data['name']}_test"
+
+
+def split_name(data: dict[str, Any], data_dir: Path | None = None) -> str:
+    """What the rows that `kept_back` gives are called: `ARC-c_test`, or `MATH[5000:5250]` for rows of its own file."""
+    folder = Path(data_dir or paths.DATA).absolute()
+    if _registered(paired_name(data), folder):
+        return paired_name(data)
+    start, end = first_kept_back(data, folder), len(rows_in(folder / data["file"]))
+    return f"{data['name']}[{start}:{end}]"
+
+
+def registered(name: str, data_dir: Path | None = None) -> tuple[str, Part]:
+    """(its name, its rows) of a registered dataset, from what a user types. Raises UserError where it is not known."""
+    folder = Path(data_dir or paths.DATA).absolute()
+    found = paths.choose(name, dataset_info.read_info(folder), "registered dataset")
+    entry, path = _registered(found, folder)
+    return found, (entry, rows_in(path))
+
+
+def texts_of(row: dict[str, Any], entry: dict[str, Any]) -> dict[str, Any]:
+    """A row as texts, as LLaMA-Factory reads it (its data/converter.py): prompt and query are joined by a newline.
+
+    `messages` is there where something was said before: a conversation, or a prompt with a history.
+    """
+    columns, tags = dataset_info.columns_of(entry), dataset_info.tags_of(entry)
+    images = dataset_info.pictures_of(row, columns["images"]) if "images" in columns else []
+    system = row.get(columns.get("system")) or ""
+    if "messages" not in columns:
+        parts = [row.get(columns.get(kind)) for kind in ("prompt", "query")]
+        texts = {"system": system, "prompt": "\n".join(filter(None, parts))}
+        texts |= {"response": row.get(columns.get("response")) or "", "images": images}
+        before = row.get(columns.get("history")) or []
+        said = [*(text for turn in before for text in turn), texts["prompt"], texts["response"]]
+        messages = [{"role": ("user", "assistant")[n % 2], "content": text} for n, text in enumerate(said)]
+        return texts | ({"messages": messages} if before else {})
+    roles = {tags.get(f"{kind}_tag"): kind for kind in ("user", "assistant", "observation", "function", "system")}
+    said = [
+        {"role": roles.get(message[tags["role_tag"]]), "content": message[tags["content_tag"]]}
+        for message in row[columns["messages"]]
+    ]
+    system = next((message["content"] for message in said if message["role"] == "system"), system)
+    prompt = next((message["content"] for message in said if message["role"] == "user"), "")
+    response = said[-1]["content"] if said and said[-1]["role"] in ("assistant", "function") else ""
+    return {"system": system, "prompt": prompt, "response": response, "images": images, "messages": said}
+
+
+def rows_in(path: Path) -> list[dict[str, Any]]:
+    """The rows of a data file, read once per process while it stays unchanged."""
+    stamp = _stamp(path)
+    if path not in _rows or _rows[path][0] != stamp:
+        _rows[path] = stamp, dataset_info.load_rows(path)
+    return _rows[path][1]
+
+
+def _hash_of(path: Path, rows: int | None) -> str:
+    """The hash of a file's first rows, or, without a number, of its bytes."""
+    stamp = _stamp(path)
+    if (path, rows) not in _hashes or _hashes[path, rows][0] != stamp:
+        sha256 = files.sha256_of(path) if rows is None else files.sha256_of_value(rows_in(path)[:rows])
+        _hashes[path, rows] = stamp, sha256
+    return _hashes[path, rows][1]
+
+
+def _registered(name: str, data_dir: Path) -> tuple[dict[str, Any], Path] | None:
+    """(the entry, the file) of a dataset that dataset_info.json has; None for one that it does not have."""
+    info = data_dir / "dataset_info.json"
+    stamp = _stamp(info) if info.exists() else ()
+    if (info, name) not in _entries or _entries[info, name][0] != stamp:
+        there = name in dataset_info.read_info(data_dir)
+        found = (dataset_info.entry_of(name, data_dir), dataset_info.data_file(name, data_dir)) if there else None
+        _entries[info, name] = stamp, found
+    return _entries[info, name][1]
+
+
+def _stamp(path: Path) -> tuple:
+    """What tells whether a file is the one that was read: its size, times and number."""
+    try:
+        stat = os.stat(path)
+    except FileNotFoundError:
+        raise UserError(f"{paths.relative(path)}: the prompts are gone; put the file back (make data)") from None
+    return files.stamp_of(stat)

@@ -1,0 +1,225 @@
+"""What a run was trained from, so that a later run of the same name can tell whether it would be the same.
+
+Imported by train.py and collection.py. An identity is a JSON value with the sections recipe, data, base_model,
+tokenizer and pretrain: contents and hashes, never this machine's paths.
+"""
+
+import ast
+import json
+import re
+from importlib.metadata import version
+from pathlib import Path
+
+import prompt_templates
+from paragen.common import cli, files, paths
+from paragen.common.cli import UserError
+from paragen.dataset import dataset_info, pictures
+from paragen.model import base_models
+from paragen.recipes.render import DEFAULT_SEED, resolve
+
+# Recipe keys that say where files lie or how they are read and logged, not what is trained. The contents behind the
+# paths are hashed in the other sections.
+NOT_TRAINED = {
+    "model_name_or_path", "dataset_dir", "media_dir", "output_dir", "resume_from_checkpoint", "overwrite_output_dir",
+    "overwrite_cache", "cache_dir", "preprocessing_num_workers", "dataloader_prefetch_factor", "ddp_timeout",
+    "dataloader_num_workers", "dataloader_pin_memory", "logging_steps", "logging_first_step", "plot_loss", "report_to",
+    "run_name", "disable_tqdm", "log_level", "do_train", "save_only_model", "use_cpu", "dataloader_persistent_workers",
+    "logging_dir",
+}  # fmt: skip
+# Recipe keys that do not change how rows become tokens; a key that is not here counts.
+NOT_TOKENISED = {
+    "adam_beta1", "adam_beta2", "adam_epsilon", "bf16", "disable_gradient_checkpointing", "enable_liger_kernel",
+    "finetuning_type", "flash_attn", "fp16", "freeze_vision_tower", "gradient_accumulation_steps",
+    "gradient_checkpointing", "learning_rate", "lora_alpha", "lora_dropout", "lora_rank", "lora_target",
+    "loraplus_lr_ratio", "lr_scheduler_kwargs", "lr_scheduler_type", "max_grad_norm", "max_steps", "num_train_epochs",
+    "optim", "per_device_train_batch_size", "pure_bf16", "save_steps", "save_strategy", "save_total_limit",
+    "use_dora", "use_rslora", "warmup_ratio", "warmup_steps", "weight_decay",
+}  # fmt: skip
+OWN_TOKENS = {"eval_dataset", "tokenized_path", "streaming"}
+# What a checkpoint folder must hold to be resumed, all of it decisive for what follows.
+RESUMED = (paths.ADAPTER, "optimizer.pt", "scheduler.pt", "rng_state.pth", "trainer_state.json")
+
+
+def identity_of(recipe: Path, config: dict) -> dict:
+    """The identity of the run that a rendered recipe asks for.
+
+    Args:
+        recipe: the recipe's path; the paths in it are relative to its folder.
+        config: the recipe as `rank_config.render` gives it.
+
+    Raises UserError when the model, the data or the pretrain checkpoint is not there, with the command that makes it.
+    """
+    base = base_models.local_folder(resolve(recipe, config["model_name_or_path"]))
+    recipe_keys = {"seed": DEFAULT_SEED, **{key: value for key, value in config.items() if key not in NOT_TRAINED}}
+    if template_hash := hash_of_template(config.get("template")):
+        recipe_keys["template_sha256"] = template_hash
+    return {
+        "recipe": dict(sorted(recipe_keys.items())),
+        "data": [_data_of(name.strip(), recipe, config) for name in config["dataset"].split(",")],
+        "base_model": base_models.identity_of(base),
+        "tokenizer": {"sha256": base_models.hash_of(base, base_models.tokenizer_files(base))},
+        "pretrain": pretrain_of(resume_folder(recipe, config)),
+    }
+
+
+def tokens_key(identity: dict) -> str | None:
+    """A key for the tokenised rows of a run: the same for all runs that tokenise the same rows in the same way.
+
+    None where they depend on more: on pictures, on rows that the identity does not hold (of an eval_dataset), or on
+    tokens that the recipe keeps itself.
+    """
+    if any(data["pictures"] for data in identity["data"]) or OWN_TOKENS & identity["recipe"].keys():
+        return None
+    recipe = {key: value for key, value in identity["recipe"].items() if key not in NOT_TOKENISED}
+    versions = {name: version(name) for name in ("llamafactory", "transformers", "tokenizers", "datasets")}
+    return files.sha256_of_value([recipe, identity["data"], identity["tokenizer"], versions])
+
+
+def hash_of_template(name: str | None) -> str | None:
+    """The hash of one of our own templates, as prompt_templates.py says it; None for LLaMA-Factory's."""
+    for node in ast.walk(ast.parse(Path(prompt_templates.__file__).read_text(encoding="utf-8"))):
+        if isinstance(node, ast.Call) and getattr(node.func, "id", "") == "register_template":
+            said = {keyword.arg: keyword.value for keyword in node.keywords}
+            if getattr(said.get("name"), "value", None) == name and name is not None:
+                return files.sha256_of_value(ast.dump(node))
+    return None
+
+
+def resume_folder(recipe: Path, config: dict) -> Path | None:
+    """The checkpoint folder that a rendered recipe resumes from, or None."""
+    resume = config.get("resume_from_checkpoint")
+    return resolve(recipe, resume) if resume else None
+
+
+def pretrain_of(checkpoint: Path | None) -> dict | None:
+    """Run, step and hash of the checkpoint that is resumed; None without one, also where it is gone."""
+    if checkpoint is None or not (checkpoint / "trainer_state.json").is_file():
+        return None
+    resumed = sorted(path for path in checkpoint.iterdir() if is_resumed(path.name))
+    sha256 = files.sha256_of_value({path.name: files.sha256_of(path) for path in resumed})
+    _check_against_manifest(checkpoint, sha256)
+    return {"run": checkpoint.parent.name, "step": step_of(checkpoint), "sha256": sha256}
+
+
+def is_resumed(name: str) -> bool:
+    """Whether a file of a checkpoint folder decides what follows (several processes have an rng_state each)."""
+    return name in RESUMED or re.fullmatch(r"rng_state_\d+\.pth", name) is not None
+
+
+def step_of(checkpoint: Path) -> int:
+    """The optimizer step at which a stock checkpoint folder was saved."""
+    path = checkpoint / "trainer_state.json"
+    try:
+        return int(json.loads(path.read_bytes())["global_step"])
+    except (ValueError, KeyError, TypeError) as error:
+        raise UserError(f"{paths.relative(path)}: broken ({error!r}); train that recipe again with FORCE=1") from None
+
+
+def changes(old: dict, new: dict) -> list[str]:
+    """What differs between two identities, a phrase each; a section that the old one could not know is passed over."""
+    found = []
+    for key in sorted({*(old["recipe"] or {}), *new["recipe"]}) if old["recipe"] is not None else []:
+        before, after = old["recipe"].get(key), new["recipe"].get(key)
+        if before != after:
+            found.append(f"{key} ({before} -> {after})")
+    if old["data"] is not None and old["data"] != new["data"]:
+        found += _data_changes(old["data"], new["data"])
+    for section, what in (("base_model", "the base model"), ("tokenizer", "the tokenizer")):
+        if old[section] is not None and old[section]["sha256"] not in (None, new[section]["sha256"]):
+            found.append(f"{what}'s files")
+    if old["pretrain"] is not None and new["pretrain"] is not None and old["pretrain"]["sha256"] is not None:
+        if old["pretrain"]["step"] != new["pretrain"]["step"]:
+            found.append(f"the resumed step ({old['pretrain']['step']} -> {new['pretrain']['step']})")
+        elif old["pretrain"]["sha256"] != new["pretrain"]["sha256"]:
+            found.append(f"the pretrain checkpoint {new['pretrain']['run']}/checkpoint-{new['pretrain']['step']}")
+    return found
+
+
+def _data_of(name: str, recipe: Path, config: dict) -> dict:
+    """What is read of one dataset: entry, file, and the first `max_samples` rows, trained on, with their pictures."""
+    folder = resolve(recipe, config.get("dataset_dir", "data"))
+    entry = dataset_info.entry_of(name, folder)
+    dataset_info.require_trainable(name, entry)
+    if entry.get("num_samples") is not None:
+        raise UserError(f"{name}: num_samples in dataset_info.json draws rows at random; use max_samples in the recipe")
+    path = dataset_info.data_file(name, folder)
+    rows = dataset_info.load_rows(path)
+    used = rows[: config.get("max_samples") or len(rows)]
+    media = resolve(recipe, config["media_dir"]) if config.get("media_dir") else folder
+    return {
+        "name": name,
+        "file": entry["file_name"],
+        "entry": {key: value for key, value in entry.items() if key != "file_name"},
+        "sha256": files.sha256_of(path),
+        "rows_in_file": len(rows),
+        "rows": len(used),
+        "rows_sha256": files.sha256_of_value(used),
+        "pictures": pictures.identity_of(used, entry, path, media),
+    }
+
+
+def _data_changes(old: list[dict], new: list[dict]) -> list[str]:
+    if [data["name"] for data in old] != [data["name"] for data in new]:
+        return []  # the recipe's `dataset` key says so already
+    found = []
+    for before, after in zip(old, new, strict=True):
+        if before.get("rows_sha256") != after["rows_sha256"]:
+            found.append(f"the rows of {after['file']} ({before.get('rows')} -> {after['rows']} rows)")
+        if before.get("pictures") != after.get("pictures"):
+            found.append(f"the pictures of {after['file']}")
+        if dataset_info.without_marks(before.get("entry") or {}) != dataset_info.without_marks(after["entry"]):
+            found.append(f"the entry of {after['name']} in dataset_info.json")
+    return found
+
+
+def _check_against_manifest(checkpoint: Path, sha256: str) -> None:
+    manifest = checkpoint.parent / paths.MANIFEST
+    if not manifest.is_file():
+        return
+    try:
+        recorded = {entry["step"]: entry["sha256"] for entry in json.loads(manifest.read_bytes())["checkpoints"]}
+    except (ValueError, KeyError, TypeError):
+        raise UserError(f"{paths.relative(manifest)}: broken; train that recipe again with FORCE=1") from None
+    if recorded.get(step_of(checkpoint)) != sha256:
+        raise UserError(
+            f"{paths.relative(checkpoint)}: differs from what its run's manifest.json recorded; "
+            "train the pretrain recipe again with FORCE=1"
+        )
+
+
+def check_resumable(checkpoint: Path, rank: int, how_to_make: str) -> None:
+    """Refuse a checkpoint that is not there (listing those that are) or was trained at another rank.
+
+    Args:
+        checkpoint: the folder a recipe resumes from.
+        rank: the rank that is to be trained.
+        how_to_make: the command that makes the missing checkpoint.
+    """
+    if not (checkpoint / paths.ADAPTER).is_file():
+        run = checkpoint.parent
+        steps = sorted(
+            int(match[1])
+            for path in (run.iterdir() if run.is_dir() else ())
+            if (match := paths.CHECKPOINT.fullmatch(path.name))
+        )
+        there = f"steps there: {', '.join(map(str, steps))}" if steps else f"{paths.relative(run)} has no checkpoints"
+        raise UserError(
+            f"resume_from_checkpoint {paths.relative(checkpoint)} does not exist ({there}); make it with: {how_to_make}"
+        )
+    missing = [name for name in RESUMED if not (checkpoint / name).is_file() and name != "rng_state.pth"]
+    if missing:
+        raise UserError(
+            f"{paths.relative(checkpoint)}: cannot be resumed, {missing[0]} is missing; "
+            "a pretrain recipe keeps it with save_only_model: false"
+        )
+    with open(checkpoint / paths.ADAPTER_CONFIG, encoding="utf-8") as file:
+        there = json.load(file).get("r")
+    if there != rank:
+        raise UserError(
+            f"{paths.relative(checkpoint)}: has rank {there}, not {rank}; name the rank in resume_from_checkpoint"
+        )
+
+
+def force_asked() -> bool:
+    """Whether the user said FORCE=1: redo what is complete or stale."""
+    return cli.asked("FORCE")

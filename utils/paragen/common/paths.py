@@ -1,0 +1,91 @@
+"""Where things lie and how they are named. Everything that needs a folder's name asks this module."""
+
+import os
+import re
+from collections.abc import Iterable
+from pathlib import Path
+
+from paragen.common.cli import UserError
+
+# stage.py sets PARAGEN_TOP where a node has its data, models and runs in another folder than its scripts.
+UTILS = Path(__file__).resolve().parents[2]  # what PYTHONPATH names: the scripts, and the package `paragen`
+ROOT = Path(os.environ.get("PARAGEN_TOP") or UTILS.parent)
+SCRIPTS = ROOT / "collect_scripts"
+DATA = ROOT / "data"
+MODELS = ROOT / "models"
+SAVES = ROOT / "saves"
+CATEGORIES = ("coding", "common-sense-reasoning", "math", "multimodal")
+PHASES = ("pretrain", "finetune")
+ADAPTER = "adapter_model.safetensors"  # PEFT's name for the weights in a checkpoint folder
+ADAPTER_CONFIG = "adapter_config.json"  # PEFT's name for its settings
+MANIFEST = "manifest.json"
+INDEX = "index.parquet"  # below saves/, as are the folders of what is made from collections and can be made again:
+DERIVED = ("exports", "stats", "report", "publish")
+EXPORT_RECORD = "export.json"  # an export's folder, wherever it lies, has one
+
+# The part of a run folder's name that says which adapter it holds. A model's own name may hold such a part too
+# (a merged adapter, say), so the last one counts.
+RANK_PART = re.compile(r"_lora-rank_(\d+)(?:_seed-(\d+))?(?=_|$)")
+CHECKPOINT = re.compile(r"checkpoint-(\d+)")
+
+
+def loose(name: str) -> str:
+    """`name` as it is compared with what a user types: without case and punctuation (`arcc` is `ARC-c`)."""
+    return re.sub(r"[\W_]", "", name.lower())
+
+
+def choose(name: str, choices: Iterable[str], what: str) -> str:
+    """The one of `choices` that `name` means; an exact match wins over a loose one.
+
+    Raises UserError naming all choices when none or several match.
+    """
+    choices = sorted(choices)
+    if name in choices:
+        return name
+    found = [choice for choice in choices if loose(choice) == loose(name)]
+    if len(found) == 1:
+        return found[0]
+    known = ", ".join(choices) or "none yet"
+    raise UserError(f"{what} {name!r} is {'ambiguous' if found else 'not known'}; known: {known}")
+
+
+def rank_in(path: str) -> tuple[int, int | None] | None:
+    """The rank and the seed (None: the recipe's own) that the run folder in `path` names, or None if it names no rank.
+
+    `path` is a run folder or a checkpoint in it.
+    """
+    match = _rank_match(_split_run(path)[1])
+    return match and (int(match[1]), match[2] and int(match[2]))
+
+
+def with_rank(path: str, rank: int, seed: int | None = None) -> str:
+    """`path` (a run folder or a checkpoint in it) for another rank; unchanged where it names no rank.
+
+    A `seed` replaces the one in the path; it is named even where no rank is, since two seeds must not share a folder.
+    """
+    before, name, after = _split_run(path)
+    seed_part = "" if seed is None else f"_seed-{seed}"
+    match = _rank_match(name)
+    if match:
+        seed_part = seed_part or (f"_seed-{match[2]}" if match[2] else "")
+        name = f"{name[: match.start()]}_lora-rank_{rank}{seed_part}{name[match.end() :]}"
+    elif seed is not None:
+        stem, phase = re.fullmatch(r"(.*?)(_pretrain|_finetune)?", name).groups(default="")
+        name = f"{stem}{seed_part}{phase}"
+    return before + name + after
+
+
+def _rank_match(name: str) -> re.Match | None:
+    return max(RANK_PART.finditer(name), key=lambda match: match.start(), default=None)
+
+
+def _split_run(path: str) -> tuple[str, str, str]:
+    """`path` as (folders before, the run folder's name, what follows it)."""
+    found = re.fullmatch(r"(.*?)([^/]*)(/checkpoint-\d+)?((?:/\.?)*)", path, re.DOTALL)
+    return found[1], found[2], (found[3] or "") + found[4]
+
+
+def relative(path: Path) -> str:
+    """`path` as messages show it: relative to the repository where it lies inside it."""
+    path = Path(path)
+    return str(path.relative_to(ROOT)) if path.is_relative_to(ROOT) else str(path)

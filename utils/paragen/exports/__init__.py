@@ -1,0 +1,4 @@
+"""Collections in other tools' formats.
+
+May import: analysis and the rooms below it.
+"""

@@ -1,0 +1,263 @@
+"""Collections as Drag-and-Drop LLMs reads them: OUT is the root of its checkout, or an empty folder to copy into one.
+
+    FORMAT=dnd DATASET="ARC-c BoolQ" MODEL=qwen2.5-0.5b RANK=8 OUT=~/Drag-and-Drop-LLMs python utils/export.py
+
+Imported by export.py. Writes
+    data/<task>/<dataset>/<step>.safetensors     alone in their folder, since it takes every entry for a checkpoint
+    prepare/data/<dataset>_train.json            the rows that were trained on; for all but common sense, whose scripts
+    prepare/data/<dataset>.json                  read the first name, the same under the second
+Tasks are named as its scripts name them: common_sense_reasoning, and coding, math and vllm with the size of a Qwen2.5
+(coding7B, vllm3B). A model that it has no task for gets the same with the model's name: coding_gpt2.
+It has no room for two models, ranks or seeds, so an export holds one of each. Its scripts cast to bfloat16 themselves.
+"""
+
+import re
+from pathlib import Path
+from typing import Any, NamedTuple
+
+from paragen.collection import checkpoints, exported
+from paragen.collection.index import Chosen
+from paragen.common import files, paths
+from paragen.common.cli import UserError, say
+from paragen.exports import dnd_prompts
+
+FORMAT = "dnd"
+# What its training scripts set: real_length (checkpoints taken of each dataset), num_texts (prompts drawn for a pair).
+TASKS = {
+    "common_sense_reasoning": (50, 128),
+    "coding1.5B": (80, 16),
+    "coding7B": (100, 16),
+    "math1.5B": (80, 32),
+    "math7B": (80, 16),
+    "vllm3B": (100, 16),
+}
+PREFIXES = {
+    "common-sense-reasoning": "common_sense_reasoning",
+    "coding": "coding",
+    "math": "math",
+    "multimodal": "vllm",
+}
+# The models and ranks that it has a tokenizer for, by hidden size, width of the MLP and number of layers.
+TOKENIZERS = {(896, 4864, 24): 8, (1536, 8960, 28): 16, (3584, 18944, 28): 16, (2048, 11008, 36): 16}
+# A text layer below a vision-language model is named `model.language_model.layers` by transformers 5,
+# `language_model.model.layers` by some older ones; Drag-and-Drop reads the number where a text model has it.
+KEY = re.compile(
+    r"base_model\.model\.(?:model\.language_model|language_model\.model|model)\.layers\."
+    r"(\d+\.(?:self_attn\.[qkvo]_proj|mlp\.(?:up|gate|down)_proj)\.lora_[AB]\.weight)"
+)
+
+
+class Planned(NamedTuple):
+    """A collection with what its export needs."""
+
+    chosen: Chosen
+    task: str
+    dataset: str
+    keys: dict[str, str]  # Drag-and-Drop's by the collection's
+    shapes: dict[str, list[int]]  # by Drag-and-Drop's keys
+    stored: str  # the dtype
+
+    @property
+    def folder(self) -> str:
+        return f"data/{self.task}/{self.dataset}"
+
+    @property
+    def prompt_files(self) -> list[str]:
+        ends = ["_train.json"] if self.task == PREFIXES["common-sense-reasoning"] else ["_train.json", ".json"]
+        return [f"prepare/data/{self.dataset}{end}" for end in ends]
+
+
+def export(chosen: list[Chosen], out: Path, dtype: str | None) -> None:
+    """Export collections of one model, rank and seed.
+
+    Args:
+        chosen: the collections.
+        out: the root of a Drag-and-Drop checkout or an empty folder.
+        dtype: what the checkpoints are cast to; None keeps theirs.
+
+    Raises UserError, before anything is written, when it cannot hold them all or cannot read one of them.
+    """
+    check_one_of_each(chosen)
+    plan = [planned(one) for one in chosen]
+    sources = {one.folder: source_of(one, dtype) for one in plan}
+    check_alike(sources, out)
+    kept = [dnd_prompts.kept(one.chosen, one.prompt_files, out) for one in plan]
+    missing = [one for one in plan if not exported.is_there(out, one.folder, sources[one.folder])]
+    for one in missing:
+        exported.check_replaceable(out, one.folder, sources[one.folder])
+    sizes = [exported.bytes_of(entry, one.stored, dtype) for one in missing for entry in steps_of(one)]
+    exported.check_room(out / "data", sum(sizes))  # which may be a link to a larger disk
+    for one, stays in zip(plan, kept, strict=True):
+        exported.part(out, one.folder, sources[one.folder], lambda staging, one=one: write_steps(one, staging, dtype))
+        for name in one.prompt_files:
+            if name not in stays:
+                dnd_prompts.write(one.chosen, out, name)
+    say_figures(plan, out)
+
+
+def check_one_of_each(chosen: list[Chosen]) -> None:
+    """Raise UserError when collections are of several models, ranks or seeds, or two are of one dataset."""
+    found = sorted({(name_of(one), one.manifest["rank"]) for one in chosen})
+    if len(found) > 1:
+        raise UserError(
+            f"FORMAT=dnd holds one model and rank, not {listed(f'{name} rank {rank}' for name, rank in found)}; "
+            "choose with MODEL=.. RANK=.., and an OUT for each"
+        )
+    seeds = sorted({one.manifest["seed"] for one in chosen} - {None})
+    if len(seeds) > 1:
+        raise UserError(f"FORMAT=dnd holds one seed, not {listed(seeds)}; choose with SEED=.., and an OUT for each")
+    bases = {(one.manifest["base_model"] or {}).get("sha256"): one.name for one in chosen}
+    if len(bases.keys() - {None}) > 1:
+        raise UserError(f"{listed(bases.values())}: were trained on different {found[0][0]}; choose with DATASET=..")
+    by_dataset: dict[str, str] = {}
+    for one in chosen:
+        other = by_dataset.setdefault(one.manifest["dataset"], one.name)
+        if other != one.name:
+            raise UserError(
+                f"{other} and {one.name}: are both of {one.manifest['dataset']}; choose with CATEGORY=.. SEED=.."
+            )
+
+
+def listed(values: Any) -> str:
+    """Values for a message: the first four, and how many more."""
+    texts = [str(value) for value in values]
+    return ", ".join(texts[:4]) + (f" and {len(texts) - 4} more" if len(texts) > 4 else "")
+
+
+def name_of(chosen: Chosen) -> str:
+    """The folder name of a collection's base model; the run folder's beginning where the manifest does not know it."""
+    return (chosen.manifest["base_model"] or {}).get("name") or re.split(r"_lora-rank_", chosen.folder.name)[0]
+
+
+def task_of(category: str, model: str) -> str:
+    """The task folder of a category (as in our paths) and a base model's folder name."""
+    prefix = PREFIXES[category]
+    if category == "common-sense-reasoning":
+        return prefix
+    size = re.fullmatch(r"Qwen2\.5-(?:VL-)?(\d+(?:\.\d+)?B)(?:-Instruct)?", model, re.IGNORECASE)
+    return prefix + size[1].upper() if size else f"{prefix}_{model}"
+
+
+def planned(chosen: Chosen) -> Planned:
+    """What exporting a collection takes. Raises UserError for layers or names that Drag-and-Drop does not read."""
+    manifest = chosen.manifest
+    if manifest["category"] not in PREFIXES:
+        raise UserError(f"{chosen.name}: lies in no category's folder, so it has no task; known: {', '.join(PREFIXES)}")
+    first = next(checkpoints.open_all(chosen.folder, manifest["checkpoints"]))
+    names = sorted(first.keys())
+    checkpoints.layers_of(names)
+    keys = {name: dnd_key(name, chosen.name) for name in names}
+    slices = {name: first.get_slice(name) for name in names}
+    return Planned(
+        chosen,
+        task_of(manifest["category"], name_of(chosen)),
+        manifest["dataset"],
+        keys,
+        {keys[name]: piece.get_shape() for name, piece in slices.items()},
+        checkpoints.dtype_of(first),
+    )
+
+
+def dnd_key(key: str, name: str) -> str:
+    """PEFT's key as Drag-and-Drop parses it. Raises UserError for one that it does not."""
+    found = KEY.fullmatch(key)
+    if not found:
+        raise UserError(
+            f"{name}: {key}: Drag-and-Drop reads model.layers.<n> with q/k/v/o_proj and up/gate/down_proj only; "
+            "FORMAT=peft and canonical take any layer"
+        )
+    return f"{checkpoints.PEFT_PREFIX}model.layers.{found[1]}"
+
+
+def source_of(one: Planned, dtype: str | None) -> dict[str, Any]:
+    """What decides the content of a collection's folder, and what must agree between all in an export."""
+    manifest = one.chosen.manifest
+    return {
+        "format": FORMAT,
+        "collection": one.chosen.name,
+        "sha256": manifest["sha256"],
+        "model": name_of(one.chosen),
+        "rank": manifest["rank"],
+        "seed": manifest["seed"],
+        "layers_sha256": files.sha256_of_value(one.shapes),
+        "dtype": dtype or one.stored,
+    }
+
+
+def check_alike(sources: dict[str, dict], out: Path) -> None:
+    """Raise UserError unless all parts, those that OUT holds already too, have one model, rank, seed and layers."""
+    there = {
+        f"{paths.relative(out)}/{name}": entry["source"]
+        for name, entry in exported.read_record(out).items()
+        if "layers_sha256" in entry["source"] and (out / name).exists()
+    }
+    everyone = there | sources
+    for key, what in (("model", "model"), ("rank", "rank"), ("seed", "seed"), ("layers_sha256", "set of layers")):
+        known = {name: source[key] for name, source in everyone.items() if source[key] is not None}
+        first = next(iter(known), None)
+        for name, value in known.items():
+            if value != known[first]:
+                told = "" if key == "layers_sha256" else f" ({value}, not {known[first]})"
+                raise UserError(f"{name}: has another {what}{told} than {first}; take another OUT for it")
+
+
+def steps_of(one: Planned) -> list[dict]:
+    """The manifest's entries of a collection's checkpoints."""
+    return one.chosen.manifest["checkpoints"]
+
+
+def write_steps(one: Planned, staging: Path, dtype: str | None) -> None:
+    """Write all checkpoints of a collection into a new folder, and nothing else."""
+    staging.mkdir()
+    for entry in steps_of(one):
+        target = staging / f"{entry['step']}.safetensors"
+        exported.write_checkpoint(one.chosen.folder, entry, target, dtype, one.keys)
+
+
+def say_figures(plan: list[Planned], out: Path) -> None:
+    """Say, a line each, where the export does not fit the figures that Drag-and-Drop's training scripts set."""
+    record = exported.read_record(out)
+    for task in dict.fromkeys(one.task for one in plan):
+        real, texts = figures_of(task)
+        counts = {
+            Path(name).name: len(entry["files"] or {})
+            for name, entry in record.items()
+            if name.startswith(f"data/{task}/") and (out / name).exists()
+        }
+        least = min(counts.values())
+        for one in plan:
+            if one.task == task and counts[one.dataset] < real:
+                say(
+                    f"note: {one.dataset}: {counts[one.dataset]} checkpoints, fewer than the real_length of {real} in "
+                    f"Drag-and-Drop's {task} scripts, which would pair those after it with the prompts of other "
+                    f"datasets; set real_length to {least} there"
+                )
+            rows = dnd_prompts.count(one.chosen, out / one.prompt_files[-1])
+            if one.task == task and rows < texts:
+                say(
+                    f"note: {one.dataset}: {rows} prompts, fewer than the num_texts of {texts} in its {task} scripts, "
+                    f"which fail then; set num_texts to {rows} at most"
+                )
+        if least < real and len(set(counts.values())) > 1:
+            told = listed(f"{dataset} {count}" for dataset, count in sorted(counts.items()))
+            say(f"note: {task}: its datasets have different numbers of checkpoints ({told}); use {least} of each")
+    say_tokenizer(plan[0])
+
+
+def figures_of(task: str) -> tuple[int, int]:
+    """real_length and num_texts in the scripts of a task, or of the first one of its kind."""
+    return TASKS.get(task) or next(
+        figures for name, figures in TASKS.items() if name.startswith(re.match("coding|math|vllm", task)[0])
+    )
+
+
+def say_tokenizer(one: Planned) -> None:
+    """Say when Drag-and-Drop has no tokenizer for a model and rank; it goes by the layers' sizes."""
+    rank = one.chosen.manifest["rank"]
+    widths = {key.split(".")[-3]: shape[1] for key, shape in one.shapes.items() if key.endswith("lora_A.weight")}
+    layers = {key.split(".")[4] for key in one.shapes}
+    if TOKENIZERS.get((widths.get("q_proj"), widths.get("down_proj"), len(layers))) != rank or len(widths) != 7:
+        say(
+            f"note: Drag-and-Drop has no tokenizer for {name_of(one.chosen)} at rank {rank} with these layers (it has "
+            "Qwen2.5 0.5B at rank 8, and 1.5B, 7B and VL-3B at rank 16, all linear layers): write one there"
+        )

@@ -1,0 +1,200 @@
+"""Collections as ordinary PEFT adapter folders, one per step.
+
+    FORMAT=peft [STEPS=all|last|every:10] DATASET=ARC-c OUT=~/adapters python utils/export.py
+
+Imported by export.py. Writes OUT/<category>/<dataset>/<run folder>/checkpoint-<step>/ with
+    adapter_model.safetensors    the collected bytes (DTYPE=.. casts them)
+    adapter_config.json          the collection's
+    README.md                    a model card: what it is and how to load it
+Any of them loads through PeftModel.from_pretrained and through what serves LoRA folders (vLLM, SGLang); where a serving
+engine will refuse one, that is said. STEPS=every:10 takes every tenth checkpoint, counted back from the last.
+"""
+
+import json
+import os
+import re
+from pathlib import Path
+from typing import Any, NamedTuple
+
+from paragen.collection import checkpoints, evaluation, exported
+from paragen.collection.index import Chosen
+from paragen.common import paths
+from paragen.common.cli import UserError, say
+
+FORMAT = "peft"
+# The values that vLLM takes for --max-lora-rank (vllm/config/lora.py); it refuses an adapter of a larger rank.
+VLLM_RANKS = (1, 8, 16, 32, 64, 128, 256, 320, 512)
+# Layers that vLLM and SGLang know from Llama-like models; of those of GPT-2 and BERT they know none.
+SERVED = {"q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj"}
+
+
+class Planned(NamedTuple):
+    """A collection with what its export needs."""
+
+    chosen: Chosen
+    entries: list[dict]  # the selected ones of the manifest's checkpoints
+    config: dict[str, Any]  # adapter_config.json
+    keys: list[str]
+    stored: str  # the dtype
+    scores: dict[int, str]  # by step, as the model card says it; of those that were evaluated
+
+
+def export(chosen: list[Chosen], out: Path, dtype: str | None) -> None:
+    """Export the steps that STEPS selects of each collection.
+
+    Args:
+        chosen: the collections.
+        out: the folder to write below.
+        dtype: what the checkpoints are cast to; None keeps theirs.
+
+    Raises UserError, before anything is written, for a collection that is no adapter PEFT would load.
+    """
+    asked = os.environ.get("STEPS") or "all"
+    plan = [planned(one, asked) for one in chosen]
+    missing = [one for one in plan if not exported.is_there(out, one.chosen.name, source_of(one, dtype))]
+    for one in missing:
+        exported.check_replaceable(out, one.chosen.name, source_of(one, dtype))
+    sizes = [exported.bytes_of(entry, one.stored, dtype) for one in missing for entry in one.entries]
+    exported.check_room(out, sum(sizes))
+    for one in plan:
+
+        def make(staging: Path, one: Planned = one) -> None:
+            for entry in one.entries:
+                write_adapter(one, entry, staging / f"checkpoint-{entry['step']}", dtype)
+
+        exported.part(out, one.chosen.name, source_of(one, dtype), make)
+    for one in plan:
+        for line in [*refusals_of(one.config, one.keys), *rank_notes(one.config["r"])]:
+            say(f"note: {one.chosen.name}: {line}")
+
+
+def planned(chosen: Chosen, asked: str) -> Planned:
+    """What exporting a collection takes. Raises UserError when it is no adapter that PEFT would load."""
+    entries = selected(chosen.manifest["checkpoints"], asked)
+    config = checkpoints.adapter_config(chosen.folder, chosen.manifest)
+    first = next(checkpoints.open_all(chosen.folder, entries))
+    keys = sorted(first.keys())
+    return Planned(chosen, entries, config, keys, checkpoints.dtype_of(first), scores_of(chosen))
+
+
+def scores_of(chosen: Chosen) -> dict[int, str]:
+    """What the model cards say of the evaluated steps of a collection: score, metric, rows, and the base's score."""
+    shown = evaluation.shown(evaluation.read(chosen.folder, chosen.manifest))
+    if shown is None:
+        return {}
+    base = evaluation.text_of(shown, shown["base"])
+    about = f"{evaluation.METRICS[shown['metric']]}, {shown['rows']} rows of {shown['split']}"
+    about += f"; its base model {base}" if base else ""
+    texts = {score["step"]: evaluation.text_of(shown, score) for score in shown["checkpoints"]}
+    return {step: f"{text}: {about}" for step, text in texts.items() if text}
+
+
+def selected(entries: list[dict], asked: str) -> list[dict]:
+    """The checkpoints that STEPS selects: `all`, `last`, or `every:<n>`, counted back from the last."""
+    every = re.fullmatch(r"every:0*([1-9][0-9]{0,8})", asked)
+    if asked not in ("all", "last") and not every:
+        raise UserError(f"STEPS={asked}: is not known; known: all, last, every:<n>, such as every:10")
+    step = 1 if asked == "all" else int(every[1]) if every else len(entries)
+    return entries[::-1][:: max(step, 1)][::-1]
+
+
+def source_of(one: Planned, dtype: str | None) -> dict[str, Any]:
+    """What decides the content of a collection's folder."""
+    return {
+        "format": FORMAT,
+        "collection": one.chosen.name,
+        "sha256": one.chosen.manifest["sha256"],
+        "steps": [entry["step"] for entry in one.entries],
+        "dtype": dtype or one.stored,
+        **evaluation.mark_of(one.chosen.folder),
+    }
+
+
+def modules_of(keys: list[str]) -> list[str]:
+    """The adapted modules, as the base model names them."""
+    return sorted({re.sub(r"\.lora_.*", "", key).removeprefix(checkpoints.PEFT_PREFIX) for key in keys})
+
+
+def refusals_of(config: dict[str, Any], keys: list[str]) -> list[str]:
+    """What vLLM or SGLang refuse an adapter for, a line each (vllm/lora/peft_helper.py, sglang's lora_config.py)."""
+    lines = []
+    unusual = {
+        "bias": config.get("bias", "none") != "none",
+        "modules_to_save": bool(config.get("modules_to_save")),
+        "use_dora": bool(config.get("use_dora")),
+        "rank_pattern": bool(config.get("rank_pattern")),
+        "alpha_pattern": bool(config.get("alpha_pattern")),
+    }
+    if found := [key for key, there in unusual.items() if there]:
+        lines.append(f"vLLM and SGLang do not serve adapters with {', '.join(found)}")
+    if strange := sorted({module.rpartition(".")[2] for module in modules_of(keys)} - SERVED):
+        lines.append(f"vLLM and SGLang have no LoRA for these layers: {', '.join(strange)}; PEFT loads them")
+    if isinstance(config["target_modules"], str):
+        lines.append("SGLang takes target_modules as a list of names, not as a pattern")
+    return lines
+
+
+def rank_notes(rank: int) -> list[str]:
+    """What vLLM wants to be told for a rank above its default of 16, at most a line."""
+    if rank <= 16:
+        return []
+    fitting = vllm_rank(rank)
+    if fitting is None:
+        return [f"vLLM serves ranks up to {VLLM_RANKS[-1]}, not {rank}"]
+    return [f"vLLM serves rank {rank} when started with --max-lora-rank {fitting}"]
+
+
+def vllm_rank(rank: int) -> int | None:
+    """The smallest --max-lora-rank of vLLM that takes a rank; None for one that is too large."""
+    return next((value for value in VLLM_RANKS if value >= rank), None)
+
+
+def write_adapter(one: Planned, entry: dict, folder: Path, dtype: str | None) -> None:
+    """Write the adapter folder of one step."""
+    folder.mkdir(parents=True)
+    exported.write_checkpoint(one.chosen.folder, entry, folder / paths.ADAPTER, dtype)
+    (folder / paths.ADAPTER_CONFIG).write_text(
+        json.dumps(one.config, indent=2, ensure_ascii=False) + "\n", encoding="utf-8"
+    )
+    (folder / "README.md").write_text(card_of(one, entry, dtype), encoding="utf-8")
+
+
+def card_of(one: Planned, entry: dict, dtype: str | None) -> str:
+    """The model card of one step; only a hub id is named as the base model, a folder's name would be no link."""
+    manifest = one.chosen.manifest
+    base = manifest["base_model"] or {}
+    named = base.get("hub_id") or (f"models/{base['name']}" if base.get("name") else "its base model")
+    kind = "ImageTextToText" if any(".language_model." in key for key in one.keys) else "CausalLM"
+    rank = vllm_rank(one.config["r"])
+    facts = {
+        "collection": one.chosen.name,
+        "step": entry["step"],
+        "loss": entry["loss"],
+        "score of the collected checkpoint": one.scores.get(entry["step"]),
+        "rank": manifest["rank"],
+        "seed": manifest["seed"],
+        "sha256 of the collected checkpoint": entry["sha256"],
+        "cast to": None if dtype == one.stored else dtype,
+    }
+    lines = [
+        "---",
+        *([f"base_model: {base['hub_id']}"] if base.get("hub_id") else []),
+        "library_name: peft",
+        "tags: [lora, paragen]",
+        "---",
+        "",
+        f"# {manifest['dataset']}, step {entry['step']}: LoRA for {base.get('name') or named}",
+        "",
+        *(f"- {what}: {value}" for what, value in facts.items() if value is not None),
+        "",
+        "```python",
+        "from peft import PeftModel",
+        f"from transformers import AutoModelFor{kind}",
+        "",
+        f'base = AutoModelFor{kind}.from_pretrained("{named}")',
+        'model = PeftModel.from_pretrained(base, "this folder")',
+        "```",
+    ]
+    if rank and not refusals_of(one.config, one.keys):
+        lines += ["", f"`vllm serve {named} --enable-lora --max-lora-rank {rank} --lora-modules name=this-folder`"]
+    return "\n".join(lines) + "\n"

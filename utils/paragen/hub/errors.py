@@ -1,0 +1,138 @@
+"""Why the Hugging Face hub did not give or take something, in one line with the way out.
+
+Imported by fetch_model.py, publish.py and pull.py.
+"""
+
+import json
+import re
+from collections.abc import Callable
+from typing import Any
+
+from paragen.common import cli
+from paragen.common.cli import UserError
+
+HUB = "https://huggingface.co"
+LOG_IN = ".venv/bin/hf auth login, or set HF_TOKEN"
+REPOSITORY = re.compile(r"[A-Za-z0-9][\w.-]*/[A-Za-z0-9][\w.-]*")
+MIRROR = "check the network, or use a mirror: HF_ENDPOINT=https://hf-mirror.com"
+
+
+def repository_of(text: str, target: str) -> str:
+    """REPO as the hub names a repository, user/name. Raises UserError for anything else; `target` is the command."""
+    text = text.strip()
+    if not REPOSITORY.fullmatch(text) or ".." in text or "--" in text:
+        what = f"REPO {text!r} is not a hub repository's name" if text else "say which repository"
+        raise UserError(f"{what}: {target} REPO=user/name")
+    return text
+
+
+def translated(repository: str, revision: str | None, action: Callable[[], Any], uploads: bool = False) -> Any:
+    """What `action` returns; an error of the hub or the network in it becomes a UserError with the way out."""
+    try:
+        return action()
+    except Exception as error:
+        if isinstance(error, UserError) or cli.storage_fault(error):
+            raise
+        line = (refused(error, repository) if uploads else None) or explain(error, repository, revision)
+        if line is None:
+            raise
+        raise UserError(line) from error
+
+
+def refused(error: BaseException, repository: str) -> str | None:
+    """One line on why the hub did not take an upload; None for what a download may meet as well."""
+    from huggingface_hub import errors
+
+    kept = "run it again then, what has arrived is not sent again"
+    for link in chain_of(error):
+        if isinstance(link, ValueError) and "metadata in README.md" in str(link):
+            return f"{repository}: the hub does not take the card: {' '.join(str(link).split())}"
+        if not isinstance(link, errors.HfHubHTTPError) or link.response is None:
+            continue
+        status, said = link.response.status_code, link.server_message or ""
+        said = f" ({' '.join(said.split())})" if said else ""
+        if status == 402 or status == 413 or "storage" in said.lower():
+            return (
+                f"{repository}: the hub has no room for it{said}; free or buy storage at {HUB}/settings/billing; {kept}"
+            )
+        if status == 403:
+            owner = repository.split("/")[0]
+            return (
+                f"{repository}: the token may not write there{said}; give it write access to {owner} at "
+                f"{HUB}/settings/tokens, or publish under your own name"
+            )
+        if status in (409, 412):
+            return f"{repository}: somebody else changed it meanwhile{said}; {kept}"
+        if status == 404:
+            return f"{repository}: is gone, or your account may not see it{said}; check its name, or log in: {LOG_IN}"
+        if status == 400:
+            return f"{repository}: the hub does not take it{said}"
+    return None
+
+
+def explain(error: BaseException, hub_id: str, revision: str | None) -> str | None:
+    """One line on an error of huggingface_hub or of the network below it; None for any other error.
+
+    Args:
+        error: what was raised while `hub_id` (org/name) was looked up or downloaded.
+        revision: the commit, tag or branch that was asked for; None for the newest.
+    """
+    import httpx
+    from huggingface_hub import constants, errors
+
+    endpoint = constants.ENDPOINT
+    kept = "run it again then, what has arrived is kept"
+    for link in chain_of(error):
+        if isinstance(link, errors.GatedRepoError):
+            return gated(hub_id)
+        if isinstance(link, errors.RevisionNotFoundError):
+            return f"{hub_id}: has no revision {revision!r}; its commits: {HUB}/{hub_id}/commits/main"
+        if isinstance(link, errors.RepositoryNotFoundError):
+            return f"{hub_id}: no such repository at {endpoint}, or a private one; check its name, or log in: {LOG_IN}"
+        if isinstance(link, errors.HfHubHTTPError | httpx.HTTPStatusError):
+            return f"{hub_id}: {answered(link.response.status_code, hub_id, endpoint)}"
+        if isinstance(link, httpx.UnsupportedProtocol | httpx.InvalidURL | httpx.LocalProtocolError):
+            return f"HF_ENDPOINT={endpoint}: is no address of a hub; the mirror's is https://hf-mirror.com"
+        if isinstance(link, errors.FileMetadataError | json.JSONDecodeError):
+            return f"HF_ENDPOINT={endpoint}: does not answer as a hub does; unset it, or name a mirror"
+        if isinstance(link, httpx.RequestError):
+            why = str(link) or type(link).__name__
+            return f"{hub_id}: {endpoint} cannot be reached ({why}); {MIRROR}; {kept}"
+    if isinstance(error, OSError) and "Consistency check failed" in str(error):
+        return f"{hub_id}: a file did not arrive whole; {kept}"
+    if isinstance(error, errors.EntryNotFoundError):
+        return f"{hub_id}: {str(error).splitlines()[0]}; {kept}"
+    return None
+
+
+def chain_of(error: BaseException) -> list[BaseException]:
+    """An exception and those it was raised from, from the last to the first."""
+    chain: list[BaseException] = []
+    while error is not None and error not in chain:
+        chain.append(error)
+        error = error.__cause__ or error.__context__
+    return chain
+
+
+def gated(hub_id: str) -> str:
+    """The line for a model whose terms this account has not accepted."""
+    from huggingface_hub import get_token
+
+    who = "the account of your token has no access yet" if get_token() else "no token was sent"
+    return f"{hub_id}: is gated and {who}; ask for access at {HUB}/{hub_id}, then: {LOG_IN}, and run it again"
+
+
+def answered(status: int, hub_id: str, endpoint: str) -> str:
+    """What an HTTP status of the hub means for the user."""
+    if status == 401:
+        return f"the token is not valid; make another at {HUB}/settings/tokens and: {LOG_IN} (or unset HF_TOKEN)"
+    if status == 403:
+        return (
+            "the token may not read it; give it read access to gated repositories at "
+            f"{HUB}/settings/tokens, and ask for access at {HUB}/{hub_id} where it is gated"
+        )
+    if status == 404:
+        return f"{endpoint} knows no such address; is HF_ENDPOINT a hub or a mirror of it?"
+    if status == 429:
+        return f"{endpoint} has had too many requests from here; wait some minutes and run it again, or: {LOG_IN}"
+    return f"{endpoint} answered with HTTP status {status}; run it again later, what has arrived is kept"

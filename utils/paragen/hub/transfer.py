@@ -1,0 +1,109 @@
+"""What downloads from the Hugging Face hub and uploads to it share.
+
+Imported by fetch_model.py, publish.py and pull.py. huggingface_hub is imported only after `allow_hub`.
+"""
+
+import contextlib
+import hashlib
+import os
+import signal
+from collections.abc import Callable, Iterator
+from pathlib import Path
+
+from paragen.common import files
+
+
+def allow_hub() -> None:
+    """Let huggingface_hub, which is imported after this, reach the hub."""
+    os.environ["HF_HUB_OFFLINE"] = "0"
+
+
+def quiet() -> None:
+    """Only errors from huggingface_hub; progress bars only where somebody looks at them."""
+    from huggingface_hub.utils import disable_progress_bars, logging
+
+    logging.set_verbosity_error()
+    if not os.isatty(2):
+        disable_progress_bars()
+
+
+@contextlib.contextmanager
+def stopping_at_once() -> Iterator[None]:
+    """While files are sent or fetched by several threads, a signal ends the process at once.
+
+    What has arrived is known to the hub, or lies in its part file; the threads would go on with all the rest before
+    they let go.
+    """
+
+    def stop(number: int, _frame) -> None:
+        os.write(2, b"stopped; run it again to go on\n")
+        os._exit(128 + number)
+
+    numbers = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP)
+    before = [signal.signal(number, stop) for number in numbers]
+    try:
+        yield
+    finally:
+        for number, handler in zip(numbers, before, strict=True):
+            signal.signal(number, handler)
+
+
+def bring_file(hub_id: str, commit: str, file, staging: Path, repo_type: str | None = None) -> None:
+    """Bring one file of a repository to its path in `staging`, going on in its middle where a killed process stopped.
+
+    huggingface_hub starts such a file again: it resumes a dropped connection only within one process.
+
+    Args:
+        hub_id: user/name.
+        commit: the revision's commit.
+        file: the hub's RepoSibling; a file of its size that is there already stays, so check it with `fault_of`.
+        repo_type: `dataset`, or None for a model.
+    """
+    from huggingface_hub import hf_hub_url
+    from huggingface_hub.file_download import http_get
+    from huggingface_hub.utils import build_hf_headers
+
+    final, part = staging / file.rfilename, part_of(staging, file)
+    if final.is_file() and final.stat().st_size == file.size:
+        return
+    final.parent.mkdir(parents=True, exist_ok=True)
+    if part.is_file() and part.stat().st_size > file.size:
+        part.unlink()
+    headers = {**build_hf_headers(), "Accept-Encoding": "identity"}
+    with open(part, "ab") as data:
+        url = hf_hub_url(hub_id, file.rfilename, revision=commit, repo_type=repo_type)
+        if data.tell() < file.size:
+            name = file.rfilename
+            size = file.size
+            http_get(url, data, resume_size=data.tell(), headers=headers, expected_size=size, displayed_filename=name)
+        data.flush()
+        os.fsync(data.fileno())
+    part.rename(final)
+
+
+def part_of(staging: Path, file) -> Path:
+    """Where a file lies while it comes; the name holds its hash, so a part is never continued with another file."""
+    content = (file.lfs.sha256 if file.lfs else file.blob_id or "whole")[:16]
+    path = staging / file.rfilename
+    return path.with_name(f".{path.name}.{content}.part")
+
+
+def fault_of(path: Path, file, sha256_of: Callable[[Path], str] = files.sha256_of) -> str | None:
+    """What is wrong with a downloaded file by the size and hash that the hub told, or None."""
+    if not path.is_file():
+        return "did not arrive"
+    size = path.stat().st_size
+    if file.size is not None and size != file.size:
+        return f"has {size} of {file.size} bytes"
+    if file.lfs is not None:
+        right = sha256_of(path) == file.lfs.sha256
+    elif file.blob_id:
+        right = hashlib.sha1(b"blob %d\0" % size + path.read_bytes()).hexdigest() == file.blob_id
+    else:
+        right = True
+    return None if right else "does not have the hash that the hub told"
+
+
+def gigabytes(size: int) -> str:
+    """Bytes as people read them: `0.98 GB`."""
+    return f"{size / 1e9:.2f} GB" if size >= 1e7 else f"{size / 1e6:.2f} MB"

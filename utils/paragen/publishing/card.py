@@ -1,0 +1,194 @@
+"""The dataset card of a published repository: its README.md, with the metadata that the hub reads.
+
+Imported by publish.py. The text is utils/card.md, a Jinja template; the metadata is huggingface_hub's DatasetCardData.
+"""
+
+import re
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from paragen.collection import evaluation, index
+from paragen.common import paths
+from paragen.dataset import dataset_info
+from paragen.publishing import licenses
+
+if TYPE_CHECKING:
+    import pyarrow as pa
+
+TEMPLATE = Path(__file__).with_name("card.md")
+TAGS = ["lora", "peft", "parameter-generation", "weight-space", "llama-factory", "safetensors"]
+SIZES = {1_000: "n<1K", 10_000: "1K<n<10K", 100_000: "10K<n<100K", 1_000_000: "100K<n<1M", 10_000_000: "1M<n<10M"}
+
+
+def render(
+    repository: str,
+    chosen: list[index.Chosen],
+    table: "pa.Table",
+    marks: dict[str, Any],
+    data_dir: Path,
+    models_dir: Path,
+) -> str:
+    """The card of a repository, the same text for the same collections.
+
+    Args:
+        repository: user/name.
+        chosen: what is published.
+        table: its rows of the index.
+        marks: as publish_tree.build returns them.
+        data_dir, models_dir: where licences are looked up.
+    """
+    import jinja2
+    from huggingface_hub import DatasetCard
+
+    data, bases = data_facts(chosen, data_dir), base_facts(chosen, models_dir)
+    environment = jinja2.Environment(undefined=jinja2.StrictUndefined, keep_trailing_newline=True, finalize=in_a_table)
+    text = environment.from_string(TEMPLATE.read_text(encoding="utf-8")).render(
+        title=repository.split("/")[1],
+        repository=repository,
+        checkpoints=table.num_rows,
+        collections=collection_rows(table),
+        scores=(scores := score_rows(chosen, table)),
+        metrics={name: evaluation.METRICS[name] for name in sorted({row[5] for row in scores})},
+        datasets=data,
+        pictures=sorted({part["name"] for part in parts_of(chosen) if part.get("pictures")}),
+        unknown_data=sorted({item.manifest["dataset"] for item in chosen if item.manifest["data"] is None}),
+        bases=bases,
+        custom=[base for base in bases if base["gated"] or is_custom(base["license"])],
+        versions=versions_of(chosen),
+        recipes=recipe_rows(chosen, table),
+        raw=marks["layout"] == "raw",
+    )
+    metadata = metadata_of(
+        repository, table.num_rows, data, bases, unknown=any(i.manifest["data"] is None for i in chosen)
+    )
+    return str(DatasetCard(f"---\n{metadata.to_yaml()}\n---\n\n{text}"))
+
+
+def in_a_table(value: Any) -> Any:
+    """A value as it can stand in a table's cell: on one line, its bars escaped."""
+    return " ".join(value.split()).replace("|", "\\|") if isinstance(value, str) else value
+
+
+def metadata_of(repository: str, rows: int, data: list[dict], bases: list[dict], unknown: bool) -> Any:
+    """The card's metadata, a huggingface_hub.DatasetCardData. `unknown`: some data are not known at all."""
+    from huggingface_hub import DatasetCardData
+
+    languages = sorted({part["language"] for part in data if part["language"]})
+    known = sorted(
+        {licenses.spelled(part["license"]) for part in [*data, *bases]} | ({"unknown"} if unknown else set())
+    )
+    extra = {}
+    if len(known) > 1 or known[0] in licenses.CUSTOM:
+        extra = {"license_name": "-and-".join(known), "license_link": "README.md#on-what"}
+    return DatasetCardData(
+        language=languages or None,
+        license="other" if extra else known[0],
+        pretty_name=repository.split("/")[1],
+        size_categories=[next((name for limit, name in SIZES.items() if rows < limit), "other")],
+        tags=TAGS,
+        configs=[
+            {
+                "config_name": "index",
+                "data_files": [{"split": "train", "path": paths.INDEX}],
+                "default": True,
+            }
+        ],
+        **extra,
+    )
+
+
+def parts_of(chosen: list[index.Chosen]) -> list[dict[str, Any]]:
+    """The elements of the manifests' `data`."""
+    return [part for item in chosen for part in item.manifest["data"] or []]
+
+
+def data_facts(chosen: list[index.Chosen], data_dir: Path) -> list[dict[str, Any]]:
+    """A mapping per data file in the tree, as licenses.of_data gives it; test splits included."""
+    found = {}
+    for part in parts_of(chosen):
+        found[part["file"]] = licenses.of_data(part, data_dir)
+        if paired := licenses.test_split(part, data_dir):
+            name, entry = paired
+            rows = len(dataset_info.load_rows(Path(data_dir) / entry["file_name"]))
+            known = licenses.of_file(name, entry["file_name"], data_dir)
+            found[entry["file_name"]] = {"name": name, "file": entry["file_name"], "rows": rows, **known}
+    return [found[file] for file in sorted(found)]
+
+
+def base_facts(chosen: list[index.Chosen], models_dir: Path) -> list[dict[str, Any]]:
+    """A mapping per base model, as licenses.of_base gives it, with `link` as it stands in the card."""
+    found = {}
+    for item in chosen:
+        base = licenses.of_base(item.manifest["base_model"], models_dir)
+        link = f"[{base['hub_id']}](https://huggingface.co/{base['hub_id']})" if base["hub_id"] else "–"
+        if base["made_from"]:
+            link = f"made from [{base['made_from']}](https://huggingface.co/{base['made_from']})"
+        found[base["name"] or "", base["revision"] or ""] = {**base, "link": link}
+    return [found[key] for key in sorted(found)]
+
+
+def is_custom(license_name: str | None) -> bool:
+    """Whether a licence is one of a model's own, not one of the common ones."""
+    return license_name is not None and re.match("|".join(licenses.CUSTOM), license_name.lower()) is not None
+
+
+def collection_rows(table: "pa.Table") -> list[dict[str, str]]:
+    """A row per collection for the card."""
+    keys = ["collection", "category", "dataset", "model", "rank", "seed"]
+    figures = [("step", "min"), ("step", "max"), ("step", "count"), ("loss", "mean"), ("bytes", "sum")]
+    return [
+        {
+            **{key: "–" if row[key] is None else str(row[key]) for key in keys},
+            "count": str(row["step_count"]),
+            "steps": f"{row['step_min']}–{row['step_max']}",
+            "loss": "–" if row["loss_mean"] is None else f"{row['loss_mean']:.4f}",
+            "mb": f"{row['bytes_sum'] / 1e6:.1f}",
+        }
+        for row in table.group_by(keys).aggregate(figures).sort_by("collection").to_pylist()
+    ]
+
+
+def score_rows(chosen: list[index.Chosen], table: "pa.Table") -> list[tuple[str, ...]]:
+    """A row per evaluation of a collection for the card: what was scored, and the scores of base and checkpoints."""
+    models = dict(zip(table["collection"].to_pylist(), table["model"].to_pylist(), strict=True))
+    rows = []
+    for item in chosen:
+        for found in evaluation.read(item.folder, item.manifest):
+            if not found["checkpoints"]:
+                continue
+            best, last = evaluation.best_of(found), found["checkpoints"][-1]
+            texts = [evaluation.text_of(found, score) for score in (found["base"], best, last)]
+            steps = ["", f"step {best['step']}: " if best else "", f"step {last['step']}: "]
+            named = (item.manifest["dataset"], models[item.name], item.manifest["rank"], item.manifest["seed"])
+            facts = (*named, found["split"], found["metric"], found["rows"])
+            scores = [step + text if text else None for step, text in zip(steps, texts, strict=True)]
+            rows.append(tuple("–" if fact is None else str(fact) for fact in (*facts, *scores)))
+    return rows
+
+
+def recipe_rows(chosen: list[index.Chosen], table: "pa.Table") -> list[tuple[str, ...]]:
+    """The main figures of each recipe for the card, each distinct row once."""
+    models = dict(zip(table["collection"].to_pylist(), table["model"].to_pylist(), strict=True))
+    rows = []
+    for item in chosen:
+        recipe = item.manifest["recipe"] or {}
+        batch = recipe.get("per_device_train_batch_size")
+        batch = batch and f"{batch} x {recipe.get('gradient_accumulation_steps', 1)}"
+        figures = (
+            item.manifest["dataset"], models[item.name], item.manifest["rank"], recipe.get("learning_rate"),
+            recipe.get("lr_scheduler_type"), batch, recipe.get("max_steps"), recipe.get("lora_target"),
+            recipe.get("template"), item.manifest.get("precision"),
+        )  # fmt: skip
+        rows.append(tuple("–" if figure is None else str(figure) for figure in figures))
+    return list(dict.fromkeys(rows))
+
+
+def versions_of(chosen: list[index.Chosen]) -> str:
+    """The versions that the collections were made with, as one phrase."""
+    found: dict[str, set[str]] = {}
+    for item in chosen:
+        for name, version in (item.manifest.get("versions") or {}).items():
+            found.setdefault(name, set()).add(version)
+    shown = ("llamafactory", "transformers", "peft", "torch")
+    known = [f"{name} {' or '.join(sorted(found[name]))}" for name in shown if found.get(name)]
+    return ", ".join(known) or "versions not recorded"

@@ -1,0 +1,382 @@
+"""Bring collections that somebody published into saves/ and their prompts into data/, verified.
+
+    REPO=user/name [REVISION=..] [CATEGORY=..] [DATASET=..] [MODEL=..] [RANK=..] [SEED=..] python utils/pull.py
+                                                                                                            (make pull)
+
+Reads a repository that `make publish` made: its index first, then the files of what is selected. Every file is checked:
+by the hub's hash, by the index, by the collection's manifest. What is there already stays, and gets the scores of its
+evaluation where that loses none measured here; another collection or data file under the same name, and other scores,
+are replaced with FORCE=1 alone. An interrupted call goes on at the next one.
+"""
+
+import contextlib
+import hashlib
+import json
+import os
+import re
+import shutil
+from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, NamedTuple
+
+from paragen.collection import collection, evaluation, index, run_identity
+from paragen.common import files, paths
+from paragen.common.cli import UserError, say
+from paragen.dataset import dataset_info, registration
+from paragen.hub import transfer
+from paragen.publishing import published_tree
+
+if TYPE_CHECKING:
+    import pyarrow as pa
+
+THREADS = 8
+NAME = re.compile(r"\w[\w.+ -]*")  # a dataset's, a run folder's or a file's name
+PART = re.compile(r"(.+?)(?:-\d{5}-of-\d{5})?\.archive")
+
+
+class Source(NamedTuple):
+    """A repository at a commit."""
+
+    repository: str
+    commit: str
+    listed: dict[str, Any]  # the hub's RepoSibling by path
+    staging: Path  # where its files lie until all is in its place
+
+
+def pull(repository: str, revision: str | None, staging: Path) -> "pa.Table":
+    """Bring what is selected of a repository; `staging` keeps what came for the next call until all is in its place.
+
+    Returns the index's rows of it. Whatever would be overwritten is found before anything is written.
+    """
+    from huggingface_hub import HfApi
+
+    info = HfApi().dataset_info(repository, revision=revision, files_metadata=True)
+    source = Source(repository, info.sha, {file.rfilename: file for file in info.siblings or []}, staging)
+    table, marks = read_index(source)
+    table = index.selected(table, index.asked())
+    if not table.num_rows:
+        raise UserError(f"{repository}: has no collection that fits the selection")
+    names = sorted(set(table["collection"].to_pylist()))
+    entries = data_entries(source, table, marks)
+    used = sorted({entry["file_name"] for entry in entries.values()})
+    new_data = {file: marks["data"][file] for file in used if not same_data(file, marks["data"][file])}
+    for name, entry in entries.items():
+        require_registrable(name, entry)
+    wanted = {name: marks["collections"][name] for name in names if not is_here(name, marks["collections"][name])}
+    check_disk(source, wanted, table)
+    scores = {
+        name: bring_scores(source, name, marks["collections"][name], marks["layout"])
+        for name in names
+        if name not in wanted and lacks_scores(name, marks["collections"][name])
+    }
+    for file, sha256 in new_data.items():
+        bring_data(source, file, sha256)
+    for name, entry in entries.items():
+        register(name, entry)
+    for name, data in scores.items():
+        with locked(paths.SAVES / name):
+            collection.bring_labels(paths.SAVES / name, collection.read_manifest(paths.SAVES / name), data)
+    for name, mark in wanted.items():
+        say(f"fetching {name}")
+        fetch(source, [f"{published_tree.COLLECTIONS}/{file}" for file in mark["files"]])
+        restore(source, name, mark, marks["layout"], table)
+    return table
+
+
+# --------------------------------------------------------------------------------------------- what the repository says
+
+
+def read_index(source: Source) -> "tuple[pa.Table, dict[str, Any]]":
+    """The repository's index and the marks in it, checked to lead nowhere but into saves/ and data/."""
+    import pyarrow as pa
+    import pyarrow.parquet
+
+    if paths.INDEX not in source.listed:
+        raise UserError(f"{source.repository}: has no {paths.INDEX}, so `make publish` did not make it")
+    fetch(source, [paths.INDEX])
+    try:
+        table = pyarrow.parquet.read_table(source.staging / paths.INDEX, memory_map=False)
+        marks = json.loads(table.schema.metadata[b"paragen"])
+        table = table.replace_schema_metadata(None)
+        table = with_scores(table)
+        if marks["format"] != published_tree.FORMAT or not table.schema.equals(index.schema()):
+            raise ValueError(f"of another format than {published_tree.FORMAT}")
+        faults = marks_faults(marks, set(table["collection"].to_pylist()))
+    except (pa.ArrowInvalid, KeyError, TypeError, ValueError, AttributeError) as error:
+        raise UserError(
+            f"{source.repository}: {paths.INDEX} is broken, or `make publish` did not make it: {error}"
+        ) from None
+    if faults:
+        raise UserError(f"{source.repository}: {paths.INDEX}: {faults[0]}; nothing was brought")
+    return table, marks
+
+
+def with_scores(table: "pa.Table") -> "pa.Table":
+    """An index that was published before there were scores in it, with empty columns for them; any other as it is."""
+    import pyarrow as pa
+
+    schema = index.schema()
+    if table.column_names != [name for name in index.COLUMNS if name not in index.SCORES]:
+        return table
+    for name in index.SCORES:
+        table = table.append_column(name, pa.nulls(table.num_rows, schema.field(name).type))
+    return table.select(list(index.COLUMNS))
+
+
+def marks_faults(marks: dict[str, Any], names: set[str]) -> list[str]:
+    """What is wrong with the paths that an index's marks name. `names`: the collections that it has rows of."""
+    faults = [] if names == marks["collections"].keys() else ["does not list the collections that it has rows of"]
+    faults += [] if marks["layout"] in ("archive", "raw") else [f"layout {marks['layout']!r} is not known"]
+    for name, mark in marks["collections"].items():
+        parts = name.split("/")
+        if len(parts) != 3 or parts[0] not in paths.CATEGORIES or not all(map(NAME.fullmatch, parts)):
+            faults.append(f"{name!r} is no <category>/<dataset>/<run folder>")
+        for file in mark["files"]:
+            folder, _, last = file.rpartition("/")
+            if marks["layout"] == "raw":
+                right = folder == name and (
+                    last in published_tree.OTHER_FILES or collection.CHECKPOINT_FILE.fullmatch(last)
+                )
+            else:
+                right = PART.fullmatch(file) is not None and PART.fullmatch(file)[1] == name
+            if not right:
+                faults.append(f"{file!r} is no file of {name}")
+    for file in marks["data"]:
+        if dataset_info.place_fault(file) or not all(map(NAME.fullmatch, file.split("/"))):
+            faults.append(f"{file!r} is no <category>/<file>.json")
+    return faults
+
+
+def fetch(source: Source, names: list[str]) -> None:
+    """Bring files of the repository into its staging folder; each has the hub's hash then."""
+    missing = [name for name in names if name not in source.listed]
+    if missing:
+        raise UserError(f"{source.repository}: lacks {missing[0]}, which its {paths.INDEX} names")
+
+    def bring(name: str) -> str | None:
+        file = source.listed[name]
+        for _ in range(2):  # what lay here from before may be broken
+            transfer.bring_file(source.repository, source.commit, file, source.staging, "dataset")
+            fault = transfer.fault_of(source.staging / name, file)
+            if fault is None:
+                return None
+            (source.staging / name).unlink(missing_ok=True)
+        return f"{name} {fault}"
+
+    transfer.quiet()
+    with transfer.stopping_at_once(), ThreadPoolExecutor(THREADS) as threads:
+        faults = [fault for fault in threads.map(bring, names) if fault]
+    if faults:
+        raise UserError(f"{source.repository}: {faults[0]}; run it again, the rest is kept")
+
+
+def check_disk(source: Source, wanted: dict[str, dict], table: "pa.Table") -> None:
+    """Raise UserError when the collections to bring do not fit on the disk."""
+    names = table["collection"].to_pylist()
+    total = sum(size for name, size in zip(names, table["bytes"].to_pylist(), strict=True) if name in wanted)
+    coming = [f"{published_tree.COLLECTIONS}/{file}" for mark in wanted.values() for file in mark["files"]]
+    total += sum(source.listed[name].size for name in coming if name in source.listed and ".archive" in name)
+    total -= files.size_of(source.staging.rglob("*"))
+    free = shutil.disk_usage(source.staging).free
+    if total > free:
+        asked, there = transfer.gigabytes(total), transfer.gigabytes(free)
+        raise UserError(
+            f"{paths.relative(paths.SAVES)}: {asked} are needed, {there} of disk are free; make room, or select less"
+        )
+
+
+# ----------------------------------------------------------------------------------------------------------- into data/
+
+
+def data_entries(source: Source, table: "pa.Table", marks: dict[str, Any]) -> dict[str, dict]:
+    """The entries of the repository's dataset_info.json that the selected collections need, sound ones, by name."""
+    if published_tree.INFO not in source.listed:
+        raise UserError(f"{source.repository}: lacks {published_tree.INFO}")
+    fetch(source, [published_tree.INFO])
+    info = dataset_info.read_info(source.staging / "data")
+    datasets = {part for name in table["dataset"].to_pylist() for part in (name or "").replace(",", " ").split()}
+    files_used = set(table["prompts_file"].to_pylist())
+    names = {name for name, entry in info.items() if isinstance(entry, dict) and entry.get("file_name") in files_used}
+    names |= datasets & info.keys()
+    names |= {f"{name}_test" for name in names} & info.keys()
+    for name in sorted(names):
+        faults = [] if registration.NAME.fullmatch(name) else [f"the name {registration.NAME_RULE}"]
+        faults += dataset_info.entry_faults(info[name])
+        if not faults and info[name]["file_name"] not in marks["data"]:
+            faults = [f"{info[name]['file_name']} is not among the files that {paths.INDEX} names"]
+        if faults:
+            raise UserError(f"{source.repository}: {published_tree.INFO}: {name!r}: {faults[0]}; nothing was brought")
+    return {name: info[name] for name in sorted(names)}
+
+
+def same_data(file: str, sha256: str) -> bool:
+    """Whether data/`file` is there with this content. Raises UserError when it has another and FORCE=1 was not said."""
+    path = paths.DATA / file
+    if not path.exists():
+        return False
+    if files.sha256_of(path) == sha256:
+        return True
+    if not run_identity.force_asked():
+        raise UserError(f"{paths.relative(path)}: is there with other rows; move it away, or FORCE=1 replaces it")
+    return False
+
+
+def require_registrable(name: str, entry: dict[str, Any]) -> None:
+    """Raise UserError when `name` is registered in another way here and FORCE=1 was not said."""
+    old = dataset_info.read_info(paths.DATA).get(name)
+    if old is None or run_identity.force_asked() or same_entry(old, entry):
+        return
+    where = paths.relative(paths.DATA / "dataset_info.json")
+    raise UserError(f"{where}: {name!r} is registered in another way; rename it there, or FORCE=1 replaces it")
+
+
+def same_entry(one: Any, other: dict[str, Any]) -> bool:
+    """Whether two entries read the same rows in the same way."""
+    return isinstance(one, dict) and dataset_info.without_marks(one) == dataset_info.without_marks(other)
+
+
+def bring_data(source: Source, file: str, sha256: str) -> None:
+    """Bring one data file to its place, checked against the index."""
+    name = f"data/{file}"
+    fetch(source, [name])
+    if files.sha256_of(source.staging / name) != sha256:
+        raise UserError(f"{source.repository}: {name} is not the file that its {paths.INDEX} names")
+    dataset_info.load_rows(source.staging / name)
+    target = paths.DATA / file
+    target.parent.mkdir(parents=True, exist_ok=True)
+    files.write_atomically(target, (source.staging / name).read_bytes())
+    say(f"{paths.relative(target)}: brought")
+
+
+def register(name: str, entry: dict[str, Any]) -> None:
+    """Put an entry into dataset_info.json unless an equal one is there."""
+    if not same_entry(dataset_info.read_info(paths.DATA).get(name), entry):
+        say(f"{name}: {registration.store(name, entry, run_identity.force_asked(), paths.DATA)}")
+
+
+# ---------------------------------------------------------------------------------------------------------- into saves/
+
+
+def is_here(name: str, mark: dict[str, Any]) -> bool:
+    """Whether a collection is there, whole. Raises UserError when another one is and FORCE=1 was not said."""
+    folder = paths.SAVES / name
+    if not folder.exists():
+        return False
+    try:
+        manifest = collection.read_manifest(folder)
+        same = manifest is not None and manifest["sha256"] == mark["sha256"]
+        fault = next(iter(collection.faults_of(folder, manifest)), None) if same else "is another collection"
+    except UserError as error:
+        fault = str(error)
+    if fault is None:
+        say(f"there already: {paths.relative(folder)}")
+        return True
+    if not run_identity.force_asked():
+        raise UserError(f"{paths.relative(folder)}: is there, but {fault}; move it away, or FORCE=1 replaces it")
+    return False
+
+
+def restore(source: Source, name: str, mark: dict[str, Any], layout: str, table: "pa.Table") -> None:
+    """Give a fetched collection its place in saves/ once it is what the index says."""
+    saves = source.staging / "restored"
+    files.remove_folder(saves)
+    fetched = [source.staging / published_tree.COLLECTIONS / file for file in mark["files"]]
+    for path, size in zip(fetched, mark["files"].values(), strict=True):
+        if path.stat().st_size != size:
+            raise UserError(f"{source.repository}: {path.name} has {path.stat().st_size} bytes, its index says {size}")
+    try:
+        folder = unpacked(source, name, layout, fetched, saves)
+        if fault := fault_of(folder, name, mark, table):
+            raise UserError(f"{name} {fault}")
+    except UserError as error:
+        raise UserError(f"{source.repository}: {error}; it was not brought") from None
+    target = paths.SAVES / name
+    target.parent.mkdir(parents=True, exist_ok=True)
+    for path in folder.iterdir():
+        with open(path, "rb") as file:
+            os.fsync(file.fileno())
+    with locked(target):
+        files.recover_folder(target)
+        files.publish_folder(folder, target)
+    for path in fetched:
+        path.unlink(missing_ok=True)
+    say(f"brought: {paths.relative(target)}")
+
+
+@contextlib.contextmanager
+def locked(folder: Path) -> Iterator[None]:
+    """Hold the lock of a collection's folder. Raises UserError where another process does."""
+    try:
+        with files.lock(files.beside(folder, "lock")):
+            yield
+    except files.Busy:
+        raise UserError(f"{paths.relative(folder)}: is being trained right now; run it again later") from None
+
+
+def lacks_scores(name: str, mark: dict[str, Any]) -> bool:
+    """Whether a collection that is there was published with other scores than it has."""
+    return "labels" in mark and evaluation.sha256_in(paths.SAVES / name) != mark["labels"]
+
+
+def bring_scores(source: Source, name: str, mark: dict[str, Any], layout: str) -> bytes:
+    """The evaluation.json of a collection that is there already; of an archive, one part is fetched for it.
+
+    Raises UserError where it is not the one that the index names, or would replace scores that were measured here.
+    """
+    file = f"{name}/{evaluation.FILE}" if layout == "raw" else next(iter(mark["files"]), "")
+    say(f"fetching the scores of {name}")
+    fetch(source, [f"{published_tree.COLLECTIONS}/{file}"])
+    path = source.staging / published_tree.COLLECTIONS / file
+    if layout == "raw":
+        data = path.read_bytes()
+    else:
+        from paragen.archives import archive
+
+        data = archive.read_files(path).get(evaluation.FILE, b"")
+    if hashlib.sha256(data).hexdigest() != mark["labels"]:
+        raise UserError(
+            f"{source.repository}: {name} has other scores than its {paths.INDEX} names; nothing was brought"
+        )
+    folder = paths.SAVES / name
+    label, force = paths.relative(folder / evaluation.FILE), run_identity.force_asked()
+    evaluation.is_newer(data, evaluation.bytes_in(folder), collection.read_manifest(folder), label, force)
+    return data
+
+
+def unpacked(source: Source, name: str, layout: str, fetched: list[Path], saves: Path) -> Path:
+    """The folder of a fetched collection, below the folder `saves`."""
+    if layout == "raw":
+        folder = saves / name
+        folder.mkdir(parents=True)
+        for path in fetched:
+            os.link(path, folder / path.name)
+        return folder
+    from paragen.archives import archive
+
+    manifest = archive.read_manifest(fetched[0])
+    if [manifest[key] for key in ("category", "dataset", "run")] != name.split("/"):
+        raise UserError(f"{fetched[0].name} is the archive of another collection")
+    return archive.restore(fetched, saves)
+
+
+def fault_of(folder: Path, name: str, mark: dict[str, Any], table: "pa.Table") -> str | None:
+    """What is wrong with an unpacked collection: by its manifest, or beside what the index says of it."""
+    import pyarrow.compute as pc
+
+    manifest = collection.read_manifest(folder)
+    if manifest is None:
+        return "has no manifest.json"
+    if manifest["sha256"] != mark["sha256"]:
+        return f"has another manifest than {paths.INDEX} names"
+    if evaluation.sha256_in(folder) != mark.get("labels"):
+        return f"has other scores than {paths.INDEX} names"
+    try:
+        faults = collection.faults_of(folder, manifest)
+        rows, _ = index.rows_of(name, folder)
+    except (KeyError, TypeError, ValueError, AttributeError) as error:
+        return f"has a manifest that cannot be read ({error!r})"
+    if faults:
+        return f"is not whole: {faults[0]}"
+    listed = table.filter(pc.field("collection") == name)
+    return None if rows.equals(listed.combine_chunks()) else f"has other checkpoints than {paths.INDEX} lists"

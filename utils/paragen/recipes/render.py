@@ -1,0 +1,198 @@
+"""A recipe for one rank: the plain LLaMA-Factory config that is trained.
+
+    python utils/rank_config.py RECIPE.yaml RANK [key=value ...]     prints the rendered recipe, writes nothing
+
+Rendering sets `lora_rank` and the `_lora-rank_<r>_` part of `output_dir` and `resume_from_checkpoint` (with a seed
+other than the recipe's: `_lora-rank_<r>_seed-<s>_`); `key=value` arguments override recipe keys as in LLaMA-Factory.
+"""
+
+import os
+import re
+from pathlib import Path
+
+import yaml
+from omegaconf import OmegaConf
+from omegaconf.errors import OmegaConfBaseException
+
+from paragen.common import paths
+from paragen.common.cli import UserError
+
+DEFAULT_SEED = 42  # transformers.TrainingArguments.seed
+DEFAULT_RANK = 8  # llamafactory FinetuningArguments.lora_rank
+WHOLE_NUMBERS = (
+    "seed", "max_steps", "save_total_limit", "max_samples", "cutoff_len", "per_device_train_batch_size",
+    "gradient_accumulation_steps",
+)  # fmt: skip
+NUMBERS = ("learning_rate", "num_train_epochs", "lora_alpha", "lora_dropout", "weight_decay", "max_grad_norm")
+# Keys with which something else would be trained than the manifest could say, or in a way the collector cannot follow.
+REFUSED = {
+    "tokenized_path": "reads other rows than the dataset's; leave it away",
+    "streaming": "does not fix which rows are trained on; leave it away",
+    "adapter_name_or_path": "starts from an adapter that is not recorded; use resume_from_checkpoint",
+    "deepspeed": "is not served by the collector; leave it away",
+    "fsdp": "is not served by the collector; leave it away",
+    "push_to_hub": "is not done from here; publish a finished collection instead",
+}
+PATH_KEYS = ("output_dir", "resume_from_checkpoint")
+
+
+def parse_rank(text: str) -> int:
+    """A LoRA rank as typed; raises UserError unless it is a positive whole number."""
+    if not re.fullmatch(r"[0-9]{1,6}", str(text)) or int(text) == 0:
+        raise UserError(f"rank {text!r} is not a positive whole number")
+    return int(text)
+
+
+def load(recipe: Path) -> dict:
+    """The recipe's keys and values, read as LLaMA-Factory reads them (OmegaConf: `5e-5` is a number).
+
+    Raises UserError with file and line for what is no YAML mapping with text keys.
+    """
+    try:
+        config = OmegaConf.to_container(OmegaConf.load(recipe), resolve=True)
+    except FileNotFoundError:
+        raise UserError(f"{recipe}: no such recipe") from None
+    except IsADirectoryError:
+        raise UserError(f"{recipe}: is a folder; give a recipe, such as <model>_<dataset>_pretrain.yaml") from None
+    except yaml.MarkedYAMLError as error:
+        mark = error.problem_mark or error.context_mark
+        raise UserError(f"{recipe}:{mark.line + 1}: not valid YAML: {error.problem or error.context}") from None
+    except (yaml.YAMLError, UnicodeDecodeError, OmegaConfBaseException, OSError) as error:
+        if isinstance(error, PermissionError):
+            raise
+        raise UserError(f"{recipe}: not a recipe: {str(error).splitlines()[0]}") from None
+    if not isinstance(config, dict) or not config or not all(isinstance(key, str) for key in config):
+        raise UserError(f"{recipe}: not a recipe: a mapping of LLaMA-Factory keys is expected")
+    return config
+
+
+def render(recipe: Path, rank: int, overrides: list[str] = ()) -> dict:
+    """What is trained: the recipe with the overrides, for this rank.
+
+    Args:
+        recipe: path of a LLaMA-Factory YAML whose paths are relative to its own folder.
+        rank: LoRA rank, positive.
+        overrides: `key=value` texts; a value is read as YAML (`bf16=false`, `learning_rate=1e-4`).
+
+    Raises UserError naming file, line, key and value when the recipe cannot be trained as it stands.
+    """
+    own = load(recipe)
+    _check_own_ranks(recipe, own)
+    given = _parse_overrides(overrides)
+    config = {**own, **given}
+    _check_keys(recipe, config)
+    if given.get("lora_rank", rank) != rank:
+        raise UserError(f"lora_rank={given['lora_rank']} contradicts rank {rank}; leave the override away")
+
+    own_seed = own.get("seed", DEFAULT_SEED)
+    seed = config.get("seed", DEFAULT_SEED)
+    config["lora_rank"] = rank
+    for key in PATH_KEYS:
+        value = config.get(key)
+        if not value:
+            continue
+        if key not in given:
+            config[key] = paths.with_rank(value, rank, seed if seed != own_seed else None)
+        elif (paths.rank_in(value) or (rank,))[0] != rank:
+            raise UserError(f"{key}={value} names rank {paths.rank_in(value)[0]}, but the rank asked for is {rank}")
+    return config
+
+
+def phase_of(config: dict) -> str:
+    """`finetune` for a recipe that collects (it resumes from a checkpoint and saves every step), else `pretrain`."""
+    return "finetune" if config.get("resume_from_checkpoint") and config.get("save_steps") == 1 else "pretrain"
+
+
+def run_folder(recipe: Path, config: dict) -> Path:
+    """The absolute path of the run folder that a rendered recipe fills; of a link (to a larger disk), its target."""
+    folder = resolve(recipe, config["output_dir"])
+    return folder.resolve() if folder.is_symlink() else folder
+
+
+def resolve(recipe: Path, path: str) -> Path:
+    """A path of a recipe, relative to the recipe's folder, as an absolute one."""
+    return Path(os.path.normpath(recipe.parent.resolve() / os.path.expanduser(path)))
+
+
+def temporary_path(recipe: Path, config: dict) -> Path:
+    """Where the rendered recipe lies while it is trained: `<recipe>_temp_rank_<rank>.yaml`, beside the recipe."""
+    named = paths.rank_in(config["output_dir"])
+    seed = f"_seed-{named[1]}" if named and named[1] is not None else ""
+    return recipe.absolute().with_name(f"{recipe.stem}_temp_rank_{config['lora_rank']}{seed}.yaml")
+
+
+def dump(config: dict) -> str:
+    """A rendered recipe as YAML text that every YAML reader takes for the same values."""
+    return yaml.safe_dump(config, sort_keys=False, allow_unicode=True, width=1000)
+
+
+def _parse_overrides(overrides: list[str]) -> dict:
+    for text in overrides:
+        if not re.match(r"[A-Za-z_]\w*=", text):
+            raise UserError(f"{text!r} is not key=value; recipe keys are overridden like learning_rate=1e-4")
+    try:
+        return OmegaConf.to_container(OmegaConf.from_cli(list(overrides)), resolve=True)
+    except (OmegaConfBaseException, yaml.YAMLError) as error:
+        raise UserError(f"{' '.join(overrides)}: {str(error).splitlines()[0]}") from None
+
+
+def _check_own_ranks(recipe: Path, own: dict) -> None:
+    """Refuse a recipe whose `lora_rank` and paths contradict each other: run under stock it would be filed wrongly."""
+    rank = own.get("lora_rank", DEFAULT_RANK)
+    if not isinstance(rank, int) or isinstance(rank, bool) or rank < 1:
+        raise UserError(f"{recipe}:{line_of(recipe, 'lora_rank')}: lora_rank {rank!r} is not a positive whole number")
+    for key in PATH_KEYS:
+        named = paths.rank_in(own[key]) if isinstance(own.get(key), str) else None
+        if named and named[0] != rank:
+            said = f"lora_rank is {rank}" if "lora_rank" in own else f"lora_rank is not set (so {DEFAULT_RANK})"
+            raise UserError(f"{recipe}:{line_of(recipe, key)}: {key} names rank {named[0]} but {said}; make them agree")
+        seed = own.get("seed", DEFAULT_SEED)
+        if named and named[1] not in (None, seed):
+            raise UserError(f"{recipe}:{line_of(recipe, key)}: {key} names seed {named[1]} but seed is {seed}")
+
+
+def _check_keys(recipe: Path, config: dict) -> None:
+    """Refuse what would train something else than a LoRA adapter into a run folder."""
+
+    def refuse(key: str, why: str) -> None:
+        line = line_of(recipe, key)
+        raise UserError(f"{recipe}{f':{line}' if line else ''}: {key} {why}")
+
+    for key in ("model_name_or_path", "dataset", "output_dir"):
+        value = config.get(key)
+        if not value or not isinstance(value, str):
+            refuse(key, "is missing" if value is None else f"{value!r} is not a text")
+    resume = config.get("resume_from_checkpoint")
+    if not (resume is None or resume is False or isinstance(resume, str)):
+        refuse("resume_from_checkpoint", f"{resume!r} is not false, null or a checkpoint's path")
+    if config.get("finetuning_type", "lora") != "lora":
+        refuse("finetuning_type", f"{config['finetuning_type']!r} has no rank: only lora can be collected")
+    if config.get("do_train") is not True:
+        refuse("do_train", "is not true, so nothing would be trained")
+    for key, why in REFUSED.items():
+        if config.get(key):
+            refuse(key, why)
+    for key in config:
+        if key.endswith("_token") and config[key]:
+            refuse(key, "is no place for a token; log in with .venv/bin/hf auth login, or set HF_TOKEN")
+    if not isinstance(config.get("dataset_dir", ""), str):
+        refuse("dataset_dir", f"{config['dataset_dir']!r} is not a folder's path")
+    for key in NUMBERS:
+        value = config.get(key)
+        if value is not None and (not isinstance(value, int | float) or isinstance(value, bool)):
+            refuse(key, f"{value!r} is not a number")
+    for key in WHOLE_NUMBERS:
+        value = config.get(key)
+        if value is not None and (not isinstance(value, int) or isinstance(value, bool)):
+            refuse(key, f"{value!r} is not a whole number")
+        if value is not None and value < 1 and key not in ("seed", "max_steps"):
+            refuse(key, f"{value} is less than 1")
+
+
+def line_of(recipe: Path, key: str) -> int | None:
+    """The line (from 1) at which a recipe sets a key, or None."""
+    with open(recipe, encoding="utf-8") as file:
+        root = yaml.compose(file, Loader=yaml.SafeLoader)
+    if not isinstance(root, yaml.MappingNode):
+        return None
+    return next((name.start_mark.line + 1 for name, _ in root.value if name.value == key), None)

@@ -1,0 +1,4 @@
+"""Cells over devices and machines with Ray.
+
+May import: every other room.
+"""

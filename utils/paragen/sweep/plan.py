@@ -1,0 +1,125 @@
+"""What collecting some cells will take, before anything starts: cells, steps, disk and, where it was measured, time.
+
+    [CATEGORY=..] [DATASET=..] [MODEL=..] [RANKS="2 8"] python utils/plan.py        (make plan)
+
+Reads recipes, run folders and their manifests; writes nothing. Too little disk is an error.
+"""
+
+import shutil
+from datetime import datetime, timedelta
+from pathlib import Path
+from statistics import median
+
+from paragen.collection import collection, run_identity
+from paragen.common import cli, paths
+from paragen.common.cli import UserError, say
+from paragen.model import base_models
+from paragen.recipes import render
+from paragen.sweep import packs
+from paragen.training import status
+from paragen.training.status import Cell
+
+PRETRAIN_FACTOR = 4  # a resumable checkpoint: the adapter and the optimizer's two moments; the last may stand twice
+
+
+def show(chosen: list[Cell]) -> list[Cell]:
+    """Say what will be done and return the cells with something to do. Raises UserError when the disk is too small."""
+    states = {cell: status.state_of(cell)[0] for cell in chosen}
+    forced = run_identity.force_asked()
+    to_do = [cell for cell, state in states.items() if forced or state != "complete"]
+    counts = {state: list(states.values()).count(state) for state in dict.fromkeys(states.values())}
+    say(f"{len(chosen)} cells: " + ", ".join(f"{count} {state}" for state, count in counts.items()))
+    if to_do:
+        rates = measured_rates()
+        rows = [row_of(cell, states[cell], rates) for cell in to_do]
+        cli.print_table(("to do", "model", "rank", "state", "steps", "MB", "time"), rows)
+        say(time_line(to_do, rates))
+        say(packs.say_line(to_do))
+    check_disk(sum(bytes_of(cell) for cell in to_do if states[cell] != "broken"))
+    return to_do
+
+
+def row_of(cell: Cell, state: str, rates: dict[tuple[str, str], float]) -> tuple[str, ...]:
+    """A cell as a line of the plan."""
+    seconds = seconds_of(cell, rates)
+    steps = " + ".join(str(count) for count in steps_of(cell).values()) if state != "broken" else "?"
+    size = f"{bytes_of(cell) / 1e6:.0f}" if state != "broken" else "?"
+    took = "?" if seconds is None else str(timedelta(seconds=round(seconds)))
+    return cell.dataset, cell.model, str(cell.rank), state, steps, size, took
+
+
+def steps_of(cell: Cell) -> dict[str, int]:
+    """The optimizer steps that each phase of a cell trains."""
+    pretrain = render.render(cell.pretrain, cell.rank)
+    finetune = render.render(cell.finetune, cell.rank)
+    resumed = paths.CHECKPOINT.search(finetune.get("resume_from_checkpoint") or "")
+    return {
+        "pretrain": pretrain.get("max_steps", 0),
+        "finetune": max(0, finetune.get("max_steps", 0) - (int(resumed[1]) if resumed else 0)),
+    }
+
+
+def measured_rates() -> dict[tuple[str, str], float]:
+    """Seconds per step, start-up and all, by (base model's folder, phase): the median over the runs there are.
+
+    The time of a pack is shared by its cells.
+    """
+    found: dict[tuple[str, str], list[float]] = {}
+    for path in paths.SAVES.glob("*/*/*/manifest.json"):
+        try:
+            manifest = collection.read_manifest(path.parent)
+            attempt = manifest["attempt"]
+            took = datetime.fromisoformat(attempt["finished"]) - datetime.fromisoformat(attempt["started"])
+            steps = manifest["total_steps"] - (manifest["pretrain"]["step"] if manifest["pretrain"] else 0)
+        except (UserError, KeyError, TypeError):
+            continue  # another program's, or one that does not know how long it took
+        if steps > 0:
+            found.setdefault((manifest["base_model"]["name"], manifest["phase"]), []).append(
+                took.total_seconds() / steps / manifest.get("packed_with", 1)
+            )
+    return {key: median(values) for key, values in found.items()}
+
+
+def seconds_of(cell: Cell, rates: dict[tuple[str, str], float]) -> float | None:
+    """About how long a cell takes, seconds; None where that is not known.
+
+    Its model was not measured yet, or its recipe is broken or says no max_steps.
+    """
+    try:
+        base = Path(render.render(cell.finetune, cell.rank)["model_name_or_path"]).name
+        steps = steps_of(cell)
+    except (UserError, KeyError):
+        return None
+    if any((base, phase) not in rates or not count for phase, count in steps.items()):
+        return None
+    return sum(count * rates[base, phase] for phase, count in steps.items())
+
+
+def time_line(to_do: list[Cell], rates: dict[tuple[str, str], float]) -> str:
+    """What is known of the whole time, in one line."""
+    known = [seconds for cell in to_do if (seconds := seconds_of(cell, rates)) is not None]
+    if not known:
+        return "time: not known before a first run of these models"
+    text = f"time: about {timedelta(seconds=round(sum(known)))} on one device, by the runs that are there"
+    return text if len(known) == len(to_do) else f"{text} ({len(to_do) - len(known)} cells are not known)"
+
+
+def check_disk(needed: int) -> None:
+    """Say how much disk is needed and free; raises UserError where it is too little."""
+    existing = next(folder for folder in (paths.SAVES, *paths.SAVES.parents) if folder.is_dir())
+    free = shutil.disk_usage(existing).free
+    say(f"disk: about {needed / 1e9:.1f} GB needed, {free / 1e9:.1f} GB free")
+    if needed > free:
+        raise UserError(
+            f"saves/: {(needed - free) / 1e9:.1f} GB are missing; free some space, or name fewer RANKS or MODELS"
+        )
+
+
+def bytes_of(cell: Cell) -> int:
+    """About how many bytes a cell's collection and pretrain will take; 0 where the base model is not there yet."""
+    config = render.render(cell.finetune, cell.rank)
+    base = render.resolve(cell.finetune, config["model_name_or_path"])
+    if not base.is_dir():
+        return 0
+    adapter = base_models.adapter_bytes(base, cell.rank, config.get("lora_target", "all"))
+    return adapter * (config.get("save_total_limit", 1) + PRETRAIN_FACTOR)

@@ -1,0 +1,224 @@
+"""The trainer callbacks: one keeps the recipe's rules in a resumed run, one collects the last N adapters.
+
+Imported by train_worker.py. Writes checkpoint-<step>.safetensors, adapter_config.json and collected.json into the run's
+staging folder while training goes on.
+"""
+
+import hashlib
+import json
+import queue
+import threading
+from pathlib import Path
+from typing import Any
+
+import torch
+from peft import PeftConfig, PeftModel, get_peft_model_state_dict
+from safetensors.torch import save
+from transformers import TrainerCallback, TrainingArguments
+
+from paragen.common import files
+from paragen.common.cli import UserError, say
+from paragen.dataset import pictures
+
+IN_FLIGHT = 2  # copies of the adapter in memory: one being written, one being filled or waiting
+
+
+def check_window(keep: int | None, resumed_step: int, max_steps: int) -> None:
+    """Refuse a recipe whose last N steps reach back behind the step it resumes from.
+
+    Args:
+        keep: N, the number of adapters to keep (None: every step's).
+        resumed_step, max_steps: the step before the first trained one, and the last one.
+    """
+    steps = max(0, max_steps - resumed_step)
+    if steps == 0 or (keep and keep > steps):
+        asked = f"{keep} kept steps" if keep else "at least one step"
+        raise UserError(
+            f"save_total_limit asks for {asked}, but only {steps} remain between the resumed step {resumed_step} and "
+            f"the last one, {max_steps}; set max_steps to {resumed_step + (keep or 1)} or more, or keep fewer (KEEP)"
+        )
+
+
+class Rules(TrainerCallback):
+    """Lets the recipe's own logging and saving rhythm count in a resumed run, and sees what only the trainer knows.
+
+    transformers replaces the whole trainer state by the one stored with the checkpoint, so that the rhythm and the log
+    history of the pretrain would go on. `facts` is filled in the main process alone.
+    """
+
+    def __init__(self):
+        self.facts: dict[str, Any] = {}
+        self.began = False
+
+    def on_train_begin(self, args, state, control, lr_scheduler=None, train_dataloader=None, **kwargs):
+        self.began = True
+        state.compute_steps(args, state.max_steps)
+        state.log_history = []
+        pictures.check_not_cut(train_dataloader.dataset, train_dataloader.collate_fn)
+        if state.is_world_process_zero:
+            going_on_with = getattr(lr_scheduler, "base_lrs", [args.learning_rate])[0]
+            if going_on_with != args.learning_rate:
+                say(f"learning_rate {args.learning_rate} has no effect: the resumed pretrain's {going_on_with} goes on")
+            self.facts = facts_of(args, len(train_dataloader.dataset), state.max_steps)
+
+
+def facts_of(args: TrainingArguments, rows: int, steps: int) -> dict[str, Any]:
+    """What the manifest says of a training: `rows` are trained on, `steps` is its last step."""
+    return {
+        "processes": args.world_size,
+        "precision": "bfloat16" if args.bf16 else "float16" if args.fp16 else "float32",
+        "rows_at_a_time": args.per_device_train_batch_size,
+        "accumulated": args.gradient_accumulation_steps,
+        "trained_rows": rows,
+        "total_steps": steps,
+    }
+
+
+class Collector(TrainerCallback):
+    """Writes the adapter after each of the last `keep` optimizer steps.
+
+    The training thread only copies the adapter (a few MB) out of the way, straight into the bytes of the file to be;
+    hashing and writing happen in one thread of its own. At most IN_FLIGHT copies exist. An error in that thread ends
+    the training at its next step.
+
+    Args:
+        folder: where the checkpoints go; it exists.
+        keep: how many of the last steps are kept, None for all.
+    """
+
+    def __init__(self, folder: Path, keep: int | None):
+        self.folder = folder
+        self.keep = keep
+        self.records: dict[int, dict[str, Any]] = {}
+        self.free: queue.Queue[Frame] = queue.Queue()
+        self.full: queue.Queue[tuple[int, Frame] | None] = queue.Queue()
+        self.error: BaseException | None = None
+        self.writer: threading.Thread | None = None
+
+    def on_train_begin(self, args, state, control, model=None, **kwargs):
+        check_window(self.keep, state.global_step, state.max_steps)
+        self.first = state.max_steps - (self.keep or state.max_steps - state.global_step) + 1
+        if not state.is_world_process_zero:
+            return
+        adapter = getattr(model, "module", model)
+        if not isinstance(adapter, PeftModel):
+            raise UserError("a collection holds LoRA adapters, but this recipe trains no PEFT model")
+        # These share the parameters' memory, which the optimizer updates in place, so one look-up serves all steps.
+        live = get_peft_model_state_dict(adapter)
+        save_config(adapter.peft_config["default"], self.folder)
+        for _ in range(IN_FLIGHT):
+            self.free.put(Frame(live))
+        self.writer = threading.Thread(target=self._write_all, name="collector", daemon=True)
+        self.writer.start()
+
+    def on_step_end(self, args, state, control, **kwargs):
+        if state.global_step >= self.first - 1:
+            control.should_log = True  # each kept step gets a loss of its own, not a mean that reaches back further
+        if state.global_step >= self.first and self.writer is not None:
+            frame = self._free_frame()
+            frame.fill()
+            self.full.put((state.global_step, frame))
+        return control
+
+    def on_log(self, args, state, control, logs=None, **kwargs):
+        if "loss" in (logs or {}):
+            record = self.records.setdefault(state.global_step, {})
+            record.update(loss=logs["loss"], learning_rate=logs["learning_rate"])
+
+    def on_train_end(self, args, state, control, **kwargs):
+        if self.writer is None:
+            return
+        self.close()
+        if self.error is not None:
+            raise self.error
+        write_collected(self.folder, {step: record for step, record in self.records.items() if step >= self.first})
+
+    def close(self) -> None:
+        """Let the writer finish what it has and end; nothing is written after this, also when the training failed."""
+        if self.writer is not None:
+            self.full.put(None)
+            self.writer.join()
+
+    def _free_frame(self) -> "Frame":
+        """A frame that is not being written; waits for one, and raises what went wrong in the writer."""
+        while True:
+            if self.error is not None:
+                raise self.error
+            try:
+                return self.free.get(timeout=1)
+            except queue.Empty:
+                continue
+
+    def _write_all(self) -> None:
+        try:
+            while (item := self.full.get()) is not None:
+                step, frame = item
+                data = frame.content()
+                files.write_atomically(self.folder / f"checkpoint-{step}.safetensors", data)
+                self.records.setdefault(step, {}).update(bytes=len(data), sha256=hashlib.sha256(data).hexdigest())
+                self.free.put(frame)
+        except BaseException as error:  # handed to the training thread, which raises it
+            self.error = error
+
+
+def write_collected(folder: Path, records: dict[int, dict[str, Any]]) -> None:
+    """collected.json, which train.finish_finetune reads: what is known of each kept checkpoint, by step."""
+    files.write_json(folder / "collected.json", [{"step": step, **record} for step, record in sorted(records.items())])
+
+
+def layout_of(tensors: dict[str, torch.Tensor]) -> tuple[bytes, list[str]]:
+    """How the safetensors library lays out a checkpoint file: the bytes before its data, the keys in their order."""
+    layout = save({key: tensor.detach().cpu() for key, tensor in tensors.items()}, {"format": "pt"})
+    start = 8 + int.from_bytes(layout[:8], "little")
+    entries = json.loads(layout[8:start])
+    entries.pop("__metadata__")
+    return layout[:start], sorted(entries, key=lambda key: entries[key]["data_offsets"][0])
+
+
+class Frame:
+    """The bytes of a safetensors file whose tensors can be filled in again and again.
+
+    The safetensors library lays the file out once; filling joins the tensors into its data, so that a checkpoint is
+    serialised by the one copy that it needs anyway. From a CUDA device that is one kernel and one transfer into pinned
+    memory, which do not hold up the host; work queued later on the device's stream (the next optimizer step) cannot
+    change what is copied.
+
+    Args:
+        tensors: by name; of any dtype, contiguous, all on one device. Filling reads them as they are then.
+    """
+
+    def __init__(self, tensors: dict[str, torch.Tensor]):
+        head, in_file_order = layout_of(tensors)
+        self.sources = [tensors[key].detach().view(-1).view(torch.uint8) for key in in_file_order]
+        on_cuda = self.sources[0].is_cuda
+        size = len(head) + sum(source.numel() for source in self.sources)
+        self.bytes = torch.empty(size, dtype=torch.uint8, pin_memory=on_cuda)
+        self.bytes[: len(head)] = torch.frombuffer(bytearray(head), dtype=torch.uint8)
+        self.data = self.bytes[len(head) :]
+        self.on_device = torch.empty_like(self.data, device=self.sources[0].device) if on_cuda else None
+        self.filled = torch.cuda.Event() if on_cuda else None
+
+    def fill(self) -> None:
+        """Take the tensors' present values; on a CUDA device this returns before the copies are done."""
+        if self.filled is None:
+            torch.cat(self.sources, out=self.data)
+        else:
+            torch.cat(self.sources, out=self.on_device)
+            self.data.copy_(self.on_device, non_blocking=True)
+            self.filled.record()
+
+    def content(self) -> memoryview:
+        """The file's bytes, once the copies are done; valid until the next filling."""
+        if self.filled is not None:
+            self.filled.synchronize()
+        return memoryview(self.bytes.numpy())
+
+
+def save_config(config: PeftConfig, folder: Path) -> None:
+    """PEFT's adapter_config.json for a checkpoint with these settings, as its own `save_pretrained` writes it."""
+    trained_for = config.inference_mode
+    config.inference_mode = True
+    try:
+        config.save_pretrained(str(folder))
+    finally:
+        config.inference_mode = trained_for

@@ -1,0 +1,172 @@
+"""The training process itself: real LLaMA-Factory, called through its Python entry with our templates and callbacks.
+
+train.py calls `train` in its own process for one device; for several, torchrun runs this file once per device:
+    python -m torch.distributed.run ... utils/train_worker.py JOB.json
+Leaves in the staging folder what LLaMA-Factory leaves, the collected checkpoints, and facts.json.
+"""
+
+import errno
+import json
+import os
+import sys
+import traceback
+from pathlib import Path
+
+from safetensors import SafetensorError
+
+import prompt_templates
+from paragen.common import cli, devices, files, paths
+from paragen.common.cli import UserError
+from paragen.model import base_models
+from paragen.recipes import render
+
+# What a wrong recipe, model or data file makes LLaMA-Factory and the libraries below it raise before the first step.
+SETTINGS_ERRORS = (
+    ValueError,
+    TypeError,
+    LookupError,
+    AttributeError,
+    ImportError,
+    OSError,
+    RuntimeError,
+    AssertionError,
+    SafetensorError,
+)
+
+
+def train(job: dict) -> None:
+    """Run one job.
+
+    Args:
+        job: `recipe` (absolute path; its paths are relative to its folder), `config` (the rendered recipe), `staging`
+            (absolute path of an existing empty folder), `devices` (as devices.choose gives them, already pinned),
+            `pictures` (whether a dataset has some) and `tokens` (the folder of its tokenised rows in the sweep's cache,
+            which is filled where it is missing; or None).
+
+    Raises UserError for what the recipe asks and LLaMA-Factory or this machine cannot do.
+    """
+    os.environ.setdefault("LLAMAFACTORY_VERBOSITY", "WARN")
+    os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
+    import torch
+    from llamafactory.train.tuner import run_exp
+
+    from paragen.training.collector import Collector, Rules
+
+    recipe, config, staging = Path(job["recipe"]), job["config"], Path(job["staging"])
+    os.chdir(recipe.parent)
+    if job["devices"][:1] == ["cpu"] and len(job["devices"]) > 1:
+        # accelerate calls the device of a CPU process cpu:0, cpu:1, ...; torch.load, on resuming, knows only cpu
+        torch.serialization.register_package(
+            priority=30,
+            tagger=lambda storage: None,
+            deserializer=lambda storage, location: storage if location.startswith("cpu:") else None,
+        )
+    collects = render.phase_of(config) == "finetune"
+    arguments = arguments_of(job)
+    prompt_templates.register()
+    check_arguments(recipe, arguments)
+    check_template(recipe, arguments, job["pictures"])
+    rules = Rules()
+    collector = Collector(staging, config.get("save_total_limit")) if collects else None
+    try:
+        run_exp(arguments, [rules, collector] if collector else [rules])
+    except BaseException as error:
+        print(file=sys.stderr, flush=True)  # what is said next does not go on in the progress bar's line
+        if isinstance(error, torch.OutOfMemoryError):
+            raise UserError(
+                f"{recipe}: out of device memory; halve per_device_train_batch_size and double "
+                "gradient_accumulation_steps, or set disable_gradient_checkpointing: false"
+            ) from None
+        if isinstance(error, SETTINGS_ERRORS) and not rules.began and cli.storage_fault(error) is None:
+            raise refusal(recipe, error) from error
+        raise
+    finally:
+        if collector:
+            collector.close()
+    if rules.facts:  # the main process
+        if (staging / "tokens").is_dir():
+            keep_tokens(staging / "tokens", Path(job["tokens"]))
+        files.write_json(staging / "facts.json", {"device": devices.describe(), **rules.facts})
+
+
+def arguments_of(job: dict) -> dict:
+    """A job's recipe as LLaMA-Factory's arguments: absolute paths, the staging folder, what the devices demand."""
+    recipe, config, staging = Path(job["recipe"]), job["config"], Path(job["staging"])
+    arguments = {**config, **devices.settings(job["devices"]), "output_dir": str(staging), "plot_loss": False}
+    for key in ("model_name_or_path", "dataset_dir", "media_dir", "resume_from_checkpoint"):
+        if arguments.get(key):
+            arguments[key] = str(render.resolve(recipe, arguments[key]))
+    # datasets knows a file by its time and size, and tokenised rows by their text without their pictures; a cache of
+    # this run's own cannot give it rows or pictures of another day
+    arguments["cache_dir"] = str(staging / "cache")
+    if job["tokens"]:
+        arguments["tokenized_path"] = job["tokens"] if Path(job["tokens"]).is_dir() else str(staging / "tokens")
+    if render.phase_of(config) == "finetune":
+        arguments["save_strategy"] = "no"  # the collector saves
+    return arguments
+
+
+def keep_tokens(made: Path, kept: Path) -> None:
+    """Give tokenised rows their place in the cache, unless another run was faster."""
+    kept.parent.mkdir(parents=True, exist_ok=True)
+    files.sync_tree(made)
+    try:
+        made.rename(kept)
+    except OSError as error:
+        if error.errno not in (errno.ENOTEMPTY, errno.EEXIST):
+            raise
+
+
+def refusal(recipe: Path, error: BaseException) -> UserError:
+    """What LLaMA-Factory or a library below it objected to before the first step, as one line."""
+    where = traceback.extract_tb(error.__traceback__)[-1] if error.__traceback__ else None
+    place = f" ({Path(where.filename).name}:{where.lineno})" if where else ""
+    return UserError(
+        f"{recipe}: cannot be trained: {type(error).__name__}: {' '.join(str(error).split())[:500]}{place}"
+    )
+
+
+def check_arguments(recipe: Path, arguments: dict) -> None:
+    """Let LLaMA-Factory read the arguments before anything is loaded; its objection becomes one line."""
+    from llamafactory.hparams import get_train_args
+
+    try:
+        get_train_args(dict(arguments))
+    except SETTINGS_ERRORS as error:
+        raise refusal(recipe, error) from None
+
+
+def check_template(recipe: Path, arguments: dict, has_pictures: bool) -> None:
+    """Refuse a template that is not known, or that does not go with the data or the model as to pictures."""
+    from llamafactory.data import TEMPLATES
+
+    template = arguments.get("template")
+    if template is None:
+        return
+    if template not in TEMPLATES:
+        near = sorted(name for name in TEMPLATES if name.startswith(str(template)[:2]))
+        raise UserError(
+            f"{recipe}: template {template!r} is not known to LLaMA-Factory nor in utils/prompt_templates.py"
+            f"{'; near ones: ' + ', '.join(near) if near else ''}"
+        )
+    takes_pictures = TEMPLATES[template].mm_plugin.image_token is not None
+    if has_pictures and not takes_pictures:
+        raise UserError(
+            f"{recipe}: template {template!r} takes no pictures, but the data have some; one such is qwen2_vl"
+        )
+    model = render.resolve(recipe, arguments["model_name_or_path"])
+    if takes_pictures and not base_models.has_processor(model):
+        raise UserError(
+            f"{recipe}: template {template!r} is for models that read pictures, but {paths.relative(model)} has no "
+            "preprocessor_config.json; bring the whole model, or use the template of its text-only kin"
+        )
+
+
+def main() -> None:
+    job = json.loads(Path(sys.argv[1]).read_bytes())
+    devices.pin(job["devices"])
+    train(job)
+
+
+if __name__ == "__main__":
+    cli.run(main)
