@@ -62,7 +62,7 @@ def make_repository(top: Path, cells: int) -> Path:
     (top / ".venv").symlink_to(ROOT / ".venv")
     (top / "models").mkdir()
     shutil.copy(ROOT / "models" / "models.yaml", top / "models")
-    subprocess.run([sys.executable, ROOT / "tests" / "tiny.py", top / "models" / "Tiny-One"], check=True)
+    subprocess.run([sys.executable, ROOT / "tests" / "helpers" / "tiny.py", top / "models" / "Tiny-One"], check=True)
     (top / "data" / CATEGORY).mkdir(parents=True)
     info = {}
     for number in range(-(-cells // len(RANKS))):

@@ -37,11 +37,7 @@ for name in (
 os.environ["DEVICES"] = "cpu"  # the same hashes on a machine with a GPU
 os.environ["OMP_NUM_THREADS"] = "1"  # tiny tensors; two runs at once then do not fight for two cores
 
-import handmade  # noqa: E402
-import packed  # noqa: E402
-import tiny  # noqa: E402
-import tiny_models  # noqa: E402
-import warm  # noqa: E402
+from helpers import fork_server, handmade, packed_project, tiny, tiny_models  # noqa: E402
 
 CATEGORY = "common-sense-reasoning"
 
@@ -50,7 +46,7 @@ CATEGORY = "common-sense-reasoning"
 def model_folder(tmp_path_factory) -> Path:
     """A random two-layer Llama with its own tokenizer, made in another process so that this one stays fork-safe."""
     folder = tmp_path_factory.mktemp("models") / "Tiny-Llama"
-    subprocess.run([sys.executable, ROOT / "tests" / "tiny.py", folder], check=True)
+    subprocess.run([sys.executable, ROOT / "tests" / "helpers" / "tiny.py", folder], check=True)
     return folder
 
 
@@ -58,7 +54,7 @@ def model_folder(tmp_path_factory) -> Path:
 def every_model(tmp_path_factory) -> Path:
     """A folder with the tiny models of every architecture, by name. Read only."""
     folder = tmp_path_factory.mktemp("every")
-    packed.make_models(folder, *tiny_models.NAMES, *tiny_models.KIN)
+    packed_project.make_models(folder, *tiny_models.NAMES, *tiny_models.KIN)
     return folder
 
 
@@ -88,12 +84,12 @@ class Project:
     def run_folder(self, phase: str, rank: int = 4, seed: str = "") -> Path:
         return self.saves / f"Tiny-Llama_lora-rank_{rank}{seed}_{phase}"
 
-    def train(self, recipe: Path, *arguments: str, rank: int = 4, **environment: str) -> warm.Result:
+    def train(self, recipe: Path, *arguments: str, rank: int = 4, **environment: str) -> fork_server.Result:
         """Run utils/train.py on a recipe, forked from a process that has imported LLaMA-Factory."""
         return self.start(recipe, *arguments, rank=rank, **environment).wait()
 
-    def start(self, recipe: Path, *arguments: str, rank: int = 4, **environment: str) -> warm.Run:
-        return warm.start("train", [str(recipe), str(rank), *arguments], environment, self.top / "log.txt")
+    def start(self, recipe: Path, *arguments: str, rank: int = 4, **environment: str) -> fork_server.Run:
+        return fork_server.start("train", [str(recipe), str(rank), *arguments], environment, self.top / "log.txt")
 
     def copy(self, top: Path) -> "Project":
         """The same project at another place, whatever it holds by now."""

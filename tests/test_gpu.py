@@ -4,9 +4,9 @@ Run on a machine that has one; elsewhere they are skipped.
 """
 
 import pytest
-import tiny_models
 import torch
-from scenes import Scene, prompts, question
+from helpers import tiny_models
+from helpers.model_fixtures import Scene, prompts, question
 from test_scoring import LENGTHS, assert_right, targets
 from test_scoring_kernels import HEADS, SIZES, WORDS, activations, heads_of, logits
 from torch import Tensor

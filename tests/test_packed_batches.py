@@ -3,22 +3,22 @@
 import json
 
 import numpy as np
-import packed
 import pytest
+from helpers import packed_project
 
 from paragen.common.cli import UserError
 from paragen.recipes import render
 from paragen.training import engines
 
 
-def why(cell: packed.Cell, devices: tuple[str, ...] = ("cpu",)) -> str | None:
+def why(cell: packed_project.Cell, devices: tuple[str, ...] = ("cpu",)) -> str | None:
     config = render.render(cell.pretrain, cell.rank, list(cell.overrides))
     return engines.why_not_packed(cell.pretrain, config, list(devices))
 
 
 @pytest.fixture
-def packable(tmp_path, model_folder) -> packed.Packable:
-    return packed.Packable(tmp_path / "my project", model_folder)
+def packable(tmp_path, model_folder) -> packed_project.Packable:
+    return packed_project.Packable(tmp_path / "my project", model_folder)
 
 
 def test_usual_recipes_are_for_the_packed_engine(packable):
@@ -50,12 +50,12 @@ def test_what_it_does_not_know_for_sure_is_named(packable, key):
 
 def test_several_devices_and_processors_are_not_for_it(packable):
     assert "one device" in why(packable.cell(), ("cpu", "cpu"))
-    model = (packable.top / "models" / packed.MODEL).resolve()
-    (packable.top / "models" / packed.MODEL).unlink()
-    (packable.top / "models" / packed.MODEL).mkdir()
+    model = (packable.top / "models" / packed_project.MODEL).resolve()
+    (packable.top / "models" / packed_project.MODEL).unlink()
+    (packable.top / "models" / packed_project.MODEL).mkdir()
     for file in model.iterdir():
-        (packable.top / "models" / packed.MODEL / file.name).symlink_to(file)
-    (packable.top / "models" / packed.MODEL / "preprocessor_config.json").write_text("{}")
+        (packable.top / "models" / packed_project.MODEL / file.name).symlink_to(file)
+    (packable.top / "models" / packed_project.MODEL / "preprocessor_config.json").write_text("{}")
     assert "processor" in why(packable.cell())
 
 
@@ -266,11 +266,11 @@ def test_a_pack_of_the_suites_recipes_equals_what_the_ordinary_path_made(trained
     """The same recipes as everywhere in these tests; test_packed_train.py has the others."""
     project = trained_once.copy(tmp_path / "packed")
     theirs = (project.top / "saves").rename(tmp_path / "theirs")
-    cell = packed.Cell(project.pretrain, project.finetune)
-    run = packed.warm.start(
+    cell = packed_project.Cell(project.pretrain, project.finetune)
+    run = packed_project.warm.start(
         "paragen.packed.packed_train", cell.arguments(), {"ENGINE": "packed"}, tmp_path / "log.txt"
     ).wait()
     assert run.status == 0, run.output
-    packed.assert_same_adapters(project.top / "saves", theirs)
+    packed_project.assert_same_adapters(project.top / "saves", theirs)
     manifest = json.loads((project.run_folder("finetune") / "manifest.json").read_text())
     assert (manifest["engine"], manifest["packed_with"]) == ("packed", 1)

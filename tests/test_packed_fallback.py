@@ -4,9 +4,8 @@ import json
 import shutil
 from pathlib import Path
 
-import packed
 import pytest
-import tiny_models
+from helpers import packed_project, tiny_models
 
 pytestmark = pytest.mark.runs
 
@@ -26,16 +25,16 @@ MODELS = {
 @pytest.fixture(scope="module")
 def tiny(tmp_path_factory) -> Path:
     folder = tmp_path_factory.mktemp("m")
-    packed.make_models(folder, "smollm2-135m", *MODELS)
+    packed_project.make_models(folder, "smollm2-135m", *MODELS)
     return folder
 
 
 @pytest.fixture
-def project(tiny, tmp_path) -> packed.Packable:
-    return packed.Packable(tmp_path / "my project", tiny / "smollm2-135m", "smollm2")
+def project(tiny, tmp_path) -> packed_project.Packable:
+    return packed_project.Packable(tmp_path / "my project", tiny / "smollm2-135m", "smollm2")
 
 
-def refusal(project: packed.Packable, cell: packed.Cell, **environment: str) -> str:
+def refusal(project: packed_project.Packable, cell: packed_project.Cell, **environment: str) -> str:
     """The one error line with which ENGINE=packed refuses a cell; nothing may be left of it."""
     before = {path for path in project.top.rglob("*") if ".hashes.json" not in path.name}
     result = project.packed(cell, **environment)
@@ -69,9 +68,9 @@ def test_otherwise_one_line_says_why_and_the_run_ends_as_ever(project):
     for rank, keys in odd.items():
         (told,) = [line for line in result.output.splitlines() if "ordinary way" in line and f"rank {rank}:" in line]
         assert all(key in told for key in keys)
-        assert packed.hashes(project.folder("finetune", rank=rank)) == before[rank]
-        assert "engine" not in packed.manifest_of(project.folder("finetune", rank=rank))
-    assert packed.manifest_of(project.folder("finetune", rank=16))["engine"] == "packed"
+        assert packed_project.hashes(project.folder("finetune", rank=rank)) == before[rank]
+        assert "engine" not in packed_project.manifest_of(project.folder("finetune", rank=rank))
+    assert packed_project.manifest_of(project.folder("finetune", rank=16))["engine"] == "packed"
 
 
 @pytest.mark.slow
@@ -90,22 +89,22 @@ def test_a_model_that_cannot_be_packed_is_trained_the_ordinary_way(tiny, tmp_pat
     result = project.packed(cell, ENGINE="")
     assert result.status == 0, result.output
     (told,) = [line for line in result.output.splitlines() if "it is trained the ordinary way" in line]
-    assert MODELS[name] in told and packed.hashes(project.folder("finetune")) == before
+    assert MODELS[name] in told and packed_project.hashes(project.folder("finetune")) == before
     assert project.left_over() == []
 
 
-def project_of(tiny: Path, tmp_path: Path, name: str) -> tuple[packed.Packable, packed.Cell]:
+def project_of(tiny: Path, tmp_path: Path, name: str) -> tuple[packed_project.Packable, packed_project.Cell]:
     known = tiny_models.NAMES[name]
-    project = packed.Packable(tmp_path / "my project", tiny / name, known.template)
+    project = packed_project.Packable(tmp_path / "my project", tiny / name, known.template)
     target = {"lora_target": known.lora_target}
     return project, project.cell(pretrain=target, finetune=target)
 
 
-def collected_before(project: packed.Packable, cell: packed.Cell) -> dict[int, str]:
+def collected_before(project: packed_project.Packable, cell: packed_project.Cell) -> dict[int, str]:
     """The hashes of a cell's collection by the ordinary path; its pretrain alone is left."""
     project.collect_ordinary(cell)
     folder = project.folder("finetune", rank=cell.rank)
-    made = packed.hashes(folder)
+    made = packed_project.hashes(folder)
     shutil.rmtree(folder)
     return made
 
@@ -117,7 +116,7 @@ def test_layers_that_are_not_linear_are_seen_when_the_model_is_loaded(tiny, tmp_
     config = json.loads((model / "config.json").read_text())
     quiet = {key: 0.0 for key in config if key.endswith("_pdrop")}
     (model / "config.json").write_text(json.dumps({**config, **quiet, "summary_first_dropout": 0.0}))
-    project = packed.Packable(tmp_path / "my project", model, "gpt2")
+    project = packed_project.Packable(tmp_path / "my project", model, "gpt2")
     target = {"lora_target": tiny_models.NAMES["gpt2"].lora_target}
     assert "no linear layer" in refusal(project, project.cell(pretrain=target, finetune=target))
 

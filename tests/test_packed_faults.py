@@ -2,9 +2,8 @@
 
 import shutil
 
-import packed
 import pytest
-import warm
+from helpers import fork_server, packed_project
 
 from paragen.common import files
 
@@ -12,51 +11,51 @@ pytestmark = pytest.mark.slow
 
 
 @pytest.fixture
-def project(tmp_path, model_folder) -> packed.Packable:
-    return packed.Packable(tmp_path / "my project", model_folder)
+def project(tmp_path, model_folder) -> packed_project.Packable:
+    return packed_project.Packable(tmp_path / "my project", model_folder)
 
 
 @pytest.fixture(scope="module")
-def undisturbed(tmp_path_factory, model_folder) -> packed.Packable:
+def undisturbed(tmp_path_factory, model_folder) -> packed_project.Packable:
     """Two cells that were packed without anything happening. Read only."""
-    project = packed.Packable(tmp_path_factory.mktemp("u") / "my project", model_folder)
+    project = packed_project.Packable(tmp_path_factory.mktemp("u") / "my project", model_folder)
     project.collect(*two(project))
     return project
 
 
-def two(project: packed.Packable) -> list[packed.Cell]:
+def two(project: packed_project.Packable) -> list[packed_project.Cell]:
     return [project.cell(rank=2), project.cell(rank=8, pretrain={"learning_rate": 1e-3})]
 
 
-def all_hashes(project: packed.Packable) -> dict[str, dict[int, str]]:
+def all_hashes(project: packed_project.Packable) -> dict[str, dict[int, str]]:
     """The hashes of all runs, by run folder."""
-    return {path.parent.name: packed.hashes(path.parent) for path in project.saves.glob("*/*/manifest.json")}
+    return {path.parent.name: packed_project.hashes(path.parent) for path in project.saves.glob("*/*/manifest.json")}
 
 
-def errors_of(result: warm.Result) -> list[str]:
+def errors_of(result: fork_server.Result) -> list[str]:
     assert "Traceback" not in result.output, result.output
     return [line for line in result.output.splitlines() if line.startswith("error: ")]
 
 
-def break_data(project: packed.Packable) -> None:
+def break_data(project: packed_project.Packable) -> None:
     (project.top / "data" / "Bad.json").write_text('[{"prompt": ')
 
 
-def lose_data(project: packed.Packable) -> None:
+def lose_data(project: packed_project.Packable) -> None:
     (project.top / "data" / "Bad.json").unlink()
 
 
-def lose_model(project: packed.Packable) -> None:
+def lose_model(project: packed_project.Packable) -> None:
     for recipe in project.top.glob("collect_scripts/*/Bad/*.yaml"):
         recipe.write_text(recipe.read_text().replace("models/Tiny", "models/Absent"))
 
 
-def break_recipe(project: packed.Packable) -> None:
+def break_recipe(project: packed_project.Packable) -> None:
     for recipe in project.top.glob("collect_scripts/*/Bad/*.yaml"):
         recipe.write_text(recipe.read_text().replace("learning_rate: 0.004", "learning_rate: fast"))
 
 
-def diverge(project: packed.Packable) -> None:
+def diverge(project: packed_project.Packable) -> None:
     for recipe in project.top.glob("collect_scripts/*/Bad/*.yaml"):
         recipe.write_text(recipe.read_text().replace("0.004", "1.0e+30").replace("cosine", "constant"))
 
@@ -78,7 +77,7 @@ def test_a_broken_cell_fails_alone(project, undisturbed, damage, said):
     result = project.packed(cells[0], bad, cells[1])
     (line,) = errors_of(result)
     assert result.status == 1 and said in line
-    packed.assert_same_adapters(project.saves, undisturbed.saves)
+    packed_project.assert_same_adapters(project.saves, undisturbed.saves)
     assert not project.folder("pretrain", "Bad").exists() and project.left_over() == []
 
 
@@ -101,7 +100,7 @@ def test_killed_at_any_moment_the_next_start_ends_with_the_same_collections(proj
     assert run.kill_when(lambda: any(project.saves.glob(POINTS[point]))), run.log.read_text()
     expected = all_hashes(undisturbed)
     for manifest in project.saves.glob("*/[!.]*/manifest.json"):
-        assert packed.hashes(manifest.parent) == expected[manifest.parent.name], "what has its name is whole"
+        assert packed_project.hashes(manifest.parent) == expected[manifest.parent.name], "what has its name is whole"
     project.collect(*cells)
     assert all_hashes(project) == expected and project.left_over() == []
 
@@ -148,10 +147,12 @@ def test_a_full_disk_is_one_line_and_leaves_no_run(project):
     assert not project.folder("finetune", rank=64).exists() and project.left_over() == []
 
 
-def scarce(project: packed.Packable, cells: list[packed.Cell], how: str, **environment: str) -> warm.Result:
+def with_low_memory(
+    project: packed_project.Packable, cells: list[packed_project.Cell], how: str, **environment: str
+) -> fork_server.Result:
     arguments = [text for cell in cells for text in cell.arguments()]
     environment = {"ENGINE": "packed", "SCARCE": how, **environment}
-    return warm.start("scarce", arguments, environment, project.top / "scarce.txt").wait()
+    return fork_server.start("helpers.low_memory", arguments, environment, project.top / "low_memory.txt").wait()
 
 
 @pytest.mark.parametrize("how", ["room:2", "prepare:1"])
@@ -160,21 +161,21 @@ def test_too_little_memory_means_smaller_packs(project, how):
     cells = [project.cell(rank=rank) for rank in (2, 4, 8)]
     project.collect(*cells)
     together = project.set_aside("together")
-    result = scarce(project, cells, how)
+    result = with_low_memory(project, cells, how)
     assert result.status == 0, result.output
-    sizes = [packed.manifest_of(project.folder("finetune", rank=rank))["packed_with"] for rank in (2, 4, 8)]
+    sizes = [packed_project.manifest_of(project.folder("finetune", rank=rank))["packed_with"] for rank in (2, 4, 8)]
     assert max(sizes) <= int(how[-1]) and sizes[:2] == [int(how[-1])] * 2, sizes
-    packed.assert_same_adapters(project.saves, together)
+    packed_project.assert_same_adapters(project.saves, together)
     assert project.left_over() == []
 
 
 def test_where_not_even_one_fits_the_ordinary_path_trains_it(project):
     cell = project.cell()
-    result = scarce(project, [cell], "prepare:0")
+    result = with_low_memory(project, [cell], "prepare:0")
     assert result.status == 1 and "does not fit into memory" in errors_of(result)[0], result.output
     assert not any(project.saves.glob("*/[!.]*")) and project.left_over() == []
     project.collect_ordinary(cell)
     shutil.rmtree(project.folder("finetune"))
-    result = scarce(project, [cell], "prepare:0", ENGINE="")
+    result = with_low_memory(project, [cell], "prepare:0", ENGINE="")
     assert result.status == 0 and result.output.count("does not fit into memory") == 1, result.output
-    assert "engine" not in packed.manifest_of(project.folder("finetune"))
+    assert "engine" not in packed_project.manifest_of(project.folder("finetune"))

@@ -4,11 +4,9 @@ import json
 import math
 import shutil
 
-import packed
 import pytest
-import tiny_models
 import torch
-import warm
+from helpers import fork_server, packed_project, tiny_models
 
 WARM = {"warmup_steps": 4, "weight_decay": 0.01}
 # By architecture, keys of both recipes, of the pretrain and of the finetune; together they have every kind of setting.
@@ -37,37 +35,37 @@ RECIPES = {
 def tiny(tmp_path_factory):
     """The tiny models of RECIPES, by name."""
     folder = tmp_path_factory.mktemp("m")
-    packed.make_models(folder, *RECIPES)
+    packed_project.make_models(folder, *RECIPES)
     return folder
 
 
-def new_project(tiny, tmp_path, name: str) -> packed.Packable:
+def new_project(tiny, tmp_path, name: str) -> packed_project.Packable:
     known = tiny_models.NAMES.get(name) or tiny_models.KIN[name]
-    return packed.Packable(tmp_path / "my project", tiny / name, known.template)
+    return packed_project.Packable(tmp_path / "my project", tiny / name, known.template)
 
 
 @pytest.fixture
-def project(tiny, tmp_path) -> packed.Packable:
+def project(tiny, tmp_path) -> packed_project.Packable:
     return new_project(tiny, tmp_path, "smollm2-135m")
 
 
 def assert_same_records(
-    project: packed.Packable, ours, cell: packed.Cell, dataset: str = "Toy", seed: str = ""
+    project: packed_project.Packable, ours, cell: packed_project.Cell, dataset: str = "Toy", seed: str = ""
 ) -> None:
     """Log and manifest of both phases say the same of the packed run below `ours` and of the ordinary one."""
     for phase in ("pretrain", "finetune"):
         theirs = project.folder(phase, dataset, cell.rank, seed)
         mine = ours / theirs.relative_to(project.saves)
-        for line, other in zip(packed.log_of(mine), packed.log_of(theirs), strict=True):
-            assert line == pytest.approx(other, rel=packed.BOUND, abs=1e-9)
-        manifest, other = packed.manifest_of(mine), packed.manifest_of(theirs)
+        for line, other in zip(packed_project.log_of(mine), packed_project.log_of(theirs), strict=True):
+            assert line == pytest.approx(other, rel=packed_project.BOUND, abs=1e-9)
+        manifest, other = packed_project.manifest_of(mine), packed_project.manifest_of(theirs)
         assert manifest.pop("engine") == "packed" and manifest.pop("packed_with") >= 1
         for entry, known in zip(manifest.pop("checkpoints"), other.pop("checkpoints"), strict=True):
             logged, expected = (
                 {key: value for key, value in each.items() if key not in ("bytes", "sha256") and value is not None}
                 for each in (entry, known)
             )
-            assert logged == pytest.approx(expected, rel=packed.BOUND, abs=1e-9)
+            assert logged == pytest.approx(expected, rel=packed_project.BOUND, abs=1e-9)
         if phase == "finetune":
             assert manifest["pretrain"].pop("sha256") != other["pretrain"].pop("sha256")
         for unlike in ("attempt", "sha256"):
@@ -85,9 +83,9 @@ def test_every_architecture_gets_the_adapters_of_the_ordinary_path(tiny, tmp_pat
     project.collect(cell)
     ours = project.set_aside("ours")
     project.collect_ordinary(cell)
-    packed.assert_same_adapters(ours, project.saves)
+    packed_project.assert_same_adapters(ours, project.saves)
     assert_same_records(project, ours, cell)
-    steps = list(packed.hashes(project.folder("finetune")))
+    steps = list(packed_project.hashes(project.folder("finetune")))
     assert steps == list(range(19, 29))
     if limit := both.get("max_grad_norm"):
         state = project.folder("pretrain") / "checkpoint-18" / "trainer_state.json"
@@ -111,7 +109,7 @@ def test_what_a_packed_pretrain_leaves_is_what_a_stock_trainer_resumes(project):
     for number, state in other["state"].items():
         assert one["state"][number]["step"] == state["step"]
         for key in ("exp_avg", "exp_avg_sq"):
-            assert (one["state"][number][key] - state[key]).norm() <= 3 * packed.BOUND * state[key].norm(), (
+            assert (one["state"][number][key] - state[key]).norm() <= 3 * packed_project.BOUND * state[key].norm(), (
                 number,
                 key,
             )
@@ -145,11 +143,11 @@ def test_six_cells_in_a_pack_get_the_adapters_that_they_get_alone(project):
     for (dataset, rank, seed), cell in cells.items():
         for phase in ("pretrain", "finetune"):
             folder = ours / project.folder(phase, dataset, rank, seed).relative_to(project.saves)
-            assert packed.manifest_of(folder)["packed_with"] == 6
+            assert packed_project.manifest_of(folder)["packed_with"] == 6
         project.collect(cell)
-    packed.assert_same_adapters(ours, project.set_aside("alone"))
+    packed_project.assert_same_adapters(ours, project.set_aside("alone"))
     project.collect_ordinary(*cells.values())
-    packed.assert_same_adapters(ours, project.saves)
+    packed_project.assert_same_adapters(ours, project.saves)
     for (dataset, _, seed), cell in cells.items():
         assert_same_records(project, ours, cell, dataset, seed)
 
@@ -163,17 +161,17 @@ def test_a_pretrain_of_either_engine_is_resumed_by_the_other(project):
     packed_folder = project.folder("finetune")
     packed_folder.rename(project.top / "kept")
     assert project.ordinary(cell, "finetune").status == 0
-    assert "engine" not in packed.manifest_of(packed_folder)
-    packed.assert_same_adapters(project.saves, theirs)
+    assert "engine" not in packed_project.manifest_of(packed_folder)
+    packed_project.assert_same_adapters(project.saves, theirs)
     project.set_aside("mixed")
     (project.top / "theirs").rename(project.top / "saves")
     ordinary = project.folder("finetune")
     ordinary.rename(project.top / "ordinary")
-    before = packed.hashes(project.folder("pretrain"))
+    before = packed_project.hashes(project.folder("pretrain"))
     project.collect(cell)
-    assert packed.hashes(project.folder("pretrain")) == before, "a pretrain that is complete is not made again"
-    assert packed.manifest_of(ordinary)["engine"] == "packed"
-    packed.assert_same_adapters(ordinary, project.top / "ordinary")
+    assert packed_project.hashes(project.folder("pretrain")) == before, "a pretrain that is complete is not made again"
+    assert packed_project.manifest_of(ordinary)["engine"] == "packed"
+    packed_project.assert_same_adapters(ordinary, project.top / "ordinary")
 
 
 @pytest.mark.slow
@@ -182,18 +180,18 @@ def test_verify_and_index_take_packed_collections_and_nothing_is_done_twice(proj
     project.collect(*cells)
     for cell in cells:
         arguments = ["--recipe", str(cell.finetune), str(cell.rank)]
-        checked = warm.start("verify", arguments, {}, project.top / "verify.txt").wait()
+        checked = fork_server.start("verify", arguments, {}, project.top / "verify.txt").wait()
         assert checked.status == 0 and "whole" in checked.output, checked.output
     environment = {"SAVES_FOLDER": str(project.top / "saves")}
-    listed = warm.start("index", [], environment, project.top / "index.txt").wait()
+    listed = fork_server.start("index", [], environment, project.top / "index.txt").wait()
     assert listed.status == 0 and listed.output.count("Toy") >= 2, listed.output
     before = {path: path.stat().st_mtime_ns for path in project.saves.rglob("*") if path.is_file()}
     again = project.packed(*cells)
     assert again.status == 0, again.output
     assert {path: path.stat().st_mtime_ns for path in project.saves.rglob("*") if path.is_file()} == before
-    forced = {phase: packed.hashes(project.folder(phase)) for phase in ("pretrain", "finetune")}
+    forced = {phase: packed_project.hashes(project.folder(phase)) for phase in ("pretrain", "finetune")}
     assert project.packed(*cells, FORCE="1").status == 0
-    assert forced == {phase: packed.hashes(project.folder(phase)) for phase in forced}
+    assert forced == {phase: packed_project.hashes(project.folder(phase)) for phase in forced}
     assert {path for path in project.saves.rglob("*") if path.is_file()} == before.keys()
 
 
@@ -202,9 +200,9 @@ def test_a_collection_keeps_fewer_steps_when_asked_and_needs_no_pretrain_folder(
     cell = project.cell()
     few = cell._replace(overrides=("save_total_limit=3",))
     project.collect(few)
-    assert list(packed.hashes(project.folder("finetune"))) == [26, 27, 28]
-    assert len(packed.hashes(project.folder("pretrain"))) == 3, "the pretrain is not told to keep fewer"
+    assert list(packed_project.hashes(project.folder("finetune"))) == [26, 27, 28]
+    assert len(packed_project.hashes(project.folder("pretrain"))) == 3, "the pretrain is not told to keep fewer"
     shutil.rmtree(project.folder("pretrain"))
-    before = packed.hashes(project.folder("finetune"))
+    before = packed_project.hashes(project.folder("finetune"))
     project.collect(few)
-    assert packed.hashes(project.folder("finetune")) == before and not project.folder("pretrain").exists()
+    assert packed_project.hashes(project.folder("finetune")) == before and not project.folder("pretrain").exists()

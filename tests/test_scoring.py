@@ -1,9 +1,9 @@
 """Scores are those of the plain model: likelihoods as by PEFT row by row, answers as by transformers' generation."""
 
 import pytest
-import tiny_models
 import torch
-from scenes import CLOSE, LONGEST, STOPS, Scene, prompts, question
+from helpers import tiny_models
+from helpers.model_fixtures import CLOSE, LONGEST, STOPS, Scene, prompts, question
 from transformers import GenerationConfig
 from transformers.models.llama.modeling_llama import LlamaMLP, apply_rotary_pos_emb
 

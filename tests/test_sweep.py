@@ -244,7 +244,7 @@ def test_each_worker_sees_its_own_devices(tmp_path, gpus_per_cell, groups):
     """Ray hands out four GPUs, which this machine need not have: nothing is trained here."""
     code = (
         "import ray; init = ray.init; ray.init = lambda **how: init(**{**how, 'num_gpus': 4, 'num_cpus': 4}); "
-        "import runpy; runpy.run_path('gpu_slots.py', run_name='__main__')"
+        "import runpy; runpy.run_module('helpers.gpu_slots', run_name='__main__')"
     )
     environment = {**os.environ, "GPUS_PER_CELL": gpus_per_cell, "DEVICES": "", "ENGINE": "stock"}
     environment["PYTHONPATH"] = os.pathsep.join([str(ROOT / "utils"), str(ROOT / "tests")])

@@ -6,8 +6,8 @@ import shutil
 from pathlib import Path
 
 import pytest
-import tiny_pictures
-from test_architectures import RANK, SMALL_PRETRAIN, Projects
+from helpers import tiny_pictures
+from test_training_architectures import RANK, SMALL_PRETRAIN, Projects
 
 from paragen.collection import run_identity
 from paragen.common.cli import UserError

@@ -7,8 +7,7 @@ import sys
 from pathlib import Path
 
 import pytest
-import scored
-import warm
+from helpers import fork_server, scored
 
 import clean_dataset_dir
 from paragen.collection import collection, stock_runs
@@ -27,7 +26,9 @@ def stock_once(pretrained_once, tmp_path_factory) -> Path:
     config |= {"use_cpu": True, "bf16": False, "save_only_model": False, "output_dir": str(folder)}
     config |= {"resume_from_checkpoint": None, "save_total_limit": None, "logging_steps": 1}
     (top / "config.json").write_text(json.dumps(config))
-    result = warm.start("stock", [str(top / "config.json"), str(pretrained_once.scripts)], {}, top / "log").wait()
+    result = fork_server.start(
+        "stock", [str(top / "config.json"), str(pretrained_once.scripts)], {}, top / "log"
+    ).wait()
     assert result.status == 0, result.output
     return folder
 

@@ -6,8 +6,8 @@ import sys
 from pathlib import Path
 
 import pytest
-import scored
 from conftest import CATEGORY, ROOT
+from helpers import scored
 
 from paragen.exports import peft
 
@@ -50,7 +50,9 @@ def test_peft_loads_each_step_with_the_collected_weights(trained_place, trained_
 def architectures(tmp_path_factory) -> Path:
     folder = tmp_path_factory.mktemp("architectures")
     names = ["gpt2", "qwen2.5-vl-3b", "gemma-3-4b"]
-    subprocess.run([sys.executable, ROOT / "tests" / "tiny_models.py", folder, *names], check=True, capture_output=True)
+    subprocess.run(
+        [sys.executable, ROOT / "tests" / "helpers" / "tiny_models.py", folder, *names], check=True, capture_output=True
+    )
     return folder
 
 

@@ -6,14 +6,14 @@ from typing import Any, NamedTuple
 
 import datasets
 import pytest
-import tiny_models
 import torch
+from helpers import tiny_models
+from helpers.model_fixtures import Scene
 from lm_eval.api.instance import Instance
 from lm_eval.api.task import ConfigurableTask
 from lm_eval.evaluator import evaluate
 from lm_eval.models.huggingface import HFLM
 from peft import LoraConfig, get_peft_model, get_peft_model_state_dict
-from scenes import Scene
 
 from paragen.collection import checkpoints
 from paragen.common import paths

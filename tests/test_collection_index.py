@@ -14,8 +14,8 @@ from pathlib import Path
 import pyarrow as pa
 import pyarrow.parquet
 import pytest
-import scored
-from twins import edit, flip_a_bit, twin
+from helpers import scored
+from helpers.copies import edit, flip_a_bit, twin
 
 import index as index_script
 from paragen.collection import checkpoints, collection, index

@@ -13,7 +13,7 @@ from paragen.collection import collection
 from paragen.common import files, paths
 from paragen.common.cli import UserError
 
-UTILS = Path(__file__).resolve().parent.parent / "utils"
+UTILS = Path(__file__).resolve().parents[2] / "utils"
 CATEGORY = "common-sense-reasoning"
 KEYS = ("CATEGORY", "DATASET", "MODEL", "MODELS", "RANK", "RANKS", "SEED", "FORCE", "FORMAT", "OUT", "DTYPE", "STEPS")
 TEXT_LAYERS = ("self_attn.q_proj", "self_attn.v_proj", "mlp.down_proj")

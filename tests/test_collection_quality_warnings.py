@@ -5,7 +5,7 @@ import math
 
 import numpy
 import pytest
-import scored
+from helpers import scored
 
 import verify
 from paragen.collection import collection, quality_warnings

@@ -3,7 +3,7 @@
 from typing import NamedTuple
 
 import pytest
-import tiny_models
+from helpers import tiny_models
 
 IGNORED = -100
 ROWS = {  # two turns; the first is history

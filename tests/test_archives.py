@@ -10,9 +10,8 @@ import time
 from pathlib import Path
 
 import pytest
-import scored
 import torch
-import warm
+from helpers import fork_server, scored
 from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 
@@ -488,10 +487,12 @@ def test_an_export_is_out_of_date_when_the_labels_changed(place, capsys):
 # In processes of their own: killed, two at once, on a full disk
 
 
-def start(script: str, saves: Path, *arguments, **environment: str) -> warm.Run:
+def start(script: str, saves: Path, *arguments, **environment: str) -> fork_server.Run:
     """utils/<script>.py on this saves/ folder."""
     log = saves.with_name(f"log {time.monotonic_ns()}.txt")
-    return warm.start(script, [str(value) for value in arguments], {"SAVES_FOLDER": str(saves), **environment}, log)
+    return fork_server.start(
+        script, [str(value) for value in arguments], {"SAVES_FOLDER": str(saves), **environment}, log
+    )
 
 
 @pytest.fixture

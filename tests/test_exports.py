@@ -6,9 +6,9 @@ import shutil
 import time
 from pathlib import Path
 
-import handmade
 import pytest
-from handmade import tree
+from helpers import handmade
+from helpers.handmade import tree
 
 from paragen.collection import exported
 from paragen.common import files

@@ -25,7 +25,7 @@ class Teller:
 
 
 if __name__ == "__main__":
-    import gpu_slots
+    from helpers import gpu_slots
 
     sweep.claim, sweep.release = lambda job: True, lambda job: None
     cells = [Cell("X", "x", rank, None, None) for rank in range(1, 7)]

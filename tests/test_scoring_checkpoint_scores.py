@@ -6,7 +6,7 @@ from types import SimpleNamespace
 import numpy as np
 import pytest
 import torch
-from scenes import Scene, prompts, question
+from helpers.model_fixtures import Scene, prompts, question
 from scipy.stats import binomtest
 
 from paragen.collection.evaluation import BASE

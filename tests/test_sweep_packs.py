@@ -68,7 +68,7 @@ def test_a_mixed_sweep_packs_what_it_can_and_each_cell_stands_for_itself(reposit
 def test_a_base_model_that_turns_out_not_to_be_for_the_engine_is_trained_the_ordinary_way(repository):
     """GPT-2's layers are no nn.Linear, which only the loaded model tells."""
     shutil.rmtree(repository / "models" / "Tiny-One")
-    subprocess.run([PYTHON, ROOT / "tests" / "tiny_models.py", repository / "models", "gpt2"], check=True)
+    subprocess.run([PYTHON, ROOT / "tests" / "helpers" / "tiny_models.py", repository / "models", "gpt2"], check=True)
     (repository / "models" / "gpt2").rename(repository / "models" / "Tiny-One")
     for dataset in ("To-y", "Other"):
         for line in ("lora_target: c_attn,c_proj,c_fc", "template: gpt2"):

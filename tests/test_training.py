@@ -8,7 +8,7 @@ import subprocess
 from pathlib import Path
 
 import pytest
-import warm
+from helpers import fork_server
 from safetensors.torch import load_file
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -72,7 +72,7 @@ def test_each_checkpoint_is_bit_identical_to_what_the_stock_trainer_saves(traine
         "output_dir": str(tmp_path / "out"),
     }
     (tmp_path / "stock.json").write_text(json.dumps(config))
-    result = warm.start("stock", [str(tmp_path / "stock.json"), str(twin.scripts)], {}, tmp_path / "log").wait()
+    result = fork_server.start("stock", [str(tmp_path / "stock.json"), str(twin.scripts)], {}, tmp_path / "log").wait()
     assert result.status == 0, result.output
     ours = trained_once.run_folder("finetune")
     assert sorted(tmp_path.glob("out/checkpoint-*")) == sorted(
@@ -312,7 +312,7 @@ def test_a_second_run_of_the_same_recipe_and_rank_leaves_at_once(project):
     while not temporary.exists():
         assert first.process.is_alive(), first.log.read_text()
     log = project.top / "second.txt"
-    second = warm.start("train", [str(project.pretrain), "4"], {}, log).wait()
+    second = fork_server.start("train", [str(project.pretrain), "4"], {}, log).wait()
     assert "is running already" in one_error_line(second)
     assert temporary.exists() and first.process.is_alive()
     assert first.kill_when(lambda: True, signal.SIGTERM)
@@ -436,7 +436,7 @@ def test_a_gpu_that_torch_cannot_use_is_an_error_and_not_a_cpu_run(project, tmp_
 def test_a_bfloat16_base_is_trained_in_float32_on_the_cpu(project, tmp_path):
     model = project.top / "models" / "Tiny-Llama"
     shutil.rmtree(model)
-    subprocess.run([ROOT / ".venv/bin/python", ROOT / "tests/tiny.py", model, "bfloat16"], check=True)
+    subprocess.run([ROOT / ".venv/bin/python", ROOT / "tests/helpers/tiny.py", model, "bfloat16"], check=True)
     result = project.train(project.pretrain)
     assert result.status == 0 and "float32 on the CPU" in result.output, result.output
 

@@ -7,8 +7,7 @@ import sys
 from pathlib import Path
 
 import pytest
-import tiny_models
-import warm
+from helpers import fork_server, tiny_models
 from safetensors import safe_open
 
 from paragen.model import base_models
@@ -31,12 +30,14 @@ class Projects:
     def __init__(self, top: Path, names: tuple[str, ...] = ()):
         self.top = top
         subprocess.run(
-            [sys.executable, ROOT / "tests" / "tiny_models.py", top, *names], check=True, capture_output=True
+            [sys.executable, ROOT / "tests" / "helpers" / "tiny_models.py", top, *names],
+            check=True,
+            capture_output=True,
         )
         (top / "models").mkdir()
         for name in names or tiny_models.NAMES:
             (top / name).rename(top / "models" / base_models.table()[name]["folder"])
-        subprocess.run([sys.executable, ROOT / "tests" / "tiny_pictures.py", top / "data"], check=True)
+        subprocess.run([sys.executable, ROOT / "tests" / "helpers" / "tiny_pictures.py", top / "data"], check=True)
 
     def recipe(self, name: str, phase: str) -> Path:
         """The repository's recipe of the model, at its place in this tree."""
@@ -64,10 +65,10 @@ class Projects:
         assert result.status == 0, result.output
         return render.run_folder(recipe, render.render(recipe, RANK, overrides))
 
-    def start(self, recipe: Path, *overrides: str, **environment: str) -> warm.Result:
+    def start(self, recipe: Path, *overrides: str, **environment: str) -> fork_server.Result:
         """Run utils/train.py on a recipe to its end."""
         arguments = [str(recipe), str(RANK), *overrides]
-        return warm.start("train", arguments, environment, self.top / "log.txt").wait()
+        return fork_server.start("train", arguments, environment, self.top / "log.txt").wait()
 
 
 @pytest.fixture(scope="module")

@@ -1,4 +1,4 @@
-"""A model that trains in milliseconds, and recipes for it. `python tests/tiny.py FOLDER` makes the model."""
+"""A model that trains in milliseconds, and recipes for it. `python tests/helpers/tiny.py FOLDER` makes the model."""
 
 import sys
 

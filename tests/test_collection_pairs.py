@@ -11,11 +11,11 @@ from pathlib import Path
 
 import pyarrow.compute as pc
 import pytest
-import scored
 import torch
+from helpers import scored
+from helpers.copies import edit, flip_a_bit, twin
 from safetensors.torch import load_file, save_file
 from torch.utils.data import DataLoader, get_worker_info
-from twins import edit, flip_a_bit, twin
 
 from pairs import Pair, Pairs, collate
 from paragen.collection import checkpoints, index, prompts, vectors

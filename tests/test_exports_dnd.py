@@ -6,9 +6,9 @@ import random
 import shutil
 from pathlib import Path
 
-import handmade
 import pytest
-from handmade import CATEGORY, tree
+from helpers import handmade
+from helpers.handmade import CATEGORY, tree
 
 from paragen.exports import dnd, dnd_prompts
 

@@ -2,7 +2,7 @@
 
 import numpy as np
 import pytest
-from scenes import question
+from helpers.model_fixtures import question
 
 from paragen.scoring import option_trees
 from paragen.scoring.option_trees import START

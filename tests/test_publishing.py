@@ -13,8 +13,8 @@ from pathlib import Path
 import pyarrow as pa
 import pyarrow.parquet
 import pytest
-import scored
-from upload_server import READS, USER, WRITES, UploadHub
+from helpers import scored
+from helpers.upload_server import READS, USER, WRITES, UploadHub
 
 import publish
 import pull

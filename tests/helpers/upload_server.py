@@ -10,7 +10,8 @@ import re
 from urllib.parse import unquote, urlsplit
 
 import yaml
-from hub_server import Handler, Hub, Repository, Request, is_large
+
+from helpers.hub_server import Handler, Hub, Repository, Request, is_large
 
 USER, WRITES, READS = "user", "hf_writes", "hf_reads"  # an account, its token, and one that may only read
 

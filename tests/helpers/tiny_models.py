@@ -1,6 +1,6 @@
 """Every architecture of models/models.yaml as a random model of two layers, with the real classes and layer names.
 
-    python tests/tiny_models.py FOLDER [NAME ...]       makes FOLDER/<name>/ for each, of NAMES (the default) or KIN
+    python tests/helpers/tiny_models.py FOLDER [NAME ...]     makes FOLDER/<name>/ for each, of NAMES (default) or KIN
 
 Import it for the table; building happens in a process of its own, so that the importing one stays fork-safe.
 """

@@ -6,8 +6,8 @@ import shutil
 from pathlib import Path
 
 import pytest
-import scored
 import torch
+from helpers import scored
 from safetensors.torch import load_file, save_file
 
 import verify

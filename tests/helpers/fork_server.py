@@ -14,6 +14,7 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import NamedTuple
 
+ROOT = Path(__file__).resolve().parents[2]
 context = multiprocessing.get_context("forkserver")
 context.set_forkserver_preload(["llamafactory.train.tuner", "matplotlib.pyplot", "peft", "safetensors.torch"])
 
@@ -60,7 +61,7 @@ def _run(script: str, arguments: list[str], environment: dict[str, str], log: st
     if limit := int(environment.get("FILE_SIZE_LIMIT", 0)):
         signal.signal(signal.SIGXFSZ, signal.SIG_IGN)  # writing past the limit is then an error, as on a full disk
         resource.setrlimit(resource.RLIMIT_FSIZE, (limit, limit))
-    sys.path.insert(0, str(Path(__file__).parent.parent / "utils"))
+    sys.path[:0] = [str(ROOT / "utils"), str(ROOT / "tests")]
     sys.argv = [script, *arguments]
     if script == "stock":
         import json

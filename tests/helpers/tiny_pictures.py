@@ -1,4 +1,7 @@
-"""A data/ folder with rows for ARC-c and, with drawn pictures, for MathV360K. `python tests/tiny_pictures.py DATA`."""
+"""A data/ folder with rows for ARC-c and, with drawn pictures, for MathV360K.
+
+python tests/helpers/tiny_pictures.py DATA
+"""
 
 import json
 import sys

@@ -8,11 +8,9 @@ import signal
 import subprocess
 from pathlib import Path
 
-import handmade
 import pytest
-import twins
-import warm
 from conftest import CATEGORY, ROOT, Project
+from helpers import copies, fork_server, handmade
 
 from paragen.collection import collection, evaluation, prompts
 from paragen.common import files
@@ -60,7 +58,7 @@ def ready(ready_once, tmp_path) -> Project:
 
 
 @pytest.fixture(scope="module")
-def scored_once(ready_once, tmp_path_factory) -> tuple[Project, warm.Result]:
+def scored_once(ready_once, tmp_path_factory) -> tuple[Project, fork_server.Result]:
     """The same evaluated with nothing but `make evaluate`, and what that printed. Read only."""
     project = ready_once.copy(tmp_path_factory.mktemp("scored") / "my project")
     return project, evaluate(project)
@@ -82,11 +80,13 @@ def long_once(pretrained_once, tmp_path_factory) -> Project:
     return project
 
 
-def start(project: Project, *arguments: str, log: str = "evaluate.txt", **environment: str) -> warm.Run:
-    return warm.start("evaluate", [*arguments], {"PARAGEN_TOP": str(project.top), **environment}, project.top / log)
+def start(project: Project, *arguments: str, log: str = "evaluate.txt", **environment: str) -> fork_server.Run:
+    return fork_server.start(
+        "evaluate", [*arguments], {"PARAGEN_TOP": str(project.top), **environment}, project.top / log
+    )
 
 
-def evaluate(project: Project, *arguments: str, **environment: str) -> warm.Result:
+def evaluate(project: Project, *arguments: str, **environment: str) -> fork_server.Result:
     return start(project, *arguments, **environment).wait()
 
 
@@ -124,7 +124,7 @@ def assert_alike(one: dict, other: dict) -> None:
     assert {**one, "base": 0, "checkpoints": 0} == {**other, "base": 0, "checkpoints": 0}
 
 
-def one_error(result: warm.Result) -> str:
+def one_error(result: fork_server.Result) -> str:
     """The one line of a call that failed."""
     (line,) = [line for line in result.output.splitlines() if line.startswith("error: ")]
     assert result.status == 1 and "Traceback" not in result.output, result.output
@@ -284,7 +284,7 @@ def test_without_a_test_split_the_rows_that_were_not_trained_on_are_scored(ready
 
 def test_of_held_out_rows_only_these_are_scored(ready):
     unregister(ready, "Toy_test")
-    twins.edit(ready.run_folder("finetune"), lambda manifest: manifest["data"][0]["entry"].update(held_out=5))
+    copies.edit(ready.run_folder("finetune"), lambda manifest: manifest["data"][0]["entry"].update(held_out=5))
     one = evaluated(ready, STEPS="last")
     assert (one["split"], one["paired"], one["rows"]) == ("Toy[59:64]", True, 5)
 
@@ -325,7 +325,7 @@ def test_a_collection_of_two_datasets_is_scored_on_both(ready):
     register(ready, "Other", choices(7))
     register(ready, "Other_test", choices(4))
     element = handmade.register(ready.top / "data", CATEGORY, "Other", choices(7))
-    twins.edit(ready.run_folder("finetune"), lambda manifest: manifest["data"].append(element))
+    copies.edit(ready.run_folder("finetune"), lambda manifest: manifest["data"].append(element))
     one = evaluated(ready, STEPS="last")
     assert (one["split"], one["rows"], one["paired"]) == ("Toy_test+Other_test", 16, True)
 
@@ -394,7 +394,7 @@ def cut(path: Path, size: int = 100) -> None:
 
 
 def other_model(project: Project) -> None:
-    twins.flip_a_bit(project.top / "models" / "Tiny-Llama" / "model.safetensors")
+    copies.flip_a_bit(project.top / "models" / "Tiny-Llama" / "model.safetensors")
 
 
 def other_tokenizer(project: Project) -> None:
@@ -474,9 +474,13 @@ def folder(project: Project) -> Path:
         (other_tokenizer, {}, "models/Tiny-Llama: has not the tokenizer that Tiny-Llama_lora-rank_4_finetune"),
         (lambda p: cut(folder(p) / "checkpoint-9.safetensors"), {}, "checkpoint-9.safetensors: has 100 bytes"),
         (lambda p: (folder(p) / "checkpoint-9.safetensors").unlink(), {}, "checkpoint-9.safetensors: is missing"),
-        (lambda p: twins.flip_a_bit(folder(p) / "checkpoint-9.safetensors"), {}, "does not have its recorded sha256"),
+        (lambda p: copies.flip_a_bit(folder(p) / "checkpoint-9.safetensors"), {}, "does not have its recorded sha256"),
         (lambda p: (folder(p) / "adapter_config.json").write_text("{}"), {}, "adapter_config.json: does not have its"),
-        (lambda p: twins.edit(folder(p), lambda m: m.update(recipe=None)), {}, "its manifest does not know its recipe"),
+        (
+            lambda p: copies.edit(folder(p), lambda m: m.update(recipe=None)),
+            {},
+            "its manifest does not know its recipe",
+        ),
         (lambda p: (folder(p) / "manifest.json").unlink(), {}, "has no manifest.json"),
         (lambda p: broken_scores(p, "["), {}, "evaluation.json: broken"),
         (lambda p: broken_scores(p, "[]"), {}, "evaluation.json: not of format 1"),
@@ -514,10 +518,10 @@ def test_a_full_disk_is_one_line_and_leaves_the_scores_there_were(ready):
 @pytest.fixture
 def several(ready) -> Project:
     """Collections of two ranks and two datasets on one base."""
-    twins.twin(folder(ready), rank=8)
-    other = twins.twin(folder(ready), "Other")
+    copies.twin(folder(ready), rank=8)
+    other = copies.twin(folder(ready), "Other")
     element = handmade.register(ready.top / "data", CATEGORY, "Other", choices(7))
-    twins.edit(other, lambda manifest: manifest.update(data=[element]))
+    copies.edit(other, lambda manifest: manifest.update(data=[element]))
     register(ready, "Other_test", choices(4))
     return ready
 
@@ -537,7 +541,7 @@ def test_several_collections_share_a_base_that_is_loaded_once(several):
 
 
 def test_one_that_cannot_be_scored_does_not_stop_the_others(several):
-    twins.twin(folder(several), model="Gone")
+    copies.twin(folder(several), model="Gone")
     unregister(several, "Other_test")
     result = evaluate(several, STEPS="last")
     errors = [line for line in result.output.splitlines() if line.startswith("error: ")]

@@ -6,10 +6,11 @@ import sys
 from pathlib import Path
 from typing import NamedTuple
 
-import warm
 import yaml
 
-ROOT = Path(__file__).resolve().parent.parent
+from helpers import fork_server
+
+ROOT = Path(__file__).resolve().parents[2]
 CATEGORY = "common-sense-reasoning"
 MODEL = "Tiny"
 BOUND = 1e-4  # of the relative difference in norm of each tensor
@@ -103,22 +104,22 @@ class Packable:
         """A run folder."""
         return self.saves / dataset / f"{MODEL}_lora-rank_{rank}{seed}_{phase}"
 
-    def start(self, *cells: Cell, **environment: str) -> warm.Run:
+    def start(self, *cells: Cell, **environment: str) -> fork_server.Run:
         """Start utils/packed_train.py on cells; ENGINE=packed unless told otherwise, so that nothing falls back."""
         arguments = [text for cell in cells for text in cell.arguments()]
-        return warm.start(
+        return fork_server.start(
             "paragen.packed.packed_train", arguments, {"ENGINE": "packed", **environment}, self.top / "packed.txt"
         )
 
-    def packed(self, *cells: Cell, **environment: str) -> warm.Result:
+    def packed(self, *cells: Cell, **environment: str) -> fork_server.Result:
         """The same to its end."""
         return self.start(*cells, **environment).wait()
 
-    def ordinary(self, cell: Cell, *phases: str, **environment: str) -> warm.Result:
+    def ordinary(self, cell: Cell, *phases: str, **environment: str) -> fork_server.Result:
         """Train phases of a cell (both by default) through utils/train.py; the last one's result."""
         for phase in phases or ("pretrain", "finetune"):
             arguments = [str(getattr(cell, phase)), str(cell.rank), *cell.overrides]
-            result = warm.start("train", arguments, environment, self.top / "log.txt").wait()
+            result = fork_server.start("train", arguments, environment, self.top / "log.txt").wait()
             if result.status:
                 break
         return result
@@ -145,8 +146,8 @@ class Packable:
 
 
 def make_models(folder: Path, *names: str) -> None:
-    """Tiny models of tests/tiny_models.py below a folder, made in a process of their own."""
-    command = [sys.executable, ROOT / "tests" / "tiny_models.py", folder, *names]
+    """Tiny models of tests/helpers/tiny_models.py below a folder, made in a process of their own."""
+    command = [sys.executable, ROOT / "tests" / "helpers" / "tiny_models.py", folder, *names]
     subprocess.run(command, check=True, capture_output=True)
 
 

@@ -10,7 +10,7 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-import scored
+from helpers import scored
 from PIL import Image
 from selenium import webdriver
 from selenium.webdriver.chrome.service import Service

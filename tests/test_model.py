@@ -13,7 +13,7 @@ import time
 from pathlib import Path
 
 import pytest
-from hub_server import COMMIT, Hub, Repository
+from helpers.hub_server import COMMIT, Hub, Repository
 
 from paragen.common.cli import UserError
 from paragen.model import base_models

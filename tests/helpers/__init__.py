@@ -1,0 +1,1 @@
+"""What tests share: tiny models, handmade collections, forked runs, servers on loopback."""
