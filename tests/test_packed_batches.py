@@ -7,13 +7,12 @@ import pytest
 from helpers import packed_project
 
 from paragen.common.cli import UserError
-from paragen.recipes import render
+from paragen.recipes.run import run_of
 from paragen.training import engines
 
 
 def why(cell: packed_project.Cell, devices: tuple[str, ...] = ("cpu",)) -> str | None:
-    config = render.render(cell.pretrain, cell.rank, list(cell.overrides))
-    return engines.why_not_packed(cell.pretrain, config, list(devices))
+    return engines.why_not_packed(run_of(cell.pretrain, cell.rank, cell.overrides), list(devices))
 
 
 @pytest.fixture
@@ -44,8 +43,8 @@ REFUSED = {
 @pytest.mark.parametrize("key", REFUSED)
 def test_what_it_does_not_know_for_sure_is_named(packable, key):
     cell = packable.cell()
-    config = render.render(cell.pretrain, 4, []) | {key: REFUSED[key]}
-    assert key in engines.why_not_packed(cell.pretrain, config, ["cpu"])
+    run = run_of(cell.pretrain, 4)
+    assert key in engines.why_not_packed(replace(run, config=run.config | {key: REFUSED[key]}), ["cpu"])
 
 
 def test_several_devices_and_processors_are_not_for_it(packable):

@@ -288,7 +288,7 @@ def worker(tmp_path, monkeypatch):
 
     from paragen.sweep import cell_worker
 
-    def start(script, arguments, environment, log):
+    def start(task, arguments, environment, log, note):
         process = multiprocessing.get_context("fork").Process(target=time.sleep, args=(60,))
         process.start()
         return process
@@ -302,6 +302,7 @@ def worker(tmp_path, monkeypatch):
 
 def test_a_stop_reaches_a_run_that_is_just_starting(worker, tmp_path, monkeypatch):
     from paragen.sweep import cell_worker
+    from paragen.training import ordinary
 
     start = cell_worker.forked.start
 
@@ -311,12 +312,13 @@ def test_a_stop_reaches_a_run_that_is_just_starting(worker, tmp_path, monkeypatc
 
     monkeypatch.setattr(cell_worker.forked, "start", start_slowly)
     started = time.monotonic()
-    worker._run("train", [], {}, tmp_path / "x.log")
+    worker._run(ordinary.train, (), {}, tmp_path / "x.log")
     assert time.monotonic() - started < 10
 
 
 def test_a_run_whose_end_nobody_saw_is_worth_another_attempt(worker, tmp_path, monkeypatch):
     from paragen.sweep import cell_worker
+    from paragen.training import ordinary
 
     class Lost:
         exitcode = 255  # multiprocessing's, when the process that the others are forked from was killed
@@ -325,7 +327,7 @@ def test_a_run_whose_end_nobody_saw_is_worth_another_attempt(worker, tmp_path, m
             pass
 
     monkeypatch.setattr(cell_worker.forked, "start", lambda *arguments: Lost())
-    assert worker._run("train", [], {}, tmp_path / "x.log")[0] == "killed"
+    assert worker._run(ordinary.train, (), {}, tmp_path / "x.log").kind == "killed"
 
 
 def test_a_recipe_that_cannot_be_read_costs_its_cell(repository):
@@ -383,10 +385,10 @@ def test_tokenised_rows_are_shared_only_where_they_are_the_same(change, same):
 def test_a_cell_that_another_program_is_at_work_on_waits_behind_the_others(project):
     """Its run keeps the right to its name; a second attempt takes it from the first."""
     from paragen.common import files
+    from paragen.recipes.run import Cell
     from paragen.sweep import sweep
-    from paragen.training.status import Cell
 
-    cell = Cell("Toy", "tiny", 4, project.pretrain, project.finetune)
+    cell = Cell("Toy", "tiny", 4, (project.pretrain, project.finetune))
     mark = project.run_folder("finetune").with_name(f".{project.run_folder('finetune').name}.attempt")
     with files.lock(files.beside(project.run_folder("finetune"), "lock")):
         assert not sweep.claim(sweep.Job(cell, "new", 1, False)) and not mark.exists()
