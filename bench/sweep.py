@@ -194,7 +194,8 @@ def no_op(top: Path, count: int) -> float:
     """Seconds per cell that the scheduler itself takes."""
     code = (
         "import sys, time; sys.path[:0] = ['utils', %r]\n"
-        "import bench_sweep as bench\nfrom paragen.sweep import sweep\nfrom dataclasses import replace\nfrom paragen.recipes import lookup\n"
+        "import bench_sweep as bench\nfrom dataclasses import replace\n"
+        "from paragen.recipes import lookup\nfrom paragen.sweep import sweep\n"
         "cells = [replace(cell, rank=rank) "
         "for cell in lookup.chosen_cells('', [])[:1] for rank in range(1, %d)]\n"
         "times = []\n"

@@ -1,6 +1,7 @@
 """What the packed engine takes, how it deals ranks into stacks, and how it lays rows out: without training."""
 
 import json
+from dataclasses import replace
 
 import numpy as np
 import pytest

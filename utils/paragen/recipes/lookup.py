@@ -36,7 +36,8 @@ def recipes(scripts: Path | None = None) -> dict[tuple[str, str, str], Path]:
 def find(dataset: str, model: str | None, phase: str, scripts: Path | None = None) -> Path:
     """The recipe that is meant.
 
-    Without `model`: DEFAULT_MODEL where the dataset has a recipe for it, else its one model. Raises UserError listing the right values when there is none.
+    Without `model`: DEFAULT_MODEL where the dataset has a recipe for it, else its one model. Raises UserError listing
+    the right values when there is none.
     """
     known = recipes(scripts)
     return known[(*_names(known, dataset, model, phase), phase)]
