@@ -5,7 +5,7 @@ from dataclasses import replace
 
 import numpy as np
 import pytest
-from helpers import packed_project
+from helpers import fork_server, packed_project
 
 from paragen.common.cli import UserError
 from paragen.recipes.run import run_of
@@ -267,7 +267,7 @@ def test_a_pack_of_the_suites_recipes_equals_what_the_ordinary_path_made(trained
     project = trained_once.copy(tmp_path / "packed")
     theirs = (project.top / "saves").rename(tmp_path / "theirs")
     cell = packed_project.Cell(project.pretrain, project.finetune)
-    run = packed_project.warm.start(
+    run = fork_server.start(
         "paragen.packed.packed_train", cell.arguments(), {"ENGINE": "packed"}, tmp_path / "log.txt"
     ).wait()
     assert run.status == 0, run.output

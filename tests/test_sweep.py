@@ -9,6 +9,7 @@ import time
 from pathlib import Path
 
 import pytest
+from helpers import fork_server
 
 pytestmark = pytest.mark.runs
 
@@ -136,7 +137,8 @@ def test_half_the_rows_at_a_time_is_the_same_training(pretrained, trained_once):
     import torch
     from safetensors.torch import load_file
 
-    result = pretrained.train(pretrained.pretrain, PARAGEN_HALVE_BATCH="1", FORCE="1")
+    arguments = [str(pretrained.pretrain), "4"]
+    result = fork_server.start("helpers.half_batch", arguments, {"FORCE": "1"}, pretrained.top / "log.txt").wait()
     assert result.status == 0, result.output
     folder = pretrained.run_folder("pretrain")
     manifest = json.loads((folder / "manifest.json").read_text())
@@ -214,29 +216,6 @@ def test_what_runs_is_seen_from_another_shell(repository, project):
     run.wait()
     (line,) = (line for line in shown.splitlines() if line.startswith("collecting: "))
     assert "pretrain step " in line and " of 4000, loss " in line
-
-
-@pytest.mark.parametrize(
-    ("log", "cause", "again"),
-    [
-        ("  0%| | 0/20 [00:01<?, ?it/s]error: x.yaml: out of device memory; halve it\n 0%| | 0/20 [00:01<?, ?it/s]\n",
-         "x.yaml: out of device memory; halve it", True),
-        ("RuntimeError: DefaultCPUAllocator: can't allocate memory: you tried to allocate 9 bytes.\n",
-         "RuntimeError: DefaultCPUAllocator: can't allocate memory: you tried to allocate 9 bytes.", True),
-        ("error: x.yaml: out of device memory; halve it\nerror: training on 2 devices failed with status 1; the cause "
-         "stands above\n", "x.yaml: out of device memory; halve it", True),
-        ("  5%| | 1/20 [00:05<01:35,  5.00s/it]error: x.yaml: no\n", "x.yaml: no", False),
-        ("error: x.yaml: no such file\n100%|  | 1/1 [00:00<00:00, 9.00it/s]\n", "x.yaml: no such file", False),
-        ("whole  A\nFAULTY B: has 1 bytes\n", "FAULTY B: has 1 bytes", False),
-        ("", "no output", False),
-    ],
-)  # fmt: skip
-def test_the_cause_of_a_failure_is_the_logs_last_error(tmp_path, log, cause, again):
-    from paragen.sweep import cell_worker
-
-    (tmp_path / "x.log").write_text(log)
-    assert cell_worker.cause_in(tmp_path / "x.log") == f"{cause} (log: {tmp_path / 'x.log'})"
-    assert bool(cell_worker.OUT_OF_MEMORY.search(cause)) == again
 
 
 @pytest.mark.parametrize(("gpus_per_cell", "groups"), [("1", 4), ("2", 2)])
