@@ -22,16 +22,10 @@ from paragen.common import paths
 from paragen.common.cli import UserError
 from paragen.dataset import dataset_info
 from paragen.model import base_models
-from paragen.recipes import render, vocabulary
+from paragen.recipes import keys, render, vocabulary
 
 FIGURES = paths.SCRIPTS / "figures.yaml"
-# What a finetune says as its pretrain does; any other key that both have may differ.
 # fmt: off
-SHARED = (
-    "model_name_or_path", "dataset", "dataset_dir", "template", "learning_rate", "finetuning_type", "lora_rank",
-    "lora_target", "lora_alpha", "lora_dropout", "use_rslora", "use_dora", "pissa_init", "cutoff_len", "max_samples",
-    "image_max_pixels", "bf16", "fp16", "seed",
-)
 HEADS = {
     "lm_head", "embed_out", "embed_tokens", "word_embeddings", "wte", "wpe", "decoder", "predictions", "cls", "score",
 }
@@ -125,7 +119,7 @@ def read_recipe(path: Path) -> Recipe:
 def runner_fault(recipe: Recipe) -> list[str]:
     """Whatever else train_with_rank.sh would refuse."""
     try:
-        render.render(recipe.path, recipe.config.get("lora_rank", render.DEFAULT_RANK))
+        render.render(recipe.path, recipe.config.get("lora_rank", keys.OMITTED_RANK))
     except UserError as error:
         return [str(error).replace(str(recipe.path), paths.relative(recipe.path))]
     return []
@@ -144,7 +138,7 @@ def name_faults(recipe: Recipe) -> Iterator[Fault]:
         yield "its folder", f"{recipe.category!r} is no category; the categories are {', '.join(paths.CATEGORIES)}"
     if recipe.config.get("dataset") != recipe.dataset:
         yield "dataset", f"is {recipe.config.get('dataset')!r}, but the file and its folder say {recipe.dataset!r}"
-    rank = recipe.config.get("lora_rank", render.DEFAULT_RANK)
+    rank = recipe.config.get("lora_rank", keys.OMITTED_RANK)
     folder = recipe.resolved("model_name_or_path")
     wanted = f"saves/{recipe.category}/{recipe.dataset}/{folder and folder.name}_lora-rank_{rank}_{recipe.phase}"
     if folder and recipe.resolved("output_dir") != paths.ROOT / wanted:
@@ -153,7 +147,7 @@ def name_faults(recipe: Recipe) -> Iterator[Fault]:
 
 def key_faults(recipe: Recipe) -> Iterator[Fault]:
     """Keys that LLaMA-Factory does not know or that go, values of another type than it takes, code of strangers."""
-    known, gone = vocabulary.keys(), vocabulary.deprecated()
+    known, gone = vocabulary.known_keys(), vocabulary.deprecated_keys()
     for key, value in recipe.config.items():
         if key not in known:
             near = difflib.get_close_matches(str(key), known, 1)
@@ -167,7 +161,7 @@ def key_faults(recipe: Recipe) -> Iterator[Fault]:
             yield key, f"{value!r} is not {wanted}"
     if recipe.config.get("trust_remote_code"):
         yield "trust_remote_code", "lets code from the model's folder run; say false"
-    for key in ("model_name_or_path", "dataset", "template", "output_dir", "max_steps", "save_steps"):
+    for key in keys.EXPECTED:
         if recipe.config.get(key) is None:
             why = ": the length in steps (epochs depend on the batch)" if key == "max_steps" else ""
             yield key, f"is missing{why}"
@@ -281,7 +275,7 @@ def dataset_faults(recipe: Recipe) -> Iterator[Fault]:
 
 def path_faults(recipe: Recipe) -> Iterator[Fault]:
     """Paths that leave the repository or that mean something on one machine only."""
-    for key in ("model_name_or_path", "dataset_dir", "output_dir", "resume_from_checkpoint", "media_dir", "deepspeed"):
+    for key in (*keys.PATHS, "deepspeed"):
         value, path = recipe.config.get(key), recipe.resolved(key)
         if path is None:
             continue
@@ -352,7 +346,7 @@ def pair_faults(recipe: Recipe, read: dict[Path, Recipe]) -> Iterator[Fault]:
     if recipe.phase == "pretrain" or other_path not in read:
         return
     pretrain, config = read[other_path], recipe.config
-    for key in SHARED:
+    for key in keys.SAME_IN_PAIR:
         mine, theirs = config.get(key), pretrain.config.get(key)
         if mine != theirs:
             yield key, f"is {mine!r}, in {other_path.name} it is {theirs!r}"

@@ -26,13 +26,11 @@ from paragen.common import files, paths
 from paragen.common.cli import UserError, say
 from paragen.dataset import registration
 from paragen.model import base_models
-from paragen.recipes import lookup, render, vocabulary
+from paragen.recipes import keys, lookup, render, vocabulary
 
 FIGURES = paths.SCRIPTS / "figures.yaml"
 UP = "../../.."  # from a recipe's folder to the repository
 SMALL = 2_000_000_000  # parameters
-# Keys of a FROM pair that are not taken over: what they say is said otherwise, or holds for its own data only.
-LEFT_OUT = {"num_train_epochs", "warmup_ratio", "image_max_pixels"}
 
 
 @dataclass
@@ -178,19 +176,14 @@ def figures_from(typed: str, cell: Cell) -> dict[str, Any]:
     recipes = lookup.recipes()
     pretrain, finetune = (render.load(recipes[dataset, model, phase]) for phase in paths.PHASES)
     figures = {"note": f"those of {model} on {dataset}", "keep": finetune.get("save_total_limit", 100)}
-    for key in (
-        "lora_rank",
-        "cutoff_len",
-        "max_samples",
-        "image_max_pixels",
-        "learning_rate",
-        "warmup_steps",
-        "save_steps",
-    ):
+    for key in keys.COPIED_FIGURES:
         if key in pretrain:
             figures[key] = pretrain[key]
     for phase, config in (("pretrain", pretrain), ("finetune", finetune)):
-        split = (config.get("per_device_train_batch_size", 8), config.get("gradient_accumulation_steps", 1))
+        split = (
+            config.get("per_device_train_batch_size", keys.OMITTED_BATCH_SIZE),
+            config.get("gradient_accumulation_steps", keys.OMITTED_ACCUMULATION),
+        )
         figures[f"{phase}_batch"] = list(split)
         figures[f"{phase}_taken"] = config
     resumed = paths.CHECKPOINT.search(str(finetune.get("resume_from_checkpoint")))
@@ -318,7 +311,7 @@ def text_of(cell: Cell, figures: dict[str, Any], phase: str) -> str:
         "output": output_lines(cell, figures, phase),
         "train": train_lines(cell, figures, phase),
     }
-    own = {key for name in ("method", "dataset", "model") for key, *_ in sections[name]} | LEFT_OUT
+    own = {key for name in ("method", "dataset", "model") for key, *_ in sections[name]} | keys.NEVER_COPIED
     for each in paths.PHASES:
         own |= {key for key, *_ in output_lines(cell, figures, each) + train_lines(cell, figures, each)}
     taken = figures.get(f"{phase}_taken", {})

@@ -28,13 +28,13 @@ ARGUMENT_FILES = (
 
 
 @cache
-def keys() -> dict[str, str]:
+def known_keys() -> dict[str, str]:
     """Every key that LLaMA-Factory's training takes, with its type as its source says it (`float | None`)."""
     return {field.target.id: ast.unparse(field.annotation) for field in _fields()}
 
 
 @cache
-def deprecated() -> dict[str, str]:
+def deprecated_keys() -> dict[str, str]:
     """The keys that LLaMA-Factory or transformers calls deprecated, with what its help text says of each."""
     found = {}
     for field in _fields():

@@ -13,9 +13,6 @@ from paragen.common.cli import UserError
 from paragen.dataset import dataset_info
 from paragen.scoring import answers
 
-# Of a recipe, what decides how text becomes tokens, beside its template.
-TEXT_KEYS = ("template", "default_system", "tool_format", "enable_thinking", "preserve_thinking")
-
 
 class Path(NamedTuple):
     """One way to go on after a prompt."""

@@ -17,14 +17,12 @@ from paragen.common import cli, files, paths
 from paragen.common.cli import UserError
 from paragen.dataset import dataset_info
 from paragen.model import base_models
-from paragen.recipes import render
+from paragen.recipes import keys, render
 from paragen.sweep import cell_worker, plan
 from paragen.training import ordinary, status
 from paragen.training.status import Cell
 
 CHUNK = 16 * 2**20  # bytes that travel at once
-# Recipe keys with paths. Below the stage folder they mean the same as in the repository only when they are relative.
-PATH_KEYS = ("model_name_or_path", "dataset_dir", "media_dir", "output_dir", "resume_from_checkpoint")
 OTHER_WEIGHTS = (".safetensors", ".bin", ".pt", ".pth", ".gguf", ".onnx", ".msgpack", ".h5", ".ot")
 UTILS = paths.UTILS
 
@@ -213,7 +211,7 @@ class Depot:
 
 def check_paths(recipe: Path, config: dict) -> None:
     """Raise UserError for a path that would mean something else in another folder with this repository's layout."""
-    for key in PATH_KEYS:
+    for key in keys.PATHS:
         value = config.get(key)
         if value and os.path.isabs(os.path.expanduser(value)):
             line = render.line_of(recipe, key)

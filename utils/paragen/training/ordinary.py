@@ -22,7 +22,7 @@ from paragen.collection import collection, run_identity
 from paragen.common import cli, devices, files, paths
 from paragen.common.cli import UserError, say
 from paragen.model import base_models
-from paragen.recipes import render
+from paragen.recipes import keys, render
 
 FULL = 2**20  # bytes free on a disk that counts as full
 
@@ -155,7 +155,7 @@ def complete(attempt: Attempt, facts: dict) -> None:
     """Make a trained staging folder whole and give it the run folder's name; `facts` are the training's."""
     staging, folder, identity, config = attempt.staging, attempt.folder, attempt.identity, attempt.config
     facts = facts | collection.attempt_facts(attempt.id, attempt.started, now())
-    facts = {"seed": config.get("seed", render.DEFAULT_SEED), **facts}
+    facts = {"seed": config.get("seed", keys.OMITTED_SEED), **facts}
     finish = finish_finetune if attempt.phase == "finetune" else finish_pretrain
     checkpoints = finish(staging, folder, identity)
     if attempt.phase == "finetune":
