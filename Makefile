@@ -66,11 +66,11 @@ check-recipes: setup  ## check every recipe, or FILE and its other half: names, 
 ##@ Train and collect
 pretrain: setup  ## train the adapter to a good region: DATASET=ARC-c RANK=8
 	@recipe=$$($(PY) utils/cells.py pretrain) && \
-		exec bash utils/train_with_rank.sh "$$recipe" "$${RANK:-8}" $${SEED:+"seed=$$SEED"}
+		exec bash utils/train_with_rank.sh "$$recipe" "$$RANK" $${SEED:+"seed=$$SEED"}
 
 finetune: setup  ## go on from the pretrain and collect the last checkpoints: DATASET=ARC-c RANK=8 [KEEP=n]
 	@recipe=$$($(PY) utils/cells.py finetune) && \
-		exec bash utils/train_with_rank.sh "$$recipe" "$${RANK:-8}" $${SEED:+"seed=$$SEED"} $${KEEP:+"save_total_limit=$$KEEP"}
+		exec bash utils/train_with_rank.sh "$$recipe" "$$RANK" $${SEED:+"seed=$$SEED"} $${KEEP:+"save_total_limit=$$KEEP"}
 
 collect: setup  ## pretrain if it is missing, finetune, verify: DATASET=ARC-c RANK=8, or RANKS="2 4 8 16 64" at once
 	@exec $(PY) utils/collect.py

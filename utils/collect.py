@@ -18,7 +18,7 @@ from paragen.common import cli
 from paragen.common.cli import UserError
 from paragen.packed import packed_train
 from paragen.packed.packed_train import Cell
-from paragen.recipes import lookup, render
+from paragen.recipes import keys, lookup, render
 from paragen.training import engines
 
 UTILS = Path(__file__).resolve().parent
@@ -51,7 +51,7 @@ def asked_ranks() -> list[int]:
     one, several = os.environ.get("RANK"), os.environ.get("RANKS", "").split()
     if one and several:
         raise UserError(f"RANK={one} and RANKS={' '.join(several)}: give one of the two")
-    return list(dict.fromkeys(render.parse_rank(rank) for rank in several or [one or "8"]))
+    return list(dict.fromkeys(render.parse_rank(rank) for rank in several or [one or keys.DEFAULT_RANK]))
 
 
 def sort_out(chosen: list[Cell]) -> tuple[list[Cell], list[Cell]]:

@@ -12,17 +12,17 @@ from pathlib import Path
 from paragen.collection import run_identity
 from paragen.common import cli, files
 from paragen.common.cli import UserError
-from paragen.recipes import render
+from paragen.recipes import keys, render
 from paragen.training import ordinary
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(description="Train one recipe at one LoRA rank.")
     parser.add_argument("recipe", type=Path)
-    parser.add_argument("rank")
+    parser.add_argument("rank", help=f"LoRA rank; an empty text is {keys.DEFAULT_RANK}")
     parser.add_argument("overrides", nargs="*", metavar="key=value", help="override keys of the recipe")
     args = parser.parse_args()
-    config = render.render(args.recipe, render.parse_rank(args.rank), args.overrides)
+    config = render.render(args.recipe, render.parse_rank(args.rank or keys.DEFAULT_RANK), args.overrides)
     folder = render.run_folder(args.recipe, config)
     identity = run_identity.identity_of(args.recipe, config)
     try:

@@ -14,7 +14,7 @@ import prompt_templates
 from paragen.common import cli, files, paths
 from paragen.common.cli import UserError
 from paragen.dataset import dataset_info, pictures
-from paragen.model import base_models
+from paragen.model import base_models, model_files
 from paragen.recipes import keys
 from paragen.recipes.render import resolve
 
@@ -40,7 +40,7 @@ def identity_of(recipe: Path, config: dict) -> dict:
         "recipe": dict(sorted(recipe_keys.items())),
         "data": [_data_of(name.strip(), recipe, config) for name in config["dataset"].split(",")],
         "base_model": base_models.identity_of(base),
-        "tokenizer": {"sha256": base_models.hash_of(base, base_models.tokenizer_files(base))},
+        "tokenizer": {"sha256": model_files.hash_of(base, model_files.tokenizer_files(base))},
         "pretrain": pretrain_of(resume_folder(recipe, config)),
     }
 

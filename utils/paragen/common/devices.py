@@ -72,44 +72,9 @@ def settings(devices: list[str]) -> dict:
     return CPU_SETTINGS
 
 
-def share_batch(config: dict, count: int, halved: bool, has_processor: bool) -> dict:
-    """Recipe keys that keep the effective batch on `count` devices (0: torch's own), each with half the rows at a time
-    where that is asked for (see split_batch and halve_batch)."""
-    shared = split_batch(config, count, has_processor) if count > 1 else {}
-    return shared | (halve_batch(config | shared, has_processor) if halved else {})
-
-
-def split_batch(config: dict, count: int, has_processor: bool) -> dict:
-    """Recipe keys that keep the effective batch when it is spread over `count` devices.
-
-    The rows of a step stay the same rows: accumulation is divided first, else the rows per device. A model with a
-    processor averages its loss over micro-batches, so that other micro-batches would be another objective.
-    """
-    accumulated = config.get("gradient_accumulation_steps", 1)
-    rows = config.get("per_device_train_batch_size", 8)  # transformers.TrainingArguments' default
-    if accumulated % count == 0:
-        return {"gradient_accumulation_steps": accumulated // count}
-    if rows % count == 0 and not has_processor:
-        return {"per_device_train_batch_size": rows // count}
-    shared = f"{accumulated}" if has_processor else f"{accumulated} or {rows}"
-    raise UserError(
-        f"{count} devices cannot share a batch of {rows} rows x {accumulated} accumulated; "
-        f"use a number of devices that divides {shared}"
-    )
-
-
-def halve_batch(config: dict, has_processor: bool) -> dict:
-    """Recipe keys that take half the rows at a time and accumulate twice as often: the same objective, less memory.
-
-    Empty where that would be another objective (a model with a processor averages over micro-batches) or the rows are
-    no even number.
-    """
-    rows = config.get("per_device_train_batch_size", 8)
-    if has_processor or rows % 2:
-        return {}
-    accumulated = config.get("gradient_accumulation_steps", 1)
-    say(f"out of memory before: {rows // 2} rows x {2 * accumulated} accumulated instead of {rows} x {accumulated}")
-    return {"per_device_train_batch_size": rows // 2, "gradient_accumulation_steps": 2 * accumulated}
+def cpu_cores() -> int:
+    """The CPU cores that this process may use."""
+    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
 
 
 def free_memory() -> None:

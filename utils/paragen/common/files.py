@@ -12,6 +12,9 @@ from collections.abc import Iterable, Iterator
 from pathlib import Path
 from typing import Any
 
+CHUNK_BYTES = 1 << 20  # read at once from a file that is hashed
+GIT_LFS_POINTER = b"version https://git-lfs.github.com/spec/"  # how a file begins that Git LFS did not download
+
 
 def write_atomically(path: Path, *parts: bytes | memoryview) -> None:
     """Put `parts`, one behind the other, at `path` so that no reader, also after a crash, ever sees a part of it."""
@@ -74,6 +77,15 @@ def sha256_of(path: Path) -> str:
     """The hexadecimal SHA-256 of a file."""
     with open(path, "rb") as file:
         return hashlib.file_digest(file, "sha256").hexdigest()
+
+
+def git_blob_id(path: Path) -> str:
+    """Git's id of a file's content, hexadecimal: SHA-1 over `blob <size>`, a zero byte and the content."""
+    digest = hashlib.sha1(b"blob %d\0" % path.stat().st_size, usedforsecurity=False)
+    with open(path, "rb") as file:
+        while chunk := file.read(CHUNK_BYTES):
+            digest.update(chunk)
+    return digest.hexdigest()
 
 
 def sha256_of_value(value: Any) -> str:

@@ -4,12 +4,13 @@ Imported by export_canonical.py and stats.py. PyTorch's own threads share out ea
 after it; for a layer's small matrices on a busy machine that was seen to take ten times as long as one thread.
 """
 
-import os
 from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from typing import Any
 
-WORKERS = min(8, os.cpu_count() or 1)
+from paragen.common import devices
+
+WORKERS = min(8, devices.cpu_cores())
 WAITING = 4  # results per worker that may wait to be taken
 
 

@@ -8,14 +8,13 @@ is looked for at its upstream path, in its category's folder and by its bare nam
 fetched again; a download that was cut off is gone on with.
 """
 
-import hashlib
 import os
 import queue
 import ssl
 import sys
 import threading
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -39,7 +38,6 @@ COPIED_AT_ONCE = 1 << 20
 SHOWN = 5  # failed files that the last line names
 PASSING = {408, 425, 429, 500, 502, 503, 504}  # HTTP states that may be over at the next try
 LFS_MARK = b"version https://git-lfs.github.com/spec/"
-Grow = Callable[[int], None]
 
 
 class Dropped(Exception):
@@ -138,7 +136,7 @@ def bring(name: str, entry: dict, source: "Source", force: bool, tries: int, dat
         if target.is_dir():
             raise UserError(f"{relative(target)} is a folder; move it away")
         if target.exists():
-            if blob_id(target) == entry["blob"]:
+            if files.git_blob_id(target) == entry["blob"]:
                 bar.update(entry.get("bytes") or 0)
                 return "is there"
             if not force:
@@ -171,10 +169,12 @@ def transfer(name: str, entry: dict, source: "Source", part: Path, tries: int, b
     """Bring the whole of a file into `part`, with its blob id checked. Raises UserError; what is wrong is not kept."""
     from_start = not part.exists()
     receive(name, entry, source, part, tries, bar)
-    if blob_id(part) != entry["blob"] and not from_start:  # what was left from before may have been the wrong half
+    if (
+        files.git_blob_id(part) != entry["blob"] and not from_start
+    ):  # what was left from before may have been the wrong half
         part.unlink()
         receive(name, entry, source, part, tries, bar)
-    found = blob_id(part)
+    found = files.git_blob_id(part)
     if found == entry["blob"]:
         with open(part, "rb") as file:
             pointer = file.read(len(LFS_MARK)) == LFS_MARK
@@ -242,7 +242,7 @@ class Folder:
         found = [path for place in places(name, entry) if (path := self.folder / place).is_file()]
         if not found:
             raise UserError(f"{self.folder}: does not hold it; {looked_for(name, entry)}")
-        right = next((path for path in found if blob_id(path) == entry["blob"]), found[0])
+        right = next((path for path in found if files.git_blob_id(path) == entry["blob"]), found[0])
         with open(right, "rb") as file, open(part, "wb") as copy:
             while chunk := file.read(COPIED_AT_ONCE):
                 copy.write(chunk)
@@ -341,15 +341,6 @@ def grow_total(bar: tqdm, size: int | None, response: httpx.Response) -> None:
     length = response.headers.get("Content-Length", "")
     if size is None and length.isdigit():
         bar.total = (bar.total or 0) + int(length)
-
-
-def blob_id(path: Path) -> str:
-    """Git's id of a file's content: SHA-1 over `blob <size>`, a zero byte and the content."""
-    digest = hashlib.sha1(b"blob %d\0" % path.stat().st_size, usedforsecurity=False)
-    with open(path, "rb") as file:
-        while chunk := file.read(COPIED_AT_ONCE):
-            digest.update(chunk)
-    return digest.hexdigest()
 
 
 def register(name: str, entry: dict, force: bool, data_dir: Path) -> None:

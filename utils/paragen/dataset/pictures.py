@@ -14,7 +14,7 @@ from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
-from paragen.common import files, paths
+from paragen.common import devices, files, paths
 from paragen.common.cli import UserError, say
 from paragen.dataset import dataset_info
 
@@ -90,7 +90,7 @@ def hashes_of(names: Iterable[str], media: Path) -> dict[str, str]:
 
 def _read_into(found: dict[str, str], cache: dict[str, list], unread: dict[str, tuple[Path, list]]) -> None:
     """Read pictures on all cores (decoding does not hold the interpreter) and note each hash, or what is wrong."""
-    pool = ThreadPoolExecutor(os.cpu_count())
+    pool = ThreadPoolExecutor(devices.cpu_cores())
     try:
         read = pool.map(hash_of_picture, [path for path, _ in unread.values()])
         for (name, (_, state)), sha256 in zip(unread.items(), read, strict=True):

@@ -5,10 +5,10 @@ Imported by publish.py and card.py. Prepared data: data/sources.yaml. Own data: 
 that `make model` wrote.
 """
 
-import hashlib
 from pathlib import Path
 from typing import Any
 
+from paragen.common import files
 from paragen.dataset import dataset_info, sources
 from paragen.model import base_models
 
@@ -39,8 +39,7 @@ def prepared(file: str, data_dir: Path) -> dict[str, Any] | None:
     told = sources.table(table)["files"].get(path.name) if table.is_file() else None
     if told is None or told["category"] != path.parent.name or not path.is_file():
         return None
-    content = path.read_bytes()
-    return told if hashlib.sha1(b"blob %d\0" % len(content) + content).hexdigest() == told["blob"] else None
+    return told if files.git_blob_id(path) == told["blob"] else None
 
 
 def of_base(base: dict[str, Any] | None, models_dir: Path) -> dict[str, Any]:

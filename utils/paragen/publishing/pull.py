@@ -157,7 +157,7 @@ def fetch(source: Source, names: list[str]) -> None:
     def bring(name: str) -> str | None:
         file = source.listed[name]
         for _ in range(2):  # what lay here from before may be broken
-            transfer.bring_file(source.repository, source.commit, file, source.staging, "dataset")
+            transfer.download_file(source.repository, source.commit, file, source.staging, "dataset")
             fault = transfer.fault_of(source.staging / name, file)
             if fault is None:
                 return None

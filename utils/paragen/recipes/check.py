@@ -8,7 +8,6 @@ a line on stderr with file, line and key; the status is 1 when there is one.
 """
 
 import difflib
-import json
 import re
 import shlex
 from collections.abc import Iterator
@@ -18,10 +17,10 @@ from typing import Any
 
 import yaml
 
-from paragen.common import paths
+from paragen.common import paths, safetensors_header
 from paragen.common.cli import UserError
 from paragen.dataset import dataset_info
-from paragen.model import base_models
+from paragen.model import base_models, model_files
 from paragen.recipes import keys, render, vocabulary
 
 FIGURES = paths.SCRIPTS / "figures.yaml"
@@ -235,13 +234,12 @@ def target_faults(target: Any, folder: Path | None, entry: dict | None) -> Itera
 def layers_on_disk(folder: Path | None) -> set[str]:
     """The names of a model's layers, from the heads of its weight files; empty where it is not here."""
     names = set()
-    for path in base_models.weight_files(folder) if folder and folder.is_dir() else []:
+    for path in model_files.weight_files(folder) if folder and folder.is_dir() else []:
         try:
-            with open(path, "rb") as file:
-                head = json.loads(file.read(int.from_bytes(file.read(8), "little")))
-        except (ValueError, OSError, MemoryError):
-            continue  # that the weights are broken is for `make model` to say
-        names |= {name.removesuffix(".weight") for name in head if name.endswith(".weight")}
+            tensors = safetensors_header.read_tensors(path)
+        except (ValueError, AttributeError, OSError):
+            continue  # `make model` reports broken weights
+        names |= {name.removesuffix(".weight") for name in tensors if name.endswith(".weight")}
     return names
 
 

@@ -25,7 +25,7 @@ import yaml
 from paragen.common import files, paths
 from paragen.common.cli import UserError, say
 from paragen.dataset import registration
-from paragen.model import base_models
+from paragen.model import base_models, model_files
 from paragen.recipes import keys, lookup, render, vocabulary
 
 FIGURES = paths.SCRIPTS / "figures.yaml"
@@ -66,7 +66,7 @@ def cell_of(model: str, dataset: str, template: str | None = None, category: str
     category = category or place
     if not category:
         raise UserError(f"dataset {dataset!r} lies in no category; say CATEGORY= one of {', '.join(paths.CATEGORIES)}")
-    short, entry = base_models.entry(model)
+    short, entry = base_models.find_entry(model)
     folder = paths.MODELS / entry["folder"]
     guess = read_figures()["datasets"].get(dataset, {}).get("rows")
     return Cell(
@@ -138,7 +138,7 @@ def lora_target_of(folder: Path) -> str:
 
 def parameters_of(folder: Path) -> int:
     """The parameters of a model folder, as near as its files tell: 2 bytes each; 0 where it has no weights yet."""
-    return files.size_of(base_models.weight_files(folder)) // 2
+    return files.size_of(model_files.weight_files(folder)) // 2
 
 
 def read_figures() -> dict:

@@ -127,9 +127,7 @@ def _check_own_ranks(recipe: Path, own: dict) -> None:
     for key in keys.RUN_PATHS:
         named = paths.rank_in(own[key]) if isinstance(own.get(key), str) else None
         if named and named[0] != rank:
-            said = (
-                f"lora_rank is {rank}" if "lora_rank" in own else f"lora_rank is not set (so {keys.OMITTED_RANK})"
-            )
+            said = f"lora_rank is {rank}" if "lora_rank" in own else f"lora_rank is not set (so {keys.OMITTED_RANK})"
             raise UserError(f"{recipe}:{line_of(recipe, key)}: {key} names rank {named[0]} but {said}; make them agree")
         seed = own.get("seed", keys.OMITTED_SEED)
         if named and named[1] not in (None, seed):

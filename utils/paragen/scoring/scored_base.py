@@ -18,7 +18,7 @@ from transformers.utils.logging import disable_progress_bar
 import prompt_templates
 from paragen.common import paths
 from paragen.common.cli import UserError
-from paragen.model import base_models
+from paragen.model import base_models, model_files
 from paragen.packed.model import fuse, plain
 from paragen.recipes import keys
 from paragen.scoring import attention, decoding, model_passes
@@ -99,7 +99,7 @@ def folder_of(manifest: dict[str, Any]) -> Path:
         raise UserError(
             f"{paths.relative(folder)}: is not the base model that {manifest['run']} was trained on; {WAY_OUT}"
         )
-    if base_models.hash_of(folder, base_models.tokenizer_files(folder)) != (manifest["tokenizer"] or {}).get("sha256"):
+    if model_files.hash_of(folder, model_files.tokenizer_files(folder)) != (manifest["tokenizer"] or {}).get("sha256"):
         raise UserError(
             f"{paths.relative(folder)}: has not the tokenizer that {manifest['run']} was trained with; {WAY_OUT}"
         )

@@ -16,7 +16,7 @@ from paragen.collection import collection, run_identity
 from paragen.common import cli, files, paths
 from paragen.common.cli import UserError
 from paragen.dataset import dataset_info
-from paragen.model import base_models
+from paragen.model import base_models, model_files
 from paragen.recipes import keys, render
 from paragen.sweep import cell_worker, plan
 from paragen.training import ordinary, status
@@ -129,7 +129,7 @@ class Depot:
 
     def _hash_of(self, path: Path) -> str:
         if path.name.endswith(".safetensors") and path.parent.parent == paths.MODELS:
-            return base_models.hashes_of(path.parent, [path])[path.name]  # remembered from sweep to sweep
+            return model_files.hashes_of(path.parent, [path])[path.name]  # remembered from sweep to sweep
         stamp = files.stamp_of(path.stat())
         if self.hashes.get(path, ((), ""))[0] != stamp:
             self.hashes[path] = stamp, files.sha256_of(path)
@@ -244,7 +244,7 @@ def needed_files(cell: Cell) -> dict[str, Path]:
 
 def files_of_model(folder: Path) -> set[Path]:
     """The files of a model folder, without second copies of its weights in other formats."""
-    weights = set(base_models.weight_files(folder))
+    weights = set(model_files.weight_files(folder))
     there = {path for path in folder.rglob("*") if path.is_file() and not path.name.endswith((".lock", ".incomplete"))}
     return {path for path in there if path in weights or path.suffix not in OTHER_WEIGHTS}
 

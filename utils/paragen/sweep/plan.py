@@ -13,7 +13,7 @@ from statistics import median
 from paragen.collection import collection, run_identity
 from paragen.common import cli, paths
 from paragen.common.cli import UserError, say
-from paragen.model import base_models
+from paragen.model import model_files
 from paragen.recipes import render
 from paragen.sweep import packs
 from paragen.training import status
@@ -121,5 +121,5 @@ def bytes_of(cell: Cell) -> int:
     base = render.resolve(cell.finetune, config["model_name_or_path"])
     if not base.is_dir():
         return 0
-    adapter = base_models.adapter_bytes(base, cell.rank, config.get("lora_target", "all"))
+    adapter = model_files.adapter_bytes(base, cell.rank, config.get("lora_target", "all"))
     return adapter * (config.get("save_total_limit", 1) + PRETRAIN_FACTOR)

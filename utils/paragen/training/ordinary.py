@@ -22,7 +22,7 @@ from paragen.collection import collection, run_identity
 from paragen.common import cli, devices, files, paths
 from paragen.common.cli import UserError, say
 from paragen.model import base_models
-from paragen.recipes import keys, render
+from paragen.recipes import batches, keys, render
 
 FULL = 2**20  # bytes free on a disk that counts as full
 
@@ -88,7 +88,7 @@ def run(recipe: Path, config: dict, folder: Path, identity: dict) -> None:
         job = job_of(attempt, wanted)
         say(f"{attempt.phase} {recipe.name} at rank {config['lora_rank']} -> {paths.relative(folder)}")
         halved = bool(os.environ.get("PARAGEN_HALVE_BATCH"))
-        job["config"] |= devices.share_batch(
+        job["config"] |= batches.share_batch(
             config, len(wanted), halved, base_models.has_processor(base_of(recipe, config))
         )
         if len(wanted) > 1:
