@@ -22,7 +22,7 @@ from typing import Any
 
 from paragen.common.cli import UserError, storage_fault
 from paragen.common.paths import relative
-from paragen.dataset import dataset_info
+from paragen.dataset import dataset_info, infer_entry
 
 HUB = "hub:"
 HUB_NAME = re.compile(r"\w[\w.-]*(/\w[\w.-]*)?")
@@ -60,7 +60,7 @@ def convert(source: str, named: dict[str, str], prompts_only: bool) -> tuple[lis
     given = list(dataset_info.columns_in(raw))
     try:
         add_parts(raw, named.values())
-        columns = dataset_info.columns_of(dataset_info.infer_entry(raw, named, prompts_only))
+        columns = dataset_info.columns_of(infer_entry.infer_entry(raw, named, prompts_only))
     except UserError as error:
         raise UserError(f"{label}: {error}") from None
     rows = []

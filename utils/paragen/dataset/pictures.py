@@ -16,7 +16,7 @@ from typing import Any
 
 from paragen.common import devices, files, paths
 from paragen.common.cli import UserError, say
-from paragen.dataset import dataset_info
+from paragen.dataset import dataset_info, row_faults
 
 CACHE = ".hashes.json"
 NAMED = 3  # faulty rows that an error names
@@ -39,9 +39,7 @@ def identity_of(rows: list[dict[str, Any]], entry: dict[str, Any], file: Path, m
     if "images" not in columns:
         return None
     names = [dataset_info.pictures_of(row, columns["images"]) for row in rows]
-    faults = {
-        number: fault for number, row in enumerate(rows, 1) if (fault := dataset_info.picture_fault(row, columns))
-    }
+    faults = {number: fault for number, row in enumerate(rows, 1) if (fault := row_faults.picture_fault(row, columns))}
     sound = {name for number, shown in enumerate(names, 1) if number not in faults for name in shown}
     read = hashes_of(sound, media)
     for number, shown in enumerate(names, 1):

@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import Any
 
 from paragen.common import files
-from paragen.dataset import dataset_info, sources
+from paragen.dataset import dataset_info, names, sources
 from paragen.model import base_models
 
 CUSTOM = ("gemma", "llama", "other")  # a licence of its own: who takes the data has to read it
@@ -91,6 +91,6 @@ def spelled(license_name: str | None) -> str:
 
 def test_split(data: dict[str, Any], data_dir: Path) -> tuple[str, dict[str, Any]] | None:
     """(name, entry) of the registered test split that belongs to an element of a manifest's `data`, or None."""
-    paired = f"{data['name']}_test"
+    paired = names.test_split_name(data["name"])
     info = dataset_info.read_info(data_dir)
     return (paired, dataset_info.entry_of(paired, data_dir)) if paired in info else None

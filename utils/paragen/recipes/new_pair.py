@@ -24,7 +24,7 @@ import yaml
 
 from paragen.common import files, paths
 from paragen.common.cli import UserError, say
-from paragen.dataset import registration
+from paragen.dataset import names
 from paragen.model import base_models, model_files
 from paragen.recipes import keys, lookup, render, vocabulary
 
@@ -92,7 +92,7 @@ def choose_dataset(typed: str) -> str:
             f"known: {', '.join(known)}"
         )
     name = paths.choose(typed, known, "dataset")
-    if not registration.NAME.fullmatch(name):
+    if not names.is_dataset_name(name):
         raise UserError(
             f"dataset {name!r} cannot be a folder's name; register it under another one: make register NAME=.."
         )
