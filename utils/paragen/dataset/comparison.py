@@ -1,4 +1,4 @@
-"""A dataset beside the others: splits with the same rows, equal files, similar names; and what may be a mistake in it."""
+"""Compares a dataset with the others: splits with the same rows, equal files, similar names; and notes likely slips."""
 
 import json
 import os

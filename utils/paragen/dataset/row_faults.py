@@ -109,7 +109,7 @@ def messages_fault(messages: Any, tags: dict[str, str]) -> str | None:
 
 
 def messages_gap(messages: list[dict], tags: dict[str, str], prompts_only: bool) -> str | None:
-    """What messages of the right shape lack: user and assistant in turns, a response at the end unless `prompts_only`."""
+    """What messages of the right shape lack: user and assistant in turns, and a last response unless `prompts_only`."""
     turn = 0
     for number, message in enumerate(messages, 1):
         role, content = message[tags["role_tag"]], message[tags["content_tag"]]

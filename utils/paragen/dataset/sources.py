@@ -16,7 +16,7 @@ KINDS = ("train", "test", "prompts")
 
 
 def table(path: Path = DATA / "sources.yaml") -> dict[str, Any]:
-    """The table: `repository`, `commit` and `files`, a mapping by file name. Raises UserError for what is no such table."""
+    """The table: `repository`, `commit` and `files`, a mapping by file name. Raises UserError for anything else."""
     try:
         read = yaml.safe_load(path.read_text(encoding="utf-8"))
     except FileNotFoundError:
