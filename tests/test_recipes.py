@@ -12,7 +12,7 @@ import yaml
 
 from paragen.common import paths
 from paragen.model import base_models
-from paragen.recipes import check, lookup, new_pair, render, vocabulary
+from paragen.recipes import check, lookup, new_pair, recipe_file, render, vocabulary
 
 ROOT = Path(__file__).resolve().parent.parent
 COMMON = ("ARC-c", "ARC-e", "BoolQ", "HellaSwag", "OBQA", "PIQA", "WinoGrande")
@@ -187,7 +187,7 @@ FAULTS = [
     (PRETRAIN, "lora-rank_8_pretrain", "lora-rank_16_pretrain", "output_dir", "lora-rank_8_pretrain"),
     (PRETRAIN, "lora-rank_8_pretrain", "lora-rank_8_finetune", "output_dir", "lora-rank_8_pretrain"),
     (PRETRAIN, "../../../saves/", "../../../../saves/", "output_dir", "leaves the repository"),
-    (PRETRAIN, "trust_remote_code: false", "trust_remote_code: true", "trust_remote_code", "say false"),
+    (PRETRAIN, "trust_remote_code: false", "trust_remote_code: true", "trust_remote_code", "set it to false"),
     (PRETRAIN, "warmup_steps: 0.01 ", "warmup_ratio: 0.01 ", "warmup_ratio", "`warmup_steps: 0.01` is the same"),
     (PRETRAIN, "plot_loss: true", "overwrite_output_dir: true", "overwrite_output_dir", "deprecated"),
     (PRETRAIN, "plot_loss: true", "save_safetensors: true", "save_safetensors", "LLaMA-Factory has no such key"),
@@ -223,7 +223,7 @@ FAULTS = [
 def test_a_planted_fault_is_named_with_file_line_and_key(clone, name, old, new, key, said):
     recipe = pair_in(clone, name)
     edit(recipe, old, new)
-    messages, _ = check.check([recipe, check.other_half(recipe)])
+    messages, _ = check.check([recipe, recipe_file.other_half(recipe)])
     told = [message for message in messages if f": {key}" in message and said in message]
     assert told, messages
     file, _, number = told[0].split(": ")[0].partition(":")  # FILE:LINE: KEY: ...

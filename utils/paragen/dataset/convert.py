@@ -172,9 +172,7 @@ def read_hub(source: str) -> Iterator[dict[str, Any]]:
     """The rows of a dataset on the hub (or HF_ENDPOINT's mirror); labels by their names. Raises UserError."""
     repository, config, split = hub_parts(source)
     if os.path.exists(repository):
-        raise UserError(
-            f"{source}: {repository} is a folder here, which would be read instead; run this in another folder"
-        )
+        raise UserError(f"{source}: {repository} is a folder here, which would be read instead; change the folder")
     os.environ["HF_HUB_OFFLINE"] = "0"
     import datasets
 
