@@ -12,7 +12,7 @@ import yaml
 
 from paragen.common import paths
 from paragen.model import base_models
-from paragen.recipes import check, lookup, new_pair, recipe_file, render, vocabulary
+from paragen.recipes import check, figures, lookup, new_pair, recipe_file, render, vocabulary
 
 ROOT = Path(__file__).resolve().parent.parent
 COMMON = ("ARC-c", "ARC-e", "BoolQ", "HellaSwag", "OBQA", "PIQA", "WinoGrande")
@@ -357,7 +357,7 @@ def test_rows_that_a_dataset_holds_out_are_not_trained_on(repository):
         ({"MODEL": "my-qwen", "DATASET": "ARC-c"}, "TEMPLATE=...; near: "),
         ({"MODEL": "my-qwen", "DATASET": "ARC-c", "TEMPLATE": "qwn"}, "near: qwen"),
         ({"MODEL": "gpt2", "DATASET": "Mu-Math", "FROM": "nothing"}, "FROM=nothing: no such pair"),
-        ({"MODEL": "gpt2", "DATASET": "Mu-Math", "CATEGORY": "coding"}, "leave CATEGORY away"),
+        ({"MODEL": "gpt2", "DATASET": "Mu-Math", "CATEGORY": "coding"}, "omit CATEGORY"),
         ({"MODEL": "gpt2", "DATASET": "Mu-Math", "CATEGORY": "sums"}, "category 'sums' is not known"),
         ({"MODEL": "gpt2", "DATASET": "../x"}, "'../x' is not known"),
     ],
@@ -379,8 +379,8 @@ def test_near_templates_are_those_of_the_models_family():
 
 def test_a_small_model_takes_short_rows_in_one_batch_and_a_large_one_accumulates():
     def split(model: str, batch: list[int], cutoff_len: int) -> tuple:
-        cell = new_pair.cell_of(model, "ARC-c")
-        return new_pair.split(batch, cell, cutoff_len)
+        pair = new_pair.requested_pair(model, "ARC-c")
+        return figures.split_batch(batch, pair, cutoff_len)
 
     assert split("qwen2.5-0.5b", [1, 8], 2048) == (8, 1, True)
     assert split("qwen2.5-1.5b", [1, 8], 4096) == (2, 4, False)

@@ -25,7 +25,7 @@ def main() -> None:
     table = sources.table(settings.table or settings.data_dir / "sources.yaml")
     wanted = chosen_files(table["files"], settings)
     base = settings.source or os.environ.get(file_sources.SOURCE_VARIABLE) or file_sources.UPSTREAM.format_map(table)
-    force = settings.force or cli.asked("FORCE")
+    force = settings.force or cli.is_on("FORCE")
     if len(wanted) > 1:
         say(f"{len(wanted)} files from {base}")
     failed, fetched, seconds = download.download_all(wanted, base, force, settings.tries, settings.data_dir)

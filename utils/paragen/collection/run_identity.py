@@ -205,4 +205,4 @@ def check_resumable(checkpoint: Path, rank: int, how_to_make: str) -> None:
 
 def force_asked() -> bool:
     """Whether the user said FORCE=1: redo what is complete or stale."""
-    return cli.asked("FORCE")
+    return cli.is_on("FORCE")

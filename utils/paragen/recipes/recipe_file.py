@@ -9,8 +9,8 @@ import yaml
 
 from paragen.common import paths
 from paragen.recipes import render
+from paragen.recipes.figures_table import FIGURES
 
-FIGURES = paths.SCRIPTS / "figures.yaml"
 Fault = tuple[str, str]  # the key, and what is wrong with it
 
 

@@ -105,7 +105,7 @@ class CellWorker:
         if not verified and (failed := self._run("verify", recipe_arguments(cell), settings, log)):
             return failed
         self.finished(cell, "finetune")
-        if cli.asked("PRUNE_PRETRAIN"):
+        if cli.is_on("PRUNE_PRETRAIN"):
             prune(status.run_folders(cell)[0])
         return None, COLLECTED
 

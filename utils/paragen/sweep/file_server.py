@@ -179,7 +179,7 @@ class Depot:
             raise UserError(f"{'; '.join(changed)}: changed while it was trained on; run it again")
         ordinary.check_attempt(folder, attempt)
         files.publish_folder(staging, folder)
-        if phase == "finetune" and cli.asked("PRUNE_PRETRAIN"):
+        if phase == "finetune" and cli.is_on("PRUNE_PRETRAIN"):
             files.remove_folder(taken.folders["pretrain"])
 
     def end(self, attempt: str) -> None:
