@@ -28,6 +28,7 @@ EXPORT_RECORD = "export.json"  # in the folder of an export
 # (a merged adapter, for example), so the last one counts.
 RANK_PART = re.compile(r"_lora-rank_(\d+)(?:_seed-(\d+))?(?=_|$)")
 CHECKPOINT = re.compile(r"checkpoint-(\d+)")
+RUN_PATH = re.compile(r"(.*?)([^/]*)(/checkpoint-\d+)?((?:/\.?)*)", re.DOTALL)  # parents, run folder, what follows
 
 
 def loose(name: str) -> str:
@@ -61,7 +62,9 @@ def rank_in(path: str) -> tuple[int, int | None] | None:
     `path` is the run folder or a checkpoint in it.
     """
     match = _rank_match(_split_run(path)[1])
-    return match and (int(match[1]), match[2] and int(match[2]))
+    if match is None:
+        return None
+    return int(match[1]), int(match[2]) if match[2] else None
 
 
 def with_rank(path: str, rank: int, seed: int | None = None) -> str:
@@ -77,8 +80,8 @@ def with_rank(path: str, rank: int, seed: int | None = None) -> str:
         seed_part = seed_part or (f"_seed-{match[2]}" if match[2] else "")
         name = f"{name[: match.start()]}_lora-rank_{rank}{seed_part}{name[match.end() :]}"
     elif seed is not None:
-        stem, phase = re.fullmatch(r"(.*?)(_pretrain|_finetune)?", name).groups(default="")
-        name = f"{stem}{seed_part}{phase}"
+        ending = next((f"_{phase}" for phase in PHASES if name.endswith(f"_{phase}")), "")
+        name = f"{name.removesuffix(ending)}{seed_part}{ending}"
     return before + name + after
 
 
@@ -88,7 +91,8 @@ def _rank_match(name: str) -> re.Match[str] | None:
 
 def _split_run(path: str) -> tuple[str, str, str]:
     """`path` as (the folders before, the run folder's name, what follows it)."""
-    found = re.fullmatch(r"(.*?)([^/]*)(/checkpoint-\d+)?((?:/\.?)*)", path, re.DOTALL)
+    found = RUN_PATH.fullmatch(path)
+    assert found, "it matches every text"
     return found[1], found[2], (found[3] or "") + found[4]
 
 

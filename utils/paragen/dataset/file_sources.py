@@ -4,7 +4,7 @@ import os
 import ssl
 import time
 from pathlib import Path
-from typing import Any
+from typing import Any, Protocol
 
 import httpx
 from tqdm import tqdm
@@ -99,13 +99,32 @@ def source_of(base: str) -> "Source":
     return Folder(folder)
 
 
+class Source(Protocol):
+    """Where files come from."""
+
+    label: str  # its address, for messages
+    unreachable: str | None  # why no further file is tried
+
+    def receive(self, name: str, entry: dict[str, Any], part: Path, bar: tqdm) -> None:
+        """Transfer what is missing of a file in `part`.
+
+        Raises Dropped when another try may get the rest, otherwise UserError.
+        """
+
+    def give_up(self, cause: str) -> None:
+        """Take note that the tries for a file are used up; `cause` is the last failure."""
+
+
 class Folder:
     """A folder on disk that has the files."""
 
-    unreachable: str | None = None  # why nothing can be transferred
-
     def __init__(self, folder: Path) -> None:
         self.folder, self.label = folder, str(folder)
+        self.unreachable: str | None = None
+
+    def give_up(self, cause: str) -> None:
+        """Make the other files fail at once, too."""
+        self.unreachable = cause
 
     def receive(self, name: str, entry: dict[str, Any], part: Path, bar: tqdm) -> None:
         """Copy the file into `part`; of several in the folder, the one with the right blob id."""
@@ -209,6 +228,3 @@ def grow_total(bar: tqdm, size: int | None, response: httpx.Response) -> None:
     length = response.headers.get("Content-Length", "")
     if size is None and length.isdigit():
         bar.total = (bar.total or 0) + int(length)
-
-
-Source = Folder | Server

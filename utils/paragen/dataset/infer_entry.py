@@ -35,7 +35,7 @@ def infer_entry(rows: list[dict[str, Any]], named: dict[str, str], prompts_only:
     if "prompt" not in columns:
         raise UserError(f"no column is plainly the prompt; there are {names}; say --columns prompt=<column>")
     response = columns.get("response")
-    has_responses = not all(is_blank(row.get(response)) for row in rows)
+    has_responses = response is not None and not all(is_blank(row.get(response)) for row in rows)
     if has_responses and prompts_only:
         raise UserError(f"the column {response!r} holds responses; register the file without --prompts-only")
     if not has_responses and not prompts_only:

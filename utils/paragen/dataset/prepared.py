@@ -40,7 +40,7 @@ def register(name: str, entry: dict[str, Any], force: bool, data_dir: Path) -> l
         prompts_only = True
         found = infer_entry(rows, named, prompts_only)
     gaps = find_gaps(rows, found)
-    marks = {dataset_info.HELD_OUT: held_out(entry, len(rows)), dataset_info.ACCEPTED_ROWS: list(gaps)}
+    marks: dict[str, Any] = {dataset_info.HELD_OUT: held_out(entry, len(rows)), dataset_info.ACCEPTED_ROWS: list(gaps)}
     request = registration.Request(dataset, named, prompts_only, force, marks)
     lines = registration.register(file, request, data_dir).lines()
     if marks[dataset_info.HELD_OUT]:

@@ -201,7 +201,7 @@ def store(name: str, entry: dict[str, Any], replace: bool, data_dir: Path) -> st
         info = parse_info(content, path)
         old_file = require_free(name, entry["file_name"], replace, info, path)
         old = info.get(name)
-        if old_file == entry["file_name"]:
+        if isinstance(old, dict) and old_file == entry["file_name"]:
             ours = {"formatting", "columns", "tags", PROMPTS_ONLY, HELD_OUT, ACCEPTED_ROWS, *FOREIGN_KEYS}
             entry = entry | {key: value for key, value in old.items() if key not in ours}
         if old == entry:
@@ -236,12 +236,17 @@ def waiting_lock(path: Path) -> Iterator[None]:
 def with_entry(text: str, name: str, entry: dict[str, Any]) -> str:
     """The text of a dataset_info.json with `entry` under `name`, in its old place or at the end; the rest unchanged."""
     value = json.dumps(entry, indent=2, ensure_ascii=False).replace("\n", "\n  ")
-    decoder, skip = json.JSONDecoder(), re.compile(r"[\s,:]*").match
+    decoder = json.JSONDecoder()
+
+    def skip(position: int) -> int:
+        gap = re.compile(r"[\s,:]+").match(text, position)
+        return gap.end() if gap else position
+
     end = text.index("{") + 1
     comma = ""
-    while text[start := skip(text, end).end()] != "}":
+    while text[start := skip(end)] != "}":
         key, end = decoder.raw_decode(text, start)
-        start = skip(text, end).end()
+        start = skip(end)
         _, end = decoder.raw_decode(text, start)
         if key == name:
             return text[:start] + value + text[end:]

@@ -32,6 +32,7 @@ def row_faults(rows: list[dict[str, Any]], entry: dict[str, Any]) -> list[str]:
     kinds: dict[str, tuple[str, int]] = {}
     accepted, faults = set(entry.get(ACCEPTED_ROWS, ())), mark_faults_in(rows, entry)
     for number, row in enumerate(rows, 1):
+        cause: str | None
         missing = [column for column in present if column not in row] if len(row) < len(present) else []
         if missing:
             cause = f"lacks the column {missing[0]!r}, which others have (row {present[missing[0]]})"
@@ -74,7 +75,7 @@ def gap_in(row: dict[str, Any], columns: dict[str, str], tags: dict[str, str], p
     """What a row of the right shape lacks: a prompt, a response, the right order of turns."""
     if "messages" in columns:
         return messages_gap(row[columns["messages"]], tags, prompts_only)
-    if is_blank(row.get(columns.get("prompt"))) and is_blank(row.get(columns.get("query"))):
+    if all(is_blank(row.get(columns[kind])) for kind in ("prompt", "query") if kind in columns):
         return f"empty prompt (column {columns.get('prompt') or columns['query']!r})"
     if "response" in columns and is_blank(row.get(columns["response"])):
         return f"empty response (column {columns['response']!r})"
@@ -86,7 +87,7 @@ def alpaca_fault(row: dict[str, Any], columns: dict[str, str]) -> str | None:
     fault = text_fault(row, columns, ("prompt", "query", "response"))
     if fault:
         return fault
-    history = row.get(columns.get("history")) or []
+    history = (row.get(columns["history"]) if "history" in columns else None) or []
     whole = isinstance(history, list) and all(isinstance(turn, list) and len(turn) == 2 for turn in history)
     if not whole or not all(isinstance(text, str) and is_unicode(text) for turn in history for text in turn):
         return f"the history (column {columns['history']!r}) is not a list of [prompt, response] texts"

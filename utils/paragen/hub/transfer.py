@@ -9,6 +9,7 @@ from types import FrameType
 from typing import TYPE_CHECKING
 
 from paragen.common import files
+from paragen.common.cli import UserError
 
 if TYPE_CHECKING:
     from huggingface_hub.hf_api import RepoSibling
@@ -66,18 +67,19 @@ def download_file(hub_id: str, commit: str, file: "RepoSibling", staging: Path, 
     from huggingface_hub.file_download import http_get
     from huggingface_hub.utils import build_hf_headers
 
-    final, part = staging / file.rfilename, part_of(staging, file)
-    if final.is_file() and final.stat().st_size == file.size:
+    name, size = file.rfilename, file.size
+    if size is None:
+        raise UserError(f"{hub_id}: the hub does not state the size of {name}, so it cannot be downloaded")
+    final, part = staging / name, part_of(staging, file)
+    if final.is_file() and final.stat().st_size == size:
         return
     final.parent.mkdir(parents=True, exist_ok=True)
-    if part.is_file() and part.stat().st_size > file.size:
+    if part.is_file() and part.stat().st_size > size:
         part.unlink()
     headers = {**build_hf_headers(), "Accept-Encoding": "identity"}
     with open(part, "ab") as data:
-        url = hf_hub_url(hub_id, file.rfilename, revision=commit, repo_type=repo_type)
-        if data.tell() < file.size:
-            name = file.rfilename
-            size = file.size
+        url = hf_hub_url(hub_id, name, revision=commit, repo_type=repo_type)
+        if data.tell() < size:
             http_get(url, data, resume_size=data.tell(), headers=headers, expected_size=size, displayed_filename=name)
         data.flush()
         os.fsync(data.fileno())

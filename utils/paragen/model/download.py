@@ -5,7 +5,7 @@ import os
 import re
 import shutil
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 from paragen.common import files, paths
 from paragen.common.cli import UserError, say
@@ -14,7 +14,7 @@ from paragen.hub.transfer import allow_hub, download_file, fault_of, gigabytes, 
 from paragen.model import base_models, model_files
 
 if TYPE_CHECKING:
-    from huggingface_hub.hf_api import ModelInfo, RepoSibling
+    from huggingface_hub.hf_api import RepoSibling
 
 SHARD = re.compile(r"model-\d+-of-\d+\.safetensors")
 # What is downloaded besides weights and tokenizer: never code, never weights in formats that can run code.
@@ -106,14 +106,14 @@ def download(folder: Path, entry: dict[str, Any]) -> None:
     set_hub_environment()
     staging = files.beside(folder, "download")
 
-    def fetch() -> tuple["ModelInfo", dict[str, "RepoSibling"]]:
-        info = look_up(entry)
-        chosen = choose_files(entry["hub_id"], info)
+    def fetch() -> tuple[Listing, dict[str, "RepoSibling"]]:
+        listing = look_up(entry)
+        chosen = choose_files(entry["hub_id"], listing)
         remove_unusable(staging, chosen)
         check_disk(folder, staging, chosen)
         staging.mkdir(exist_ok=True)
-        download_files(entry["hub_id"], info.sha, chosen, staging)
-        return info, chosen
+        download_files(entry["hub_id"], listing.commit, chosen, staging)
+        return listing, chosen
 
     finish(staging, folder, entry, *errors.translated(entry["hub_id"], entry["revision"], fetch))
 
@@ -128,22 +128,30 @@ def set_hub_environment() -> None:
     os.environ.setdefault("HF_HUB_DISABLE_XET", "1")
 
 
-def look_up(entry: dict[str, Any]) -> "ModelInfo":
-    """What the hub knows of a repository: its commit, and the names, sizes and hashes of its files."""
+class Listing(NamedTuple):
+    """What the hub states of a repository."""
+
+    commit: str
+    license: str | None
+    files: list["RepoSibling"]  # with sizes and hashes
+
+
+def look_up(entry: dict[str, Any]) -> Listing:
+    """What the hub states of a repository at the requested revision."""
     from huggingface_hub import HfApi
 
     info = HfApi().model_info(entry["hub_id"], revision=entry["revision"], files_metadata=True)
     if not info.sha or info.siblings is None:
         raise json.JSONDecodeError("no commit or no files in the answer", "", 0)
-    return info
+    return Listing(info.sha, getattr(info.card_data, "license", None), info.siblings)
 
 
-def choose_files(hub_id: str, info: "ModelInfo") -> dict[str, "RepoSibling"]:
+def choose_files(hub_id: str, listing: Listing) -> dict[str, "RepoSibling"]:
     """The files of a repository that training needs, by name; the weights once, as safetensors.
 
     Raises UserError when the repository has no config or no safetensors weights.
     """
-    there = {file.rfilename: file for file in info.siblings if "/" not in file.rfilename}
+    there = {file.rfilename: file for file in listing.files if "/" not in file.rfilename}
     if model_files.WEIGHTS in there:
         weights = {model_files.WEIGHTS}
     elif model_files.WEIGHTS_INDEX in there:
@@ -207,7 +215,7 @@ def download_files(hub_id: str, commit: str, chosen: dict[str, "RepoSibling"], s
 
 
 def finish(
-    staging: Path, folder: Path, entry: dict[str, Any], info: "ModelInfo", chosen: dict[str, "RepoSibling"]
+    staging: Path, folder: Path, entry: dict[str, Any], listing: Listing, chosen: dict[str, "RepoSibling"]
 ) -> None:
     """Check the downloaded files, record where they come from, and give the folder its name."""
     for name, file in chosen.items():
@@ -219,17 +227,16 @@ def finish(
     base_models.local_folder(staging)
     files.write_json(staging / base_models.SOURCE_FILE, {
         "hub_id": entry["hub_id"],
-        "revision": info.sha,
-        "license": getattr(info.card_data, "license", None) or entry["license"],
+        "revision": listing.commit,
+        "license": listing.license or entry["license"],
         "config_changed": changed,
         "files": model_files.hashes_of(staging, sorted(path for path in staging.iterdir() if path.is_file())),
         "sha256": base_models.identity_of(staging)["sha256"],
     })  # fmt: skip
     for path in staging.iterdir():
-        with open(path, "rb+") as file:
-            os.fsync(file.fileno())
+        files.sync(path)
     files.publish_folder(staging, folder)
-    say(f"{paths.relative(folder)}: {entry['hub_id']} at {info.sha[:12]}")
+    say(f"{paths.relative(folder)}: {entry['hub_id']} at {listing.commit[:12]}")
 
 
 def remembered_sha256(path: Path) -> str:

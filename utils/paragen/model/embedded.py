@@ -9,6 +9,7 @@ import shutil
 import subprocess
 import sys
 from pathlib import Path
+from typing import Any
 
 from paragen.common import files, paths
 from paragen.common.cli import UserError, say
@@ -93,11 +94,10 @@ def check_answer(folder: Path) -> None:
     from transformers import AutoModelForCausalLM, AutoTokenizer
 
     tokenizer = AutoTokenizer.from_pretrained(folder)
-    model = AutoModelForCausalLM.from_pretrained(folder)
+    model: Any = AutoModelForCausalLM.from_pretrained(folder)
     chat = [{"role": "user", "content": QUESTION}]
-    inputs = tokenizer.apply_chat_template(chat, add_generation_prompt=True, return_tensors="pt", return_dict=True)
-    answer = tokenizer.decode(
-        model.generate(**inputs, max_new_tokens=16, do_sample=False)[0][inputs["input_ids"].shape[1] :]
-    )
+    inputs: Any = tokenizer.apply_chat_template(chat, add_generation_prompt=True, return_tensors="pt", return_dict=True)
+    tokens = model.generate(**inputs, max_new_tokens=16, do_sample=False)[0]
+    answer = tokenizer.decode(tokens[inputs["input_ids"].shape[1] :])
     if ANSWER not in answer:
         raise UserError(f"{folder}: answers {QUESTION!r} with {answer!r}, so the conversion is wrong; nothing was kept")

@@ -112,12 +112,9 @@ def phase_faults(recipe: Recipe) -> Iterator[Fault]:
     limit, step = config.get("save_total_limit"), resumed_step(recipe)
     if not is_positive(limit):
         yield "save_total_limit", f"{limit!r} is not how many checkpoints are kept"
-    elif step is not None and is_positive(config.get("max_steps")) and config["max_steps"] != step + limit:
+    elif step is not None and is_positive(last := config.get("max_steps")) and last != step + limit:
         right = f"{step + limit} = the resumed step {step} + save_total_limit {limit}"
-        yield (
-            "max_steps",
-            f"{config['max_steps']} leaves {config['max_steps'] - step} steps to collect; set it to {right}",
-        )
+        yield "max_steps", f"{last} leaves {last - step} steps to collect; set it to {right}"
 
 
 def header_faults(recipe: Recipe) -> Iterator[Fault]:
@@ -155,14 +152,15 @@ def pair_faults(recipe: Recipe, read: dict[Path, Recipe]) -> Iterator[Fault]:
     resumed, run = recipe.resolved("resume_from_checkpoint"), pretrain.resolved("output_dir")
     if resumed is None:
         return
-    if resumed.parent != run or resumed_step(recipe) is None:
+    step = resumed_step(recipe)
+    if resumed.parent != run or step is None:
         given = config["resume_from_checkpoint"]
         yield "resume_from_checkpoint", f"{given!r} is no checkpoint-<step> of {other_path.name}'s output_dir"
-    elif not is_saved(resumed_step(recipe), pretrain.config):
+    elif not is_saved(step, pretrain.config):
         saved = f"save_steps {pretrain.config.get('save_steps')}, max_steps {pretrain.config.get('max_steps')}"
         kept = pretrain.config.get("save_total_limit")
         saved += f", save_total_limit {kept}" if kept else ""
-        yield "resume_from_checkpoint", f"step {resumed_step(recipe)} is not there after {other_path.name}: {saved}"
+        yield "resume_from_checkpoint", f"step {step} is not there after {other_path.name}: {saved}"
 
 
 def is_saved(step: int, pretrain: dict[str, Any]) -> bool:

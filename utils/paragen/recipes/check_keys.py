@@ -56,7 +56,7 @@ def path_faults(recipe: Recipe) -> Iterator[Fault]:
     """Paths that leave the repository, or that exist on one machine only."""
     for key in (*keys.PATHS, "deepspeed"):
         value, path = recipe.config.get(key), recipe.resolved(key)
-        if path is None:
+        if path is None or not isinstance(value, str):
             continue
         if value.startswith(("/", "~")):
             yield key, f"{value!r} is a path of one machine; make it relative to the recipe: ../../../..."

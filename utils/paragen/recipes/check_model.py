@@ -41,7 +41,7 @@ def model_faults(recipe: Recipe) -> Iterator[Fault]:
     if template is not None and template not in known:
         near = ", ".join(difflib.get_close_matches(str(template), known, 3)) or "see LLaMA-Factory's data/template.py"
         yield "template", f"{template!r} is neither LLaMA-Factory's nor in utils/prompt_templates.py; near: {near}"
-    entry = table.get(by_folder.get(folder.name)) if folder else None
+    entry = table.get(by_folder.get(folder.name, "")) if folder else None
     for text in target_faults(recipe.config.get("lora_target", "all"), folder, entry):
         yield "lora_target", text
 
@@ -55,12 +55,13 @@ def target_faults(target: Any, folder: Path | None, entry: dict[str, Any] | None
         entry: the model's mapping in models/models.yaml, where it has one.
     """
     right = entry["lora_target"] if entry else "all"
+    model = folder.name if folder else "the model"
     if not isinstance(target, str) or not target.strip():
         yield f"{target!r} is not `all` or a comma list of layer names"
         return
     if target == "all":
         if right != "all":
-            yield f"`all` does not fit {folder.name}; models/models.yaml has {right}"
+            yield f"`all` does not fit {model}; models/models.yaml has {right}"
         return
     layers = layers_on_disk(folder)
     known = set(right.split(",")) if right != "all" else LINEAR if entry else None
@@ -68,9 +69,9 @@ def target_faults(target: Any, folder: Path | None, entry: dict[str, Any] | None
         if part.split(".")[-1] in HEADS:
             yield f"{part!r} is the head or an embedding, which is tied to the other one in many models; omit it"
         elif layers and not any(name == part or name.endswith(f".{part}") for name in layers):
-            yield f"{part!r}: models/{folder.name} has no such layer"
+            yield f"{part!r}: models/{model} has no such layer"
         elif not layers and known and part not in known and part.split(".")[-1] not in known:
-            yield f"{part!r}: {folder.name} has no such layer; it has {','.join(sorted(known))}"
+            yield f"{part!r}: {model} has no such layer; it has {','.join(sorted(known))}"
 
 
 def layers_on_disk(folder: Path | None) -> set[str]:

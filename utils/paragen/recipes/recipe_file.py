@@ -3,7 +3,7 @@
 import re
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeGuard
 
 import yaml
 
@@ -76,6 +76,6 @@ def resumed_step(recipe: Recipe) -> int | None:
     return int(found[1]) if found else None
 
 
-def is_positive(value: Any) -> bool:
+def is_positive(value: Any) -> TypeGuard[int]:
     """Whether a recipe's value is a positive whole number."""
     return isinstance(value, int) and not isinstance(value, bool) and value > 0
