@@ -90,19 +90,21 @@ def command(target: str, pair: NewPair, rank: int) -> str:
 
 
 def dataset_lines(pair: NewPair, figures: dict[str, Any]) -> list[Line]:
+    """The lines under `### dataset`."""
     lines: list[Line] = [
         ("dataset", pair.dataset, ""),
         ("dataset_dir", f"{UP}/data", ""),
         ("template", pair.template, "how prompt and response become one text"),
         ("cutoff_len", figures["cutoff_len"], "tokens; longer rows are cut"),
-        ("max_samples", figures["max_samples"], rows_comment(pair, figures)),
+        ("max_samples", figures["max_samples"], rows_comment(pair)),
     ]
     if "image_max_pixels" in figures and pair.processor and pair.category == "multimodal":
         lines.append(("image_max_pixels", figures["image_max_pixels"], "a picture; larger ones are scaled down"))
     return lines
 
 
-def rows_comment(pair: NewPair, figures: dict[str, Any]) -> str:
+def rows_comment(pair: NewPair) -> str:
+    """The comment at max_samples."""
     if pair.usable is not None and pair.usable != pair.rows:
         of = f" of {pair.rows:,}" if pair.rows else ""
         return f"the first rows{of}; those after them stay unseen, to score checkpoints on"
@@ -110,6 +112,7 @@ def rows_comment(pair: NewPair, figures: dict[str, Any]) -> str:
 
 
 def output_lines(pair: NewPair, figures: dict[str, Any], phase: str) -> list[Line]:
+    """The lines under `### output`."""
     lines: list[Line] = [("output_dir", pair.run_folder(phase, figures["lora_rank"]), "")]
     if phase == "pretrain":
         step, every = figures["resume_step"], figures["save_steps"]
@@ -126,6 +129,7 @@ def output_lines(pair: NewPair, figures: dict[str, Any], phase: str) -> list[Lin
 
 
 def train_lines(pair: NewPair, figures: dict[str, Any], phase: str) -> list[Line]:
+    """The lines under `### train`, without keys that only a FROM pair has."""
     batch, step = figures[f"{phase}_batch"], figures["resume_step"]
     micro, accumulated, keep_activations = split_batch(batch, pair, figures["cutoff_len"])
     lines: list[Line] = []
@@ -134,14 +138,9 @@ def train_lines(pair: NewPair, figures: dict[str, Any], phase: str) -> list[Line
         lines.append(("resume_from_checkpoint", resumed, ""))
     lines.append(("per_device_train_batch_size", micro, batch_comment(batch, micro, pair)))
     lines.append(("gradient_accumulation_steps", accumulated, f"{micro * accumulated} rows a step"))
-    why = "short rows, a small model: fits a 24 GB card, and nothing is computed twice"
-    lines.append(
-        (
-            "disable_gradient_checkpointing",
-            keep_activations,
-            why if keep_activations else "activations are computed twice: slower, less memory",
-        )
-    )
+    kept = "short rows, a small model: fits a 24 GB card, and nothing is computed twice"
+    computed_twice = "activations are computed twice: slower, less memory"
+    lines.append(("disable_gradient_checkpointing", keep_activations, kept if keep_activations else computed_twice))
     if phase == "pretrain":
         lines.append(("learning_rate", figures["learning_rate"], "at its highest"))
         lines.append(("max_steps", step, length_comment(pair, figures)))
@@ -160,6 +159,7 @@ def train_lines(pair: NewPair, figures: dict[str, Any], phase: str) -> list[Line
 
 
 def batch_comment(batch: list[int], micro: int, pair: NewPair) -> str:
+    """The comment at per_device_train_batch_size."""
     if pair.processor:
         return "as its source splits them: with a processor the loss is a mean of micro-batch means"
     if micro == batch[0]:
@@ -168,6 +168,7 @@ def batch_comment(batch: list[int], micro: int, pair: NewPair) -> str:
 
 
 def length_comment(pair: NewPair, figures: dict[str, Any]) -> str:
+    """The comment at a pretrain's max_steps: how many epochs they are."""
     usable = pair.usable if pair.usable is not None else pair.rows
     if usable is None:
         return "the finetune resumes here"
