@@ -51,7 +51,7 @@ def asked_ranks() -> list[int]:
     one, several = os.environ.get("RANK"), os.environ.get("RANKS", "").split()
     if one and several:
         raise UserError(f"RANK={one} and RANKS={' '.join(several)}: give one of the two")
-    return list(dict.fromkeys(render.parse_rank(rank) for rank in several or [one or keys.DEFAULT_RANK]))
+    return list(dict.fromkeys(render.parse_rank(rank) for rank in several or [one or str(keys.DEFAULT_RANK)]))
 
 
 def sort_out(chosen: list[Cell]) -> tuple[list[Cell], list[Cell]]:

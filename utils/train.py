@@ -22,7 +22,7 @@ def main() -> None:
     parser.add_argument("rank", help=f"LoRA rank; an empty text is {keys.DEFAULT_RANK}")
     parser.add_argument("overrides", nargs="*", metavar="key=value", help="override keys of the recipe")
     args = parser.parse_args()
-    config = render.render(args.recipe, render.parse_rank(args.rank or keys.DEFAULT_RANK), args.overrides)
+    config = render.render(args.recipe, render.parse_rank(args.rank or str(keys.DEFAULT_RANK)), args.overrides)
     folder = render.run_folder(args.recipe, config)
     identity = run_identity.identity_of(args.recipe, config)
     try:

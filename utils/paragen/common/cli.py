@@ -43,7 +43,7 @@ def end_with_parent() -> None:
         ctypes.CDLL(None).prctl(1, signal.SIGTERM)  # PR_SET_PDEATHSIG
 
 
-def print_table(head: tuple[str, ...], rows: list[tuple[str, ...]]) -> None:
+def print_table(head: tuple[str, ...], rows: Sequence[tuple[str, ...]]) -> None:
     """Print a table: the column heads, then the rows, in aligned columns."""
     widths = [max(len(row[column]) for row in [head, *rows]) for column in range(len(head))]
     for row in [head, *rows]:
@@ -87,7 +87,7 @@ def run(main: Callable[[], int | None]) -> None:
 
 
 def call(
-    command: Sequence[str | int | os.PathLike[str]],
+    command: Sequence[object],
     environment: dict[str, str] | None = None,
     output: IO[Any] | None = None,
     own_group: bool = False,
@@ -95,7 +95,7 @@ def call(
     """Run another program and return its status; when this process is stopped, that one cleans up first.
 
     Args:
-        command: program and arguments.
+        command: program and arguments; numbers and paths become text.
         environment: variables to set in addition to the present ones.
         output: a file for its stdout and stderr (default: this process's).
         own_group: start it in a session of its own, and stop all processes of that session.

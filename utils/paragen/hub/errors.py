@@ -58,27 +58,25 @@ def refused(error: BaseException, repository: str) -> str | None:
     kept = "run it again then, what has arrived is not sent again"
     for link in chain_of(error):
         if isinstance(link, ValueError) and "metadata in README.md" in str(link):
-            return f"{repository}: the hub does not take the card: {' '.join(str(link).split())}"
+            return f"{repository}: the hub refuses the card: {' '.join(str(link).split())}"
         if not isinstance(link, errors.HfHubHTTPError) or link.response is None:
             continue
-        status, said = link.response.status_code, link.server_message or ""
-        said = f" ({' '.join(said.split())})" if said else ""
-        if status == 402 or status == 413 or "storage" in said.lower():
-            return (
-                f"{repository}: the hub has no room for it{said}; free or buy storage at {HUB}/settings/billing; {kept}"
-            )
+        status, reason = link.response.status_code, link.server_message or ""
+        reason = f" ({' '.join(reason.split())})" if reason else ""
+        if status == 402 or status == 413 or "storage" in reason.lower():
+            return f"{repository}: the hub has no room for it{reason}; free or buy storage at {HUB}/settings/billing; {kept}"
         if status == 403:
             owner = repository.split("/")[0]
             return (
-                f"{repository}: the token may not write there{said}; give it write access to {owner} at "
+                f"{repository}: the token may not write there{reason}; give it write access to {owner} at "
                 f"{HUB}/settings/tokens, or publish under your own name"
             )
         if status in (409, 412):
-            return f"{repository}: somebody else changed it meanwhile{said}; {kept}"
+            return f"{repository}: somebody else changed it meanwhile{reason}; {kept}"
         if status == 404:
-            return f"{repository}: is gone, or your account may not see it{said}; check its name, or log in: {LOG_IN}"
+            return f"{repository}: is gone, or your account may not see it{reason}; check its name, or log in: {LOG_IN}"
         if status == 400:
-            return f"{repository}: the hub does not take it{said}"
+            return f"{repository}: the hub refuses it{reason}"
     return None
 
 
