@@ -64,7 +64,8 @@ def refused(error: BaseException, repository: str) -> str | None:
         status, reason = link.response.status_code, link.server_message or ""
         reason = f" ({' '.join(reason.split())})" if reason else ""
         if status == 402 or status == 413 or "storage" in reason.lower():
-            return f"{repository}: the hub has no room for it{reason}; free or buy storage at {HUB}/settings/billing; {kept}"
+            way_out = f"free or buy storage at {HUB}/settings/billing"
+            return f"{repository}: the hub has no room for it{reason}; {way_out}; {kept}"
         if status == 403:
             owner = repository.split("/")[0]
             return (
