@@ -53,9 +53,9 @@ def print_table(head: tuple[str, ...], rows: Sequence[tuple[str, ...]]) -> None:
 def run(main: Callable[[], int | None]) -> None:
     """Run `main` and exit with the status that it returns (None: 0).
 
-    A UserError or a storage error (full disk, no permission) ends in one line on stderr and status 1; Ctrl-C, SIGTERM
-    and SIGHUP (a lost terminal) run every `finally` and end in status 130, 143 and 129. Any other exception is a bug and
-    keeps its traceback.
+    A UserError or a storage error (full disk, no permission) ends in one line on stderr and status 1. Ctrl-C, SIGTERM
+    and SIGHUP (a lost terminal) run every `finally` and end in status 130, 143 and 129. Any other exception is a bug
+    and keeps its traceback.
     """
     received: list[int] = []
 
