@@ -92,14 +92,15 @@ def steps_clock(noted: dict[str, Any], stop: int, saves: bool) -> Any:
 
 def packed(noted: dict[str, Any], arguments: list[str]) -> None:
     """packed_train.py; notes the spans of its parts and, of each pack, when the losses of its steps were known."""
-    from paragen.packed import frozen_base, loop, packed_engine, packed_train
+    from paragen.packed import frozen_base, loop, packed_train
+    from paragen.packed.engine import Engine
 
     noted |= {"imported": time.time(), "spans": [], "packs": []}
-    for owner, name in ((frozen_base.Base, "_load"), (frozen_base.Base, "admit"), (loop, "fitting"),
+    for owner, name in ((frozen_base.FrozenBase, "_load"), (frozen_base.FrozenBase, "admit"), (loop, "fitting"),
                         (loop.Pack, "__init__"), (loop.Pack, "complete")):  # fmt: skip
         note_spans(owner, name, noted["spans"])
     known: list[float] = []
-    plain_steps, plain_train = packed_engine.Engine.train, loop.Pack.train
+    plain_steps, plain_train = Engine.train, loop.Pack.train
 
     def steps(engine, *given):
         for item in plain_steps(engine, *given):
@@ -111,13 +112,13 @@ def packed(noted: dict[str, Any], arguments: list[str]) -> None:
         began = time.time()
         whole = plain_train(pack)
         noted["packs"].append({
-            "phase": pack.members[0].course.attempt.phase, "began": began, "ended": time.time(), "known": [*known],
+            "phase": pack.members[0].schedule.attempt.phase, "began": began, "ended": time.time(), "known": [*known],
             "ranks": [member.adapter.rank for member in pack.members], "peak_GB": peak_gb(),
             "work": [work_of(step.rows[who] for step in pack.steps) for who in range(len(pack.members))],
         })  # fmt: skip
         return whole
 
-    packed_engine.Engine.train, loop.Pack.train = steps, train
+    Engine.train, loop.Pack.train = steps, train
     sys.argv = ["packed_train.py", *arguments]
     status = packed_train.main()
     noted["peak_GB"] = max((pack["peak_GB"] for pack in noted["packs"]), default=0.0)

@@ -16,8 +16,8 @@ from torch import Tensor
 
 from paragen.collection import checkpoints, collection
 from paragen.common import files
-from paragen.packed import schedule
-from paragen.packed.packed_engine import Adapter
+from paragen.packed import stock_checkpoint
+from paragen.packed.adapter import Adapter
 from paragen.training import collector
 
 THREADS = 8
@@ -38,7 +38,7 @@ class Writer:
 
     def __init__(self, folder: Path, adapter: Adapter, vector: Tensor, threads: ThreadPoolExecutor):
         self.folder, self.adapter, self.vector, self.threads = folder, adapter, vector, threads
-        self.head, self.order = collector.layout_of(schedule.named(adapter, torch.zeros(vector.shape)))
+        self.head, self.order = collector.layout_of(stock_checkpoint.peft_tensors(adapter, torch.zeros(vector.shape)))
         first_b = adapter.parts[0].b.start
         self.a_part = vector.detach()[:first_b]
         # B is kept transposed; as matrices of equal width, all of them are put upright by one joining
