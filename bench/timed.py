@@ -130,26 +130,28 @@ def evaluated(noted: dict[str, Any], arguments: list[str]) -> None:
     os.environ.setdefault("LLAMAFACTORY_VERBOSITY", "WARN")
     import evaluate
     from paragen.collection import evaluation
-    from paragen.scoring import checkpoint_scores, scored_base
-    from paragen.scoring.model_passes import Scorer
+    from paragen.scoring import base_model, collection_scorer, peft_comparison
+    from paragen.scoring.collection_scorer import CollectionScorer
+    from paragen.scoring.factor_reader import FactorReader
+    from paragen.scoring.scorer import Scorer
 
     noted |= {"imported": time.time(), "device": devices.describe(), "spans": [], "generated": 0, "passes": []}
-    for owner, name in ((scored_base, "load_model"), (checkpoint_scores.Grader, "__init__"), (scored_base, "expected"),
-                        (checkpoint_scores.Grader, "_compare"), (checkpoint_scores.Grader, "_stack"),
-                        (Scorer, "begin"), (Scorer, "finish"), (Scorer, "generate"), (checkpoint_scores, "grade"),
+    for owner, name in ((base_model, "load_model"), (CollectionScorer, "__init__"), (peft_comparison, "peft_losses"),
+                        (CollectionScorer, "_check"), (FactorReader, "stack"), (Scorer, "begin"), (Scorer, "finish"),
+                        (Scorer, "generate"), (collection_scorer, "score_checkpoint"),
                         (evaluation, "write")):  # fmt: skip
         note_spans(owner, name, noted["spans"])
     plain, launch = Scorer.generate, Scorer.begin
     ticks: list[Any] = []
 
     def generate(scorer, factors, numbers, most):
-        noted["budget"] = scorer.budget
+        noted["budget"] = scorer.passes.token_limit
         noted["generated"] += sum(map(len, numbers))
         return plain(scorer, factors, numbers, most)
 
     def begin(scorer, factors):
-        lengths = {"work": 0, "computed": len(scorer.prefix)}
-        noted.update({name: seen_by(scorer.questions, scorer.trees, prefix) for name, prefix in lengths.items()})
+        lengths = {"work": 0, "computed": len(scorer.passes.prefix)}
+        noted.update({name: seen_by(scorer.questions, scorer.passes.trees, prefix) for name, prefix in lengths.items()})
         noted["rows"] = len(scorer.questions)
         ticks.append(tick())
         try:

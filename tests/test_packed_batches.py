@@ -1,4 +1,4 @@
-"""What the packed engine takes, how it assigns ranks to stacks, and how it lays rows out: without training."""
+"""Which recipes the packed engine accepts, how it assigns ranks to stacks, and how it lays rows out: no training."""
 
 import json
 
@@ -42,7 +42,7 @@ REFUSED = {
 
 
 @pytest.mark.parametrize("key", REFUSED)
-def test_what_it_does_not_know_for_sure_is_named(packable, key):
+def test_a_setting_that_it_does_not_support_is_named(packable, key):
     cell = packable.cell()
     config = render.render(cell.pretrain, 4, []) | {key: REFUSED[key]}
     assert key in engines.why_not_packed(cell.pretrain, config, ["cpu"])
@@ -134,7 +134,7 @@ def test_every_token_is_in_its_adapters_group_and_comes_back_from_its_row(roomy)
 
 @pytest.mark.parametrize("roomy", [False, True])
 def test_padding_comes_from_padding_and_goes_to_padding(roomy):
-    """So that no value and no gradient gets from it to a token."""
+    """So that no value and no gradient reaches a token from it."""
     step, _, shape, out = laid_out(roomy)
     padding = out["adapter"] == len(step.rows)
     real_places = np.zeros(shape.rows * shape.row_length, bool)
@@ -147,7 +147,7 @@ def test_padding_comes_from_padding_and_goes_to_padding(roomy):
 
 
 @pytest.mark.parametrize("roomy", [False, True])
-def test_the_losses_of_an_adapter_weigh_what_the_trainer_divides_by(roomy):
+def test_the_losses_of_an_adapter_have_the_weights_of_the_trainer(roomy):
     from paragen.packed.batches import IGNORED
 
     step, _, shape, out = laid_out(roomy)
@@ -198,7 +198,7 @@ def test_the_layers_give_each_adapters_tokens_what_its_own_factors_give(stacked)
 
 
 def test_a_step_in_a_gpus_bucket_learns_what_the_same_step_in_its_own_shape_learns():
-    """Padded to a larger shape, at fixed places in memory and with stacked products, as CUDA graphs take it."""
+    """Padded to a larger shape, at fixed addresses and with stacked products, as CUDA graphs need it."""
     import torch
     from transformers import LlamaConfig, LlamaForCausalLM
 

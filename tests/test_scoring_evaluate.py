@@ -164,7 +164,7 @@ def test_base_and_all_checkpoints_are_scored_on_the_test_split(scored_once):
     for score in scores_of(one).values():
         for share, interval in (("score", "interval"), ("likelihood_score", "likelihood_interval")):
             right = round(12 * score[share])
-            assert score[share] == right / 12 and score[interval] == answers.wilson(right, 12)
+            assert score[share] == right / 12 and score[interval] == answers.share_interval(right, 12)
         assert 0 <= score["unparsed"] <= 12 * (1 - score["score"])
         assert score["loss_interval"][0] < score["loss"] < score["loss_interval"][1]
     losses = [score["loss"] for score in scores_of(one).values()]
@@ -580,7 +580,7 @@ def test_mathematics_is_scored_by_generated_results(ready):
     one = evaluated(ready, SPLIT="Sums", STEPS="last")
     assert (one["metric"], one["rows"], one["settings"]) == ("math", 3, {"max_new_tokens": 512})
     for score in scores_of(one).values():
-        assert score["score"] == 0 and score["interval"] == answers.wilson(0, 3)
+        assert score["score"] == 0 and score["interval"] == answers.share_interval(0, 3)
         assert score["unparsed"] in range(4) and "likelihood_score" not in score
 
 

@@ -14,10 +14,12 @@ from peft import LoraConfig, get_peft_model, get_peft_model_state_dict, set_peft
 from torch import Tensor, nn
 from transformers import AutoConfig, AutoModelForCausalLM, AutoModelForImageTextToText, GenerationConfig
 
-from paragen.collection import checkpoints
-from paragen.scoring import lora_stack, questions
-from paragen.scoring.model_passes import Scorer
+from paragen.collection import checkpoints, lora_config
+from paragen.scoring import questions
+from paragen.scoring.factors import Factors, stack_checkpoints
 from paragen.scoring.questions import Question
+from paragen.scoring.scorer import Scorer
+from paragen.scoring.stacked_model import StackedModel
 
 STOPS = [2]
 ENDS = [2, 7]  # what a template may write behind a response: a token that ends it, and a line break
@@ -35,7 +37,7 @@ class Scene:
         lora: what the adapters' LoraConfig differs in.
         config: what the model's config of text differs in.
         dtype: of both; in float64 a difference is an error, not one of rounding.
-        fused: as lora_stack.Stacked takes it.
+        fused: as StackedModel takes it.
         device: of both models.
     """
 
@@ -55,8 +57,8 @@ class Scene:
             drawn = {key: (torch.randn(shape) * 0.6).to(dtype) for key, shape in shapes.items()}
             self.adapters.append(drawn)
         self.layers = checkpoints.layers_of(drawn)
-        self.scaling = lora_stack.scaling_of(self.peft.peft_config["default"].to_dict())
-        self.stacked = lora_stack.Stacked(self.model, self.layers, fused)
+        self.scaling = lora_config.scaling_of(self.peft.peft_config["default"].to_dict(), self.layers[0])
+        self.stacked = StackedModel(self.model, self.layers, fused)
 
     def fresh(self) -> nn.Module:
         """The model as it lies in its folder."""
@@ -70,13 +72,13 @@ class Scene:
     def scorer(self, asked: list[Question]) -> Scorer:
         return Scorer(self.stacked, asked, STOPS, 0)
 
-    def factors(self, *numbers: int) -> lora_stack.Factors:
+    def factors(self, *numbers: int) -> Factors:
         """Those of some adapters, all by default."""
         chosen = [self.adapters[number] for number in numbers or range(len(self.adapters))]
         where = self.layers, self.scaling, self.model.device, self.dtype
         if chosen == [None]:
-            return lora_stack.stack([None, self.adapters[1]], *where).of([0])
-        return lora_stack.stack(chosen, *where)
+            return stack_checkpoints([None, self.adapters[1]], *where).select([0])
+        return stack_checkpoints(chosen, *where)
 
     @contextmanager
     def by_peft(self, number: int) -> Iterator[nn.Module]:
@@ -92,8 +94,11 @@ class Scene:
     def likelihoods(self, number: int, question: Question) -> tuple[list[float], float]:
         """The log-likelihood of each option's text and the loss of the right response, each by a pass of its own."""
         with self.by_peft(number) as model:
-            texts = [by_itself(model, question.tokens, path.tokens[: path.length]) for path in question.paths]
-            return texts, -by_itself(model, question.tokens, question.paths[question.right].tokens)
+            texts = [
+                by_itself(model, question.tokens, option.tokens[: option.text_length])
+                for option in question.continuations
+            ]
+            return texts, -by_itself(model, question.tokens, question.continuations[question.right].tokens)
 
     def greedy(self, number: int, prompt: list[int], most: int = LONGEST) -> list[int]:
         """What an adapter says by transformers' greedy generation, with what ends it."""
@@ -126,8 +131,10 @@ class Scene:
 
 def question(prompt: list[int], options: list[list[int]], right: int = 0) -> Question:
     """A question out of tokens."""
-    paths = [questions.Path(f"[{place}]", [*option, *ENDS], len(option)) for place, option in enumerate(options)]
-    return Question(prompt, paths, right, paths[right].text, "")
+    continuations = [
+        questions.Continuation(f"[{place}]", [*option, *ENDS], len(option)) for place, option in enumerate(options)
+    ]
+    return Question(prompt, continuations, right, continuations[right].text, "")
 
 
 def prompts(lengths: list[int], shared: int = 0, seed: int = 0) -> list[list[int]]:
