@@ -41,7 +41,7 @@ HEADS = {
     "short rows": {"heads": 14, "shared": 2, "length": 5, "prefix": 9},
     "no prefix": {"heads": 8, "shared": 8, "length": 33, "adapters": 1, "masks": 6, "width": 16},
     "one more token": {"heads": 6, "shared": 2, "length": 1, "keys": 100, "adapters": 1, "masks": 6, "width": 80},
-    "wide heads": {"heads": 4, "shared": 2, "length": 20, "prefix": 66, "width": 256},
+    "wide heads": {"heads": 4, "shared": 2, "length": 20, "prefix": 66, "width": 256, "scale": 0.1},
     "values apart": {"heads": 4, "shared": 4, "length": 6, "prefix": 9, "apart": 20},
     "prompts and room behind": {"heads": 6, "shared": 1, "length": 9, "keys": 33, "width": 12},
 }  # fmt: skip
@@ -81,13 +81,14 @@ def logits(words: int) -> Tensor:
 
 def heads_of(
     heads: int, shared: int, length: int, keys: int | None = None, width: int = 64, prefix: int = 0,
-    adapters: int = 3, masks: int = 2, apart: int = 0,
+    adapters: int = 3, masks: int = 2, apart: int = 0, scale: float = 0.3,
 ) -> tuple:  # fmt: skip
     """The arguments of `attend` for six rows.
 
     Args:
         keys: the rows' own, where they are others than the tokens'.
         apart: numbers between one head's value and the next's.
+        scale: of the scores; at 0.3, those of wide heads are so large that float32 rounds them by more than is allowed.
     """
     torch.manual_seed(length)
     sizes = [(6, length, heads, width), (6, keys or length, shared, width), (6, keys or length, shared, width + apart)]
@@ -97,7 +98,7 @@ def heads_of(
         mask[..., prefix:] |= torch.eye(length, dtype=torch.bool)
     mask[..., 0] = True
     first = tuple(torch.randn(adapters, shared, prefix, width) for _ in range(2)) if prefix else None
-    return *(torch.randn(size)[..., :width].transpose(1, 2) for size in sizes), attention.pack_mask(mask), 0.3, first
+    return *(torch.randn(size)[..., :width].transpose(1, 2) for size in sizes), attention.pack_mask(mask), scale, first
 
 
 @pytest.mark.parametrize("number", range(len(SIZES)))
@@ -147,8 +148,9 @@ def test_rows_attend_to_their_prefix_and_to_what_the_mask_shows(interpreted, nam
             own = [torch.cat([before[row // times], one], 1) for before, one in zip(first, own, strict=True)]
         keys, values = (one.repeat_interleave(query.shape[1] // len(one), 0) for one in own)
         visible = attention.unpack_mask(mask[row % len(mask)])[..., : keys.shape[1]]
-        scores = (query[row] @ keys.mT * scale).masked_fill(~visible, -torch.inf)
-        torch.testing.assert_close(found[row].transpose(0, 1), scores.softmax(-1) @ values)
+        scores = (query[row].double() @ keys.double().mT * scale).masked_fill(~visible, -torch.inf)
+        by_hand = (scores.softmax(-1) @ values.double()).float()
+        torch.testing.assert_close(found[row].transpose(0, 1), by_hand)
     torch.testing.assert_close(attention.plain_attention(query, key, value, mask, scale, first), found)
 
 
