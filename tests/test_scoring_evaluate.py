@@ -471,7 +471,7 @@ def folder(project: Project) -> Path:
         (changed_behind, {}, "Toy.json: changed since Toy was trained, behind the rows trained on"),
         (lambda p: shutil.rmtree(p.top / "models" / "Tiny-Llama"), {}, "models/Tiny-Llama: no such model folder"),
         (other_model, {}, "models/Tiny-Llama: is not the base model that Tiny-Llama_lora-rank_4_finetune"),
-        (other_tokenizer, {}, "models/Tiny-Llama: has not the tokenizer that Tiny-Llama_lora-rank_4_finetune"),
+        (other_tokenizer, {}, "models/Tiny-Llama: does not have the tokenizer that Tiny-Llama_lora-rank_4_finetune"),
         (lambda p: cut(folder(p) / "checkpoint-9.safetensors"), {}, "checkpoint-9.safetensors: has 100 bytes"),
         (lambda p: (folder(p) / "checkpoint-9.safetensors").unlink(), {}, "checkpoint-9.safetensors: is missing"),
         (lambda p: copies.flip_a_bit(folder(p) / "checkpoint-9.safetensors"), {}, "does not have its recorded sha256"),
@@ -479,7 +479,7 @@ def folder(project: Project) -> Path:
         (
             lambda p: copies.edit(folder(p), lambda m: m.update(recipe=None)),
             {},
-            "its manifest does not know its recipe",
+            "its manifest has no recipe",
         ),
         (lambda p: (folder(p) / "manifest.json").unlink(), {}, "has no manifest.json"),
         (lambda p: broken_scores(p, "["), {}, "evaluation.json: broken"),

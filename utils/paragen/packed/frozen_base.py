@@ -116,7 +116,9 @@ class FrozenBase:
                 process.keep_tokens(attempt.staging / "tokens", Path(job["tokens"]))
             self.rows[key] = rows_of(data["train_dataset"])
         if any((row.labels == IGNORED).all() for row in self.rows[key]):
-            raise NotPackable("a row has nothing to learn, and the mean over a step of such rows is no number")
+            raise NotPackable(
+                "a row has nothing to learn, and the mean loss of a step with such rows alone is undefined"
+            )
         return self.rows[key]
 
     def _initial_adapter(self, parsed: tuple, rows: list[Row]) -> InitialAdapter:
@@ -152,7 +154,7 @@ class FrozenBase:
     def _load(self, model_args: Any, finetuning_args: Any, args: Any, rows: list[Row]) -> InitialAdapter:
         """Load the model, check that the packed layers compute for it what PEFT computes, and set `model`."""
         if args.device.type not in ("cpu", "cuda"):
-            raise NotPackable(f"it was not tried on {args.device.type}")
+            raise NotPackable(f"the packed engine has not been tried on {args.device.type}")
         adapted = load_model(self.tokenizer, model_args, finetuning_args, True).to(args.device)
         self.dtype = torch.bfloat16 if args.bf16 else torch.float32
         peft_comparison.check_packable(adapted, self.dtype)

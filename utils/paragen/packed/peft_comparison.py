@@ -31,7 +31,7 @@ def check_packable(adapted: PeftModel, dtype: torch.dtype) -> None:
             raise NotPackable(f"the model has dropout ({name})")
         if isinstance(module, LoraLayer):
             if type(module) is not LoraLinear or type(module.base_layer) is not nn.Linear:
-                raise NotPackable(f"{name} is no linear layer with plain LoRA")
+                raise NotPackable(f"{name} is not a linear layer with plain LoRA")
             if dtype is torch.float32 and module.base_layer.weight.dtype is not torch.float32:
                 raise NotPackable(f"{name} computes in {module.base_layer.weight.dtype}, its adapter in float32")
     config = model.config.to_dict()

@@ -105,7 +105,7 @@ def folder_of(manifest: dict[str, Any]) -> Path:
         )
     if base_models.hash_of(folder, base_models.tokenizer_files(folder)) != (manifest["tokenizer"] or {}).get("sha256"):
         raise UserError(
-            f"{paths.relative(folder)}: has not the tokenizer that {manifest['run']} was trained with; {WAY_OUT}"
+            f"{paths.relative(folder)}: does not have the tokenizer that {manifest['run']} was trained with; {WAY_OUT}"
         )
     return folder
 

@@ -63,8 +63,9 @@ class CollectionScorer:
         if not gc.get_freeze_count():
             gc.freeze()  # imported modules stay, and looking through them again and again would hold up all threads
         compared = peft_comparison.questions_to_compare(self.questions)
-        last = self.reader.read(self.reader.last)
-        expected = peft_comparison.peft_losses(self.base.model, self.folder, last, compared)
+        expected = peft_comparison.peft_losses(
+            self.base.model, self.folder, self.reader.read(self.reader.last), compared
+        )
         self.base.use_fused_kernels()
         stacked = StackedModel(self.base.model, self.reader.layers)
         try:

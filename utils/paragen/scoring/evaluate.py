@@ -65,8 +65,8 @@ def plan_for(chosen: Chosen) -> Plan:
     manifest = chosen.manifest
     if manifest["recipe"] is None:
         raise UserError(
-            f"{chosen.name}: its manifest does not know its recipe (it was made from a stock run), so not how it reads "
-            "text; collect it here to have it scored"
+            f"{chosen.name}: its manifest has no recipe (it was made from a stock run), so it is unknown how it reads "
+            "text; collect it here to score it"
         )
     split, limit = questions.split_for(manifest, os.environ.get("SPLIT", "")), requested_limit()
     metric = answers.metric_of(split.texts)
