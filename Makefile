@@ -129,9 +129,10 @@ pull: setup  ## bring published collections into saves/ and data/: REPO=user/nam
 setup-dev:  ## make .venv from requirements-dev.txt, which adds what tests and linting need
 	@$(SET_UP) --dev
 
-lint: setup-dev  ## check style and format
+lint: setup-dev  ## check style, format and types
 	@$(PY) -m ruff check --quiet $(CODE)
 	@$(PY) -m ruff format --quiet --check $(CODE) || { echo "run: make format"; exit 1; }
+	@$(PY) -m mypy
 
 format: setup-dev  ## put the code into the shape that lint asks for
 	@$(PY) -m ruff check --quiet --select I --fix $(CODE)

@@ -60,7 +60,8 @@ def install(lock: Path) -> None:
     if not (STAMP.is_file() and answers()):
         files.remove_folder(VENV)
         say(f"setting up {VENV.name} with Python {'.'.join(map(str, sys.version_info[:3]))} ...")
-        run([sys._base_executable, "-m", "venv", str(VENV)])  # this Python may be the venv's own
+        base = getattr(sys, "_base_executable", sys.executable)  # this Python may be the venv's own
+        run([base, "-m", "venv", str(VENV)])
     uv = shutil.which("uv", path=f"{os.environ.get('PATH', '')}{os.pathsep}{PYTHON.parent}") or install_uv(lock)
     say(f"installing {lock.name} ...")
     sync = [uv, "pip", "sync", "--require-hashes", "--compile-bytecode", "--python", str(PYTHON), str(lock)]
@@ -108,7 +109,7 @@ def normal(name: str) -> str:
 def install_uv(lock: Path) -> str:
     """Put the locked uv into the venv, for machines that have none; returns its path."""
     pinned = VENV / "uv.txt"
-    pinned.write_text(re.search(r"^uv==.*\n(    --hash.*\n)+", lock.read_text(), re.MULTILINE)[0])
+    pinned.write_text("".join(re.findall(r"^uv==.*\n(?:    --hash.*\n)+", lock.read_text(), re.MULTILINE)))
     options = ["--quiet", "--disable-pip-version-check", "--require-hashes", "--no-deps"]
     run([str(PYTHON), "-m", "pip", "install", *options, "-r", str(pinned)])
     return str(VENV / "bin" / "uv")

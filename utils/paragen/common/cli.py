@@ -10,8 +10,9 @@ import re
 import signal
 import subprocess
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from pathlib import Path
+from types import FrameType
 from typing import IO
 
 # All that a script reads is on disk before it starts; libraries that would look a name up on the hub are told not to.
@@ -42,7 +43,7 @@ def end_with_parent() -> None:
         ctypes.CDLL(None).prctl(1, signal.SIGTERM)  # PR_SET_PDEATHSIG
 
 
-def print_table(head: tuple[str, ...], rows: list[tuple[str, ...]]) -> None:
+def print_table(head: tuple[str, ...], rows: Sequence[tuple[str, ...]]) -> None:
     """Print rows under their heads, columns aligned."""
     widths = [max(len(row[column]) for row in [head, *rows]) for column in range(len(head))]
     for row in [head, *rows]:
@@ -58,7 +59,7 @@ def run(main: Callable[[], int | None]) -> None:
     """
     received: list[int] = []
 
-    def stop(number: int, _frame) -> None:
+    def stop(number: int, _frame: FrameType | None) -> None:
         received.append(number)
         if number == signal.SIGINT:
             raise KeyboardInterrupt
@@ -85,7 +86,9 @@ def run(main: Callable[[], int | None]) -> None:
         fail(fault)
 
 
-def call(command: list, environment: dict[str, str] | None = None, output: IO | None = None, own_group=False) -> int:
+def call(
+    command: list, environment: dict[str, str] | None = None, output: IO | None = None, own_group: bool = False
+) -> int:
     """Run another script and return its status; when this process is stopped, that one unwinds first.
 
     Args:

@@ -108,9 +108,10 @@ def explain(error: BaseException, hub_id: str, revision: str | None) -> str | No
 def chain_of(error: BaseException) -> list[BaseException]:
     """An exception and those it was raised from, from the last to the first."""
     chain: list[BaseException] = []
-    while error is not None and error not in chain:
-        chain.append(error)
-        error = error.__cause__ or error.__context__
+    link: BaseException | None = error
+    while link is not None and link not in chain:
+        chain.append(link)
+        link = link.__cause__ or link.__context__
     return chain
 
 

@@ -8,8 +8,10 @@ process that asked for it ends.
 
 import importlib
 import multiprocessing
+import multiprocessing.forkserver
 import os
 import sys
+from multiprocessing.context import ForkServerProcess
 from pathlib import Path
 
 from paragen.common import cli, devices, paths
@@ -32,7 +34,7 @@ def preload() -> None:
     multiprocessing.forkserver.ensure_running()
 
 
-def start(script: str, arguments: list[str], environment: dict[str, str], log: Path | None) -> multiprocessing.Process:
+def start(script: str, arguments: list[str], environment: dict[str, str], log: Path | None) -> ForkServerProcess:
     """Start the `main` of a script of utils/ or of a module of paragen, with these arguments.
 
     Args:
