@@ -148,7 +148,7 @@ def test_moments_do_not_lose_a_small_deviation_beside_a_large_mean():
     moments = None
     for start in range(0, 40, 7):
         moments = ls.merged(moments, values[start : start + 7])
-    assert moments.steps == 40
+    assert moments.count == 40
     torch.testing.assert_close(ls.deviation(moments), values.std(0, correction=0), rtol=1e-9, atol=0)
 
 

@@ -1,6 +1,7 @@
 """The packed engine on a device with little memory: `fork_server.start("helpers.low_memory", ...)`.
 
-SCARCE names the way:
+The variable SCARCE says in what way:
+
 SCARCE=room:N       the memory module sees only as much memory as N cells need
 SCARCE=prepare:N    torch runs out of memory while a pack of more than N cells is made ready
 """

@@ -31,8 +31,7 @@ def canonical(a: torch.Tensor, b: torch.Tensor) -> tuple[torch.Tensor, torch.Ten
     noise that was cut off.
     """
     if a.dim() == 2:  # a single product is computed by another kernel than a batch of one, and differs in the last bit
-        one_a, one_b = canonical(a[None], b[None])
-        return one_a[0], one_b[0]
+        return tuple(values[0] for values in canonical(a[None], b[None]))
     rank = a.shape[-2]
     q_b, r_b = torch.linalg.qr(b.double())
     q_a, r_a = torch.linalg.qr(a.double().mT)

@@ -17,7 +17,7 @@ SKETCH_SIDE = 32  # a sketch has 32 x 32 numbers
 class Moments(NamedTuple):
     """Mean and sum of squared deviations of each entry over the steps seen so far."""
 
-    steps: int
+    count: int
     mean: torch.Tensor
     squares: torch.Tensor
 
@@ -33,18 +33,18 @@ def merged(before: Moments | None, values: torch.Tensor) -> Moments:
     new = Moments(len(values), mean, (values - mean).square_().sum(0))
     if before is None:
         return new
-    steps = before.steps + new.steps
+    count = before.count + new.count
     apart = new.mean - before.mean
     return Moments(
-        steps,
-        before.mean + apart * (new.steps / steps),
-        before.squares + new.squares + apart**2 * (before.steps * new.steps / steps),
+        count,
+        before.mean + apart * (new.count / count),
+        before.squares + new.squares + apart**2 * (before.count * new.count / count),
     )
 
 
 def deviation(moments: Moments) -> torch.Tensor:
     """The population standard deviation of each entry over the steps."""
-    return (moments.squares / moments.steps).sqrt()
+    return (moments.squares / moments.count).sqrt()
 
 
 def standardised(values: torch.Tensor) -> torch.Tensor:
@@ -169,8 +169,7 @@ def taken_in(running: Running, a: torch.Tensor, b: torch.Tensor) -> tuple[Runnin
 def totals(running: Running) -> dict[str, torch.Tensor]:
     """What a layer's moments come to when all steps were seen: of A and B each, the mean over the entries of their mean
     (`mean`), of their deviation (`std`) and of their deviation when standardised within each step."""
-    seen = [moments for moments in running.moments if moments is not None]
-    raw, standard = seen[:2], seen[2:]
+    raw, standard = running.moments[:2], running.moments[2:]
     return {
         "mean": torch.stack([one.mean.mean() for one in raw]),
         "std": torch.stack([deviation(one).mean() for one in raw]),

@@ -21,6 +21,8 @@ from paragen.collection import checkpoints, collection, evaluation, index
 from paragen.common import files, paths
 from paragen.common.cli import UserError
 from paragen.model import base_models
+from paragen.recipes import lookup
+from paragen.recipes.run import Cell
 from paragen.training import status
 
 if TYPE_CHECKING:
@@ -57,8 +59,7 @@ def gather(saves: Path) -> dict[str, Any]:
     table, faults = index.update(saves)
     names = [folder.relative_to(saves.absolute()).as_posix() for folder in collection.run_folders([saves])]
     states = cell_states(table)
-    found: list[dict[str, Any]] = []
-    faulty: list[str] = []
+    found, faulty = [], []
     for name in names:
         state, reason = states["by_folder"].get(saves.absolute() / name, ("complete", ""))
         row = None
@@ -95,15 +96,15 @@ def cell_states(table: "pa.Table") -> dict[str, Any]:
         collected.setdefault((dataset, model), set()).add(rank)
     found, by_folder = [], {}
     try:
-        pairs = status.pairs_in("")
+        pairs = lookup.pairs_in("")
     except UserError:  # no recipes: the collections are all there is
         pairs = {}
     for (dataset, model), (pretrain, finetune) in sorted(pairs.items()):
-        for rank in sorted({*status.RANKS, *collected.get((dataset, model), ())}):
-            cell = status.Cell(dataset, model, rank, pretrain, finetune)
+        for rank in sorted({*lookup.RANKS, *collected.get((dataset, model), ())}):
+            cell = Cell(dataset, model, rank, (pretrain, finetune))
             state, reason = status.state_of(cell)
             try:
-                folder = status.run_folders(cell)[1].absolute()
+                folder = cell.finetune.folder
                 by_folder[folder] = (state, reason)
             except UserError:  # a recipe that cannot be rendered; the reason says so
                 folder = None
@@ -125,8 +126,7 @@ def described(saves: Path, name: str, state: str, reason: str, total: int) -> di
     if not entries:
         raise UserError(f"{paths.relative(folder)}: its manifest lists no checkpoint")
     losses = [entry["loss"] for entry in entries if entry["loss"] is not None and math.isfinite(entry["loss"])]
-    pictures: dict[str, Any] = {"curve": report_data.curve(folder, manifest)}
-    shown = None
+    pictures, shown = {"curve": report_data.curve(folder, manifest)}, None
     evaluated = evaluation.shown(evaluation.read(folder, manifest))
     if evaluated:
         pictures["scores"] = report_data.scores(evaluated, len(entries))

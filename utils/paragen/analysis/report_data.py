@@ -30,8 +30,7 @@ def curve(folder: Path, manifest: dict[str, Any]) -> dict[str, Any]:
     kept step), `resumed` (step or None), `notes` (what is left out, and why) and `label`. A stock run without a log has
     the figures of its manifest.
     """
-    entries = manifest["checkpoints"]
-    notes: list[str] = []
+    entries, notes = manifest["checkpoints"], []
     kept = [entries[0]["step"], entries[-1]["step"]]
     rows = read_log(folder / collection.LOG, notes)
     if not rows:
@@ -85,8 +84,7 @@ def is_same_pretrain(folder: Path, pretrain: dict[str, Any]) -> bool:
 
 def read_log(path: Path, notes: list[str]) -> list[tuple[int, float | None, float | None]]:
     """Step, loss and learning rate of each logged step of a trainer_log.jsonl; `notes` gets what cannot be read."""
-    rows: list[tuple[int, float | None, float | None]] = []
-    broken = 0
+    rows, broken = [], 0
     if not path.is_file():
         return rows
     for line in path.read_text(encoding="utf-8", errors="replace").splitlines():
@@ -130,8 +128,7 @@ def scores(shown: dict[str, Any], kept: int) -> dict[str, Any]:
         return {**said, "label": f"No figure of {shown['split']} is known"}
     base, _ = evaluation.figure_of(shown, shown["base"])
     steps, values, spans = zip(*points, strict=True)
-    best_score = evaluation.best_of(shown)
-    best = steps.index(best_score["step"]) if best_score else 0  # there is one, as there are points
+    best = steps.index(evaluation.best_of(shown)["step"])
     about = "the base model was not evaluated" if base is None else f"the base model {base:#.3g}"
     course = f"{values[0]:#.3g} at step {steps[0]}"
     if len(steps) > 1:
