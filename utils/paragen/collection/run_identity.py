@@ -9,56 +9,67 @@ import json
 import re
 from importlib.metadata import version
 from pathlib import Path
+from typing import Any, NamedTuple
 
 import prompt_templates
 from paragen.common import cli, files, paths
 from paragen.common.cli import UserError
 from paragen.dataset import dataset_info, pictures
-from paragen.model import base_models
-from paragen.recipes.render import DEFAULT_SEED, resolve
+from paragen.model import base_models, model_files
+from paragen.recipes import keys
+from paragen.recipes.run import Run
 
-# Recipe keys that say where files lie or how they are read and logged, not what is trained. The contents behind the
-# paths are hashed in the other sections.
-NOT_TRAINED = {
-    "model_name_or_path", "dataset_dir", "media_dir", "output_dir", "resume_from_checkpoint", "overwrite_output_dir",
-    "overwrite_cache", "cache_dir", "preprocessing_num_workers", "dataloader_prefetch_factor", "ddp_timeout",
-    "dataloader_num_workers", "dataloader_pin_memory", "logging_steps", "logging_first_step", "plot_loss", "report_to",
-    "run_name", "disable_tqdm", "log_level", "do_train", "save_only_model", "use_cpu", "dataloader_persistent_workers",
-    "logging_dir",
-}  # fmt: skip
-# Recipe keys that do not change how rows become tokens; a key that is not here counts.
-NOT_TOKENISED = {
-    "adam_beta1", "adam_beta2", "adam_epsilon", "bf16", "disable_gradient_checkpointing", "enable_liger_kernel",
-    "finetuning_type", "flash_attn", "fp16", "freeze_vision_tower", "gradient_accumulation_steps",
-    "gradient_checkpointing", "learning_rate", "lora_alpha", "lora_dropout", "lora_rank", "lora_target",
-    "loraplus_lr_ratio", "lr_scheduler_kwargs", "lr_scheduler_type", "max_grad_norm", "max_steps", "num_train_epochs",
-    "optim", "per_device_train_batch_size", "pure_bf16", "save_steps", "save_strategy", "save_total_limit",
-    "use_dora", "use_rslora", "warmup_ratio", "warmup_steps", "weight_decay",
-}  # fmt: skip
-OWN_TOKENS = {"eval_dataset", "tokenized_path", "streaming"}
 # What a checkpoint folder must hold to be resumed, all of it decisive for what follows.
 RESUMED = (paths.ADAPTER, "optimizer.pt", "scheduler.pt", "rng_state.pth", "trainer_state.json")
 
 
-def identity_of(recipe: Path, config: dict) -> dict:
-    """The identity of the run that a rendered recipe asks for.
+class Snapshot(NamedTuple):
+    """A run's identity, and the files that it was taken from as they were before."""
 
-    Args:
-        recipe: the recipe's path; the paths in it are relative to its folder.
-        config: the recipe as `rank_config.render` gives it.
+    identity: dict[str, Any]
+    stamps: dict[str, tuple[int, ...]] | None  # by path; None where stamps alone cannot show a change
 
-    Raises UserError when the model, the data or the pretrain checkpoint is not there, with the command that makes it.
+
+def snapshot_of(run: Run) -> Snapshot:
+    """A run's identity, in a form that shows cheaply whether it is still true. Raises as `identity_of`."""
+    stamps = _stamps_of(run)
+    identity = identity_of(run)
+    return Snapshot(identity, None if any(data["pictures"] for data in identity["data"]) else stamps)
+
+
+def changed_since(run: Run, snapshot: Snapshot) -> list[str]:
+    """What of a run's identity changed since a snapshot, a phrase each. Reads the files only where one was touched."""
+    if snapshot.stamps is not None and snapshot.stamps == _stamps_of(run):
+        return []
+    return changes(snapshot.identity, identity_of(run))
+
+
+def _stamps_of(run: Run) -> dict[str, tuple[int, ...]]:
+    """The stamps of the files that an identity is taken from, but for pictures."""
+    folder = run.resolve(run.config.get("dataset_dir", "data"))
+    entries = [dataset_info.data_file(name.strip(), folder) for name in run.config["dataset"].split(",")]
+    found = [*entries, folder / "dataset_info.json"]
+    for parent in (run.base, run.resumed):
+        found += sorted(parent.iterdir()) if parent is not None and parent.is_dir() else []
+    return {str(path): files.stamp_of(path.stat()) for path in found if path.is_file()}
+
+
+def identity_of(run: Run) -> dict[str, Any]:
+    """What a run is trained from, as a JSON value (see the head of this file).
+
+    Raises UserError when the model, the data or the pretrain checkpoint is missing, with the command that makes it.
     """
-    base = base_models.local_folder(resolve(recipe, config["model_name_or_path"]))
-    recipe_keys = {"seed": DEFAULT_SEED, **{key: value for key, value in config.items() if key not in NOT_TRAINED}}
+    base, config = base_models.local_folder(run.base), run.config
+    trained = {key: value for key, value in config.items() if key not in keys.NOT_TRAINED}
+    recipe_keys = {"seed": keys.OMITTED_SEED, **trained}
     if template_hash := hash_of_template(config.get("template")):
         recipe_keys["template_sha256"] = template_hash
     return {
         "recipe": dict(sorted(recipe_keys.items())),
-        "data": [_data_of(name.strip(), recipe, config) for name in config["dataset"].split(",")],
+        "data": [_data_of(name.strip(), run) for name in config["dataset"].split(",")],
         "base_model": base_models.identity_of(base),
-        "tokenizer": {"sha256": base_models.hash_of(base, base_models.tokenizer_files(base))},
-        "pretrain": pretrain_of(resume_folder(recipe, config)),
+        "tokenizer": {"sha256": model_files.hash_of(base, model_files.tokenizer_files(base))},
+        "pretrain": pretrain_of(run.resumed),
     }
 
 
@@ -68,9 +79,9 @@ def tokens_key(identity: dict) -> str | None:
     None where they depend on more: on pictures, on rows that the identity does not hold (of an eval_dataset), or on
     tokens that the recipe keeps itself.
     """
-    if any(data["pictures"] for data in identity["data"]) or OWN_TOKENS & identity["recipe"].keys():
+    if any(data["pictures"] for data in identity["data"]) or keys.UNSHARED_TOKENS & identity["recipe"].keys():
         return None
-    recipe = {key: value for key, value in identity["recipe"].items() if key not in NOT_TOKENISED}
+    recipe = {key: value for key, value in identity["recipe"].items() if key not in keys.NOT_TOKENISED}
     versions = {name: version(name) for name in ("llamafactory", "transformers", "tokenizers", "datasets")}
     return files.sha256_of_value([recipe, identity["data"], identity["tokenizer"], versions])
 
@@ -83,12 +94,6 @@ def hash_of_template(name: str | None) -> str | None:
             if getattr(said.get("name"), "value", None) == name and name is not None:
                 return files.sha256_of_value(ast.dump(node))
     return None
-
-
-def resume_folder(recipe: Path, config: dict) -> Path | None:
-    """The checkpoint folder that a rendered recipe resumes from, or None."""
-    resume = config.get("resume_from_checkpoint")
-    return resolve(recipe, resume) if resume else None
 
 
 def pretrain_of(checkpoint: Path | None) -> dict | None:
@@ -135,9 +140,9 @@ def changes(old: dict, new: dict) -> list[str]:
     return found
 
 
-def _data_of(name: str, recipe: Path, config: dict) -> dict:
+def _data_of(name: str, run: Run) -> dict[str, Any]:
     """What is read of one dataset: entry, file, and the first `max_samples` rows, trained on, with their pictures."""
-    folder = resolve(recipe, config.get("dataset_dir", "data"))
+    config, folder = run.config, run.resolve(run.config.get("dataset_dir", "data"))
     entry = dataset_info.entry_of(name, folder)
     dataset_info.require_trainable(name, entry)
     if entry.get("num_samples") is not None:
@@ -145,7 +150,7 @@ def _data_of(name: str, recipe: Path, config: dict) -> dict:
     path = dataset_info.data_file(name, folder)
     rows = dataset_info.load_rows(path)
     used = rows[: config.get("max_samples") or len(rows)]
-    media = resolve(recipe, config["media_dir"]) if config.get("media_dir") else folder
+    media = run.resolve(config["media_dir"]) if config.get("media_dir") else folder
     return {
         "name": name,
         "file": entry["file_name"],
@@ -222,4 +227,4 @@ def check_resumable(checkpoint: Path, rank: int, how_to_make: str) -> None:
 
 def force_asked() -> bool:
     """Whether the user said FORCE=1: redo what is complete or stale."""
-    return cli.asked("FORCE")
+    return cli.is_on("FORCE")

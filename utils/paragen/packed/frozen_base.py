@@ -29,6 +29,7 @@ from paragen.packed.model import fuse, plain, positions_vary
 from paragen.packed.packed_engine import Adapter, Engine
 from paragen.packed.schedule import Course, resumed_factors, resumed_moments, rows_of
 from paragen.training import ordinary, process
+from paragen.training.attempts import Attempt
 
 OutOfMemory = torch.OutOfMemoryError
 
@@ -76,13 +77,13 @@ class Base:
         self.fresh: dict[tuple, Fresh] = {}
         self.rows: dict[str, list[Row]] = {}
 
-    def admit(self, attempt: ordinary.Attempt) -> Member:
+    def admit(self, attempt: Attempt) -> Member:
         """Make a run ready. Raises UserError for what is wrong with it, NotPackable for what packing cannot do."""
         job = ordinary.job_of(attempt, self.wanted)
         arguments = process.arguments_of(job) | OURS
         prompt_templates.register()
-        process.check_arguments(attempt.recipe, arguments)
-        process.check_template(attempt.recipe, arguments, job["pictures"])
+        process.check_arguments(attempt.run.recipe, arguments)
+        process.check_template(attempt.run.recipe, arguments, job["pictures"])
         try:
             return self._admit(attempt, job, arguments)
         except (NotPackable, OutOfMemory):
@@ -90,9 +91,9 @@ class Base:
         except process.SETTINGS_ERRORS as error:
             if cli.storage_fault(error) is not None:
                 raise
-            raise process.refusal(attempt.recipe, error) from error
+            raise process.refusal(attempt.run.recipe, error) from error
 
-    def _admit(self, attempt: ordinary.Attempt, job: dict, arguments: dict) -> Member:
+    def _admit(self, attempt: Attempt, job: dict, arguments: dict) -> Member:
         parsed = get_train_args(dict(arguments))  # sets the seed, as every start of LLaMA-Factory does
         rows = self._rows(attempt, job, parsed)
         fresh = self._fresh(parsed, rows)
@@ -105,7 +106,7 @@ class Base:
         )
         return Member(course, adapter, copy.deepcopy(fresh.config))
 
-    def _rows(self, attempt: ordinary.Attempt, job: dict, parsed: tuple) -> list[Row]:
+    def _rows(self, attempt: Attempt, job: dict, parsed: tuple) -> list[Row]:
         key = run_identity.tokens_key(attempt.identity)
         if key is None or key not in self.rows:
             tokenizer_module = load_tokenizer(parsed[0])

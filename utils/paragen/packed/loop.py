@@ -20,7 +20,7 @@ from paragen.packed.batches import Row, Step
 from paragen.packed.frozen_base import Base, Member
 from paragen.packed.layers import NotPackable
 from paragen.packed.packed_engine import Engine
-from paragen.training import collector, ordinary
+from paragen.training import attempts, collector, completion
 
 EVERY = 10  # seconds between lines of progress
 
@@ -159,7 +159,7 @@ class Pack:
         began = said = time.monotonic()
         for member in self.members:
             member.course.begin()
-        phase = self.members[0].course.attempt.phase
+        phase = self.members[0].course.attempt.run.phase
         say(f"{phase} of {len(self.members)} cells, packed, {len(self.steps)} steps")
         for number, losses in self.engine.train(self.steps, self._keep):
             if len(self.members) > 1 and not all(map(math.isfinite, losses)):
@@ -212,14 +212,14 @@ class Pack:
                 "engine": "packed",
                 "packed_with": len(self.members),
             }
-            ordinary.complete(attempt, facts)
-            ordinary.drop_claim(attempt.folder)
+            completion.complete(attempt, facts)
+            attempts.drop_claim(attempt.run.folder)
         except UserError as error:
             return error
         except (OSError, RuntimeError) as error:
             if cli.storage_fault(error) is not None:
                 raise
-            return UserError(f"{attempt.recipe}: its run cannot be completed: {type(error).__name__}: {error}")
+            return UserError(f"{attempt.run}: cannot be completed: {type(error).__name__}: {error}")
         return None
 
 

@@ -26,7 +26,7 @@ from paragen.packed.batches import Row
 from paragen.packed.layers import NotPackable
 from paragen.packed.packed_engine import Adapter
 from paragen.training import collector
-from paragen.training.ordinary import Attempt
+from paragen.training.attempts import Attempt
 
 
 class Course:
@@ -102,7 +102,7 @@ class Course:
         """Ask transformers' own rule after which steps the run logs and saves."""
         state, control, rule = self.trainer.state, self.trainer.control, DefaultFlowCallback()
         self.logged, saved = set(), []
-        keep = self.attempt.config.get("save_total_limit")
+        keep = self.attempt.run.config.get("save_total_limit")
         self.kept_from = self.last - (keep or self.last - self.first + 1) + 1
         if self.collects:
             collector.check_window(keep, self.first - 1, self.last)
@@ -120,7 +120,7 @@ class Course:
 
     @property
     def collects(self) -> bool:
-        return self.attempt.phase == "finetune"
+        return self.attempt.run.collects
 
     def is_kept(self, step: int) -> bool:
         """Whether the adapter after this step belongs to the collection."""

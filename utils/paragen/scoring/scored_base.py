@@ -18,16 +18,13 @@ from transformers.utils.logging import disable_progress_bar
 import prompt_templates
 from paragen.common import paths
 from paragen.common.cli import UserError
-from paragen.model import base_models
+from paragen.model import base_models, model_files
 from paragen.packed.model import fuse, plain
+from paragen.recipes import keys
 from paragen.scoring import attention, decoding, model_passes
 from paragen.scoring.lora_stack import Factors
-from paragen.scoring.questions import TEXT_KEYS, Question
+from paragen.scoring.questions import Question
 
-# Of a recipe's model keys, those that say where from and how a training goes, not what the model is.
-NOT_THE_MODELS = {
-    "model_name_or_path", "adapter_name_or_path", "cache_dir", "enable_liger_kernel", "use_unsloth", "flash_attn",
-}  # fmt: skip
 WAY_OUT = "put its files back, or collect again with FORCE=1"
 SAID = 8  # tokens of an answer that are compared
 TIE = 10  # tolerances that the logits of likeliest tokens may be apart: they are rounded themselves
@@ -46,7 +43,7 @@ class Base:
     def __init__(self, recipe: dict[str, Any], folder: Path, model: nn.Module | None = None):
         prompt_templates.register()
         self.folder, self.key, self.dtype = folder, key_of(recipe, folder), dtype_of(recipe)
-        texts = {key: value for key, value in recipe.items() if key in TEXT_KEYS}
+        texts = {key: value for key, value in recipe.items() if key in keys.TEXT}
         self.model_args, self.data_args, self.finetuning_args, _ = get_infer_args({
             **model_keys(recipe), **texts, "model_name_or_path": str(folder),
             "infer_dtype": str(self.dtype).removeprefix("torch."),
@@ -102,7 +99,7 @@ def folder_of(manifest: dict[str, Any]) -> Path:
         raise UserError(
             f"{paths.relative(folder)}: is not the base model that {manifest['run']} was trained on; {WAY_OUT}"
         )
-    if base_models.hash_of(folder, base_models.tokenizer_files(folder)) != (manifest["tokenizer"] or {}).get("sha256"):
+    if model_files.hash_of(folder, model_files.tokenizer_files(folder)) != (manifest["tokenizer"] or {}).get("sha256"):
         raise UserError(
             f"{paths.relative(folder)}: has not the tokenizer that {manifest['run']} was trained with; {WAY_OUT}"
         )
@@ -118,7 +115,7 @@ def dtype_of(recipe: dict[str, Any]) -> torch.dtype:
 
 def model_keys(recipe: dict[str, Any]) -> dict[str, Any]:
     """The keys of a recipe that decide what the base model is: collections that agree in them can share it."""
-    known = {field.name for field in dataclasses.fields(ModelArguments)} - NOT_THE_MODELS
+    known = {field.name for field in dataclasses.fields(ModelArguments)} - keys.NOT_OF_THE_MODEL
     return {key: value for key, value in recipe.items() if key in known}
 
 
