@@ -1,8 +1,16 @@
 # ParaGen-Dataset: prompt-checkpoint pairs, one command each. `make` alone lists the targets.
 
+# .venv's Python runs every target; PYTHON makes .venv. With PY=python3, on the command line or in the environment, that
+# Python runs every target and nothing is set up: in a container, on a cluster, on a machine without network.
 PYTHON ?= $(or $(wildcard .venv/bin/python),python3)
+ifdef PY
+export PY
+SET_UP := :
+else
+unexport PY
 PY := .venv/bin/python
-RUFF := .venv/bin/ruff
+SET_UP := $(PYTHON) utils/setup_env.py
+endif
 CODE := utils tests bench
 
 # What a user sets on the command line reaches the scripts through the environment.
@@ -10,35 +18,36 @@ export DATASET MODEL MODELS RANK RANKS KEEP SEED FORCE DEVICES PRUNE_PRETRAIN FI
 	FORMAT OUT DTYPE STEPS REPO PRIVATE DRY_RUN RAW REVISION ALLOW_UNKNOWN_LICENSE STAGE STAGE_DIR ENGINE SPLIT LIMIT
 
 .DEFAULT_GOAL := help
-.PHONY: help setup lock model data data-all register check-data recipe check-recipes pretrain finetune collect collect-all \
-	plan status verify clean-checkpoints index export import evaluate stats report publish pull demo test test-all test-runs test-others \
-	lint format
+.PHONY: help setup setup-dev lock model data data-all register check-data recipe check-recipes pretrain finetune collect \
+	collect-all plan status verify clean-checkpoints index export import evaluate stats report publish pull demo test \
+	test-all test-runs test-others lint format
 
 help:  ## list the targets
 	@awk -F ':.*## ' '/^##@/ {print "\n" substr($$0, 5)} /^[a-z-]+:.*## / {printf "  make %-18s %s\n", $$1, $$2}' Makefile
 	@printf '\nSettings: DATASET=ARC-c MODEL=smollm2-135m RANK=8 (default 8) KEEP=n SEED=n FORCE=1 DEVICES=0,1 ENGINE=packed|stock\n'
+	@printf 'PY=python3 runs a target with a Python of yours and sets nothing up; PYTHON=python3.12 makes .venv\n'
 
 ##@ Start here
 demo: setup  ## everything once, for real: model, training, 16 checkpoints, verification, scores (minutes)
 	@$(PY) utils/demo.py
 
-test: setup  ## run the tests
+test: setup-dev  ## run the tests
 	@$(MAKE) --no-print-directory -j 2 test-runs test-others SPEED="not slow"
 	@$(PY) -m pytest -q -m "alone and not slow" tests
 
-test-all: setup  ## run the tests that take minutes too, some with the embedded model
+test-all: setup-dev  ## run the tests that take minutes too, some with the embedded model
 	@$(PY) utils/fetch_model.py smollm2-135m
 	@$(MAKE) --no-print-directory -j 2 test-runs test-others SPEED="slow or not slow"
 	@$(PY) -m pytest -q -m alone tests
 
 test-runs: WHICH := runs and not alone
 test-others: WHICH := not runs and not alone
-test-runs test-others: setup
+test-runs test-others: setup-dev
 	@$(PY) -m pytest -q -m "($(WHICH)) and ($(SPEED))" tests
 
 ##@ Prepare
-setup:  ## make .venv from requirements.txt (every target does so)
-	@$(PYTHON) utils/setup_env.py
+setup:  ## make .venv from requirements.txt; every target does this first, unless PY=python3 names a Python
+	@$(SET_UP)
 
 model: setup  ## download a base model: MODEL=qwen2.5-0.5b, or any of the hub: MODEL=org/name
 	@$(PY) utils/fetch_model.py "$$MODEL"
@@ -117,14 +126,20 @@ pull: setup  ## download published collections into saves/ and data/: REPO=user/
 	@exec $(PY) utils/pull.py
 
 ##@ Work on this repository
-lint: setup  ## check style and format
-	@$(RUFF) check --quiet $(CODE)
-	@$(RUFF) format --quiet --check $(CODE) || { echo "run: make format"; exit 1; }
+setup-dev:  ## make .venv from requirements-dev.txt, which adds what tests and linting need
+	@$(SET_UP) --dev
 
-format: setup  ## put the code into the shape that lint asks for
-	@$(RUFF) check --quiet --select I --fix $(CODE)
-	@$(RUFF) format --quiet $(CODE)
+lint: setup-dev  ## check style, format and types
+	@$(PY) -m ruff check --quiet $(CODE)
+	@$(PY) -m ruff format --quiet --check $(CODE) || { echo "run: make format"; exit 1; }
+	@$(PY) -m mypy
 
-lock: setup  ## resolve requirements.in into requirements.txt, versions and hashes
-	@.venv/bin/uv pip compile --quiet --universal --python-version 3.11 --generate-hashes --no-emit-index-url \
-		--custom-compile-command "make lock" requirements.in --output-file requirements.txt
+format: setup-dev  ## put the code into the shape that lint asks for
+	@$(PY) -m ruff check --quiet --select I --fix $(CODE)
+	@$(PY) -m ruff format --quiet $(CODE)
+
+lock: COMPILE := $(PY) -m uv pip compile --quiet --universal --python-version 3.11 --generate-hashes --no-emit-index-url \
+	--custom-compile-command "make lock"
+lock: setup  ## resolve requirements.in and requirements-dev.in into their .txt, with versions and hashes
+	@$(COMPILE) requirements.in --output-file requirements.txt
+	@$(COMPILE) requirements-dev.in --constraint requirements.txt --output-file requirements-dev.txt

@@ -106,7 +106,7 @@ def process_per_phase(top: Path) -> float:
 def sweep(top: Path, kills: int) -> float:
     """Seconds for all cells through the sweep, verification included."""
     started = time.monotonic()
-    command = [top / ".venv" / "bin" / "python", top / "utils" / "collect_all.py", CATEGORY]
+    command = [sys.executable, top / "utils" / "collect_all.py", CATEGORY]
     with open(top / "sweep.log", "wb") as log:
         run = subprocess.Popen(command, env=environment(), stdout=log, stderr=subprocess.STDOUT)
         threading.Thread(target=kill_workers, args=(run, kills), daemon=True).start()
@@ -130,7 +130,7 @@ def kill_workers(run: subprocess.Popen, count: int) -> None:
 
 def whole(top: Path) -> int:
     """How many collections verify and can be indexed; raises when one does not."""
-    python, counts = top / ".venv" / "bin" / "python", []
+    python, counts = sys.executable, []
     for script, mark in (("verify.py", "whole "), ("index.py", CATEGORY)):
         command = [python, top / "utils" / script]
         done = subprocess.run(command, env=environment(), capture_output=True, text=True, check=True)
@@ -144,7 +144,7 @@ def where_time_goes(top: Path) -> dict[str, float]:
     recipe = next((top / "collect_scripts" / CATEGORY).glob("*/*_pretrain.yaml"))
     profile = top / "profile"
     command = [
-        top / ".venv" / "bin" / "python",
+        sys.executable,
         "-m",
         "cProfile",
         "-o",
@@ -204,7 +204,7 @@ def no_op(top: Path, count: int) -> float:
     )
     shutil.copy(__file__, top / "bench_sweep.py")
     done = subprocess.run(
-        [top / ".venv" / "bin" / "python", "-c", code % (str(top), count + 1)],
+        [sys.executable, "-c", code % (str(top), count + 1)],
         cwd=top, env={**environment(), "PYTHONPATH": os.pathsep.join([str(top), os.environ.get("PYTHONPATH", "")])},
         capture_output=True, text=True,
     )  # fmt: skip

@@ -34,6 +34,8 @@ for name in (
     "MAKELEVEL",
 ):
     os.environ.pop(name, None)
+if os.environ.get("PY"):
+    os.environ["PY"] = sys.executable  # the same one from any folder; copies of the repository then need no .venv
 os.environ["DEVICES"] = "cpu"  # the same hashes on a machine with a GPU
 os.environ["OMP_NUM_THREADS"] = "1"  # tiny tensors; two runs at once then do not fight for two cores
 

@@ -12,37 +12,74 @@ import pytest
 
 ROOT = Path(__file__).resolve().parent.parent
 COMMON = ROOT / "utils" / "paragen" / "common"  # all that setting up needs
+RUNNING, DEVELOPMENT = "requirements.txt", "requirements-dev.txt"
+
+
+def make_repository(top: Path) -> Path:
+    """A repository whose locks are empty, so that setting it up needs no network."""
+    for path in [ROOT / "utils" / "setup_env.py", *(ROOT / "utils" / "paragen").glob("*.py"), *COMMON.glob("*.py")]:
+        copy = top / path.relative_to(ROOT)
+        copy.parent.mkdir(parents=True, exist_ok=True)
+        shutil.copy(path, copy)
+    shutil.copy(ROOT / "Makefile", top)
+    for name in (RUNNING, DEVELOPMENT):
+        (top / name).write_text(f"# nothing in {name}\n")
+    return top
 
 
 @pytest.fixture
 def repository(tmp_path) -> Path:
-    """A repository whose locked set is empty, so that setting it up needs no network."""
-    (tmp_path / "a b" / "utils").mkdir(parents=True)
-    for path in [ROOT / "utils" / "setup_env.py", *(ROOT / "utils" / "paragen").glob("*.py"), *COMMON.glob("*.py")]:
-        copy = tmp_path / "a b" / path.relative_to(ROOT)
-        copy.parent.mkdir(parents=True, exist_ok=True)
-        shutil.copy(path, copy)
-    shutil.copy(ROOT / "Makefile", tmp_path / "a b")
-    for name in ("requirements.in", "requirements.txt"):
-        (tmp_path / "a b" / name).write_text("# nothing\n")
+    return make_repository(tmp_path / "a b")
+
+
+@pytest.fixture(scope="session")
+def ready_once(tmp_path_factory) -> Path:
+    repository = make_repository(tmp_path_factory.mktemp("ready") / "a b")
+    done = setup(repository)
+    assert done.returncode == 0, done.stderr
+    return repository
+
+
+@pytest.fixture
+def ready(ready_once, tmp_path) -> Path:
+    """A repository after `make setup`. A copy of one, which takes less time than to make .venv again."""
+    shutil.copytree(ready_once, tmp_path / "a b", symlinks=True)
     return tmp_path / "a b"
 
 
-def setup(repository: Path, **environment: str) -> subprocess.CompletedProcess:
-    path = f"{ROOT / '.venv' / 'bin'}:{os.environ['PATH']}"  # finds uv
-    command = ["make", "--no-print-directory", "setup", f"PYTHON={sys.executable}"]
-    environment = {**os.environ, "PATH": path, **environment}
-    return subprocess.run(command, cwd=repository, env=environment, capture_output=True, text=True)
+def environment(**more: str) -> dict[str, str]:
+    """This process's environment, in which uv is found and no Python is named."""
+    path = os.pathsep.join([str(Path(sys.executable).parent), os.environ["PATH"]])
+    return {name: value for name, value in os.environ.items() if name != "PY"} | {"PATH": path, **more}
 
 
-def test_it_is_made_once_and_says_nothing_the_second_time(repository):
-    first = setup(repository)
-    assert first.returncode == 0, first.stderr
-    assert (repository / ".venv" / "bin" / "python").exists()
-    stamp = (repository / ".venv" / "installed.sha256").stat().st_mtime_ns
-    second = setup(repository)
+def setup(repository: Path, target: str = "setup", **more: str) -> subprocess.CompletedProcess:
+    command = ["make", "--no-print-directory", target, f"PYTHON={sys.executable}"]
+    return subprocess.run(command, cwd=repository, env=environment(**more), capture_output=True, text=True)
+
+
+def installed(repository: Path) -> list[str]:
+    """The names of the locks that .venv was finished with."""
+    return [line.split()[1] for line in (repository / ".venv" / "installed.sha256").read_text().splitlines()]
+
+
+def locked_versions(name: str) -> dict[str, str]:
+    """Each package of one of this repository's locks and its version."""
+    return dict(re.findall(r"^([\w.-]+)(?:\[.*\])?==(\S+)", (ROOT / name).read_text(), re.MULTILINE))
+
+
+def hashes(name: str) -> dict[str, list[str]]:
+    """Each package of one of this repository's locks and the hashes of its files."""
+    parts = re.split(r"^(?=[\w.-]+(?:\[.*\])?==)", (ROOT / name).read_text(), flags=re.MULTILINE)[1:]
+    return {re.match(r"[\w.-]+", part)[0]: re.findall(r"--hash=(\S+)", part) for part in parts}
+
+
+def test_it_is_made_once_and_says_nothing_the_second_time(ready):
+    assert (ready / ".venv" / "bin" / "python").exists()
+    stamp = (ready / ".venv" / "installed.sha256").stat().st_mtime_ns
+    second = setup(ready)
     assert (second.returncode, second.stdout) == (0, "")
-    assert (repository / ".venv" / "installed.sha256").stat().st_mtime_ns == stamp
+    assert (ready / ".venv" / "installed.sha256").stat().st_mtime_ns == stamp
 
 
 @pytest.mark.parametrize(
@@ -53,35 +90,105 @@ def test_it_is_made_once_and_says_nothing_the_second_time(repository):
         (lambda venv: (venv.parent / "requirements.txt").write_text("# another lock\n"), False),
     ],
 )
-def test_it_runs_again_when_interrupted_broken_or_changed(repository, damage, made_anew):
-    assert setup(repository).returncode == 0
-    marker = repository / ".venv" / "marker"
+def test_it_runs_again_when_interrupted_broken_or_changed(ready, damage, made_anew):
+    marker = ready / ".venv" / "marker"
     marker.touch()
-    damage(repository / ".venv")
-    again = setup(repository)
+    damage(ready / ".venv")
+    again = setup(ready)
     assert again.returncode == 0 and "is ready" in again.stdout, again.stderr
     assert marker.exists() != made_anew
-    assert setup(repository).stdout == ""
+    assert setup(ready).stdout == ""
 
 
-def test_the_lock_has_every_direct_requirement():
-    direct = re.findall(r"^[\w.-]+", (ROOT / "requirements.in").read_text(), re.MULTILINE)
-    locked = re.findall(r"^[\w.-]+(?===)", (ROOT / "requirements.txt").read_text(), re.MULTILINE)
-    missing = {name.replace("_", "-") for name in direct} - set(locked)
+@pytest.mark.parametrize("name", ["requirements", "requirements-dev"])
+def test_a_lock_has_every_direct_requirement_with_hashes_and_no_index(name):
+    direct = re.findall(r"^[a-zA-Z0-9][\w.-]*", (ROOT / f"{name}.in").read_text(), re.MULTILINE)
+    missing = {package.replace("_", "-").lower() for package in direct} - set(locked_versions(f"{name}.txt"))
     assert not missing, "make lock"
+    assert all(hashes(f"{name}.txt").values())
+    assert "://" not in (ROOT / f"{name}.txt").read_text(), "an address of a package index"
+
+
+def test_the_development_lock_contains_the_other_with_equal_versions_and_hashes():
+    assert locked_versions(RUNNING).items() < locked_versions(DEVELOPMENT).items(), "make lock"
+    assert {name: hashes(DEVELOPMENT)[name] for name in hashes(RUNNING)} == hashes(RUNNING)
+
+
+def test_what_running_imports_is_locked_for_running():
+    """pytest, ruff, mypy, selenium and lm-eval are for tests and linting; only their lock names them."""
+    only = {"pytest", "mypy", "selenium", "lm-eval"}
+    assert only <= set(locked_versions(DEVELOPMENT)) - set(locked_versions(RUNNING))
+
+
+def test_running_installs_its_lock_alone_and_development_adds_to_it(ready):
+    assert installed(ready) == [RUNNING]
+    (ready / ".venv" / "marker").touch()
+    done = setup(ready, "setup-dev")
+    assert done.returncode == 0 and DEVELOPMENT in done.stdout, done.stderr
+    assert installed(ready) == [RUNNING, DEVELOPMENT]
+    assert (ready / ".venv" / "marker").exists(), "the .venv is the same one"
+    assert setup(ready, "setup-dev").stdout == setup(ready).stdout == ""
+    assert installed(ready) == [RUNNING, DEVELOPMENT]
+
+
+def test_an_environment_for_development_stays_one(ready):
+    """Running leaves it alone as long as its own lock is the same, and otherwise renews all of it."""
+    assert setup(ready, "setup-dev").returncode == 0
+    (ready / DEVELOPMENT).write_text("# another lock\n")
+    assert setup(ready).stdout == ""
+    assert DEVELOPMENT in setup(ready, "setup-dev").stdout
+    (ready / RUNNING).write_text("# another lock\n")
+    done = setup(ready)
+    assert done.returncode == 0 and f"installing {DEVELOPMENT}" in done.stdout
+    assert installed(ready) == [RUNNING, DEVELOPMENT]
+    assert setup(ready).stdout == setup(ready, "setup-dev").stdout == ""
+
+
+def test_a_package_index_out_of_reach_costs_a_finished_environment_nothing(ready):
+    stamp = (ready / ".venv" / "installed.sha256").read_bytes()
+    with open(ready / DEVELOPMENT, "a") as file:
+        file.write(f"pytest==1.0 \\\n    --hash=sha256:{'0' * 64}\n")
+    done = setup(ready, "setup-dev", UV_INDEX_URL="http://127.0.0.1:9", UV_NO_CACHE="1", UV_HTTP_RETRIES="0")
+    assert done.returncode != 0 and "setting up .venv failed" in done.stderr, done.stdout
+    assert (ready / ".venv" / "installed.sha256").read_bytes() == stamp
+    assert setup(ready).stdout == "" and "Traceback" not in done.stderr
+
+
+def test_two_makes_at_once_set_it_up_once(repository):
+    command = ["make", "--no-print-directory", "PYTHON=" + sys.executable]
+    both = [
+        subprocess.Popen([*command, target], cwd=repository, env=environment(), stdout=subprocess.PIPE, text=True)
+        for target in ("setup", "setup-dev")
+    ]
+    outputs = [make.communicate()[0] for make in both]
+    assert [make.returncode for make in both] == [0, 0]
+    assert "".join(outputs).count("setting up .venv with") == 1
+    assert installed(repository) == [RUNNING, DEVELOPMENT]
 
 
 def test_killed_at_any_moment_it_heals_itself(repository):
-    path = f"{ROOT / '.venv' / 'bin'}:{os.environ['PATH']}"
-    command = [sys.executable, repository / "utils" / "setup_env.py"]
+    command = [sys.executable, repository / "utils" / "setup_env.py", "--dev"]
     for delay in (0.3, 1.0):
-        process = subprocess.Popen(command, env={**os.environ, "PATH": path}, stdout=subprocess.DEVNULL)
+        process = subprocess.Popen(command, env=environment(), stdout=subprocess.DEVNULL)
         time.sleep(delay)
         process.kill()
         process.wait()
     healed = setup(repository)
     assert healed.returncode == 0, healed.stderr
     assert not (repository / ".venv.lock").exists()
+
+
+def test_killed_while_it_adds_what_development_needs_it_heals_itself(ready):
+    for delay in (0.05, 0.2, 0.4):
+        command = [sys.executable, ready / "utils" / "setup_env.py", "--dev"]
+        process = subprocess.Popen(command, env=environment(), stdout=subprocess.DEVNULL)
+        time.sleep(delay)
+        process.kill()
+        process.wait()
+        healed = setup(ready)
+        assert healed.returncode == 0, healed.stderr
+    assert setup(ready, "setup-dev").returncode == 0
+    assert installed(ready) == [RUNNING, DEVELOPMENT]
 
 
 def test_an_old_python_is_told_what_to_do(repository):

@@ -5,6 +5,7 @@ import json
 import os
 import signal
 import subprocess
+import sys
 import time
 from pathlib import Path
 
@@ -15,11 +16,11 @@ pytestmark = pytest.mark.runs
 
 ROOT = Path(__file__).resolve().parent.parent
 CATEGORY = "common-sense-reasoning"
-PYTHON = ROOT / ".venv" / "bin" / "python"
+PYTHON = sys.executable
 
 
 def sweep(repository: Path, *datasets: str, **environment: str) -> subprocess.Popen:
-    command = [repository / ".venv" / "bin" / "python", repository / "utils" / "collect_all.py", CATEGORY, *datasets]
+    command = [PYTHON, repository / "utils" / "collect_all.py", CATEGORY, *datasets]
     environment = {**os.environ, "DEVICES": "cpu", **environment}
     return subprocess.Popen(
         command, env=environment, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True, start_new_session=True
@@ -210,7 +211,7 @@ def test_what_runs_is_seen_from_another_shell(repository, project):
     while not (logs := list(log.glob(".*staging*/trainer_log.jsonl"))) or len(logs[0].read_text().splitlines()) < 3:
         assert run.process.is_alive()
         time.sleep(0.05)
-    command = [repository / ".venv" / "bin" / "python", repository / "utils" / "status.py"]
+    command = [PYTHON, repository / "utils" / "status.py"]
     shown = subprocess.run(command, env={**os.environ, "RANKS": "4"}, capture_output=True, text=True).stdout
     run.process.terminate()
     run.wait()

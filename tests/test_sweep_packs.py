@@ -5,6 +5,7 @@ import os
 import shutil
 import signal
 import subprocess
+import sys
 import time
 from pathlib import Path
 
@@ -14,7 +15,7 @@ from test_sweep import CATEGORY, left_over, runs_of, sweep, workers_of
 pytestmark = pytest.mark.runs
 
 ROOT = Path(__file__).resolve().parent.parent
-PYTHON = ROOT / ".venv" / "bin" / "python"
+PYTHON = sys.executable
 
 
 def manifests(repository: Path) -> dict[str, dict]:

@@ -3,6 +3,7 @@
 #   sbatch --nodes=4 --gpus-per-node=8 --cpus-per-gpu=8 --time=12:00:00 utils/slurm_sweep.sh CATEGORY [DATASET ...]
 #   MODELS="qwen2.5-0.5b" RANKS="4 8" sbatch --nodes=2 --gpus-per-node=8 --cpus-per-gpu=8 utils/slurm_sweep.sh math
 # The repository lies on storage that all nodes share, with data, models and .venv in it (make setup on the login node).
+# PY=python3, in the environment of sbatch, names another Python, which each node has; .venv is not needed then.
 # Requeued or submitted again, it goes on where it was. Nodes that come later get cells later; a lost one costs time.
 #SBATCH --job-name=collect
 #SBATCH --ntasks-per-node=1
@@ -16,7 +17,8 @@ fi
 # Slurm runs a copy of this file, so its own place does not tell where the repository is; where sbatch was called does.
 top=${SLURM_SUBMIT_DIR:?run it with sbatch, from the top of the repository}
 [ -f "$top/utils/collect_all.py" ] || { echo "error: $top: call sbatch from the top of the repository" >&2; exit 1; }
-ray=("$top/.venv/bin/python" -m ray.scripts.scripts start --block --disable-usage-stats)
+python=(${PY:-"$top/.venv/bin/python"})
+ray=("${python[@]}" -m ray.scripts.scripts start --block --disable-usage-stats)
 head=$(scontrol show hostnames "$SLURM_JOB_NODELIST" | head -n 1)
 port=$((20000 + SLURM_JOB_ID % 20000))
 RAY_AUTH_TOKEN=${RAY_AUTH_TOKEN:-$(od -An -tx1 -N32 /dev/urandom | tr -d ' \n')} # of this job's cluster alone
@@ -33,5 +35,5 @@ for _ in $(seq 120); do
     (: >"/dev/tcp/$head/$port") 2>/dev/null && break
     sleep 1
 done
-RAY_ADDRESS="$head:$port" "$top/.venv/bin/python" "$top/utils/collect_all.py" "$@" &
+RAY_ADDRESS="$head:$port" "${python[@]}" "$top/utils/collect_all.py" "$@" &
 wait $!
