@@ -30,13 +30,14 @@ def run(args: argparse.Namespace, _: Path) -> int:
     from evaluate_peft import Peft
     from timed import note_spans
 
-    from paragen.scoring import checkpoint_scores, questions, scored_base
-    from paragen.scoring.model_passes import Scorer
+    from paragen.scoring import base_model, questions
+    from paragen.scoring.collection_scorer import CollectionScorer
+    from paragen.scoring.scorer import Scorer
 
     chosen = next(one for one in index.chosen() if MODEL in one.name.lower())
     entries = chosen.manifest["checkpoints"][-args.checkpoints :]
-    base = scored_base.at(chosen.manifest, None)
-    grader = checkpoint_scores.Grader(chosen, base, questions.split_of(chosen.manifest, ""), "choice", "packed")
+    base = base_model.base_for(chosen.manifest, None)
+    scorer = CollectionScorer(chosen, base, questions.split_for(chosen.manifest, ""), "choice")
     peft = Peft(chosen, {})
     peft.choose_size([int(size) for size in args.sizes.split()])
     steps = [entry["step"] for entry in entries]
@@ -44,9 +45,9 @@ def run(args: argparse.Namespace, _: Path) -> int:
     for name in ("begin", "generate"):
         note_spans(Scorer, name, spans)
     sample = entries[-args.baseline_checkpoints :]
-    found: dict[str, Any] = {"steps": steps, "rows": len(grader.questions), "batch": peft.size, "rounds": []}
+    found: dict[str, Any] = {"steps": steps, "rows": len(scorer.questions), "batch": peft.size, "rounds": []}
     for number in range(args.rounds):
-        ways = (lambda: ours(grader, steps, len(steps), spans), lambda: ours(grader, steps, 1, spans),
+        ways = (lambda: ours(scorer, steps, len(steps), spans), lambda: ours(scorer, steps, 1, spans),
                 lambda: measured(lambda: {entry["step"]: peft.score(entry) for entry in sample}))  # fmt: skip
         found["rounds"].append({})
         for which in range(3) if number % 2 == 0 else reversed(range(3)):
@@ -55,26 +56,26 @@ def run(args: argparse.Namespace, _: Path) -> int:
             say(f"round {number + 1}, {WAYS[which]}: {one['seconds']:.2f} s per checkpoint {one.get('parts', '')}")
     show(found)
     if args.profile:
-        profiled(grader, steps, spans)
+        profiled(scorer, steps, spans)
     return 0
 
 
-def ours(grader: Any, steps: list[int], at_once: int, spans: list[tuple]) -> dict[str, Any]:
+def ours(scorer: Any, steps: list[int], at_once: int, spans: list[tuple]) -> dict[str, Any]:
     """Score steps, so many at once; the time from the end of the comparison with PEFT on, by the parts in spans."""
-    from paragen.scoring import checkpoint_scores, scored_base
+    from paragen.scoring import collection_scorer, peft_comparison
 
-    checkpoint_scores.AT_ONCE, plain, began = at_once, scored_base.compare, []
+    collection_scorer.GROUP_SIZE, plain, began = at_once, peft_comparison.check_losses, []
     spans.clear()
 
     def compare(*arguments):
         plain(*arguments)
         began.append(clock())
 
-    scored_base.compare = compare
+    peft_comparison.check_losses = compare
     try:
-        scores = {step: one.score for group in grader.groups(steps) for step, one in group.items()}
+        scores = {step: one.score for group in scorer.scores(steps) for step, one in group.items()}
     finally:
-        scored_base.compare = plain
+        peft_comparison.check_losses = plain
     found = timed(began[0], scores)
     for name in ("begin", "generate"):
         took = sum(end - start for other, start, end in spans if other == name and start > began[0][2])
@@ -119,10 +120,10 @@ def show(found: dict[str, Any]) -> None:
     ])  # fmt: skip
 
 
-def profiled(grader: Any, steps: list[int], spans: list[tuple]) -> None:
+def profiled(scorer: Any, steps: list[int], spans: list[tuple]) -> None:
     """Print the operations that the most time goes to when steps are scored together."""
     from torch.profiler import ProfilerActivity, profile
 
     with profile(activities=[ProfilerActivity.CPU]) as profiler:
-        ours(grader, steps, len(steps), spans)
+        ours(scorer, steps, len(steps), spans)
     print(profiler.key_averages().table(sort_by="self_cpu_time_total", row_limit=16, max_name_column_width=40))

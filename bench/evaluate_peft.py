@@ -49,14 +49,14 @@ class Peft:
         from peft import LoraConfig, PeftModel
         from transformers import AutoModelForCausalLM
 
-        from paragen.scoring import questions, scored_base
+        from paragen.scoring import base_model, questions
 
         os.environ.setdefault("LLAMAFACTORY_VERBOSITY", "WARN")
         self.folder, self.noted, self.torch = chosen.folder, noted, torch
-        base = scored_base.at(chosen.manifest, None)  # for its tokens alone
-        encoder = questions.Encoder(base.tokenizer_module, base.data_args, base.longest)
+        base = base_model.base_for(chosen.manifest, None)  # for its tokens alone
+        encoder = questions.Encoder(base.tokenizer_module, base.data_args, base.max_tokens)
         self.tokenizer, self.stops = encoder.tokenizer, encoder.stops
-        self.questions = encoder.questions(questions.split_of(chosen.manifest, ""), "choice")
+        self.questions = encoder.questions(questions.split_for(chosen.manifest, ""), "choice")
         self.questions.sort(key=lambda question: len(question.tokens))
         self.device = "cuda:0" if torch.cuda.is_available() else "cpu"
         model = AutoModelForCausalLM.from_pretrained(base.folder, dtype=base.dtype).to(self.device)
@@ -98,7 +98,7 @@ class Peft:
             best, said = self.batch(part)
             for question, option, text in zip(part, best, said, strict=True):
                 likelier += option == question.right
-                right += answers.chosen(text, question.options) == question.options[question.right]
+                right += answers.chosen_option(text, question.options) == question.options[question.right]
         rows, seconds = len(self.questions), time.monotonic() - began
         one = {"step": entry["step"], "seconds": seconds, "score": right / rows, "likelihood_score": likelier / rows}
         self.noted["checkpoints"].append(one)
@@ -114,7 +114,7 @@ class Peft:
 
         That is the whole of `[A]`'s likelihood but for its last bracket, of which only an untrained model is unsure.
         """
-        shared = [os.path.commonprefix([path.tokens for path in question.paths]) for question in part]
+        shared = [os.path.commonprefix([option.tokens for option in question.continuations]) for question in part]
         rows = [question.tokens + start for question, start in zip(part, shared, strict=True)]
         tokens, there = self._padded(rows, left=False)
         hidden = self.model.get_base_model().model(input_ids=tokens, attention_mask=there).last_hidden_state
@@ -122,7 +122,8 @@ class Peft:
         logits = self.model.get_base_model().lm_head(hidden[self.torch.arange(len(rows), device=self.device), ends])
         found = logits.float().log_softmax(-1)
         numbers = [
-            [path.tokens[len(start)] for path in question.paths] for question, start in zip(part, shared, strict=True)
+            [option.tokens[len(start)] for option in question.continuations]
+            for question, start in zip(part, shared, strict=True)
         ]
         wide = max(map(len, numbers))
         options = self.torch.tensor([row + row[:1] * (wide - len(row)) for row in numbers], device=self.device)

@@ -31,8 +31,8 @@ MADE_UP = {"train": 1119, "test": 1172}  # rows, where ARC-c's own are not there
 SYSTEM = "Answer the question by picking one of the given choices, and reply with its letter alone in brackets. " * 2
 WORDS = ("the", "a", "of", "which", "best", "when", "water", "plant", "light", "rock", "heat", "likely", "energy")
 # What the host does in evaluate.py, by the functions whose time it is, with their waits for a GPU. Some overlap.
-PARTS = {"load": "load_model", "tokens": "__init__", "stacking": "_stack", "launching": "begin", "reading": "finish",
-         "generation": "generate", "grading": "grade", "writing": "write"}  # fmt: skip
+PARTS = {"load": "load_model", "tokens": "__init__", "stacking": "stack", "launching": "begin", "reading": "finish",
+         "generation": "generate", "grading": "score_checkpoint", "writing": "write"}  # fmt: skip
 
 
 def run(args: argparse.Namespace, top: Path) -> int:
@@ -116,7 +116,7 @@ def parts_of(noted: dict[str, Any], args: argparse.Namespace, count: int) -> dic
     """Seconds of evaluate.py by part, and how well it used the device; `count`: checkpoints, beside the base."""
     spans = noted["spans"]
     ends = {name: end for name, _, end in spans}  # the last of each
-    compared = ends["_compare"]
+    compared = ends["_check"]
     seconds = {"import": noted["imported"] - noted["started"]}
     for part, name in PARTS.items():
         own = [(began, end) for other, began, end in spans if other == name]
@@ -124,7 +124,7 @@ def parts_of(noted: dict[str, Any], args: argparse.Namespace, count: int) -> dic
             own = [(began, end) for began, end in own if began > compared]
         seconds[part] = sum(end - began for began, end in own)
     seconds["device: forward passes"] = sum(noted["passes"][1:])  # the first are the comparison's
-    seconds["comparison with PEFT"] = compared - next(began for name, began, _ in spans if name == "expected")
+    seconds["comparison with PEFT"] = compared - next(began for name, began, _ in spans if name == "peft_losses")
     window = seconds["tokens"] + ends["write"] - ends["load_model"]
     scoring = ends["write"] - compared
     whole = noted["exited"] - noted["started"]
@@ -235,7 +235,7 @@ def predict(
     took = json.loads((out / "predict_results.json").read_text())["predict_runtime"]
     said = [json.loads(line) for line in (out / "generated_predictions.jsonl").read_text().splitlines()]
     options = [f"[{name}]" for name in "ABCDE12345"]
-    right = sum(answers.chosen(one["predict"], options) == one["label"].strip() for one in said)
+    right = sum(answers.chosen_option(one["predict"], options) == one["label"].strip() for one in said)
     return {"size": size, "rows": len(said), "whole": whole, "predicting": took, "start": whole - took,
             "rows_per_s": len(said) / took, "score": right / len(said)}  # fmt: skip
 

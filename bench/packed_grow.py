@@ -20,9 +20,10 @@ from timed import peak_gb, work_of
 
 from paragen.common import cli
 from paragen.common.cli import say
-from paragen.packed.batches import IGNORED, Row, Step, buckets, to_batch
+from paragen.packed.adapter import Adapter
+from paragen.packed.batches import IGNORED, Row, Step, choose_buckets, to_batch
+from paragen.packed.engine import Engine
 from paragen.packed.layers import PackedLinear
-from paragen.packed.packed_engine import Adapter, Engine
 
 RANKS = (2, 4, 8, 16, 64)
 ROWS = {"pretrain": 8, "collect": 2}
@@ -172,13 +173,13 @@ def profiled(pool: Pool, dtype: torch.dtype, phase: str, count: int) -> dict[str
     steps = pool.steps(count, ROWS[phase])
     try:
         engine = Engine(pool.model, [pool.adapter(RANKS[number % len(RANKS)]) for number in range(count)], dtype)
-        bins = engine.shared.bins
-        step = sorted(steps, key=lambda one: one.shape(bins))[len(steps) // 2]
-        shape = step.shape(bins)
+        groups = engine.groups
+        step = sorted(steps, key=lambda one: one.shape(groups))[len(steps) // 2]
+        shape = step.shape(groups)
         if engine.on_cuda:
-            shape = buckets([shape], 1)[0]
-        batch = to_batch(step, bins, engine.device, shape)
-        return device_time.by_kind(lambda: engine.step(batch), pool.args.shape, bins.width)
+            shape = choose_buckets([shape], 1)[0]
+        batch = to_batch(step, groups, engine.device, shape)
+        return device_time.by_kind(lambda: engine.step(batch), pool.args.shape, groups.width)
     except torch.OutOfMemoryError:
         say(f"{phase}: out of memory under the profiler at {count} adapters")
         return None

@@ -20,7 +20,9 @@ from paragen.common.cli import UserError, say
 DATASET = "ARC-c"
 LIKE = "qwen2.5-0.5b"  # the model whose recipes are taken
 WARM_UP = 4  # steps at the start that no median counts
-LAGGING = 9  # steps at the end whose losses become known all at once (packed_engine.AHEAD, and the last)
+LAGGING = (
+    9  # steps at the end whose losses become known all at once (MAX_STEPS_AHEAD in packed/engine.py, and the last)
+)
 COMMON = {"per_device_train_batch_size": 1, "disable_gradient_checkpointing": False, "save_only_model": False}
 
 

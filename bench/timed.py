@@ -92,14 +92,15 @@ def steps_clock(noted: dict[str, Any], stop: int, saves: bool) -> Any:
 
 def packed(noted: dict[str, Any], arguments: list[str]) -> None:
     """packed_train.py; notes the spans of its parts and, of each pack, when the losses of its steps were known."""
-    from paragen.packed import frozen_base, loop, packed_engine, packed_train
+    from paragen.packed import frozen_base, loop, packed_train
+    from paragen.packed.engine import Engine
 
     noted |= {"imported": time.time(), "spans": [], "packs": []}
-    for owner, name in ((frozen_base.Base, "_load"), (frozen_base.Base, "admit"), (loop, "fitting"),
+    for owner, name in ((frozen_base.FrozenBase, "_load"), (frozen_base.FrozenBase, "admit"), (loop, "fitting"),
                         (loop.Pack, "__init__"), (loop.Pack, "complete")):  # fmt: skip
         note_spans(owner, name, noted["spans"])
     known: list[float] = []
-    plain_steps, plain_train = packed_engine.Engine.train, loop.Pack.train
+    plain_steps, plain_train = Engine.train, loop.Pack.train
 
     def steps(engine, *given):
         for item in plain_steps(engine, *given):
@@ -111,13 +112,13 @@ def packed(noted: dict[str, Any], arguments: list[str]) -> None:
         began = time.time()
         whole = plain_train(pack)
         noted["packs"].append({
-            "phase": pack.members[0].course.attempt.phase, "began": began, "ended": time.time(), "known": [*known],
+            "phase": pack.members[0].schedule.attempt.phase, "began": began, "ended": time.time(), "known": [*known],
             "ranks": [member.adapter.rank for member in pack.members], "peak_GB": peak_gb(),
             "work": [work_of(step.rows[who] for step in pack.steps) for who in range(len(pack.members))],
         })  # fmt: skip
         return whole
 
-    packed_engine.Engine.train, loop.Pack.train = steps, train
+    Engine.train, loop.Pack.train = steps, train
     sys.argv = ["packed_train.py", *arguments]
     status = packed_train.main()
     noted["peak_GB"] = max((pack["peak_GB"] for pack in noted["packs"]), default=0.0)
@@ -129,26 +130,28 @@ def evaluated(noted: dict[str, Any], arguments: list[str]) -> None:
     os.environ.setdefault("LLAMAFACTORY_VERBOSITY", "WARN")
     import evaluate
     from paragen.collection import evaluation
-    from paragen.scoring import checkpoint_scores, scored_base
-    from paragen.scoring.model_passes import Scorer
+    from paragen.scoring import base_model, collection_scorer, peft_comparison
+    from paragen.scoring.collection_scorer import CollectionScorer
+    from paragen.scoring.factor_reader import FactorReader
+    from paragen.scoring.scorer import Scorer
 
     noted |= {"imported": time.time(), "device": devices.describe(), "spans": [], "generated": 0, "passes": []}
-    for owner, name in ((scored_base, "load_model"), (checkpoint_scores.Grader, "__init__"), (scored_base, "expected"),
-                        (checkpoint_scores.Grader, "_compare"), (checkpoint_scores.Grader, "_stack"),
-                        (Scorer, "begin"), (Scorer, "finish"), (Scorer, "generate"), (checkpoint_scores, "grade"),
+    for owner, name in ((base_model, "load_model"), (CollectionScorer, "__init__"), (peft_comparison, "peft_losses"),
+                        (CollectionScorer, "_check"), (FactorReader, "stack"), (Scorer, "begin"), (Scorer, "finish"),
+                        (Scorer, "generate"), (collection_scorer, "score_checkpoint"),
                         (evaluation, "write")):  # fmt: skip
         note_spans(owner, name, noted["spans"])
     plain, launch = Scorer.generate, Scorer.begin
     ticks: list[Any] = []
 
     def generate(scorer, factors, numbers, most):
-        noted["budget"] = scorer.budget
+        noted["budget"] = scorer.passes.token_limit
         noted["generated"] += sum(map(len, numbers))
         return plain(scorer, factors, numbers, most)
 
     def begin(scorer, factors):
-        lengths = {"work": 0, "computed": len(scorer.prefix)}
-        noted.update({name: seen_by(scorer.questions, scorer.trees, prefix) for name, prefix in lengths.items()})
+        lengths = {"work": 0, "computed": len(scorer.passes.prefix)}
+        noted.update({name: seen_by(scorer.questions, scorer.passes.trees, prefix) for name, prefix in lengths.items()})
         noted["rows"] = len(scorer.questions)
         ticks.append(tick())
         try:

@@ -172,15 +172,6 @@ def test_the_effective_rank_counts_directions(values, expected):
     assert found.item() == pytest.approx(expected, rel=1e-4)
 
 
-def test_scaling_is_pefts():
-    layer = "base_model.model.model.layers.1.self_attn.q_proj"
-    config = {"lora_alpha": 16, "r": 4}
-    assert ls.scaling_of(config, layer, 4) == 4
-    assert ls.scaling_of({**config, "use_rslora": True}, layer, 4) == 8
-    assert ls.scaling_of({**config, "alpha_pattern": {"k_proj": 9, "q_proj": 2}}, layer, 4) == 0.5
-    assert ls.scaling_of({**config, "alpha_pattern": {r"layers\.0\..*": 2}}, layer, 4) == 4
-
-
 def sketch_of(base, layer, a, b):
     return ls.sketched(a, b, *ls.projections(base, layer, b.shape[1], a.shape[2]))
 

@@ -13,7 +13,7 @@ import timed
 from shapes import ROOT, Seen, Work, adapter_parameters, base_parameters, flops, forward_flops, peak_of
 
 from paragen.scoring import questions
-from paragen.scoring.option_trees import tree_of
+from paragen.scoring.option_trees import build_tree
 
 
 @pytest.mark.parametrize("part", [[], ["whole"], ["grow"], ["cpu"], ["--cpu"]])
@@ -55,9 +55,9 @@ def test_flops_of_scoring_count_tokens_attended_keys_and_logits():
 
 
 def test_what_scoring_needs_counts_the_shared_prefix_once():
-    options = [questions.Path("a", [7, 9], 1), questions.Path("b", [8, 9], 1)]
+    options = [questions.Continuation("a", [7, 9], 1), questions.Continuation("b", [8, 9], 1)]
     asked = [questions.Question([1, 2, 3, 4], options, 0, "a", ""), questions.Question([1, 2, 5], options, 1, "b", "")]
-    seen = timed.seen_by(asked, [tree_of(question) for question in asked], prefix=2)
+    seen = timed.seen_by(asked, [build_tree(question) for question in asked], prefix=2)
     # the prefix (2 tokens), behind it 2 and 1 tokens of the prompts, and the right option's first token of each
     assert seen.tokens == 2 + (2 + 1) + (1 + 1)
     assert seen.keys == (1 + 2) + (3 + 4 + 5) + (3 + 4)

@@ -1,4 +1,4 @@
-"""Scoring on an NVIDIA GPU: what test_scoring.py and test_scoring_kernels.py ask of it, without Triton's interpreter.
+"""Scoring on an NVIDIA GPU: the tests of test_scoring.py and test_scoring_kernels.py without Triton's interpreter.
 
 Run on a machine that has one; elsewhere they are skipped.
 """
@@ -13,7 +13,7 @@ from torch import Tensor
 from transformers import LlamaConfig, LlamaForCausalLM
 from transformers.models.llama.modeling_llama import apply_rotary_pos_emb
 
-from paragen.scoring import attention, kernels, lora_stack, model_passes
+from paragen.scoring import attention, kernels, likelihoods, stacked_model
 
 pytestmark = pytest.mark.skipif(not torch.cuda.is_available(), reason="needs an NVIDIA GPU")
 
@@ -24,26 +24,26 @@ CLOSE = 5e-3  # nats; in float32, with adapters that are larger than trained one
 def test_every_architecture_gets_the_scores_and_answers_of_the_plain_model(every_model, name):
     scene = Scene(every_model / name, lora=targets(name), dtype=torch.float32, device="cuda")
     for shared in (0, 12):
-        assert_right(scene, scene.asked(prompts(LENGTHS, shared)), CLOSE)
+        assert_right(scene, scene.questions_for(prompts(LENGTHS, shared)), CLOSE)
 
 
 @pytest.mark.parametrize("name", ["mistral-7b", "gemma-3-text"])
-def test_layers_with_a_window_see_no_further(every_model, name):
+def test_layers_with_a_window_attend_no_further(every_model, name):
     config = {"sliding_window": 7}
     scene = Scene(every_model / name, config=config, dtype=torch.float32, device="cuda")
     for shared in (0, 12):
-        assert_right(scene, scene.asked(prompts([3, 40, 8], shared)), CLOSE)
+        assert_right(scene, scene.questions_for(prompts([3, 40, 8], shared)), CLOSE)
 
 
 def test_a_checkpoint_alone_has_the_scores_it_has_among_others(every_model):
     scene = Scene(every_model / "qwen2.5-0.5b", count=7, dtype=torch.float32, device="cuda")
-    asked = scene.asked(prompts([1, 9, 3, 33, 2, 14, 5, 70, 21, 8], 10))
-    together = scene.scorer(asked).marks(scene.factors())
+    questions = scene.questions_for(prompts([1, 9, 3, 33, 2, 14, 5, 70, 21, 8], 10))
+    together = scene.scorer(questions).score(scene.factors())
     for number in (0, 3, 7):
-        (alone,) = scene.scorer(asked).marks(scene.factors(number))
+        (alone,) = scene.scorer(questions).score(scene.factors(number))
         for one, other in zip(alone, together[number], strict=True):
             assert one.likelihoods == pytest.approx(other.likelihoods, abs=1e-3)
-            assert (one.answer, one.is_open) == (other.answer, other.is_open)
+            assert (one.answer, one.needs_generation) == (other.answer, other.needs_generation)
 
 
 def test_blocks_with_the_kernel_give_what_they_give_without_it(tmp_path, monkeypatch):
@@ -53,23 +53,23 @@ def test_blocks_with_the_kernel_give_what_they_give_without_it(tmp_path, monkeyp
     )  # fmt: skip
     LlamaForCausalLM(config).save_pretrained(tmp_path)
     scene = Scene(tmp_path, dtype=torch.bfloat16, device="cuda")
-    asked = [question(prompt, [[20], [21]]) for prompt in prompts(LENGTHS, 12)]
-    plain = scene.scorer(asked).marks(scene.factors())
+    questions = [question(prompt, [[20], [21]]) for prompt in prompts(LENGTHS, 12)]
+    plain = scene.scorer(questions).score(scene.factors())
     called = []
-    monkeypatch.setattr(lora_stack, "FEW", 1)
+    monkeypatch.setattr(stacked_model, "MIN_KERNEL_ROWS", 1)
     kernel = kernels.gated
     monkeypatch.setattr(kernels, "gated", lambda *given: called.append(given) or kernel(*given))
-    found = scene.scorer(asked).marks(scene.factors())
+    found = scene.scorer(questions).score(scene.factors())
     assert called
-    for marks, others in zip(found, plain, strict=True):
-        for mark, other in zip(marks, others, strict=True):
-            assert mark.loss / mark.count == pytest.approx(other.loss / other.count, rel=5e-3)
+    for results, others in zip(found, plain, strict=True):
+        for result, other in zip(results, others, strict=True):
+            assert result.loss / result.token_count == pytest.approx(other.loss / other.token_count, rel=5e-3)
 
 
 @pytest.mark.parametrize("name", HEADS)
 def test_attention_is_that_of_pytorch(name):
     given = heads_of(**HEADS[name])
-    expected = attention.attended(*given)
+    expected = attention.plain_attention(*given)
     for dtype, off in ((torch.float32, 1e-5), (torch.bfloat16, 1e-2), (torch.float16, 1e-3)):
         query, key, value = moved(given[:3], dtype)
         if kernels.can_attend(query, value):
@@ -81,17 +81,17 @@ def test_attention_is_that_of_pytorch(name):
 
 
 @pytest.mark.parametrize("sizes", SIZES)
-def test_activations_take_up_their_factors(sizes):
+def test_gated_activations_apply_their_factors(sizes):
     given = activations(*sizes)
     there = moved(given, torch.bfloat16)
-    for one, other in ((lora_stack.gated(*there), lora_stack.gated(*given)), (there[0], given[0])):
+    for one, other in ((stacked_model.gated(*there), stacked_model.gated(*given)), (there[0], given[0])):
         assert (one.float().cpu() - other).norm() <= 1e-2 * other.norm()
 
 
 @pytest.mark.parametrize("words", WORDS)
 def test_logits_are_reduced(words):
     given = logits(words)
-    totals, best = model_passes.reduced(given.cuda())
+    totals, best = likelihoods.reduce_logits(given.cuda())
     torch.testing.assert_close(totals.cpu(), given.logsumexp(-1))
     assert best.tolist() == given.argmax(-1).tolist()
 
@@ -104,7 +104,7 @@ def test_rotary_positions_are_those_of_transformers():
     half = torch.randn(2, 3, 5, 8)
     cos, sin = torch.cat([half, half], -1)
     expected = apply_rotary_pos_emb(query, key, cos, sin)
-    found = attention.by_token(liger_rotary_pos_emb)(*moved((query, key, cos, sin), torch.float32))
+    found = attention.as_one_row(liger_rotary_pos_emb)(*moved((query, key, cos, sin), torch.float32))
     for one, other in zip(found, expected, strict=True):
         torch.testing.assert_close(one.cpu(), other)
 

@@ -1,4 +1,4 @@
-"""What the packed engine takes, how it deals ranks into stacks, and how it lays rows out: without training."""
+"""Which recipes the packed engine accepts, how it assigns ranks to stacks, and how it lays rows out: no training."""
 
 import json
 from dataclasses import replace
@@ -42,7 +42,7 @@ REFUSED = {
 
 
 @pytest.mark.parametrize("key", REFUSED)
-def test_what_it_does_not_know_for_sure_is_named(packable, key):
+def test_a_setting_that_it_does_not_support_is_named(packable, key):
     cell = packable.cell()
     run = run_of(cell.pretrain, 4)
     assert key in engines.why_not_packed(replace(run, config=run.config | {key: REFUSED[key]}), ["cpu"])
@@ -69,16 +69,16 @@ def test_an_engine_that_does_not_exist_is_refused(monkeypatch):
 
 @pytest.mark.parametrize("ranks", [[1], [2, 4, 8, 16, 32, 64], [64] * 5, [200, 3, 7], [2] * 100, [128, 128, 1]])
 def test_every_adapter_has_rows_of_its_own_in_a_stack(ranks):
-    from paragen.packed.layers import ALIGNED, WIDTH, Bins
+    from paragen.packed.layers import GROUP_WIDTH, WIDTH_MULTIPLE, AdapterGroups
 
-    bins = Bins(ranks)
-    taken = np.zeros((bins.count, bins.width), int)
+    groups = AdapterGroups(ranks)
+    taken = np.zeros((groups.count, groups.width), int)
     for adapter, rank in enumerate(ranks):
-        number, rows = bins.rows_of(adapter)
+        number, rows = groups.place_of(adapter)
         assert rows.stop - rows.start == rank
         taken[number, rows] += 1
     assert taken.max() == 1 and taken.sum() == sum(ranks)
-    assert bins.width % ALIGNED == 0 and bins.width <= max(WIDTH, max(ranks) + ALIGNED)
+    assert groups.width % WIDTH_MULTIPLE == 0 and groups.width <= max(GROUP_WIDTH, max(ranks) + WIDTH_MULTIPLE)
     assert taken.any(axis=1).all(), "no stack is empty"
 
 
@@ -92,40 +92,40 @@ def row(length: int, learned: int, first: int = 5):
 
 
 def test_each_step_has_a_bucket_that_covers_it():
-    from paragen.packed.batches import GRAIN, Shape, buckets
+    from paragen.packed.batches import ROUND_TO, Shape, choose_buckets
 
     draw = np.random.default_rng(0)
     for count in (1, 2, 6):
         for steps in (1, 3, 200):
             shapes = [Shape(*(int(value) for value in draw.integers(1, 200, 4))) for _ in range(steps)]
-            found = buckets(shapes, count)
+            found = choose_buckets(shapes, count)
             assert 1 <= len(found) <= count
             assert all(any(bucket.covers(shape) for bucket in found) for shape in shapes)
-            assert all(bucket.tokens % GRAIN == 0 and bucket.row_length % GRAIN == 0 for bucket in found)
+            assert all(bucket.tokens % ROUND_TO == 0 and bucket.row_length % ROUND_TO == 0 for bucket in found)
             assert found == sorted(found), "the runner takes the first that covers, the smallest"
 
 
 def laid_out(roomy: bool):
-    """Four adapters in two bins, one of them through, laid out in the smallest shape or a larger one."""
+    """Four adapters in two groups, the training of one complete, laid out in the smallest shape or a larger one."""
     from paragen.packed.batches import Shape, Step, lay_out
-    from paragen.packed.layers import Bins
+    from paragen.packed.layers import AdapterGroups
 
-    bins = Bins([64, 64, 8, 4])
+    groups = AdapterGroups([64, 64, 8, 4])
     step = Step([[row(7, 3), row(4, 2)], [], [row(5, 5)], [row(9, 1), row(3, 2), row(6, 4)]])
-    shape = step.shape(bins)
+    shape = step.shape(groups)
     if roomy:
         shape = Shape(shape.tokens + 13, shape.rows + 2, shape.row_length + 5, shape.learned + 9)
-    return step, bins, shape, lay_out(step, bins, shape)
+    return step, groups, shape, lay_out(step, groups, shape)
 
 
 @pytest.mark.parametrize("roomy", [False, True])
-def test_every_token_lies_in_its_adapters_bin_and_comes_back_from_its_row(roomy):
-    step, bins, shape, out = laid_out(roomy)
+def test_every_token_is_in_its_adapters_group_and_comes_back_from_its_row(roomy):
+    step, groups, shape, out = laid_out(roomy)
     tokens, places, owner = out["tokens"][0], out["positions"][0], out["adapter"]
-    assert bins.count == 2 and len(tokens) == shape.tokens * bins.count
+    assert groups.count == 2 and len(tokens) == shape.tokens * groups.count
     for adapter, rows in enumerate(step.rows):
         mine = np.flatnonzero(owner == adapter)
-        assert set(mine // shape.tokens) <= {bins.bin_of[adapter]}
+        assert set(mine // shape.tokens) <= {groups.group_of[adapter]}
         assert list(tokens[mine]) == [token for each in rows for token in each.tokens]
         assert list(places[mine]) == [place for each in rows for place in range(len(each.tokens))]
     real = np.flatnonzero(owner < len(step.rows))
@@ -134,7 +134,7 @@ def test_every_token_lies_in_its_adapters_bin_and_comes_back_from_its_row(roomy)
 
 @pytest.mark.parametrize("roomy", [False, True])
 def test_padding_comes_from_padding_and_goes_to_padding(roomy):
-    """So that no value and no gradient gets from it to a token."""
+    """So that no value and no gradient reaches a token from it."""
     step, _, shape, out = laid_out(roomy)
     padding = out["adapter"] == len(step.rows)
     real_places = np.zeros(shape.rows * shape.row_length, bool)
@@ -147,12 +147,12 @@ def test_padding_comes_from_padding_and_goes_to_padding(roomy):
 
 
 @pytest.mark.parametrize("roomy", [False, True])
-def test_the_losses_of_an_adapter_weigh_what_the_trainer_divides_by(roomy):
+def test_the_losses_of_an_adapter_have_the_weights_of_the_trainer(roomy):
     from paragen.packed.batches import IGNORED
 
     step, _, shape, out = laid_out(roomy)
     for adapter, rows in enumerate(step.rows):
-        here = (out["loss_of"] == adapter) & (out["weights"] > 0)
+        here = (out["loss_adapter"] == adapter) & (out["weights"] > 0)
         labelled = sum((each.labels != IGNORED).sum() for each in rows)
         learned = sum((each.labels[1:] != IGNORED).sum() for each in rows)
         assert here.sum() == learned
@@ -170,18 +170,18 @@ def test_the_layers_give_each_adapters_tokens_what_its_own_factors_give(stacked)
     import torch
 
     from paragen.packed.batches import to_batch
-    from paragen.packed.layers import PackedLinear, Shared
+    from paragen.packed.layers import PackedLinear, StepContext
 
-    step, bins, shape, out = laid_out(True)
+    step, groups, shape, out = laid_out(True)
     torch.manual_seed(0)
     base = torch.nn.Linear(12, 10).requires_grad_(False)
-    shared = Shared(bins, [0.5, 1.0, 2.0, 0.25], torch.device("cpu"))
-    layer = PackedLinear(base, shared, torch.float32)
+    context = StepContext(groups, [0.5, 1.0, 2.0, 0.25], torch.device("cpu"))
+    layer = PackedLinear(base, context, torch.float32)
     for factor in (layer.a, layer.b):
         torch.nn.init.normal_(factor)
-    batch = to_batch(step, bins, torch.device("cpu"), shape)
-    shared.enter(replace(batch, spans=None) if stacked else batch)
-    x = torch.randn(1, shape.tokens * bins.count, 12, requires_grad=True)
+    batch = to_batch(step, groups, torch.device("cpu"), shape)
+    context.begin_step(replace(batch, spans=None) if stacked else batch)
+    x = torch.randn(1, shape.tokens * groups.count, 12, requires_grad=True)
     y = layer(x)
     pull = torch.randn_like(y)
     y.backward(pull)
@@ -198,12 +198,14 @@ def test_the_layers_give_each_adapters_tokens_what_its_own_factors_give(stacked)
 
 
 def test_a_step_in_a_gpus_bucket_learns_what_the_same_step_in_its_own_shape_learns():
-    """Padded to a larger shape, at fixed places in memory and with stacked products, as CUDA graphs take it."""
+    """Padded to a larger shape, at fixed addresses and with stacked products, as CUDA graphs need it."""
     import torch
     from transformers import LlamaConfig, LlamaForCausalLM
 
+    from paragen.packed.adapter import Adapter
     from paragen.packed.batches import Shape, Step, lay_out, to_batch
-    from paragen.packed.packed_engine import Adapter, Engine, Stage
+    from paragen.packed.engine import Engine
+    from paragen.packed.step_runners import StaticBatch
 
     torch.manual_seed(0)
     config = LlamaConfig(
@@ -219,15 +221,15 @@ def test_a_step_in_a_gpus_bucket_learns_what_the_same_step_in_its_own_shape_lear
         plain = {"betas": (0.9, 0.999), "eps": 1e-8, "weight_decay": 0.0}
         adapters.append(Adapter(factors, 0.5, [0.01], plain, 1.0))
     learned = []
-    for staged in (False, True):
+    for in_bucket in (False, True):
         engine = Engine(model, adapters, torch.float32)
-        bins, own = engine.shared.bins, step.shape(engine.shared.bins)
-        batch = to_batch(step, bins, engine.device)
-        if staged:
+        groups, own = engine.groups, step.shape(engine.groups)
+        batch = to_batch(step, groups, engine.device)
+        if in_bucket:
             shape = Shape(own.tokens + 13, own.rows + 2, own.row_length + 5, own.learned + 9)
-            stage = Stage(lay_out(Step([[], [], []]), bins, shape), shape, engine.device)
-            stage.fill(lay_out(step, bins, shape))
-            batch = stage.batch
+            static = StaticBatch(lay_out(Step([[], [], []]), groups, shape), shape, engine.device)
+            static.fill(lay_out(step, groups, shape))
+            batch = static.batch
         engine.rates.fill_(0.01)
         engine.step(batch)
         learned.append([engine.losses.clone(), *(gradient.clone() for gradient in engine.gradients)])
@@ -242,8 +244,9 @@ def test_a_gradient_is_clipped_to_positive_norms_alone(most):
     import torch
     from transformers import LlamaConfig, LlamaForCausalLM
 
+    from paragen.packed.adapter import Adapter
     from paragen.packed.batches import Step
-    from paragen.packed.packed_engine import Adapter, Engine
+    from paragen.packed.engine import Engine
 
     torch.manual_seed(0)
     model = LlamaForCausalLM(

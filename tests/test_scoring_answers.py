@@ -29,12 +29,12 @@ def test_the_demo_rows_are_choices_of_four_letters():
     info = dataset_info.entry_of("Demo_test", paths.DATA)
     file = dataset_info.data_file("Demo_test", paths.DATA)
     rows = [prompts.texts_of(entry, info) for entry in json.loads(file.read_text())]
-    everywhere = answers.responses_of(rows)
+    everywhere = answers.distinct_responses(rows)
     assert answers.metric_of(rows) == "choice"
     for demo in rows:
         options = answers.options_of(demo, everywhere)
         assert options == LETTERS
-        assert answers.chosen(demo["response"], options) == demo["response"]
+        assert answers.chosen_option(demo["response"], options) == demo["response"]
 
 
 @pytest.mark.parametrize(
@@ -137,11 +137,11 @@ def test_in_a_conversation_the_last_question_counts():
     ],
 )
 def test_the_first_brackets_are_the_choice(text, option):
-    assert answers.chosen(text, LETTERS) == option
+    assert answers.chosen_option(text, LETTERS) == option
 
 
 def test_true_and_false_are_read_in_any_case():
-    assert answers.chosen("[ true ]", ["[True]", "[False]"]) == "[True]"
+    assert answers.chosen_option("[ true ]", ["[True]", "[False]"]) == "[True]"
 
 
 @pytest.mark.parametrize(
@@ -186,7 +186,7 @@ def test_other_results_are_wrong(gold, text):
 
 @pytest.mark.parametrize("text", ["", "I do not know", r"it is \boxed{", r"\boxed{}"])
 def test_a_text_without_a_result_is_neither_right_nor_wrong(text):
-    assert answers.result_of(text) == []
+    assert answers.parse_result(text) == []
     assert answers.same_result("#### 18", text) is None
 
 
@@ -203,14 +203,16 @@ def test_a_share_of_few_rows_is_less_sure():
     # Wilson's formula by hand: 8 of 10 at 95 %
     z, n, p = 1.959964, 10, 0.8
     middle, half = p + z * z / (2 * n), z * np.sqrt(p * (1 - p) / n + z * z / (4 * n * n))
-    assert answers.wilson(8, 10) == pytest.approx([(middle + sign * half) / (1 + z * z / n) for sign in (-1, 1)])
-    few, many = answers.wilson(8, 10), answers.wilson(800, 1000)
+    assert answers.share_interval(8, 10) == pytest.approx(
+        [(middle + sign * half) / (1 + z * z / n) for sign in (-1, 1)]
+    )
+    few, many = answers.share_interval(8, 10), answers.share_interval(800, 1000)
     assert few[0] < many[0] < 0.8 < many[1] < few[1]
 
 
 def test_a_share_stays_between_none_and_all():
-    assert answers.wilson(0, 5)[0] == 0 and 0 < answers.wilson(0, 5)[1] < 1
-    assert answers.wilson(5, 5)[1] == 1 and 0 < answers.wilson(5, 5)[0] < 1
+    assert answers.share_interval(0, 5)[0] == 0 and 0 < answers.share_interval(0, 5)[1] < 1
+    assert answers.share_interval(5, 5)[1] == 1 and 0 < answers.share_interval(5, 5)[0] < 1
 
 
 def test_the_interval_of_a_loss_is_what_drawing_the_rows_again_gives():
@@ -231,7 +233,7 @@ def test_rows_of_equal_loss_leave_no_doubt():
 
 
 def test_what_is_returned_can_be_written_as_json():
-    intervals = [answers.wilson(1, 3), answers.loss_interval(np.array([1, 3]), np.array([2, 2]))]
+    intervals = [answers.share_interval(1, 3), answers.loss_interval(np.array([1, 3]), np.array([2, 2]))]
     assert json.loads(json.dumps(intervals)) == intervals
 
 

@@ -164,7 +164,7 @@ def test_base_and_all_checkpoints_are_scored_on_the_test_split(scored_once):
     for score in scores_of(one).values():
         for share, interval in (("score", "interval"), ("likelihood_score", "likelihood_interval")):
             right = round(12 * score[share])
-            assert score[share] == right / 12 and score[interval] == answers.wilson(right, 12)
+            assert score[share] == right / 12 and score[interval] == answers.share_interval(right, 12)
         assert 0 <= score["unparsed"] <= 12 * (1 - score["score"])
         assert score["loss_interval"][0] < score["loss"] < score["loss_interval"][1]
     losses = [score["loss"] for score in scores_of(one).values()]
@@ -471,7 +471,7 @@ def folder(project: Project) -> Path:
         (changed_behind, {}, "Toy.json: changed since Toy was trained, behind the rows trained on"),
         (lambda p: shutil.rmtree(p.top / "models" / "Tiny-Llama"), {}, "models/Tiny-Llama: no such model folder"),
         (other_model, {}, "models/Tiny-Llama: is not the base model that Tiny-Llama_lora-rank_4_finetune"),
-        (other_tokenizer, {}, "models/Tiny-Llama: has not the tokenizer that Tiny-Llama_lora-rank_4_finetune"),
+        (other_tokenizer, {}, "models/Tiny-Llama: does not have the tokenizer that Tiny-Llama_lora-rank_4_finetune"),
         (lambda p: cut(folder(p) / "checkpoint-9.safetensors"), {}, "checkpoint-9.safetensors: has 100 bytes"),
         (lambda p: (folder(p) / "checkpoint-9.safetensors").unlink(), {}, "checkpoint-9.safetensors: is missing"),
         (lambda p: copies.flip_a_bit(folder(p) / "checkpoint-9.safetensors"), {}, "does not have its recorded sha256"),
@@ -479,7 +479,7 @@ def folder(project: Project) -> Path:
         (
             lambda p: copies.edit(folder(p), lambda m: m.update(recipe=None)),
             {},
-            "its manifest does not know its recipe",
+            "its manifest has no recipe",
         ),
         (lambda p: (folder(p) / "manifest.json").unlink(), {}, "has no manifest.json"),
         (lambda p: broken_scores(p, "["), {}, "evaluation.json: broken"),
@@ -580,7 +580,7 @@ def test_mathematics_is_scored_by_generated_results(ready):
     one = evaluated(ready, SPLIT="Sums", STEPS="last")
     assert (one["metric"], one["rows"], one["settings"]) == ("math", 3, {"max_new_tokens": 512})
     for score in scores_of(one).values():
-        assert score["score"] == 0 and score["interval"] == answers.wilson(0, 3)
+        assert score["score"] == 0 and score["interval"] == answers.share_interval(0, 3)
         assert score["unparsed"] in range(4) and "likelihood_score" not in score
 
 

@@ -12,7 +12,7 @@ from torch import Tensor
 from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource
 
-from paragen.scoring import attention, kernels, lora_stack
+from paragen.scoring import attention, kernels, stacked_model
 
 LEAST_SHARED = 99 * 1024  # bytes of shared memory of a block, on GPUs of capability 8.6 and 8.9
 
@@ -20,7 +20,8 @@ LEAST_SHARED = 99 * 1024  # bytes of shared memory of a block, on GPUs of capabi
 # Triton is told when it is imported that its kernels are to be interpreted, on the CPU: so in a process of their own.
 # Its numbers are arrays of one element, which NumPy no longer takes for the end of a loop.
 INTERPRETER = """
-import sys, torch, scoring_kernels
+import sys, torch
+from paragen.scoring import kernels
 from triton.runtime import interpreter
 plain = interpreter._patch_lang_tensor
 def patched(tensor, scope):
@@ -36,12 +37,12 @@ KINDS = [(64, torch.bfloat16), (128, torch.bfloat16), (256, torch.float16), (128
 TYPES = {torch.bfloat16: "*bf16", torch.float16: "*fp16", torch.float32: "*fp32", torch.int64: "*i64", int: "i32",
          float: "fp32"}  # fmt: skip
 HEADS = {
-    "a common beginning": {"heads": 14, "shared": 2, "length": 80, "beginning": 70},
-    "short rows": {"heads": 14, "shared": 2, "length": 5, "beginning": 9},
-    "no beginning": {"heads": 8, "shared": 8, "length": 33, "adapters": 1, "masks": 6, "width": 16},
+    "a shared prefix": {"heads": 14, "shared": 2, "length": 80, "prefix": 70},
+    "short rows": {"heads": 14, "shared": 2, "length": 5, "prefix": 9},
+    "no prefix": {"heads": 8, "shared": 8, "length": 33, "adapters": 1, "masks": 6, "width": 16},
     "one more token": {"heads": 6, "shared": 2, "length": 1, "keys": 100, "adapters": 1, "masks": 6, "width": 80},
-    "wide heads": {"heads": 4, "shared": 2, "length": 20, "beginning": 66, "width": 256},
-    "values apart": {"heads": 4, "shared": 4, "length": 6, "beginning": 9, "apart": 20},
+    "wide heads": {"heads": 4, "shared": 2, "length": 20, "prefix": 66, "width": 256, "scale": 0.1},
+    "values apart": {"heads": 4, "shared": 4, "length": 6, "prefix": 9, "apart": 20},
     "prompts and room behind": {"heads": 6, "shared": 1, "length": 9, "keys": 33, "width": 12},
 }  # fmt: skip
 
@@ -50,7 +51,9 @@ HEADS = {
 def interpreted(tmp_path_factory) -> list[tuple]:
     """What the kernels make of `activations`, `logits` and `heads_of`: (result, the arguments afterwards)."""
     file = tmp_path_factory.mktemp("interpreted") / "tensors.pt"
-    asked = [("gated", activations(*sizes)) for sizes in SIZES] + [("reduced", (logits(words),)) for words in WORDS]
+    asked = [("gated", activations(*sizes)) for sizes in SIZES] + [
+        ("reduce_logits", (logits(words),)) for words in WORDS
+    ]
     asked += [("attend", heads_of(**sizes)) for sizes in HEADS.values()]
     torch.save(asked, file)
     environment = {**os.environ, "TRITON_INTERPRET": "1", "PYTHONPATH": str(ROOT / "utils")}
@@ -77,33 +80,34 @@ def logits(words: int) -> Tensor:
 
 
 def heads_of(
-    heads: int, shared: int, length: int, keys: int | None = None, width: int = 64, beginning: int = 0,
-    adapters: int = 3, masks: int = 2, apart: int = 0,
+    heads: int, shared: int, length: int, keys: int | None = None, width: int = 64, prefix: int = 0,
+    adapters: int = 3, masks: int = 2, apart: int = 0, scale: float = 0.3,
 ) -> tuple:  # fmt: skip
     """The arguments of `attend` for six rows.
 
     Args:
         keys: the rows' own, where they are others than the tokens'.
         apart: numbers between one head's value and the next's.
+        scale: of the scores; at 0.3, those of wide heads are so large that float32 rounds them by more than is allowed.
     """
     torch.manual_seed(length)
     sizes = [(6, length, heads, width), (6, keys or length, shared, width), (6, keys or length, shared, width + apart)]
-    seen = torch.rand(masks, 1, length, beginning + (keys or length)) < 0.6
+    mask = torch.rand(masks, 1, length, prefix + (keys or length)) < 0.6
     if keys is None:
-        seen[..., beginning:] &= torch.ones(length, length, dtype=torch.bool).tril()
-        seen[..., beginning:] |= torch.eye(length, dtype=torch.bool)
-    seen[..., 0] = True
-    first = tuple(torch.randn(adapters, shared, beginning, width) for _ in range(2)) if beginning else None
-    return *(torch.randn(size)[..., :width].transpose(1, 2) for size in sizes), attention.packed(seen), 0.3, first
+        mask[..., prefix:] &= torch.ones(length, length, dtype=torch.bool).tril()
+        mask[..., prefix:] |= torch.eye(length, dtype=torch.bool)
+    mask[..., 0] = True
+    first = tuple(torch.randn(adapters, shared, prefix, width) for _ in range(2)) if prefix else None
+    return *(torch.randn(size)[..., :width].transpose(1, 2) for size in sizes), attention.pack_mask(mask), scale, first
 
 
 @pytest.mark.parametrize("number", range(len(SIZES)))
-def test_the_activation_takes_up_its_factors(interpreted, number):
+def test_the_gated_activation_applies_its_factors(interpreted, number):
     gate, up, hidden, b_gate, b_up, a_down = activations(*SIZES[number])
     count, rows, inner, rank = SIZES[number]
     one = gate.view(count, rows, -1) + hidden[..., :rank] @ b_gate
     by_hand = torch.nn.functional.silu(one) * (up.view(count, rows, -1) + hidden[..., rank:] @ b_up)
-    plain = lora_stack.gated(gate, up, hidden, b_gate, b_up, a_down)  # what stands in for the kernel on a CPU
+    plain = stacked_model.gated(gate, up, hidden, b_gate, b_up, a_down)  # what stands in for the kernel on a CPU
     result, given = interpreted[number]
     for made, found in ((given[0], result), (gate, plain)):
         torch.testing.assert_close(made.view_as(by_hand), by_hand, rtol=1e-5, atol=1e-4)
@@ -127,15 +131,15 @@ def test_logits_are_reduced_as_pytorch_does_it(interpreted, number):
 def test_a_mask_is_packed_and_unpacked(width):
     torch.manual_seed(width)
     mask = torch.rand(3, 1, 5, width) < 0.5
-    found = attention.unpacked(attention.packed(mask))
+    found = attention.unpack_mask(attention.pack_mask(mask))
     assert torch.equal(found[..., :width], mask) and not found[..., width:].any()
-    assert attention.packed(mask).shape == (3, 1, 5, -(-width // 64))
+    assert attention.pack_mask(mask).shape == (3, 1, 5, -(-width // 64))
 
 
 @pytest.mark.parametrize("name", HEADS)
-def test_rows_attend_to_their_beginning_and_to_what_they_see(interpreted, name):
+def test_rows_attend_to_their_prefix_and_to_what_the_mask_shows(interpreted, name):
     found, _ = interpreted[len(SIZES) + len(WORDS) + [*HEADS].index(name)]
-    query, key, value, seen, scale, first = heads_of(**HEADS[name])
+    query, key, value, mask, scale, first = heads_of(**HEADS[name])
     adapters, times = (len(first[0]), 6 // len(first[0])) if first else (1, 6)
     for row in range(6):
         own = [one[row] for one in (key, value)]
@@ -143,38 +147,39 @@ def test_rows_attend_to_their_beginning_and_to_what_they_see(interpreted, name):
             assert adapters * times == 6
             own = [torch.cat([before[row // times], one], 1) for before, one in zip(first, own, strict=True)]
         keys, values = (one.repeat_interleave(query.shape[1] // len(one), 0) for one in own)
-        visible = attention.unpacked(seen[row % len(seen)])[..., : keys.shape[1]]
-        scores = (query[row] @ keys.mT * scale).masked_fill(~visible, -torch.inf)
-        torch.testing.assert_close(found[row].transpose(0, 1), scores.softmax(-1) @ values)
-    torch.testing.assert_close(attention.attended(query, key, value, seen, scale, first), found)
+        visible = attention.unpack_mask(mask[row % len(mask)])[..., : keys.shape[1]]
+        scores = (query[row].double() @ keys.double().mT * scale).masked_fill(~visible, -torch.inf)
+        by_hand = (scores.softmax(-1) @ values.double()).float()
+        torch.testing.assert_close(found[row].transpose(0, 1), by_hand)
+    torch.testing.assert_close(attention.plain_attention(query, key, value, mask, scale, first), found)
 
 
 @pytest.mark.parametrize("capability", [80, 89, 90])
-@pytest.mark.parametrize("rank", [1, 8, lora_stack.MOST])
+@pytest.mark.parametrize("rank", [1, 8, stacked_model.MAX_KERNEL_RANK])
 def test_they_compile_for_the_gpus_that_they_are_for(monkeypatch, tmp_path, capability, rank):
     """Compiled as a first call on such a GPU would, and with room in its shared memory."""
     monkeypatch.setenv("TRITON_CACHE_DIR", str(tmp_path))
     asked = []
-    for name in ("_gated", "_reduced", "_attend"):
+    for name in ("_gated", "_reduce_logits", "_attend"):
         monkeypatch.setattr(kernels, name, Noted(getattr(kernels, name), asked))
     gate, up = torch.zeros(2, 2 * 80, 96, dtype=torch.bfloat16)
     hidden, a_down = torch.zeros(2, 80, 2 * rank).bfloat16(), torch.zeros(2, 96, rank).bfloat16()
     b_gate, b_up = torch.zeros(2, 2, rank, 96, dtype=torch.bfloat16)
     kernels.gated(gate, up, hidden, b_gate, b_up, a_down)
-    kernels.reduced(torch.zeros(3, 151936, dtype=torch.bfloat16))
+    kernels.reduce_logits(torch.zeros(3, 151936, dtype=torch.bfloat16))
     for width, dtype in KINDS if rank == 8 else ():
         for length, keys in ((80, None), (1, 100)):
-            *heads, seen, scale, first = heads_of(14, 2, length, keys, width, 0 if keys else 70)
+            *heads, mask, scale, first = heads_of(14, 2, length, keys, width, 0 if keys else 70)
             assert kernels.can_attend(heads[0].to(dtype), heads[2].to(dtype))
             first = first and tuple(one.to(dtype) for one in first)
-            kernels.attend(*(one.to(dtype) for one in heads), seen, scale, first)
+            kernels.attend(*(one.to(dtype) for one in heads), mask, scale, first)
     for source, options in asked:
         made = triton.compile(source, target=GPUTarget("cuda", capability, 32), options=options)
         assert made.asm["cubin"] and made.metadata.shared <= LEAST_SHARED
 
 
 class Noted:
-    """In a kernel's place: notes what it would be compiled from."""
+    """Replaces a kernel and notes what it would be compiled from."""
 
     def __init__(self, kernel: triton.JITFunction, asked: list):
         self.kernel, self.asked = kernel, asked

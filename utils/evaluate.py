@@ -20,13 +20,13 @@ def main() -> int:
     parser = argparse.ArgumentParser(description="Score collections on held-out prompts.")
     parser.add_argument("--show", type=int, default=0, metavar="N", help="print the answers to the first N questions")
     args = parser.parse_args()
-    evaluate.check_asked()
+    evaluate.check_requested()
     chosen = sorted(index.chosen(), key=lambda one: (one.manifest["base_model"] or {}).get("name") or "")
     devices.pin(devices.choose()[:1])
     base, done = None, []
     for one in chosen:
         try:
-            plan = evaluate.plan_of(one)
+            plan = evaluate.plan_for(one)
             base = evaluate.score(plan, base, args.show)
             done.append(plan)
         except UserError as error:

@@ -21,7 +21,8 @@ def main() -> None:
     parser.add_argument("rank", help=f"LoRA rank; an empty text is {keys.DEFAULT_RANK}")
     parser.add_argument("overrides", nargs="*", metavar="key=value", help="override keys of the recipe")
     args = parser.parse_args()
-    ordinary.train(run_of(args.recipe, render.parse_rank(args.rank or str(keys.DEFAULT_RANK)), tuple(args.overrides)))
+    rank = render.parse_rank(args.rank or str(keys.DEFAULT_RANK))
+    ordinary.train(run_of(args.recipe, rank, tuple(args.overrides)))
 
 
 if __name__ == "__main__":

@@ -1,6 +1,4 @@
-"""The packed engine on a device with little memory: `fork_server.start("helpers.low_memory", ...)`.
-
-The variable SCARCE says in what way:
+"""The packed engine on a device with little memory: `fork_server.start("helpers.low_memory", ...)`; SCARCE says how.
 
 SCARCE=room:N       the memory module sees only as much memory as N cells need
 SCARCE=prepare:N    torch runs out of memory while a pack of more than N cells is made ready
@@ -15,7 +13,8 @@ def main() -> int:
     import torch
 
     from paragen.common import devices
-    from paragen.packed import memory, packed_engine
+    from paragen.packed import memory
+    from paragen.packed.engine import Engine
 
     kind, number = os.environ["SCARCE"].split(":")
     if kind == "room":
@@ -23,27 +22,28 @@ def main() -> int:
         def free_bytes(device: torch.device) -> float:
             return free_bytes.amount
 
-        real = memory.how_many
+        real = memory.count_that_fit
 
-        def how_many(model, dtype, adapters, steps):
+        def count_that_fit(model, dtype, adapters, steps):
             """Gives what N of the adapters need by the real measurement, and asks it again."""
-            largest = [max(each, key=memory.tokens_of) for each in steps]
-            per_token, beside = memory.measure(model, dtype, adapters[0], largest[0])
+            largest = [max(each, key=memory.token_count) for each in steps]
+            per_token, beside = memory.measure_step(model, dtype, adapters[0], largest[0])
             need = [
-                adapter.start.numel() * (memory.STATE + memory.STACKED * 4) + per_token * memory.tokens_of(step)
+                adapter.start.numel() * (memory.ADAPTER_BYTES + memory.STACK_COPIES * 4)
+                + per_token * memory.token_count(step)
                 for adapter, step in zip(adapters, largest, strict=True)
             ]
-            free_bytes.amount = beside + (sum(need[: int(number)]) + 0.5 * min(need)) / memory.USED
+            free_bytes.amount = beside + (sum(need[: int(number)]) + 0.5 * min(need)) / memory.USABLE
             return real(model, dtype, adapters, steps)
 
-        devices.free_bytes, memory.how_many = free_bytes, how_many
+        devices.free_bytes, memory.count_that_fit = free_bytes, count_that_fit
     else:
-        prepare = packed_engine.Engine.prepare
+        prepare = Engine.prepare
 
         def refusing(engine, steps):
             if len(engine.adapters) > int(number):
                 raise torch.OutOfMemoryError("CUDA out of memory")
             return prepare(engine, steps)
 
-        packed_engine.Engine.prepare = refusing
+        Engine.prepare = refusing
     return packed_train.main()

@@ -1,6 +1,6 @@
-"""Tiny models with random adapters to be scored, and what transformers and PEFT make of the same questions.
+"""Tiny models with random adapters to be scored, and what transformers and PEFT compute for the same questions.
 
-The stack and PEFT get two models of their own: nothing that one does to its model can reach the other.
+The code under test and PEFT have a model each, so that neither can change the other's.
 """
 
 import random
@@ -14,28 +14,30 @@ from peft import LoraConfig, get_peft_model, get_peft_model_state_dict, set_peft
 from torch import Tensor, nn
 from transformers import AutoConfig, AutoModelForCausalLM, AutoModelForImageTextToText, GenerationConfig
 
-from paragen.collection import checkpoints
-from paragen.scoring import lora_stack, questions
-from paragen.scoring.model_passes import Scorer
+from paragen.collection import checkpoints, lora_config
+from paragen.scoring import questions
+from paragen.scoring.factors import Factors, stack_checkpoints
 from paragen.scoring.questions import Question
+from paragen.scoring.scorer import Scorer
+from paragen.scoring.stacked_model import StackedModel
 
 STOPS = [2]
-ENDS = [2, 7]  # what a template may write behind a response: a token that ends it, and a line break
+ENDS = [2, 7]  # what a template may write after a response: a token that ends it, and a line break
 WORDS = range(10, 150)  # tokens that every tiny model has and that end nothing
 LONGEST = 8  # tokens that are generated
 CLOSE = 1e-5
 
 
 class Scene:
-    """A tiny model and adapters for it; number 0 is the base.
+    """A tiny model and adapters for it. Adapter 0 is the base model.
 
     Args:
         folder: the model's.
-        count: adapters, with factors so large that each says something else.
+        count: of adapters; their factors are so large that each generates something else.
         lora: what the adapters' LoraConfig differs in.
         config: what the model's config of text differs in.
         dtype: of both; in float64 a difference is an error, not one of rounding.
-        fused: as lora_stack.Stacked takes it.
+        fused: as StackedModel takes it.
         device: of both models.
     """
 
@@ -55,8 +57,8 @@ class Scene:
             drawn = {key: (torch.randn(shape) * 0.6).to(dtype) for key, shape in shapes.items()}
             self.adapters.append(drawn)
         self.layers = checkpoints.layers_of(drawn)
-        self.scaling = lora_stack.scaling_of(self.peft.peft_config["default"].to_dict())
-        self.stacked = lora_stack.Stacked(self.model, self.layers, fused)
+        self.scaling = lora_config.scaling_of(self.peft.peft_config["default"].to_dict(), self.layers[0])
+        self.stacked = StackedModel(self.model, self.layers, fused)
 
     def fresh(self) -> nn.Module:
         """The model as it lies in its folder."""
@@ -70,13 +72,13 @@ class Scene:
     def scorer(self, asked: list[Question]) -> Scorer:
         return Scorer(self.stacked, asked, STOPS, 0)
 
-    def factors(self, *numbers: int) -> lora_stack.Factors:
-        """Those of some adapters, all by default."""
+    def factors(self, *numbers: int) -> Factors:
+        """The factors of some adapters, all by default."""
         chosen = [self.adapters[number] for number in numbers or range(len(self.adapters))]
         where = self.layers, self.scaling, self.model.device, self.dtype
         if chosen == [None]:
-            return lora_stack.stack([None, self.adapters[1]], *where).of([0])
-        return lora_stack.stack(chosen, *where)
+            return stack_checkpoints([None, self.adapters[1]], *where).select([0])
+        return stack_checkpoints(chosen, *where)
 
     @contextmanager
     def by_peft(self, number: int) -> Iterator[nn.Module]:
@@ -92,11 +94,14 @@ class Scene:
     def likelihoods(self, number: int, question: Question) -> tuple[list[float], float]:
         """The log-likelihood of each option's text and the loss of the right response, each by a pass of its own."""
         with self.by_peft(number) as model:
-            texts = [by_itself(model, question.tokens, path.tokens[: path.length]) for path in question.paths]
-            return texts, -by_itself(model, question.tokens, question.paths[question.right].tokens)
+            texts = [
+                log_likelihood(model, question.tokens, option.tokens[: option.text_length])
+                for option in question.continuations
+            ]
+            return texts, -log_likelihood(model, question.tokens, question.continuations[question.right].tokens)
 
     def greedy(self, number: int, prompt: list[int], most: int = LONGEST) -> list[int]:
-        """What an adapter says by transformers' greedy generation, with what ends it."""
+        """An adapter's answer by transformers' greedy generation, with the token that ends it."""
         if (number, most, *prompt) in self.said:
             return self.said[number, most, *prompt]
         settings = GenerationConfig(do_sample=False, max_new_tokens=most, eos_token_id=STOPS, pad_token_id=0)
@@ -106,8 +111,8 @@ class Scene:
         self.said[number, most, *prompt] = said[0, len(prompt) :].tolist()
         return self.said[number, most, *prompt]
 
-    def asked(self, prompts: list[list[int]], seed: int = 0) -> list[Question]:
-        """Questions with these prompts whose options are often what one of the adapters says.
+    def questions_for(self, prompts: list[list[int]], seed: int = 0) -> list[Question]:
+        """Questions with these prompts whose options are often what one of the adapters generates.
 
         Their options share beginnings: the second differs from the first in the last token alone.
         """
@@ -126,19 +131,21 @@ class Scene:
 
 def question(prompt: list[int], options: list[list[int]], right: int = 0) -> Question:
     """A question out of tokens."""
-    paths = [questions.Path(f"[{place}]", [*option, *ENDS], len(option)) for place, option in enumerate(options)]
-    return Question(prompt, paths, right, paths[right].text, "")
+    continuations = [
+        questions.Continuation(f"[{place}]", [*option, *ENDS], len(option)) for place, option in enumerate(options)
+    ]
+    return Question(prompt, continuations, right, continuations[right].text, "")
 
 
 def prompts(lengths: list[int], shared: int = 0, seed: int = 0) -> list[list[int]]:
-    """Random prompts of so many tokens behind a beginning that they share."""
+    """Random prompts of so many tokens after a shared prefix of `shared` tokens."""
     some = random.Random(seed)
     beginning = some.choices(WORDS, k=shared)
     return [[*beginning, *some.choices(WORDS, k=length)] for length in lengths]
 
 
-def by_itself(model: nn.Module, prompt: list[int], said: list[int]) -> float:
-    """The log-likelihood of what is said behind a prompt, by one plain pass over both."""
+def log_likelihood(model: nn.Module, prompt: list[int], said: list[int]) -> float:
+    """The log-likelihood of a response to a prompt, by one plain pass over both."""
     tokens = torch.tensor([[*prompt, *said]], device=model.device)
     logits = model(input_ids=tokens).logits[0, len(prompt) - 1 : -1].double()
     return float(logits.log_softmax(-1).gather(1, tokens[0, len(prompt) :, None]).sum())

@@ -4,12 +4,12 @@ Imported by stats.py; plain functions on float64 tensors. A is steps x r x input
 """
 
 import hashlib
-import re
 from typing import Any, NamedTuple
 
 import torch
 
 from paragen.analysis import canonical
+from paragen.collection import lora_config
 
 SKETCH_SIDE = 32  # a sketch has 32 x 32 numbers
 
@@ -115,20 +115,6 @@ def sketched(a: torch.Tensor, b: torch.Tensor, p: torch.Tensor, q: torch.Tensor)
     return ((p.T @ b) @ (a @ q)).flatten(1)
 
 
-def scaling_of(config: dict[str, Any], layer: str, rank: int) -> float:
-    """What PEFT multiplies a layer's B·A with: lora_alpha / r, or lora_alpha / sqrt(r) with rslora.
-
-    Args:
-        config: the content of adapter_config.json; its alpha_pattern may give layers an alpha of their own.
-        layer: the layer's name in PEFT's keys.
-        rank: the rows of its A.
-    """
-    patterns = config.get("alpha_pattern") or {}
-    own = next((alpha for name, alpha in patterns.items() if re.match(rf"(.*\.)?({name})$", layer)), None)
-    alpha = config["lora_alpha"] if own is None else own
-    return alpha / (rank**0.5 if config.get("use_rslora") else rank)
-
-
 class Running(NamedTuple):
     """What is kept of a layer between two chunks of its steps."""
 
@@ -138,10 +124,10 @@ class Running(NamedTuple):
     before: tuple[torch.Tensor | None, torch.Tensor | None]  # A and B of the last step seen
 
 
-def start(config: dict[str, Any], base_model: str, layer: str, outputs: int, inputs: int, rank: int) -> Running:
+def start(config: dict[str, Any], base_model: str, layer: str, outputs: int, inputs: int) -> Running:
     """A layer of which no step has been seen; `config` is adapter_config.json's content."""
     drawn = projections(base_model, layer, outputs, inputs)
-    return Running(scaling_of(config, layer, rank), drawn, (None,) * 4, (None, None))
+    return Running(lora_config.scaling_of(config, layer), drawn, (None,) * 4, (None, None))
 
 
 def taken_in(running: Running, a: torch.Tensor, b: torch.Tensor) -> tuple[Running, dict[str, torch.Tensor]]:

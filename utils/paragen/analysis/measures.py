@@ -139,7 +139,7 @@ def measure(
     totals = {name: torch.zeros(len(layers), 2, dtype=torch.float64) for name in TOTALS}
     sketch = torch.zeros(len(entries), ls.SKETCH_SIDE**2, dtype=torch.float64)
     for group in groups_of(shapes, budget):
-        begun = parallel.each(lambda number: ls.start(config, base, layers[number], *shapes[number]), group)
+        begun = parallel.each(lambda number: ls.start(config, base, layers[number], *shapes[number][:2]), group)
         running = dict(zip(group, begun, strict=True))
         for part, handles in checkpoints.in_chunks(folder, entries, steps_within(chunk, shapes)):
 

@@ -1,6 +1,6 @@
 """Writes the checkpoints of packed cells while training goes on.
 
-Imported by packed_train.py. The adapters leave the device through pinned memory on a stream of their own; threads hash
+The adapters leave the device through pinned memory on a stream of their own; threads hash
 and write the files. Neither the device nor the training thread waits, unless the disk is slower than the training.
 """
 
@@ -15,8 +15,8 @@ from torch import Tensor
 
 from paragen.collection import checkpoints, collection
 from paragen.common import devices, files
-from paragen.packed import schedule
-from paragen.packed.packed_engine import Adapter
+from paragen.packed import stock_checkpoint
+from paragen.packed.adapter import Adapter
 from paragen.training import collector
 
 THREADS = 8
@@ -37,7 +37,7 @@ class Writer:
 
     def __init__(self, folder: Path, adapter: Adapter, vector: Tensor, threads: ThreadPoolExecutor):
         self.folder, self.adapter, self.vector, self.threads = folder, adapter, vector, threads
-        self.head, self.order = collector.layout_of(schedule.named(adapter, torch.zeros(vector.shape)))
+        self.head, self.order = collector.layout_of(stock_checkpoint.peft_tensors(adapter, torch.zeros(vector.shape)))
         first_b = adapter.parts[0].b.start
         self.a_part = vector.detach()[:first_b]
         # B is kept transposed; as matrices of equal width, all of them are put upright by one joining

@@ -1,9 +1,9 @@
 """LoRA for many adapters at once on one frozen base model: stacked factors, attention within rows, the loss.
 
-Imported by packed_engine.py (training) and by scoring. The rows of all adapters lie behind one another in one sequence
-of tokens, without padding between them, so that each base layer runs once over all of them. An adapter's factors are a
-block of rows in a stack; a token's products with the blocks of other adapters are set to zero. Adapters are dealt into
-bins of equal width, so that this costs no more for many adapters than for a few.
+The rows of all adapters form one sequence of tokens, without padding between them, so that each base layer runs once
+over all of them. An adapter's factors are a block of rows in a stack; a token's products with the blocks of other
+adapters are set to zero. Adapters are assigned to groups with a stack each, all of equal width, so that the cost per
+token does not grow with the number of adapters.
 """
 
 from collections.abc import Iterable
@@ -15,21 +15,25 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from transformers import AttentionInterface
 
+from paragen.packed.model import replace_submodule
+
 ATTENTION = "packed_rows"  # the name under which transformers finds attend_within_rows
-WIDTH = 128  # ranks per bin; wider products of zero would cost more than another batched product
-ALIGNED = 16  # ranks; tensor cores want the stacks' width in multiples of this
-LOGITS = 2**28  # elements of a chunk of logits (1 GB in float32)
+GROUP_WIDTH = 128  # ranks per group; wider products of zeros would cost more than another batched product
+WIDTH_MULTIPLE = 16  # ranks; tensor cores want the width of a stack in multiples of this
+CHUNK_LOGITS = 2**28  # elements of a chunk of logits (1 GB in float32)
+# Arguments with which transformers' attention functions compute something else than attend_within_rows.
+UNSUPPORTED_ARGUMENTS = ("softcap", "s_aux", "position_bias", "head_mask", "alibi")
 
 
 class NotPackable(Exception):
-    """The model asks for something that the packed layers do not do; the text says what."""
+    """The packed engine cannot train this run; the message is the reason."""
 
 
 @dataclass
 class Batch:
-    """The rows of a step as one sequence of tokens, on the model's device; a shape of its own or a bucket's.
+    """The rows of a step as one sequence of tokens, on the model's device.
 
-    N tokens, of which each bin of adapters has N / bins; R rows of up to L tokens; P positions with a loss.
+    N tokens, of which each group of adapters has N / groups; R rows of up to L tokens; P positions with a loss.
     """
 
     tokens: Tensor  # [1, N] int64
@@ -37,79 +41,87 @@ class Batch:
     adapter: Tensor  # [N] int64, the token's adapter; the number of adapters for padding
     to_rows: Tensor  # [R * L] int64, the token at each place of the padded rows
     to_tokens: Tensor  # [N] int64, each token's place in the padded rows
-    predicting: Tensor  # [P] int64, the tokens whose next token is learned
+    predicting: Tensor  # [P] int64, the tokens whose next token has a loss
     targets: Tensor  # [P] int64, those next tokens
-    weights: Tensor  # [P] float32, what each loss counts; 0 for padding
-    loss_of: Tensor  # [P] int64, the adapter of each loss
+    weights: Tensor  # [P] float32, the factor of each loss in the sum; 0 for padding
+    loss_adapter: Tensor  # [P] int64, the adapter of each loss
     row_length: int  # L
-    # first token of each adapter's rows and the one after the last, where they are multiplied one after the other
+    # By adapter (first token, one past the last): with them, adapters are multiplied one after another, without a mask.
     spans: list[tuple[int, int]] | None
 
 
-class Bins:
-    """How adapters are dealt into stacks.
+class AdapterGroups:
+    """Which adapters share a stack of factors.
 
     Args:
-        ranks: of each adapter.
-        loads: how many tokens each sees per step, about; bins get equal shares (default: all the same).
-        width: ranks per bin, about.
+        ranks: the rank of each adapter.
+        loads: about how many tokens each adapter sees per step; groups get equal shares (default: all the same).
+        width: about how many ranks a group has.
 
-    `count` bins of `width` ranks; adapter i has the rows `start[i]` to `start[i] + ranks[i]` of bin `bin_of[i]`.
+    There are `count` groups of `width` ranks. Adapter i has the rows `start[i]` to `start[i] + ranks[i]` in the stack
+    of group `group_of[i]`.
     """
 
-    def __init__(self, ranks: list[int], loads: list[float] | None = None, width: int = WIDTH):
+    def __init__(self, ranks: list[int], loads: list[float] | None = None, width: int = GROUP_WIDTH):
         loads = loads or [1.0] * len(ranks)
-        self.ranks, self.bin_of, self.start = ranks, [0] * len(ranks), [0] * len(ranks)
+        self.ranks, self.group_of, self.start = ranks, [0] * len(ranks), [0] * len(ranks)
         self.count = -(-sum(ranks) // width)
-        dealt, used = [0.0] * self.count, [0] * self.count
+        assigned, used = [0.0] * self.count, [0] * self.count  # tokens and ranks of each group so far
         for adapter in sorted(range(len(ranks)), key=lambda i: (-loads[i], -ranks[i])):
-            number = min(range(self.count), key=lambda one: (dealt[one], used[one]))
-            self.bin_of[adapter], self.start[adapter] = number, used[number]
-            dealt[number] += loads[adapter]
-            used[number] += ranks[adapter]
-        self.count = sum(width > 0 for width in used)  # fewer where there are fewer adapters than bins
-        self.width = -(-max(used) // ALIGNED) * ALIGNED
+            group = min(range(self.count), key=lambda one: (assigned[one], used[one]))
+            self.group_of[adapter], self.start[adapter] = group, used[group]
+            assigned[group] += loads[adapter]
+            used[group] += ranks[adapter]
+        self.count = sum(width > 0 for width in used)  # fewer where there are fewer adapters than groups
+        self.width = -(-max(used) // WIDTH_MULTIPLE) * WIDTH_MULTIPLE
 
-    def rows_of(self, adapter: int) -> tuple[int, slice]:
-        """Where an adapter's factors stand in a stack: the bin, and the rows in it."""
+    def place_of(self, adapter: int) -> tuple[int, slice]:
+        """Where an adapter's factors are: its group, and its rows in the group's stack."""
         start = self.start[adapter]
-        return self.bin_of[adapter], slice(start, start + self.ranks[adapter])
+        return self.group_of[adapter], slice(start, start + self.ranks[adapter])
 
 
-class Shared:
-    """What all packed layers of a model see of the present step."""
+class StepContext:
+    """What all packed layers of a model need to know about the current step.
 
-    def __init__(self, bins: Bins, scaling: list[float], device: torch.device):
-        self.bins, self.scaling = bins, scaling
-        self.scales = torch.zeros(len(scaling) + 1, bins.width, device=device)  # float32: PEFT's is no less exact
+    Args:
+        groups: the adapters' groups.
+        scaling: PEFT's scaling of each adapter.
+        device: the model's.
+    """
+
+    def __init__(self, groups: AdapterGroups, scaling: list[float], device: torch.device):
+        self.groups, self.scaling = groups, scaling
+        # [adapters + 1, width] float32, as exact as PEFT's own; the last row is padding's
+        self.scales = torch.zeros(len(scaling) + 1, groups.width, device=device)
         for adapter, scale in enumerate(scaling):
-            self.scales[adapter, bins.rows_of(adapter)[1]] = scale
-        self.mask: Tensor | None = None
+            self.scales[adapter, groups.place_of(adapter)[1]] = scale
+        self.mask: Tensor | None = None  # [groups, tokens per group, width] float32
         self.batch: Batch | None = None
 
-    def enter(self, batch: Batch) -> None:
-        """Take a step's rows: each token gets its adapter's scaling at that one's ranks, and 0 at all others."""
+    def begin_step(self, batch: Batch) -> None:
+        """Set the step's batch and its mask: a token has its adapter's scaling at that adapter's ranks, else 0."""
         self.batch = batch
-        if batch.spans is None:  # else they are multiplied one after the other
-            self.mask = self.scales.index_select(0, batch.adapter).view(self.bins.count, -1, self.bins.width)
+        if batch.spans is None:  # otherwise adapters are multiplied one after another
+            self.mask = self.scales.index_select(0, batch.adapter).view(self.groups.count, -1, self.groups.width)
 
-    def slices(self) -> list[tuple[slice, int, slice, float]]:
-        """Of each adapter that has rows in this step: its tokens, its bin, its rows in a stack, its scaling."""
+    def adapter_slices(self) -> list[tuple[slice, int, slice, float]]:
+        """For each adapter with rows in this step: its tokens, its group, its rows in the stack, its scaling."""
         return [
-            (slice(*span), *self.bins.rows_of(adapter), self.scaling[adapter])
+            (slice(*span), *self.groups.place_of(adapter), self.scaling[adapter])
             for adapter, span in enumerate(self.batch.spans)
             if span[0] < span[1]
         ]
 
 
 class _StackedLora(torch.autograd.Function):
-    """base(x) + B A x for the adapter of each token; the base gets no gradient."""
+    """base(x) + scaling * B A x with the factors of each token's adapter; the base gets no gradient."""
 
     @staticmethod
     def forward(ctx: Any, x: Tensor, weight: Tensor, bias: Tensor | None, a: Tensor, b: Tensor, mask: Tensor) -> Tensor:
         y = F.linear(x, weight, bias)
-        bins = a.shape[0]
-        down = torch.bmm(x.view(bins, -1, x.shape[-1]), a.transpose(1, 2)).mul_(mask)
+        groups = a.shape[0]
+        down = torch.bmm(x.view(groups, -1, x.shape[-1]), a.transpose(1, 2)).mul_(mask)
         _add_bmm(y, down, b)
         ctx.save_for_backward(x, weight, a, b, mask, down)
         return y
@@ -118,9 +130,9 @@ class _StackedLora(torch.autograd.Function):
     def backward(ctx: Any, dy: Tensor) -> tuple[Tensor | None, ...]:
         x, weight, a, b, mask, down = ctx.saved_tensors
         dy = dy.contiguous()
-        by_bin = dy.view(a.shape[0], -1, dy.shape[-1])
-        db = torch.bmm(down.transpose(1, 2), by_bin)
-        ddown = torch.bmm(by_bin, b.transpose(1, 2)).mul_(mask)
+        by_group = dy.view(a.shape[0], -1, dy.shape[-1])
+        db = torch.bmm(down.transpose(1, 2), by_group)
+        ddown = torch.bmm(by_group, b.transpose(1, 2)).mul_(mask)
         da = torch.bmm(ddown.transpose(1, 2), x.view(a.shape[0], -1, x.shape[-1]))
         dx = None
         if ctx.needs_input_grad[0]:
@@ -130,17 +142,17 @@ class _StackedLora(torch.autograd.Function):
 
 
 class _SlicedLora(torch.autograd.Function):
-    """The same as _StackedLora, adapter by adapter: no products of zero, which is what counts on a CPU."""
+    """The same as _StackedLora, one adapter after another: without products of zeros, which a CPU is faster for."""
 
     @staticmethod
     def forward(
-        ctx: Any, x: Tensor, weight: Tensor, bias: Tensor | None, a: Tensor, b: Tensor, shared: Shared
+        ctx: Any, x: Tensor, weight: Tensor, bias: Tensor | None, a: Tensor, b: Tensor, context: StepContext
     ) -> Tensor:
         y = F.linear(x, weight, bias)
-        downs, slices = [], shared.slices()
-        for here, number, rows, scale in slices:
-            downs.append((x[0, here] @ a[number, rows].t()).mul_(scale))
-            y[0, here].addmm_(downs[-1], b[number, rows])
+        downs, slices = [], context.adapter_slices()
+        for here, group, rows, scale in slices:
+            downs.append((x[0, here] @ a[group, rows].t()).mul_(scale))
+            y[0, here].addmm_(downs[-1], b[group, rows])
         ctx.slices = slices
         ctx.save_for_backward(x, weight, a, b, *downs)
         return y
@@ -151,17 +163,17 @@ class _SlicedLora(torch.autograd.Function):
         dy = dy.contiguous()
         da, db = torch.zeros_like(a), torch.zeros_like(b)
         dx = dy @ weight if ctx.needs_input_grad[0] else None
-        for (here, number, rows, scale), down in zip(ctx.slices, downs, strict=True):
-            db[number, rows] = down.t() @ dy[0, here]
-            ddown = (dy[0, here] @ b[number, rows].t()).mul_(scale)
-            da[number, rows] = ddown.t() @ x[0, here]
+        for (here, group, rows, scale), down in zip(ctx.slices, downs, strict=True):
+            db[group, rows] = down.t() @ dy[0, here]
+            ddown = (dy[0, here] @ b[group, rows].t()).mul_(scale)
+            da[group, rows] = ddown.t() @ x[0, here]
             if dx is not None:
-                dx[0, here].addmm_(ddown, a[number, rows])
+                dx[0, here].addmm_(ddown, a[group, rows])
         return dx, None, None, da, db, None
 
 
 def _add_bmm(total: Tensor, left: Tensor, right: Tensor) -> None:
-    """total += left @ right per bin, in place; total is [..., columns] and contiguous."""
+    """total += left @ right for each group, in place; `total` is [..., columns] and contiguous."""
     view = total.view(left.shape[0], -1, total.shape[-1])
     if len(view) == 1:
         view[0].addmm_(left[0], right[0])
@@ -173,43 +185,44 @@ class PackedLinear(nn.Module):
     """A frozen linear layer with the LoRA factors of all adapters.
 
     Args:
-        base: the layer; its weight is [out, in].
-        shared: the model's.
-        dtype: of the factors and their products.
+        base: the frozen layer; its weight is [out, in].
+        context: the model's, which all its packed layers share.
+        dtype: of the factors and of the products.
 
-    `a` is [bins, width, in], `b` [bins, width, out]: the transposed second factors, so that adapter i has the same
-    rows of both.
+    `a` is [groups, width, in]. `b` is [groups, width, out], with the second factors transposed, so that an adapter has
+    the same rows in both.
     """
 
-    def __init__(self, base: nn.Linear, shared: Shared, dtype: torch.dtype):
+    def __init__(self, base: nn.Linear, context: StepContext, dtype: torch.dtype):
         super().__init__()
-        self.base, self.shared = base, shared
-        shape = shared.bins.count, shared.bins.width
+        self.base, self.step_context = base, context
+        shape = context.groups.count, context.groups.width
         device = base.weight.device
         self.a = nn.Parameter(torch.zeros(*shape, base.in_features, device=device, dtype=dtype))
         self.b = nn.Parameter(torch.zeros(*shape, base.out_features, device=device, dtype=dtype))
-        self.weight = base.weight.to(dtype)  # as autocast casts it at each call
+        self.weight = base.weight.to(dtype)  # autocast would cast it at each call
         self.bias = None if base.bias is None else base.bias.to(dtype)
 
     def forward(self, x: Tensor) -> Tensor:
         """x: [1, N, in]; returns [1, N, out] in the factors' dtype."""
+        context = self.step_context
         with torch.autocast(x.device.type, enabled=False):
             x = x.to(self.a.dtype).contiguous()
-            if self.shared.batch.spans is not None:
-                return _SlicedLora.apply(x, self.weight, self.bias, self.a, self.b, self.shared)
-            return _StackedLora.apply(x, self.weight, self.bias, self.a, self.b, self.shared.mask)
+            if context.batch.spans is not None:
+                return _SlicedLora.apply(x, self.weight, self.bias, self.a, self.b, context)
+            return _StackedLora.apply(x, self.weight, self.bias, self.a, self.b, context.mask)
 
     def block(self, factor: Tensor, adapter: int) -> Tensor:
         """An adapter's rows of `a`, of `b` or of their gradients: [rank, columns]."""
-        number, rows = self.shared.bins.rows_of(adapter)
-        return factor[number, rows]
+        group, rows = self.step_context.groups.place_of(adapter)
+        return factor[group, rows]
 
 
 class _Rearranged(torch.autograd.Function):
-    """Rows of a matrix by number; the gradient comes back by the inverse numbers, without adding up.
+    """The rows of a matrix in another order; the gradient is gathered by the inverse order, without summing.
 
-    Only right where each row of the input that matters stands once in the output, and what stands more often, padding,
-    has no gradient.
+    This is correct only where each row of the input occurs once in the output. Padding may occur more often, because
+    its gradient is zero.
     """
 
     @staticmethod
@@ -234,31 +247,33 @@ def attend_within_rows(
     is_causal: bool | None = None,
     **others: Any,
 ) -> tuple[Tensor, None]:
-    """transformers' attention function for packed rows: causal, each row by itself.
+    """transformers' attention function for packed rows: causal, within each row alone.
 
     Args:
-        module: the attention layer; its `shared` was set by `attach`.
-        query, key, value: [1, heads, N, head size]; fewer key and value heads are shared by groups of query heads.
-        sliding_window: how many tokens a token sees, itself included; None: all before it.
+        module: the attention layer; `attach` has set its `step_context`.
+        query, key, value: [1, heads, N, head size]; where there are fewer key and value heads, groups of query heads
+            share them.
+        sliding_window: how many tokens a token attends to, itself included; None: all before it.
 
     Returns ([1, N, heads, head size], None). Padding comes after a row's tokens, where causal attention does not look,
-    so no mask is needed unless the window is shorter than the rows. Raises NotPackable for what stock attention would
-    do otherwise.
+    so no mask is needed unless the window is shorter than the rows. Raises NotPackable for settings with which stock
+    attention computes something else.
     """
-    asked = {name: one for name, one in others.items() if one is not None and name in KNOWN_ATTENTION}
-    if attention_mask is not None or dropout or asked:
-        raise NotPackable(f"its attention uses {', '.join(asked) or ('dropout' if dropout else 'a mask of its own')}")
+    unsupported = {name: one for name, one in others.items() if one is not None and name in UNSUPPORTED_ARGUMENTS}
+    if attention_mask is not None or dropout or unsupported:
+        used = ", ".join(unsupported) or ("dropout" if dropout else "a mask of its own")
+        raise NotPackable(f"its attention uses {used}")
     if not (getattr(module, "is_causal", True) if is_causal is None else is_causal):
         raise NotPackable("its attention is not causal")
-    batch = module.shared.batch
+    batch = module.step_context.batch
     length = batch.row_length
     rows = [_as_rows(heads, batch) for heads in (query, key, value)]
     window = None
     if sliding_window is not None and sliding_window < length:
         place = torch.arange(length, device=query.device)
         window = (place[:, None] >= place) & (place[:, None] - place < sliding_window)
-        groups = query.shape[1] // key.shape[1]  # with a mask, only kernels that want equal numbers of heads are fast
-        rows[1:] = [heads.repeat_interleave(groups, dim=1) for heads in rows[1:]]
+        sharing = query.shape[1] // key.shape[1]  # with a mask, only kernels for equal numbers of heads are fast
+        rows[1:] = [heads.repeat_interleave(sharing, dim=1) for heads in rows[1:]]
     out = F.scaled_dot_product_attention(
         *rows,
         attn_mask=window,
@@ -271,8 +286,6 @@ def attend_within_rows(
     return tokens.view(1, -1, query.shape[1], query.shape[3]), None
 
 
-# Arguments with which transformers' attention functions compute something else.
-KNOWN_ATTENTION = ("softcap", "s_aux", "position_bias", "head_mask", "alibi")
 AttentionInterface.register(ATTENTION, attend_within_rows)
 
 
@@ -285,17 +298,20 @@ def _as_rows(heads: Tensor, batch: Batch) -> Tensor:
 
 
 class _NextTokenLoss(torch.autograd.Function):
-    """Cross-entropy at some positions, the logits in chunks; the gradient is made on the way, as the head is frozen."""
+    """Cross-entropy at some positions, the logits in chunks.
+
+    The forward pass also computes the gradient by the hidden states, which is possible because the head is frozen.
+    """
 
     @staticmethod
     def forward(ctx: Any, hidden: Tensor, head: nn.Module, targets: Tensor) -> Tensor:
-        rows = max(1, LOGITS // head.weight.shape[0])
+        rows = max(1, CHUNK_LOGITS // head.weight.shape[0])
         losses, gradients = [], []
-        for some, wanted in zip(hidden.split(rows), targets.split(rows), strict=True):
+        for chunk, chunk_targets in zip(hidden.split(rows), targets.split(rows), strict=True):
             with torch.enable_grad():
-                some = some.detach().requires_grad_()
-                loss = F.cross_entropy(head(some).float(), wanted, reduction="none")
-                gradients.append(torch.autograd.grad(loss.sum(), some)[0])
+                chunk = chunk.detach().requires_grad_()
+                loss = F.cross_entropy(head(chunk).float(), chunk_targets, reduction="none")
+                gradients.append(torch.autograd.grad(loss.sum(), chunk)[0])
             losses.append(loss.detach())
         ctx.save_for_backward(torch.cat(gradients))
         return torch.cat(losses)
@@ -306,10 +322,17 @@ class _NextTokenLoss(torch.autograd.Function):
         return gradient * weights[:, None].to(gradient.dtype), None, None
 
 
-def attach(model: nn.Module, names: Iterable[str], shared: Shared, dtype: torch.dtype) -> dict[str, PackedLinear]:
-    """Put packed layers in the place of a model's linear ones, by name, and let its attention see the rows.
+def attach(model: nn.Module, names: Iterable[str], context: StepContext, dtype: torch.dtype) -> dict[str, PackedLinear]:
+    """Replace linear layers of a model by packed ones and its attention by attend_within_rows.
 
-    Raises NotPackable where a layer is no plain linear one or the model's attention cannot be replaced.
+    Args:
+        model: a transformers causal language model; it is changed in place (`detach` undoes that).
+        names: the layers to replace.
+        context: what the packed layers will share.
+        dtype: of the factors and of the products.
+
+    Returns the packed layers by name. Raises NotPackable where a layer is no plain nn.Linear or the model's attention
+    cannot be replaced.
     """
     if not getattr(model, "_supports_attention_backend", False):
         raise NotPackable(f"the attention of {type(model).__name__} cannot be replaced")
@@ -319,37 +342,32 @@ def attach(model: nn.Module, names: Iterable[str], shared: Shared, dtype: torch.
             base = model.get_submodule(name)
             if type(base) is not nn.Linear:
                 raise NotPackable(f"{name} is a {type(base).__name__}, not a linear layer")
-            packed[name] = PackedLinear(base, shared, dtype)
-            _put(model, name, packed[name])
+            packed[name] = PackedLinear(base, context, dtype)
+            replace_submodule(model, name, packed[name])
     except BaseException:
         detach(model, packed)
         raise
     for module in model.modules():
-        module.shared = shared
+        module.step_context = context
     model.set_attn_implementation(ATTENTION)
     return packed
 
 
-def _put(model: nn.Module, name: str, layer: nn.Module) -> None:
-    parent, _, own = name.rpartition(".")
-    setattr(model.get_submodule(parent), own, layer)
-
-
 def detach(model: nn.Module, packed: dict[str, PackedLinear]) -> None:
-    """Put the plain layers back."""
+    """Put the plain layers back. The attention function stays replaced."""
     for name, layer in packed.items():
-        _put(model, name, layer.base)
+        replace_submodule(model, name, layer.base)
     for module in model.modules():
-        vars(module).pop("shared", None)
+        vars(module).pop("step_context", None)
 
 
-def losses(model: nn.Module, batch: Batch, shared: Shared) -> Tensor:
-    """The cross-entropy of each learned token, float32 [P]; differentiable by the packed factors.
+def token_losses(model: nn.Module, batch: Batch, context: StepContext) -> Tensor:
+    """The cross-entropy of each token with a loss, [P] float32, differentiable by the packed factors.
 
     Args:
         model: a transformers causal language model with packed layers.
     """
-    shared.enter(batch)
+    context.begin_step(batch)
     out = model.base_model(input_ids=batch.tokens, position_ids=batch.positions, use_cache=False)
     hidden = out.last_hidden_state[0].index_select(0, batch.predicting)
     return _NextTokenLoss.apply(hidden, model.get_output_embeddings(), batch.targets)

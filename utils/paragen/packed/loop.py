@@ -15,17 +15,17 @@ from torch import Tensor
 
 from paragen.common import cli, devices, files
 from paragen.common.cli import UserError, say
-from paragen.packed import checkpoint_writer, memory
+from paragen.packed import checkpoint_writer, memory, stock_checkpoint
 from paragen.packed.batches import Row, Step
-from paragen.packed.frozen_base import Base, Member
+from paragen.packed.engine import Engine
+from paragen.packed.frozen_base import FrozenBase, PackedRun
 from paragen.packed.layers import NotPackable
-from paragen.packed.packed_engine import Engine
 from paragen.training import attempts, collector, completion
 
 EVERY = 10  # seconds between lines of progress
 
 
-def train_all(base: Base, ready: list[tuple[Any, Any, Member]]) -> Iterator[tuple[Any, Any, Any]]:
+def train_all(base: FrozenBase, ready: list[tuple[Any, Any, PackedRun]]) -> Iterator[tuple[Any, Any, Any]]:
     """Train members in as few packs as memory allows.
 
     Args:
@@ -37,13 +37,13 @@ def train_all(base: Base, ready: list[tuple[Any, Any, Member]]) -> Iterator[tupl
     waiting = list(ready)
     limit = len(waiting)
     while waiting:
-        lessons = [list(member.course.steps()) for _, _, member in waiting]
+        step_batches = [list(member.schedule.step_batches()) for _, _, member in waiting]
         members = [member for _, _, member in waiting[:limit]]
         if base.model.device.type == "cpu":  # which says nothing when there is too little, but kills
-            limit = fitting(base, members, lessons)
+            limit = fitting(base, members, step_batches)
         else:
-            limit = memory.beside_gpu([member.adapter for member in members])
-        pack = ready_pack(base, members[:limit], lessons[:limit])
+            limit = memory.count_within_host_memory([member.adapter for member in members])
+        pack = ready_pack(base, members[:limit], step_batches[:limit])
         devices.free_memory()
         if isinstance(pack, NotPackable):
             yield from ((cell, run, pack) for cell, run, _ in waiting)
@@ -53,7 +53,7 @@ def train_all(base: Base, ready: list[tuple[Any, Any, Member]]) -> Iterator[tupl
             limit = len(waiting)
             continue
         if pack is None:
-            limit = min(limit - 1, fitting(base, members, lessons))
+            limit = min(limit - 1, fitting(base, members, step_batches))
             continue
         count = len(pack.members)
         with pack:
@@ -71,21 +71,23 @@ def train_all(base: Base, ready: list[tuple[Any, Any, Member]]) -> Iterator[tupl
             waiting, limit = again + waiting, -(-count // 2)
 
 
-def ready_pack(base: Base, members: list[Member], lessons: list[list[list[Row]]]) -> "Pack | NotPackable | None":
+def ready_pack(
+    base: FrozenBase, members: list[PackedRun], step_batches: list[list[list[Row]]]
+) -> "Pack | NotPackable | None":
     """A pack ready to train; why it cannot be; or None where it does not fit into memory."""
     try:
-        return Pack(base, members, lessons)
+        return Pack(base, members, step_batches)
     except NotPackable as why:
         return why
     except torch.OutOfMemoryError:
         return None  # what it took is free only now, as the error holds it
 
 
-def begun_again(base: Base, tried: list[tuple[Any, Any, Member]]) -> tuple[list, list]:
+def begun_again(base: FrozenBase, tried: list[tuple[Any, Any, PackedRun]]) -> tuple[list, list]:
     """Members, with cell and run, as they were before training; and (cell, run, error) where that fails."""
     again, failed = [], []
     for cell, run, member in tried:
-        attempt = member.course.attempt
+        attempt = member.schedule.attempt
         files.remove_folder(attempt.staging)
         attempt.staging.mkdir()
         try:
@@ -95,13 +97,13 @@ def begun_again(base: Base, tried: list[tuple[Any, Any, Member]]) -> tuple[list,
     return again, failed
 
 
-def fitting(base: Base, members: list[Member], lessons: list[list[list[Row]]]) -> int:
+def fitting(base: FrozenBase, members: list[PackedRun], step_batches: list[list[list[Row]]]) -> int:
     """How many of the members, from the first on, fit into memory together."""
     if len(members) == 1:
         return 1
-    steps = [[Step([rows]) for rows in each] for each in lessons[: len(members)]]
+    steps = [[Step([rows]) for rows in each] for each in step_batches[: len(members)]]
     try:
-        return memory.how_many(base.model, base.dtype, [member.adapter for member in members], steps)
+        return memory.count_that_fit(base.model, base.dtype, [member.adapter for member in members], steps)
     except torch.OutOfMemoryError:
         return 1
     finally:
@@ -112,15 +114,15 @@ class Pack:
     """Members that are trained together.
 
     Args:
-        lessons: the rows of each of a member's steps.
+        step_batches: the rows of each of a member's steps.
 
     Raises torch.OutOfMemoryError where they do not fit. Use it as a context, which gives the model back.
     """
 
-    def __init__(self, base: Base, members: list[Member], lessons: list[list[list[Row]]]):
+    def __init__(self, base: FrozenBase, members: list[PackedRun], step_batches: list[list[list[Row]]]):
         self.members = members
-        self.steps = [Step([rows or [] for rows in each]) for each in zip_longest(*lessons)]
-        loads = [sum(len(row.tokens) for rows in each for row in rows) / len(self.steps) for each in lessons]
+        self.steps = [Step([rows or [] for rows in each]) for each in zip_longest(*step_batches)]
+        loads = [sum(len(row.tokens) for rows in each for row in rows) / len(self.steps) for each in step_batches]
         self.engine = Engine(base.model, [member.adapter for member in members], base.dtype, loads)
         self.threads: ThreadPoolExecutor = checkpoint_writer.threads()
         self.shown: list[dict[int, dict[str, float]]] = [{} for _ in members]
@@ -134,10 +136,10 @@ class Pack:
             self.threads.shutdown()
             raise
 
-    def _writer(self, member: Member, vector: Tensor) -> checkpoint_writer.Writer | None:
-        if not member.course.collects:
+    def _writer(self, member: PackedRun, vector: Tensor) -> checkpoint_writer.Writer | None:
+        if not member.schedule.collects:
             return None
-        staging = member.course.attempt.staging
+        staging = member.schedule.attempt.staging
         collector.save_config(member.config, staging)
         return checkpoint_writer.Writer(staging, member.adapter, vector, self.threads)
 
@@ -147,7 +149,7 @@ class Pack:
     def __exit__(self, *error: Any) -> None:
         self.threads.shutdown(wait=True, cancel_futures=True)
         for member in self.members:
-            member.course.end()
+            member.log.end()
         self.engine.close()
 
     def train(self) -> bool:
@@ -158,8 +160,8 @@ class Pack:
         """
         began = said = time.monotonic()
         for member in self.members:
-            member.course.begin()
-        phase = self.members[0].course.attempt.run.phase
+            member.log.begin()
+        phase = self.members[0].schedule.attempt.run.phase
         say(f"{phase} of {len(self.members)} cells, packed, {len(self.steps)} steps")
         for number, losses in self.engine.train(self.steps, self._keep):
             if len(self.members) > 1 and not all(map(math.isfinite, losses)):
@@ -175,30 +177,32 @@ class Pack:
     def _keep(self, number: int) -> None:
         """Queue what is kept of the adapters after a step."""
         for who, (member, writer) in enumerate(zip(self.members, self.writers, strict=True)):
-            step = member.course.first + number
-            if member.course.is_kept(step):
+            step = member.schedule.first + number
+            if member.schedule.is_collected(step):
                 writer.take(step)
-            if step in member.course.saved:
+            if step in member.schedule.saved:
                 moments = {name: value.detach().cpu().clone() for name, value in self.engine.moments_of(who).items()}
                 self.unsaved[who, step] = self.engine.vectors[who].detach().cpu().clone(), moments
 
-    def _note(self, who: int, member: Member, number: int, loss: float) -> None:
+    def _note(self, who: int, member: PackedRun, number: int, loss: float) -> None:
         """Take the loss of a member's step, and save the checkpoint that waited for it."""
-        course = member.course
-        step = course.first + number
-        if step > course.last:
+        schedule = member.schedule
+        step = schedule.first + number
+        if step > schedule.last:
             return
-        if shown := course.log(loss):
+        if shown := member.log.add(loss):
             self.shown[who][step] = shown
         if (who, step) in self.unsaved:
-            write = course.saver(member.adapter, *self.unsaved.pop((who, step)), member.config)
+            write = stock_checkpoint.prepare_save(
+                schedule, member.adapter, *self.unsaved.pop((who, step)), member.config
+            )
             self.saving[who].append(self.threads.submit(write))
 
     def complete(self, who: int) -> UserError | None:
         """Make a member's run whole and give it its name; what is wrong with it, if anything."""
-        course, writer = self.members[who].course, self.writers[who]
-        attempt = course.attempt
-        course.finish()
+        member, writer = self.members[who], self.writers[who]
+        attempt = member.schedule.attempt
+        member.log.finish()
         try:
             for saving in self.saving[who]:
                 saving.result()
@@ -208,7 +212,7 @@ class Pack:
                 collector.write_collected(attempt.staging, records)
             facts = {
                 "device": devices.describe(),
-                **course.facts(),
+                **member.schedule.facts(),
                 "engine": "packed",
                 "packed_with": len(self.members),
             }

@@ -1,4 +1,4 @@
-"""What packed training and scoring both need to know of a model, or do to it."""
+"""Helpers for base models that packed training and scoring share."""
 
 from typing import Any
 
@@ -7,25 +7,31 @@ from torch import nn
 from transformers.integrations.liger import apply_liger_kernel
 
 
-def plain(adapted: PeftModel) -> nn.Module:
-    """The model without its adapter, and without the note of it that makes PEFT warn at the next one."""
+def unload_adapter(adapted: PeftModel) -> nn.Module:
+    """The base model without PEFT's layers, and without the `peft_config` that makes PEFT warn at the next adapter."""
     model = adapted.unload()
     del model.peft_config
     return model
 
 
-def fuse(model: nn.Module) -> None:
-    """On an NVIDIA GPU, use Liger's kernels for norms, rotary positions and gated activations; the loss is our own."""
+def use_fused_kernels(model: nn.Module) -> None:
+    """On an NVIDIA GPU, use Liger's kernels for norms, rotary positions and gated activations, not for the loss."""
     if model.device.type == "cuda":
         apply_liger_kernel(model, {"cross_entropy": False, "fused_linear_cross_entropy": False})
 
 
-def config_of(model: nn.Module) -> Any:
+def text_config(model: nn.Module) -> Any:
     """The configuration of a model's text part."""
     return model.config.get_text_config()
 
 
-def positions_vary(model: nn.Module) -> bool:
+def positions_depend_on_batch(model: nn.Module) -> bool:
     """Whether a model's rotary positions depend on the longest row of a batch."""
-    rope = str(getattr(config_of(model), "rope_parameters", None))
+    rope = str(getattr(text_config(model), "rope_parameters", None))
     return any(kind in rope for kind in ("dynamic", "longrope"))
+
+
+def replace_submodule(model: nn.Module, name: str, layer: nn.Module) -> None:
+    """Put a layer in the place of the submodule with this dotted name."""
+    parent, _, child = name.rpartition(".")
+    setattr(model.get_submodule(parent), child, layer)

@@ -207,7 +207,7 @@ class Pack:
         os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
         from paragen.packed import frozen_base, loop  # import LLaMA-Factory: after the devices are pinned
 
-        self.base = self.base or frozen_base.Base(self.wanted)
+        self.base = self.base or frozen_base.FrozenBase(self.wanted)
         ready = []
         for cell, run, attempt in begun:
             with self._one_cell(cell):

@@ -1,7 +1,7 @@
-"""What the responses of a test split are, how a generated text is read, and how sure a score is.
+"""How responses and generated texts are read, and the confidence intervals of scores.
 
-Imported by evaluate.py. Rows are those of `prompts.of_collection`. Three kinds of responses are told apart: one of
-several options (`[B]`, `[True]`), a mathematical result (`\\boxed{12}`, `#### 12`, `12`), and any other text.
+Rows are those of `prompts.of_collection`. There are three kinds of responses: one of several options (`[B]`,
+`[True]`), a mathematical result (`\\boxed{12}`, `#### 12`, `12`), and any other text.
 """
 
 import re
@@ -11,19 +11,19 @@ from typing import TYPE_CHECKING, Any
 if TYPE_CHECKING:
     import numpy as np
 
-MATH_SHARE = 0.95  # of the responses that must state a result: some rows of a mathematical set say "none" in words
-SHORT = 120  # characters of a response that is nothing but an expression
+MATH_SHARE = 0.95  # of the responses have to state a result; some rows of a mathematical dataset answer in words
+MAX_EXPRESSION = 120  # characters of a text that can be one expression
 CONFIDENCE = 0.95
-TRUTH = ("[True]", "[False]")
+TRUE_OR_FALSE = ("[True]", "[False]")
 
 OPTION = re.compile(r"\[(?:[A-Z]|\d{1,2}|True|False)\]")
 BRACKET = re.compile(r"\[([^\[\]]*)\]")
-# A line that opens with its option: "A: text", "B) text", "(C) text", "2. text"; not "1.5 litres".
-LISTED = re.compile(r"^[ \t]*[(\[]?([A-Z]|\d{1,2})[:.)\]](?:\s|$)", re.MULTILINE)
+# A line that begins with the label of an option: "A: text", "B) text", "(C) text", "2. text"; not "1.5 litres".
+LABEL = re.compile(r"^[ \t]*[(\[]?([A-Z]|\d{1,2})[:.)\]](?:\s|$)", re.MULTILINE)
 BOXED = re.compile(r"\\boxed\s*\{.*\}", re.DOTALL)
-# GSM8K's last line. Nothing else may stand there: "#### Step 2" is a heading.
-HASHED = re.compile(r"^[ \t]*####[ \t]*\$?[ \t]*(-?\$?[\d,]*\.?\d+(?:/\d+)?)[ \t]*%?\.?[ \t]*$", re.MULTILINE)
-# No two letters side by side, but for those of a LaTeX command or of its \text{...}.
+# GSM8K's last line. The result has to be alone on it: "#### Step 2" is a heading.
+GSM8K_RESULT = re.compile(r"^[ \t]*####[ \t]*\$?[ \t]*(-?\$?[\d,]*\.?\d+(?:/\d+)?)[ \t]*%?\.?[ \t]*$", re.MULTILINE)
+# No two letters side by side, except in a LaTeX command or in its \text{...}.
 EXPRESSION = re.compile(
     r"(?:\\(?:text|mathrm|textbf)\{[^{}\n]*\}|\\(?:[a-zA-Z]+|[^a-zA-Z\n])|[a-zA-Z](?![a-zA-Z])"
     r"|[\d \t.,+\-*/^_(){}\[\]=<>|!'%°:$∞π√])++"
@@ -31,94 +31,98 @@ EXPRESSION = re.compile(
 
 
 def metric_of(rows: list[dict[str, Any]]) -> str:
-    """What the responses can be scored by: a key of `evaluation.METRICS`.
+    """The metric that rows can be scored by, a key of `evaluation.METRICS`.
 
-    Returns "choice" where each response is one option in brackets and nothing else, of two or more; "math" where nearly
-    all state a result (`MATH_SHARE`): boxed, behind GSM8K's ####, or as the whole response; else, and where rows have
-    no response, "loss".
+    Returns "choice" where each response is one of two or more options in brackets and nothing else. Returns "math"
+    where nearly all responses (MATH_SHARE) state a result: boxed, after GSM8K's ####, or as the whole response. Returns
+    "loss" otherwise, and where a row has no response.
     """
-    said = [row["response"].strip() for row in rows]
-    if not said or not all(said):
+    responses = [row["response"].strip() for row in rows]
+    if not responses or not all(responses):
         return "loss"
-    if all(OPTION.fullmatch(response) for response in said):
-        everywhere = responses_of(rows)
-        return "choice" if all(len(options_of(row, everywhere)) > 1 for row in rows) else "loss"
-    return "math" if sum(map(_states_result, said)) >= MATH_SHARE * len(said) else "loss"
+    if all(OPTION.fullmatch(response) for response in responses):
+        distinct = distinct_responses(rows)
+        return "choice" if all(len(options_of(row, distinct)) > 1 for row in rows) else "loss"
+    return "math" if sum(map(_states_result, responses)) >= MATH_SHARE * len(responses) else "loss"
 
 
-def responses_of(rows: list[dict[str, Any]]) -> list[str]:
-    """The distinct responses of a split, without the blanks around them, in the order of options ([2] before [10])."""
+def distinct_responses(rows: list[dict[str, Any]]) -> list[str]:
+    """The distinct responses of a split, without surrounding blanks, in the order of options ([2] before [10])."""
     return sorted({row["response"].strip() for row in rows}, key=lambda response: (len(response), response))
 
 
-def options_of(row: dict[str, Any], everywhere: list[str]) -> list[str]:
-    """The options of one row, as its response would be written, in order; its response is one of them.
+def options_of(row: dict[str, Any], responses: list[str]) -> list[str]:
+    """The options of one row in order, written as its response is; its response is one of them.
+
+    Lines such as "A: ..", "B) .." or "1. .." of the (last) question are options where their labels follow each other
+    from A or 1 on. Of several such lists, the last one with the response counts.
 
     Args:
-        row: of a split scored by choices; it may lack a response.
-        everywhere: the distinct responses of the split (`responses_of`), for prompts that list no options.
-
-    Of a conversation the last question counts. Lines such as "A: ..", "B) .." or "1. .." are options where they follow
-    each other from A or 1 on; of several such lists the last that has the response.
+        row: of a split whose metric is "choice"; it may lack a response.
+        responses: the split's `distinct_responses`, which are the options where a prompt lists none.
     """
     response = row["response"].strip()
-    if response in TRUTH:
-        return list(TRUTH)
-    for labels in reversed(_lists_in(_question_of(row))):
+    if response in TRUE_OR_FALSE:
+        return list(TRUE_OR_FALSE)
+    for labels in reversed(_option_lists(_question_of(row))):
         options = [f"[{label}]" for label in labels]
         if response in options or not response:
             return options
-    return everywhere if response in everywhere or not response else [*everywhere, response]
+    return responses if response in responses or not response else [*responses, response]
 
 
-def chosen(text: str, options: list[str]) -> str | None:
-    """The option that a generated text chooses: what stands in its first brackets, whatever its case and blanks.
+def chosen_option(text: str, options: list[str]) -> str | None:
+    """The option in the first brackets of a generated text, compared without case and blanks.
 
-    None where there are no brackets, or something else than an option stands in the first.
+    None where there are no brackets, or where the first contain no option.
     """
     found = BRACKET.search(text)
     return _by_key(tuple(options)).get(_key(found[0])) if found else None
 
 
-def result_of(text: str) -> list[Any]:
+def parse_result(text: str) -> list[Any]:
     """The result that a text states, as math-verify reads it: sympy expressions and strings; empty where there is none.
 
-    The first that is there counts: the last box (boxes joined by "and" or a comma are one result), a line
-    "#### 18", the text itself where it is one expression, else what math-verify finds in running text: what follows
-    "the answer is", or the last number or formula.
+    The first of these that the text has counts: its last box (boxes joined by "and" or a comma are one result), a line
+    "#### 18", the text itself where it is one expression, and what math-verify finds in running text, which is what
+    follows "the answer is", or the last number or formula.
 
-    math-verify stops after 5 seconds by SIGALRM: call it in the main thread only (a ValueError elsewhere). A text that
-    takes longer counts as one without a result.
+    math-verify stops after 5 seconds by SIGALRM, so this works in the main thread alone (ValueError elsewhere). A text
+    that takes longer counts as one without a result.
     """
     from math_verify import ExprExtractionConfig, LatexExtractionConfig, parse
 
     if not BOXED.search(text):
-        if hashed := HASHED.search(text):  # the first: a base model may go on with questions of its own
-            text = re.sub("[,$]", "", hashed[1])
+        if gsm8k := GSM8K_RESULT.search(text):  # the first: a base model may continue with questions of its own
+            text = re.sub("[,$]", "", gsm8k[1])
         elif _is_expression(text.strip()):  # without a box, bare LaTeX is read as the first number in it
             text = rf"\boxed{{{text.strip().rstrip('.').strip('$')}}}"
     return parse(text, [LatexExtractionConfig(boxed_match_priority=0), ExprExtractionConfig()])
 
 
 def same_result(gold: str, text: str) -> bool | None:
-    """Whether a generated text comes to the result of a response; None where no result could be read in the text.
+    """Whether a generated text has the same result as a response; None where no result can be read in the text.
 
-    Results are compared by value (1/2 and 0.5, x+1 and 1+x are the same); a comparison of more than 5 seconds is
-    False. In the main thread only, see `result_of`.
+    Results are compared by value (1/2 and 0.5 are the same, and so are x+1 and 1+x). A comparison that takes more than
+    5 seconds is False. In the main thread only, see `parse_result`.
 
-    Raises ValueError when the response (`gold`) itself has no result that can be read.
+    Args:
+        gold: the right response.
+        text: the generated text.
+
+    Raises ValueError where no result can be read in `gold`.
     """
     from math_verify import verify
 
     expected = _expected(gold)
     if not expected:
         raise ValueError(f"no mathematical result can be read in the response {_end_of(gold)!r}")
-    result = result_of(text)
+    result = parse_result(text)
     return verify(expected, result) if result else None
 
 
-def wilson(right: int, rows: int) -> list[float]:
-    """The 95 % confidence interval of a share, [low, high], by Wilson's score; `rows` is at least 1."""
+def share_interval(right: int, rows: int) -> list[float]:
+    """The 95 % confidence interval of the share right / rows, [low, high], by Wilson's score; `rows` is at least 1."""
     from scipy.stats import binomtest
 
     low, high = binomtest(right, rows).proportion_ci(CONFIDENCE, method="wilson")
@@ -129,12 +133,12 @@ def loss_interval(sums: "np.ndarray", counts: "np.ndarray") -> list[float]:
     """The 95 % confidence interval, [low, high], of a mean loss per token.
 
     Args:
-        sums: the loss of each row, summed over its tokens (nats).
-        counts: the tokens of each row, in the same order; at least one in all.
+        sums: [rows], the loss of each row, summed over its tokens, in nats.
+        counts: [rows], the number of tokens of each row; their sum is at least 1.
 
-    The mean is a ratio of two sums over rows (all losses over all tokens), and rows, not tokens, are what was drawn at
-    random: tokens of one response have much in common. So its variance is taken over rows, by the delta method. A
-    single row tells nothing about others: its interval is its mean.
+    The mean is a ratio of two sums over rows (all losses over all tokens). Rows are independent samples, the tokens of
+    a row are not, so the variance is taken over rows, by the delta method. A single row has no variance: its interval
+    is its mean.
     """
     from statistics import NormalDist
 
@@ -151,33 +155,34 @@ def loss_interval(sums: "np.ndarray", counts: "np.ndarray") -> list[float]:
 
 
 def _states_result(response: str) -> bool:
-    return bool(BOXED.search(response) or HASHED.search(response) or _is_expression(response))
+    return bool(BOXED.search(response) or GSM8K_RESULT.search(response) or _is_expression(response))
 
 
 def _is_expression(text: str) -> bool:
     """Whether a text is one short expression and nothing else: `12`, `$\\frac{1}{2}$`, `x = 3`."""
-    if len(text) > SHORT or text.strip("$").count("$") or not EXPRESSION.fullmatch(text):
+    if len(text) > MAX_EXPRESSION or text.strip("$").count("$") or not EXPRESSION.fullmatch(text):
         return False
     return bool(re.search(r"\d|\\[a-zA-Z]", text))
 
 
 @cache  # each response is compared with the text of every checkpoint
 def _expected(gold: str) -> list[Any]:
-    return result_of(gold)
+    return parse_result(gold)
 
 
 def _question_of(row: dict[str, Any]) -> str:
-    asked = [message["content"] for message in row.get("messages", []) if message["role"] == "user"]
-    return asked[-1] if asked else row["prompt"]
+    """The last question of a conversation, or the prompt."""
+    questions = [message["content"] for message in row.get("messages", []) if message["role"] == "user"]
+    return questions[-1] if questions else row["prompt"]
 
 
-def _lists_in(prompt: str) -> list[list[str]]:
-    """The lists of two or more options in a prompt: labels A, B, .. or 1, 2, .., in the order in which they begin.
+def _option_lists(prompt: str) -> list[list[str]]:
+    """The lists of two or more options in a prompt, as their labels A, B, .. or 1, 2, .., in the order of their A or 1.
 
-    A line that opens with another label than the next one ("E. coli grows..") belongs to no list.
+    A line that begins with another label than the expected one ("E. coli grows..") belongs to no list.
     """
     lists: list[list[str]] = []
-    for label in LISTED.findall(prompt):
+    for label in LABEL.findall(prompt):
         if label in ("A", "1"):
             lists.append([label])
         open_list = next((labels for labels in reversed(lists) if labels[0].isdigit() == label.isdigit()), None)
@@ -192,12 +197,14 @@ def _next(label: str) -> str:
 
 @cache
 def _by_key(options: tuple[str, ...]) -> dict[str, str]:
+    """Options by what `_key` makes of them."""
     return {_key(option): option for option in options}
 
 
 def _key(bracketed: str) -> str:
+    """An option in brackets without blanks and case."""
     return "".join(bracketed.split()).casefold()
 
 
 def _end_of(text: str) -> str:
-    return text if len(text) <= SHORT else f"..{text[-SHORT:]}"
+    return text if len(text) <= MAX_EXPRESSION else f"..{text[-MAX_EXPRESSION:]}"

@@ -1,8 +1,7 @@
-"""How a model's tokens are told what they see, and attention for rows of which many have the same mask.
+"""Attention masks for scoring, and attention for rows of which many share their prefix and their mask.
 
-Imported by scoring.py, decoding.py, lora_stack.py, scored_base.py, grades.py and packed_base.py. With a mask,
-transformers copies what all rows begin with for each row, and keys for each head that uses them, in every layer; the
-attention here takes both as they are.
+With a mask, transformers copies the shared prefix for each row, and keys for each head that uses them, in every layer.
+The attention here reads both without copies.
 """
 
 import copy
@@ -18,170 +17,195 @@ from transformers.integrations.sdpa_attention import repeat_kv, sdpa_attention_f
 from transformers.masking_utils import sdpa_mask
 
 from paragen.common.cli import UserError
-from paragen.packed.model import config_of
+from paragen.packed.model import text_config
 
-SHARED = "shared_sdpa"
-WORD = 64  # tokens of a mask in one number
+SHARED = "shared_sdpa"  # the name under which transformers finds shared_attention
+WORD_BITS = 64  # tokens of a mask in one int64
 
 
-def share(model: nn.Module) -> None:
-    """Let a model attend by `attend`, where it does by PyTorch's scaled_dot_product_attention."""
-    if config_of(model)._attn_implementation == "sdpa":
-        AttentionInterface.register(SHARED, attend)
+def enable_shared_attention(model: nn.Module) -> None:
+    """Let a model use shared_attention, if it uses PyTorch's scaled_dot_product_attention."""
+    if text_config(model)._attn_implementation == "sdpa":
+        AttentionInterface.register(SHARED, shared_attention)
         AttentionMaskInterface.register(SHARED, sdpa_mask)
         model.set_attn_implementation(SHARED)
 
 
-def unshare(model: nn.Module) -> None:
-    """Undo `share`."""
-    if is_shared(model):
+def disable_shared_attention(model: nn.Module) -> None:
+    """Undo `enable_shared_attention`."""
+    if has_shared_attention(model):
         model.set_attn_implementation("sdpa")
 
 
-def is_shared(model: nn.Module) -> bool:
-    return config_of(model)._attn_implementation == SHARED
+def has_shared_attention(model: nn.Module) -> bool:
+    """Whether a model uses shared_attention."""
+    return text_config(model)._attn_implementation == SHARED
 
 
-def turn_by_token(model: nn.Module) -> None:
-    """Let a model on an NVIDIA GPU, which has Liger's rotary positions, have those of `by_token`."""
+def rotate_rows_as_one(model: nn.Module) -> None:
+    """Wrap the rotary positions of a model on an NVIDIA GPU in `as_one_row`, where they are Liger's."""
     if model.device.type != "cuda":
         return
     from liger_kernel.transformers.rope import liger_rotary_pos_emb
 
     modeling = sys.modules[type(model).__module__]
     if getattr(modeling, "apply_rotary_pos_emb", None) is liger_rotary_pos_emb:
-        modeling.apply_rotary_pos_emb = by_token(liger_rotary_pos_emb)
+        modeling.apply_rotary_pos_emb = as_one_row(liger_rotary_pos_emb)
 
 
-def by_token(turn: Callable[..., tuple[Tensor, Tensor]]) -> Callable[..., tuple[Tensor, Tensor]]:
-    """Rotary positions of rows as those of one long row, which are the same: Liger compiles its kernel anew for each
-    number of rows.
+def as_one_row(rotate: Callable[..., tuple[Tensor, Tensor]]) -> Callable[..., tuple[Tensor, Tensor]]:
+    """Rotary positions computed with all rows joined into one, which gives the same values.
+
+    Liger compiles its kernel anew for each number of rows, so this saves compilations.
 
     Args:
-        turn: takes queries and keys [rows, heads, length, width] and cosines and sines [rows or 1, length, width].
+        rotate: takes queries and keys [rows, heads, length, width] and cosines and sines [rows or 1, length, width].
     """
 
-    def turned(query: Tensor, key: Tensor, cos: Tensor, sin: Tensor, *more: Any, **named: Any) -> tuple[Tensor, Tensor]:
+    def rotated(
+        query: Tensor, key: Tensor, cos: Tensor, sin: Tensor, *more: Any, **named: Any
+    ) -> tuple[Tensor, Tensor]:
         if cos.dim() != 3:
-            return turn(query, key, cos, sin, *more, **named)
+            return rotate(query, key, cos, sin, *more, **named)
         rows, _, length, _ = query.shape
-        flat = [one.transpose(1, 2).flatten(0, 1)[None].transpose(1, 2) for one in (query, key)]
+        joined = [one.transpose(1, 2).flatten(0, 1)[None].transpose(1, 2) for one in (query, key)]
         angles = [one.expand(rows, -1, -1).flatten(0, 1)[None] for one in (cos, sin)]
-        found = turn(*flat, *angles, *more, **named)
-        query, key = (one.transpose(1, 2).unflatten(1, (rows, length))[0].transpose(1, 2) for one in found)
+        results = rotate(*joined, *angles, *more, **named)
+        query, key = (one.transpose(1, 2).unflatten(1, (rows, length))[0].transpose(1, 2) for one in results)
         return query, key
 
-    return turned
+    return rotated
 
 
-class Beginning(DynamicLayer):
-    """A layer's keys and values of what all rows of an adapter begin with; `attend` takes them beside the rows' own."""
+class PrefixLayer(DynamicLayer):
+    """A layer's cache that holds the keys and values of the shared prefix, [adapters, heads, prefix, width].
+
+    The cache returns the rows' own keys and values alone; shared_attention finds the prefix at `keys.prefix`.
+    """
 
     def __init__(self, layer: DynamicLayer):
         super().__init__()
         self.keys, self.values, self.is_initialized = layer.keys.contiguous(), layer.values.contiguous(), True
 
     def update(self, key_states: Tensor, value_states: Tensor, *_: Any, **__: Any) -> tuple[Tensor, Tensor]:
-        """The rows' own, from which `attend` gets at the others."""
-        key_states.beginning = self.keys, self.values
+        """The rows' own keys and values; the keys carry the prefix."""
+        key_states.prefix = self.keys, self.values
         return key_states, value_states
 
 
-def behind(model: nn.Module, before: DynamicCache, rows: int) -> DynamicCache:
-    """A cache for so many rows of each adapter, behind what `before` holds for each; `before` stays as it is."""
-    found = copy.copy(before)
-    if is_shared(model):
-        found.layers = [Beginning(layer) for layer in before.layers]
-    else:
-        found.layers = [copy.copy(layer) for layer in before.layers]  # repeating makes new tensors
-        found.batch_repeat_interleave(rows)
-    return found
-
-
-def attend(
-    module: nn.Module, query: Tensor, key: Tensor, value: Tensor, attention_mask: Tensor | None, **more: Any
-) -> tuple[Tensor, None]:
-    """Attention as transformers calls it.
+def cache_after_prefix(model: nn.Module, prefix_cache: DynamicCache, rows: int) -> DynamicCache:
+    """A cache for `rows` rows of each adapter that follow its prefix.
 
     Args:
-        query: [rows, heads, length, width]; key, value: [rows, heads / groups, seen, width], `key` as `Beginning` gives
-            it where more comes before them.
-        attention_mask: what is seen, as `packed` gives it, [some, 1, length, words]: the rows are so many, or a
-            multiple, and then have it again and again. Any other is left to transformers.
+        model: decides whether the prefix is shared or copied for each row.
+        prefix_cache: the prefix of each adapter; it is not changed.
+    """
+    cache = copy.copy(prefix_cache)
+    if has_shared_attention(model):
+        cache.layers = [PrefixLayer(layer) for layer in prefix_cache.layers]
+    else:
+        cache.layers = [copy.copy(layer) for layer in prefix_cache.layers]  # repeating creates new tensors
+        cache.batch_repeat_interleave(rows)
+    return cache
+
+
+def shared_attention(
+    module: nn.Module, query: Tensor, key: Tensor, value: Tensor, attention_mask: Tensor | None, **more: Any
+) -> tuple[Tensor, None]:
+    """Attention as transformers calls it, by a kernel of our own on an NVIDIA GPU.
+
+    Args:
+        query: [rows, heads, length, width].
+        key, value: [rows, key heads, keys, width]; PrefixLayer's keys have a prefix before them.
+        attention_mask: a mask as `pack_mask` returns it, [masks, 1, length, words]; `rows` is a multiple of `masks`,
+            and the masks are repeated in order. Any other mask is left to transformers.
+
+    Returns ([rows, length, heads, width], None).
     """
     if attention_mask is None or attention_mask.dtype is not torch.int64:
         return sdpa_attention_forward(module, query, key, value, attention_mask, **more)
-    beginning, scale = getattr(key, "beginning", None), more.get("scaling") or query.shape[-1] ** -0.5
+    prefix, scale = getattr(key, "prefix", None), more.get("scaling") or query.shape[-1] ** -0.5
     if query.device.type == "cuda":
         from paragen.scoring import kernels
 
         if kernels.can_attend(query, value):
-            return kernels.attend(query, key, value, attention_mask, scale, beginning), None
-    return attended(query, key, value, attention_mask, scale, beginning), None
+            return kernels.attend(query, key, value, attention_mask, scale, prefix), None
+    return plain_attention(query, key, value, attention_mask, scale, prefix), None
 
 
-def attended(
-    query: Tensor, key: Tensor, value: Tensor, seen: Tensor, scale: float, beginning: tuple[Tensor, Tensor] | None
+def plain_attention(
+    query: Tensor, key: Tensor, value: Tensor, mask: Tensor, scale: float, prefix: tuple[Tensor, Tensor] | None
 ) -> Tensor:
-    """What scoring_kernels.attend does, by PyTorch's operations."""
-    if beginning is not None:
-        times = len(query) // len(beginning[0])
+    """What kernels.attend computes, by PyTorch's operations; the arguments and the result are the same."""
+    if prefix is not None:
+        times = len(query) // len(prefix[0])
         key, value = (
             torch.cat([first.repeat_interleave(times, 0), own], 2)
-            for first, own in zip(beginning, (key, value), strict=True)
+            for first, own in zip(prefix, (key, value), strict=True)
         )
-    mask = unpacked(seen)[..., : key.shape[2]].repeat(len(query) // len(seen), 1, 1, 1)
-    key, value = (repeat_kv(one, query.shape[1] // one.shape[1]) for one in (key, value))  # else a GPU's is the slowest
+    mask = unpack_mask(mask)[..., : key.shape[2]].repeat(len(query) // len(mask), 1, 1, 1)
+    # with fewer key heads than heads, a GPU would use the slowest of PyTorch's kernels
+    key, value = (repeat_kv(one, query.shape[1] // one.shape[1]) for one in (key, value))
     y = nn.functional.scaled_dot_product_attention(query, key, value, mask, scale=scale)
     return y.transpose(1, 2).contiguous()
 
 
-def mask_for(model: nn.Module, seen: Tensor, near: Tensor | None, count: int = 1) -> Tensor | dict[str, Tensor]:
-    """What tokens see, as the model takes it: by kind of layer where it has more than one.
+def mask_for(model: nn.Module, mask: Tensor, window_mask: Tensor | None, count: int = 1) -> Tensor | dict[str, Tensor]:
+    """Masks as the model takes them; by type of layer, where it has more than one.
 
     Args:
-        seen: [rows, 1, length, seen] bool; near: the same for layers with a window; None where none has.
-        count: how many times the rows follow one another.
+        mask: which keys tokens attend to, [rows, 1, length, keys] bool.
+        window_mask: the same for layers with a sliding window; None where no layer has one.
+        count: how many times the rows are repeated in the batch.
     """
 
-    def made(mask: Tensor) -> Tensor:
-        return packed(mask) if is_shared(model) else bias_of(model, mask, count)
+    def converted(one: Tensor) -> Tensor:
+        return pack_mask(one) if has_shared_attention(model) else additive_mask(model, one, count)
 
-    if near is None or len(kinds_of(model)) == 1:
-        return made(seen if near is None else near)
-    return {"full_attention": made(seen), "sliding_attention": made(near)}
+    if window_mask is None or len(layer_types_of(model)) == 1:
+        return converted(mask if window_mask is None else window_mask)
+    return {"full_attention": converted(mask), "sliding_attention": converted(window_mask)}
 
 
-def packed(mask: Tensor) -> Tensor:
-    """A mask [.., seen] as bits of words, [.., words] int64, the first in the lowest: an eighth of its memory."""
-    wanted = nn.functional.pad(mask, (0, -mask.shape[-1] % WORD)).unflatten(-1, (-1, 8))
+def pack_mask(mask: Tensor) -> Tensor:
+    """A mask [.., keys] bool as the bits of words, [.., words] int64, the first key in the lowest bit.
+
+    It takes an eighth of the memory.
+    """
+    padded = nn.functional.pad(mask, (0, -mask.shape[-1] % WORD_BITS)).unflatten(-1, (-1, 8))
     powers = 2 ** torch.arange(8, dtype=torch.uint8, device=mask.device)
-    return (wanted * powers).sum(-1, dtype=torch.uint8).view(torch.int64)
+    return (padded * powers).sum(-1, dtype=torch.uint8).view(torch.int64)
 
 
-def unpacked(words: Tensor) -> Tensor:
-    """The bits of words, [.., WORD * words] bool."""
+def unpack_mask(words: Tensor) -> Tensor:
+    """The mask of packed words, [.., WORD_BITS * words] bool."""
     parts = words.contiguous().view(torch.uint8)[..., None]
     return (parts >> torch.arange(8, dtype=torch.uint8, device=words.device) & 1).bool().flatten(-2)
 
 
-def bias_of(model: nn.Module, mask: Tensor, count: int) -> Tensor:
-    """A mask as what attention adds, [count * rows, 1, length, seen]; else attention makes it anew in each layer."""
+def additive_mask(model: nn.Module, mask: Tensor, count: int) -> Tensor:
+    """A mask as the term that is added to attention scores, [count * rows, 1, length, keys], in the model's dtype.
+
+    Without it, PyTorch would convert the bool mask in each layer.
+    """
     bias = torch.zeros((count, *mask.shape), dtype=model.dtype, device=mask.device)
     return bias.masked_fill_(~mask, -torch.inf).flatten(0, 1)
 
 
-def key_heads(config: Any) -> int:
-    """How many heads have keys of their own."""
+def key_head_count(config: Any) -> int:
+    """The number of heads with keys of their own."""
     return getattr(config, "num_key_value_heads", None) or config.num_attention_heads
 
 
-def window_of(model: nn.Module, longest: int) -> int | None:
-    """How far back layers with a window see, where that is less than the longest row."""
-    window, kinds = getattr(config_of(model), "sliding_window", None), kinds_of(model)
-    if not window or longest <= window or "sliding_attention" not in kinds:
+def window_for(model: nn.Module, longest: int) -> int | None:
+    """The size of a model's sliding window in tokens; None where no row of `longest` tokens is longer than it.
+
+    Raises UserError where a row is longer and the model has layers of unknown types.
+    """
+    window, types = getattr(text_config(model), "sliding_window", None), layer_types_of(model)
+    if not window or longest <= window or "sliding_attention" not in types:
         return None
-    if others := kinds - {"sliding_attention", "full_attention"}:
+    if others := types - {"sliding_attention", "full_attention"}:
         raise UserError(
             f"a row of {longest} tokens is longer than the {window} that some of the model's layers see, and it "
             f"has layers of {', '.join(sorted(others))}; LIMIT= or another SPLIT without it can be scored"
@@ -189,6 +213,6 @@ def window_of(model: nn.Module, longest: int) -> int | None:
     return window
 
 
-def kinds_of(model: nn.Module) -> set[str]:
-    """The kinds of attention that a model's layers have."""
-    return set(getattr(config_of(model), "layer_types", None) or ["sliding_attention"])
+def layer_types_of(model: nn.Module) -> set[str]:
+    """The attention types of a model's layers."""
+    return set(getattr(text_config(model), "layer_types", None) or ["sliding_attention"])

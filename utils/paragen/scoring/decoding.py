@@ -1,7 +1,7 @@
-"""Greedy answers of many rows with a cache of fixed size, whose step an NVIDIA GPU replays as a CUDA graph.
+"""Greedy generation for many rows with a cache of fixed size, whose step an NVIDIA GPU replays as a CUDA graph.
 
-Imported by scoring.py. transformers' `generate` launches each kernel of each token from Python, which takes far longer
-than a small model's arithmetic.
+transformers' `generate` launches each kernel of each token from Python, which takes far longer than a small model's
+arithmetic.
 """
 
 from collections.abc import Callable, Iterator
@@ -12,110 +12,134 @@ from torch import Tensor, nn
 from transformers.cache_utils import Cache, StaticLayer
 
 from paragen.common import devices
-from paragen.packed.model import config_of, positions_vary
+from paragen.packed.model import positions_depend_on_batch, text_config
 from paragen.scoring import attention
 
-NOTHING = -1  # in place of a token that was not said: padding may end an answer
-FAR = 2**30  # a position that no token reaches
-LOOK = 4  # tokens after which is looked whether all answers have ended
+NO_TOKEN = -1  # where no token has been generated; padding's id may be one that ends an answer
+UNREACHED = 2**30  # a position behind all tokens
+CHECK_EVERY = 4  # tokens between two checks whether all answers have ended
 
 
-def greedy(model: nn.Module, prompts: list[list[int]], most: int, stops: list[int], pad: int) -> list[list[int]]:
-    """Of each prompt the tokens that the model says; behind one of `stops` there may be any.
+def generate_greedily(
+    model: nn.Module, prompts: list[list[int]], max_new_tokens: int, stops: list[int], pad: int
+) -> list[list[int]]:
+    """Generate an answer to each prompt.
 
     Args:
-        model: one that `suits`.
-        most: tokens that an answer may have.
+        model: one that `supports`.
+        prompts: tokens; they are computed together as one batch.
+        max_new_tokens: the largest length of an answer.
+        stops: the tokens that end an answer.
         pad: a token for padding.
+
+    Returns the tokens of each answer; those after the first stop are arbitrary.
     """
-    rows, ends = Rows(model, prompts, most, pad), torch.tensor(stops, device=model.device)
+    rows, ends = GeneratedRows(model, prompts, max_new_tokens, pad), torch.tensor(stops, device=model.device)
     rows.begin()
     step = rows.step
-    for turn in range(1, most):
-        if turn % LOOK == 0 and torch.isin(rows.said, ends).any(1).all():
+    for turn in range(1, max_new_tokens):
+        if turn % CHECK_EVERY == 0 and torch.isin(rows.generated, ends).any(1).all():
             break
-        if turn == 2 and model.device.type == "cuda":  # what the first step sets up is not for the graph
-            step = captured(rows.step)
+        if turn == 2 and model.device.type == "cuda":  # the first step initialises libraries, which cannot be captured
+            step = capture_graph(rows.step)
         step()
-    return rows.said.tolist()
+    return rows.generated.tolist()
 
 
-def suits(model: nn.Module) -> bool:
-    """Whether `greedy` can do a model: its masks are ours, and nothing in its step has to be looked at by the host."""
-    return attention.is_shared(model) and not positions_vary(model)
+def supports(model: nn.Module) -> bool:
+    """Whether `generate_greedily` works for a model: it uses our masks, and its step needs no synchronisation."""
+    return attention.has_shared_attention(model) and not positions_depend_on_batch(model)
 
 
-def most_tokens(model: nn.Module) -> int:
-    """How many tokens a cache may hold: half of the device's free memory."""
-    config = config_of(model)
+def max_cache_tokens(model: nn.Module) -> int:
+    """How many tokens' keys and values fit into half of the device's free memory."""
+    config = text_config(model)
     width = getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads
-    numbers = 2 * config.num_hidden_layers * attention.key_heads(config) * width  # of keys and values per token
-    return devices.free_bytes(model.device) // 2 // (numbers * model.dtype.itemsize)
+    elements = 2 * config.num_hidden_layers * attention.key_head_count(config) * width  # per token
+    return devices.free_bytes(model.device) // 2 // (elements * model.dtype.itemsize)
 
 
-def captured(work: Callable[[], None]) -> Callable[[], None]:
-    """The same work as one CUDA graph; it is not done yet. Other threads may use the GPU meanwhile."""
+def capture_graph(work: Callable[[], None]) -> Callable[[], None]:
+    """The same work as one CUDA graph. Capturing does not run it; other threads may use the GPU meanwhile."""
     graph = torch.cuda.CUDAGraph()
     with torch.cuda.graph(graph, capture_error_mode="thread_local"):
         work()
     return graph.replay
 
 
-class Rows:
-    """Prompts and what is said behind them, a token at a time. Prompts are padded behind, all answers begin there."""
+class GeneratedRows:
+    """Prompts and the tokens generated after them, one token of each row at a time.
 
-    def __init__(self, model: nn.Module, prompts: list[list[int]], most: int, pad: int):
+    Prompts are padded on the right, so that all answers begin at the same place of the cache.
+
+    Args: as for generate_greedily.
+
+    `generated` is [rows, max_new_tokens] int64, NO_TOKEN where nothing has been generated yet.
+    """
+
+    def __init__(self, model: nn.Module, prompts: list[list[int]], max_new_tokens: int, pad: int):
         self.model, device = model, model.device
         lengths = torch.tensor([len(prompt) for prompt in prompts], device=device)[:, None]
         self.longest = max(map(len, prompts))
-        self.window = attention.window_of(model, self.longest + most)
+        self.window = attention.window_for(model, self.longest + max_new_tokens)
         self.tokens = torch.tensor([row + [pad] * (self.longest - len(row)) for row in prompts], device=device)
-        self.slots = torch.arange(-(-(self.longest + most) // 8) * 8, device=device)[None]  # of the cache
-        layers = config_of(model).num_hidden_layers
+        self.slots = torch.arange(-(-(self.longest + max_new_tokens) // 8) * 8, device=device)[None]  # of the cache
+        layers = text_config(model).num_hidden_layers
         self.cache = Cache(layers=[StaticLayer(self.slots.numel()) for _ in range(layers)])
         is_answer, is_prompt = self.slots >= self.longest, self.slots < lengths
-        answers = (lengths + self.slots - self.longest).masked_fill(~is_answer, FAR)
-        self.positions = torch.where(is_prompt, self.slots, answers)  # of what lies in the slots, [rows, slots]
-        self.newest, self.at = self.tokens.gather(1, lengths - 1), lengths - 1  # token, and its position
-        self.said = torch.full((len(prompts), most), NOTHING, device=device)
+        answers = (lengths + self.slots - self.longest).masked_fill(~is_answer, UNREACHED)
+        self.positions = torch.where(is_prompt, self.slots, answers)  # of the tokens in the slots, [rows, slots]
+        # the newest token of each row, and its position: [rows, 1]
+        self.newest, self.newest_position = self.tokens.gather(1, lengths - 1), lengths - 1
+        self.generated = torch.full((len(prompts), max_new_tokens), NO_TOKEN, device=device)
         self.turn = torch.zeros(1, dtype=torch.int64, device=device)
 
     def begin(self) -> None:
-        """Read the prompts and say the first token."""
+        """Compute the prompts and the first token of each answer."""
         places = self.slots[:, : self.longest]
-        ends = torch.arange(len(self.tokens), device=self.at.device) * self.longest + self.at[:, 0]
-        with picking(self.model, ends):
+        last = self.newest_position[:, 0]
+        ends = torch.arange(len(self.tokens), device=last.device) * self.longest + last
+        with logits_only_at(self.model, ends):
             logits = self._logits(self.tokens, places.expand_as(self.tokens), self._mask(places, self.slots))[0]
-        self._say(logits.argmax(-1, keepdim=True))
+        self._append(logits.argmax(-1, keepdim=True))
 
     def step(self) -> None:
-        """Say one more token; all that changes stays where it is in memory."""
-        logits = self._logits(self.newest, self.at, self._mask(self.at, self.positions))[:, -1]
+        """Compute the next token of each answer. All tensors keep their addresses, as CUDA graphs need it."""
+        mask = self._mask(self.newest_position, self.positions)
+        logits = self._logits(self.newest, self.newest_position, mask)[:, -1]
         self.turn.add_(1)
-        self._say(logits.argmax(-1, keepdim=True))
+        self._append(logits.argmax(-1, keepdim=True))
 
-    def _say(self, tokens: Tensor) -> None:
+    def _append(self, tokens: Tensor) -> None:
         self.newest.copy_(tokens)
-        self.said.index_copy_(1, self.turn, tokens)
-        self.at.add_(1)
+        self.generated.index_copy_(1, self.turn, tokens)
+        self.newest_position.add_(1)
 
-    def _logits(self, tokens: Tensor, at: Tensor, mask: Tensor | dict[str, Tensor]) -> Tensor:
+    def _logits(self, tokens: Tensor, positions: Tensor, mask: Tensor | dict[str, Tensor]) -> Tensor:
         return self.model(
-            input_ids=tokens, position_ids=at, attention_mask=mask, past_key_values=self.cache, use_cache=True
+            input_ids=tokens, position_ids=positions, attention_mask=mask, past_key_values=self.cache, use_cache=True
         ).logits
 
-    def _mask(self, at: Tensor, positions: Tensor) -> Tensor | dict[str, Tensor]:
-        """What tokens at positions [rows, length] see of slots with positions [rows, slots]."""
-        back = at[:, None, :, None] - positions[:, None, None, :]
-        seen = back >= 0
-        return attention.mask_for(self.model, seen, None if self.window is None else seen & (back < self.window))
+    def _mask(self, positions: Tensor, slot_positions: Tensor) -> Tensor | dict[str, Tensor]:
+        """Which slots tokens attend to.
+
+        Args:
+            positions: of the tokens, [rows, length].
+            slot_positions: of the tokens in the slots, [rows, slots].
+        """
+        back = positions[:, None, :, None] - slot_positions[:, None, None, :]
+        mask = back >= 0
+        return attention.mask_for(self.model, mask, None if self.window is None else mask & (back < self.window))
 
 
 @contextmanager
-def picking(model: nn.Module, places: Tensor) -> Iterator[None]:
-    """While the body runs, the model makes logits at these places of its flattened batch alone, [1, places, words].
+def logits_only_at(model: nn.Module, places: Tensor) -> Iterator[None]:
+    """While the body runs, the model computes logits at these places alone and returns [1, places, vocabulary].
 
-    Whatever it does behind its output layer (scaling, capping) is done to them.
+    What the model does after its output layer (scaling, capping) applies to them.
+
+    Args:
+        places: int64, in the batch with its rows flattened into one.
     """
 
     def pick(_: nn.Module, inputs: tuple[Tensor, ...]) -> tuple[Tensor, ...]:

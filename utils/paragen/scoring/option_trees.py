@@ -1,9 +1,9 @@
-"""Questions laid out as batches: each row a prompt and behind it the tree of its possible responses.
+"""Questions laid out as batches: each row is a prompt followed by the tree of its possible responses.
 
-Imported by scoring.py. The options of a choice share their prompt and their first tokens, so that one pass over the
-prompt and a few tokens more gives the log-likelihood of each and, where greedy generation stays among the options, what
-it would have generated. A response that is the only one is a tree without branches. What the prompts of all rows begin
-with alike, the system's text mostly, is left to a pass of its own.
+The options of a multiple choice share their prompt and their first tokens. One pass over the prompt and a few more
+tokens therefore gives the log-likelihood of each option and, where greedy generation stays among the options, the
+generated answer. A single response is a tree without branches. The prefix that all prompts share, mostly the system
+prompt, is left to a pass of its own.
 """
 
 from typing import NamedTuple
@@ -14,45 +14,51 @@ from torch import Tensor, nn
 
 from paragen.scoring.questions import Question
 
-START = -1  # the place in a tree where the prompt ends
-WORTH = 8  # tokens that prompts have to share before it pays to compute them apart
+START = -1  # the node before all others: the end of the prompt
+MIN_PREFIX = 8  # tokens; a shorter shared prefix is not worth a pass of its own
 
 
-class Tree(NamedTuple):
-    """The responses of a question as a tree of tokens; behind each node come all that follow from it."""
+class OptionTree(NamedTuple):
+    """The responses of a question as a tree of tokens, in depth-first order: a node's descendants follow it.
 
-    parents: list[int]  # of each node that goes through the model, the node it follows, or START
-    tokens: list[int]
-    depths: list[int]
-    edges: list[tuple[int, int]]  # (from node, to token): what has a log-probability
-    paths: list[list[int]]  # of each option, the edges of its text; of the right one, all of its response
-    lengths: list[int]  # how many of them are the text's
+    A node is a token that goes through the model. An edge is a token whose log-probability is needed; the last token of
+    a response is an edge and no node.
+    """
+
+    parents: list[int]  # of each node, the node before it, or START
+    tokens: list[int]  # of each node
+    depths: list[int]  # of each node, from 0
+    edges: list[tuple[int, int]]  # (the node before, the token)
+    paths: list[list[int]]  # of each option, the edges of its text; of the right one, of its whole response
+    lengths: list[int]  # of each option, how many of these edges belong to its text
 
 
-class Sheet(NamedTuple):
+class PackedBatch(NamedTuple):
     """A batch of rows as tensors, for any number of adapters.
 
     A row holds the prompt without the shared prefix, the nodes of its tree, and padding.
     """
 
-    numbers: list[int]  # which questions
+    numbers: list[int]  # of each row, the number of its question
     tokens: Tensor  # [rows, length] int64
     positions: Tensor  # [rows, length] int64
-    until: Tensor | None  # [rows, length] int64: the place from which on a token is unseen; None: simply causal
-    picks: Tensor  # [picks] int64: places in the flattened rows whose logits are needed
-    edges: Tensor  # [edges, 2] int64: number of the pick, token
-    pick_of: list[dict[int, int]]  # of each row, the number of the pick by node
-    edge_of: list[int]  # of each row, the number of its first edge
+    visible_until: Tensor | None  # [rows, length] int64, the first place that cannot see the token; None: plain causal
+    logit_places: Tensor  # [logits] int64, the places in the flattened rows whose logits are needed
+    edges: Tensor  # [edges, 2] int64: (the number of the logits, the token)
+    logits_of: list[dict[int, int]]  # of each row, the number of the logits by node
+    first_edge: list[int]  # of each row, the number of its first edge
 
 
-def tree_of(question: Question) -> Tree:
-    """The tree of a question's options; of the right one's response all tokens, of the others' those of the text."""
-    used = [path.tokens if number == question.right else path.tokens[: path.length]
-            for number, path in enumerate(question.paths)]  # fmt: skip
-    tree = Tree([], [], [], [], [[] for _ in used], [path.length for path in question.paths])
+def build_tree(question: Question) -> OptionTree:
+    """The tree of a question's options; the right one has its whole response in it, the others their texts alone."""
+    used = [
+        option.tokens if number == question.right else option.tokens[: option.text_length]
+        for number, option in enumerate(question.continuations)
+    ]
+    tree = OptionTree([], [], [], [], [[] for _ in used], [option.text_length for option in question.continuations])
     nodes: dict[tuple[int, int], int] = {}
     edges: dict[tuple[int, int], int] = {}
-    for number in sorted(range(len(used)), key=used.__getitem__):  # so that a branch is whole before the next begins
+    for number in sorted(range(len(used)), key=used.__getitem__):  # so that a branch is complete before the next begins
         at = START
         for depth, token in enumerate(used[number]):
             if depth:
@@ -71,77 +77,90 @@ def tree_of(question: Question) -> Tree:
     return tree
 
 
-def prefix_of(questions: list[Question]) -> list[int]:
-    """The tokens with which all prompts begin, but for the last token of the shortest; none where they are too few."""
+def shared_prefix(questions: list[Question]) -> list[int]:
+    """The tokens that all prompts begin with; empty where they are fewer than MIN_PREFIX.
+
+    At least the last token of each prompt is left out, because its logits are needed in each row.
+    """
     first = questions[0].tokens
     length = min(len(question.tokens) for question in questions) - 1
     for question in questions:
         same = np.equal(first[:length], question.tokens[:length])
         length = length if same.all() else int(same.argmin())
-    return first[:length] if length >= WORTH else []
+    return first[:length] if length >= MIN_PREFIX else []
 
 
-def length_of(question: Question, tree: Tree, prefix: int) -> int:
-    """How long a question's row is."""
+def row_length(question: Question, tree: OptionTree, prefix: int) -> int:
+    """The number of tokens in a question's row, without a prefix of `prefix` tokens and without padding."""
     return len(question.tokens) - prefix + len(tree.tokens)
 
 
-def deal(lengths: list[int], most: int, heights: list[int], tallest: int) -> list[list[int]]:
-    """Rows by their lengths, the longest first, in batches.
+def make_batches(lengths: list[int], max_tokens: int, logit_counts: list[int], max_logits: int) -> list[list[int]]:
+    """Assign rows to batches, the longest first; a batch is a list of row numbers.
 
     Args:
-        lengths: of each row.
-        most: tokens that a batch may have with its padding; one row may have more.
-        heights: of each row, how many logits it needs; `tallest`: how many a batch may have.
+        lengths: of each row, in tokens.
+        max_tokens: the largest size of a batch, with its padding; a single row may exceed it.
+        logit_counts: of each row, at how many places logits are needed.
+        max_logits: at how many places a batch may need logits; a single row may exceed it.
     """
     batches: list[list[int]] = []
     needed = 0
     for number in sorted(range(len(lengths)), key=lambda number: -lengths[number]):
         batch = batches[-1] if batches else []
-        full = batch and ((len(batch) + 1) * lengths[batch[0]] > most or needed + heights[number] > tallest)
+        full = batch and (
+            (len(batch) + 1) * lengths[batch[0]] > max_tokens or needed + logit_counts[number] > max_logits
+        )
         if full or not batches:
             batches.append([])
             needed = 0
         batches[-1].append(number)
-        needed += heights[number]
+        needed += logit_counts[number]
     return batches
 
 
-def sheet_of(numbers: list[int], questions: list[Question], trees: list[Tree], prefix: int) -> Sheet:
-    """Some questions as a batch; `prefix`: tokens at the beginning of each prompt that are computed apart."""
-    length = max(length_of(questions[number], trees[number], prefix) for number in numbers)
-    tokens, positions, until = np.zeros((3, len(numbers), length), np.int64)
-    until[:] = np.arange(1, length + 1)  # padding sees itself
-    picks, edges, pick_of, edge_of = [], [], [], []
+def pack_questions(numbers: list[int], questions: list[Question], trees: list[OptionTree], prefix: int) -> PackedBatch:
+    """Some questions as a batch on the CPU.
+
+    Args:
+        numbers: which of the questions.
+        questions, trees: all of them.
+        prefix: the length of the shared prefix, which is not in the batch.
+    """
+    length = max(row_length(questions[number], trees[number], prefix) for number in numbers)
+    tokens, positions, visible_until = np.zeros((3, len(numbers), length), np.int64)
+    visible_until[:] = np.arange(1, length + 1)  # padding sees itself
+    logit_places, edges, logits_of, first_edge = [], [], [], []
     for row, number in enumerate(numbers):
         prompt, tree = questions[number].tokens[prefix:], trees[number]
         size, end = len(prompt), len(prompt) + len(tree.tokens)
         tokens[row, :end] = [*prompt, *tree.tokens]
         positions[row, :size] = np.arange(prefix, prefix + size)
         positions[row, size:end] = np.asarray(tree.depths, np.int64) + prefix + size
-        until[row, :size] = length
-        until[row, size:end] = np.asarray(ends_of(tree), np.int64) + size
-        pick_of.append({})
-        edge_of.append(len(edges))
+        visible_until[row, :size] = length
+        visible_until[row, size:end] = np.asarray(subtree_ends(tree), np.int64) + size
+        logits_of.append({})
+        first_edge.append(len(edges))
         for node, token in tree.edges:
-            if node not in pick_of[-1]:
-                pick_of[-1][node] = len(picks)
-                picks.append(row * length + size + node)
-            edges.append((pick_of[-1][node], token))
-    is_simple = not prefix and not any(is_branched(trees[number]) for number in numbers)
-    return Sheet(
-        numbers, torch.from_numpy(tokens), torch.from_numpy(positions), None if is_simple else torch.from_numpy(until),
-        torch.tensor(picks), torch.tensor(edges), pick_of, edge_of,
+            if node not in logits_of[-1]:
+                logits_of[-1][node] = len(logit_places)
+                logit_places.append(row * length + size + node)
+            edges.append((logits_of[-1][node], token))
+    is_causal = not prefix and not any(is_branched(trees[number]) for number in numbers)
+    return PackedBatch(
+        numbers, torch.from_numpy(tokens), torch.from_numpy(positions),
+        None if is_causal else torch.from_numpy(visible_until), torch.tensor(logit_places), torch.tensor(edges),
+        logits_of, first_edge,
     )  # fmt: skip
 
 
-def is_branched(tree: Tree) -> bool:
+def is_branched(tree: OptionTree) -> bool:
     """Whether a tree is more than a chain."""
     return tree.parents != list(range(START, len(tree.parents) - 1))
 
 
-def ends_of(tree: Tree) -> list[int]:
-    """Of each node the place behind all that follow from it."""
+def subtree_ends(tree: OptionTree) -> list[int]:
+    """For each node, the index one past its last descendant."""
     ends = [*range(1, len(tree.parents) + 1)]
     for node in reversed(range(len(ends))):
         if (parent := tree.parents[node]) != START:
@@ -149,18 +168,24 @@ def ends_of(tree: Tree) -> list[int]:
     return ends
 
 
-def seen_in(sheet: Sheet, prefix: int) -> Tensor:
-    """What each token of a sheet that is not simply causal sees, [rows, 1, length, prefix + length] bool: the prefix,
-    its prompt so far, and of its tree what leads to it."""
-    at = torch.arange(sheet.tokens.shape[1], device=sheet.tokens.device)
-    own = (at <= at[:, None]) & (at[:, None] < sheet.until[:, None, :])
+def tree_mask(batch: PackedBatch, prefix: int) -> Tensor:
+    """Which tokens each token of a batch attends to, [rows, 1, length, prefix + length] bool.
+
+    It attends to the shared prefix, to its prompt up to itself, and to its ancestors in the tree. Only for a batch with
+    `visible_until`.
+    """
+    at = torch.arange(batch.tokens.shape[1], device=batch.tokens.device)
+    own = (at <= at[:, None]) & (at[:, None] < batch.visible_until[:, None, :])
     return nn.functional.pad(own, (prefix, 0), value=True)[:, None]
 
 
-def near_in(sheet: Sheet, prefix: int, window: int) -> Tensor:
-    """Which tokens are less than a window apart by their positions, or one: [rows, 1, length, prefix + length] bool."""
-    first = torch.arange(prefix, device=sheet.tokens.device).expand(len(sheet.tokens), -1)
-    keys = torch.cat([first, sheet.positions], 1)
-    near = sheet.positions[:, :, None] < keys[:, None, :] + window
+def window_mask(batch: PackedBatch, prefix: int, window: int) -> Tensor:
+    """Which tokens lie within a sliding window, [rows, 1, length, prefix + length] bool.
+
+    That is: whose position is less than `window` before the token's own. Padding lies within its own window.
+    """
+    prefix_positions = torch.arange(prefix, device=batch.tokens.device).expand(len(batch.tokens), -1)
+    keys = torch.cat([prefix_positions, batch.positions], 1)
+    near = batch.positions[:, :, None] < keys[:, None, :] + window
     near |= torch.eye(*near.shape[1:], dtype=torch.bool, device=near.device).roll(prefix, 1)  # padding sees itself
     return near[:, None]

@@ -1,6 +1,6 @@
-"""The rows that a collection is scored on, as tokens: what LLaMA-Factory makes of them through the model's template.
+"""The rows that a collection is scored on, and their tokens.
 
-Imported by evaluate.py. Rows come from prompts.py or a registered dataset, messages and tokens from LLaMA-Factory's
+Rows come from the collection's test split or from a registered dataset; messages and tokens come from LLaMA-Factory's
 own converter and template, as in training.
 """
 
@@ -14,38 +14,40 @@ from paragen.dataset import dataset_info, row_faults
 from paragen.scoring import answers
 
 
-class Path(NamedTuple):
-    """One way to go on after a prompt."""
+class Continuation(NamedTuple):
+    """A response that may follow a prompt."""
 
     text: str
-    tokens: list[int]  # with what ends an answer
-    length: int  # how many of the tokens are the text's
+    tokens: list[int]  # of the text and of what ends a response
+    text_length: int  # how many of the tokens belong to the text
 
 
 class Question(NamedTuple):
     """A row to be scored."""
 
     tokens: list[int]  # of the prompt
-    paths: list[Path]  # the options; where there are none, the right response alone
-    right: int  # which of them
-    response: str  # as it stands in the row
+    continuations: list[Continuation]  # the options of a multiple choice; else the right response alone
+    right: int  # the number of the right one
+    response: str  # the right response, as it is in the row
     prompt: str
 
     @property
     def options(self) -> list[str]:
-        return [path.text for path in self.paths]
+        """The texts of the continuations."""
+        return [option.text for option in self.continuations]
 
 
 class Split(NamedTuple):
-    """Rows and what they are."""
+    """The rows to score on."""
 
     name: str  # a registered dataset, or a part of one: Demo[1000:1119]
-    paired: bool
+    paired: bool  # whether it is the test split of the dataset that the collection was trained on
     parts: list[prompts.Part]
-    whole: list[prompts.Part] | None = None  # all there are, where `parts` are its first rows
+    all_parts: list[prompts.Part] | None = None  # before `first_rows`, where that has removed rows
 
     @property
     def rows(self) -> list[dict[str, Any]]:
+        """The rows as they are in the data files."""
         return [row for _, rows in self.parts for row in rows]
 
     @property
@@ -55,35 +57,42 @@ class Split(NamedTuple):
 
     @property
     def responses(self) -> list[str]:
-        """The distinct responses of the whole split, also where few of its rows are scored."""
-        return answers.responses_of(self._replace(parts=self.whole or self.parts).texts)
+        """The distinct responses of the whole split, also where only its first rows are scored."""
+        return answers.distinct_responses(self._replace(parts=self.all_parts or self.parts).texts)
 
 
-def split_of(manifest: dict[str, Any], asked: str) -> Split:
-    """The rows of a registered dataset (`asked`), or, where none is asked for, those paired with a collection's.
+def split_for(manifest: dict[str, Any], requested: str) -> Split:
+    """The rows that a collection is scored on.
 
-    Raises UserError when there are none, or when they lack responses or have pictures.
+    Args:
+        manifest: the collection's.
+        requested: the name of a registered dataset; empty for the test split of the collection's own dataset.
+
+    Raises UserError where there are no rows, or where they lack responses or have pictures.
     """
     data = manifest["data"] or []
-    if asked:
-        name, part = prompts.registered(asked)
-        found = Split(name, name in map(prompts.paired_name, data), [part])
+    if requested:
+        name, part = prompts.registered(requested)
+        split = Split(name, name in map(prompts.paired_name, data), [part])
     else:
         parts = prompts.parts(manifest, "test")
-        found = Split("+".join(map(prompts.split_name, data)), True, parts)
-    for entry, rows in found.parts:
+        split = Split("+".join(map(prompts.split_name, data)), True, parts)
+    for entry, rows in split.parts:
         if entry.get(dataset_info.PROMPTS_ONLY):
             raise UserError(
-                f"{found.name}: has prompts without responses, nothing to score against; name another dataset in SPLIT"
+                f"{split.name}: has prompts without responses, nothing to score against; name another dataset in SPLIT"
             )
         for number, row in enumerate(rows, 1):
             if fault := fault_of(row, entry):
-                raise UserError(f"{found.name}: row {number}: {fault}; put it right, or name another SPLIT")
-    return found
+                raise UserError(f"{split.name}: row {number}: {fault}; put it right, or name another SPLIT")
+    return split
 
 
 def fault_of(row: dict[str, Any], entry: dict[str, Any]) -> str | None:
-    """Why a row cannot be scored. LLaMA-Factory would drop a conversation out of turn, and score it as an empty one."""
+    """Why a row cannot be scored, None where it can.
+
+    A conversation out of turn is such a row: LLaMA-Factory would drop its messages and score an empty conversation.
+    """
     columns, tags = dataset_info.columns_of(entry), dataset_info.tags_of(entry)
     if "messages" in columns:
         messages = row.get(columns["messages"])
@@ -98,70 +107,77 @@ def fault_of(row: dict[str, Any], entry: dict[str, Any]) -> str | None:
     return "it has no response to score against" if dataset_info.is_blank(texts["response"]) else None
 
 
-def limited(split: Split, limit: int | None) -> Split:
-    """Its first rows."""
+def first_rows(split: Split, limit: int | None) -> Split:
+    """A split's first rows; all of them where the limit is None."""
     if limit is None:
         return split
     parts, left = [], limit
     for entry, rows in split.parts:
         parts.append((entry, rows[:left]))
         left -= len(parts[-1][1])
-    return split._replace(parts=[part for part in parts if part[1]], whole=split.whole or split.parts)
+    return split._replace(parts=[part for part in parts if part[1]], all_parts=split.all_parts or split.parts)
 
 
 class Encoder:
-    """Makes questions of rows.
+    """Turns rows into questions, and generated tokens into text.
 
     Args:
-        tokenizer_module: what llamafactory.model.load_tokenizer gives.
-        data_args: LLaMA-Factory's, with the template.
-        longest: tokens that a prompt and its response may have together; LLaMA-Factory cuts what is longer.
+        tokenizer_module: what llamafactory.model.load_tokenizer returns.
+        data_args: LLaMA-Factory's DataArguments, with the template.
+        max_tokens: the length of a prompt with its response above which LLaMA-Factory truncates them.
+
+    `stops` are the ids of the tokens that end a response, sorted.
     """
 
-    def __init__(self, tokenizer_module: dict[str, Any], data_args: Any, longest: int):
+    def __init__(self, tokenizer_module: dict[str, Any], data_args: Any, max_tokens: int):
         from llamafactory.data import get_template_and_fix_tokenizer
         from llamafactory.data.processor import SupervisedDatasetProcessor
 
         self.tokenizer = tokenizer_module["tokenizer"]
-        self.data_args = dataclasses.replace(data_args, cutoff_len=longest)
+        self.data_args = dataclasses.replace(data_args, cutoff_len=max_tokens)
         self.template = get_template_and_fix_tokenizer(self.tokenizer, data_args)
         self.processor = SupervisedDatasetProcessor(
             template=self.template,
-            tokenizer=Remembering(self.tokenizer),
+            tokenizer=CachingTokenizer(self.tokenizer),
             processor=tokenizer_module["processor"],
             data_args=self.data_args,
         )
         self.stops = sorted(set(self.template.get_stop_token_ids(self.tokenizer)))
 
     def questions(self, split: Split, metric: str) -> list[Question]:
-        """A question per row, in order."""
-        everywhere = split.responses if metric == "choice" else []
+        """A question per row, in order.
+
+        Args:
+            split: the rows.
+            metric: a key of evaluation.METRICS; for "choice", questions have all options.
+        """
+        responses = split.responses if metric == "choice" else []
         found = []
         for entry, rows in split.parts:
             for row in rows:
                 text = prompts.texts_of(row, entry)
-                options = answers.options_of(text, everywhere) if metric == "choice" else [text["response"]]
-                found.append(self._question(converted(row, entry, self.data_args), options, text))
+                options = answers.options_of(text, responses) if metric == "choice" else [text["response"]]
+                found.append(self._question(convert_row(row, entry, self.data_args), options, text))
         return found
 
-    def text_of(self, tokens: list[int]) -> str:
-        """What generated tokens say, letter for letter."""
+    def decode(self, tokens: list[int]) -> str:
+        """The text of generated tokens, with its blanks as they are and without special tokens."""
         return self.tokenizer.decode(tokens, skip_special_tokens=True, clean_up_tokenization_spaces=False)
 
     def _question(self, messages: dict[str, Any], options: list[str], text: dict[str, Any]) -> Question:
-        encoded = [self._encoded(messages, option) for option in options]
+        encoded = [self._encode(messages, option) for option in options]
         tokens = encoded[0][0]
         if any(other != tokens for other, _ in encoded):
             raise UserError(f"{text['prompt'][:60]!r}: its options need different prompts; it cannot be scored")
-        paths = [
-            Path(option, response, self._text_length(option, response))
+        continuations = [
+            Continuation(option, response, self._text_length(option, response))
             for option, (_, response) in zip(options, encoded, strict=True)
         ]
         right = options.index(text["response"].strip()) if len(options) > 1 else 0
-        return Question(tokens, paths, right, text["response"], text["prompt"])
+        return Question(tokens, continuations, right, text["response"], text["prompt"])
 
-    def _encoded(self, messages: dict[str, Any], response: str) -> tuple[list[int], list[int]]:
-        """The tokens before the last response, and those of the response with what ends it."""
+    def _encode(self, messages: dict[str, Any], response: str) -> tuple[list[int], list[int]]:
+        """The tokens before the last response, and the tokens of `response` in its place with what ends it."""
         from llamafactory.extras.constants import IGNORE_INDEX
 
         last = [{**messages["_response"][-1], "content": response}]
@@ -174,36 +190,36 @@ class Encoder:
         return tokens[:start], tokens[start:]
 
     def _text_length(self, option: str, response: list[int]) -> int:
-        """How many tokens of a response are its text's; all, where they are merged with what ends it."""
+        """How many tokens of a response belong to its text; all of them where text and end are merged in one token."""
         text = self.processor.tokenizer.encode(option, add_special_tokens=False)
         if response[: len(text)] == text:
             return len(text)
-        # a template may begin a response with a blank: its first tokens are others then
+        # a template may begin a response with a blank, and then the first tokens differ
 
-        def is_said(length: int) -> bool:
+        def has_text(length: int) -> bool:
             return option in self.tokenizer.decode(response[:length])
 
-        return bisect_left(range(len(response)), True, key=is_said)
+        return bisect_left(range(len(response)), True, key=has_text)
 
 
-class Remembering:
-    """A tokenizer that encodes a text once: a prompt comes with each option, what begins prompts with each row."""
+class CachingTokenizer:
+    """A tokenizer that encodes each text once: prompts recur with each option, system prompts with each row."""
 
     def __init__(self, tokenizer: Any):
-        self.tokenizer, self.known = tokenizer, {}
+        self.tokenizer, self.cache = tokenizer, {}
 
     def encode(self, text: str, **more: Any) -> list[int]:
         key = text, *more.items()
-        if key not in self.known:
-            self.known[key] = self.tokenizer.encode(text, **more)
-        return [*self.known[key]]
+        if key not in self.cache:
+            self.cache[key] = self.tokenizer.encode(text, **more)
+        return [*self.cache[key]]
 
     def __getattr__(self, name: str) -> Any:
         return getattr(self.tokenizer, name)
 
 
-def converted(row: dict[str, Any], entry: dict[str, Any], data_args: Any) -> dict[str, Any]:
-    """A row as LLaMA-Factory's converter gives it: _prompt and _response (messages), _system, _tools."""
+def convert_row(row: dict[str, Any], entry: dict[str, Any], data_args: Any) -> dict[str, Any]:
+    """A row as LLaMA-Factory's converter returns it: _prompt and _response (messages), _system, _tools."""
     from llamafactory.data.converter import get_dataset_converter
     from llamafactory.data.parser import DatasetAttr
 

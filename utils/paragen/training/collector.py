@@ -89,8 +89,8 @@ class Collector(TrainerCallback):
         self.folder = folder
         self.keep = keep
         self.records: dict[int, dict[str, Any]] = {}
-        self.free: queue.Queue[Frame] = queue.Queue()
-        self.full: queue.Queue[tuple[int, Frame] | None] = queue.Queue()
+        self.free: queue.Queue[PinnedBuffer] = queue.Queue()
+        self.full: queue.Queue[tuple[int, PinnedBuffer] | None] = queue.Queue()
         self.error: BaseException | None = None
         self.writer: threading.Thread | None = None
 
@@ -106,7 +106,7 @@ class Collector(TrainerCallback):
         live = get_peft_model_state_dict(adapter)
         save_config(adapter.peft_config["default"], self.folder)
         for _ in range(IN_FLIGHT):
-            self.free.put(Frame(live))
+            self.free.put(PinnedBuffer(live))
         self.writer = threading.Thread(target=self._write_all, name="collector", daemon=True)
         self.writer.start()
 
@@ -114,9 +114,9 @@ class Collector(TrainerCallback):
         if state.global_step >= self.first - 1:
             control.should_log = True  # each kept step gets a loss of its own, not a mean that reaches back further
         if state.global_step >= self.first and self.writer is not None:
-            frame = self._free_frame()
-            frame.fill()
-            self.full.put((state.global_step, frame))
+            buffer = self._free_buffer()
+            buffer.fill()
+            self.full.put((state.global_step, buffer))
         return control
 
     def on_log(self, args, state, control, logs=None, **kwargs):
@@ -138,8 +138,8 @@ class Collector(TrainerCallback):
             self.full.put(None)
             self.writer.join()
 
-    def _free_frame(self) -> "Frame":
-        """A frame that is not being written; waits for one, and raises what went wrong in the writer."""
+    def _free_buffer(self) -> "PinnedBuffer":
+        """A buffer that is not being written; waits for one, and raises what went wrong in the writer."""
         while True:
             if self.error is not None:
                 raise self.error
@@ -151,11 +151,11 @@ class Collector(TrainerCallback):
     def _write_all(self) -> None:
         try:
             while (item := self.full.get()) is not None:
-                step, frame = item
-                data = frame.content()
+                step, buffer = item
+                data = buffer.content()
                 files.write(self.folder / f"checkpoint-{step}.safetensors", data)
                 self.records.setdefault(step, {}).update(bytes=len(data), sha256=hashlib.sha256(data).hexdigest())
-                self.free.put(frame)
+                self.free.put(buffer)
         except BaseException as error:  # handed to the training thread, which raises it
             self.error = error
 
@@ -173,8 +173,8 @@ def layout_of(tensors: dict[str, torch.Tensor]) -> tuple[bytes, list[str]]:
     return header, sorted(entries, key=lambda key: entries[key]["data_offsets"][0])
 
 
-class Frame:
-    """The bytes of a safetensors file whose tensors can be filled in again and again.
+class PinnedBuffer:
+    """The bytes of a safetensors file whose tensors can be filled in again and again; pinned memory beside a GPU.
 
     The safetensors library lays the file out once; filling joins the tensors into its data, so that a checkpoint is
     serialised by the one copy that it needs anyway. From a CUDA device that is one kernel and one transfer into pinned

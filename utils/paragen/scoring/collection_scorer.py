@@ -1,0 +1,188 @@
+"""Scores a collection's base model and checkpoints on a split, in groups that go through the model together."""
+
+import contextlib
+import gc
+import sys
+from collections.abc import Callable, Iterator
+from concurrent.futures import Future, ThreadPoolExecutor
+from typing import NamedTuple
+
+import torch
+
+from paragen.collection.evaluation import BASE, MOST
+from paragen.collection.index import Chosen
+from paragen.common import devices
+from paragen.common.cli import UserError
+from paragen.scoring import attention, factors, peft_comparison
+from paragen.scoring.base_model import BaseModel
+from paragen.scoring.checkpoint_scores import CheckpointScore, score_checkpoint
+from paragen.scoring.factor_reader import FactorReader
+from paragen.scoring.factors import Factors
+from paragen.scoring.generation import Answers
+from paragen.scoring.likelihoods import QuestionResult
+from paragen.scoring.questions import Encoder, Question, Split
+from paragen.scoring.scorer import Scorer
+from paragen.scoring.stacked_model import StackedModel
+
+GROUP_SIZE = 8  # adapters that go through the model together; the base counts as one
+MAX_WAITING = 4  # groups on a GPU whose answers are generated together; scores are written as often
+MAX_WAITING_BYTES = 2**30  # of their factors
+SWITCH_INTERVAL = 1e-4  # seconds; with Python's 5e-3, a GPU waits for the thread that launches its kernels
+
+
+class PendingGroup(NamedTuple):
+    """A group of steps whose forward passes have been queued."""
+
+    steps: list[int]
+    factors: Factors
+    results: Future[list[list[QuestionResult]]]
+
+
+class CollectionScorer:
+    """Scores the checkpoints of one collection.
+
+    Args:
+        chosen: the collection.
+        base: its base model.
+        split: the rows to score on.
+        metric: what they are scored by, a key of evaluation.METRICS.
+    """
+
+    def __init__(self, chosen: Chosen, base: BaseModel, split: Split, metric: str):
+        self.base, self.metric, self.folder = base, metric, chosen.folder
+        self.reader = FactorReader(chosen.folder, chosen.manifest, base)
+        self.encoder = Encoder(base.tokenizer_module, base.data_args, base.max_tokens)
+        self.questions = self.encoder.questions(split, metric)
+
+    def scores(self, steps: list[int]) -> Iterator[dict[int, CheckpointScore]]:
+        """The scores of steps (evaluation.BASE: the base model), some at a time.
+
+        On a GPU the next group is computed meanwhile. Raises UserError where what is computed here is not what PEFT
+        computes for this model.
+        """
+        if not gc.get_freeze_count():
+            gc.freeze()  # imported modules stay, and looking through them again and again would hold up all threads
+        compared = peft_comparison.questions_to_compare(self.questions)
+        expected = peft_comparison.peft_losses(
+            self.base.model, self.folder, self.reader.read(self.reader.last), compared
+        )
+        self.base.use_fused_kernels()
+        stacked = StackedModel(self.base.model, self.reader.layers)
+        try:
+            self._check(self._scorer(stacked, compared), expected)
+            yield from self._score_all(self._scorer(stacked, self.questions), steps)
+        finally:
+            stacked.close()
+
+    def _scorer(self, stacked: StackedModel, questions: list[Question]) -> Scorer:
+        tokenizer = self.encoder.tokenizer
+        return Scorer(stacked, questions, self.encoder.stops, tokenizer.pad_token_id or tokenizer.eos_token_id or 0)
+
+    def _check(self, scorer: Scorer, expected: list[list[float]]) -> None:
+        """Raise UserError unless the compared questions get PEFT's losses, and answers follow from the forward pass.
+
+        A model for which our attention gives other losses continues with its own attention.
+        """
+        both = self.reader.stack([BASE, self.reader.last])
+        try:
+            peft_comparison.check_losses(scorer.score(both), expected, self.base.dtype)
+        except (UserError, RuntimeError, ValueError):
+            if not attention.has_shared_attention(self.base.model):
+                raise
+            attention.disable_shared_attention(self.base.model)
+            peft_comparison.check_losses(scorer.score(both), expected, self.base.dtype)
+        if self.metric in MOST:
+            peft_comparison.check_answers(scorer, both.select([1]), self.base.dtype)
+
+    def _score_all(self, scorer: Scorer, steps: list[int]) -> Iterator[dict[int, CheckpointScore]]:
+        """The scores of steps; also those that were pending when an error is raised."""
+        pending: list[PendingGroup] = []
+        try:
+            with contextlib.closing(self._begin_groups(scorer, steps)) as groups:
+                for group in groups:
+                    pending.append(group)
+                    if len(pending) > self._max_waiting(group.factors):
+                        ready = pending[:-1] or pending  # on a GPU the newest is being computed
+                        pending = pending[len(ready) :]
+                        yield self._finish_groups(scorer, ready)
+        except UserError:
+            if pending:
+                yield self._finish_groups(scorer, pending)
+            raise
+        if pending:
+            yield self._finish_groups(scorer, pending)
+
+    def _begin_groups(self, scorer: Scorer, steps: list[int]) -> Iterator[PendingGroup]:
+        """Groups of steps, each as soon as its forward passes have been queued; the next one is read meanwhile."""
+        parts = [steps[start : start + GROUP_SIZE] for start in range(0, len(steps), GROUP_SIZE)]
+        with ThreadPoolExecutor(2) as executor, short_switch_interval():
+            ready = self.reader.stack_ahead(executor, parts[0])
+            for part, following in zip(parts, [*parts[1:], None], strict=True):
+                stacked = retry_with_free_memory(ready, lambda part=part: self.reader.stack(part))
+                if following is not None:
+                    ready = self.reader.stack_ahead(executor, following)
+                yield PendingGroup(part, stacked, executor.submit(scorer.finish, scorer.begin(stacked)))
+
+    def _max_waiting(self, stacked: Factors) -> int:
+        """How many groups wait to have their answers generated together, while the next one is computed."""
+        return max(1, min(MAX_WAITING, MAX_WAITING_BYTES // stacked.nbytes)) if self.reader.on_gpu else 0
+
+    def _finish_groups(self, scorer: Scorer, groups: list[PendingGroup]) -> dict[int, CheckpointScore]:
+        """The scores of pending groups, by step."""
+        results = {step: one for group in groups for step, one in zip(group.steps, group.results.result(), strict=True)}
+        generated = self._generate(scorer, groups, results)
+        scores = {}
+        for step, one in results.items():
+            texts = {number: self.encoder.decode(tokens) for number, tokens in generated.get(step, {}).items()}
+            scores[step] = score_checkpoint(self.metric, self.questions, one, texts)
+        return scores
+
+    def _generate(
+        self, scorer: Scorer, groups: list[PendingGroup], results: dict[int, list[QuestionResult]]
+    ) -> dict[int, Answers]:
+        """The answers that have to be generated, by step, for all groups at once."""
+        if self.metric not in MOST:
+            return {}
+        open_questions = {
+            step: [number for number, result in enumerate(one) if result.needs_generation]
+            for step, one in results.items()
+        }
+        open_questions = {step: numbers for step, numbers in open_questions.items() if numbers}
+        if not open_questions:
+            return {}
+        places = [[place for place, step in enumerate(group.steps) if step in open_questions] for group in groups]
+
+        def selected() -> Factors:
+            pairs = zip(groups, places, strict=True)
+            return factors.concatenate([group.factors.select(which) for group, which in pairs if which])
+
+        stacked = retry_with_free_memory(selected, selected)
+        found = scorer.generate(stacked, [*open_questions.values()], MOST[self.metric])
+        return dict(zip(open_questions, found, strict=True))
+
+
+@contextlib.contextmanager
+def short_switch_interval() -> Iterator[None]:
+    """While the body runs, a computing thread gives way to another one after SWITCH_INTERVAL."""
+    before = sys.getswitchinterval()
+    sys.setswitchinterval(SWITCH_INTERVAL)
+    try:
+        yield
+    finally:
+        sys.setswitchinterval(before)
+
+
+def retry_with_free_memory(work: Callable[[], Factors], again: Callable[[], Factors]) -> Factors:
+    """What `work` returns or, where the device is out of memory, what `again` returns after freeing unused memory.
+
+    Raises UserError where that is not enough.
+    """
+    try:
+        return work()
+    except torch.OutOfMemoryError:
+        pass  # memory is freed outside of this block, because the error refers to tensors
+    devices.free_memory()
+    try:
+        return again()
+    except torch.OutOfMemoryError:
+        raise UserError("out of device memory for the adapters; score on another device") from None

@@ -1,0 +1,126 @@
+"""Makes sure that scores are right: PEFT's own forward pass on some questions has to give the same."""
+
+from pathlib import Path
+
+import torch
+from peft import LoraConfig, PeftModel, set_peft_model_state_dict
+from torch import Tensor, nn
+
+from paragen.common.cli import UserError
+from paragen.packed.model import unload_adapter
+from paragen.scoring import decoding
+from paragen.scoring.factors import Factors
+from paragen.scoring.generation import before_stop
+from paragen.scoring.likelihoods import QuestionResult
+from paragen.scoring.questions import Question
+from paragen.scoring.scorer import Scorer
+
+MAX_TOKENS = 1024  # of a compared question; PEFT's forward pass computes the logits of all tokens
+ANSWER_TOKENS = 8  # of an answer that are compared
+TOLERANCE = {torch.float32: 1e-3, torch.float16: 2e-2, torch.bfloat16: 5e-2}  # nats per token
+TIE = 10  # tolerances that the most likely tokens may differ by, as their logits are rounded
+LARGE_LOGIT = 32  # which bfloat16 rounds to an eighth
+
+
+def questions_to_compare(questions: list[Question]) -> list[Question]:
+    """Two of the questions: the shortest, and the longest of at most MAX_TOKENS tokens."""
+    by_length = sorted(questions, key=_length)
+    short = [question for question in by_length if _length(question) <= MAX_TOKENS] or by_length[:1]
+    return [short[0], short[-1]]
+
+
+def _length(question: Question) -> int:
+    return len(question.tokens) + len(question.continuations[0].tokens)
+
+
+def peft_losses(
+    model: nn.Module, folder: Path, tensors: dict[str, Tensor], questions: list[Question]
+) -> list[list[float]]:
+    """What PEFT computes for some questions: the negative log-likelihood of each right response, in nats.
+
+    Args:
+        model: the base model; it is left as it was.
+        folder: the collection's, with its adapter_config.json.
+        tensors: a checkpoint by PEFT's keys.
+        questions: the compared ones.
+
+    Returns two lists, for the base model and for the checkpoint.
+    """
+    config = LoraConfig.from_pretrained(folder)
+    config.inference_mode = True
+    adapted = PeftModel(model, config)
+    set_peft_model_state_dict(adapted, tensors)
+    adapted.eval()
+    with adapted.disable_adapter():
+        base = [plain_loss(adapted, question) for question in questions]
+    both = [base, [plain_loss(adapted, question) for question in questions]]
+    unload_adapter(adapted)
+    return both
+
+
+def check_losses(found: list[list[QuestionResult]], expected: list[list[float]], dtype: torch.dtype) -> None:
+    """Raise UserError unless losses are PEFT's, within TOLERANCE.
+
+    Args:
+        found: what the base model and a checkpoint make of the compared questions.
+        expected: what `peft_losses` returned for them.
+        dtype: what the model computes in.
+    """
+    for results, losses in zip(found, expected, strict=True):
+        for result, loss in zip(results, losses, strict=True):
+            off = abs(result.loss - loss) / result.token_count
+            if not off <= TOLERANCE[dtype] * max(1.0, loss / result.token_count):
+                raise _wrong_scores(off, "PEFT's own forward pass")
+
+
+def check_answers(scorer: Scorer, factors: Factors, dtype: torch.dtype) -> None:
+    """Raise UserError unless a plain forward pass finds each token of generated answers the most likely, or a tie.
+
+    Args:
+        scorer: with the compared questions.
+        factors: those of one adapter whose losses are known to be right.
+        dtype: what the model computes in.
+    """
+    if not decoding.supports(scorer.model):
+        return  # transformers generates
+    prompts = [question.tokens for question in scorer.questions]
+    with torch.inference_mode(), scorer.stacked.using(factors):
+        rows = decoding.generate_greedily(scorer.model, prompts, ANSWER_TOKENS, scorer.stops, scorer.pad)
+        for prompt, row in zip(prompts, rows, strict=True):
+            answer = row[: len(before_stop(row, scorer.stops)) + 1]  # with the token that ends it
+            off = greedy_gap(scorer.model, prompt, answer)
+            if not off <= TIE * TOLERANCE[dtype]:
+                raise _wrong_scores(off, "the forward pass behind the same tokens")
+
+
+def plain_loss(model: nn.Module, question: Question) -> float:
+    """The negative log-likelihood of a question's right response in nats, by the model's plain forward pass."""
+    response = question.continuations[question.right].tokens
+    logits = plain_logits(model, question.tokens, response)
+    chosen = torch.log_softmax(logits, -1).gather(1, torch.tensor(response, device=logits.device)[:, None])
+    return -float(chosen.double().sum())
+
+
+def greedy_gap(model: nn.Module, prompt: list[int], answer: list[int]) -> float:
+    """The largest difference, in nats, between the most likely token of a plain forward pass and an answer's token.
+
+    Differences between logits above LARGE_LOGIT are scaled down, because so large logits are rounded more coarsely.
+    """
+    logits = plain_logits(model, prompt, answer)
+    likeliest = logits.amax(-1)
+    off = likeliest - logits.gather(1, torch.tensor(answer, device=logits.device)[:, None])[:, 0]
+    return float((off / (likeliest.abs() / LARGE_LOGIT).clamp(min=1)).amax())
+
+
+def plain_logits(model: nn.Module, prompt: list[int], response: list[int]) -> Tensor:
+    """The logits that predict each token of a response, by a plain forward pass: [tokens, vocabulary] float32."""
+    with torch.inference_mode():
+        logits = model(input_ids=torch.tensor([prompt + response], device=model.device)).logits
+        return logits[0, len(prompt) - 1 : -1].float()
+
+
+def _wrong_scores(off: float, against: str) -> UserError:
+    return UserError(
+        f"the scores of this model would be wrong (by {off:.1e} nats a token against {against}), so none are made; "
+        "export with FORMAT=peft and score with another tool"
+    )
