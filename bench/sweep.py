@@ -182,9 +182,9 @@ class NoOp:
         pass
 
     def collect(self, pack, packed, smaller):
-        from paragen.sweep.cell_worker import Outcome
+        from paragen.training.outcome import Outcome
 
-        return [Outcome("collected", None, 0.0)] * len(pack)
+        return [Outcome("done")] * len(pack)
 
     def stop(self):
         pass
@@ -194,9 +194,10 @@ def no_op(top: Path, count: int) -> float:
     """Seconds per cell that the scheduler itself takes."""
     code = (
         "import sys, time; sys.path[:0] = ['utils', %r]\n"
-        "import bench_sweep as bench\nfrom paragen.sweep import sweep\nfrom paragen.training import status\n"
-        "cells = status.chosen_cells('', [])[:1] * 0 + [cell._replace(rank=rank) "
-        "for cell in status.chosen_cells('', [])[:1] for rank in range(1, %d)]\n"
+        "import bench_sweep as bench\nfrom dataclasses import replace\n"
+        "from paragen.recipes import lookup\nfrom paragen.sweep import sweep\n"
+        "cells = [replace(cell, rank=rank) "
+        "for cell in lookup.chosen_cells('', [])[:1] for rank in range(1, %d)]\n"
         "times = []\n"
         "sweep.run(cells, lambda *event: times.append(time.monotonic()), bench.NoOp)\n"
         "print((times[-1] - times[0]) / len(cells))"

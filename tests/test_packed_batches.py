@@ -1,19 +1,19 @@
 """Which recipes the packed engine accepts, how it assigns ranks to stacks, and how it lays rows out: no training."""
 
 import json
+from dataclasses import replace
 
 import numpy as np
 import pytest
-from helpers import packed_project
+from helpers import fork_server, packed_project
 
 from paragen.common.cli import UserError
-from paragen.recipes import render
+from paragen.recipes.run import run_of
 from paragen.training import engines
 
 
 def why(cell: packed_project.Cell, devices: tuple[str, ...] = ("cpu",)) -> str | None:
-    config = render.render(cell.pretrain, cell.rank, list(cell.overrides))
-    return engines.why_not_packed(cell.pretrain, config, list(devices))
+    return engines.why_not_packed(run_of(cell.pretrain, cell.rank, cell.overrides), list(devices))
 
 
 @pytest.fixture
@@ -44,8 +44,8 @@ REFUSED = {
 @pytest.mark.parametrize("key", REFUSED)
 def test_a_setting_that_it_does_not_support_is_named(packable, key):
     cell = packable.cell()
-    config = render.render(cell.pretrain, 4, []) | {key: REFUSED[key]}
-    assert key in engines.why_not_packed(cell.pretrain, config, ["cpu"])
+    run = run_of(cell.pretrain, 4)
+    assert key in engines.why_not_packed(replace(run, config=run.config | {key: REFUSED[key]}), ["cpu"])
 
 
 def test_several_devices_and_processors_are_not_for_it(packable):
@@ -270,7 +270,7 @@ def test_a_pack_of_the_suites_recipes_equals_what_the_ordinary_path_made(trained
     project = trained_once.copy(tmp_path / "packed")
     theirs = (project.top / "saves").rename(tmp_path / "theirs")
     cell = packed_project.Cell(project.pretrain, project.finetune)
-    run = packed_project.fork_server.start(
+    run = fork_server.start(
         "paragen.packed.packed_train", cell.arguments(), {"ENGINE": "packed"}, tmp_path / "log.txt"
     ).wait()
     assert run.status == 0, run.output

@@ -9,6 +9,7 @@ import time
 from pathlib import Path
 
 import pytest
+from helpers import fork_server
 
 pytestmark = pytest.mark.runs
 
@@ -136,7 +137,8 @@ def test_half_the_rows_at_a_time_is_the_same_training(pretrained, trained_once):
     import torch
     from safetensors.torch import load_file
 
-    result = pretrained.train(pretrained.pretrain, PARAGEN_HALVE_BATCH="1", FORCE="1")
+    arguments = [str(pretrained.pretrain), "4"]
+    result = fork_server.start("helpers.half_batch", arguments, {"FORCE": "1"}, pretrained.top / "log.txt").wait()
     assert result.status == 0, result.output
     folder = pretrained.run_folder("pretrain")
     manifest = json.loads((folder / "manifest.json").read_text())
@@ -216,29 +218,6 @@ def test_what_runs_is_seen_from_another_shell(repository, project):
     assert "pretrain step " in line and " of 4000, loss " in line
 
 
-@pytest.mark.parametrize(
-    ("log", "cause", "again"),
-    [
-        ("  0%| | 0/20 [00:01<?, ?it/s]error: x.yaml: out of device memory; halve it\n 0%| | 0/20 [00:01<?, ?it/s]\n",
-         "x.yaml: out of device memory; halve it", True),
-        ("RuntimeError: DefaultCPUAllocator: can't allocate memory: you tried to allocate 9 bytes.\n",
-         "RuntimeError: DefaultCPUAllocator: can't allocate memory: you tried to allocate 9 bytes.", True),
-        ("error: x.yaml: out of device memory; halve it\nerror: training on 2 devices failed with status 1; the cause "
-         "stands above\n", "x.yaml: out of device memory; halve it", True),
-        ("  5%| | 1/20 [00:05<01:35,  5.00s/it]error: x.yaml: no\n", "x.yaml: no", False),
-        ("error: x.yaml: no such file\n100%|  | 1/1 [00:00<00:00, 9.00it/s]\n", "x.yaml: no such file", False),
-        ("whole  A\nFAULTY B: has 1 bytes\n", "FAULTY B: has 1 bytes", False),
-        ("", "no output", False),
-    ],
-)  # fmt: skip
-def test_the_cause_of_a_failure_is_the_logs_last_error(tmp_path, log, cause, again):
-    from paragen.sweep import cell_worker
-
-    (tmp_path / "x.log").write_text(log)
-    assert cell_worker.cause_in(tmp_path / "x.log") == f"{cause} (log: {tmp_path / 'x.log'})"
-    assert bool(cell_worker.OUT_OF_MEMORY.search(cause)) == again
-
-
 @pytest.mark.parametrize(("gpus_per_cell", "groups"), [("1", 4), ("2", 2)])
 def test_each_worker_sees_its_own_devices(tmp_path, gpus_per_cell, groups):
     """Ray hands out four GPUs, which this machine need not have: nothing is trained here."""
@@ -288,7 +267,7 @@ def worker(tmp_path, monkeypatch):
 
     from paragen.sweep import cell_worker
 
-    def start(script, arguments, environment, log):
+    def start(task, arguments, environment, log, note):
         process = multiprocessing.get_context("fork").Process(target=time.sleep, args=(60,))
         process.start()
         return process
@@ -302,6 +281,7 @@ def worker(tmp_path, monkeypatch):
 
 def test_a_stop_reaches_a_run_that_is_just_starting(worker, tmp_path, monkeypatch):
     from paragen.sweep import cell_worker
+    from paragen.training import ordinary
 
     start = cell_worker.forked.start
 
@@ -311,12 +291,13 @@ def test_a_stop_reaches_a_run_that_is_just_starting(worker, tmp_path, monkeypatc
 
     monkeypatch.setattr(cell_worker.forked, "start", start_slowly)
     started = time.monotonic()
-    worker._run("train", [], {}, tmp_path / "x.log")
+    worker._run(ordinary.train, (), {}, tmp_path / "x.log")
     assert time.monotonic() - started < 10
 
 
 def test_a_run_whose_end_nobody_saw_is_worth_another_attempt(worker, tmp_path, monkeypatch):
     from paragen.sweep import cell_worker
+    from paragen.training import ordinary
 
     class Lost:
         exitcode = 255  # multiprocessing's, when the process that the others are forked from was killed
@@ -325,7 +306,7 @@ def test_a_run_whose_end_nobody_saw_is_worth_another_attempt(worker, tmp_path, m
             pass
 
     monkeypatch.setattr(cell_worker.forked, "start", lambda *arguments: Lost())
-    assert worker._run("train", [], {}, tmp_path / "x.log")[0] == "killed"
+    assert worker._run(ordinary.train, (), {}, tmp_path / "x.log").kind == "killed"
 
 
 def test_a_recipe_that_cannot_be_read_costs_its_cell(repository):
@@ -383,10 +364,10 @@ def test_tokenised_rows_are_shared_only_where_they_are_the_same(change, same):
 def test_a_cell_that_another_program_is_at_work_on_waits_behind_the_others(project):
     """Its run keeps the right to its name; a second attempt takes it from the first."""
     from paragen.common import files
+    from paragen.recipes.run import Cell
     from paragen.sweep import sweep
-    from paragen.training.status import Cell
 
-    cell = Cell("Toy", "tiny", 4, project.pretrain, project.finetune)
+    cell = Cell("Toy", "tiny", 4, (project.pretrain, project.finetune))
     mark = project.run_folder("finetune").with_name(f".{project.run_folder('finetune').name}.attempt")
     with files.lock(files.beside(project.run_folder("finetune"), "lock")):
         assert not sweep.claim(sweep.Job(cell, "new", 1, False)) and not mark.exists()

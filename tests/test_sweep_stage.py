@@ -17,8 +17,8 @@ from test_sweep import CATEGORY, hashes, left_over, sweep
 from paragen.common import paths
 from paragen.common.cli import UserError
 from paragen.model import base_models
+from paragen.recipes.run import Cell
 from paragen.sweep import stage
-from paragen.training import status
 
 pytestmark = pytest.mark.runs
 
@@ -176,7 +176,7 @@ class Place:
         shutil.copy(ROOT / "models" / "models.yaml", project.top / "models")
         monkeypatch.setattr(base_models, "TABLE", project.top / "models" / "models.yaml")
         self.project, self.attempt = project, attempt
-        self.cell = status.Cell("Toy", "tiny-llama", 4, project.pretrain, project.finetune)
+        self.cell = Cell("Toy", "tiny-llama", 4, (project.pretrain, project.finetune))
         self.back = tmp_path / "runs of the node"
         project.saves.rename(self.back)
         project.saves.mkdir()
@@ -192,8 +192,8 @@ class Place:
         self.need = self.depot.begin(self.cell, attempt)
 
     def claim(self, attempt: str) -> None:
-        for folder in status.run_folders(self.cell):
-            folder.with_name(f".{folder.name}.attempt").write_text(attempt)
+        for run in self.cell.runs:
+            run.folder.with_name(f".{run.folder.name}.attempt").write_text(attempt)
 
     def send(self, phase: str) -> None:
         stage.send(self.worker, self.back / self.project.run_folder(phase).name, self.attempt, phase)

@@ -14,14 +14,12 @@ import tempfile
 from pathlib import Path
 
 from paragen.collection import run_identity
-from paragen.common import cli
+from paragen.common import cli, paths
 from paragen.common.cli import UserError
 from paragen.packed import packed_train
-from paragen.packed.packed_train import Cell
 from paragen.recipes import lookup, render
+from paragen.recipes.run import Cell
 from paragen.training import engines
-
-UTILS = Path(__file__).resolve().parent
 
 
 def main() -> int:
@@ -29,8 +27,7 @@ def main() -> int:
     ranks = asked_ranks()
     seed = (f"seed={value}",) if (value := os.environ.get("SEED")) else ()
     keep = (f"save_total_limit={value}",) if (value := os.environ.get("KEEP")) else ()
-    pretrain, finetune = (lookup.find(dataset, model, phase) for phase in ("pretrain", "finetune"))
-    chosen = [Cell(pretrain, finetune, rank, seed, keep) for rank in ranks]
+    chosen = [lookup.find_cell(dataset, model, rank, seed, keep) for rank in ranks]
     to_do, failed = sort_out(chosen)
     if name == "packed" or (name is None and os.environ.get("RANKS", "").split()):
         failed += train_packed(to_do) if to_do else []
@@ -42,7 +39,7 @@ def main() -> int:
                 failed.append(cell)
     status = verify([cell for cell in chosen if cell not in failed])
     for cell in failed:
-        cli.complain(f"{finetune.stem} at rank {cell.rank}: is not collected; the cause stands above")
+        cli.complain(f"{cell.recipes[1].stem} at rank {cell.rank}: is not collected; the cause stands above")
     return 1 if failed else status
 
 
@@ -75,8 +72,8 @@ def sort_out(chosen: list[Cell]) -> tuple[list[Cell], list[Cell]]:
 
 def train_ordinary(cell: Cell) -> int:
     """Train both phases of a cell, one after the other; the status of the first that failed, else 0."""
-    for recipe, overrides in ((cell.pretrain, cell.overrides), (cell.finetune, cell.overrides + cell.keep)):
-        if status := cli.call(["bash", UTILS / "train_with_rank.sh", recipe, cell.rank, *overrides]):
+    for run in cell.runs:
+        if status := cli.call(["bash", paths.UTILS / "train_with_rank.sh", run.recipe, run.rank, *run.overrides]):
             return status
     return 0
 
@@ -91,15 +88,15 @@ def train_packed(chosen: list[Cell]) -> list[Cell]:
         found = packed_train.read_results(results)
     if status < 0:
         cli.complain(f"the training was killed by signal {-status}; run it again, it goes on where it was")
-    return [cell for number, cell in enumerate(chosen) if number not in found or found[number].outcome != "done"]
+    return [cell for number, cell in enumerate(chosen) if number not in found or not found[number].is_done]
 
 
 def verify(chosen: list[Cell]) -> int:
     """Verify the collections of cells, in one process; its status."""
     named = []
     for cell in chosen:
-        named += ["--recipe", cell.finetune, cell.rank, *cell.overrides, *cell.keep]
-    return cli.call([sys.executable, UTILS / "verify.py", *named]) if named else 0
+        named += ["--recipe", cell.finetune.recipe, cell.rank, *cell.finetune.overrides]
+    return cli.call([sys.executable, paths.UTILS / "verify.py", *named]) if named else 0
 
 
 if __name__ == "__main__":

@@ -12,15 +12,15 @@ import sys
 
 from paragen.common import cli
 from paragen.common.cli import UserError, say
-from paragen.sweep import cell_worker, plan, sweep
+from paragen.recipes import lookup
+from paragen.sweep import plan, sweep
 from paragen.sweep.display import Display
-from paragen.training import status
 
 
 def main() -> int:
     if len(sys.argv) < 2:
         raise UserError("usage: collect_all.py CATEGORY [DATASET ...]")
-    chosen = status.chosen_cells(sys.argv[1], sys.argv[2:])
+    chosen = lookup.chosen_cells(sys.argv[1], sys.argv[2:])
     to_do = plan.show(chosen)
     outcomes = {}
     if to_do:
@@ -34,7 +34,7 @@ def main() -> int:
             for cell in chosen
         ],
     )
-    return 0 if all(outcome.text == cell_worker.COLLECTED for outcome in outcomes.values()) else 1
+    return 0 if all(outcome.is_done for outcome in outcomes.values()) else 1
 
 
 if __name__ == "__main__":

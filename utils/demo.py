@@ -9,15 +9,18 @@ import json
 import os
 import sys
 import time
+from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 from paragen.analysis import report
 from paragen.collection import collection
 from paragen.common import cli, files, paths
 from paragen.common.cli import UserError, say
 from paragen.packed import packed_train
-from paragen.recipes import lookup, render
-from paragen.sweep import forked
+from paragen.recipes import lookup
+from paragen.sweep import cell_worker, forked
+from paragen.training import ordinary
 
 DATASET, MODEL, RANK = "Demo", "smollm2-135m", 8
 SCORED = "every:5"  # of the checkpoints
@@ -37,17 +40,16 @@ def main() -> None:
     if cli.call([sys.executable, UTILS / "fetch_model.py", MODEL]):
         raise UserError("the demo stopped at this part; the cause stands above")
     step("training and collecting")
-    pretrain, finetune = (lookup.find(DATASET, MODEL, phase) for phase in ("pretrain", "finetune"))
-    if not packed_train.is_done(packed_train.Cell(pretrain, finetune, RANK)):
-        for recipe in (pretrain, finetune):
-            call("train", str(recipe), str(RANK))
-    call("verify", "--recipe", str(finetune), str(RANK))
+    cell = lookup.find_cell(DATASET, MODEL, RANK)
+    if not packed_train.is_done(cell):
+        for run in cell.runs:
+            call(ordinary.train, run)
+    call(cell_worker.verify_runs, [cell.finetune])
     step("scoring the base model and four checkpoints on held-out questions")
-    call("evaluate", "--show", str(QUESTIONS))
-    folder = render.run_folder(finetune, render.render(finetune, RANK))
-    show_table(folder, collection.read_manifest(folder))
+    call(forked.run_script, "evaluate", ["--show", str(QUESTIONS)])
+    show_table(cell.finetune.folder, collection.read_manifest(cell.finetune.folder))
     step("drawing the report")
-    call("report")
+    call(forked.run_script, "report", [])
     say(f"\nall of it took {time.monotonic() - STARTED:.0f} s")
     say(f"look at it in a browser: {paths.relative(report.page_of())}")
 
@@ -57,9 +59,9 @@ def step(what: str) -> None:
     say(f"\n=== {what} ({time.monotonic() - STARTED:.0f} s)")
 
 
-def call(script: str, *arguments: str) -> None:
-    """Run one of this repository's scripts in a process that has imported already; its output tells what goes on."""
-    process = forked.start(script, list(arguments), {}, None)
+def call(task: Callable[..., Any], *arguments: Any) -> None:
+    """Run a task in a process that has imported already; its output shows what goes on."""
+    process = forked.start(task, arguments, {}, None)
     try:
         process.join()
     finally:

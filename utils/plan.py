@@ -8,12 +8,12 @@ Reads recipes, run folders and their manifests; writes nothing. Too little disk 
 import os
 
 from paragen.common import cli
+from paragen.recipes import lookup
 from paragen.sweep import plan
-from paragen.training import status
 
 
 def main() -> None:
-    plan.show(status.chosen_cells(os.environ.get("CATEGORY", ""), os.environ.get("DATASET", "").split()))
+    plan.show(lookup.chosen_cells(os.environ.get("CATEGORY", ""), os.environ.get("DATASET", "").split()))
 
 
 if __name__ == "__main__":

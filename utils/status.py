@@ -9,11 +9,12 @@ import os
 
 from paragen.common import cli
 from paragen.common.cli import say
+from paragen.recipes import lookup
 from paragen.training import status
 
 
 def main() -> None:
-    chosen = status.chosen_cells(os.environ.get("CATEGORY", ""), os.environ.get("DATASET", "").split())
+    chosen = lookup.chosen_cells(os.environ.get("CATEGORY", ""), os.environ.get("DATASET", "").split())
     by_pair: dict[tuple[str, str], dict[int, str]] = {}
     reasons: list[str] = []
     for cell in chosen:

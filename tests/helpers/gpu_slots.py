@@ -4,9 +4,9 @@ import os
 import sys
 import time
 
+from paragen.recipes.run import Cell
 from paragen.sweep import sweep
-from paragen.sweep.cell_worker import Outcome
-from paragen.training.status import Cell
+from paragen.training.outcome import Outcome
 
 
 class Teller:
@@ -18,7 +18,7 @@ class Teller:
 
     def collect(self, pack, packed, smaller):
         time.sleep(1)  # so that all workers are at work at once
-        return [Outcome(f"{os.getpid()}:{os.environ['CUDA_VISIBLE_DEVICES']}", None, 0.0)] * len(pack)
+        return [Outcome("failed", f"{os.getpid()}:{os.environ['CUDA_VISIBLE_DEVICES']}")] * len(pack)
 
     def stop(self):
         pass
@@ -28,6 +28,6 @@ if __name__ == "__main__":
     from helpers import gpu_slots
 
     sweep.claim, sweep.release = lambda job: True, lambda job: None
-    cells = [Cell("X", "x", rank, None, None) for rank in range(1, 7)]
+    cells = [Cell("X", "x", rank, (None, None)) for rank in range(1, 7)]
     outcomes = sweep.run(cells, lambda *event: None, gpu_slots.Teller)
-    print(*sorted({outcome.text for outcome in outcomes.values()}), file=sys.stderr)
+    print(*sorted({outcome.cause for outcome in outcomes.values()}), file=sys.stderr)

@@ -21,6 +21,8 @@ from paragen.collection import checkpoints, collection, evaluation, index
 from paragen.common import files, paths
 from paragen.common.cli import UserError
 from paragen.model import base_models
+from paragen.recipes import lookup
+from paragen.recipes.run import Cell
 from paragen.training import status
 
 if TYPE_CHECKING:
@@ -94,15 +96,15 @@ def cell_states(table: "pa.Table") -> dict[str, Any]:
         collected.setdefault((dataset, model), set()).add(rank)
     found, by_folder = [], {}
     try:
-        pairs = status.pairs_in("")
+        pairs = lookup.pairs_in("")
     except UserError:  # no recipes: the collections are all there is
         pairs = {}
     for (dataset, model), (pretrain, finetune) in sorted(pairs.items()):
-        for rank in sorted({*status.RANKS, *collected.get((dataset, model), ())}):
-            cell = status.Cell(dataset, model, rank, pretrain, finetune)
+        for rank in sorted({*lookup.RANKS, *collected.get((dataset, model), ())}):
+            cell = Cell(dataset, model, rank, (pretrain, finetune))
             state, reason = status.state_of(cell)
             try:
-                folder = status.run_folders(cell)[1].absolute()
+                folder = cell.finetune.folder
                 by_folder[folder] = (state, reason)
             except UserError:  # a recipe that cannot be rendered; the reason says so
                 folder = None

@@ -12,7 +12,7 @@ import tempfile
 from concurrent.futures import ThreadPoolExecutor
 from importlib.metadata import version
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 from paragen.collection import evaluation, run_identity
 from paragen.common import files, paths
@@ -108,18 +108,23 @@ def is_collection(folder: Path, names: list[str]) -> bool:
     return isinstance(manifest, dict) and (manifest.get("phase") == "finetune" or has_checkpoints)
 
 
-def state_of(folder: Path, identity: dict) -> tuple[str, list[str]]:
-    """How a run folder stands to what is asked for: (`missing` | `complete` | `stale` | `unknown`, what changed).
+class State(NamedTuple):
+    """How a run folder stands to what is requested."""
 
-    `unknown` is a folder without a manifest: not made by this project, or not cleaned yet.
-    """
+    name: str  # missing, complete, stale, or unknown: a folder without a manifest
+    changed: list[str]  # what makes it stale, a phrase each
+    manifest: dict[str, Any] | None
+
+
+def state_of(folder: Path, identity: dict) -> State:
+    """How a run folder stands to the identity of the run that is requested."""
     if not folder.exists():
-        return "missing", []
+        return State("missing", [], None)
     manifest = read_manifest(folder)
     if manifest is None:
-        return "unknown", []
+        return State("unknown", [], None)
     changed = run_identity.changes(manifest, identity)
-    return ("stale", changed) if changed else ("complete", [])
+    return State("stale" if changed else "complete", changed, manifest)
 
 
 def manifest_of(

@@ -9,13 +9,15 @@ import json
 import re
 from importlib.metadata import version
 from pathlib import Path
+from typing import Any, NamedTuple
 
 import prompt_templates
 from paragen.common import cli, files, paths
 from paragen.common.cli import UserError
 from paragen.dataset import dataset_info, pictures
 from paragen.model import base_models
-from paragen.recipes.render import DEFAULT_SEED, resolve
+from paragen.recipes.render import DEFAULT_SEED
+from paragen.recipes.run import Run
 
 # Recipe keys that say where files lie or how they are read and logged, not what is trained. The contents behind the
 # paths are hashed in the other sections.
@@ -40,25 +42,52 @@ OWN_TOKENS = {"eval_dataset", "tokenized_path", "streaming"}
 RESUMED = (paths.ADAPTER, "optimizer.pt", "scheduler.pt", "rng_state.pth", "trainer_state.json")
 
 
-def identity_of(recipe: Path, config: dict) -> dict:
-    """The identity of the run that a rendered recipe asks for.
+class Snapshot(NamedTuple):
+    """A run's identity, and the files that it was taken from as they were before."""
 
-    Args:
-        recipe: the recipe's path; the paths in it are relative to its folder.
-        config: the recipe as `rank_config.render` gives it.
+    identity: dict[str, Any]
+    stamps: dict[str, tuple[int, ...]] | None  # by path; None where stamps alone cannot show a change
 
-    Raises UserError when the model, the data or the pretrain checkpoint is not there, with the command that makes it.
+
+def snapshot_of(run: Run) -> Snapshot:
+    """A run's identity, in a form that shows cheaply whether it is still true. Raises as `identity_of`."""
+    stamps = _stamps_of(run)
+    identity = identity_of(run)
+    return Snapshot(identity, None if any(data["pictures"] for data in identity["data"]) else stamps)
+
+
+def changed_since(run: Run, snapshot: Snapshot) -> list[str]:
+    """What of a run's identity changed since a snapshot, a phrase each. Reads the files only where one was touched."""
+    if snapshot.stamps is not None and snapshot.stamps == _stamps_of(run):
+        return []
+    return changes(snapshot.identity, identity_of(run))
+
+
+def _stamps_of(run: Run) -> dict[str, tuple[int, ...]]:
+    """The stamps of the files that an identity is taken from, but for pictures."""
+    folder = run.resolve(run.config.get("dataset_dir", "data"))
+    entries = [dataset_info.data_file(name.strip(), folder) for name in run.config["dataset"].split(",")]
+    found = [*entries, folder / "dataset_info.json"]
+    for parent in (run.base, run.resumed):
+        found += sorted(parent.iterdir()) if parent is not None and parent.is_dir() else []
+    return {str(path): files.stamp_of(path.stat()) for path in found if path.is_file()}
+
+
+def identity_of(run: Run) -> dict[str, Any]:
+    """What a run is trained from, as a JSON value (see the head of this file).
+
+    Raises UserError when the model, the data or the pretrain checkpoint is missing, with the command that makes it.
     """
-    base = base_models.local_folder(resolve(recipe, config["model_name_or_path"]))
+    base, config = base_models.local_folder(run.base), run.config
     recipe_keys = {"seed": DEFAULT_SEED, **{key: value for key, value in config.items() if key not in NOT_TRAINED}}
     if template_hash := hash_of_template(config.get("template")):
         recipe_keys["template_sha256"] = template_hash
     return {
         "recipe": dict(sorted(recipe_keys.items())),
-        "data": [_data_of(name.strip(), recipe, config) for name in config["dataset"].split(",")],
+        "data": [_data_of(name.strip(), run) for name in config["dataset"].split(",")],
         "base_model": base_models.identity_of(base),
         "tokenizer": {"sha256": base_models.hash_of(base, base_models.tokenizer_files(base))},
-        "pretrain": pretrain_of(resume_folder(recipe, config)),
+        "pretrain": pretrain_of(run.resumed),
     }
 
 
@@ -83,12 +112,6 @@ def hash_of_template(name: str | None) -> str | None:
             if getattr(said.get("name"), "value", None) == name and name is not None:
                 return files.sha256_of_value(ast.dump(node))
     return None
-
-
-def resume_folder(recipe: Path, config: dict) -> Path | None:
-    """The checkpoint folder that a rendered recipe resumes from, or None."""
-    resume = config.get("resume_from_checkpoint")
-    return resolve(recipe, resume) if resume else None
 
 
 def pretrain_of(checkpoint: Path | None) -> dict | None:
@@ -135,9 +158,9 @@ def changes(old: dict, new: dict) -> list[str]:
     return found
 
 
-def _data_of(name: str, recipe: Path, config: dict) -> dict:
+def _data_of(name: str, run: Run) -> dict[str, Any]:
     """What is read of one dataset: entry, file, and the first `max_samples` rows, trained on, with their pictures."""
-    folder = resolve(recipe, config.get("dataset_dir", "data"))
+    config, folder = run.config, run.resolve(run.config.get("dataset_dir", "data"))
     entry = dataset_info.entry_of(name, folder)
     dataset_info.require_trainable(name, entry)
     if entry.get("num_samples") is not None:
@@ -145,7 +168,7 @@ def _data_of(name: str, recipe: Path, config: dict) -> dict:
     path = dataset_info.data_file(name, folder)
     rows = dataset_info.load_rows(path)
     used = rows[: config.get("max_samples") or len(rows)]
-    media = resolve(recipe, config["media_dir"]) if config.get("media_dir") else folder
+    media = run.resolve(config["media_dir"]) if config.get("media_dir") else folder
     return {
         "name": name,
         "file": entry["file_name"],

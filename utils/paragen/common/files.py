@@ -29,6 +29,12 @@ def write_atomically(path: Path, *parts: bytes | memoryview) -> None:
     sync_folder(path.parent)
 
 
+def write(path: Path, *parts: bytes | memoryview) -> None:
+    """Write `parts`, one behind the other, to `path` in a staging folder, which `sync_tree` makes durable later."""
+    with open(path, "wb") as file:
+        file.writelines(parts)
+
+
 def unfinished(path: Path) -> list[Path]:
     """What is there of writing `path` atomically: of a process that writes it now, or was killed when it did."""
     return list(path.parent.glob(f".{glob.escape(path.name)}.*.tmp"))

@@ -28,6 +28,7 @@ from paragen.packed.layers import NotPackable
 from paragen.packed.model import unload_adapter, use_fused_kernels
 from paragen.packed.schedule import TrainingLog, TrainingSchedule, rows_of
 from paragen.training import ordinary, process
+from paragen.training.attempts import Attempt
 
 OutOfMemory = torch.OutOfMemoryError
 
@@ -72,7 +73,7 @@ class FrozenBase:
         self.initial_adapters: dict[tuple, InitialAdapter] = {}
         self.rows: dict[str, list[Row]] = {}
 
-    def admit(self, attempt: ordinary.Attempt) -> PackedRun:
+    def admit(self, attempt: Attempt) -> PackedRun:
         """Prepare a run.
 
         Raises UserError for a mistake in its recipe or data, NotPackable where it cannot be packed.
@@ -80,8 +81,8 @@ class FrozenBase:
         job = ordinary.job_of(attempt, self.wanted)
         arguments = process.arguments_of(job) | OVERRIDES
         prompt_templates.register()
-        process.check_arguments(attempt.recipe, arguments)
-        process.check_template(attempt.recipe, arguments, job["pictures"])
+        process.check_arguments(attempt.run.recipe, arguments)
+        process.check_template(attempt.run.recipe, arguments, job["pictures"])
         try:
             return self._admit(attempt, job, arguments)
         except (NotPackable, OutOfMemory):
@@ -89,9 +90,9 @@ class FrozenBase:
         except process.SETTINGS_ERRORS as error:
             if cli.storage_fault(error) is not None:
                 raise
-            raise process.refusal(attempt.recipe, error) from error
+            raise process.refusal(attempt.run.recipe, error) from error
 
-    def _admit(self, attempt: ordinary.Attempt, job: dict, arguments: dict) -> PackedRun:
+    def _admit(self, attempt: Attempt, job: dict, arguments: dict) -> PackedRun:
         parsed = get_train_args(dict(arguments))  # sets the seed, as every start of LLaMA-Factory does
         rows = self._rows(attempt, job, parsed)
         initial = self._initial_adapter(parsed, rows)
@@ -104,7 +105,7 @@ class FrozenBase:
         adapter = Adapter(factors, initial.scaling, schedule.rates, schedule.optimizer, max_norm, moments)
         return PackedRun(schedule, TrainingLog(schedule), adapter, copy.deepcopy(initial.config))
 
-    def _rows(self, attempt: ordinary.Attempt, job: dict, parsed: tuple) -> list[Row]:
+    def _rows(self, attempt: Attempt, job: dict, parsed: tuple) -> list[Row]:
         """The run's tokenised rows; runs with the same data and settings share them."""
         key = run_identity.tokens_key(attempt.identity)
         if key is None or key not in self.rows:

@@ -20,7 +20,7 @@ from paragen.packed.batches import Row, Step
 from paragen.packed.engine import Engine
 from paragen.packed.frozen_base import FrozenBase, PackedRun
 from paragen.packed.layers import NotPackable
-from paragen.training import collector, ordinary
+from paragen.training import attempts, collector, completion
 
 EVERY = 10  # seconds between lines of progress
 
@@ -161,7 +161,7 @@ class Pack:
         began = said = time.monotonic()
         for member in self.members:
             member.log.begin()
-        phase = self.members[0].schedule.attempt.phase
+        phase = self.members[0].schedule.attempt.run.phase
         say(f"{phase} of {len(self.members)} cells, packed, {len(self.steps)} steps")
         for number, losses in self.engine.train(self.steps, self._keep):
             if len(self.members) > 1 and not all(map(math.isfinite, losses)):
@@ -216,14 +216,14 @@ class Pack:
                 "engine": "packed",
                 "packed_with": len(self.members),
             }
-            ordinary.complete(attempt, facts)
-            ordinary.drop_claim(attempt.folder)
+            completion.complete(attempt, facts)
+            attempts.drop_claim(attempt.run.folder)
         except UserError as error:
             return error
         except (OSError, RuntimeError) as error:
             if cli.storage_fault(error) is not None:
                 raise
-            return UserError(f"{attempt.recipe}: its run cannot be completed: {type(error).__name__}: {error}")
+            return UserError(f"{attempt.run}: cannot be completed: {type(error).__name__}: {error}")
         return None
 
 

@@ -19,7 +19,7 @@ from transformers.trainer_callback import DefaultFlowCallback
 from paragen.packed.batches import Row
 from paragen.packed.layers import NotPackable
 from paragen.training import collector
-from paragen.training.ordinary import Attempt
+from paragen.training.attempts import Attempt
 
 
 class TrainingSchedule:
@@ -96,7 +96,7 @@ class TrainingSchedule:
         """Set `logged`, `saved` and the first collected step by transformers' own rule."""
         state, control, rule = self.trainer.state, self.trainer.control, DefaultFlowCallback()
         self.logged, saved = set(), []
-        keep = self.attempt.config.get("save_total_limit")
+        keep = self.attempt.run.config.get("save_total_limit")
         self.first_collected = self.last - (keep or self.last - self.first + 1) + 1
         if self.collects:
             collector.check_window(keep, self.first - 1, self.last)
@@ -115,7 +115,7 @@ class TrainingSchedule:
     @property
     def collects(self) -> bool:
         """Whether the run makes a collection."""
-        return self.attempt.phase == "finetune"
+        return self.attempt.run.collects
 
     def is_collected(self, step: int) -> bool:
         """Whether the adapter after this step belongs to the collection."""

@@ -1,17 +1,19 @@
-"""Finds the recipe of a cell among those under collect_scripts/, from what a user types.
+"""Finds recipes and cells among those under collect_scripts/, from what a user types.
 
-    DATASET=arcc MODEL=qwen2.5-0.5b python utils/cells.py pretrain      prints the recipe's path
-
-DATASET and MODEL are matched without case and punctuation. Without MODEL: qwen2.5-0.5b where the dataset has a recipe
-for it, else the one model that it has.
+Names are matched without case and punctuation.
 """
 
+import os
+from collections.abc import Iterable
 from pathlib import Path
 
 from paragen.common import paths
 from paragen.common.cli import UserError
+from paragen.recipes import render
+from paragen.recipes.run import Cell
 
 DEFAULT_MODEL = "qwen2.5-0.5b"
+RANKS = (2, 4, 8, 16, 64)  # of a sweep
 
 
 def recipes(scripts: Path | None = None) -> dict[tuple[str, str, str], Path]:
@@ -32,20 +34,71 @@ def recipes(scripts: Path | None = None) -> dict[tuple[str, str, str], Path]:
 
 
 def find(dataset: str, model: str | None, phase: str, scripts: Path | None = None) -> Path:
-    """The recipe that is meant. Raises UserError listing the right values when there is none."""
+    """The recipe that is meant.
+
+    Without `model`: DEFAULT_MODEL where the dataset has a recipe for it, else its one model. Raises UserError listing
+    the right values when there is none.
+    """
     known = recipes(scripts)
+    return known[(*_names(known, dataset, model, phase), phase)]
+
+
+def find_cell(
+    dataset: str, model: str | None, rank: int, overrides: tuple[str, ...] = (), keep: tuple[str, ...] = ()
+) -> Cell:
+    """The cell of the recipes that are meant, as for `find`. `keep`: overrides of the finetune alone."""
+    known = recipes()
+    pretrain, finetune = (_names(known, dataset, model, phase) for phase in paths.PHASES)
+    return Cell(*finetune, rank, (known[*pretrain, "pretrain"], known[*finetune, "finetune"]), overrides, keep)
+
+
+def _names(known: dict[tuple[str, str, str], Path], dataset: str, model: str | None, phase: str) -> tuple[str, str]:
+    """The dataset and the model that are meant, spelled as in the recipes' names."""
     if not dataset:
-        raise UserError(
-            f"say which dataset: make {phase} DATASET=...; known: {', '.join(sorted({key[0] for key in known}))}"
-        )
+        names = ", ".join(sorted({key[0] for key in known}))
+        raise UserError(f"say which dataset: make {phase} DATASET=...; known: {names}")
     dataset = paths.choose(dataset, {key[0] for key in known}, "dataset")
     models = {key[1] for key in known if key[0] == dataset and key[2] == phase}
     if model:
-        model = paths.choose(model, models, f"a {phase} recipe of {dataset} for the model")
-    elif DEFAULT_MODEL in models:
-        model = DEFAULT_MODEL
-    elif len(models) == 1:
-        model = models.pop()
-    else:
-        raise UserError(f"say which model of {dataset}: MODEL=...; known: {', '.join(sorted(models)) or 'none yet'}")
-    return known[dataset, model, phase]
+        return dataset, paths.choose(model, models, f"a {phase} recipe of {dataset} for the model")
+    if DEFAULT_MODEL in models:
+        return dataset, DEFAULT_MODEL
+    if len(models) == 1:
+        return dataset, models.pop()
+    raise UserError(f"say which model of {dataset}: MODEL=...; known: {', '.join(sorted(models)) or 'none yet'}")
+
+
+def chosen_cells(category: str, datasets: Iterable[str]) -> list[Cell]:
+    """The cells of a category (empty: all) and of some datasets (none: all), for MODELS or MODEL and RANKS.
+
+    Names are matched without case and punctuation. Cells that share a base model stand together. Raises UserError for a
+    value that is not known, listing the right ones.
+    """
+    pairs = pairs_in(category)
+    names = {dataset for dataset, _ in pairs}
+    wanted = {paths.choose(name, names, "dataset") for name in datasets} or names
+    known_models = {model for dataset, model in pairs if dataset in wanted}
+    named = (os.environ.get("MODELS") or os.environ.get("MODEL") or "").split()
+    models = {paths.choose(name, known_models, "model") for name in named} or known_models
+    ranks = [render.parse_rank(rank) for rank in os.environ.get("RANKS", "").split()] or RANKS
+    return [
+        Cell(dataset, model, rank, pairs[dataset, model])
+        for dataset, model in sorted(pairs, key=lambda pair: (pair[1], pair[0]))
+        if dataset in wanted and model in models
+        for rank in dict.fromkeys(ranks)
+    ]
+
+
+def pairs_in(category: str) -> dict[tuple[str, str], tuple[Path, Path]]:
+    """The recipe pairs (pretrain, finetune) of a category, by (dataset, model); all categories' where none is named."""
+    if category:
+        category = paths.choose(category, paths.CATEGORIES, "category")
+    known = {key: path for key, path in recipes().items() if category in ("", path.parent.parent.name)}
+    pairs = {
+        (dataset, model): (path, known[dataset, model, "finetune"])
+        for (dataset, model, phase), path in known.items()
+        if phase == "pretrain" and (dataset, model, "finetune") in known
+    }
+    if not pairs:
+        raise UserError(f"collect_scripts/{category or '*'}: no pair of recipes there yet")
+    return pairs

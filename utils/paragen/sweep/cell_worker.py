@@ -1,41 +1,28 @@
-"""One slot of a sweep: brings cells to verified collections, in processes forked warm.
+"""One slot of a sweep: makes cells verified collections, in processes forked from one that has imported already.
 
-sweep.py runs it as a Ray actor; it lives as long as the sweep. A cell by itself gets a process per phase; the cells of
-a pack are trained together by packed_train.py. Each cell's output goes to a log beside its run folder; what the
-training of a pack says, to that of its first cell.
+sweep.py runs it as a Ray actor; it lives as long as the sweep. A cell alone gets a process per phase; the cells of a
+pack are trained together by packed_train.py. Each cell's output goes to a log beside its run folder; what the training
+of a pack prints, to that of its first cell.
 """
 
 import contextlib
 import os
-import re
 import tempfile
 import threading
 import time
+from collections.abc import Callable
+from dataclasses import replace
 from multiprocessing import Process
 from pathlib import Path
-from typing import NamedTuple
 
-from paragen.collection import run_identity
+from paragen.collection import run_identity, verify
 from paragen.common import cli, files, paths
 from paragen.common.cli import UserError
 from paragen.packed import packed_train
+from paragen.recipes.run import Cell, Run
 from paragen.sweep import forked
-from paragen.training import engines, status
-from paragen.training.status import Cell
-
-COLLECTED = "collected"
-ERROR = re.compile(r"(?:^|it/s\]|s/it\])error: (.*)|^FAULTY .*")  # also where it goes on in a progress bar's line
-BUSY = "is running already"  # in what a run says whose folder another process is at work on
-ABOVE = "the cause stands above"  # how a run on several devices ends whose processes have said why
-OUT_OF_MEMORY = re.compile(r"out of (device )?memory|can't allocate memory", re.IGNORECASE)
-
-
-class Outcome(NamedTuple):
-    """What became of a cell."""
-
-    text: str  # `collected`, or `failed: ...` with the cause in one line
-    again: str | None  # why another attempt is worth it: `killed`, `memory`, `alone` (it cannot be packed), or None
-    seconds: float
+from paragen.training import engines, ordinary, outcome
+from paragen.training.outcome import DONE, STOPPED, Outcome
 
 
 class CellWorker:
@@ -67,7 +54,7 @@ class CellWorker:
             packed: all together, through the packed engine; else one after the other.
             smaller: with half the rows at a time, accumulated twice as often; not for the packed engine.
 
-        Returns what became of each.
+        Returns the outcome of each.
         """
         if packed:
             return self._collect_together(pack)
@@ -75,39 +62,38 @@ class CellWorker:
 
     def _collect_alone(self, cell: Cell, attempt: str, smaller: bool) -> Outcome:
         started = time.monotonic()
-        settings = {"PARAGEN_ATTEMPT": attempt, "PARAGEN_HALVE_BATCH": "1" if smaller else ""}
         try:
             log = log_of(cell)
             log.parent.mkdir(parents=True, exist_ok=True)
             log.write_bytes(b"")
-            again, text = self._collect(cell, settings, log)
+            ended = self._collect(cell, attempt, smaller, log)
         except UserError as error:
-            again, text = None, f"failed: {error}"
-        return Outcome(text, again, time.monotonic() - started)
+            ended = outcome.outcome_of(error)
+        return replace(ended, seconds=time.monotonic() - started)
 
-    def _collect(self, cell: Cell, settings: dict[str, str], log: Path) -> tuple[str | None, str]:
-        forced, asked = run_identity.force_asked(), packed_train.of(cell)
-        for recipe in (cell.pretrain, cell.finetune):
-            if not forced and packed_train.is_done(asked):
-                # takes away the lock file of a run that was killed after it had given its collection its name
-                files.is_free(files.beside(status.run_folders(cell)[1], "lock"))
+    def _collect(self, cell: Cell, attempt: str, smaller: bool, log: Path) -> Outcome:
+        for run in cell.runs:
+            if not run_identity.force_asked() and packed_train.is_done(cell):
+                # removes the lock file of a run that was killed after it had given its collection its name
+                files.is_free(files.beside(cell.finetune.folder, "lock"))
                 break
-            if failed := self._run("train", [str(recipe), str(cell.rank)], settings, log):
-                return failed
-            if recipe == cell.pretrain:
-                self.finished(cell, "pretrain")
-        return self._wind_up(cell, settings, log)
+            ended = self._run(ordinary.train, (run, smaller), {"PARAGEN_ATTEMPT": attempt}, log)
+            if not ended.is_done:
+                return ended
+            if not run.collects:
+                self.finished(cell, run)
+        return self._wind_up(cell, log)
 
-    def _wind_up(
-        self, cell: Cell, settings: dict[str, str], log: Path, verified: bool = False
-    ) -> tuple[str | None, str]:
+    def _wind_up(self, cell: Cell, log: Path, verified: bool = False) -> Outcome:
         """The end of a cell whose runs are there: verify it, unless it was, and hand it over."""
-        if not verified and (failed := self._run("verify", recipe_arguments(cell), settings, log)):
-            return failed
-        self.finished(cell, "finetune")
+        if not verified:
+            ended = self._run(verify_runs, ([cell.finetune],), {}, log)
+            if not ended.is_done:
+                return ended
+        self.finished(cell, cell.finetune)
         if cli.asked("PRUNE_PRETRAIN"):
-            prune(status.run_folders(cell)[0])
-        return None, COLLECTED
+            prune(cell.pretrain.folder)
+        return DONE
 
     def _collect_together(self, pack: list[tuple[Cell, str]]) -> list[Outcome]:
         started = time.monotonic()
@@ -121,77 +107,70 @@ class CellWorker:
         outcomes = []
         for cell, log in zip(cells, logs, strict=True):
             try:
-                if (status.run_folders(cell)[0] / paths.MANIFEST).is_file():
-                    self.finished(cell, "pretrain")
-                again, text = ended[cell] if cell in ended else self._wind_up(cell, {}, log, verified)
+                if (cell.pretrain.folder / paths.MANIFEST).is_file():
+                    self.finished(cell, cell.pretrain)
+                became = ended[cell] if cell in ended else self._wind_up(cell, log, verified)
             except UserError as error:
-                again, text = None, f"failed: {error}"
-            outcomes.append(Outcome(text, again, time.monotonic() - started))
+                became = outcome.outcome_of(error)
+            outcomes.append(replace(became, seconds=time.monotonic() - started))
         return outcomes
 
-    def _train_together(self, cells: list[Cell], settings: dict[str, str], log: Path) -> dict[Cell, tuple]:
-        """Train cells in one process; of those that are no collections after it, why another attempt is worth it and
-        the outcome."""
-        ended, waiting = {}, cells
+    def _train_together(self, cells: list[Cell], settings: dict[str, str], log: Path) -> dict[Cell, Outcome]:
+        """Train cells in one process; the outcomes of those that are no collections after it."""
+        ended: dict[Cell, Outcome] = {}
+        waiting = cells
         while waiting and not self.stopping.is_set():
-            code, results = self._run_packed(waiting, settings, log)
-            busy = []
+            whole, results = self._run_packed(waiting, settings, log)
+            running = []
             for number, cell in enumerate(waiting):
                 result = results.get(number)
                 if result is None:  # the process ended before it was through
-                    ended[cell] = death_of(code, log) or crash(cause_in(log))
-                elif result.outcome == "failed" and BUSY in result.why:
-                    busy.append(cell)
-                elif result.outcome == "failed":
-                    ended[cell] = failure(f"{result.why} (log: {paths.relative(log)})")
-                elif result.outcome == "left":
-                    ended[cell] = "alone", f"not for the packed engine: {result.why}; it is trained the ordinary way"
-            waiting = busy
-            if busy:
+                    ended[cell] = whole if whole.kind == "killed" else crash(whole)
+                elif result.kind == "running":
+                    running.append(cell)
+                elif result.kind == "not_packable":
+                    cause = f"not for the packed engine: {result.cause}; it is trained the ordinary way"
+                    ended[cell] = replace(result, cause=cause)
+                elif not result.is_done:
+                    ended[cell] = replace(result, log=paths.relative(log))
+            waiting = running
+            if running:
                 self.stopping.wait(1)
-        return ended | dict.fromkeys(waiting, (None, "stopped"))
+        return ended | dict.fromkeys(waiting, STOPPED)
 
     def _verify_together(self, cells: list[Cell], log: Path) -> bool:
-        """Whether all of some cells verify, read by one process; where not, each by itself says which does not."""
-        named = [argument for cell in cells for argument in recipe_arguments(cell)]
-        return len(cells) > 1 and self._run("verify", named, {}, log) is None
+        """Whether all of some cells verify, read by one process; where not, each alone shows which does not."""
+        return len(cells) > 1 and self._run(verify_runs, ([cell.finetune for cell in cells],), {}, log).is_done
 
-    def _run_packed(
-        self, cells: list[Cell], settings: dict[str, str], log: Path
-    ) -> tuple[int, dict[int, packed_train.Result]]:
-        """Run packed_train.py on cells to its end: its exit code, and its results."""
-        asked = [packed_train.of(cell) for cell in cells]
-        named = [argument for cell in asked for argument in packed_train.arguments_of(cell)]
+    def _run_packed(self, cells: list[Cell], settings: dict[str, str], log: Path) -> tuple[Outcome, dict[int, Outcome]]:
+        """Train cells with the packed engine: the outcome of the process, and of each cell that it finished."""
         with tempfile.TemporaryDirectory(prefix="paragen-") as folder:
             results = Path(folder, "results")
-            code = self._fork(packed_train.__name__, ["--leave", "--results", str(results), *named], settings, log)
-            return code, packed_train.read_results(results)
+            return self._fork(train_packed, (cells, results), settings, log), packed_train.read_results(results)
 
-    def finished(self, cell: Cell, phase: str) -> None:
-        """Called when a phase's run folder is whole on this worker's disk (see stage.py)."""
+    def finished(self, cell: Cell, run: Run) -> None:
+        """Called when a run folder is whole on this worker's disk (see stage.py)."""
 
-    def _run(self, script: str, arguments: list[str], settings: dict[str, str], log: Path) -> tuple[str, str] | None:
-        """Run one script to its end; None when it went well, else (why another attempt is worth it, the outcome)."""
+    def _run(self, task: Callable[..., None], arguments: tuple, settings: dict[str, str], log: Path) -> Outcome:
+        """Run a task to its end in a process of its own; waits while another process trains the same run."""
         while not self.stopping.is_set():
-            code = self._fork(script, arguments, settings, log)
-            if code == 0:
-                return None
-            if died := death_of(code, log):
-                return died
-            cause = cause_in(log)
-            if BUSY not in cause:
-                return failure(cause)
+            ended = self._fork(task, arguments, settings, log)
+            if ended.kind != "running":
+                return ended
             # another terminal's process, or one that outlived its killed parent, is at work on it
             self.stopping.wait(1)
-        return None, "stopped"
+        return STOPPED
 
-    def _fork(self, script: str, arguments: list[str], settings: dict[str, str], log: Path) -> int:
-        """Run one script to its end; its exit code, negative for a signal."""
-        self.process = forked.start(script, arguments, settings, log)
-        if self.stopping.is_set():  # told so while it started, which takes as long as the import
-            self.process.terminate()
-        self.process.join()
-        return self.process.exitcode
+    def _fork(self, task: Callable[..., None], arguments: tuple, settings: dict[str, str], log: Path) -> Outcome:
+        """Run a task once in a process of its own; its outcome, with the log's name."""
+        with tempfile.TemporaryDirectory(prefix="paragen-") as folder:
+            note = Path(folder, "outcome.json")
+            self.process = forked.start(task, arguments, settings, log, note)
+            if self.stopping.is_set():  # set while it started, which takes as long as the import
+                self.process.terminate()
+            self.process.join()
+            ended = death_of(self.process.exitcode) or outcome.read(note) or unnoted(self.process.exitcode)
+            return ended if ended.is_done else replace(ended, log=paths.relative(log))
 
     def stop(self) -> None:
         """Let the run in progress unwind and start no other."""
@@ -201,45 +180,41 @@ class CellWorker:
             process.terminate()
 
 
+def train_packed(cells: list[Cell], results: Path) -> None:
+    """Train cells with the packed engine and leave the others to the caller; a line in `results` for each."""
+    packed_train.collect(cells, packed_train.results_writer(results, cells), leave=True)
+
+
+def verify_runs(runs: list[Run]) -> None:
+    """Verify the collections of runs; raises UserError with the last fault found."""
+    faults = [fault for run in runs for fault in verify.verify(run.folder, run.base)]
+    if faults:
+        raise UserError(faults[-1])
+
+
 def log_of(cell: Cell) -> Path:
     """Where a cell's output goes."""
-    folder = status.run_folders(cell)[1]
+    folder = cell.finetune.folder
     return folder.with_name(f"{folder.name}.log")
 
 
-def recipe_arguments(cell: Cell) -> list[str]:
-    """How verify.py is told of a cell."""
-    return ["--recipe", str(cell.finetune), str(cell.rank)]
-
-
-def death_of(code: int, log: Path) -> tuple[str, str] | None:
-    """What `_run` returns for a process that did not end by itself, going by its exit code; None where it did."""
+def death_of(code: int | None) -> Outcome | None:
+    """The outcome of a process that a signal ended, from its exit code; None for one that ended in another way."""
     if code == forked.LOST:
-        return "killed", f"failed: the process that it was forked from died (log: {paths.relative(log)})"
-    if code < 0:
-        return "killed", f"failed: killed by signal {-code} (log: {paths.relative(log)})"
-    return None
+        return Outcome("killed", "the process that it was forked from died")
+    return Outcome("killed", f"killed by signal {-code}") if code is not None and code < 0 else None
 
 
-def failure(cause: str) -> tuple[str | None, str]:
-    """What `_run` returns for a script that failed."""
-    return ("memory" if OUT_OF_MEMORY.search(cause) else None), f"failed: {cause}"
+def unnoted(code: int | None) -> Outcome:
+    """The outcome of a process that wrote none."""
+    return Outcome("failed", f"ended with status {code} and left no outcome")
 
 
-def crash(cause: str) -> tuple[str | None, str]:
-    """What becomes of a cell whose pack ended before it did: it is trained alone, unless ENGINE forbids that."""
+def crash(ended: Outcome) -> Outcome:
+    """The outcome of a cell whose pack ended before it did: it is trained alone, unless ENGINE forbids that."""
     if engines.asked() == "packed":
-        return failure(cause)
-    return "alone", f"failed in a pack: {cause}; it is trained the ordinary way"
-
-
-def cause_in(log: Path) -> str:
-    """The last error line of a log, or its last line, with the log's name."""
-    lines = [line.strip() for line in log.read_text(encoding="utf-8", errors="replace").splitlines() if line.strip()]
-    errors = [found[1] or found[0] for line in lines if (found := ERROR.search(line))]
-    causes = [error for error in errors if not error.endswith(ABOVE)]
-    cause = (causes or errors or lines or ["no output"])[-1]
-    return f"{cause} (log: {paths.relative(log)})"
+        return ended
+    return Outcome("not_packable", f"failed in a pack: {ended.cause}; it is trained the ordinary way")
 
 
 def prune(pretrain: Path) -> None:

@@ -9,11 +9,11 @@ from datetime import timedelta
 
 from paragen.common import paths
 from paragen.common.cli import say
+from paragen.recipes.run import Cell
 from paragen.sweep import cell_worker
 from paragen.sweep.cell_worker import Outcome
 from paragen.sweep.sweep import Job
 from paragen.training import status
-from paragen.training.status import Cell
 
 
 class Display:
@@ -60,11 +60,11 @@ class Display:
         if job.cell in self.running:
             self.running.remove(job.cell)
         if what == "again":
-            head = "alone now" if outcome.again == "alone" else "will try again"
+            head = "alone now" if outcome.kind == "not_packable" else "will try again"
             self.say(f"{head}: {job.cell}: {outcome.text}")
             return
         self.finished += 1
-        self.failed += outcome.text.startswith("failed")
+        self.failed += outcome.kind not in ("done", "stopped")
         self.say(
             f"[{self.finished}/{self.total}] {outcome.text}: {job.cell} ({outcome.seconds:.0f} s, {self.left()} left)"
         )

@@ -18,9 +18,9 @@ from paragen.common.cli import UserError
 from paragen.dataset import dataset_info
 from paragen.model import base_models
 from paragen.recipes import render
+from paragen.recipes.run import Cell, Run
 from paragen.sweep import cell_worker, plan
-from paragen.training import ordinary, status
-from paragen.training.status import Cell
+from paragen.training import attempts
 
 CHUNK = 16 * 2**20  # bytes that travel at once
 # Recipe keys with paths. Below the stage folder they mean the same as in the repository only when they are relative.
@@ -58,8 +58,11 @@ class Open(NamedTuple):
     """A cell that another node is at work on."""
 
     cell: Cell
-    folders: dict[str, Path]  # run folder by phase
     locks: contextlib.ExitStack
+
+    def run(self, phase: str) -> Run:
+        """The cell's run of a phase."""
+        return self.cell.finetune if phase == "finetune" else self.cell.pretrain
 
 
 def code_hash() -> str:
@@ -93,38 +96,35 @@ class Depot:
 
         None: another process on this machine is at work on the cell. Raises UserError for what cannot be trained.
         """
-        folders = dict(zip(paths.PHASES, status.run_folders(cell), strict=True))
-        for folder in folders.values():
-            ordinary.check_attempt(folder, attempt)
+        for run in cell.runs:
+            attempts.check_claim(run.folder, attempt)
         self.forget(cell)
         with contextlib.ExitStack() as locks:
-            for folder in folders.values():
+            for run in cell.runs:
                 try:
-                    locks.enter_context(files.lock(files.beside(folder, "lock")))
+                    locks.enter_context(files.lock(files.beside(run.folder, "lock")))
                 except files.Busy:
                     return None
-                files.recover_folder(folder)
+                files.recover_folder(run.folder)
             with self.planning:
-                need = self._need(cell, folders)
+                need = self._need(cell)
             cell_worker.log_of(cell).write_bytes(b"")
-            self.open[attempt] = Open(cell, folders, locks.pop_all())
+            self.open[attempt] = Open(cell, locks.pop_all())
         return need
 
-    def _need(self, cell: Cell, folders: dict[str, Path]) -> Need:
+    def _need(self, cell: Cell) -> Need:
         complete = {}
-        for recipe, (phase, folder) in zip((cell.pretrain, cell.finetune), folders.items(), strict=True):
-            config = render.render(recipe, cell.rank)
-            check_paths(recipe, config)
-            complete[phase] = ordinary.already_there(folder, run_identity.identity_of(recipe, config), phase)
-        recipes = tuple(below_root(recipe, recipe) for recipe in (cell.pretrain, cell.finetune))
+        for run in cell.runs:
+            check_paths(run)
+            complete[run.phase] = attempts.is_complete(run, run_identity.identity_of(run))
+        recipes = tuple(below_root(run, run.recipe) for run in cell.runs)
         if complete["finetune"]:
             return Need([], recipes, complete["pretrain"], 0, True)
         wanted = needed_files(cell)
         if complete["pretrain"]:
             # the folder by its name in the recipe: behind a link it may lie anywhere
-            name = render.render(cell.pretrain, cell.rank)["output_dir"]
-            run = render.resolve(cell.pretrain, name)
-            wanted |= {below_root(cell.pretrain, path): path for path in run.rglob("*") if path.is_file()}
+            folder = cell.pretrain.resolve(cell.pretrain.config["output_dir"])
+            wanted |= {below_root(cell.pretrain, path): path for path in folder.rglob("*") if path.is_file()}
         self.offered |= wanted
         items = [Item(name, path.stat().st_size, self._hash_of(path)) for name, path in sorted(wanted.items())]
         return Need(items, recipes, complete["pretrain"], plan.bytes_of(cell), False)
@@ -149,7 +149,7 @@ class Depot:
         with open(cell_worker.log_of(taken.cell), "ab") as log:
             log.write(output)
         if progress:
-            seen = files.beside(taken.folders[phase], f"staging-{attempt}")  # where `make status` looks
+            seen = files.beside(taken.run(phase).folder, f"staging-{attempt}")  # where `make status` looks
             seen.mkdir(exist_ok=True)
             (seen / collection.LOG).write_bytes(progress)
 
@@ -170,26 +170,25 @@ class Depot:
     def publish(self, attempt: str, phase: str, listed: dict[str, Listed]) -> None:
         """Give a run that came back its name. Raises UserError where it is not whole, or not what is asked for."""
         taken = self._taken(attempt)
-        folder, staging = taken.folders[phase], self._staging(attempt, phase)
-        recipe = taken.cell.pretrain if phase == "pretrain" else taken.cell.finetune
+        run, staging = taken.run(phase), self._staging(attempt, phase)
+        folder = run.folder
         check_arrived(staging, folder, listed)
         manifest = check_manifest(staging, folder)
-        config = render.render(recipe, taken.cell.rank)
         with self.planning:
-            changed = run_identity.changes(manifest, run_identity.identity_of(recipe, config))
+            changed = run_identity.changes(manifest, run_identity.identity_of(run))
         if changed:
             raise UserError(f"{'; '.join(changed)}: changed while it was trained on; run it again")
-        ordinary.check_attempt(folder, attempt)
+        attempts.check_claim(folder, attempt)
         files.publish_folder(staging, folder)
         if phase == "finetune" and cli.asked("PRUNE_PRETRAIN"):
-            files.remove_folder(taken.folders["pretrain"])
+            files.remove_folder(taken.cell.pretrain.folder)
 
     def end(self, attempt: str) -> None:
         """Let go of a cell; what had come of an unfinished run is removed."""
         taken = self.open.pop(attempt, None)
         if taken is not None:
-            for folder in taken.folders.values():
-                files.recover_folder(folder)
+            for run in taken.cell.runs:
+                files.recover_folder(run.folder)
             taken.locks.close()
 
     def forget(self, cell: Cell) -> None:
@@ -208,39 +207,40 @@ class Depot:
         return self.open[attempt]
 
     def _staging(self, attempt: str, phase: str) -> Path:
-        return files.beside(self.open[attempt].folders[phase], f"staging-{attempt}-back")
+        return files.beside(self.open[attempt].run(phase).folder, f"staging-{attempt}-back")
 
 
-def check_paths(recipe: Path, config: dict) -> None:
+def check_paths(run: Run) -> None:
     """Raise UserError for a path that would mean something else in another folder with this repository's layout."""
     for key in PATH_KEYS:
-        value = config.get(key)
+        value = run.config.get(key)
         if value and os.path.isabs(os.path.expanduser(value)):
-            line = render.line_of(recipe, key)
-            raise UserError(f"{recipe}:{line}: {key} {value} is absolute; STAGE=1 needs a path relative to the recipe")
+            place = f"{run.recipe}:{render.line_of(run.recipe, key)}"
+            raise UserError(f"{place}: {key} {value} is absolute; STAGE=1 needs a path relative to the recipe")
         if value:
-            below_root(recipe, render.resolve(recipe, value))
+            below_root(run, run.resolve(value))
 
 
-def below_root(recipe: Path, path: Path) -> str:
-    """`path` relative to the repository. Raises UserError naming the recipe when it lies elsewhere."""
+def below_root(run: Run, path: Path) -> str:
+    """`path` relative to the repository. Raises UserError naming the run's recipe when it lies elsewhere."""
     path = path.absolute()
     if not path.is_relative_to(paths.ROOT):
-        raise UserError(f"{recipe}: needs {path}, which lies outside {paths.ROOT}; STAGE=1 brings what is inside alone")
+        raise UserError(
+            f"{run.recipe}: needs {path}, which lies outside {paths.ROOT}; STAGE=1 brings what is inside alone"
+        )
     return str(path.relative_to(paths.ROOT))
 
 
 def needed_files(cell: Cell) -> dict[str, Path]:
     """What another node needs to train a cell from its beginning: the files, by name relative to the repository."""
-    found = {cell.pretrain, cell.finetune, base_models.TABLE}
-    for recipe in (cell.pretrain, cell.finetune):
-        config = render.render(recipe, cell.rank)
-        found |= files_of_model(render.resolve(recipe, config["model_name_or_path"]))
-        folder = render.resolve(recipe, config.get("dataset_dir", "data"))
-        media = render.resolve(recipe, config["media_dir"]) if config.get("media_dir") else folder
+    found = {*cell.recipes, base_models.TABLE}
+    for run in cell.runs:
+        found |= files_of_model(run.base)
+        folder = run.resolve(run.config.get("dataset_dir", "data"))
+        media = run.resolve(run.config["media_dir"]) if run.config.get("media_dir") else folder
         found.add(folder / "dataset_info.json")
-        for name in config["dataset"].split(","):
-            found |= files_of_dataset(name.strip(), folder, media, config.get("max_samples"))
+        for name in run.config["dataset"].split(","):
+            found |= files_of_dataset(name.strip(), folder, media, run.config.get("max_samples"))
     return {below_root(cell.finetune, path): path for path in found}
 
 

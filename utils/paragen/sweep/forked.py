@@ -1,18 +1,20 @@
-"""Runs of this repository's scripts in processes forked from one that has imported what training needs.
+"""Tasks in processes forked from one that has imported what training needs.
 
-Imported by the sweep and the demo. A fork starts in a second where a process of its own imports for ten; it is
-otherwise like one: the fork happens before any tensor or device is touched, so nothing that a run changes
-(LLaMA-Factory's templates, patched classes, memory) reaches the next, and it can be killed alone. It ends when the
-process that asked for it ends.
+A fork starts in a second where a process of its own imports for ten; it is otherwise like one: the fork happens before
+any tensor or device is touched, so nothing that a run changes (LLaMA-Factory's templates, patched classes, memory)
+reaches the next, and it can be killed alone. It ends when the process that started it ends.
 """
 
-import importlib
 import multiprocessing
 import os
 import sys
+from collections.abc import Callable
+from multiprocessing.context import ForkServerProcess
 from pathlib import Path
+from typing import Any
 
 from paragen.common import cli, devices, paths
+from paragen.training import outcome
 
 # LLaMA-Factory itself asks for the devices when it is imported, which would spoil a later fork on a machine with a GPU;
 # what takes the time is below it.
@@ -20,7 +22,7 @@ BELOW = [
     "torch", "datasets", "matplotlib.pyplot", "omegaconf", "peft", "safetensors.torch", "torchaudio", "av",
     "transformers.trainer", "transformers.trainer_seq2seq", "trl",
 ]  # fmt: skip
-LOST = 255  # exit code, as multiprocessing says it, of a process whose end nobody saw: the one it is forked from died
+LOST = 255  # exit code, as multiprocessing gives it, of a process whose end nobody saw: the one it is forked from died
 
 context = multiprocessing.get_context("forkserver")
 
@@ -32,17 +34,20 @@ def preload() -> None:
     multiprocessing.forkserver.ensure_running()
 
 
-def start(script: str, arguments: list[str], environment: dict[str, str], log: Path | None) -> multiprocessing.Process:
-    """Start the `main` of a script of utils/ or of a module of paragen, with these arguments.
+def start(
+    task: Callable[..., Any], arguments: tuple, environment: dict[str, str], log: Path | None, note: Path | None = None
+) -> ForkServerProcess:
+    """Start a task in a forked process.
 
     Args:
-        script: the module's name; its `main` runs as if called from a shell.
+        task: a function at the top of a module.
         environment: variables to set beside those of the forked process.
         log: where its output is appended; None: it goes where this one's goes.
+        note: the file that gets its Outcome.
 
-    Returns the process; its `exitcode` is the script's status, negative for a signal.
+    Returns the process; its `exitcode` is the status as a script would have it, negative for a signal.
     """
-    process = context.Process(target=_run, args=(script, arguments, environment, log, os.getcwd()))
+    process = context.Process(target=_run, args=(task, arguments, environment, log, note, os.getcwd()))
     main = sys.modules["__main__"]
     kept = {name: getattr(main, name, None) for name in ("__file__", "__spec__")}
     main.__file__ = main.__spec__ = None  # the child would else import the calling script again
@@ -53,7 +58,17 @@ def start(script: str, arguments: list[str], environment: dict[str, str], log: P
     return process
 
 
-def _run(script: str, arguments: list[str], environment: dict[str, str], log: Path | None, folder: str) -> None:
+def run_script(name: str, arguments: list[str]) -> int | None:
+    """The `main` of utils/<name>.py as if called from a shell; a task."""
+    sys.path.insert(0, str(paths.UTILS))
+    sys.argv = [f"{name}.py", *arguments]
+    return __import__(name).main()
+
+
+def _run(
+    task: Callable[..., Any], arguments: tuple, environment: dict[str, str], log: Path | None, note: Path | None,
+    folder: str,
+) -> None:  # fmt: skip
     cli.end_with_parent()
     os.setpgid(0, 0)
     if log is not None:
@@ -63,6 +78,4 @@ def _run(script: str, arguments: list[str], environment: dict[str, str], log: Pa
     os.environ.update(environment)
     os.chdir(folder)
     multiprocessing.set_start_method("fork", force=True)  # for data loaders, as in a process of its own on Linux
-    sys.path.insert(0, str(paths.UTILS))
-    sys.argv = [script, *arguments]
-    cli.run(importlib.import_module(script).main)
+    cli.run(lambda: outcome.noted(lambda: task(*arguments), note) if note else task(*arguments))

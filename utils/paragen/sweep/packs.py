@@ -9,8 +9,8 @@ from collections.abc import Iterable
 
 from paragen.common.cli import UserError
 from paragen.packed import packed_train
+from paragen.recipes.run import Cell
 from paragen.training import engines
-from paragen.training.status import Cell
 
 MOST = 32  # cells in a pack; memory may allow fewer, which packed_train.py finds out
 
@@ -38,13 +38,11 @@ def kind_of(cell: Cell) -> tuple | None:
 
 def judge(cell: Cell) -> tuple[str | None, tuple]:
     """(why a cell cannot be packed or None, what it must have in common with others to be packed with them)."""
-    asked = packed_train.of(cell)
     try:
-        runs = [asked.run(phase) for phase in ("pretrain", "finetune")]
-        for run in runs:
-            if why := engines.why_not_packed(run.recipe, run.config, ["a device"] * gpus_per_cell()):
+        for run in cell.runs:
+            if why := engines.why_not_packed(run, ["a device"] * gpus_per_cell()):
                 return why, ()
-        return None, packed_train.base_key(runs[0])
+        return None, packed_train.base_key(cell.pretrain)
     except (UserError, KeyError):
         return "its recipe is broken", ()
 

@@ -7,17 +7,15 @@ Reads recipes, run folders and their manifests; writes nothing. Too little disk 
 
 import shutil
 from datetime import datetime, timedelta
-from pathlib import Path
 from statistics import median
 
 from paragen.collection import collection, run_identity
 from paragen.common import cli, paths
 from paragen.common.cli import UserError, say
 from paragen.model import base_models
-from paragen.recipes import render
+from paragen.recipes.run import Cell
 from paragen.sweep import packs
 from paragen.training import status
-from paragen.training.status import Cell
 
 PRETRAIN_FACTOR = 4  # a resumable checkpoint: the adapter and the optimizer's two moments; the last may stand twice
 
@@ -50,12 +48,11 @@ def row_of(cell: Cell, state: str, rates: dict[tuple[str, str], float]) -> tuple
 
 def steps_of(cell: Cell) -> dict[str, int]:
     """The optimizer steps that each phase of a cell trains."""
-    pretrain = render.render(cell.pretrain, cell.rank)
-    finetune = render.render(cell.finetune, cell.rank)
-    resumed = paths.CHECKPOINT.search(finetune.get("resume_from_checkpoint") or "")
+    pretrain, finetune = cell.runs
+    resumed = paths.CHECKPOINT.fullmatch(finetune.resumed.name) if finetune.resumed else None
     return {
-        "pretrain": pretrain.get("max_steps", 0),
-        "finetune": max(0, finetune.get("max_steps", 0) - (int(resumed[1]) if resumed else 0)),
+        "pretrain": pretrain.config.get("max_steps", 0),
+        "finetune": max(0, finetune.config.get("max_steps", 0) - (int(resumed[1]) if resumed else 0)),
     }
 
 
@@ -86,9 +83,9 @@ def seconds_of(cell: Cell, rates: dict[tuple[str, str], float]) -> float | None:
     Its model was not measured yet, or its recipe is broken or says no max_steps.
     """
     try:
-        base = Path(render.render(cell.finetune, cell.rank)["model_name_or_path"]).name
+        base = cell.finetune.base.name
         steps = steps_of(cell)
-    except (UserError, KeyError):
+    except UserError:
         return None
     if any((base, phase) not in rates or not count for phase, count in steps.items()):
         return None
@@ -117,9 +114,8 @@ def check_disk(needed: int) -> None:
 
 def bytes_of(cell: Cell) -> int:
     """About how many bytes a cell's collection and pretrain will take; 0 where the base model is not there yet."""
-    config = render.render(cell.finetune, cell.rank)
-    base = render.resolve(cell.finetune, config["model_name_or_path"])
-    if not base.is_dir():
+    run = cell.finetune
+    if not run.base.is_dir():
         return 0
-    adapter = base_models.adapter_bytes(base, cell.rank, config.get("lora_target", "all"))
-    return adapter * (config.get("save_total_limit", 1) + PRETRAIN_FACTOR)
+    adapter = base_models.adapter_bytes(run.base, run.rank, run.config.get("lora_target", "all"))
+    return adapter * (run.config.get("save_total_limit", 1) + PRETRAIN_FACTOR)

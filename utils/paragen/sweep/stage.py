@@ -14,6 +14,7 @@ import threading
 import time
 from collections import deque
 from collections.abc import Iterator
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -21,11 +22,11 @@ from paragen.collection import collection
 from paragen.common import cli, files, paths
 from paragen.common.cli import UserError
 from paragen.model import base_models
+from paragen.recipes.run import Cell, Run
 from paragen.sweep import cell_worker
-from paragen.sweep.cell_worker import CellWorker, Outcome
+from paragen.sweep.cell_worker import CellWorker
 from paragen.sweep.file_server import CHUNK, UTILS, Depot, Item, Listed, Need, code_hash
-from paragen.training import status
-from paragen.training.status import Cell
+from paragen.training.outcome import DONE, STOPPED, Outcome
 
 NAME = "paragen-depot"  # as the workers of a sweep find the depot
 WINDOW = 4  # chunks on their way, per worker
@@ -100,9 +101,9 @@ class StagedWorker(CellWorker):
             for _, attempt in pack:
                 self.ask("end", attempt)
         seconds = time.monotonic() - started
-        texts = [outcome.text.replace(f"{self.top}/", "") for outcome in outcomes.values()]
         return [
-            outcome._replace(text=text, seconds=seconds) for text, outcome in zip(texts, outcomes.values(), strict=True)
+            replace(outcome, cause=outcome.cause.replace(f"{self.top}/", ""), seconds=seconds)
+            for outcome in outcomes.values()
         ]
 
     def _prepare(self, stack: contextlib.ExitStack, cell: Cell, attempt: str, here: dict[str, Cell]) -> Outcome | None:
@@ -111,14 +112,14 @@ class StagedWorker(CellWorker):
         try:
             copy = self._bring(stack, cell, attempt)
         except (Stopped, files.Busy):
-            return Outcome("stopped", None, 0.0)
+            return STOPPED
         except (UserError, OSError) as error:
             fault = str(error) if isinstance(error, UserError) else cli.storage_fault(error)
             if fault is None:
                 raise
-            return Outcome(f"failed: {fault} (on {os.uname().nodename})", None, 0.0)
+            return Outcome("failed", f"{fault} (on {os.uname().nodename})")
         if copy is None:
-            return Outcome(cell_worker.COLLECTED, None, 0.0)
+            return DONE
         here[attempt] = copy
         return None
 
@@ -131,7 +132,7 @@ class StagedWorker(CellWorker):
                 raise Stopped
         if need.done:
             return None
-        here = cell._replace(pretrain=self.top / need.recipes[0], finetune=self.top / need.recipes[1])
+        here = replace(cell, recipes=(self.top / need.recipes[0], self.top / need.recipes[1]))
         self._say(attempt, f"on {os.uname().nodename}, in {self.top}")
         make_private(self.top)
         bring(self, [item for item in need.items if item.name in need.recipes], 0)
@@ -144,16 +145,15 @@ class StagedWorker(CellWorker):
             stack.enter_context(own.pop_all())
         return here
 
-    def finished(self, cell: Cell, phase: str) -> None:
+    def finished(self, cell: Cell, run: Run) -> None:
         """Send a run back that is whole here."""
         if not self.elsewhere:
             return
         attempt, need = self.jobs[cell]
-        if phase == "pretrain" and (need.has_pretrain or cli.asked("PRUNE_PRETRAIN")):
+        if not run.collects and (need.has_pretrain or cli.asked("PRUNE_PRETRAIN")):
             return
-        folder = dict(zip(paths.PHASES, status.run_folders(cell), strict=True))[phase]
         try:
-            send(self, folder, attempt, phase)
+            send(self, run.folder, attempt, run.phase)
         except OSError as error:
             if fault := cli.storage_fault(error):
                 raise UserError(f"{fault} (on {os.uname().nodename})") from error
@@ -230,17 +230,17 @@ def live_in(top: Path) -> None:
 
 def progress_of(here: Cell) -> tuple[str, bytes]:
     """The phase that is training here, and its trainer log so far."""
-    for phase, folder in zip(paths.PHASES, status.run_folders(here), strict=True):
-        for staging in files.companions(folder, "staging-"):
+    for run in here.runs:
+        for staging in files.companions(run.folder, "staging-"):
             with contextlib.suppress(OSError):
-                return phase, (staging / collection.LOG).read_bytes()
+                return run.phase, (staging / collection.LOG).read_bytes()
     return "", b""
 
 
 @contextlib.contextmanager
 def own_runs(here: Cell, attempt: str, stopping: threading.Event) -> Iterator[None]:
     """Room for this attempt's runs alone: nothing of an earlier one is taken over, nothing is left afterwards."""
-    folders = status.run_folders(here)
+    folders = [run.folder for run in here.runs]
     for folder in folders:
         folder.parent.mkdir(parents=True, exist_ok=True)
         files.write_atomically(files.beside(folder, "attempt"), attempt.encode())

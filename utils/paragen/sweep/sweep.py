@@ -15,6 +15,7 @@ import sys
 import time
 from collections import Counter, deque
 from collections.abc import Callable, Iterable
+from dataclasses import replace
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -22,10 +23,11 @@ import psutil
 
 from paragen.common import devices, files, paths
 from paragen.common.cli import UserError
+from paragen.recipes.run import Cell
 from paragen.sweep import cell_worker, packs, stage
-from paragen.sweep.cell_worker import CellWorker, Outcome
-from paragen.training import engines, status
-from paragen.training.status import Cell
+from paragen.sweep.cell_worker import CellWorker
+from paragen.training import engines
+from paragen.training.outcome import Outcome, outcome_of
 
 # What of the user's environment counts in every run, wherever it runs.
 SETTINGS = (
@@ -156,7 +158,7 @@ class Sweep:
                 return True
             self.waiting.append(job)
         except UserError as error:  # its recipe does not even name a run folder
-            self.end(job, Outcome(f"failed: {error}", None, 0.0))
+            self.end(job, outcome_of(error))
         return False
 
     def is_alive(self, worker: Any) -> bool:
@@ -180,9 +182,9 @@ class Sweep:
             self.idle.append(worker)
             log = cell_worker.log_of(pack[0].cell)
             log.write_text(str(error))
-            outcomes = [Outcome(f"failed: {error.cause!r} (log: {paths.relative(log)})", None, 0.0)] * len(pack)
+            outcomes = [Outcome("failed", repr(error.cause), paths.relative(log))] * len(pack)
         except self.ray.exceptions.RayError as error:
-            outcomes = [Outcome(f"failed: its worker died ({type(error).__name__})", "killed", 0.0)] * len(pack)
+            outcomes = [Outcome("killed", f"its worker died ({type(error).__name__})")] * len(pack)
         seconds = []
         for job, outcome in zip(pack, outcomes, strict=True):
             release(job)
@@ -320,11 +322,13 @@ def new_worker(ray: Any, worker_class: type, on_cpu: bool) -> Any:
 
 def another(job: Job, outcome: Outcome) -> Job | None:
     """What is done next for a cell, where more is worth it: a second attempt, or the same one alone."""
-    if outcome.again == "alone":
+    if outcome.kind == "not_packable":
         return job._replace(attempt=secrets.token_hex(4), kind=None)
-    if job.number > 1 or outcome.again is None:
+    if job.number > 1 or outcome.kind not in ("killed", "out_of_memory"):
         return None
-    smaller = outcome.again == "memory"  # which the packed engine does by itself, so that this one was too large alone
+    smaller = (
+        outcome.kind == "out_of_memory"
+    )  # which the packed engine does by itself, so that this one was too large alone
     return Job(job.cell, secrets.token_hex(4), 2, smaller, None if smaller else job.kind)
 
 
@@ -334,7 +338,7 @@ def set_log_aside(job: Job, outcome: Outcome) -> Outcome:
     aside = log.with_name(f"{log.stem}_attempt-{job.number}.log")
     if log.is_file():
         log.replace(aside)
-    return outcome._replace(text=outcome.text.replace(paths.relative(log), paths.relative(aside)))
+    return replace(outcome, log=paths.relative(aside) if outcome.log else "")
 
 
 def claim(job: Job) -> bool:
@@ -343,7 +347,7 @@ def claim(job: Job) -> bool:
     False where another program is at work on one, whose run would lose its name. That is no matter to a second attempt:
     it is the first one that may still be there.
     """
-    folders = status.run_folders(job.cell)
+    folders = [run.folder for run in job.cell.runs]
     if job.number == 1 and not all(files.is_free(files.beside(folder, "lock")) for folder in folders):
         return False
     for folder in folders:
@@ -354,7 +358,7 @@ def claim(job: Job) -> bool:
 
 def release(job: Job) -> None:
     """Forget the claim of an attempt that ended."""
-    for folder in status.run_folders(job.cell):
-        path = files.beside(folder, "attempt")
+    for run in job.cell.runs:
+        path = files.beside(run.folder, "attempt")
         if path.is_file() and path.read_text() == job.attempt:
             path.unlink()

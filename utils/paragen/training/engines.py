@@ -1,18 +1,15 @@
 """Which engine trains a run: the packed one, or the ordinary path through LLaMA-Factory's own loop.
 
-Imported by collect.py, packed_train.py and the sweep. A recipe that says anything the packed engine does not know for
+A recipe that says anything the packed engine does not know for
 sure is left to the ordinary path: it is never trained differently.
 """
 
 import os
-from pathlib import Path
-from typing import Any
 
 from paragen.collection import run_identity
-from paragen.common import paths
 from paragen.common.cli import UserError, say
 from paragen.model import base_models
-from paragen.recipes import render
+from paragen.recipes.run import Run
 
 ENGINES = ("stock", "packed")
 # Recipe keys that the packed engine follows, whatever their value: the data's, the adapter's, the schedule's.
@@ -48,12 +45,12 @@ def asked() -> str | None:
     return name
 
 
-def why_not_packed(recipe: Path, config: dict[str, Any], devices: list[str]) -> str | None:
-    """Why the packed engine cannot train a rendered recipe on some devices, or None where it can.
+def why_not_packed(run: Run, devices: list[str]) -> str | None:
+    """Why the packed engine cannot train a run on some devices, or None where it can.
 
     What only the model itself tells (its layers, its attention, dropout) is seen when it is loaded.
     """
-    for key, value in config.items():
+    for key, value in run.config.items():
         if key in FOLLOWED:
             continue
         allowed = SOME.get(key)
@@ -61,16 +58,16 @@ def why_not_packed(recipe: Path, config: dict[str, Any], devices: list[str]) -> 
             return f"{key} is {value!r}" if allowed else f"{key} is not known to it"
     if len(devices) > 1:
         return "it trains on one device"
-    if base_models.has_processor(render.resolve(recipe, config["model_name_or_path"])):
+    if base_models.has_processor(run.base):
         return "the model has a processor, with which the loss is another mean"
-    if config.get("report_to") not in (None, "none", []):
-        return f"report_to is {config['report_to']!r}"
+    if run.config.get("report_to") not in (None, "none", []):
+        return f"report_to is {run.config['report_to']!r}"
     return None
 
 
-def say_fallback(recipe: Path, rank: int, why: str) -> None:
+def say_fallback(run: Run, why: str) -> None:
     """One line that tells why the ordinary path runs; with ENGINE=packed that is an error."""
-    text = f"{paths.relative(recipe)} at rank {rank}: not for the packed engine: {why}"
+    text = f"{run}: not for the packed engine: {why}"
     if asked() == "packed":
         raise UserError(f"{text}; leave ENGINE away to train it the ordinary way")
     say(f"{text}; it is trained the ordinary way")

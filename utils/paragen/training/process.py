@@ -1,7 +1,7 @@
 """The training process itself: real LLaMA-Factory, called through its Python entry with our templates and callbacks.
 
-train.py calls `train` in its own process for one device; for several, torchrun runs this file once per device:
-    python -m torch.distributed.run ... utils/train_worker.py JOB.json
+`ordinary.train` calls `train` in its own process for one device; for several, torchrun runs this module once each:
+    python -m torch.distributed.run ... --module paragen.training.process JOB.json
 Leaves in the staging folder what LLaMA-Factory leaves, the collected checkpoints, and facts.json.
 """
 
@@ -19,6 +19,7 @@ from paragen.common import cli, devices, files, paths
 from paragen.common.cli import UserError
 from paragen.model import base_models
 from paragen.recipes import render
+from paragen.training import outcome
 
 # What a wrong recipe, model or data file makes LLaMA-Factory and the libraries below it raise before the first step.
 SETTINGS_ERRORS = (
@@ -38,10 +39,10 @@ def train(job: dict) -> None:
     """Run one job.
 
     Args:
-        job: `recipe` (absolute path; its paths are relative to its folder), `config` (the rendered recipe), `staging`
-            (absolute path of an existing empty folder), `devices` (as devices.choose gives them, already pinned),
-            `pictures` (whether a dataset has some) and `tokens` (the folder of its tokenised rows in the sweep's cache,
-            which is filled where it is missing; or None).
+        job: `recipe` (absolute path; its paths are relative to its folder), `config` (the rendered recipe), `phase`,
+            `staging` (absolute path of an existing empty folder), `devices` (as devices.choose gives them, already
+            pinned), `pictures` (whether a dataset has some) and `tokens` (the folder of its tokenised rows in the
+            sweep's cache, which is filled where it is missing; or None).
 
     Raises UserError for what the recipe asks and LLaMA-Factory or this machine cannot do.
     """
@@ -61,7 +62,7 @@ def train(job: dict) -> None:
             tagger=lambda storage: None,
             deserializer=lambda storage, location: storage if location.startswith("cpu:") else None,
         )
-    collects = render.phase_of(config) == "finetune"
+    collects = job["phase"] == "finetune"
     arguments = arguments_of(job)
     prompt_templates.register()
     check_arguments(recipe, arguments)
@@ -72,8 +73,8 @@ def train(job: dict) -> None:
         run_exp(arguments, [rules, collector] if collector else [rules])
     except BaseException as error:
         print(file=sys.stderr, flush=True)  # what is said next does not go on in the progress bar's line
-        if isinstance(error, torch.OutOfMemoryError):
-            raise UserError(
+        if outcome.is_out_of_memory(error):
+            raise outcome.OutOfMemory(
                 f"{recipe}: out of device memory; halve per_device_train_batch_size and double "
                 "gradient_accumulation_steps, or set disable_gradient_checkpointing: false"
             ) from None
@@ -101,7 +102,7 @@ def arguments_of(job: dict) -> dict:
     arguments["cache_dir"] = str(staging / "cache")
     if job["tokens"]:
         arguments["tokenized_path"] = job["tokens"] if Path(job["tokens"]).is_dir() else str(staging / "tokens")
-    if render.phase_of(config) == "finetune":
+    if job["phase"] == "finetune":
         arguments["save_strategy"] = "no"  # the collector saves
     return arguments
 
@@ -163,9 +164,10 @@ def check_template(recipe: Path, arguments: dict, has_pictures: bool) -> None:
 
 
 def main() -> None:
+    """One process of several: train the job in the file that the command line names, and note how that ended."""
     job = json.loads(Path(sys.argv[1]).read_bytes())
     devices.pin(job["devices"])
-    train(job)
+    outcome.noted(lambda: train(job), Path(job["staging"], f"outcome-{os.environ['RANK']}.json"))
 
 
 if __name__ == "__main__":

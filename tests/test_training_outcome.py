@@ -1,0 +1,74 @@
+"""How a run ended is a value: made from the exception that ended it, written by its process, read by the sweep."""
+
+import errno
+
+import pytest
+import torch
+
+from paragen.common.cli import UserError
+from paragen.training import outcome
+from paragen.training.outcome import AlreadyRunning, DistributedFailure, Outcome, OutOfMemory
+
+CHILD = Outcome("out_of_memory", "x.yaml: out of device memory; halve it")
+DISK = OSError(errno.ENOSPC, "No space left on device", "saves/x")
+
+
+@pytest.mark.parametrize(
+    ("error", "kind", "cause"),
+    [
+        (OutOfMemory("x.yaml: out of device memory; halve it"), "out_of_memory", "x.yaml: out of device memory; halve it"),
+        (torch.OutOfMemoryError("CUDA out of memory"), "out_of_memory", "OutOfMemoryError: CUDA out of memory"),
+        (RuntimeError("DefaultCPUAllocator: can't allocate memory: you tried to\nallocate 9 bytes."), "out_of_memory",
+         "RuntimeError: DefaultCPUAllocator: can't allocate memory: you tried to allocate 9 bytes."),
+        (DistributedFailure("training on 2 devices failed; the cause stands above", CHILD), "out_of_memory", CHILD.cause),
+        (AlreadyRunning("x.yaml at rank 4 is running already"), "running", "x.yaml at rank 4 is running already"),
+        (UserError("x.yaml: out of ideas"), "failed", "x.yaml: out of ideas"),
+        (RuntimeError("is running already, out of memory"), "failed", "RuntimeError: is running already, out of memory"),
+        (DISK, "failed", "saves/x: No space left on device; no file is left half-written, run it again when that is mended"),
+        (KeyboardInterrupt(), "stopped", ""),
+        (SystemExit(143), "stopped", ""),
+    ],
+)  # fmt: skip
+def test_an_outcome_comes_from_the_exception_not_from_its_words(tmp_path, error, kind, cause):
+    def task():
+        raise error
+
+    with pytest.raises(type(error)):
+        outcome.noted(task, tmp_path / "outcome.json")
+    ended = outcome.read(tmp_path / "outcome.json")
+    assert (ended.kind, ended.cause, ended.is_done) == (kind, cause, False)
+
+
+def test_a_task_that_ends_well_is_done(tmp_path):
+    outcome.noted(lambda: None, tmp_path / "outcome.json")
+    assert outcome.read(tmp_path / "outcome.json") == outcome.DONE
+    assert outcome.read(tmp_path / "nothing.json") is None, "its process was killed"
+
+
+@pytest.mark.parametrize(
+    ("ended", "text"),
+    [
+        (Outcome("done", seconds=3.0), "collected"),
+        (Outcome("stopped"), "stopped"),
+        (Outcome("failed", "x.yaml: no", "saves/x.log"), "failed: x.yaml: no (log: saves/x.log)"),
+        (Outcome("failed", "x.yaml: no"), "failed: x.yaml: no"),
+        (Outcome("killed", "killed by signal 9", "saves/x.log"), "failed: killed by signal 9 (log: saves/x.log)"),
+        (Outcome("not_packable", "not for the packed engine: y"), "not for the packed engine: y"),
+    ],
+)
+def test_an_outcome_is_shown_as_tables_and_messages_show_it(ended, text):
+    assert ended.text == text
+
+
+def test_the_cause_of_a_collection_that_does_not_verify_is_its_fault(collected, monkeypatch, capsys):
+    """As a sweep verifies what it collected."""
+    from paragen.common import paths
+    from paragen.recipes.run import run_of
+    from paragen.sweep import cell_worker
+
+    monkeypatch.setattr(paths, "MODELS", collected.top / "models")
+    run = run_of(collected.finetune, 4)
+    cell_worker.verify_runs([run])
+    (run.folder / "checkpoint-9.safetensors").write_bytes(b"?")
+    with pytest.raises(UserError, match="^FAULTY .*: checkpoint-9.safetensors has 1 bytes"):
+        cell_worker.verify_runs([run])

@@ -1,0 +1,40 @@
+"""A run is rendered once, identified once and checked once: what is known of it is passed on, not asked for again."""
+
+import json
+import shutil
+
+from helpers import fork_server
+
+
+def counts(project, script: str, *arguments: str, **environment: str) -> dict[str, dict[str, int]]:
+    """What `helpers.counting` prints of a script."""
+    log = project.top / "counts.txt"
+    result = fork_server.start("helpers.counting", [script, *arguments], environment, log).wait()
+    assert result.status == 0, result.output
+    return json.loads(result.output.splitlines()[-1])
+
+
+def test_the_ordinary_path_knows_each_run_once(project):
+    first = counts(project, "train", str(project.pretrain), "4")
+    assert first == {"rendered": {project.pretrain.name: 1}, "identified": {project.pretrain.name: 1}, "parsed": {}}
+    second = counts(project, "train", str(project.finetune), "4")
+    assert second["rendered"] == {project.finetune.name: 1} == second["identified"]
+    assert set(second["parsed"].values()) <= {1}
+
+
+def test_a_complete_run_is_known_once(collected):
+    again = counts(collected, "train", str(collected.finetune), "4")
+    assert again["rendered"] == {collected.finetune.name: 1} == again["identified"]
+    assert set(again["parsed"].values()) == {1}
+
+
+def test_the_packed_engine_knows_each_run_once_per_phase(project):
+    cell = ["--cell", str(project.pretrain), str(project.finetune), "4"]
+    first = counts(project, "paragen.packed.packed_train", *cell)
+    names = {project.pretrain.name, project.finetune.name}
+    assert first["rendered"] == dict.fromkeys(names, 1) == first["identified"]
+    assert set(first["parsed"].values()) <= {1}
+    shutil.rmtree(project.run_folder("pretrain"))
+    again = counts(project, "paragen.packed.packed_train", *cell)  # its collection is complete
+    assert again["rendered"] == dict.fromkeys(names, 1)
+    assert again["identified"][project.finetune.name] <= 2, "once in each phase"

@@ -1,0 +1,97 @@
+"""What is asked for, rendered once and passed on: a Run (one phase of a training) and a Cell (a pair of them)."""
+
+from dataclasses import dataclass, field
+from functools import cached_property
+from pathlib import Path
+from typing import Any
+
+from paragen.common import paths
+from paragen.recipes import render
+
+
+@dataclass(frozen=True)
+class Run:
+    """A recipe rendered at a rank, seed and overrides, with all its paths resolved. `run_of` makes it.
+
+    Two runs are equal where recipe, rank and overrides are.
+    """
+
+    recipe: Path  # absolute
+    rank: int
+    overrides: tuple[str, ...]  # `key=value` texts
+    config: dict[str, Any] = field(compare=False, repr=False)  # the rendered recipe; its paths are relative to `recipe`
+    phase: str = field(compare=False)  # one of paths.PHASES
+    seed: int = field(compare=False)
+    folder: Path = field(compare=False)  # the run folder, absolute; of a link, its target
+    base: Path = field(compare=False)  # the base model's folder, absolute
+    resumed: Path | None = field(compare=False)  # the checkpoint folder that it resumes from, absolute
+
+    def __str__(self) -> str:
+        return f"{paths.relative(self.recipe)} at rank {self.rank}"
+
+    @property
+    def collects(self) -> bool:
+        """Whether it ends as a collection."""
+        return self.phase == "finetune"
+
+    def resolve(self, path: str) -> Path:
+        """A path of the recipe as an absolute one."""
+        return render.resolve(self.recipe, path)
+
+
+def run_of(recipe: Path, rank: int, overrides: tuple[str, ...] = ()) -> Run:
+    """Render a recipe.
+
+    Args:
+        recipe: path of a LLaMA-Factory YAML.
+        rank: LoRA rank.
+        overrides: `key=value` texts, as for `render.render`.
+
+    Raises UserError when the recipe cannot be trained as it stands.
+    """
+    config = render.render(recipe, rank, list(overrides))
+    resumed = config.get("resume_from_checkpoint")
+    return Run(
+        recipe=recipe.absolute(),
+        rank=rank,
+        overrides=tuple(overrides),
+        config=config,
+        phase=render.phase_of(config),
+        seed=config.get("seed", render.DEFAULT_SEED),
+        folder=render.run_folder(recipe, config),
+        base=render.resolve(recipe, config["model_name_or_path"]),
+        resumed=render.resolve(recipe, resumed) if resumed else None,
+    )
+
+
+@dataclass(frozen=True)
+class Cell:
+    """What is collected together: the two recipes of a dataset and a model, at a rank.
+
+    Each recipe is rendered when its run is first needed and then kept, whatever becomes of the recipe meanwhile.
+    """
+
+    dataset: str
+    model: str
+    rank: int
+    recipes: tuple[Path, Path]  # pretrain and finetune
+    overrides: tuple[str, ...] = ()  # `key=value` texts for both
+    finetune_overrides: tuple[str, ...] = ()  # for the finetune alone
+
+    def __str__(self) -> str:
+        return " ".join((self.dataset, self.model, f"rank {self.rank}", *self.overrides))
+
+    @cached_property
+    def pretrain(self) -> Run:
+        """The run that reaches a good region. Raises UserError for a broken recipe."""
+        return run_of(self.recipes[0], self.rank, self.overrides)
+
+    @cached_property
+    def finetune(self) -> Run:
+        """The run that collects. Raises UserError for a broken recipe."""
+        return run_of(self.recipes[1], self.rank, self.overrides + self.finetune_overrides)
+
+    @property
+    def runs(self) -> tuple[Run, Run]:
+        """Both, in the order in which they are trained. Raises UserError for a broken recipe."""
+        return self.pretrain, self.finetune

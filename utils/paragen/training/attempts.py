@@ -1,0 +1,154 @@
+"""One try at a run: whether it is needed, its lock, its staging folder, and whether it is still the one that counts."""
+
+import contextlib
+import os
+import secrets
+import shutil
+from collections.abc import Iterator
+from dataclasses import dataclass
+from datetime import UTC, datetime
+from pathlib import Path
+from typing import Any
+
+from paragen.collection import collection, run_identity
+from paragen.collection.run_identity import Snapshot
+from paragen.common import files, paths
+from paragen.common.cli import UserError, say
+from paragen.recipes import render
+from paragen.recipes.run import Run
+from paragen.training.outcome import AlreadyRunning
+
+FULL = 2**20  # bytes free on a disk that counts as full
+
+
+@dataclass(frozen=True)
+class Attempt:
+    """One try at a run: the staging folder becomes its run folder."""
+
+    run: Run
+    snapshot: Snapshot
+    staging: Path
+    id: str
+    started: str
+
+    @property
+    def identity(self) -> dict[str, Any]:
+        """What the run is trained from, see run_identity."""
+        return self.snapshot.identity
+
+
+@contextlib.contextmanager
+def begin(run: Run, snapshot: Snapshot) -> Iterator[Attempt | None]:
+    """An attempt at a run while the body trains it; None where the run is complete.
+
+    Holds the run's lock and the rendered recipe beside the recipe; removes what is left of the staging folder. Raises
+    AlreadyRunning when another process trains the run, UserError when something else stands in its place or its
+    pretrain is missing.
+    """
+    with contextlib.ExitStack() as stack:
+        try:
+            stack.enter_context(files.lock(files.beside(run.folder, "lock")))
+            stack.enter_context(rendered(run))
+        except files.Busy as busy:
+            raise AlreadyRunning(f"{run} is running already (it holds {busy})") from None
+        files.recover_folder(run.folder)
+        if is_complete(run, snapshot.identity):
+            yield None
+        else:
+            check_pretrain(run)
+            yield stack.enter_context(staged(run, snapshot))
+        drop_claim(run.folder)
+
+
+@contextlib.contextmanager
+def rendered(run: Run) -> Iterator[Path]:
+    """The rendered recipe beside the recipe while the body runs. It is its own lock; raises files.Busy."""
+    path = render.temporary_path(run.recipe, run.config)
+    with files.lock(path) as handle:
+        os.ftruncate(handle, 0)
+        os.write(handle, render.dump(run.config).encode())
+        yield path
+
+
+def is_complete(run: Run, identity: dict[str, Any]) -> bool:
+    """Whether a run is complete as requested, which is then printed.
+
+    Raises UserError where a stale run or something else stands in its place. FORCE=1 replaces runs of this phase alone.
+    """
+    folder, name = run.folder, paths.relative(run.folder)
+    forced = run_identity.force_asked()
+    if forced and (folder / collection.MANIFEST).is_file() and folder.name.endswith(f"_{run.phase}"):
+        return False
+    state = collection.state_of(folder, identity)
+    if state.manifest is not None and state.manifest["phase"] != run.phase:
+        raise UserError(
+            f"{name} holds a {state.manifest['phase']} run, but this recipe makes a {run.phase} one; change output_dir"
+        )
+    if state.manifest is not None and forced:
+        return False
+    if state.name == "stale":
+        changed = "; ".join(state.changed)
+        raise UserError(f"{name} is stale, changed since: {changed}; FORCE=1 redoes it, keeping the old one until then")
+    if state.name == "unknown":
+        raise UserError(
+            f"{name} has no manifest.json: a stock run (utils/checkpoint_cleaner.py makes a finetune one a collection) "
+            "or something else; change output_dir or move it away"
+        )
+    if state.name == "complete":
+        say(f"complete: {name}")
+    return state.name == "complete"
+
+
+def check_pretrain(run: Run) -> None:
+    """Raise UserError where the checkpoint that a run resumes from is missing, naming the command that makes it."""
+    if run.resumed is None:
+        return
+    pretrain = run.recipe.with_name(run.recipe.name.replace("_finetune", "_pretrain"))
+    script = paths.relative(paths.ROOT / "utils" / "train_with_rank.sh")
+    named = paths.relative(pretrain) if pretrain.is_file() and pretrain != run.recipe else "<the pretrain recipe>"
+    ranked = paths.rank_in(run.config["resume_from_checkpoint"])
+    seed = f" seed={ranked[1]}" if ranked and ranked[1] is not None else ""
+    run_identity.check_resumable(run.resumed, run.rank, f"bash {script} {named} {run.rank}{seed}")
+
+
+@contextlib.contextmanager
+def staged(run: Run, snapshot: Snapshot) -> Iterator[Attempt]:
+    """A new attempt at a run with a staging folder of its own, which is removed afterwards if it is still there."""
+    attempt, started = secrets.token_hex(4), now()
+    staging = files.beside(run.folder, f"staging-{attempt}")
+    if not run.collects and run.resumed is not None:
+        rhythm = run.config.get("save_steps")
+        say(f"save_steps is {rhythm}, not 1: this run resumes and trains on, but collects nothing")
+    staging.mkdir(parents=True)
+    try:
+        yield Attempt(run, snapshot, staging, attempt, started)
+    except RuntimeError as error:
+        if shutil.disk_usage(run.folder.parent).free < FULL:  # torch.save says "unexpected pos" and hides the cause
+            raise UserError(
+                f"{paths.relative(run.folder.parent)}: the disk is full; free some space and run it again"
+            ) from error
+        raise
+    finally:
+        files.remove_folder(staging)
+
+
+def check_claim(folder: Path, attempt: str | None = None) -> None:
+    """Raise UserError when a sweep gave this run to another attempt because this one was thought dead.
+
+    `attempt` is the id of this one (default: as the sweep set it for this process; a pack has an id per cell).
+    """
+    mine, latest = attempt or os.environ.get("PARAGEN_ATTEMPT"), files.beside(folder, "attempt")
+    if mine and (not latest.is_file() or latest.read_text() not in mine.split(",")):
+        raise UserError(f"{paths.relative(folder)}: another attempt took this run over; nothing of this one is kept")
+
+
+def drop_claim(folder: Path) -> None:
+    """Forget that a sweep gave this run to this attempt: it is whole. A sweep that is killed now leaves no claim."""
+    mine, claim = os.environ.get("PARAGEN_ATTEMPT"), files.beside(folder, "attempt")
+    if mine and claim.is_file() and claim.read_text() in mine.split(","):
+        claim.unlink()
+
+
+def now() -> str:
+    """The time as the manifest has it: UTC, to the second."""
+    return datetime.now(UTC).isoformat(timespec="seconds")

@@ -1,0 +1,109 @@
+"""How a run ended, as a value: written as JSON by the process that ran it, read by the one that started it."""
+
+import json
+import sys
+from collections.abc import Callable
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Literal
+
+from paragen.common import cli, files
+from paragen.common.cli import UserError
+
+Kind = Literal["done", "running", "out_of_memory", "not_packable", "killed", "stopped", "failed"]
+
+
+@dataclass(frozen=True)
+class Outcome:
+    """How a run, or all of a cell, ended."""
+
+    kind: Kind
+    cause: str = ""  # why, in one line; empty for `done`
+    log: str = ""  # the log that shows more, relative to the repository
+    seconds: float = 0.0
+
+    @property
+    def is_done(self) -> bool:
+        """Whether all that was requested is on disk and whole."""
+        return self.kind == "done"
+
+    @property
+    def text(self) -> str:
+        """The outcome of a cell as tables and messages show it."""
+        if self.kind in ("done", "stopped"):
+            return {"done": "collected", "stopped": "stopped"}[self.kind]
+        shown = f"{self.cause} (log: {self.log})" if self.log else self.cause
+        return shown if self.kind == "not_packable" else f"failed: {shown}"
+
+
+DONE = Outcome("done")
+STOPPED = Outcome("stopped")
+
+
+class AlreadyRunning(UserError):
+    """Another process trains the same run."""
+
+
+class OutOfMemory(UserError):
+    """The device, or this machine, has too little memory for a run."""
+
+
+class DistributedFailure(UserError):
+    """Training on several devices failed; `outcome` is that of a process that knew why."""
+
+    def __init__(self, message: str, outcome: Outcome):
+        super().__init__(message)
+        self.outcome = outcome
+
+
+def outcome_of(error: BaseException) -> Outcome:
+    """How a run ended that an exception ended."""
+    if isinstance(error, DistributedFailure):
+        return error.outcome
+    if isinstance(error, AlreadyRunning):
+        return Outcome("running", str(error))
+    if isinstance(error, OutOfMemory):
+        return Outcome("out_of_memory", str(error))
+    if isinstance(error, UserError):
+        return Outcome("failed", str(error))
+    if isinstance(error, KeyboardInterrupt | SystemExit):
+        return STOPPED
+    if is_out_of_memory(error):
+        return Outcome("out_of_memory", one_line(error))
+    return Outcome("failed", cli.storage_fault(error) or one_line(error))
+
+
+def is_out_of_memory(error: BaseException) -> bool:
+    """Whether an exception of PyTorch or the kernel means too little memory; some name it in their text alone."""
+    torch = sys.modules.get("torch")
+    if isinstance(error, MemoryError) or (torch is not None and isinstance(error, torch.OutOfMemoryError)):
+        return True
+    return isinstance(error, RuntimeError) and "can't allocate memory" in str(error)  # PyTorch's CPU allocator
+
+
+def one_line(error: BaseException) -> str:
+    """An unforeseen exception in one line; its traceback is printed elsewhere."""
+    return " ".join(f"{type(error).__name__}: {error}".split())
+
+
+def noted(task: Callable[[], None], path: Path) -> None:
+    """Run a task and write its Outcome to `path`; an exception is noted and passed on."""
+    try:
+        task()
+    except BaseException as error:
+        write(path, outcome_of(error))
+        raise
+    write(path, DONE)
+
+
+def write(path: Path, outcome: Outcome) -> None:
+    """Write an outcome as JSON, atomically."""
+    files.write_json(path, asdict(outcome))
+
+
+def read(path: Path) -> Outcome | None:
+    """The outcome in a file; None where the process that was to write it did not get so far."""
+    try:
+        return Outcome(**json.loads(path.read_bytes()))
+    except FileNotFoundError:
+        return None
