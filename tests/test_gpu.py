@@ -24,7 +24,7 @@ CLOSE = 5e-3  # nats; in float32, with adapters that are larger than trained one
 def test_every_architecture_gets_the_scores_and_answers_of_the_plain_model(every_model, name):
     scene = Scene(every_model / name, lora=targets(name), dtype=torch.float32, device="cuda")
     for shared in (0, 12):
-        assert_right(scene, scene.asked(prompts(LENGTHS, shared)), CLOSE)
+        assert_right(scene, scene.questions_for(prompts(LENGTHS, shared)), CLOSE)
 
 
 @pytest.mark.parametrize("name", ["mistral-7b", "gemma-3-text"])
@@ -32,15 +32,15 @@ def test_layers_with_a_window_attend_no_further(every_model, name):
     config = {"sliding_window": 7}
     scene = Scene(every_model / name, config=config, dtype=torch.float32, device="cuda")
     for shared in (0, 12):
-        assert_right(scene, scene.asked(prompts([3, 40, 8], shared)), CLOSE)
+        assert_right(scene, scene.questions_for(prompts([3, 40, 8], shared)), CLOSE)
 
 
 def test_a_checkpoint_alone_has_the_scores_it_has_among_others(every_model):
     scene = Scene(every_model / "qwen2.5-0.5b", count=7, dtype=torch.float32, device="cuda")
-    asked = scene.asked(prompts([1, 9, 3, 33, 2, 14, 5, 70, 21, 8], 10))
-    together = scene.scorer(asked).score(scene.factors())
+    questions = scene.questions_for(prompts([1, 9, 3, 33, 2, 14, 5, 70, 21, 8], 10))
+    together = scene.scorer(questions).score(scene.factors())
     for number in (0, 3, 7):
-        (alone,) = scene.scorer(asked).score(scene.factors(number))
+        (alone,) = scene.scorer(questions).score(scene.factors(number))
         for one, other in zip(alone, together[number], strict=True):
             assert one.likelihoods == pytest.approx(other.likelihoods, abs=1e-3)
             assert (one.answer, one.needs_generation) == (other.answer, other.needs_generation)
@@ -53,13 +53,13 @@ def test_blocks_with_the_kernel_give_what_they_give_without_it(tmp_path, monkeyp
     )  # fmt: skip
     LlamaForCausalLM(config).save_pretrained(tmp_path)
     scene = Scene(tmp_path, dtype=torch.bfloat16, device="cuda")
-    asked = [question(prompt, [[20], [21]]) for prompt in prompts(LENGTHS, 12)]
-    plain = scene.scorer(asked).score(scene.factors())
+    questions = [question(prompt, [[20], [21]]) for prompt in prompts(LENGTHS, 12)]
+    plain = scene.scorer(questions).score(scene.factors())
     called = []
     monkeypatch.setattr(stacked_model, "MIN_KERNEL_ROWS", 1)
     kernel = kernels.gated
     monkeypatch.setattr(kernels, "gated", lambda *given: called.append(given) or kernel(*given))
-    found = scene.scorer(asked).score(scene.factors())
+    found = scene.scorer(questions).score(scene.factors())
     assert called
     for results, others in zip(found, plain, strict=True):
         for result, other in zip(results, others, strict=True):

@@ -26,15 +26,15 @@ def targets(name: str) -> dict:
     return {} if names == ["all"] else {"target_modules": names, "fan_in_fan_out": name == "gpt2"}
 
 
-def assert_right(scene: Scene, asked: list[Question], off: float = CLOSE) -> list[list[QuestionResult]]:
+def assert_right(scene: Scene, questions: list[Question], off: float = CLOSE) -> list[list[QuestionResult]]:
     """What is computed for all adapters at once is what PEFT and transformers make of each question alone."""
-    scorer = scene.scorer(asked)
+    scorer = scene.scorer(questions)
     found = scorer.score(scene.factors())
     open_numbers = [[number for number, result in enumerate(results) if result.needs_generation] for results in found]
     generated = scorer.generate(scene.factors(), open_numbers, LONGEST)
     for adapter, results in enumerate(found):
         assert list(generated[adapter]) != [] or not open_numbers[adapter]
-        for number, (one, result) in enumerate(zip(asked, results, strict=True)):
+        for number, (one, result) in enumerate(zip(questions, results, strict=True)):
             texts, loss = scene.likelihoods(adapter, one)
             assert result.likelihoods == pytest.approx(texts, abs=off)
             assert result.loss == pytest.approx(loss, abs=off) and result.token_count == len(
@@ -66,7 +66,7 @@ def first_option(one: Question, said: list[int]) -> int | None:
 def test_every_architecture_gets_the_scores_and_answers_of_the_plain_model(every_model, name, fused):
     scene = Scene(every_model / name, lora=targets(name), fused=fused)
     for shared in (0, 12):
-        found = assert_right(scene, scene.asked(prompts(LENGTHS, shared)))
+        found = assert_right(scene, scene.questions_for(prompts(LENGTHS, shared)))
         answers = [[result.answer for result in results] for results in found]
         assert len({tuple(one) for one in answers}) > 1, "the adapters answer differently"
         assert any(answer is not None for one in answers for answer in one)
@@ -80,7 +80,7 @@ def test_layers_that_share_an_input_share_a_product(every_model, monkeypatch, na
     for lora in ({}, {"target_modules": ["v_proj", "q_proj", "up_proj", "gate_proj", "down_proj"]}):
         scene = Scene(every_model / name, lora=lora, fused=True)
         assert {len(one.layers) for one in scene.stacked.input_groups} == {2 if lora else 3, 2}
-        assert_right(scene, scene.asked(prompts(LENGTHS, 12)))
+        assert_right(scene, scene.questions_for(prompts(LENGTHS, 12)))
         assert all(one.x is None and one.hidden is None for one in scene.stacked.input_groups)
 
 
@@ -100,18 +100,18 @@ def test_rows_longer_than_the_sliding_window_are_scored_with_it(every_model, nam
     """All of Mistral's layers and one of Gemma's two see the last 7 tokens alone, also in prefixes and options."""
     narrow, wide = (Scene(every_model / name, config={"sliding_window": window}, fused=fused) for window in (7, 128))
     for shared in (0, 12):
-        asked = narrow.asked(prompts([3, 40, 8], shared))
-        asked.append(question(prompts([20], shared)[0], [[*range(50, 70)], [50, 51], [*range(50, 65)]]))
-        assert_right(narrow, asked)
-    assert abs(narrow.likelihoods(1, asked[1])[1] - wide.likelihoods(1, asked[1])[1]) > 0.01
+        questions = narrow.questions_for(prompts([3, 40, 8], shared))
+        questions.append(question(prompts([20], shared)[0], [[*range(50, 70)], [50, 51], [*range(50, 65)]]))
+        assert_right(narrow, questions)
+    assert abs(narrow.likelihoods(1, questions[1])[1] - wide.likelihoods(1, questions[1])[1]) > 0.01
 
 
 def test_an_answer_that_ends_before_any_option_is_known_without_generating_it(every_model):
     scene = Scene(every_model / "smollm2-135m", count=1)
-    asked = [question(prompt, [[20], [21]]) for prompt in prompts([30])]
+    questions = [question(prompt, [[20], [21]]) for prompt in prompts([30])]
     for adapter in (0, 1):
-        first = scene.greedy(adapter, asked[0].tokens)[0]
-        scorer = Scorer(scene.stacked, asked, [first], 0)
+        first = scene.greedy(adapter, questions[0].tokens)[0]
+        scorer = Scorer(scene.stacked, questions, [first], 0)
         (result,) = scorer.score(scene.factors(adapter))[0]
         assert (result.answer, result.needs_generation) == (None, False)
         assert scorer.generate(scene.factors(adapter), [[0]], LONGEST) == [{0: []}]
@@ -132,8 +132,8 @@ def test_unusual_questions_are_scored_as_any_other(every_model):
         "long chains": [question(prompt, [[*range(20, 60), 20, 21]]) for prompt in some],
         "responses of one token": [question(prompt, [[20]]) for prompt in some],
     }  # fmt: skip
-    for asked in sets.values():
-        assert_right(scene, asked)
+    for questions in sets.values():
+        assert_right(scene, questions)
 
 
 @pytest.mark.parametrize(
@@ -146,7 +146,7 @@ def test_unusual_questions_are_scored_as_any_other(every_model):
 )  # fmt: skip
 def test_every_shape_of_adapter_is_applied_as_peft_applies_it(every_model, lora):
     scene = Scene(every_model / "qwen2.5-0.5b", lora=lora)
-    found = assert_right(scene, scene.asked(prompts(LENGTHS, 12)))
+    found = assert_right(scene, scene.questions_for(prompts(LENGTHS, 12)))
     losses = [sum(result.loss for result in results) for results in found]
     assert min(abs(losses[one] - losses[other]) for one, other in ((0, 1), (0, 2), (1, 2))) > 0.1
 
@@ -160,18 +160,18 @@ def fifteen(every_model) -> Scene:
 @pytest.fixture(scope="module")
 def answered(fifteen):
     """Questions with a shared prefix, and what each adapter answers when all go through the model together."""
-    asked = fifteen.asked(prompts([1, 9, 3, 33, 2, 14, 5, 70, 21, 8], 10))
-    return asked, everything(fifteen, asked)
+    questions = fifteen.questions_for(prompts([1, 9, 3, 33, 2, 14, 5, 70, 21, 8], 10))
+    return questions, everything(fifteen, questions)
 
 
 def everything(
-    scene: Scene, asked: list[Question], *adapters: int, token_limit: int | None = None
+    scene: Scene, questions: list[Question], *adapters: int, token_limit: int | None = None
 ) -> list[list[tuple]]:
     """By adapter, by question: its result and the tokens of an answer, which is generated even where it is known."""
-    scorer = scene.scorer(asked)
+    scorer = scene.scorer(questions)
     scorer.passes.token_limit = token_limit or scorer.passes.token_limit
     results = scorer.score(scene.factors(*adapters))
-    said = scorer.generate(scene.factors(*adapters), [list(range(len(asked)))] * len(results), LONGEST)
+    said = scorer.generate(scene.factors(*adapters), [list(range(len(questions)))] * len(results), LONGEST)
     return [
         [(result, answer[number]) for number, result in enumerate(of_one)]
         for of_one, answer in zip(results, said, strict=True)
@@ -191,42 +191,42 @@ def assert_same(found: list[tuple], expected: list[tuple]) -> None:
 
 
 def test_a_checkpoint_alone_has_the_scores_it_has_among_others(fifteen, answered):
-    asked, together = answered
+    questions, together = answered
     assert len({str(said) for said in together}) == 16, "no two say the same"
     for number in (0, 1, 7, 15):
-        assert_same(everything(fifteen, asked, number)[0], together[number])
-    for one, number in zip(everything(fifteen, asked, 9, 0, 3), (9, 0, 3), strict=True):
+        assert_same(everything(fifteen, questions, number)[0], together[number])
+    for one, number in zip(everything(fifteen, questions, 9, 0, 3), (9, 0, 3), strict=True):
         assert_same(one, together[number])
 
 
 @pytest.mark.parametrize("token_limit", [32, 100, 1000, 10**6])
 def test_how_much_goes_through_the_model_at_once_changes_no_score(fifteen, answered, token_limit):
-    asked, together = answered
-    for one, number in zip(everything(fifteen, asked, 2, 0, token_limit=token_limit), (2, 0), strict=True):
+    questions, together = answered
+    for one, number in zip(everything(fifteen, questions, 2, 0, token_limit=token_limit), (2, 0), strict=True):
         assert_same(one, together[number])
 
 
 def test_the_order_and_the_number_of_rows_change_no_score(fifteen, answered):
-    asked, together = answered
+    questions, together = answered
     some = [7, 2, 0, 9, 5]
-    found = everything(fifteen, [asked[number] for number in some], 4, 11)
+    found = everything(fifteen, [questions[number] for number in some], 4, 11)
     for one, adapter in zip(found, (4, 11), strict=True):
         assert_same(one, [together[adapter][number] for number in some])
     for number in (7, 0):
-        assert_same(everything(fifteen, [asked[number]], 4)[0], [together[4][number]])
+        assert_same(everything(fifteen, [questions[number]], 4)[0], [together[4][number]])
 
 
 def test_few_logits_at_once_change_no_score(fifteen, answered, monkeypatch):
-    asked, together = answered
+    questions, together = answered
     monkeypatch.setattr(likelihoods, "MAX_LOGITS", {"cpu": 1})
     monkeypatch.setattr(likelihoods, "LOGIT_ROWS", 1)
-    assert_same(everything(fifteen, asked, 6)[0], together[6])
+    assert_same(everything(fifteen, questions, 6)[0], together[6])
 
 
 def test_each_adapter_answers_its_own_questions(fifteen, answered):
-    asked, together = answered
+    questions, together = answered
     wanted = [[3], [], [9, 0, 1, 2, 3, 4, 5, 6, 7, 8], [8, 2]]
-    found = fifteen.scorer(asked).generate(fifteen.factors(1, 2, 3, 4), wanted, LONGEST)
+    found = fifteen.scorer(questions).generate(fifteen.factors(1, 2, 3, 4), wanted, LONGEST)
     for adapter, (numbers, said) in enumerate(zip(wanted, found, strict=True), 1):
         assert said == {number: together[adapter][number][1] for number in numbers}
 
@@ -237,21 +237,21 @@ def test_a_model_that_wants_to_be_sampled_or_penalised_answers_greedily(every_mo
         do_sample=True, temperature=9.0, top_k=3, repetition_penalty=4.0, no_repeat_ngram_size=2, min_new_tokens=5,
         eos_token_id=[11, 12], bad_words_ids=[[one] for one in range(20, 90)], num_beams=2, max_length=7,
     )  # fmt: skip
-    assert_right(scene, scene.asked(prompts(LENGTHS)))
+    assert_right(scene, scene.questions_for(prompts(LENGTHS)))
 
 
 @pytest.mark.parametrize("name", ["gpt2", "bert"])
 def test_an_answer_ends_where_the_model_does(every_model, name):
     """Both have learned positions for 128 tokens, and would fail at later ones."""
     scene = Scene(every_model / name, lora=targets(name))
-    asked = [question(prompt, [[20], [21]]) for prompt in prompts([127, 124, 122, 124, 30, 10])]
-    some = [list(range(len(asked))), [4, 1], [5]]
-    found = scene.scorer(asked).generate(scene.factors(), some, LONGEST)
+    questions = [question(prompt, [[20], [21]]) for prompt in prompts([127, 124, 122, 124, 30, 10])]
+    some = [list(range(len(questions))), [4, 1], [5]]
+    found = scene.scorer(questions).generate(scene.factors(), some, LONGEST)
     for adapter, (numbers, answers) in enumerate(zip(some, found, strict=True)):
         assert answers.keys() == set(numbers)
         for number, said in answers.items():
-            room = min(LONGEST, 128 - len(asked[number].tokens))
-            assert said == before_stop(scene.greedy(adapter, asked[number].tokens, room), STOPS)
+            room = min(LONGEST, 128 - len(questions[number].tokens))
+            assert said == before_stop(scene.greedy(adapter, questions[number].tokens, room), STOPS)
 
 
 @pytest.mark.parametrize("name", ["llama-7b", "gemma-3-text", "gpt2", "bert"])
@@ -259,7 +259,7 @@ def test_eager_attention_gives_the_same(every_model, name):
     """Some models have no other."""
     scene = Scene(every_model / name, lora=targets(name), dtype=torch.float32)
     scene.model.set_attn_implementation("eager")
-    assert_right(scene, scene.asked(prompts([30, 4, 22], 10)), 1e-4)
+    assert_right(scene, scene.questions_for(prompts([30, 4, 22], 10)), 1e-4)
 
 
 class LimitedMemory:
@@ -276,12 +276,12 @@ class LimitedMemory:
 
 
 def test_without_memory_for_a_batch_smaller_ones_give_the_same(fifteen, answered):
-    asked, together = answered
-    scorer = fifteen.scorer(asked)
+    questions, together = answered
+    scorer = fifteen.scorer(questions)
     memory = LimitedMemory(fifteen.model, 300)
     try:
         results = scorer.score(fifteen.factors(5, 6))
-        said = scorer.generate(fifteen.factors(5, 6), [list(range(len(asked)))] * 2, LONGEST)
+        said = scorer.generate(fifteen.factors(5, 6), [list(range(len(questions)))] * 2, LONGEST)
     finally:
         memory.hook.remove()
     assert max(memory.sizes) > 300 and scorer.passes.token_limit < likelihoods.MAX_TOKENS["cpu"]
@@ -290,14 +290,14 @@ def test_without_memory_for_a_batch_smaller_ones_give_the_same(fifteen, answered
 
 
 def test_without_memory_for_a_row_of_two_adapters_they_are_scored_one_after_the_other(fifteen, answered):
-    asked, together = answered
-    longest = max(len(one.tokens) + len(one.continuations[0].tokens) for one in asked)
-    scorer = fifteen.scorer(asked)
+    questions, together = answered
+    longest = max(len(one.tokens) + len(one.continuations[0].tokens) for one in questions)
+    scorer = fifteen.scorer(questions)
     scorer.passes.token_limit = 2 * MIN_TOKENS
     memory = LimitedMemory(fifteen.model, longest + LONGEST + 8)
     try:
         results = scorer.score(fifteen.factors(5, 6))
-        said = scorer.generate(fifteen.factors(5, 6), [list(range(len(asked)))] * 2, LONGEST)
+        said = scorer.generate(fifteen.factors(5, 6), [list(range(len(questions)))] * 2, LONGEST)
     finally:
         memory.hook.remove()
     assert max(memory.sizes) > longest + LONGEST + 8
@@ -324,21 +324,21 @@ def compared(every_model, tmp_path):
     """A collection's base and checkpoint, and what PEFT makes of two questions by them."""
     scene = Scene(every_model / "llama-7b", count=1, dtype=torch.float32)
     scene.peft.save_pretrained(tmp_path)
-    asked = [question(prompt, [[*range(20, 30)], [21]]) for prompt in prompts([5, 40])]
-    return scene, asked, peft_comparison.peft_losses(scene.fresh(), tmp_path, scene.adapters[1], asked)
+    questions = [question(prompt, [[*range(20, 30)], [21]]) for prompt in prompts([5, 40])]
+    return scene, questions, peft_comparison.peft_losses(scene.fresh(), tmp_path, scene.adapters[1], questions)
 
 
 def test_what_peft_computes_too_is_accepted(compared):
-    scene, asked, theirs = compared
-    peft_comparison.check_losses(scene.scorer(asked).score(scene.factors()), theirs, torch.float32)
+    scene, questions, theirs = compared
+    peft_comparison.check_losses(scene.scorer(questions).score(scene.factors()), theirs, torch.float32)
     assert theirs == [
-        pytest.approx([scene.likelihoods(number, one)[1] for one in asked], abs=1e-4) for number in (0, 1)
+        pytest.approx([scene.likelihoods(number, one)[1] for one in questions], abs=1e-4) for number in (0, 1)
     ]
 
 
 @pytest.mark.parametrize("how", ["scaling", "a layer", "a factor", "the base", "not a number"])
 def test_what_peft_computes_otherwise_is_refused(compared, how):
-    scene, asked, theirs = compared
+    scene, questions, theirs = compared
     factors = scene.factors()
     last = list(factors.b)[-1]
     if how == "scaling":
@@ -353,14 +353,14 @@ def test_what_peft_computes_otherwise_is_refused(compared, how):
     else:
         factors.b[last][1, 0, 0] = torch.nan
     with pytest.raises(UserError, match="the scores of this model would be wrong .* so none are made"):
-        peft_comparison.check_losses(scene.scorer(asked).score(factors), theirs, torch.float32)
+        peft_comparison.check_losses(scene.scorer(questions).score(factors), theirs, torch.float32)
 
 
 @pytest.fixture
 def answering(every_model):
     """A scorer and an adapter, whose answers are generated by our own decoding."""
     scene = Scene(every_model / "qwen2.5-0.5b", count=1, dtype=torch.float32, fused=True)
-    scorer = scene.scorer(scene.asked(prompts([5, 40])))
+    scorer = scene.scorer(scene.questions_for(prompts([5, 40])))
     peft_comparison.check_answers(scorer, scene.factors(1), torch.float32)
     return scorer, scene.factors(1)
 
@@ -382,11 +382,11 @@ def test_answers_that_no_forward_pass_gives_are_refused(answering, monkeypatch, 
 
 
 def test_scores_of_peft_leave_the_model_as_it_was(every_model, compared, tmp_path):
-    scene, asked, theirs = compared
+    scene, questions, theirs = compared
     model = scene.fresh()
     before = {name: tensor.clone() for name, tensor in model.state_dict().items()}
     for _ in range(2):
-        assert peft_comparison.peft_losses(model, tmp_path, scene.adapters[1], asked) == theirs
+        assert peft_comparison.peft_losses(model, tmp_path, scene.adapters[1], questions) == theirs
     after = model.state_dict()
     assert list(after) == list(before) and all(torch.equal(after[name], before[name]) for name in before)
 
@@ -427,7 +427,7 @@ def test_an_activation_with_an_adapter_on_part_of_it_is_left_as_it_is(every_mode
     lora = {"target_modules": ["gate_proj", "down_proj", "q_proj"]}
     scene = Scene(every_model / "qwen2.5-0.5b", lora=lora, fused=True)
     assert not scene.stacked.gated
-    assert_right(scene, scene.asked(prompts(LENGTHS, 12)))
+    assert_right(scene, scene.questions_for(prompts(LENGTHS, 12)))
 
 
 def test_answers_that_have_ended_are_not_continued(every_model):
@@ -451,7 +451,7 @@ def test_answers_are_generated_for_as_many_rows_as_their_cache_has_room(every_mo
     scene = Scene(every_model / "smollm2-135m", fused=True)
     config = scene.model.config
     each = 2 * config.num_hidden_layers * config.num_key_value_heads * config.head_dim * 8
-    asked = [question(prompt, [[20], [21]]) for prompt in prompts([30, 4, 11, 20])]
+    questions = [question(prompt, [[20], [21]]) for prompt in prompts([30, 4, 11, 20])]
     sizes = []
     plain = decoding.GeneratedRows.__init__
 
@@ -462,9 +462,9 @@ def test_answers_are_generated_for_as_many_rows_as_their_cache_has_room(every_mo
     monkeypatch.setattr(decoding.GeneratedRows, "__init__", noted)
     for room in (2 * 2 * (30 + LONGEST), 30, 2**20):
         monkeypatch.setattr(devices, "free_bytes", lambda _, room=room: 2 * each * room)
-        said = scene.scorer(asked).generate(scene.factors(1, 2), [list(range(4))] * 2, LONGEST)
+        said = scene.scorer(questions).generate(scene.factors(1, 2), [list(range(4))] * 2, LONGEST)
         for adapter, answers in zip((1, 2), said, strict=True):
-            expected = [before_stop(scene.greedy(adapter, one.tokens), STOPS) for one in asked]
+            expected = [before_stop(scene.greedy(adapter, one.tokens), STOPS) for one in questions]
             assert [answers[number] for number in range(4)] == expected
     assert sizes == [4, 4, *[1] * 8, 8]
 

@@ -57,7 +57,7 @@ class SceneScorer(CollectionScorer):
 
 def test_groups_wait_for_each_other_on_a_gpu_and_get_the_same_scores(every_model, monkeypatch):
     scene = Scene(every_model / "smollm2-135m", count=6)
-    questions = scene.asked(prompts([5, 20, 11, 30]))
+    questions = scene.questions_for(prompts([5, 20, 11, 30]))
     monkeypatch.setattr(collection_scorer, "GROUP_SIZE", 2)
     monkeypatch.setattr(collection_scorer, "MAX_WAITING", 2)
     cpu, gpu = SceneScorer(scene, questions, False), SceneScorer(scene, questions, True)
@@ -78,7 +78,7 @@ def test_what_was_scored_before_a_broken_checkpoint_is_kept(every_model, monkeyp
     monkeypatch.setattr(collection_scorer, "GROUP_SIZE", 2)
     found = []
     with pytest.raises(UserError, match="checkpoint 5 is broken"):
-        for group in SceneScorer(scene, scene.asked(prompts([5, 20])), on_gpu, broken=5).groups():
+        for group in SceneScorer(scene, scene.questions_for(prompts([5, 20])), on_gpu, broken=5).groups():
             found += group
     assert found == [BASE, 1, 2, 3]
 

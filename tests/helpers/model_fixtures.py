@@ -1,6 +1,6 @@
-"""Tiny models with random adapters to be scored, and what transformers and PEFT make of the same questions.
+"""Tiny models with random adapters to be scored, and what transformers and PEFT compute for the same questions.
 
-The stack and PEFT get two models of their own: nothing that one does to its model can reach the other.
+The code under test and PEFT have a model each, so that neither can change the other's.
 """
 
 import random
@@ -22,18 +22,18 @@ from paragen.scoring.scorer import Scorer
 from paragen.scoring.stacked_model import StackedModel
 
 STOPS = [2]
-ENDS = [2, 7]  # what a template may write behind a response: a token that ends it, and a line break
+ENDS = [2, 7]  # what a template may write after a response: a token that ends it, and a line break
 WORDS = range(10, 150)  # tokens that every tiny model has and that end nothing
 LONGEST = 8  # tokens that are generated
 CLOSE = 1e-5
 
 
 class Scene:
-    """A tiny model and adapters for it; number 0 is the base.
+    """A tiny model and adapters for it. Adapter 0 is the base model.
 
     Args:
         folder: the model's.
-        count: adapters, with factors so large that each says something else.
+        count: of adapters; their factors are so large that each generates something else.
         lora: what the adapters' LoraConfig differs in.
         config: what the model's config of text differs in.
         dtype: of both; in float64 a difference is an error, not one of rounding.
@@ -73,7 +73,7 @@ class Scene:
         return Scorer(self.stacked, asked, STOPS, 0)
 
     def factors(self, *numbers: int) -> Factors:
-        """Those of some adapters, all by default."""
+        """The factors of some adapters, all by default."""
         chosen = [self.adapters[number] for number in numbers or range(len(self.adapters))]
         where = self.layers, self.scaling, self.model.device, self.dtype
         if chosen == [None]:
@@ -95,13 +95,13 @@ class Scene:
         """The log-likelihood of each option's text and the loss of the right response, each by a pass of its own."""
         with self.by_peft(number) as model:
             texts = [
-                by_itself(model, question.tokens, option.tokens[: option.text_length])
+                log_likelihood(model, question.tokens, option.tokens[: option.text_length])
                 for option in question.continuations
             ]
-            return texts, -by_itself(model, question.tokens, question.continuations[question.right].tokens)
+            return texts, -log_likelihood(model, question.tokens, question.continuations[question.right].tokens)
 
     def greedy(self, number: int, prompt: list[int], most: int = LONGEST) -> list[int]:
-        """What an adapter says by transformers' greedy generation, with what ends it."""
+        """An adapter's answer by transformers' greedy generation, with the token that ends it."""
         if (number, most, *prompt) in self.said:
             return self.said[number, most, *prompt]
         settings = GenerationConfig(do_sample=False, max_new_tokens=most, eos_token_id=STOPS, pad_token_id=0)
@@ -111,8 +111,8 @@ class Scene:
         self.said[number, most, *prompt] = said[0, len(prompt) :].tolist()
         return self.said[number, most, *prompt]
 
-    def asked(self, prompts: list[list[int]], seed: int = 0) -> list[Question]:
-        """Questions with these prompts whose options are often what one of the adapters says.
+    def questions_for(self, prompts: list[list[int]], seed: int = 0) -> list[Question]:
+        """Questions with these prompts whose options are often what one of the adapters generates.
 
         Their options share beginnings: the second differs from the first in the last token alone.
         """
@@ -138,14 +138,14 @@ def question(prompt: list[int], options: list[list[int]], right: int = 0) -> Que
 
 
 def prompts(lengths: list[int], shared: int = 0, seed: int = 0) -> list[list[int]]:
-    """Random prompts of so many tokens behind a beginning that they share."""
+    """Random prompts of so many tokens after a shared prefix of `shared` tokens."""
     some = random.Random(seed)
     beginning = some.choices(WORDS, k=shared)
     return [[*beginning, *some.choices(WORDS, k=length)] for length in lengths]
 
 
-def by_itself(model: nn.Module, prompt: list[int], said: list[int]) -> float:
-    """The log-likelihood of what is said behind a prompt, by one plain pass over both."""
+def log_likelihood(model: nn.Module, prompt: list[int], said: list[int]) -> float:
+    """The log-likelihood of a response to a prompt, by one plain pass over both."""
     tokens = torch.tensor([[*prompt, *said]], device=model.device)
     logits = model(input_ids=tokens).logits[0, len(prompt) - 1 : -1].double()
     return float(logits.log_softmax(-1).gather(1, tokens[0, len(prompt) :, None]).sum())
