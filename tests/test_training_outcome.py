@@ -13,22 +13,28 @@ CHILD = Outcome("out_of_memory", "x.yaml: out of device memory; halve it")
 DISK = OSError(errno.ENOSPC, "No space left on device", "saves/x")
 
 
+MEMORY = "x.yaml: out of device memory; halve it"
+ALLOCATOR = "DefaultCPUAllocator: can't allocate memory: you tried to allocate 9 bytes."
+DISTRIBUTED = "training on 2 devices failed with status 1; the cause stands above"
+RUNNING = "x.yaml at rank 4 is running already"
+NO_SPACE = "saves/x: No space left on device; no file is left half-written, run it again when that is mended"
+
+
 @pytest.mark.parametrize(
     ("error", "kind", "cause"),
     [
-        (OutOfMemory("x.yaml: out of device memory; halve it"), "out_of_memory", "x.yaml: out of device memory; halve it"),
+        (OutOfMemory(MEMORY), "out_of_memory", MEMORY),
         (torch.OutOfMemoryError("CUDA out of memory"), "out_of_memory", "OutOfMemoryError: CUDA out of memory"),
-        (RuntimeError("DefaultCPUAllocator: can't allocate memory: you tried to\nallocate 9 bytes."), "out_of_memory",
-         "RuntimeError: DefaultCPUAllocator: can't allocate memory: you tried to allocate 9 bytes."),
-        (DistributedFailure("training on 2 devices failed; the cause stands above", CHILD), "out_of_memory", CHILD.cause),
-        (AlreadyRunning("x.yaml at rank 4 is running already"), "running", "x.yaml at rank 4 is running already"),
-        (UserError("x.yaml: out of ideas"), "failed", "x.yaml: out of ideas"),
-        (RuntimeError("is running already, out of memory"), "failed", "RuntimeError: is running already, out of memory"),
-        (DISK, "failed", "saves/x: No space left on device; no file is left half-written, run it again when that is mended"),
+        (RuntimeError(ALLOCATOR.replace(" to ", " to\n")), "out_of_memory", f"RuntimeError: {ALLOCATOR}"),
+        (DistributedFailure(DISTRIBUTED, CHILD), "out_of_memory", MEMORY),
+        (AlreadyRunning(RUNNING), "running", RUNNING),
+        (UserError("x.yaml: out of memory, almost"), "failed", "x.yaml: out of memory, almost"),
+        (RuntimeError(RUNNING), "failed", f"RuntimeError: {RUNNING}"),
+        (DISK, "failed", NO_SPACE),
         (KeyboardInterrupt(), "stopped", ""),
         (SystemExit(143), "stopped", ""),
     ],
-)  # fmt: skip
+)
 def test_an_outcome_comes_from_the_exception_not_from_its_words(tmp_path, error, kind, cause):
     def task():
         raise error
