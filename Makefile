@@ -37,16 +37,16 @@ test-runs test-others: setup
 	@$(PY) -m pytest -q -m "($(WHICH)) and ($(SPEED))" tests
 
 ##@ Prepare
-setup:  ## make .venv from requirements.txt (every target does so by itself)
+setup:  ## make .venv from requirements.txt (every target does so)
 	@$(PYTHON) utils/setup_env.py
 
-model: setup  ## bring a base model: MODEL=qwen2.5-0.5b, or any of the hub: MODEL=org/name
+model: setup  ## download a base model: MODEL=qwen2.5-0.5b, or any of the hub: MODEL=org/name
 	@$(PY) utils/fetch_model.py "$$MODEL"
 
-data: setup  ## bring prepared datasets and register them: DATASET=ARC-c, or CATEGORY=math
+data: setup  ## download prepared datasets and register them: DATASET=ARC-c, or CATEGORY=math
 	@$(PY) utils/fetch_data.py $${DATASET:+"$$DATASET"} $${CATEGORY:+--category "$$CATEGORY"}
 
-data-all: setup  ## bring all prepared datasets of all categories
+data-all: setup  ## download all prepared datasets of all categories
 	@$(PY) utils/fetch_data.py --all
 
 register: setup  ## register your own: FILE=data/math/X.json, or FILE=X.csv CATEGORY=math [NAME=X] [MAP="prompt=question"]
@@ -66,11 +66,11 @@ check-recipes: setup  ## check every recipe, or FILE and its other half: names, 
 ##@ Train and collect
 pretrain: setup  ## train the adapter to a good region: DATASET=ARC-c RANK=8
 	@recipe=$$($(PY) utils/cells.py pretrain) && \
-		exec bash utils/train_with_rank.sh "$$recipe" "$${RANK:-8}" $${SEED:+"seed=$$SEED"}
+		exec bash utils/train_with_rank.sh "$$recipe" "$$RANK" $${SEED:+"seed=$$SEED"}
 
 finetune: setup  ## go on from the pretrain and collect the last checkpoints: DATASET=ARC-c RANK=8 [KEEP=n]
 	@recipe=$$($(PY) utils/cells.py finetune) && \
-		exec bash utils/train_with_rank.sh "$$recipe" "$${RANK:-8}" $${SEED:+"seed=$$SEED"} $${KEEP:+"save_total_limit=$$KEEP"}
+		exec bash utils/train_with_rank.sh "$$recipe" "$$RANK" $${SEED:+"seed=$$SEED"} $${KEEP:+"save_total_limit=$$KEEP"}
 
 collect: setup  ## pretrain if it is missing, finetune, verify: DATASET=ARC-c RANK=8, or RANKS="2 4 8 16 64" at once
 	@exec $(PY) utils/collect.py
@@ -107,13 +107,13 @@ stats: setup  ## norms, changes, effective ranks, importance of layers: [DATASET
 report: setup  ## a page to look at all of it, offline: saves/report/index.html
 	@$(PY) utils/report.py
 
-import: setup  ## bring archived collections back into saves/: FILE=x.archive, or a folder of them
+import: setup  ## unpack archived collections into saves/: FILE=x.archive, or a folder of them
 	@$(PY) utils/import_archive.py "$$FILE"
 
 publish: setup  ## put collections on the Hugging Face hub: REPO=user/name [PRIVATE=1] [DRY_RUN=1] [RAW=1] [DATASET=..] ...
 	@exec $(PY) utils/publish.py
 
-pull: setup  ## bring published collections into saves/ and data/: REPO=user/name [REVISION=..] [DATASET=..] [RANK=..] ...
+pull: setup  ## download published collections into saves/ and data/: REPO=user/name [REVISION=..] [DATASET=..] [RANK=..] ...
 	@exec $(PY) utils/pull.py
 
 ##@ Work on this repository

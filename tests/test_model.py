@@ -16,7 +16,7 @@ import pytest
 from helpers.hub_server import COMMIT, Hub, Repository
 
 from paragen.common.cli import UserError
-from paragen.model import base_models
+from paragen.model import base_models, model_files
 
 ROOT = Path(__file__).resolve().parent.parent
 QWEN = "Qwen/Qwen2.5-0.5B-Instruct"
@@ -118,7 +118,7 @@ def test_only_safetensors_and_what_reads_them_are_downloaded_and_no_weights_twic
         assert fetch(top, "org/My.Model-1", hub)[0] == 0
         folder = top / "models" / "My.Model-1"
         assert {path.name for path in folder.iterdir()} == {*sharded(tiny), "LICENSE", "source.json"}
-        assert {path.name for path in base_models.weight_files(folder)} == set(SHARDS)
+        assert {path.name for path in model_files.weight_files(folder)} == set(SHARDS)
         assert not any(hub.of(name) for name in unwanted)
 
 
@@ -127,10 +127,10 @@ def test_a_model_outside_the_table_is_known_by_its_folder_afterwards(top, tiny, 
         assert fetch(top, "org/My.Model-1", hub)[0] == 0
     assert "is there and whole" in fetch(top, "my.model-1")[1]
     monkeypatch.setattr(base_models.paths, "MODELS", top / "models")
-    short, entry = base_models.entry("mymodel1")
+    short, entry = base_models.find_entry("mymodel1")
     assert short == "my.model-1" and entry["folder"] == "My.Model-1" and entry["hub_id"] == "org/My.Model-1"
-    assert base_models.entry("qwen2.505b") == ("qwen2.5-0.5b", base_models.table()["qwen2.5-0.5b"])
-    assert base_models.entry("Qwen2.5-0.5B-Instruct")[0] == "qwen2.5-0.5b"
+    assert base_models.find_entry("qwen2.505b") == ("qwen2.5-0.5b", base_models.table()["qwen2.5-0.5b"])
+    assert base_models.find_entry("Qwen2.5-0.5B-Instruct")[0] == "qwen2.5-0.5b"
 
 
 def test_a_killed_download_goes_on_in_the_middle_of_the_file(top, tiny):
@@ -352,7 +352,7 @@ def test_a_model_put_there_by_hand_needs_no_hub(top, tiny):
 @pytest.mark.parametrize(
     ("damage", "said"),
     [
-        (lambda f: f.pop("config.json"), "has no config.json; bring it with: make model MODEL=qwen2.5-0.5b"),
+        (lambda f: f.pop("config.json"), "has no config.json; download it with: make model MODEL=qwen2.5-0.5b"),
         (lambda f: f.update({"config.json": b"<html>"}), "config.json: not valid JSON"),
         (lambda f: f.pop(SHARDS[1]), f"lacks {SHARDS[1]}, which model.safetensors.index.json names"),
         (lambda f: [f.pop(name) for name in SHARDS], f"lacks {SHARDS[0]}, {SHARDS[1]}, which"),

@@ -427,7 +427,7 @@ def test_a_stopped_upload_ends_at_once_and_goes_on_without_sending_a_file_twice(
         ({}, ("/api/repos/create", 429, "Too many"), "too many requests"),
         ({}, ("/api/repos/create", 500, "Oops"), "HTTP status 500"),
         ({}, ("/lfs/.*", 403, "Private storage limit reached"), "has no room for it"),
-        ({}, ("/api/validate-yaml", 400, "bad"), "does not take the card"),
+        ({}, ("/api/validate-yaml", 400, "bad"), "refuses the card"),
     ],
 )
 def test_an_error_of_the_hub_is_one_line_with_the_way_out(licensed, run, hub, monkeypatch, settings, answer, told):

@@ -12,7 +12,7 @@ import yaml
 
 from paragen.common import paths
 from paragen.model import base_models
-from paragen.recipes import check, lookup, new_pair, render, vocabulary
+from paragen.recipes import check, figures, lookup, new_pair, recipe_file, render, vocabulary
 
 ROOT = Path(__file__).resolve().parent.parent
 COMMON = ("ARC-c", "ARC-e", "BoolQ", "HellaSwag", "OBQA", "PIQA", "WinoGrande")
@@ -158,7 +158,7 @@ print("RESULT" + json.dumps([keys, sorted(TEMPLATES)]))
 """
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
     keys, templates = json.loads(done.stdout.split("RESULT")[1])
-    assert sorted(vocabulary.keys()) == keys
+    assert sorted(vocabulary.known_keys()) == keys
     assert sorted(vocabulary.stock_templates()) == templates
 
 
@@ -187,7 +187,7 @@ FAULTS = [
     (PRETRAIN, "lora-rank_8_pretrain", "lora-rank_16_pretrain", "output_dir", "lora-rank_8_pretrain"),
     (PRETRAIN, "lora-rank_8_pretrain", "lora-rank_8_finetune", "output_dir", "lora-rank_8_pretrain"),
     (PRETRAIN, "../../../saves/", "../../../../saves/", "output_dir", "leaves the repository"),
-    (PRETRAIN, "trust_remote_code: false", "trust_remote_code: true", "trust_remote_code", "say false"),
+    (PRETRAIN, "trust_remote_code: false", "trust_remote_code: true", "trust_remote_code", "set it to false"),
     (PRETRAIN, "warmup_steps: 0.01 ", "warmup_ratio: 0.01 ", "warmup_ratio", "`warmup_steps: 0.01` is the same"),
     (PRETRAIN, "plot_loss: true", "overwrite_output_dir: true", "overwrite_output_dir", "deprecated"),
     (PRETRAIN, "plot_loss: true", "save_safetensors: true", "save_safetensors", "LLaMA-Factory has no such key"),
@@ -223,7 +223,7 @@ FAULTS = [
 def test_a_planted_fault_is_named_with_file_line_and_key(clone, name, old, new, key, said):
     recipe = pair_in(clone, name)
     edit(recipe, old, new)
-    messages, _ = check.check([recipe, check.other_half(recipe)])
+    messages, _ = check.check([recipe, recipe_file.other_half(recipe)])
     told = [message for message in messages if f": {key}" in message and said in message]
     assert told, messages
     file, _, number = told[0].split(": ")[0].partition(":")  # FILE:LINE: KEY: ...
@@ -357,7 +357,7 @@ def test_rows_that_a_dataset_holds_out_are_not_trained_on(repository):
         ({"MODEL": "my-qwen", "DATASET": "ARC-c"}, "TEMPLATE=...; near: "),
         ({"MODEL": "my-qwen", "DATASET": "ARC-c", "TEMPLATE": "qwn"}, "near: qwen"),
         ({"MODEL": "gpt2", "DATASET": "Mu-Math", "FROM": "nothing"}, "FROM=nothing: no such pair"),
-        ({"MODEL": "gpt2", "DATASET": "Mu-Math", "CATEGORY": "coding"}, "leave CATEGORY away"),
+        ({"MODEL": "gpt2", "DATASET": "Mu-Math", "CATEGORY": "coding"}, "omit CATEGORY"),
         ({"MODEL": "gpt2", "DATASET": "Mu-Math", "CATEGORY": "sums"}, "category 'sums' is not known"),
         ({"MODEL": "gpt2", "DATASET": "../x"}, "'../x' is not known"),
     ],
@@ -379,8 +379,8 @@ def test_near_templates_are_those_of_the_models_family():
 
 def test_a_small_model_takes_short_rows_in_one_batch_and_a_large_one_accumulates():
     def split(model: str, batch: list[int], cutoff_len: int) -> tuple:
-        cell = new_pair.cell_of(model, "ARC-c")
-        return new_pair.split(batch, cell, cutoff_len)
+        pair = new_pair.requested_pair(model, "ARC-c")
+        return figures.split_batch(batch, pair, cutoff_len)
 
     assert split("qwen2.5-0.5b", [1, 8], 2048) == (8, 1, True)
     assert split("qwen2.5-1.5b", [1, 8], 4096) == (2, 4, False)

@@ -333,13 +333,13 @@ def test_a_terminated_sweep_unwinds_and_says_so_in_its_status(repository):
 
 def test_half_the_rows_on_several_devices_are_half_of_what_each_had():
     """Splitting after halving would undo it."""
-    from paragen.common import devices
+    from paragen.recipes import batches
 
     config = {"per_device_train_batch_size": 8, "gradient_accumulation_steps": 1}
-    assert devices.share_batch(config, 2, False, False) == {"per_device_train_batch_size": 4}
+    assert batches.share_batch(config, 2, False, False) == {"per_device_train_batch_size": 4}
     halved = {"per_device_train_batch_size": 2, "gradient_accumulation_steps": 2}
-    assert devices.share_batch(config, 2, True, False) == halved
-    assert devices.share_batch(config, 0, False, False) == {}
+    assert batches.share_batch(config, 2, True, False) == halved
+    assert batches.share_batch(config, 0, False, False) == {}
 
 
 @pytest.mark.parametrize(

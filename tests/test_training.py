@@ -413,14 +413,14 @@ def test_two_processes_train_the_same_adapters_as_one(pretrained, trained_once):
 
 def test_a_batch_that_devices_cannot_share_is_refused(project):
     """Rows or accumulation are divided; a model with a processor keeps its micro-batches, whose means its loss is."""
-    from paragen.common import devices
+    from paragen.recipes import batches
 
-    assert devices.split_batch({"gradient_accumulation_steps": 4}, 2, True) == {"gradient_accumulation_steps": 2}
+    assert batches.split_batch({"gradient_accumulation_steps": 4}, 2, True) == {"gradient_accumulation_steps": 2}
     one_batch = {"per_device_train_batch_size": 8, "gradient_accumulation_steps": 1}
-    assert devices.split_batch(one_batch, 2, False) == {"per_device_train_batch_size": 4}
+    assert batches.split_batch(one_batch, 2, False) == {"per_device_train_batch_size": 4}
     for count, has_processor in ((3, False), (2, True)):
-        with pytest.raises(devices.UserError, match="cannot share"):
-            devices.split_batch(one_batch, count, has_processor)
+        with pytest.raises(batches.UserError, match="cannot share"):
+            batches.split_batch(one_batch, count, has_processor)
 
 
 def test_a_gpu_that_torch_cannot_use_is_an_error_and_not_a_cpu_run(project, tmp_path):

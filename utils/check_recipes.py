@@ -1,4 +1,4 @@
-"""Checks recipes without training them: names against contents, keys, templates, LoRA targets, a pair's agreement.
+"""Check recipes without training them: names against contents, keys, templates, LoRA targets, a pair's agreement.
 
     python utils/check_recipes.py                     all recipes under collect_scripts/       (make check-recipes)
     python utils/check_recipes.py RECIPE.yaml ...     these, each with its other half
@@ -12,22 +12,21 @@ from pathlib import Path
 
 from paragen.common import cli
 from paragen.common.cli import UserError, say
-from paragen.recipes import check
+from paragen.recipes import check, recipe_file
 
 
-def main() -> int:
+def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("recipes", nargs="*", type=Path, metavar="RECIPE.yaml")
-    asked = [path.absolute().parent.resolve() / path.name for path in parser.parse_args().recipes]
-    found = [path for path in asked for path in (path, check.other_half(path)) if path in asked or path.is_file()]
-    chosen = sorted(set(found)) or check.all_recipes()
-    messages, faulty = check.check(chosen)
+    chosen = [path.absolute().parent.resolve() / path.name for path in parser.parse_args().recipes]
+    chosen += [half for half in map(recipe_file.other_half, chosen) if half.is_file()]
+    recipes = sorted(set(chosen)) or recipe_file.all_recipes()
+    messages, faulty = check.check(recipes)
     for message in messages:
         cli.complain(message)
     if messages:
-        raise UserError(f"faults: {len(messages)}, in {faulty} of {len(chosen)} recipes")
-    say(f"{len(chosen)} recipes, no faults")
-    return 0
+        raise UserError(f"faults: {len(messages)}, in {faulty} of {len(recipes)} recipes")
+    say(f"{len(recipes)} recipes, no faults")
 
 
 if __name__ == "__main__":

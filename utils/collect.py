@@ -17,7 +17,7 @@ from paragen.collection import run_identity
 from paragen.common import cli, paths
 from paragen.common.cli import UserError
 from paragen.packed import packed_train
-from paragen.recipes import lookup, render
+from paragen.recipes import keys, lookup, render
 from paragen.recipes.run import Cell
 from paragen.training import engines
 
@@ -48,7 +48,7 @@ def asked_ranks() -> list[int]:
     one, several = os.environ.get("RANK"), os.environ.get("RANKS", "").split()
     if one and several:
         raise UserError(f"RANK={one} and RANKS={' '.join(several)}: give one of the two")
-    return list(dict.fromkeys(render.parse_rank(rank) for rank in several or [one or "8"]))
+    return list(dict.fromkeys(render.parse_rank(rank) for rank in several or [one or str(keys.DEFAULT_RANK)]))
 
 
 def sort_out(chosen: list[Cell]) -> tuple[list[Cell], list[Cell]]:

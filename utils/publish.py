@@ -20,7 +20,7 @@ from paragen.publishing import card, published_tree, upload
 
 def main() -> None:
     repository = errors.repository_of(os.environ.get("REPO", ""), "make publish")
-    raw, private, dry = (cli.asked(name) for name in ("RAW", "PRIVATE", "DRY_RUN"))
+    raw, private, dry = (cli.is_on(name) for name in ("RAW", "PRIVATE", "DRY_RUN"))
     if not dry:
         transfer.allow_hub()
         errors.translated(repository, None, upload.require_account, uploads=True)

@@ -1,75 +1,101 @@
-"""Registers a data file in data/dataset_info.json after a look at every row, or checks all that is registered there.
+"""Register a data file in data/dataset_info.json after a check of every row, or check all that is registered there.
 
     python utils/register_dataset.py data/math/GSM8K_train.json [--columns prompt=question response=answer]
     python utils/register_dataset.py table.csv --category math    (.jsonl, .parquet, hub:<repo>[:config[:split]] too)
     python utils/register_dataset.py --check
 
-Reads data/<category>/<file>.json and data/dataset_info.json; writes the one entry of the latter, or nothing at all. Of
-another kind of file it first writes data/<category>/<name>.json, with the columns that are read (convert_dataset.py).
+Reads data/<category>/<file>.json and data/dataset_info.json; writes one entry of the latter, or nothing at all. A file
+of another format is first converted to data/<category>/<name>.json, with the columns that are read.
 """
 
 import argparse
+import re
 from pathlib import Path
 
-from paragen.common.cli import run
-from paragen.common.paths import CATEGORIES, DATA
-from paragen.dataset import convert, registration
-from paragen.dataset.dataset_info import (
-    ACCEPTED_ROWS,
-    HELD_OUT,
-)
+from paragen.common.cli import UserError, complain, run, say
+from paragen.common.paths import CATEGORIES, DATA, relative
+from paragen.dataset import checks, convert, names, registration
+from paragen.dataset.dataset_info import ACCEPTED_ROWS, HELD_OUT
 
 
-def main() -> int:
-    """Read the command line; register one file or check all. The status of the process."""
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("file", nargs="?", help="the data file, in data/<category>/, or what is to be converted")
-    parser.add_argument("--name", help="the dataset's name; default: the file's, without .json and _train")
-    parser.add_argument(
-        "--category", help=f"with --name in place of the file, or of what is converted: one of {', '.join(CATEGORIES)}"
-    )
-    parser.add_argument("--columns", nargs="+", default=[], metavar="KIND=COLUMN", help="e.g. prompt=question")
-    parser.add_argument(
-        "--held-out", type=int, metavar="ROWS", help="the last so many rows are for scoring, not training"
-    )
-    parser.add_argument(
-        "--accept-rows", nargs="+", type=int, metavar="ROW", help="rows that may lack a text or an answer, by number"
-    )
-    parser.add_argument("--prompts-only", action="store_true", help="the rows have no responses: not for training")
-    parser.add_argument("--replace", action="store_true", help="the name may be registered for another file")
-    parser.add_argument("--check", action="store_true", help="check every entry and list all that is wrong")
-    parser.add_argument("--data-dir", type=Path, default=DATA, help="default: the repository's data/")
-    asked = parser.parse_args()
-    if asked.check:
-        return registration.check(asked.data_dir)
-    converts = bool(asked.file) and convert.is_source(asked.file)
-    named_alone = bool(asked.name and asked.category)
-    if not converts and ((asked.file is None) != named_alone or (asked.file and asked.category)):
+def main() -> None:
+    parser = parser_of_settings()
+    settings = parser.parse_args()
+    if settings.check:
+        check_all(settings.data_dir)
+        return
+    converts = bool(settings.file) and convert.is_source(settings.file)
+    named_alone = bool(settings.name and settings.category)
+    if not converts and ((settings.file is None) != named_alone or (settings.file and settings.category)):
         parser.error("give the file, or --name and --category; --category with a file only where it is converted")
-    named, marks = (
-        registration.named_columns(asked.columns),
-        {HELD_OUT: asked.held_out, ACCEPTED_ROWS: asked.accept_rows},
+    marks = {HELD_OUT: settings.held_out, ACCEPTED_ROWS: settings.accept_rows}
+    request = registration.Request(
+        name=settings.name,
+        columns=named_columns(settings.columns),
+        prompts_only=settings.prompts_only,
+        replace=settings.replace,
+        marks={key: value for key, value in marks.items() if value is not None},
     )
-    marks = {key: value for key, value in marks.items() if value is not None}
     if converts:
-        source = (
-            asked.file if asked.file.startswith(convert.HUB) else str(registration.found(asked.file, asked.data_dir))
-        )
-        stem = asked.name or convert.stem_of(source)
-        target = registration.target_of(source, asked.category, stem, asked.data_dir)
-        name = asked.name or stem.removesuffix("_train")
-        registration.register_converted(
-            source, target, name, named, asked.prompts_only, asked.replace, asked.data_dir, marks
-        )
-        return 0
-    file = (
-        registration.found(asked.file, asked.data_dir)
-        if asked.file
-        else registration.file_of(asked.name, asked.category, asked.data_dir)
-    )
-    name = asked.name or file.stem.removesuffix("_train")
-    registration.register(file, name, named, asked.prompts_only, asked.replace, asked.data_dir, marks)
-    return 0
+        on_hub = settings.file.startswith(convert.HUB)
+        source = settings.file if on_hub else str(registration.find_file(settings.file, settings.data_dir))
+        stem = settings.name or convert.stem_of(source)
+        target = registration.target_of(source, settings.category, stem, settings.data_dir)
+        request = request._replace(name=settings.name or names.dataset_of_file(stem))
+        registered = registration.register_converted(source, target, request, settings.data_dir)
+    else:
+        if settings.file:
+            file = registration.find_file(settings.file, settings.data_dir)
+        else:
+            file = registration.file_in_category(settings.name, settings.category, settings.data_dir)
+        request = request._replace(name=settings.name or names.dataset_of_file(file.stem))
+        registered = registration.register(file, request, settings.data_dir)
+    for line in registered.lines():
+        say(line)
+
+
+def parser_of_settings() -> argparse.ArgumentParser:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    add = parser.add_argument
+    add("file", nargs="?", help="the data file, in data/<category>/, or what is to be converted")
+    add("--name", help="the dataset's name; default: the file's, without .json and _train")
+    with_name = "with --name in place of the file, or of what is converted"
+    add("--category", help=f"{with_name}: one of {', '.join(CATEGORIES)}")
+    add("--columns", nargs="+", default=[], metavar="KIND=COLUMN", help="e.g. prompt=question")
+    add("--held-out", type=int, metavar="ROWS", help="the number of last rows that are for scoring, not training")
+    add("--accept-rows", nargs="+", type=int, metavar="ROW", help="the numbers of rows that may lack a text or answer")
+    add("--prompts-only", action="store_true", help="the rows have no responses: not for training")
+    add("--replace", action="store_true", help="the name may be registered for another file")
+    add("--check", action="store_true", help="check every entry and list all that is wrong")
+    add("--data-dir", type=Path, default=DATA, help="default: the repository's data/")
+    return parser
+
+
+def named_columns(pairs: list[str]) -> dict[str, str]:
+    """["prompt=question"] as {"prompt": "question"}; a column's name may hold blanks. Raises UserError for no pair."""
+    pairs = re.split(r"\s+(?=\w+=)", " ".join(pairs).strip()) if pairs else []
+    for pair in pairs:
+        if "=" not in pair:
+            raise UserError(f"--columns {pair}: say it as kind=column, e.g. prompt=question")
+    return dict(pair.split("=", 1) for pair in pairs)
+
+
+def check_all(data_dir: Path) -> None:
+    """Print all faults and notes, a line each. Raises UserError with the counts when there are faults."""
+    count = faulty = faults = 0
+    for checked in checks.check_all(data_dir):
+        count += 1
+        faulty += bool(checked.faults)
+        faults += len(checked.faults)
+        for fault in checked.faults:
+            complain(f"{checked.name}: {fault}")
+        for note in checked.notes:
+            say(f"note: {checked.name}: {note}")
+    where = relative(data_dir / "dataset_info.json")
+    if faults:
+        way_out = "put the files right, or register them anew with `make register FILE=data/<category>/<file>.json`"
+        raise UserError(f"{where}: faults: {faults}, in {faulty} of {count} datasets; {way_out}")
+    say(f"{where}: {count} datasets, no faults")
 
 
 if __name__ == "__main__":

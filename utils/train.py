@@ -10,7 +10,7 @@ import argparse
 from pathlib import Path
 
 from paragen.common import cli
-from paragen.recipes import render
+from paragen.recipes import keys, render
 from paragen.recipes.run import run_of
 from paragen.training import ordinary
 
@@ -18,7 +18,7 @@ from paragen.training import ordinary
 def main() -> None:
     parser = argparse.ArgumentParser(description="Train one recipe at one LoRA rank.")
     parser.add_argument("recipe", type=Path)
-    parser.add_argument("rank")
+    parser.add_argument("rank", help=f"LoRA rank; an empty text is {keys.DEFAULT_RANK}")
     parser.add_argument("overrides", nargs="*", metavar="key=value", help="override keys of the recipe")
     args = parser.parse_args()
     ordinary.train(run_of(args.recipe, render.parse_rank(args.rank), tuple(args.overrides)))

@@ -4,37 +4,27 @@ Imported by archive.py. Sign and exponent of neighbouring values are alike, the 
 from each other they compress as they deserve. Values of 2 bytes make 2 planes, of 4 bytes 4.
 """
 
-import json
 from itertools import pairwise
 
 import numpy as np
 
+from paragen.common import safetensors_header
+
 # Bytes per value; a dtype that is not named is taken byte by byte, which is as lossless.
 WIDTHS = {"F64": 8, "I64": 8, "U64": 8, "F32": 4, "I32": 4, "U32": 4, "F16": 2, "BF16": 2, "I16": 2, "U16": 2}
-
-
-def header_of(data: bytes) -> bytes:
-    """The header of a safetensors file's bytes: the eight bytes of its length and its JSON.
-
-    Raises ValueError when there is none.
-    """
-    header = data[: 8 + int.from_bytes(data[:8], "little")]
-    if len(data) < 8 or len(header) < 8 + int.from_bytes(data[:8], "little"):
-        raise ValueError("is no safetensors file")
-    return header
 
 
 def runs_of(header: bytes, size: int) -> list[tuple[int, int]]:
     """The data section that a header describes, as runs of values of one width: (bytes per value, bytes).
 
     Args:
-        header: as header_of gives it.
+        header: as `safetensors_header.header_in` returns it.
         size: length of the data section, bytes.
 
     A data section that the header does not describe without gaps is one run of single bytes.
     """
     try:
-        tensors = [entry for name, entry in json.loads(header[8:]).items() if name != "__metadata__"]
+        tensors = safetensors_header.tensors_in(header).values()
         spans = sorted((*entry["data_offsets"], WIDTHS.get(entry["dtype"], 1)) for entry in tensors)
     except (ValueError, KeyError, TypeError, AttributeError) as error:
         raise ValueError(f"has a broken safetensors header ({error!r})") from None

@@ -16,7 +16,7 @@ import numpy as np
 
 from paragen.archives import byte_planes
 from paragen.collection import collection
-from paragen.common import files, paths
+from paragen.common import devices, files, paths
 from paragen.common.cli import UserError
 
 if TYPE_CHECKING:
@@ -44,7 +44,7 @@ def codec():
 
 def threads() -> int:
     """How many planes are worked on at once: the processors that this process may use."""
-    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+    return devices.cpu_cores()
 
 
 def opened(path: Path) -> Opened:

@@ -16,7 +16,7 @@ import numpy as np
 from paragen.archives import byte_planes
 from paragen.archives.read import FORMAT, HEAD, codec, threads
 from paragen.collection import checkpoints, collection, evaluation
-from paragen.common import files, paths
+from paragen.common import files, paths, safetensors_header
 from paragen.common.cli import UserError
 
 SUFFIX = ".archive"
@@ -97,7 +97,7 @@ def _write_part(
             index["files"][name] = {"bytes": len(data), "block": _put(file, "zstd", zstd.compress(data, asbytes=True))}
         for position, entry in enumerate(entries):
             data = _checkpoint(folder, entry, dtype)
-            header = byte_planes.header_of(data)
+            header = safetensors_header.header_in(data)
             if part_bytes and _bound(file.tell(), blocks, data, header) > part_bytes:
                 if not position:
                     raise UserError(f"{part_bytes} bytes are too few for one checkpoint of {paths.relative(folder)}")

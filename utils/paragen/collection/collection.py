@@ -15,7 +15,7 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 from paragen.collection import evaluation, run_identity
-from paragen.common import files, paths
+from paragen.common import devices, files, paths
 from paragen.common.cli import UserError, say
 
 FORMAT = 2
@@ -172,7 +172,7 @@ def read_back(folder: Path, checkpoints: list[dict]) -> None:
         if not path.is_file() or path.stat().st_size != entry["bytes"] or files.sha256_of(path) != entry["sha256"]:
             raise UserError(f"{path}: does not hold what was written (a failing disk?); run it again")
 
-    with ThreadPoolExecutor(min(8, os.cpu_count() or 1)) as threads:
+    with ThreadPoolExecutor(min(8, devices.cpu_cores())) as threads:
         list(threads.map(check, checkpoints))
 
 
@@ -282,7 +282,7 @@ def bring_labels(folder: Path, manifest: dict, coming: bytes | None) -> None:
 
 def _checkpoint_faults(folder: Path, entries: list[dict], rank: int) -> list[str]:
     """Faults in the checkpoint files themselves, which are read several at a time."""
-    with ThreadPoolExecutor(min(8, os.cpu_count() or 1)) as threads:
+    with ThreadPoolExecutor(min(8, devices.cpu_cores())) as threads:
         read = list(
             threads.map(lambda entry: _read_checkpoint(folder / checkpoint_name(entry["step"]), entry), entries)
         )

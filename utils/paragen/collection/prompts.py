@@ -10,7 +10,7 @@ from typing import Any
 
 from paragen.common import files, paths
 from paragen.common.cli import UserError
-from paragen.dataset import dataset_info
+from paragen.dataset import dataset_info, names
 
 SPLITS = ("train", "test")
 Part = tuple[dict[str, Any], Sequence[dict[str, Any]]]  # (an entry of dataset_info.json, rows of its file)
@@ -92,7 +92,7 @@ def first_kept_back(data: dict[str, Any], data_dir: Path) -> int:
 
 def paired_name(data: dict[str, Any]) -> str:
     """What the test split of one element of a manifest's `data` is called where it is a dataset of its own."""
-    return f"{data['name']}_test"
+    return names.test_split_name(data["name"])
 
 
 def split_name(data: dict[str, Any], data_dir: Path | None = None) -> str:

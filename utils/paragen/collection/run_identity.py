@@ -15,29 +15,10 @@ import prompt_templates
 from paragen.common import cli, files, paths
 from paragen.common.cli import UserError
 from paragen.dataset import dataset_info, pictures
-from paragen.model import base_models
-from paragen.recipes.render import DEFAULT_SEED
+from paragen.model import base_models, model_files
+from paragen.recipes import keys
 from paragen.recipes.run import Run
 
-# Recipe keys that say where files lie or how they are read and logged, not what is trained. The contents behind the
-# paths are hashed in the other sections.
-NOT_TRAINED = {
-    "model_name_or_path", "dataset_dir", "media_dir", "output_dir", "resume_from_checkpoint", "overwrite_output_dir",
-    "overwrite_cache", "cache_dir", "preprocessing_num_workers", "dataloader_prefetch_factor", "ddp_timeout",
-    "dataloader_num_workers", "dataloader_pin_memory", "logging_steps", "logging_first_step", "plot_loss", "report_to",
-    "run_name", "disable_tqdm", "log_level", "do_train", "save_only_model", "use_cpu", "dataloader_persistent_workers",
-    "logging_dir",
-}  # fmt: skip
-# Recipe keys that do not change how rows become tokens; a key that is not here counts.
-NOT_TOKENISED = {
-    "adam_beta1", "adam_beta2", "adam_epsilon", "bf16", "disable_gradient_checkpointing", "enable_liger_kernel",
-    "finetuning_type", "flash_attn", "fp16", "freeze_vision_tower", "gradient_accumulation_steps",
-    "gradient_checkpointing", "learning_rate", "lora_alpha", "lora_dropout", "lora_rank", "lora_target",
-    "loraplus_lr_ratio", "lr_scheduler_kwargs", "lr_scheduler_type", "max_grad_norm", "max_steps", "num_train_epochs",
-    "optim", "per_device_train_batch_size", "pure_bf16", "save_steps", "save_strategy", "save_total_limit",
-    "use_dora", "use_rslora", "warmup_ratio", "warmup_steps", "weight_decay",
-}  # fmt: skip
-OWN_TOKENS = {"eval_dataset", "tokenized_path", "streaming"}
 # What a checkpoint folder must hold to be resumed, all of it decisive for what follows.
 RESUMED = (paths.ADAPTER, "optimizer.pt", "scheduler.pt", "rng_state.pth", "trainer_state.json")
 
@@ -79,14 +60,15 @@ def identity_of(run: Run) -> dict[str, Any]:
     Raises UserError when the model, the data or the pretrain checkpoint is missing, with the command that makes it.
     """
     base, config = base_models.local_folder(run.base), run.config
-    recipe_keys = {"seed": DEFAULT_SEED, **{key: value for key, value in config.items() if key not in NOT_TRAINED}}
+    trained = {key: value for key, value in config.items() if key not in keys.NOT_TRAINED}
+    recipe_keys = {"seed": keys.OMITTED_SEED, **trained}
     if template_hash := hash_of_template(config.get("template")):
         recipe_keys["template_sha256"] = template_hash
     return {
         "recipe": dict(sorted(recipe_keys.items())),
         "data": [_data_of(name.strip(), run) for name in config["dataset"].split(",")],
         "base_model": base_models.identity_of(base),
-        "tokenizer": {"sha256": base_models.hash_of(base, base_models.tokenizer_files(base))},
+        "tokenizer": {"sha256": model_files.hash_of(base, model_files.tokenizer_files(base))},
         "pretrain": pretrain_of(run.resumed),
     }
 
@@ -97,9 +79,9 @@ def tokens_key(identity: dict) -> str | None:
     None where they depend on more: on pictures, on rows that the identity does not hold (of an eval_dataset), or on
     tokens that the recipe keeps itself.
     """
-    if any(data["pictures"] for data in identity["data"]) or OWN_TOKENS & identity["recipe"].keys():
+    if any(data["pictures"] for data in identity["data"]) or keys.UNSHARED_TOKENS & identity["recipe"].keys():
         return None
-    recipe = {key: value for key, value in identity["recipe"].items() if key not in NOT_TOKENISED}
+    recipe = {key: value for key, value in identity["recipe"].items() if key not in keys.NOT_TOKENISED}
     versions = {name: version(name) for name in ("llamafactory", "transformers", "tokenizers", "datasets")}
     return files.sha256_of_value([recipe, identity["data"], identity["tokenizer"], versions])
 
@@ -245,4 +227,4 @@ def check_resumable(checkpoint: Path, rank: int, how_to_make: str) -> None:
 
 def force_asked() -> bool:
     """Whether the user said FORCE=1: redo what is complete or stale."""
-    return cli.asked("FORCE")
+    return cli.is_on("FORCE")

@@ -1,6 +1,6 @@
-"""How every script here ends: 0 when all that was asked for happened, else one clear line and a non-zero status.
+"""How scripts print and end: status 0 when everything requested happened, otherwise one clear line and another status.
 
-Imported by the scripts: `cli.run(main)` is the last line of each.
+The last line of each script is `cli.run(main)`.
 """
 
 import ctypes
@@ -10,62 +10,63 @@ import re
 import signal
 import subprocess
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from pathlib import Path
-from typing import IO
+from types import FrameType
+from typing import IO, Any, NoReturn
 
-# All that a script reads is on disk before it starts; libraries that would look a name up on the hub are told not to.
-# The scripts that download say HF_HUB_OFFLINE=0 themselves.
+# All that a script reads is on disk before it starts, so libraries must not look names up on the hub. The scripts that
+# download set HF_HUB_OFFLINE=0 themselves.
 os.environ.setdefault("HF_HUB_OFFLINE", "1")
 
-PATIENCE = 20  # seconds that a stopped script has to unwind
+STOP_SECONDS = 20  # that a stopped script has to clean up
 STORAGE_ERRORS = {errno.ENOSPC, errno.EDQUOT, errno.EROFS, errno.EACCES, errno.EPERM, errno.EFBIG}
 
 
 class UserError(Exception):
-    """Something the user can put right. Its text is one line: the file, the value and the way out."""
+    """Something the user can correct. Its text is one line: the file, the value and the way out."""
 
 
 def say(line: str) -> None:
-    """Print one line of progress, at once also when the output is a pipe."""
+    """Print one line of progress without delay, also when the output is a pipe."""
     print(line, flush=True)
 
 
-def asked(name: str) -> bool:
-    """Whether a switch of the environment, such as FORCE, is on: set, and not 0."""
+def is_on(name: str) -> bool:
+    """Whether an environment variable that is a switch, such as FORCE, is on: set, and not 0."""
     return os.environ.get(name, "") not in ("", "0")
 
 
 def end_with_parent() -> None:
-    """Have the kernel end this process when the one that started it is killed (Linux). For a child to call first."""
+    """Let the kernel end this process when its parent is killed (Linux). A child process calls this first."""
     if sys.platform == "linux":
         ctypes.CDLL(None).prctl(1, signal.SIGTERM)  # PR_SET_PDEATHSIG
 
 
-def print_table(head: tuple[str, ...], rows: list[tuple[str, ...]]) -> None:
-    """Print rows under their heads, columns aligned."""
+def print_table(head: tuple[str, ...], rows: Sequence[tuple[str, ...]]) -> None:
+    """Print a table: the column heads, then the rows, in aligned columns."""
     widths = [max(len(row[column]) for row in [head, *rows]) for column in range(len(head))]
     for row in [head, *rows]:
         say("  ".join(text.ljust(width) for text, width in zip(row, widths, strict=True)).rstrip())
 
 
 def run(main: Callable[[], int | None]) -> None:
-    """Run `main` and leave the process with its status.
+    """Run `main` and exit with the status that it returns (None: 0).
 
-    A UserError or a storage error (full disk, no permission) ends in one line on stderr and status 1; Ctrl-C, SIGTERM
-    and SIGHUP (a lost terminal) unwind through every `finally` and end in 130, 143 and 129. Any other exception is a
-    bug and keeps its traceback.
+    A UserError or a storage error (full disk, no permission) ends in one line on stderr and status 1. Ctrl-C, SIGTERM
+    and SIGHUP (a lost terminal) run every `finally` and end in status 130, 143 and 129. Any other exception is a bug
+    and keeps its traceback.
     """
     received: list[int] = []
 
-    def stop(number: int, _frame) -> None:
+    def stop(number: int, _frame: FrameType | None) -> None:
         received.append(number)
         if number == signal.SIGINT:
             raise KeyboardInterrupt
         sys.exit(128 + number)
 
     for number in (signal.SIGTERM, signal.SIGHUP, signal.SIGINT):
-        if number != signal.SIGINT or signal.getsignal(number) is not signal.SIG_IGN:  # as in a shell's background
+        if number != signal.SIGINT or signal.getsignal(number) is not signal.SIG_IGN:  # a shell's background jobs
             signal.signal(number, stop)
     try:
         sys.exit(main() or 0)
@@ -73,11 +74,11 @@ def run(main: Callable[[], int | None]) -> None:
         print("stopped", file=sys.stderr)
         sys.exit(130)
     except SystemExit:
-        if received:  # a library (Ray) made a SystemExit of its own of it
+        if received:  # a library (Ray) replaced our exception by its own SystemExit
             sys.exit(128 + received[0])
         raise
     except Exception as error:
-        if received:  # a library (safetensors) made another exception of it
+        if received:  # a library (safetensors) replaced our exception by another
             sys.exit(128 + received[0])
         fault = str(error) if isinstance(error, UserError) else storage_fault(error)
         if fault is None:
@@ -85,14 +86,19 @@ def run(main: Callable[[], int | None]) -> None:
         fail(fault)
 
 
-def call(command: list, environment: dict[str, str] | None = None, output: IO | None = None, own_group=False) -> int:
-    """Run another script and return its status; when this process is stopped, that one unwinds first.
+def call(
+    command: Sequence[object],
+    environment: dict[str, str] | None = None,
+    output: IO[Any] | None = None,
+    own_group: bool = False,
+) -> int:
+    """Run another program and return its status; when this process is stopped, that one cleans up first.
 
     Args:
-        command: program and arguments; anything that has a text.
-        environment: variables to set beside the present ones.
-        output: where its stdout and stderr go (default: this process's).
-        own_group: start it in a session of its own and stop all that it started.
+        command: program and arguments; numbers and paths become text.
+        environment: variables to set in addition to the present ones.
+        output: a file for its stdout and stderr (default: this process's).
+        own_group: start it in a session of its own, and stop all processes of that session.
     """
     child = subprocess.Popen(
         [str(part) for part in command],
@@ -106,10 +112,10 @@ def call(command: list, environment: dict[str, str] | None = None, output: IO | 
     except BaseException as error:
         if own_group:
             os.killpg(child.pid, signal.SIGTERM)
-        elif not isinstance(error, KeyboardInterrupt):  # Ctrl-C reached it, too; a second signal would cut its clean-up
+        elif not isinstance(error, KeyboardInterrupt):  # Ctrl-C reached it, too; a second would cut its clean-up
             child.terminate()
         try:
-            child.wait(PATIENCE)
+            child.wait(STOP_SECONDS)
         except subprocess.TimeoutExpired:
             child.terminate()
             child.wait()
@@ -117,15 +123,16 @@ def call(command: list, environment: dict[str, str] | None = None, output: IO | 
 
 
 def environment_for_modules() -> dict[str, str]:
-    """The present environment, in which `python -m paragen.<room>.<module>` is found from any folder."""
+    """The present environment, with which `python -m paragen.<room>.<module>` works from any folder."""
     known = (str(Path(__file__).resolve().parents[2]), os.environ.get("PYTHONPATH"))
     return {**os.environ, "PYTHONPATH": os.pathsep.join(filter(None, known))}
 
 
 def storage_fault(error: BaseException) -> str | None:
-    """One line on the storage error at the root of an exception, or None when there is none.
+    """One line on the storage error that caused an exception, or None when there is none.
 
-    Looks through the exceptions it was raised from, and at the texts of libraries written in Rust ("(os error 28)").
+    Follows the exceptions that it was raised from. Libraries written in Rust (safetensors) give the number of the error
+    in their text only: "(os error 28)".
     """
     link: BaseException | None = error
     while link is not None:
@@ -140,11 +147,11 @@ def storage_fault(error: BaseException) -> str | None:
 
 
 def complain(message: str) -> None:
-    """Print `error: message` on stderr and go on."""
+    """Print `error: message` on stderr and continue."""
     print(f"error: {message}", file=sys.stderr, flush=True)
 
 
-def fail(message: str) -> None:
-    """Print `error: message` on stderr and leave with status 1."""
+def fail(message: str) -> NoReturn:
+    """Print `error: message` on stderr and exit with status 1."""
     complain(message)
     sys.exit(1)

@@ -1,4 +1,4 @@
-"""Files that are whole or not there: atomic writes, hashes, locks that die with their process, swapped folders."""
+"""Files that are whole or missing: atomic writes, hashes, locks that end with their process, replaced folders."""
 
 import contextlib
 import fcntl
@@ -12,9 +12,12 @@ from collections.abc import Iterable, Iterator
 from pathlib import Path
 from typing import Any
 
+CHUNK_BYTES = 1 << 20  # read at once from a file that is hashed
+GIT_LFS_POINTER = b"version https://git-lfs.github.com/spec/"  # how a file begins that Git LFS did not download
+
 
 def write_atomically(path: Path, *parts: bytes | memoryview) -> None:
-    """Put `parts`, one behind the other, at `path` so that no reader, also after a crash, ever sees a part of it."""
+    """Write `parts`, one after the other, to `path`. No reader ever sees an incomplete file, not even after a crash."""
     path = Path(path)
     temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
     try:
@@ -36,28 +39,28 @@ def write(path: Path, *parts: bytes | memoryview) -> None:
 
 
 def unfinished(path: Path) -> list[Path]:
-    """What is there of writing `path` atomically: of a process that writes it now, or was killed when it did."""
+    """The temporary files of `write_atomically`: of a process that writes `path` now, or that was killed."""
     return list(path.parent.glob(f".{glob.escape(path.name)}.*.tmp"))
 
 
 def remove_unfinished(path: Path) -> None:
-    """Remove what killed processes left of `write_atomically`. Call it where no live one can be writing `path`."""
+    """Remove what killed processes left of `write_atomically`. Call it only where no process can be writing `path`."""
     for left_over in unfinished(path):
         left_over.unlink()
 
 
 def write_json(path: Path, value: Any) -> None:
-    """`value` as indented JSON at `path`, atomically."""
+    """Write `value` to `path` as indented JSON, atomically."""
     write_atomically(path, (json.dumps(value, indent=2, ensure_ascii=False) + "\n").encode())
 
 
 def sync_folder(folder: Path) -> None:
-    """Make the names in `folder` (creations, renames, removals) survive a power cut."""
+    """Flush the names in `folder` (creations, renames, removals) to disk, so that they survive a power cut."""
     sync(folder)
 
 
 def sync(path: Path) -> None:
-    """Make a file's bytes, or a folder's names, survive a power cut."""
+    """Flush a file's bytes, or a folder's names, to disk."""
     handle = os.open(path, os.O_RDONLY)
     try:
         os.fsync(handle)
@@ -66,13 +69,13 @@ def sync(path: Path) -> None:
 
 
 def sync_tree(folder: Path) -> None:
-    """Make all that is in `folder` survive a power cut."""
+    """Flush everything in `folder` to disk."""
     for path in [*folder.rglob("*"), folder]:
         sync(path)
 
 
 def stamp_of(stat: os.stat_result) -> tuple[int, ...]:
-    """What tells whether a file is still the one that was read: its size, times and number."""
+    """A file's size, times and number: while they stay equal, it is taken for the file that was read."""
     return stat.st_size, stat.st_mtime_ns, stat.st_ctime_ns, stat.st_ino
 
 
@@ -80,6 +83,15 @@ def sha256_of(path: Path) -> str:
     """The hexadecimal SHA-256 of a file."""
     with open(path, "rb") as file:
         return hashlib.file_digest(file, "sha256").hexdigest()
+
+
+def git_blob_id(path: Path) -> str:
+    """Git's id of a file's content, hexadecimal: SHA-1 over `blob <size>`, a zero byte and the content."""
+    digest = hashlib.sha1(b"blob %d\0" % path.stat().st_size, usedforsecurity=False)
+    with open(path, "rb") as file:
+        while chunk := file.read(CHUNK_BYTES):
+            digest.update(chunk)
+    return digest.hexdigest()
 
 
 def sha256_of_value(value: Any) -> str:
@@ -95,7 +107,7 @@ HELD: set[int] = set()  # descriptors of the locks that this process holds
 
 
 def _leave_locks_to_parent() -> None:
-    """A forked child (a data loader's worker) that outlives its killed parent must not keep the parent's locks."""
+    """Close the locks in a forked child (a data loader's worker), which may outlive its killed parent."""
     while HELD:
         os.close(HELD.pop())
 
@@ -107,8 +119,8 @@ os.register_at_fork(after_in_child=_leave_locks_to_parent)
 def lock(path: Path, waiting: str | None = None) -> Iterator[int]:
     """Hold the lock file `path`; yields its descriptor.
 
-    When a live process holds it: raises Busy at once, or, with a text for `waiting`, prints that and waits. The kernel
-    drops the lock with the process, however that ends; the file itself is removed on a normal end.
+    When a live process holds it, Busy is raised at once; with a text for `waiting`, that is printed and this waits. The
+    kernel releases the lock when the process ends in any way; a normal end also removes the file.
     """
     path.parent.mkdir(parents=True, exist_ok=True)
     while True:
@@ -139,7 +151,7 @@ def lock(path: Path, waiting: str | None = None) -> Iterator[int]:
 
 
 def is_free(path: Path) -> bool:
-    """Whether nobody holds the lock file `path`, which is taken for a moment to find out."""
+    """Whether no process holds the lock file `path`; the lock is taken for a moment to find out."""
     try:
         with lock(path):
             return True
@@ -148,9 +160,9 @@ def is_free(path: Path) -> bool:
 
 
 def is_held(path: Path) -> bool:
-    """Whether a live process seems to hold the lock file `path`; the lock itself is not touched.
+    """Whether a live process seems to hold the lock file `path`, without taking the lock.
 
-    Goes by the process number written into it; a holder on another host counts as alive.
+    The file contains its holder's process number and host; a holder on another host counts as alive.
     """
     try:
         number, host = path.read_text().split()
@@ -168,7 +180,7 @@ def is_held(path: Path) -> bool:
 
 
 def beside(folder: Path, kind: str) -> Path:
-    """The hidden companion of `folder` in the same parent: its `lock`, a `staging-...` folder, the `old` one."""
+    """A hidden companion of `folder` in the same parent: its `lock`, a `staging-...` folder, the `old` folder."""
     return folder.with_name(f".{folder.name}.{kind}")
 
 
@@ -183,9 +195,9 @@ def companions(folder: Path, kind: str) -> list[Path]:
 
 
 def publish_folder(staging: Path, folder: Path) -> None:
-    """Give the whole folder `staging` its final name; what stood there before is deleted only afterwards.
+    """Give the complete folder `staging` its final name, then delete what had that name before.
 
-    Call it with the folder's lock held. A crash in the middle is put right by `recover_folder`.
+    Call it with the folder's lock held. After a crash in the middle, `recover_folder` restores one of the two.
     """
     old = beside(folder, "old")
     for path in [staging, *staging.rglob("*")]:
@@ -199,7 +211,7 @@ def publish_folder(staging: Path, folder: Path) -> None:
 
 
 def recover_folder(folder: Path) -> None:
-    """Undo what a dead process left of `publish_folder` and of its staging folders. Call it with the lock held."""
+    """Clean up after a killed process: an unfinished `publish_folder`, staging folders. Call it with the lock held."""
     old = beside(folder, "old")
     if old.exists() and not folder.exists():
         old.rename(folder)
@@ -208,14 +220,14 @@ def recover_folder(folder: Path) -> None:
 
 
 def remove_folder(folder: Path) -> None:
-    """Delete a folder and all in it, or a file (of a link, the link alone); none there is fine."""
+    """Delete a folder with its contents, a file, or a link alone; nothing happens where there is none."""
     if folder.is_symlink() or folder.is_file():
         folder.unlink()
     while folder.exists():
-        with contextlib.suppress(FileNotFoundError):  # somebody else deleted a part of it meanwhile
+        with contextlib.suppress(FileNotFoundError):  # another process deleted a part of it meanwhile
             shutil.rmtree(folder)
 
 
 def size_of(paths: Iterable[Path]) -> int:
-    """Bytes in the files among `paths`."""
+    """The total size of the files among `paths`, bytes."""
     return sum(path.stat().st_size for path in paths if path.is_file())

@@ -1,20 +1,23 @@
-"""Work on many small tensors on all cores, with the same bits on any number of them.
+"""Work on many small tensors on all cores; the results have the same bits on any number of cores.
 
-Imported by export_canonical.py and stats.py. PyTorch's own threads share out each operation and wait for each other
-after it; for a layer's small matrices on a busy machine that was seen to take ten times as long as one thread.
+PyTorch's own threads divide each operation and wait for each other after it. For a layer's small matrices on a busy
+machine this was measured to take ten times as long as one thread.
 """
 
-import os
 from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
-from typing import Any
+from typing import TypeVar
 
-WORKERS = min(8, os.cpu_count() or 1)
-WAITING = 4  # results per worker that may wait to be taken
+from paragen.common import devices
+
+Item = TypeVar("Item")
+Result = TypeVar("Result")
+WORKERS = min(8, devices.cpu_cores())
+WAITING = 4  # results per worker that may wait until they are used
 
 
-def each(function: Callable[[Any], Any], items: Sequence) -> Iterator[Any]:
-    """`function` of each item, in order; the calls run beside each other, each on one core."""
+def each(function: Callable[[Item], Result], items: Sequence[Item]) -> Iterator[Result]:
+    """`function` of each item, in the order of the items; the calls run in parallel, each on one core."""
     import torch
 
     before = torch.get_num_threads()

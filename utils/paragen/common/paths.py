@@ -1,4 +1,4 @@
-"""Where things lie and how they are named. Everything that needs a folder's name asks this module."""
+"""The repository's folders, and how run folders and checkpoints are named."""
 
 import os
 import re
@@ -7,7 +7,7 @@ from pathlib import Path
 
 from paragen.common.cli import UserError
 
-# stage.py sets PARAGEN_TOP where a node has its data, models and runs in another folder than its scripts.
+# PARAGEN_TOP is set on a node that has its data, models and runs in another folder than its scripts (sweep/stage.py).
 UTILS = Path(__file__).resolve().parents[2]  # what PYTHONPATH names: the scripts, and the package `paragen`
 ROOT = Path(os.environ.get("PARAGEN_TOP") or UTILS.parent)
 SCRIPTS = ROOT / "collect_scripts"
@@ -19,23 +19,30 @@ PHASES = ("pretrain", "finetune")
 ADAPTER = "adapter_model.safetensors"  # PEFT's name for the weights in a checkpoint folder
 ADAPTER_CONFIG = "adapter_config.json"  # PEFT's name for its settings
 MANIFEST = "manifest.json"
-INDEX = "index.parquet"  # below saves/, as are the folders of what is made from collections and can be made again:
+INDEX = "index.parquet"  # in saves/
+# Folders in saves/ of what is made from collections and can be made again.
 DERIVED = ("exports", "stats", "report", "publish")
-EXPORT_RECORD = "export.json"  # an export's folder, wherever it lies, has one
+EXPORT_RECORD = "export.json"  # in the folder of an export
 
-# The part of a run folder's name that says which adapter it holds. A model's own name may hold such a part too
-# (a merged adapter, say), so the last one counts.
+# The part of a run folder's name that states its adapter's rank and seed. A model's own name may have such a part, too
+# (a merged adapter, for example), so the last one counts.
 RANK_PART = re.compile(r"_lora-rank_(\d+)(?:_seed-(\d+))?(?=_|$)")
 CHECKPOINT = re.compile(r"checkpoint-(\d+)")
+RUN_PATH = re.compile(r"(.*?)([^/]*)(/checkpoint-\d+)?((?:/\.?)*)", re.DOTALL)  # parents, run folder, what follows
 
 
 def loose(name: str) -> str:
-    """`name` as it is compared with what a user types: without case and punctuation (`arcc` is `ARC-c`)."""
+    """`name` without case and punctuation, to compare it with what a user types (`arcc` is `ARC-c`)."""
     return re.sub(r"[\W_]", "", name.lower())
 
 
 def choose(name: str, choices: Iterable[str], what: str) -> str:
-    """The one of `choices` that `name` means; an exact match wins over a loose one.
+    """The one of `choices` that `name` means; an exact match precedes one without case and punctuation.
+
+    Args:
+        name: what a user typed.
+        choices: the names there are.
+        what: what they are names of, for the error.
 
     Raises UserError naming all choices when none or several match.
     """
@@ -50,18 +57,21 @@ def choose(name: str, choices: Iterable[str], what: str) -> str:
 
 
 def rank_in(path: str) -> tuple[int, int | None] | None:
-    """The rank and the seed (None: the recipe's own) that the run folder in `path` names, or None if it names no rank.
+    """The rank and the seed (None: the recipe's own) in the name of a run folder; None where it names no rank.
 
-    `path` is a run folder or a checkpoint in it.
+    `path` is the run folder or a checkpoint in it.
     """
     match = _rank_match(_split_run(path)[1])
-    return match and (int(match[1]), match[2] and int(match[2]))
+    if match is None:
+        return None
+    return int(match[1]), int(match[2]) if match[2] else None
 
 
 def with_rank(path: str, rank: int, seed: int | None = None) -> str:
     """`path` (a run folder or a checkpoint in it) for another rank; unchanged where it names no rank.
 
-    A `seed` replaces the one in the path; it is named even where no rank is, since two seeds must not share a folder.
+    A `seed` replaces the one in the path. It is added even where the path names no rank: two seeds must not share a
+    folder.
     """
     before, name, after = _split_run(path)
     seed_part = "" if seed is None else f"_seed-{seed}"
@@ -70,22 +80,23 @@ def with_rank(path: str, rank: int, seed: int | None = None) -> str:
         seed_part = seed_part or (f"_seed-{match[2]}" if match[2] else "")
         name = f"{name[: match.start()]}_lora-rank_{rank}{seed_part}{name[match.end() :]}"
     elif seed is not None:
-        stem, phase = re.fullmatch(r"(.*?)(_pretrain|_finetune)?", name).groups(default="")
-        name = f"{stem}{seed_part}{phase}"
+        ending = next((f"_{phase}" for phase in PHASES if name.endswith(f"_{phase}")), "")
+        name = f"{name.removesuffix(ending)}{seed_part}{ending}"
     return before + name + after
 
 
-def _rank_match(name: str) -> re.Match | None:
+def _rank_match(name: str) -> re.Match[str] | None:
     return max(RANK_PART.finditer(name), key=lambda match: match.start(), default=None)
 
 
 def _split_run(path: str) -> tuple[str, str, str]:
-    """`path` as (folders before, the run folder's name, what follows it)."""
-    found = re.fullmatch(r"(.*?)([^/]*)(/checkpoint-\d+)?((?:/\.?)*)", path, re.DOTALL)
+    """`path` as (the folders before, the run folder's name, what follows it)."""
+    found = RUN_PATH.fullmatch(path)
+    assert found, "it matches every text"
     return found[1], found[2], (found[3] or "") + found[4]
 
 
 def relative(path: Path) -> str:
-    """`path` as messages show it: relative to the repository where it lies inside it."""
+    """`path` as messages show it: relative to the repository where it is inside it."""
     path = Path(path)
     return str(path.relative_to(ROOT)) if path.is_relative_to(ROOT) else str(path)

@@ -1,9 +1,4 @@
-"""Reads a user's table or a data set on the hub, and makes the rows of it that LLaMA-Factory's .json holds.
-
-Imported by register_dataset.py, whose command converts and registers:
-
-    make register FILE=table.csv CATEGORY=math MAP="prompt=question response=answer.text"
-    make register FILE=hub:openai/gsm8k:main:train CATEGORY=math
+"""Converts a user's table or a dataset on the hub to rows that LLaMA-Factory reads.
 
 Reads .jsonl, .csv and .parquet files and hub:<repo>[:<config>[:<split>]]; no code of theirs runs.
 """
@@ -22,23 +17,23 @@ from typing import Any
 
 from paragen.common.cli import UserError, storage_fault
 from paragen.common.paths import relative
-from paragen.dataset import dataset_info
+from paragen.dataset import dataset_info, infer_entry
 
 HUB = "hub:"
 HUB_NAME = re.compile(r"\w[\w.-]*(/\w[\w.-]*)?")
 SUFFIXES = (".jsonl", ".csv", ".parquet")
 TEXTS = ("prompt", "query", "response", "system")
-# What a text column may hold besides text, and is written as text.
+# Values that a text column may hold besides text; they are written as text.
 PLAIN = (decimal.Decimal, datetime.date, datetime.time, datetime.timedelta, uuid.UUID)
 
 
 def is_source(name: str) -> bool:
-    """Whether `name` is something to convert: a data set on the hub, or a file by its suffix."""
+    """Whether `name` is to be converted: a dataset on the hub, or a file with one of SUFFIXES."""
     return name.startswith(HUB) or name.lower().endswith(SUFFIXES)
 
 
 def stem_of(source: str) -> str:
-    """The name of the .json that a source becomes, without the suffix: `gsm8k_test` for hub:openai/gsm8k:main:test."""
+    """The name, without .json, of the file that a source becomes: `gsm8k_test` for hub:openai/gsm8k:main:test."""
     if not source.startswith(HUB):
         return Path(source).stem
     repository, _, split = hub_parts(source)
@@ -48,10 +43,14 @@ def stem_of(source: str) -> str:
 def convert(source: str, named: dict[str, str], prompts_only: bool) -> tuple[list[dict[str, Any]], list[str]]:
     """The rows of a source as LLaMA-Factory reads them, and notes on what became of its columns.
 
-    `named`: what to read from which column, e.g. {"response": "answer"}; `answer.text` is a part of one, `choices.0`
-    the first of a list. Columns that are not named are found by their usual names. The rows hold what is read and
-    nothing else, under LLaMA-Factory's own names; a number in a text column is written as text, NaN is null.
-    Raises UserError, with the row, for what cannot be read or is no text.
+    Args:
+        source: a file's path, or hub:<repo>[:<config>[:<split>]].
+        named: which column holds what, e.g. {"response": "answer"}; `answer.text` is a part of a column, `choices.0`
+            the first of a list. Columns that are not named are found by their usual names.
+        prompts_only: whether the rows have no responses.
+
+    The rows have only what is read, under LLaMA-Factory's own names. A number in a text column is written as text, NaN
+    becomes null. Raises UserError, with the row, for what cannot be read or is no text.
     """
     label = source if source.startswith(HUB) else relative(Path(source))
     raw = [without_nan(row) for row in read(source)]
@@ -60,7 +59,7 @@ def convert(source: str, named: dict[str, str], prompts_only: bool) -> tuple[lis
     given = list(dataset_info.columns_in(raw))
     try:
         add_parts(raw, named.values())
-        columns = dataset_info.columns_of(dataset_info.infer_entry(raw, named, prompts_only))
+        columns = dataset_info.columns_of(infer_entry.infer_entry(raw, named, prompts_only))
     except UserError as error:
         raise UserError(f"{label}: {error}") from None
     rows = []
@@ -73,7 +72,7 @@ def convert(source: str, named: dict[str, str], prompts_only: bool) -> tuple[lis
 
 
 def notes_on(given: list[str], columns: dict[str, str], raw: list[dict], rows: list[dict]) -> list[str]:
-    """What a user may want to know of the columns: which became text, which of the `given` ones are not read."""
+    """Notes for the user: which columns became text, and which of the `given` ones are not read."""
     notes = []
     for kind, column in columns.items() if raw else ():
         pairs = zip(raw, rows, strict=True)
@@ -94,7 +93,7 @@ def as_json(rows: list[dict[str, Any]]) -> bytes:
 
 
 def read(source: str) -> Iterator[dict[str, Any]]:
-    """The rows of a source as they are. Raises UserError."""
+    """The rows of a source, unchanged. Raises UserError."""
     if source.startswith(HUB):
         return read_hub(source)
     path = Path(source)
@@ -104,7 +103,7 @@ def read(source: str) -> Iterator[dict[str, Any]]:
 
 
 def read_jsonl(path: Path) -> Iterator[dict[str, Any]]:
-    """A JSON object a line; empty lines do not count."""
+    """The rows of a file with one JSON object per line; empty lines are skipped."""
     for number, line in enumerate(utf8_lines(path), 1):
         if not line.strip():
             continue
@@ -118,7 +117,7 @@ def read_jsonl(path: Path) -> Iterator[dict[str, Any]]:
 
 
 def read_csv(path: Path) -> Iterator[dict[str, Any]]:
-    """Comma-separated values with a header line; every value is the text that stands there, `007` and `NA` too."""
+    """The rows of comma-separated values with a header line; every value stays text, `007` and `NA` too."""
     csv.field_size_limit(1 << 30)
     table = csv.reader(utf8_lines(path, newline=""), strict=True)
     try:
@@ -170,10 +169,10 @@ def hub_parts(source: str) -> tuple[str, str | None, str | None]:
 
 
 def read_hub(source: str) -> Iterator[dict[str, Any]]:
-    """The rows of a data set on the hub (or HF_ENDPOINT's mirror); labels by their names. Raises UserError."""
+    """The rows of a dataset on the hub (or HF_ENDPOINT's mirror); labels by their names. Raises UserError."""
     repository, config, split = hub_parts(source)
     if os.path.exists(repository):
-        raise UserError(f"{source}: {repository} is a folder here, which would be read instead; go elsewhere")
+        raise UserError(f"{source}: {repository} is a folder here, which would be read instead; change the folder")
     os.environ["HF_HUB_OFFLINE"] = "0"
     import datasets
 
@@ -200,7 +199,10 @@ def first_line(error: BaseException) -> str:
 
 
 def add_parts(rows: list[dict[str, Any]], columns: Any) -> None:
-    """Add to the rows each of `columns` that is a part of one, such as answer.text. Raises UserError for none such."""
+    """Add to the rows each of `columns` that is a part of another, such as answer.text.
+
+    Raises UserError for a part that no row has.
+    """
     present = dataset_info.columns_in(rows)
     for column in columns:
         if column in present or "." not in column:
@@ -214,7 +216,7 @@ def add_parts(rows: list[dict[str, Any]], columns: Any) -> None:
 
 
 def part_of(value: Any, steps: list[str]) -> Any:
-    """What lies in a nested value below `steps`, keys of objects and numbers in lists; None where nothing does."""
+    """The part of a nested value at `steps`, keys of objects and numbers in lists; None where there is none."""
     for step in steps:
         if isinstance(value, dict):
             value = value.get(step)
@@ -226,9 +228,10 @@ def part_of(value: Any, steps: list[str]) -> Any:
 
 
 def written(kind: str, value: Any, column: str) -> Any:
-    """A value as it is written for `kind`: text for the texts, else as it is. Raises UserError where that cannot be.
+    """A value as it is written for `kind`: as text for the kinds of TEXTS, otherwise unchanged.
 
-    Numbers and truth values become text as JSON writes them, dates and decimals as Python does.
+    Numbers and truth values become text as JSON writes them, dates and decimals as Python does. Raises UserError for a
+    value that cannot be written so.
     """
     if kind in TEXTS:
         if value is None or isinstance(value, str):
@@ -249,7 +252,7 @@ def written(kind: str, value: Any, column: str) -> Any:
 
 
 def without_nan(value: Any) -> Any:
-    """A value with null for NaN, as tables write what is missing, at any depth."""
+    """A value with None for each NaN in it: tables write NaN where a value is missing."""
     if isinstance(value, float):
         return None if math.isnan(value) else value
     if isinstance(value, dict):

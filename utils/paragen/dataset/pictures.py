@@ -1,8 +1,7 @@
-"""The pictures that a dataset's rows show: below one folder, readable before training starts, part of the identity.
+"""Checks and hashes the pictures that a dataset's rows show, before a training starts.
 
-Imported by run_identity.py and collector.py. LLaMA-Factory itself only warns of a picture that is not there, and fails
-in the middle of the training. Readable pictures are remembered in `.hashes.json` in the media folder, so that each is
-decoded once.
+LLaMA-Factory itself only warns of a missing picture, and fails in the middle of the training. Readable pictures are
+remembered in `.hashes.json` in the media folder, so that each is decoded once.
 """
 
 import hashlib
@@ -14,17 +13,17 @@ from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
-from paragen.common import files, paths
+from paragen.common import devices, files, paths
 from paragen.common.cli import UserError, say
-from paragen.dataset import dataset_info
+from paragen.dataset import dataset_info, row_faults
 
 CACHE = ".hashes.json"
 NAMED = 3  # faulty rows that an error names
-MANY = 500  # pictures whose reading takes so long that a line is due
+MANY = 500  # from this many pictures on, a line announces that reading them takes a while
 
 
 def identity_of(rows: list[dict[str, Any]], entry: dict[str, Any], file: Path, media: Path) -> dict[str, Any] | None:
-    """How many pictures the rows show and a hash over their names and contents; None for a dataset without pictures.
+    """The `count` of pictures that the rows show and a `sha256` over their names and contents; None without pictures.
 
     Args:
         rows: the rows of `file` that are trained on, from its first.
@@ -32,16 +31,14 @@ def identity_of(rows: list[dict[str, Any]], entry: dict[str, Any], file: Path, m
         file: the data file, for messages.
         media: the folder that the rows' picture paths are relative to: the recipe's media_dir, or data/.
 
-    Raises UserError naming the first faulty rows and their number: a path that leaves `media`, also through a link; a
-    picture that is not there or cannot be decoded; another number of pictures than of <image> marks.
+    Raises UserError naming the first faulty rows and how many there are. Faults are a path that leaves `media`, also
+    through a link; a picture that is missing or cannot be decoded; another number of pictures than of <image> marks.
     """
     columns = dataset_info.columns_of(entry)
     if "images" not in columns:
         return None
     names = [dataset_info.pictures_of(row, columns["images"]) for row in rows]
-    faults = {
-        number: fault for number, row in enumerate(rows, 1) if (fault := dataset_info.picture_fault(row, columns))
-    }
+    faults = {number: fault for number, row in enumerate(rows, 1) if (fault := row_faults.picture_fault(row, columns))}
     sound = {name for number, shown in enumerate(names, 1) if number not in faults for name in shown}
     read = hashes_of(sound, media)
     for number, shown in enumerate(names, 1):
@@ -57,11 +54,11 @@ def identity_of(rows: list[dict[str, Any]], entry: dict[str, Any], file: Path, m
 
 
 class Fault(str):
-    """What is wrong with a picture, in words that follow its name."""
+    """What is wrong with a picture, as a phrase that follows its name."""
 
 
 def hashes_of(names: Iterable[str], media: Path) -> dict[str, str]:
-    """The SHA-256 of each picture below `media`, or a Fault. A file that is unchanged since it was read is not read."""
+    """The SHA-256 of each picture below `media`, or a Fault. A file that did not change is not read again."""
     top = Path(os.path.realpath(media))
     cache = _read_cache(top / CACHE)
     found: dict[str, str] = {}
@@ -89,8 +86,8 @@ def hashes_of(names: Iterable[str], media: Path) -> dict[str, str]:
 
 
 def _read_into(found: dict[str, str], cache: dict[str, list], unread: dict[str, tuple[Path, list]]) -> None:
-    """Read pictures on all cores (decoding does not hold the interpreter) and note each hash, or what is wrong."""
-    pool = ThreadPoolExecutor(os.cpu_count())
+    """Read pictures on all cores (decoding releases the interpreter's lock) and record each hash or Fault."""
+    pool = ThreadPoolExecutor(devices.cpu_cores())
     try:
         read = pool.map(hash_of_picture, [path for path, _ in unread.values()])
         for (name, (_, state)), sha256 in zip(unread.items(), read, strict=True):
@@ -115,13 +112,13 @@ def hash_of_picture(path: Path) -> str:
 
 
 def check_not_cut(dataset: Any, collator: Any) -> None:
-    """Refuse tokenised rows in which cutoff_len cut off tokens of a picture: the model could not place the rest.
+    """Raise UserError when cutoff_len cut off tokens of a picture in a tokenised row.
 
     Args:
         dataset: LLaMA-Factory's training set, with `input_ids` and `images`.
         collator: the data loader's collate_fn, which holds template, tokenizer and processor.
 
-    Raises UserError with the number of such rows.
+    The model could not place the remaining tokens. The error names the number of such rows.
     """
     plugin = collator.template.mm_plugin
     if plugin.image_token is None or "images" not in (dataset.column_names or []):
@@ -133,8 +130,8 @@ def check_not_cut(dataset: Any, collator: Any) -> None:
     for index in (index for index, length in enumerate(lengths) if length == longest):  # every row that was cut is
         row = dataset[index]
         shown = row["images"] or []
-        asked = [{"role": "user", "content": "<image>" * len(shown)}]
-        (whole,) = plugin.process_messages(asked, shown, [], [], collator.processor)
+        messages = [{"role": "user", "content": "<image>" * len(shown)}]
+        (whole,) = plugin.process_messages(messages, shown, [], [], collator.processor)
         if row["input_ids"].count(token) != whole["content"].count(plugin.image_token):
             cut.append(index + 1)
     if cut:

@@ -1,7 +1,4 @@
-"""What data/sources.yaml says of the prepared dataset files that `make data` brings.
-
-Imported by fetch_data.py and by all that has to know which rows of a dataset no recipe trains on.
-"""
+"""The table data/sources.yaml: the prepared dataset files that `make data` downloads, and which rows are held out."""
 
 import re
 from pathlib import Path
@@ -11,15 +8,15 @@ import yaml
 
 from paragen.common.cli import UserError
 from paragen.common.paths import CATEGORIES, DATA, choose, relative
+from paragen.dataset import names
 
-TRAINED_ROWS = 5000  # what recipes take of a training set at most: LLaMA-Factory's max_samples
-HELD_OUT_SHARE = 20  # of a smaller set, one row in so many is held out
+TRAINED_ROWS = 5000  # the most rows that recipes take of a training set: LLaMA-Factory's max_samples
+HELD_OUT_SHARE = 20  # of a smaller set, one row in this many is held out
 KINDS = ("train", "test", "prompts")
-PARTS = re.compile(r"_(train|test|validation|prompts)$")
 
 
 def table(path: Path = DATA / "sources.yaml") -> dict[str, Any]:
-    """The table: `repository`, `commit` and `files`, a mapping by file name. Raises UserError for what is no table."""
+    """The table: `repository`, `commit` and `files`, a mapping by file name. Raises UserError for anything else."""
     try:
         read = yaml.safe_load(path.read_text(encoding="utf-8"))
     except FileNotFoundError:
@@ -27,7 +24,7 @@ def table(path: Path = DATA / "sources.yaml") -> dict[str, Any]:
     except (yaml.YAMLError, ValueError) as error:
         raise UserError(f"{relative(path)}: is not readable YAML: {' '.join(str(error).split())}") from None
     if not isinstance(read, dict) or not isinstance(read.get("files"), dict):
-        raise UserError(f"{relative(path)}: has no files: a mapping by file name is due")
+        raise UserError(f"{relative(path)}: has no files: a mapping by file name is expected")
     for key in ("repository", "commit"):
         if not isinstance(read.get(key), str):
             raise UserError(f"{relative(path)}: {key} {read.get(key)!r} is not a text")
@@ -38,10 +35,10 @@ def table(path: Path = DATA / "sources.yaml") -> dict[str, Any]:
 
 
 def entry_fault(name: str, entry: Any) -> str | None:
-    """What is wrong with one file's mapping."""
+    """What is wrong with one file's mapping, or None."""
     if not isinstance(entry, dict):
         return "is not a mapping"
-    if not re.fullmatch(r"[\w.+-]+\.json", name):
+    if not names.PREPARED_FILE.fullmatch(name):
         return "is not the name of a .json file"
     for key, due in (("category", CATEGORIES), ("kind", KINDS)):
         if entry.get(key) not in due:
@@ -57,15 +54,14 @@ def entry_fault(name: str, entry: Any) -> str | None:
     return None
 
 
-def family(dataset: str) -> str:
-    """The dataset that a split belongs to: ARC-c for ARC-c_test."""
-    return PARTS.sub("", dataset)
-
-
 def selected(files: dict[str, dict], datasets: list[str], category: str | None) -> list[str]:
-    """The names of the files of `datasets` and of a category; [] and None: all.
+    """The names of the files of some datasets in a category.
 
-    A dataset brings its splits; a split or a file may be named too, all without case and punctuation.
+    Args:
+        files: the table's files.
+        datasets: names without regard to case and punctuation: of datasets, which include their splits, of single
+            splits, or of files; empty: all.
+        category: None: all.
 
     Raises UserError for a name that is not known.
     """
@@ -73,7 +69,7 @@ def selected(files: dict[str, dict], datasets: list[str], category: str | None) 
         category = choose(category, CATEGORIES, "category")
     by_name: dict[str, list[str]] = {}
     for name, entry in files.items():
-        by_name.setdefault(family(entry["dataset"]), []).append(name)
+        by_name.setdefault(names.family(entry["dataset"]), []).append(name)
     families = list(by_name)
     for name, entry in files.items():
         by_name.setdefault(entry["dataset"], [name])
@@ -95,6 +91,8 @@ def selected(files: dict[str, dict], datasets: list[str], category: str | None) 
 
 
 def held_out(rows: int) -> int:
-    """How many of a training set's last rows are held out where the table does not say: those beyond the first 5000,
-    at least 5 %."""
+    """How many of a training set's last rows are held out where the table does not state it.
+
+    Those beyond the first 5000, and at least 5 %.
+    """
     return max(rows - TRAINED_ROWS, -(-rows // HELD_OUT_SHARE))

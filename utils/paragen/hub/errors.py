@@ -1,16 +1,14 @@
-"""Why the Hugging Face hub did not give or take something, in one line with the way out.
-
-Imported by fetch_model.py, publish.py and pull.py.
-"""
+"""Errors of the Hugging Face hub and of the network below it, as one line with the way out."""
 
 import json
 import re
 from collections.abc import Callable
-from typing import Any
+from typing import TypeVar
 
 from paragen.common import cli
 from paragen.common.cli import UserError
 
+Result = TypeVar("Result")
 HUB = "https://huggingface.co"
 LOG_IN = ".venv/bin/hf auth login, or set HF_TOKEN"
 REPOSITORY = re.compile(r"[A-Za-z0-9][\w.-]*/[A-Za-z0-9][\w.-]*")
@@ -18,7 +16,14 @@ MIRROR = "check the network, or use a mirror: HF_ENDPOINT=https://hf-mirror.com"
 
 
 def repository_of(text: str, target: str) -> str:
-    """REPO as the hub names a repository, user/name. Raises UserError for anything else; `target` is the command."""
+    """REPO= as the hub names a repository, user/name.
+
+    Args:
+        text: what the user gave.
+        target: the command that the error names.
+
+    Raises UserError for anything that is not such a name.
+    """
     text = text.strip()
     if not REPOSITORY.fullmatch(text) or ".." in text or "--" in text:
         what = f"REPO {text!r} is not a hub repository's name" if text else "say which repository"
@@ -26,8 +31,15 @@ def repository_of(text: str, target: str) -> str:
     return text
 
 
-def translated(repository: str, revision: str | None, action: Callable[[], Any], uploads: bool = False) -> Any:
-    """What `action` returns; an error of the hub or the network in it becomes a UserError with the way out."""
+def translated(repository: str, revision: str | None, action: Callable[[], Result], uploads: bool = False) -> Result:
+    """What `action` returns; its errors of the hub or the network become a UserError with the way out.
+
+    Args:
+        repository: org/name.
+        revision: the requested commit, tag or branch; None for the newest.
+        action: the download or the upload.
+        uploads: whether it uploads.
+    """
     try:
         return action()
     except Exception as error:
@@ -40,33 +52,32 @@ def translated(repository: str, revision: str | None, action: Callable[[], Any],
 
 
 def refused(error: BaseException, repository: str) -> str | None:
-    """One line on why the hub did not take an upload; None for what a download may meet as well."""
+    """One line on why the hub refused an upload; None for an error that a download can have, too."""
     from huggingface_hub import errors
 
     kept = "run it again then, what has arrived is not sent again"
     for link in chain_of(error):
         if isinstance(link, ValueError) and "metadata in README.md" in str(link):
-            return f"{repository}: the hub does not take the card: {' '.join(str(link).split())}"
+            return f"{repository}: the hub refuses the card: {' '.join(str(link).split())}"
         if not isinstance(link, errors.HfHubHTTPError) or link.response is None:
             continue
-        status, said = link.response.status_code, link.server_message or ""
-        said = f" ({' '.join(said.split())})" if said else ""
-        if status == 402 or status == 413 or "storage" in said.lower():
-            return (
-                f"{repository}: the hub has no room for it{said}; free or buy storage at {HUB}/settings/billing; {kept}"
-            )
+        status, reason = link.response.status_code, link.server_message or ""
+        reason = f" ({' '.join(reason.split())})" if reason else ""
+        if status == 402 or status == 413 or "storage" in reason.lower():
+            way_out = f"free or buy storage at {HUB}/settings/billing"
+            return f"{repository}: the hub has no room for it{reason}; {way_out}; {kept}"
         if status == 403:
             owner = repository.split("/")[0]
             return (
-                f"{repository}: the token may not write there{said}; give it write access to {owner} at "
+                f"{repository}: the token may not write there{reason}; give it write access to {owner} at "
                 f"{HUB}/settings/tokens, or publish under your own name"
             )
         if status in (409, 412):
-            return f"{repository}: somebody else changed it meanwhile{said}; {kept}"
+            return f"{repository}: somebody else changed it meanwhile{reason}; {kept}"
         if status == 404:
-            return f"{repository}: is gone, or your account may not see it{said}; check its name, or log in: {LOG_IN}"
+            return f"{repository}: is gone, or your account may not see it{reason}; check its name, or log in: {LOG_IN}"
         if status == 400:
-            return f"{repository}: the hub does not take it{said}"
+            return f"{repository}: the hub refuses it{reason}"
     return None
 
 
@@ -74,8 +85,9 @@ def explain(error: BaseException, hub_id: str, revision: str | None) -> str | No
     """One line on an error of huggingface_hub or of the network below it; None for any other error.
 
     Args:
-        error: what was raised while `hub_id` (org/name) was looked up or downloaded.
-        revision: the commit, tag or branch that was asked for; None for the newest.
+        error: what was raised while the repository was looked up or downloaded.
+        hub_id: org/name.
+        revision: the requested commit, tag or branch; None for the newest.
     """
     import httpx
     from huggingface_hub import constants, errors
@@ -106,16 +118,17 @@ def explain(error: BaseException, hub_id: str, revision: str | None) -> str | No
 
 
 def chain_of(error: BaseException) -> list[BaseException]:
-    """An exception and those it was raised from, from the last to the first."""
+    """An exception and those that it was raised from, the last one first."""
     chain: list[BaseException] = []
-    while error is not None and error not in chain:
-        chain.append(error)
-        error = error.__cause__ or error.__context__
+    link: BaseException | None = error
+    while link is not None and link not in chain:
+        chain.append(link)
+        link = link.__cause__ or link.__context__
     return chain
 
 
 def gated(hub_id: str) -> str:
-    """The line for a model whose terms this account has not accepted."""
+    """The line for a repository whose terms this account has not accepted."""
     from huggingface_hub import get_token
 
     who = "the account of your token has no access yet" if get_token() else "no token was sent"

@@ -1,16 +1,18 @@
-"""What downloads from the Hugging Face hub and uploads to it share.
-
-Imported by fetch_model.py, publish.py and pull.py. huggingface_hub is imported only after `allow_hub`.
-"""
+"""What downloads from the Hugging Face hub and uploads to it share. Import huggingface_hub after `allow_hub`."""
 
 import contextlib
-import hashlib
 import os
 import signal
 from collections.abc import Callable, Iterator
 from pathlib import Path
+from types import FrameType
+from typing import TYPE_CHECKING
 
 from paragen.common import files
+from paragen.common.cli import UserError
+
+if TYPE_CHECKING:
+    from huggingface_hub.hf_api import RepoSibling
 
 
 def allow_hub() -> None:
@@ -19,7 +21,7 @@ def allow_hub() -> None:
 
 
 def quiet() -> None:
-    """Only errors from huggingface_hub; progress bars only where somebody looks at them."""
+    """Show only errors of huggingface_hub, and progress bars only where stderr is a terminal."""
     from huggingface_hub.utils import disable_progress_bars, logging
 
     logging.set_verbosity_error()
@@ -29,13 +31,13 @@ def quiet() -> None:
 
 @contextlib.contextmanager
 def stopping_at_once() -> Iterator[None]:
-    """While files are sent or fetched by several threads, a signal ends the process at once.
+    """While several threads upload or download files, let a signal end the process at once.
 
-    What has arrived is known to the hub, or lies in its part file; the threads would go on with all the rest before
-    they let go.
+    Otherwise the threads would finish all remaining files first. Nothing is lost: what has arrived is at the hub, or in
+    a part file that the next call resumes.
     """
 
-    def stop(number: int, _frame) -> None:
+    def stop(number: int, _frame: FrameType | None) -> None:
         os.write(2, b"stopped; run it again to go on\n")
         os._exit(128 + number)
 
@@ -48,48 +50,57 @@ def stopping_at_once() -> Iterator[None]:
             signal.signal(number, handler)
 
 
-def bring_file(hub_id: str, commit: str, file, staging: Path, repo_type: str | None = None) -> None:
-    """Bring one file of a repository to its path in `staging`, going on in its middle where a killed process stopped.
+def download_file(hub_id: str, commit: str, file: "RepoSibling", staging: Path, repo_type: str | None = None) -> None:
+    """Download one file of a repository to its path in `staging`, resuming what a killed process left of it.
 
-    huggingface_hub starts such a file again: it resumes a dropped connection only within one process.
+    huggingface_hub would start such a file again: it resumes a dropped connection only within one process.
 
     Args:
         hub_id: user/name.
         commit: the revision's commit.
-        file: the hub's RepoSibling; a file of its size that is there already stays, so check it with `fault_of`.
+        file: what the hub states of the file. A file of its size that is there already stays as it is, so check it with
+            `fault_of`.
+        staging: the folder below which the file's path in the repository is kept.
         repo_type: `dataset`, or None for a model.
     """
     from huggingface_hub import hf_hub_url
     from huggingface_hub.file_download import http_get
     from huggingface_hub.utils import build_hf_headers
 
-    final, part = staging / file.rfilename, part_of(staging, file)
-    if final.is_file() and final.stat().st_size == file.size:
+    name, size = file.rfilename, file.size
+    if size is None:
+        raise UserError(f"{hub_id}: the hub does not state the size of {name}, so it cannot be downloaded")
+    final, part = staging / name, part_of(staging, file)
+    if final.is_file() and final.stat().st_size == size:
         return
     final.parent.mkdir(parents=True, exist_ok=True)
-    if part.is_file() and part.stat().st_size > file.size:
+    if part.is_file() and part.stat().st_size > size:
         part.unlink()
     headers = {**build_hf_headers(), "Accept-Encoding": "identity"}
     with open(part, "ab") as data:
-        url = hf_hub_url(hub_id, file.rfilename, revision=commit, repo_type=repo_type)
-        if data.tell() < file.size:
-            name = file.rfilename
-            size = file.size
+        url = hf_hub_url(hub_id, name, revision=commit, repo_type=repo_type)
+        if data.tell() < size:
             http_get(url, data, resume_size=data.tell(), headers=headers, expected_size=size, displayed_filename=name)
         data.flush()
         os.fsync(data.fileno())
     part.rename(final)
 
 
-def part_of(staging: Path, file) -> Path:
-    """Where a file lies while it comes; the name holds its hash, so a part is never continued with another file."""
+def part_of(staging: Path, file: "RepoSibling") -> Path:
+    """Where a file is while it arrives. The name holds its hash, so that another file never continues it."""
     content = (file.lfs.sha256 if file.lfs else file.blob_id or "whole")[:16]
     path = staging / file.rfilename
     return path.with_name(f".{path.name}.{content}.part")
 
 
-def fault_of(path: Path, file, sha256_of: Callable[[Path], str] = files.sha256_of) -> str | None:
-    """What is wrong with a downloaded file by the size and hash that the hub told, or None."""
+def fault_of(path: Path, file: "RepoSibling", sha256_of: Callable[[Path], str] = files.sha256_of) -> str | None:
+    """What is wrong with a downloaded file, or None.
+
+    Args:
+        path: the downloaded file.
+        file: the size and hash that the hub states.
+        sha256_of: computes or remembers a file's SHA-256.
+    """
     if not path.is_file():
         return "did not arrive"
     size = path.stat().st_size
@@ -98,10 +109,10 @@ def fault_of(path: Path, file, sha256_of: Callable[[Path], str] = files.sha256_o
     if file.lfs is not None:
         right = sha256_of(path) == file.lfs.sha256
     elif file.blob_id:
-        right = hashlib.sha1(b"blob %d\0" % size + path.read_bytes()).hexdigest() == file.blob_id
+        right = files.git_blob_id(path) == file.blob_id
     else:
         right = True
-    return None if right else "does not have the hash that the hub told"
+    return None if right else "does not have the hash that the hub states"
 
 
 def gigabytes(size: int) -> str:

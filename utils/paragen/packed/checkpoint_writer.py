@@ -5,7 +5,6 @@ and write the files. Neither the device nor the training thread waits, unless th
 """
 
 import hashlib
-import os
 import queue
 from concurrent.futures import Future, ThreadPoolExecutor
 from pathlib import Path
@@ -15,7 +14,7 @@ import torch
 from torch import Tensor
 
 from paragen.collection import checkpoints, collection
-from paragen.common import files
+from paragen.common import devices, files
 from paragen.packed import stock_checkpoint
 from paragen.packed.adapter import Adapter
 from paragen.training import collector
@@ -115,4 +114,4 @@ class Writer:
 
 def threads() -> ThreadPoolExecutor:
     """The threads that write for all cells."""
-    return ThreadPoolExecutor(min(THREADS, os.cpu_count() or 1), "checkpoint-writer")
+    return ThreadPoolExecutor(min(THREADS, devices.cpu_cores()), "checkpoint-writer")

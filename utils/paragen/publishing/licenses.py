@@ -5,11 +5,11 @@ Imported by publish.py and card.py. Prepared data: data/sources.yaml. Own data: 
 that `make model` wrote.
 """
 
-import hashlib
 from pathlib import Path
 from typing import Any
 
-from paragen.dataset import dataset_info, sources
+from paragen.common import files
+from paragen.dataset import dataset_info, names, sources
 from paragen.model import base_models
 
 CUSTOM = ("gemma", "llama", "other")  # a licence of its own: who takes the data has to read it
@@ -39,8 +39,7 @@ def prepared(file: str, data_dir: Path) -> dict[str, Any] | None:
     told = sources.table(table)["files"].get(path.name) if table.is_file() else None
     if told is None or told["category"] != path.parent.name or not path.is_file():
         return None
-    content = path.read_bytes()
-    return told if hashlib.sha1(b"blob %d\0" % len(content) + content).hexdigest() == told["blob"] else None
+    return told if files.git_blob_id(path) == told["blob"] else None
 
 
 def of_base(base: dict[str, Any] | None, models_dir: Path) -> dict[str, Any]:
@@ -92,6 +91,6 @@ def spelled(license_name: str | None) -> str:
 
 def test_split(data: dict[str, Any], data_dir: Path) -> tuple[str, dict[str, Any]] | None:
     """(name, entry) of the registered test split that belongs to an element of a manifest's `data`, or None."""
-    paired = f"{data['name']}_test"
+    paired = names.test_split_name(data["name"])
     info = dataset_info.read_info(data_dir)
     return (paired, dataset_info.entry_of(paired, data_dir)) if paired in info else None

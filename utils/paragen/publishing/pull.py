@@ -24,6 +24,7 @@ from paragen.collection import collection, evaluation, index, run_identity
 from paragen.common import files, paths
 from paragen.common.cli import UserError, say
 from paragen.dataset import dataset_info, registration
+from paragen.dataset.names import PATH_PART, RULE, is_dataset_name, test_split_name
 from paragen.hub import transfer
 from paragen.publishing import published_tree
 
@@ -31,7 +32,6 @@ if TYPE_CHECKING:
     import pyarrow as pa
 
 THREADS = 8
-NAME = re.compile(r"\w[\w.+ -]*")  # a dataset's, a run folder's or a file's name
 PART = re.compile(r"(.+?)(?:-\d{5}-of-\d{5})?\.archive")
 
 
@@ -130,7 +130,7 @@ def marks_faults(marks: dict[str, Any], names: set[str]) -> list[str]:
     faults += [] if marks["layout"] in ("archive", "raw") else [f"layout {marks['layout']!r} is not known"]
     for name, mark in marks["collections"].items():
         parts = name.split("/")
-        if len(parts) != 3 or parts[0] not in paths.CATEGORIES or not all(map(NAME.fullmatch, parts)):
+        if len(parts) != 3 or parts[0] not in paths.CATEGORIES or not all(map(PATH_PART.fullmatch, parts)):
             faults.append(f"{name!r} is no <category>/<dataset>/<run folder>")
         for file in mark["files"]:
             folder, _, last = file.rpartition("/")
@@ -143,7 +143,7 @@ def marks_faults(marks: dict[str, Any], names: set[str]) -> list[str]:
             if not right:
                 faults.append(f"{file!r} is no file of {name}")
     for file in marks["data"]:
-        if dataset_info.place_fault(file) or not all(map(NAME.fullmatch, file.split("/"))):
+        if dataset_info.place_fault(file) or not all(map(PATH_PART.fullmatch, file.split("/"))):
             faults.append(f"{file!r} is no <category>/<file>.json")
     return faults
 
@@ -157,7 +157,7 @@ def fetch(source: Source, names: list[str]) -> None:
     def bring(name: str) -> str | None:
         file = source.listed[name]
         for _ in range(2):  # what lay here from before may be broken
-            transfer.bring_file(source.repository, source.commit, file, source.staging, "dataset")
+            transfer.download_file(source.repository, source.commit, file, source.staging, "dataset")
             fault = transfer.fault_of(source.staging / name, file)
             if fault is None:
                 return None
@@ -199,9 +199,9 @@ def data_entries(source: Source, table: "pa.Table", marks: dict[str, Any]) -> di
     files_used = set(table["prompts_file"].to_pylist())
     names = {name for name, entry in info.items() if isinstance(entry, dict) and entry.get("file_name") in files_used}
     names |= datasets & info.keys()
-    names |= {f"{name}_test" for name in names} & info.keys()
+    names |= set(map(test_split_name, names)) & info.keys()
     for name in sorted(names):
-        faults = [] if registration.NAME.fullmatch(name) else [f"the name {registration.NAME_RULE}"]
+        faults = [] if is_dataset_name(name) else [f"the name {RULE}"]
         faults += dataset_info.entry_faults(info[name])
         if not faults and info[name]["file_name"] not in marks["data"]:
             faults = [f"{info[name]['file_name']} is not among the files that {paths.INDEX} names"]

@@ -48,7 +48,7 @@ def refuse(chosen: list[index.Chosen], tree: Path, raw: bool) -> None:
             base = paths.MODELS / ((item.manifest["base_model"] or {}).get("name") or "unknown")
             if not faults and (base / "config.json").is_file():
                 faults += collection.peft_faults(item.folder, item.manifest["checkpoints"][-1]["step"], base)
-        if not cli.asked("ALLOW_UNKNOWN_LICENSE"):
+        if not cli.is_on("ALLOW_UNKNOWN_LICENSE"):
             hint = "or publish it as unknown with ALLOW_UNKNOWN_LICENSE=1"
             faults += [f"{fault}, {hint}" for fault in licenses.unknown(item.manifest, paths.DATA, paths.MODELS)]
         for fault in faults:
@@ -108,7 +108,7 @@ def upload(repository: str, tree: Path, private: bool) -> None:
         raise UserError(f"{repository}: is public already; make it private in its settings, or leave PRIVATE away")
     ours = published_tree.files_of(tree)
     strangers = sorted({file.rfilename for file in info.siblings or []} - {*ours, ".gitattributes"})
-    if strangers and not cli.asked("FORCE"):
+    if strangers and not cli.is_on("FORCE"):
         raise UserError(
             f"{repository}: holds {len(strangers)} files that are not in this selection, such as {strangers[0]}; "
             f"select what they are of, too, name another REPO, or: {FORCE_HINT}"

@@ -16,24 +16,7 @@ from omegaconf.errors import OmegaConfBaseException
 
 from paragen.common import paths
 from paragen.common.cli import UserError
-
-DEFAULT_SEED = 42  # transformers.TrainingArguments.seed
-DEFAULT_RANK = 8  # llamafactory FinetuningArguments.lora_rank
-WHOLE_NUMBERS = (
-    "seed", "max_steps", "save_total_limit", "max_samples", "cutoff_len", "per_device_train_batch_size",
-    "gradient_accumulation_steps",
-)  # fmt: skip
-NUMBERS = ("learning_rate", "num_train_epochs", "lora_alpha", "lora_dropout", "weight_decay", "max_grad_norm")
-# Keys with which something else would be trained than the manifest could say, or in a way the collector cannot follow.
-REFUSED = {
-    "tokenized_path": "reads other rows than the dataset's; leave it away",
-    "streaming": "does not fix which rows are trained on; leave it away",
-    "adapter_name_or_path": "starts from an adapter that is not recorded; use resume_from_checkpoint",
-    "deepspeed": "is not served by the collector; leave it away",
-    "fsdp": "is not served by the collector; leave it away",
-    "push_to_hub": "is not done from here; publish a finished collection instead",
-}
-PATH_KEYS = ("output_dir", "resume_from_checkpoint")
+from paragen.recipes import keys
 
 
 def parse_rank(text: str) -> int:
@@ -84,10 +67,10 @@ def render(recipe: Path, rank: int, overrides: list[str] = ()) -> dict:
     if given.get("lora_rank", rank) != rank:
         raise UserError(f"lora_rank={given['lora_rank']} contradicts rank {rank}; leave the override away")
 
-    own_seed = own.get("seed", DEFAULT_SEED)
-    seed = config.get("seed", DEFAULT_SEED)
+    own_seed = own.get("seed", keys.OMITTED_SEED)
+    seed = config.get("seed", keys.OMITTED_SEED)
     config["lora_rank"] = rank
-    for key in PATH_KEYS:
+    for key in keys.RUN_PATHS:
         value = config.get(key)
         if not value:
             continue
@@ -138,15 +121,15 @@ def _parse_overrides(overrides: list[str]) -> dict:
 
 def _check_own_ranks(recipe: Path, own: dict) -> None:
     """Refuse a recipe whose `lora_rank` and paths contradict each other: run under stock it would be filed wrongly."""
-    rank = own.get("lora_rank", DEFAULT_RANK)
+    rank = own.get("lora_rank", keys.OMITTED_RANK)
     if not isinstance(rank, int) or isinstance(rank, bool) or rank < 1:
         raise UserError(f"{recipe}:{line_of(recipe, 'lora_rank')}: lora_rank {rank!r} is not a positive whole number")
-    for key in PATH_KEYS:
+    for key in keys.RUN_PATHS:
         named = paths.rank_in(own[key]) if isinstance(own.get(key), str) else None
         if named and named[0] != rank:
-            said = f"lora_rank is {rank}" if "lora_rank" in own else f"lora_rank is not set (so {DEFAULT_RANK})"
+            said = f"lora_rank is {rank}" if "lora_rank" in own else f"lora_rank is not set (so {keys.OMITTED_RANK})"
             raise UserError(f"{recipe}:{line_of(recipe, key)}: {key} names rank {named[0]} but {said}; make them agree")
-        seed = own.get("seed", DEFAULT_SEED)
+        seed = own.get("seed", keys.OMITTED_SEED)
         if named and named[1] not in (None, seed):
             raise UserError(f"{recipe}:{line_of(recipe, key)}: {key} names seed {named[1]} but seed is {seed}")
 
@@ -158,7 +141,7 @@ def _check_keys(recipe: Path, config: dict) -> None:
         line = line_of(recipe, key)
         raise UserError(f"{recipe}{f':{line}' if line else ''}: {key} {why}")
 
-    for key in ("model_name_or_path", "dataset", "output_dir"):
+    for key in keys.REQUIRED:
         value = config.get(key)
         if not value or not isinstance(value, str):
             refuse(key, "is missing" if value is None else f"{value!r} is not a text")
@@ -169,7 +152,7 @@ def _check_keys(recipe: Path, config: dict) -> None:
         refuse("finetuning_type", f"{config['finetuning_type']!r} has no rank: only lora can be collected")
     if config.get("do_train") is not True:
         refuse("do_train", "is not true, so nothing would be trained")
-    for key, why in REFUSED.items():
+    for key, why in keys.REFUSED.items():
         if config.get(key):
             refuse(key, why)
     for key in config:
@@ -177,15 +160,15 @@ def _check_keys(recipe: Path, config: dict) -> None:
             refuse(key, "is no place for a token; log in with .venv/bin/hf auth login, or set HF_TOKEN")
     if not isinstance(config.get("dataset_dir", ""), str):
         refuse("dataset_dir", f"{config['dataset_dir']!r} is not a folder's path")
-    for key in NUMBERS:
+    for key in keys.NUMBERS:
         value = config.get(key)
         if value is not None and (not isinstance(value, int | float) or isinstance(value, bool)):
             refuse(key, f"{value!r} is not a number")
-    for key in WHOLE_NUMBERS:
+    for key in keys.WHOLE_NUMBERS:
         value = config.get(key)
         if value is not None and (not isinstance(value, int) or isinstance(value, bool)):
             refuse(key, f"{value!r} is not a whole number")
-        if value is not None and value < 1 and key not in ("seed", "max_steps"):
+        if value is not None and value < 1 and key not in keys.ANY_SIGN:
             refuse(key, f"{value} is less than 1")
 
 

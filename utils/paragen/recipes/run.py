@@ -6,7 +6,7 @@ from pathlib import Path
 from typing import Any
 
 from paragen.common import paths
-from paragen.recipes import render
+from paragen.recipes import keys, render
 
 
 @dataclass(frozen=True)
@@ -57,7 +57,7 @@ def run_of(recipe: Path, rank: int, overrides: tuple[str, ...] = ()) -> Run:
         overrides=tuple(overrides),
         config=config,
         phase=render.phase_of(config),
-        seed=config.get("seed", render.DEFAULT_SEED),
+        seed=config.get("seed", keys.OMITTED_SEED),
         folder=render.run_folder(recipe, config),
         base=render.resolve(recipe, config["model_name_or_path"]),
         resumed=render.resolve(recipe, resumed) if resumed else None,

@@ -1,7 +1,6 @@
-"""What may stand in a recipe: the keys and templates there are, the datasets one can train on, how many rows they have.
+"""What a recipe may contain: LLaMA-Factory's keys and templates, and the datasets that can be trained on.
 
-Imported by make_recipe.py and check_recipes.py. LLaMA-Factory's keys and templates are read from its source text:
-importing it takes up to 25 s.
+The keys and templates are read from LLaMA-Factory's source text: importing it takes up to 25 s.
 """
 
 import ast
@@ -28,43 +27,46 @@ ARGUMENT_FILES = (
 
 
 @cache
-def keys() -> dict[str, str]:
-    """Every key that LLaMA-Factory's training takes, with its type as its source says it (`float | None`)."""
-    return {field.target.id: ast.unparse(field.annotation) for field in _fields()}
+def known_keys() -> dict[str, str]:
+    """Every key that LLaMA-Factory's training takes, with its type as in its source (`float | None`)."""
+    return {name: ast.unparse(field.annotation) for name, field in _fields()}
 
 
 @cache
-def deprecated() -> dict[str, str]:
-    """The keys that LLaMA-Factory or transformers calls deprecated, with what its help text says of each."""
+def deprecated_keys() -> dict[str, str]:
+    """The keys that LLaMA-Factory or transformers calls deprecated, each with the help text that does so."""
     found = {}
-    for field in _fields():
+    for name, field in _fields():
         texts = [node.value for node in ast.walk(field) if isinstance(node, ast.Constant)]
-        told = next((text for text in texts if isinstance(text, str) and "deprecated" in text.lower()), None)
-        if told:
-            found[field.target.id] = told
+        note = next((text for text in texts if isinstance(text, str) and "deprecated" in text.lower()), None)
+        if note:
+            found[name] = note
     return found
 
 
-def _fields() -> Iterator[ast.AnnAssign]:
-    """The fields of the dataclasses that LLaMA-Factory's parser fills from a recipe."""
-    for package, name in ARGUMENT_FILES:
-        for node in _syntax_of(_source(package) / name).body:
+def _fields() -> Iterator[tuple[str, ast.AnnAssign]]:
+    """The fields, with their names, of the dataclasses that LLaMA-Factory's parser fills from a recipe."""
+    for package, file in ARGUMENT_FILES:
+        for node in _syntax_of(_source(package) / file).body:
             if not isinstance(node, ast.ClassDef):
                 continue
             for field in node.body:
-                if isinstance(field, ast.AnnAssign) and _is_set_from_outside(field):
-                    yield field
+                if not isinstance(field, ast.AnnAssign) or not isinstance(field.target, ast.Name):
+                    continue
+                if not field.target.id.startswith("_") and _is_init_field(field):
+                    yield field.target.id, field
 
 
-def _is_set_from_outside(field: ast.AnnAssign) -> bool:
+def _is_init_field(field: ast.AnnAssign) -> bool:
+    """Whether a dataclass field is an argument of `__init__`."""
     options = {option.arg: option.value for option in getattr(field.value, "keywords", [])}
     init = options.get("init")
-    return not (isinstance(init, ast.Constant) and init.value is False) and not field.target.id.startswith("_")
+    return not (isinstance(init, ast.Constant) and init.value is False)
 
 
 @cache
 def stock_templates() -> frozenset[str]:
-    """The names of the prompt templates that LLaMA-Factory brings."""
+    """The names of LLaMA-Factory's own prompt templates."""
     return frozenset(_registered(_source("llamafactory") / "data" / "template.py"))
 
 
@@ -77,7 +79,7 @@ def our_templates() -> frozenset[str]:
 def _registered(path: Path) -> set[str]:
     """The names in the `register_template(name="...", ...)` calls of a file."""
     calls = (node for node in ast.walk(_syntax_of(path)) if isinstance(node, ast.Call))
-    names = set()
+    names: set[str] = set()
     for call in calls:
         if ast.unparse(call.func).split(".")[-1] != "register_template":
             continue
@@ -100,7 +102,7 @@ def _syntax_of(path: Path) -> ast.Module:
 
 @cache
 def listed() -> dict[str, dict]:
-    """The training sets that data/sources.yaml lists and `make data` brings, by the name they are registered under."""
+    """The training sets that data/sources.yaml lists for `make data`, by the name under which they are registered."""
     return {entry["dataset"]: entry for entry in sources.table()["files"].values() if entry["kind"] == "train"}
 
 
@@ -112,7 +114,7 @@ def trainable() -> list[str]:
 
 
 def category_of(dataset: str) -> str | None:
-    """The category that a dataset is filed in, from where its file lies or should; None where that does not tell."""
+    """The category of a dataset: the folder of its file, or the one in data/sources.yaml; None where it has none."""
     registered = dataset_info.read_info().get(dataset)
     if isinstance(registered, dict):
         folder = str(registered.get("file_name", "")).split("/")[0]
@@ -121,22 +123,24 @@ def category_of(dataset: str) -> str | None:
 
 
 def rows_of(dataset: str) -> tuple[int | None, int | None]:
-    """The rows of a dataset, and how many at its end no recipe trains on; each None where nothing tells it.
+    """(all rows of a dataset, how many at its end no recipe trains on); each None where it is not known.
 
-    Asked are the entry in dataset_info.json, the list in sources.yaml, and for the rows the file itself.
+    Both come from the entry in dataset_info.json and from data/sources.yaml, the number of rows also from the file.
     """
-    told = listed().get(dataset, {})
+    prepared = listed().get(dataset, {})
     entry = dataset_info.read_info().get(dataset)
     entry = entry if isinstance(entry, dict) else {}
-    held_out = entry.get("held_out", told.get("held_out", None if told else 0))
-    rows = told.get("rows") or _rows_in(paths.DATA / str(entry.get("file_name")))
+    held_out = entry.get("held_out", prepared.get("held_out", None if prepared else 0))
+    rows = prepared.get("rows") or _rows_in(paths.DATA / str(entry.get("file_name")))
     return rows, held_out
 
 
 def trainable_rows(dataset: str, rows: int | None = None) -> int | None:
     """How many of a dataset's first rows may be trained on; None: not known.
 
-    `rows`: all that it has, used where nothing else tells.
+    Args:
+        dataset: its registered name.
+        rows: the number of all its rows, used where it is not known otherwise.
     """
     known, held_out = rows_of(dataset)
     known = known or rows
@@ -146,7 +150,7 @@ def trainable_rows(dataset: str, rows: int | None = None) -> int | None:
 
 
 def _rows_in(path: Path) -> int | None:
-    """The rows of a data file; None where there is no such file."""
+    """The number of rows in a data file; None where there is no such file."""
     if not path.is_file():
         return None
     try:

@@ -14,15 +14,11 @@ from transformers.utils.logging import disable_progress_bar
 import prompt_templates
 from paragen.common import paths
 from paragen.common.cli import UserError
-from paragen.model import base_models
+from paragen.model import base_models, model_files
 from paragen.packed.model import use_fused_kernels
+from paragen.recipes import keys
 from paragen.scoring import attention
-from paragen.scoring.questions import TEXT_KEYS
 
-# LLaMA-Factory's model keys that say where a model is and how it is trained, not what it is.
-IRRELEVANT_KEYS = {
-    "model_name_or_path", "adapter_name_or_path", "cache_dir", "enable_liger_kernel", "use_unsloth", "flash_attn",
-}  # fmt: skip
 WAY_OUT = "put its files back, or collect again with FORCE=1"
 
 
@@ -40,7 +36,7 @@ class BaseModel:
     def __init__(self, recipe: dict[str, Any], folder: Path, loaded: nn.Module | None = None):
         prompt_templates.register()
         self.folder, self.key, self.dtype = folder, base_key(recipe, folder), dtype_of(recipe)
-        texts = {key: value for key, value in recipe.items() if key in TEXT_KEYS}
+        texts = {key: value for key, value in recipe.items() if key in keys.TEXT}
         self.model_args, self.data_args, self.finetuning_args, _ = get_infer_args({
             **model_keys(recipe), **texts, "model_name_or_path": str(folder),
             "infer_dtype": str(self.dtype).removeprefix("torch."),
@@ -103,7 +99,7 @@ def folder_of(manifest: dict[str, Any]) -> Path:
         raise UserError(
             f"{paths.relative(folder)}: is not the base model that {manifest['run']} was trained on; {WAY_OUT}"
         )
-    if base_models.hash_of(folder, base_models.tokenizer_files(folder)) != (manifest["tokenizer"] or {}).get("sha256"):
+    if model_files.hash_of(folder, model_files.tokenizer_files(folder)) != (manifest["tokenizer"] or {}).get("sha256"):
         raise UserError(
             f"{paths.relative(folder)}: does not have the tokenizer that {manifest['run']} was trained with; {WAY_OUT}"
         )
@@ -119,5 +115,5 @@ def dtype_of(recipe: dict[str, Any]) -> torch.dtype:
 
 def model_keys(recipe: dict[str, Any]) -> dict[str, Any]:
     """The keys of a recipe that decide what the base model is; collections where they are equal can share it."""
-    known = {field.name for field in dataclasses.fields(ModelArguments)} - IRRELEVANT_KEYS
+    known = {field.name for field in dataclasses.fields(ModelArguments)} - keys.NOT_OF_THE_MODEL
     return {key: value for key, value in recipe.items() if key in known}

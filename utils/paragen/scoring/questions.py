@@ -10,11 +10,8 @@ from typing import Any, NamedTuple
 
 from paragen.collection import prompts
 from paragen.common.cli import UserError
-from paragen.dataset import dataset_info
+from paragen.dataset import dataset_info, row_faults
 from paragen.scoring import answers
-
-# The keys of a recipe that decide how text becomes tokens.
-TEXT_KEYS = ("template", "default_system", "tool_format", "enable_thinking", "preserve_thinking")
 
 
 class Continuation(NamedTuple):
@@ -99,10 +96,10 @@ def fault_of(row: dict[str, Any], entry: dict[str, Any]) -> str | None:
     columns, tags = dataset_info.columns_of(entry), dataset_info.tags_of(entry)
     if "messages" in columns:
         messages = row.get(columns["messages"])
-        fault = dataset_info.messages_fault(messages, tags) or dataset_info.messages_gap(messages, tags, False)
+        fault = row_faults.messages_fault(messages, tags) or row_faults.messages_gap(messages, tags, False)
     else:
-        fault = dataset_info.alpaca_fault(row, columns)
-    if fault := fault or dataset_info.text_fault(row, columns, ("system",)):
+        fault = row_faults.alpaca_fault(row, columns)
+    if fault := fault or row_faults.text_fault(row, columns, ("system",)):
         return fault
     texts = prompts.texts_of(row, entry)
     if texts["images"]:

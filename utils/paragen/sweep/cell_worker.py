@@ -91,7 +91,7 @@ class CellWorker:
             if not ended.is_done:
                 return ended
         self.finished(cell, cell.finetune)
-        if cli.asked("PRUNE_PRETRAIN"):
+        if cli.is_on("PRUNE_PRETRAIN"):
             prune(cell.pretrain.folder)
         return DONE
 

@@ -16,15 +16,13 @@ from paragen.collection import collection, run_identity
 from paragen.common import cli, files, paths
 from paragen.common.cli import UserError
 from paragen.dataset import dataset_info
-from paragen.model import base_models
-from paragen.recipes import render
+from paragen.model import base_models, model_files
+from paragen.recipes import keys, render
 from paragen.recipes.run import Cell, Run
 from paragen.sweep import cell_worker, plan
 from paragen.training import attempts
 
 CHUNK = 16 * 2**20  # bytes that travel at once
-# Recipe keys with paths. Below the stage folder they mean the same as in the repository only when they are relative.
-PATH_KEYS = ("model_name_or_path", "dataset_dir", "media_dir", "output_dir", "resume_from_checkpoint")
 OTHER_WEIGHTS = (".safetensors", ".bin", ".pt", ".pth", ".gguf", ".onnx", ".msgpack", ".h5", ".ot")
 UTILS = paths.UTILS
 
@@ -131,7 +129,7 @@ class Depot:
 
     def _hash_of(self, path: Path) -> str:
         if path.name.endswith(".safetensors") and path.parent.parent == paths.MODELS:
-            return base_models.hashes_of(path.parent, [path])[path.name]  # remembered from sweep to sweep
+            return model_files.hashes_of(path.parent, [path])[path.name]  # remembered from sweep to sweep
         stamp = files.stamp_of(path.stat())
         if self.hashes.get(path, ((), ""))[0] != stamp:
             self.hashes[path] = stamp, files.sha256_of(path)
@@ -180,7 +178,7 @@ class Depot:
             raise UserError(f"{'; '.join(changed)}: changed while it was trained on; run it again")
         attempts.check_claim(folder, attempt)
         files.publish_folder(staging, folder)
-        if phase == "finetune" and cli.asked("PRUNE_PRETRAIN"):
+        if phase == "finetune" and cli.is_on("PRUNE_PRETRAIN"):
             files.remove_folder(taken.cell.pretrain.folder)
 
     def end(self, attempt: str) -> None:
@@ -212,7 +210,7 @@ class Depot:
 
 def check_paths(run: Run) -> None:
     """Raise UserError for a path that would mean something else in another folder with this repository's layout."""
-    for key in PATH_KEYS:
+    for key in keys.PATHS:
         value = run.config.get(key)
         if value and os.path.isabs(os.path.expanduser(value)):
             place = f"{run.recipe}:{render.line_of(run.recipe, key)}"
@@ -246,7 +244,7 @@ def needed_files(cell: Cell) -> dict[str, Path]:
 
 def files_of_model(folder: Path) -> set[Path]:
     """The files of a model folder, without second copies of its weights in other formats."""
-    weights = set(base_models.weight_files(folder))
+    weights = set(model_files.weight_files(folder))
     there = {path for path in folder.rglob("*") if path.is_file() and not path.name.endswith((".lock", ".incomplete"))}
     return {path for path in there if path in weights or path.suffix not in OTHER_WEIGHTS}
 

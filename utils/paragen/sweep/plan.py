@@ -12,7 +12,7 @@ from statistics import median
 from paragen.collection import collection, run_identity
 from paragen.common import cli, paths
 from paragen.common.cli import UserError, say
-from paragen.model import base_models
+from paragen.model import model_files
 from paragen.recipes.run import Cell
 from paragen.sweep import packs
 from paragen.training import status
@@ -117,5 +117,5 @@ def bytes_of(cell: Cell) -> int:
     run = cell.finetune
     if not run.base.is_dir():
         return 0
-    adapter = base_models.adapter_bytes(run.base, run.rank, run.config.get("lora_target", "all"))
+    adapter = model_files.adapter_bytes(run.base, run.rank, run.config.get("lora_target", "all"))
     return adapter * (run.config.get("save_total_limit", 1) + PRETRAIN_FACTOR)

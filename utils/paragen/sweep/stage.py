@@ -36,7 +36,7 @@ NOTES = ".staged"  # below a node's folder: what is known of each file in it
 
 def asked() -> bool:
     """Whether the user said STAGE=1. Raises UserError where the driver is on no node of the cluster."""
-    if not cli.asked("STAGE"):
+    if not cli.is_on("STAGE"):
         return False
     address = os.environ.get("RAY_ADDRESS", "")
     if address.startswith("ray://"):
@@ -150,7 +150,7 @@ class StagedWorker(CellWorker):
         if not self.elsewhere:
             return
         attempt, need = self.jobs[cell]
-        if not run.collects and (need.has_pretrain or cli.asked("PRUNE_PRETRAIN")):
+        if not run.collects and (need.has_pretrain or cli.is_on("PRUNE_PRETRAIN")):
             return
         try:
             send(self, run.folder, attempt, run.phase)

@@ -226,7 +226,7 @@ def start_ray(ray: Any) -> None:
     address = os.environ.get("RAY_ADDRESS")
     python_path = os.pathsep.join(filter(None, (str(paths.UTILS), os.environ.get("PYTHONPATH"))))
     asked = os.environ.get("DEVICES", "")
-    cpus = cores() if devices.nvidia_driver() and asked != "cpu" else cpu_slots()
+    cpus = devices.cpu_cores() if devices.nvidia_driver() and asked != "cpu" else cpu_slots()
     # local: else Ray joins whatever cluster it finds on this machine
     own = {"address": "local", "include_dashboard": False, "num_cpus": cpus, "object_store_memory": 10**8}
     if asked and asked != "cpu":
@@ -261,16 +261,11 @@ def has_ray_token() -> bool:
 
 def settings() -> dict[str, str]:
     """The user's settings that every run gets."""
-    beside = {"OMP_NUM_THREADS": str(max(1, cores() // cpu_slots())), "PARAGEN_CPU_SLOTS": str(cpu_slots())}
+    beside = {"OMP_NUM_THREADS": str(max(1, devices.cpu_cores() // cpu_slots())), "PARAGEN_CPU_SLOTS": str(cpu_slots())}
     threads = {} if devices.nvidia_driver() else beside
     tokens = {"PARAGEN_TOKENS": str(paths.SAVES / ".tokens")}
     # make exports what is not set as empty; that must not hide what a node says
     return threads | tokens | {name: os.environ[name] for name in SETTINGS if os.environ.get(name)}
-
-
-def cores() -> int:
-    """The CPU cores that this process may use."""
-    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
 
 
 def cpu_slots() -> int:
@@ -278,7 +273,7 @@ def cpu_slots() -> int:
 
     On a Mac one: torch takes its GPU, which Ray does not know.
     """
-    return 1 if sys.platform == "darwin" else max(1, min(cores(), psutil.virtual_memory().total // (8 << 30)))
+    return 1 if sys.platform == "darwin" else max(1, min(devices.cpu_cores(), psutil.virtual_memory().total >> 33))
 
 
 def choose_devices(ray: Any) -> bool:

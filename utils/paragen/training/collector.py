@@ -5,7 +5,6 @@ staging folder while training goes on.
 """
 
 import hashlib
-import json
 import queue
 import threading
 from pathlib import Path
@@ -16,7 +15,7 @@ from peft import PeftConfig, PeftModel, get_peft_model_state_dict
 from safetensors.torch import save
 from transformers import TrainerCallback, TrainingArguments
 
-from paragen.common import files
+from paragen.common import files, safetensors_header
 from paragen.common.cli import UserError, say
 from paragen.dataset import pictures
 
@@ -169,10 +168,9 @@ def write_collected(folder: Path, records: dict[int, dict[str, Any]]) -> None:
 def layout_of(tensors: dict[str, torch.Tensor]) -> tuple[bytes, list[str]]:
     """How the safetensors library lays out a checkpoint file: the bytes before its data, the keys in their order."""
     layout = save({key: tensor.detach().cpu() for key, tensor in tensors.items()}, {"format": "pt"})
-    start = 8 + int.from_bytes(layout[:8], "little")
-    entries = json.loads(layout[8:start])
-    entries.pop("__metadata__")
-    return layout[:start], sorted(entries, key=lambda key: entries[key]["data_offsets"][0])
+    header = safetensors_header.header_in(layout)
+    entries = safetensors_header.tensors_in(header)
+    return header, sorted(entries, key=lambda key: entries[key]["data_offsets"][0])
 
 
 class PinnedBuffer:

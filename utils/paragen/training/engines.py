@@ -6,35 +6,12 @@ sure is left to the ordinary path: it is never trained differently.
 
 import os
 
-from paragen.collection import run_identity
 from paragen.common.cli import UserError, say
 from paragen.model import base_models
+from paragen.recipes import keys
 from paragen.recipes.run import Run
 
 ENGINES = ("stock", "packed")
-# Recipe keys that the packed engine follows, whatever their value: the data's, the adapter's, the schedule's.
-FOLLOWED = run_identity.NOT_TRAINED | {
-    "dataset", "template", "cutoff_len", "max_samples", "train_on_prompt", "mask_history", "enable_thinking",
-    "lora_rank", "lora_alpha", "lora_target", "use_rslora", "seed", "data_seed", "learning_rate", "max_steps",
-    "num_train_epochs", "lr_scheduler_type", "lr_scheduler_kwargs", "warmup_steps", "warmup_ratio", "weight_decay",
-    "adam_beta1", "adam_beta2", "adam_epsilon", "max_grad_norm", "per_device_train_batch_size",
-    "gradient_accumulation_steps", "save_steps", "save_total_limit", "bf16", "disable_gradient_checkpointing",
-}  # fmt: skip
-OFF = (None, False, 0, 0.0, "no", "none")
-# Keys that it follows at some values alone.
-SOME = {
-    "stage": ("sft",),
-    "finetuning_type": ("lora",),
-    "trust_remote_code": (False,),
-    "optim": ("adamw_torch", "adamw_torch_fused"),
-    "flash_attn": ("auto", "sdpa", "fa2", "disabled"),
-    "save_strategy": ("steps",),
-    **dict.fromkeys((
-        "lora_dropout", "use_dora", "pissa_init", "packing", "neat_packing", "val_size", "fp16", "pure_bf16",
-        "resize_vocab", "upcast_layernorm", "label_smoothing_factor", "neftune_noise_alpha", "do_eval", "do_predict",
-        "eval_strategy", "predict_with_generate", "quantization_bit", "streaming", "dataloader_drop_last", "tf32",
-    ), OFF),
-}  # fmt: skip
 
 
 def asked() -> str | None:
@@ -51,9 +28,9 @@ def why_not_packed(run: Run, devices: list[str]) -> str | None:
     What only the model itself tells (its layers, its attention, dropout) is seen when it is loaded.
     """
     for key, value in run.config.items():
-        if key in FOLLOWED:
+        if key in keys.PACKED:
             continue
-        allowed = SOME.get(key)
+        allowed = keys.PACKED_AT.get(key)
         if allowed is None or not any(value is one or (value == one and type(value) is type(one)) for one in allowed):
             return f"{key} is {value!r}" if allowed else f"{key} is not known to it"
     if len(devices) > 1:

@@ -11,6 +11,7 @@ from paragen.collection import run_identity
 from paragen.common import cli, devices, files, paths
 from paragen.common.cli import say
 from paragen.model import base_models
+from paragen.recipes import batches
 from paragen.recipes.run import Run
 from paragen.training import attempts, completion, outcome
 from paragen.training.attempts import Attempt
@@ -33,7 +34,7 @@ def train(run: Run, halved: bool = False) -> None:
         devices.pin(wanted)
         job = job_of(attempt, wanted)
         say(f"{run.phase} {run.recipe.name} at rank {run.rank} -> {paths.relative(run.folder)}")
-        job["config"] |= devices.share_batch(run.config, len(wanted), halved, base_models.has_processor(run.base))
+        job["config"] |= batches.share_batch(run.config, len(wanted), halved, base_models.has_processor(run.base))
         if len(wanted) > 1:
             train_distributed(job, len(wanted))
         else:

@@ -18,7 +18,7 @@ import prompt_templates
 from paragen.common import cli, devices, files, paths
 from paragen.common.cli import UserError
 from paragen.model import base_models
-from paragen.recipes import render
+from paragen.recipes import keys, render
 from paragen.training import outcome
 
 # What a wrong recipe, model or data file makes LLaMA-Factory and the libraries below it raise before the first step.
@@ -94,7 +94,7 @@ def arguments_of(job: dict) -> dict:
     """A job's recipe as LLaMA-Factory's arguments: absolute paths, the staging folder, what the devices demand."""
     recipe, config, staging = Path(job["recipe"]), job["config"], Path(job["staging"])
     arguments = {**config, **devices.settings(job["devices"]), "output_dir": str(staging), "plot_loss": False}
-    for key in ("model_name_or_path", "dataset_dir", "media_dir", "resume_from_checkpoint"):
+    for key in keys.READ_PATHS:
         if arguments.get(key):
             arguments[key] = str(render.resolve(recipe, arguments[key]))
     # datasets knows a file by its time and size, and tokenised rows by their text without their pictures; a cache of

@@ -1,0 +1,53 @@
+"""Hashes and headers that several rooms read: git's blob ids, and what a safetensors file begins with."""
+
+import json
+import subprocess
+
+import pytest
+import torch
+from safetensors.torch import save, save_file
+
+from paragen.common import files, safetensors_header
+
+
+@pytest.fixture
+def checkpoint(tmp_path):
+    tensors = {"b": torch.ones(2, 3), "a": torch.zeros(4, dtype=torch.bfloat16)}
+    save_file(tensors, tmp_path / "model.safetensors", {"format": "pt"})
+    return tmp_path / "model.safetensors"
+
+
+@pytest.mark.parametrize("content", [b"", b"text\n", bytes(range(256)) * 9000])
+def test_a_blob_id_is_gits(tmp_path, content):
+    (tmp_path / "file").write_bytes(content)
+    git = subprocess.run(["git", "hash-object", tmp_path / "file"], capture_output=True, text=True, check=True)
+    assert files.git_blob_id(tmp_path / "file") == git.stdout.strip()
+
+
+def test_a_header_names_each_tensor_with_its_shape(checkpoint):
+    tensors = safetensors_header.read_tensors(checkpoint)
+    assert {name: entry["shape"] for name, entry in tensors.items()} == {"a": [4], "b": [2, 3]}
+    assert tensors == safetensors_header.tensors_in(safetensors_header.header_in(checkpoint.read_bytes()))
+    assert safetensors_header.fault_of(checkpoint) is None
+
+
+def test_bytes_without_a_whole_header_are_refused(checkpoint):
+    whole = save({"a": torch.zeros(4)})
+    for data in (b"", whole[:7], whole[:40]):
+        with pytest.raises(ValueError, match="is no safetensors file"):
+            safetensors_header.header_in(data)
+        checkpoint.write_bytes(data)
+        with pytest.raises(ValueError, match=f"has only {len(data)} bytes"):
+            safetensors_header.read_header(checkpoint)
+
+
+def test_a_file_whose_size_or_header_is_wrong_has_a_fault(checkpoint):
+    data = checkpoint.read_bytes()
+    not_an_object = json.dumps(["a"]).encode()
+    for content, fault in (
+        (data[:-1], f"has {len(data) - 1} bytes, its header states {len(data)}"),
+        (len(not_an_object).to_bytes(8, "little") + not_an_object, "is not a safetensors file"),
+        (files.GIT_LFS_POINTER + b"v1\n", "is a Git LFS pointer, not the weights"),
+    ):
+        checkpoint.write_bytes(content)
+        assert safetensors_header.fault_of(checkpoint) == fault
