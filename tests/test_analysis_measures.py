@@ -240,7 +240,7 @@ def synthetic(folder, steps, shape=(8, 32, 24, 2), dtype=torch.float32, zero=())
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 def test_a_first_step_without_any_update_is_measured_like_others(tmp_path, dtype):
     entries = synthetic(tmp_path / "x", 3, dtype=dtype, zero=[1])
-    found = measures.measure(tmp_path / "x", entries, {"lora_alpha": 2}, "base")
+    found = measures.measure(tmp_path / "x", entries, {"r": 2, "lora_alpha": 2}, "base")
     assert (found.norm[:, 0] == 0).all() and (found.effective_rank[:, 0] == 0).all()
     assert all(getattr(found, name).isfinite().all() for name in found._fields[2:])
     torch.testing.assert_close(found.change[:, 1], found.norm[:, 1])
@@ -248,7 +248,7 @@ def test_a_first_step_without_any_update_is_measured_like_others(tmp_path, dtype
 
 def test_a_single_checkpoint_makes_every_layer_equally_important(tmp_path):
     entries = synthetic(tmp_path / "x", 1)
-    found = measures.measure(tmp_path / "x", entries, {"lora_alpha": 2}, "base")
+    found = measures.measure(tmp_path / "x", entries, {"r": 2, "lora_alpha": 2}, "base")
     by_factor, by_layer = measures.importance_of(found)
     assert (by_factor == 1).all() and (by_layer == 1).all() and (found.change == 0).all()
 
@@ -259,7 +259,7 @@ sys.path.insert(0, sys.argv[1])
 from pathlib import Path
 from paragen.analysis import measures
 entries = json.loads(Path(sys.argv[2], "entries.json").read_text())[: int(sys.argv[3])]
-measures.measure(Path(sys.argv[2]), entries, {"lora_alpha": 2}, "base", chunk=1)
+measures.measure(Path(sys.argv[2]), entries, {"r": 2, "lora_alpha": 2}, "base", chunk=1)
 print(next(line.split()[1] for line in open("/proc/self/status") if line.startswith("VmHWM")))
 """
 
