@@ -2,6 +2,7 @@
 
 import json
 import shutil
+from dataclasses import replace
 
 import pytest
 import torch
@@ -149,7 +150,7 @@ def test_a_collection_becomes_adapters_of_the_same_shape_and_says_what_it_was_ma
     (one,) = selected
     export_canonical.export(selected, tmp_path / "out", None)
     folder = tmp_path / "out" / one.name
-    names = [f"checkpoint-{entry['step']}.safetensors" for entry in one.manifest["checkpoints"]]
+    names = [entry.file_name for entry in one.manifest.checkpoints]
     assert {path.name for path in folder.iterdir()} == {*names, "adapter_config.json", "canonical.json"}
     for name in names:
         raw, new = load_file(one.folder / name), load_file(folder / name)
@@ -161,7 +162,7 @@ def test_a_collection_becomes_adapters_of_the_same_shape_and_says_what_it_was_ma
             )
             assert (update - found).norm() <= FLOAT32 * 4**0.25 * update.norm()
     about = json.loads((folder / "canonical.json").read_bytes())
-    assert about["manifest"] == one.manifest["sha256"] and about["dtype"] == "float32"
+    assert about["manifest"] == one.manifest.sha256 and about["dtype"] == "float32"
     config = (one.folder / "adapter_config.json", folder / "adapter_config.json")
     assert json.loads(config[0].read_bytes()) == json.loads(config[1].read_bytes()), "the scaling is not touched"
 
@@ -181,11 +182,11 @@ def test_it_is_made_once_and_again_when_the_collection_or_the_dtype_is_another(s
         (one, None, "exported: "),
         (one, None, "there already: "),
         (one, "bfloat16", "exported: "),
-        (one._replace(manifest={**one.manifest, "sha256": "another"}), "bfloat16", "exported: "),
+        (one._replace(manifest=replace(one.manifest, sha256="another")), "bfloat16", "exported: "),
     ):
         export_canonical.export([chosen], tmp_path / "out", dtype)
         assert capsys.readouterr().out.startswith(expected)
-    step = one.manifest["checkpoints"][0]["step"]
+    step = one.manifest.steps[0]
     tensors = load_file(tmp_path / "out" / one.name / f"checkpoint-{step}.safetensors")
     assert {tensor.dtype for tensor in tensors.values()} == {torch.bfloat16}
 
@@ -212,7 +213,7 @@ def test_peft_loads_it_and_the_model_says_the_same(selected, trained_once, tmp_p
     monkeypatch.setenv("OUT", str(tmp_path / "an export"))
     export.main()
     (one,) = selected
-    step = one.manifest["checkpoints"][-1]["step"]
+    step = one.manifest.steps[-1]
     said = []
     for name, collection in (("raw", one.folder), ("canonical", tmp_path / "an export" / one.name)):
         base = AutoModelForCausalLM.from_pretrained(trained_once.top / "models" / "Tiny-Llama")

@@ -9,6 +9,7 @@ import os
 import shutil
 import subprocess
 import sys
+from dataclasses import asdict
 from pathlib import Path
 
 import pyarrow as pa
@@ -18,7 +19,8 @@ from helpers import scored
 from helpers.copies import edit, flip_a_bit, twin
 
 import index as index_script
-from paragen.collection import checkpoints, collection, index
+from paragen.collection import checkpoints, index
+from paragen.collection.manifest import read_manifest
 from paragen.common import paths
 from paragen.common.cli import UserError
 
@@ -65,15 +67,15 @@ def test_a_row_says_what_a_checkpoint_is_and_where(saves, folder):
     assert not faults
     assert table["step"].to_pylist() == [7, 8, 9, 10, 11, 12]
     row = table.to_pylist()[2]
-    manifest = collection.read_manifest(folder)
-    entry = manifest["checkpoints"][2]
-    assert {key: row[key] for key in index.ENTRY} == {key: entry[key] for key in index.ENTRY}
+    manifest = read_manifest(folder)
+    entry = manifest.checkpoints[2]
+    assert {key: row[key] for key in asdict(entry)} == asdict(entry)
     assert (row["category"], row["dataset"], row["model"], row["rank"]) == (
         "common-sense-reasoning", "Toy", "tiny-llama", 4
     )  # fmt: skip
     assert (saves / row["file"]).stat().st_size == row["bytes"]
     assert (row["prompts_file"], row["rows"]) == ("common-sense-reasoning/Toy.json", 48)
-    assert row["prompts_sha256"] == manifest["data"][0]["rows_sha256"]
+    assert row["prompts_sha256"] == manifest.data[0].rows_sha256
 
 
 def test_the_index_is_a_plain_parquet_file_and_a_printed_table(saves, monkeypatch, capsys):
@@ -125,7 +127,7 @@ def test_unchanged_collections_are_not_read_again(saves, folder, monkeypatch):
     twin(folder, rank=8)
     first, _ = index.update(saves)
     read = []
-    monkeypatch.setattr(collection, "read_manifest", lambda folder: read.append(folder.name))
+    monkeypatch.setattr(index, "read_manifest", lambda folder: read.append(folder.name))
     monkeypatch.setattr(checkpoints, "verified", lambda path, *_: read.append(path.name))
     written = (saves / "index.parquet").stat()
     again, _ = index.update(saves)
@@ -162,7 +164,10 @@ def test_new_changed_and_removed_collections_are_noticed(saves, folder):
         (lambda f: edit(f, lambda m: m.update(rank=8), seal=False), "was edited after it was written"),
         (lambda f: (f / "manifest.json").write_text("["), "manifest.json: broken"),
         (lambda f: (f / "manifest.json").unlink(), "has no manifest.json"),
-        (lambda f: edit(f, lambda m: m["checkpoints"][0].pop("loss")), "manifest.json: not a collection's"),
+        (
+            lambda f: edit(f, lambda m: m["checkpoints"][0].pop("loss")),
+            "manifest.json: not a manifest of format 2: checkpoints[0].loss is missing",
+        ),
         (lambda f: ((f / "manifest.json").unlink(), (f / "manifest.json").mkdir()), "manifest.json: cannot be read"),
     ],
 )
@@ -434,4 +439,4 @@ def test_a_broken_collection_stops_only_selections_that_it_may_belong_to(saves, 
 def test_a_mark_of_a_manifest_does_not_depend_on_the_order_of_its_keys(folder):
     manifest = json.loads((folder / "manifest.json").read_text())
     (folder / "manifest.json").write_text(json.dumps(dict(reversed(manifest.items()))))
-    assert collection.read_manifest(folder) is not None
+    assert read_manifest(folder) is not None

@@ -224,7 +224,7 @@ def read_anyway(*_, **__):
 def test_opening_reads_no_checkpoint_no_manifest_and_no_data(mixed, monkeypatch):
     for module, name in ((checkpoints, "opened"), (files, "sha256_of"), (prompts, "rows_in")):
         monkeypatch.setattr(module, name, read_anyway)
-    monkeypatch.setattr(pairs_module.collection, "read_manifest", read_anyway)
+    monkeypatch.setattr(pairs_module, "read_manifest", read_anyway)
     assert len(Pairs(prompts=4)) == 24
 
 

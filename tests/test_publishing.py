@@ -8,6 +8,7 @@ import shutil
 import signal
 import subprocess
 import sys
+from dataclasses import replace
 from pathlib import Path
 
 import pyarrow as pa
@@ -18,7 +19,8 @@ from helpers.upload_server import READS, USER, WRITES, UploadHub
 
 import publish
 import pull
-from paragen.collection import collection, index
+from paragen.collection import index
+from paragen.collection.manifest import BaseModel, sealed
 from paragen.common import files, paths
 from paragen.common.cli import UserError
 from paragen.publishing import card, licenses, published_tree
@@ -135,7 +137,7 @@ def flip(path: Path, place: int = -1) -> None:
 
 def remanifest(top: Path, **changes) -> None:
     """Change a manifest as a program that seals it would."""
-    changed = collection.sealed({**manifest_of(top), **changes})
+    changed = sealed({**manifest_of(top), **changes})
     files.write_json(top / "saves" / NAME / "manifest.json", changed)
 
 
@@ -294,10 +296,10 @@ def test_prepared_data_are_known_by_their_content_and_a_licence_in_the_entry_cou
 
 
 def test_a_hub_model_is_known_by_its_hub_id_and_not_by_its_folders_name(tmp_path):
-    base = {"name": "gemma-3-4b-it", "hub_id": "google/gemma-3-4b-it", "revision": "1" * 40, "sha256": "2" * 64}
+    base = BaseModel("gemma-3-4b-it", hub_id="google/gemma-3-4b-it", revision="1" * 40, sha256="2" * 64)
     known = licenses.of_base(base, tmp_path)
     assert known["license"] == "gemma" and known["gated"] and card.is_custom(known["license"])
-    assert licenses.of_base({**base, "hub_id": None}, tmp_path)["license"] is None
+    assert licenses.of_base(replace(base, hub_id=None), tmp_path)["license"] is None
 
 
 def without_license(top: Path) -> None:
@@ -482,7 +484,7 @@ def with_script(held: dict) -> None:
 
 def other_manifest(held: dict) -> None:
     name = f"collections/{NAME}/manifest.json"
-    manifest = collection.sealed({**json.loads(held[name]), "seed": 1})
+    manifest = sealed({**json.loads(held[name]), "seed": 1})
     held[name] = (json.dumps(manifest, indent=2, ensure_ascii=False) + "\n").encode()
 
 
@@ -627,7 +629,7 @@ def test_what_was_published_before_there_were_scores_can_be_pulled(licensed, emp
 def test_a_selection_brings_that_alone(licensed, empty, run, hub):
     twin = licensed / "saves" / CATEGORY / "Toy" / RUN.replace("rank_4", "rank_4_seed-7")
     shutil.copytree(licensed / "saves" / NAME, twin)
-    files.write_json(twin / "manifest.json", collection.sealed({**manifest_of(licensed), "seed": 7, "run": twin.name}))
+    files.write_json(twin / "manifest.json", sealed({**manifest_of(licensed), "seed": 7, "run": twin.name}))
     run(publish, licensed, RAW="1")
     run(pull, empty, SEED="7")
     assert [path.name for path in (empty / "saves" / CATEGORY / "Toy").iterdir()] == [twin.name]

@@ -4,15 +4,16 @@
     python utils/verify.py --recipe RECIPE.yaml RANK [key=value ...]     the collection of one recipe (again for others)
     DATASET=... python utils/verify.py                             those of one dataset (make verify)
 
-Prints a line for each; status 1 when one is not whole. What is whole but doubtful (doubts.py: worse than its base, a
-rising loss, equal checkpoints) is said in lines of its own, which change no status.
+Prints a line for each; status 1 when one is not whole. Quality warnings (worse than its base, a rising loss, equal
+checkpoints) are printed in lines of their own, marked DOUBTFUL, and change no status.
 """
 
 import argparse
 import os
 from pathlib import Path
 
-from paragen.collection import collection, quality_warnings
+from paragen.collection import discovery, quality_warnings, verification
+from paragen.collection.manifest import Manifest, read_manifest
 from paragen.common import cli, files, paths
 from paragen.common.cli import UserError, say
 from paragen.model import base_models
@@ -50,7 +51,7 @@ def asked_for(folders: list[Path], dataset: str) -> list[Path]:
     for folder in folders:
         if not folder.is_dir():
             raise UserError(f"{folder}: no such folder")
-    found = collection.run_folders(folders or [paths.SAVES])
+    found = discovery.find_collections(folders or [paths.SAVES])
     if dataset:
         name = paths.choose(dataset, {folder.parent.name for folder in found}, "collected dataset")
         found = [folder for folder in found if folder.parent.name == name]
@@ -64,18 +65,18 @@ def verify(folder: Path, base: Path | None = None) -> bool:
     """
     name = paths.relative(folder)
     try:
-        manifest = collection.read_manifest(folder) if folder.is_dir() else None
+        manifest = read_manifest(folder) if folder.is_dir() else None
         if manifest is None:
             faults = ["has no manifest.json: no finished collection (make clean-checkpoints makes one of a stock run)"]
             faults = faults if folder.is_dir() else ["does not exist"]
         else:
-            faults = collection.faults_of(folder, manifest) or peft_faults(folder, manifest, base)
+            faults = verification.faults_of(folder, manifest) or peft_faults(folder, manifest, base)
     except UserError as error:
         faults = [str(error)]
     for fault in faults:
         print(f"FAULTY {name}: {fault}", flush=True)
     if not faults:
-        steps = [entry["step"] for entry in manifest["checkpoints"]]
+        steps = manifest.steps
         size = files.size_of(folder.iterdir()) / 1e6
         say(f"whole  {name}: {len(steps)} checkpoints, steps {steps[0]}-{steps[-1]}, {size:.1f} MB")
         for doubt in quality_warnings.of(folder, manifest):
@@ -83,13 +84,13 @@ def verify(folder: Path, base: Path | None = None) -> bool:
     return not faults
 
 
-def peft_faults(folder: Path, manifest: dict, base: Path | None) -> list[str]:
+def peft_faults(folder: Path, manifest: Manifest, base: Path | None) -> list[str]:
     """What PEFT says to the collection's last checkpoint."""
-    base = base or paths.MODELS / ((manifest["base_model"] or {}).get("name") or "unknown")
+    base = base or paths.MODELS / (manifest.base_name or "unknown")
     if not (base / "config.json").is_file():
         way = base_models.how_to_get(base)
         return [f"cannot be loaded with PEFT here, models/{base.name} is missing; bring it with: {way}"]
-    return collection.peft_faults(folder, manifest["checkpoints"][-1]["step"], base)
+    return verification.peft_faults(folder, manifest.steps[-1], base)
 
 
 if __name__ == "__main__":

@@ -16,6 +16,7 @@ the importances over all entries is 1; without any variation every importance is
 same per token, which is a block of columns of a factor; here it is per factor and per layer.
 """
 
+from collections.abc import Sequence
 from functools import partial
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -24,6 +25,7 @@ import torch
 
 from paragen.analysis import layer_stats as ls
 from paragen.collection import checkpoints, exported, index
+from paragen.collection.manifest import CheckpointEntry
 from paragen.common import cli, files, parallel, paths
 
 METHOD = "stats-1"  # changes with every change of the numbers
@@ -84,7 +86,7 @@ def of(one: index.Chosen, out: Path | None = None, quiet: bool = False) -> Path:
     `quiet` says nothing then.
     """
     out = out or paths.SAVES / "stats"
-    source = {"format": "stats", "method": METHOD, "manifest": one.manifest["sha256"]}
+    source = {"format": "stats", "method": METHOD, "manifest": one.manifest.sha256}
     exported.part(out, one.name, source, partial(write, one), done="statistics", quiet=quiet)
     return out / one.name
 
@@ -95,8 +97,8 @@ def write(one: index.Chosen, folder: Path) -> None:
 
     config = checkpoints.adapter_config(one.folder, one.manifest)
     base = base_model_of(one, config)
-    steps = [entry["step"] for entry in one.manifest["checkpoints"]]
-    measured = measure(one.folder, one.manifest["checkpoints"], config, base)
+    steps = one.manifest.steps
+    measured = measure(one.folder, one.manifest.checkpoints, config, base)
     by_factor, by_layer = importance_of(measured)
     keys = [f"{layer}.{end}.weight" for layer in measured.layers for end in ("lora_A", "lora_B")]
     weights = dict(zip(measured.layers, by_layer, strict=True)) | dict(zip(keys, by_factor.flatten(), strict=True))
@@ -112,12 +114,16 @@ def write(one: index.Chosen, folder: Path) -> None:
 
 def base_model_of(one: index.Chosen, config: dict[str, Any]) -> str:
     """The base model's name that decides the sketch: its folder's, also for a run whose manifest does not know it."""
-    base = one.manifest["base_model"] or {}
-    return base.get("name") or str(config.get("base_model_name_or_path")).rstrip("/").rsplit("/", 1)[-1]
+    return one.manifest.base_name or str(config.get("base_model_name_or_path")).rstrip("/").rsplit("/", 1)[-1]
 
 
 def measure(
-    folder: Path, entries: list[dict], config: dict[str, Any], base: str, budget: int = BUDGET, chunk: int = CHUNK
+    folder: Path,
+    entries: Sequence[CheckpointEntry],
+    config: dict[str, Any],
+    base: str,
+    budget: int = BUDGET,
+    chunk: int = CHUNK,
 ) -> Measured:
     """One streaming pass over the checkpoints of a collection, each tensor read once.
 
@@ -230,10 +236,10 @@ def about(one: index.Chosen, config: dict[str, Any], base: str, measured: Measur
     """The content of stats.json."""
     return {
         "method": METHOD,
-        "manifest": one.manifest["sha256"],
+        "manifest": one.manifest.sha256,
         "collection": one.name,
         "base_model": base,
-        "rank": one.manifest["rank"],
+        "rank": one.manifest.rank,
         "lora_alpha": config["lora_alpha"],
         "use_rslora": bool(config.get("use_rslora")),
         "parameters": sum((outputs + inputs) * rank for outputs, inputs, rank in measured.shapes),

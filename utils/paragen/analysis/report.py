@@ -10,14 +10,14 @@ import base64
 import datetime
 import hashlib
 import json
-import math
 import sys
 import urllib.parse
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from paragen.analysis import report_data
-from paragen.collection import checkpoints, collection, evaluation, index
+from paragen.collection import checkpoints, discovery, evaluation, index
+from paragen.collection.manifest import read_manifest
 from paragen.common import files, paths
 from paragen.common.cli import UserError
 from paragen.model import base_models
@@ -55,7 +55,7 @@ def gather(saves: Path) -> dict[str, Any]:
     recipe pair and its cells by rank), `ranks`, `map` (a panel for each base model), `totals`, `faults` (lines).
     """
     table, faults = index.update(saves)
-    names = [folder.relative_to(saves.absolute()).as_posix() for folder in collection.run_folders([saves])]
+    names = [folder.relative_to(saves.absolute()).as_posix() for folder in discovery.find_collections([saves])]
     states = cell_states(table)
     found, faulty = [], []
     for name in names:
@@ -117,13 +117,11 @@ def described(saves: Path, name: str, state: str, reason: str, total: int) -> di
     files are not right.
     """
     folder = saves / name
-    manifest = collection.read_manifest(folder)
+    manifest = read_manifest(folder)
     if manifest is None:
         raise UserError(f"{paths.relative(folder)}: is gone")
-    entries, base_model = manifest["checkpoints"], (manifest["base_model"] or {}).get("name")
-    if not entries:
-        raise UserError(f"{paths.relative(folder)}: its manifest lists no checkpoint")
-    losses = [entry["loss"] for entry in entries if entry["loss"] is not None and math.isfinite(entry["loss"])]
+    entries, base_model = manifest.checkpoints, manifest.base_name
+    losses = [entry.loss for entry in entries if entry.loss is not None]
     pictures, shown = {"curve": report_data.curve(folder, manifest)}, None
     evaluated = evaluation.shown(evaluation.read(folder, manifest))
     if evaluated:
@@ -136,29 +134,29 @@ def described(saves: Path, name: str, state: str, reason: str, total: int) -> di
         shown = steps[places], sketch[places]
     except UserError as error:
         for entry in entries:  # where the files are as recorded, it is their kind that is not known
-            checkpoints.verified(folder / collection.checkpoint_name(entry["step"]), entry["bytes"], entry["sha256"])
+            checkpoints.verified(folder / entry.file_name, entry.bytes, entry.sha256)
         pictures["none"] = report_data.without_places(str(error), saves)
     return {
         **named(name),
-        "category": manifest["category"] or named(name)["category"],
-        "dataset": manifest["dataset"],
+        "category": manifest.category or named(name)["category"],
+        "dataset": manifest.dataset,
         "model": base_models.short_name(Path(base_model)) if base_model else "?",
         "base_model": base_model or "unknown base model",
-        "rank": manifest["rank"],
-        "seed": manifest["seed"],
+        "rank": manifest.rank,
+        "seed": manifest.seed,
         "state": state,
         "reason": report_data.without_places(reason, saves),
         "kept": len(entries),
-        "first": entries[0]["step"],
-        "last": entries[-1]["step"],
+        "first": entries[0].step,
+        "last": entries[-1].step,
         "loss": sum(losses) / len(losses) if losses else None,
         "scores": report_data.scores_in_table(evaluated) if evaluated else None,
-        "bytes": sum(entry["bytes"] for entry in entries),
-        "each": entries[0]["bytes"],
-        "file": json.dumps(f"saves/{name}/{collection.checkpoint_name(entries[-1]['step'])}", ensure_ascii=False),
-        "rows": manifest.get("trained_rows"),
-        "device": manifest.get("device"),
-        "precision": manifest.get("precision"),
+        "bytes": sum(entry.bytes for entry in entries),
+        "each": entries[0].bytes,
+        "file": json.dumps(f"saves/{name}/{entries[-1].file_name}", ensure_ascii=False),
+        "rows": manifest.trained_rows,
+        "device": manifest.device,
+        "precision": manifest.precision,
         "pictures": pictures,
         "sketch": shown,
     }

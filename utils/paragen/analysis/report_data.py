@@ -11,7 +11,8 @@ from collections import Counter
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from paragen.collection import collection, evaluation
+from paragen.collection import evaluation, run_files
+from paragen.collection.manifest import Manifest, ResumedPretrain, read_manifest
 from paragen.common import paths
 from paragen.common.cli import UserError
 
@@ -23,28 +24,28 @@ HEAT_COLUMNS = 100  # of a heat map, at most
 MAP_POINTS = 3000  # of the map, at most, but one of each collection
 
 
-def curve(folder: Path, manifest: dict[str, Any]) -> dict[str, Any]:
+def curve(folder: Path, manifest: Manifest) -> dict[str, Any]:
     """The loss and the learning rate of a whole training: the finetune's log after its pretrain's, where that is there.
 
     Returns `lines`, a dict per phase with name, step, loss and rate (lists of numbers or None), `kept` (first and last
     kept step), `resumed` (step or None), `notes` (what is left out, and why) and `label`. A stock run without a log has
     the figures of its manifest.
     """
-    entries, notes = manifest["checkpoints"], []
-    kept = [entries[0]["step"], entries[-1]["step"]]
-    rows = read_log(folder / collection.LOG, notes)
+    entries, notes = manifest.checkpoints, []
+    kept = [entries[0].step, entries[-1].step]
+    rows = read_log(folder / run_files.LOG, notes)
     if not rows:
-        rows = [(entry["step"], entry["loss"], entry["learning_rate"]) for entry in entries]
+        rows = [(entry.step, entry.loss, entry.learning_rate) for entry in entries]
     phases = {"finetune": rows}
-    pretrain = manifest["pretrain"]
+    pretrain = manifest.pretrain
     if pretrain:
-        before = folder.with_name(pretrain["run"])
-        if not (before / collection.LOG).is_file():
+        before = folder.with_name(pretrain.run)
+        if not (before / run_files.LOG).is_file():
             notes.append("the pretrain's log is not there any more")
         elif not is_same_pretrain(before, pretrain):
             notes.append(f"{before.name} is another pretrain by now, so it is not drawn")
         else:
-            phases = {"pretrain": read_log(before / collection.LOG, notes), **phases}
+            phases = {"pretrain": read_log(before / run_files.LOG, notes), **phases}
     lines = []
     for name, points in phases.items():
         lines.append({"name": name, **_columns(thinned(points, kept))})
@@ -56,11 +57,11 @@ def curve(folder: Path, manifest: dict[str, Any]) -> dict[str, Any]:
         )
     else:
         label = f"No loss was recorded; steps {kept[0]} to {kept[1]} kept"
-    label += f"; resumed at step {pretrain['step']}" if pretrain else ""
+    label += f"; resumed at step {pretrain.step}" if pretrain else ""
     return {
         "lines": lines if losses else [],
         "kept": kept,
-        "resumed": pretrain and pretrain["step"],
+        "resumed": pretrain and pretrain.step,
         "notes": notes,
         "label": label,
     }
@@ -71,15 +72,15 @@ def _columns(rows: list[tuple]) -> dict[str, list]:
     return {"step": list(steps), "loss": [short(loss) for loss in losses], "rate": [short(rate) for rate in rates]}
 
 
-def is_same_pretrain(folder: Path, pretrain: dict[str, Any]) -> bool:
+def is_same_pretrain(folder: Path, pretrain: ResumedPretrain) -> bool:
     """Whether a pretrain run folder still holds, or by its manifest held, the checkpoint that was resumed."""
     try:
-        manifest = collection.read_manifest(folder)
+        manifest = read_manifest(folder)
     except UserError:
         return False
-    if manifest is None or pretrain["sha256"] is None:
+    if manifest is None or pretrain.sha256 is None:
         return manifest is not None
-    return any(entry["sha256"] == pretrain["sha256"] for entry in manifest["checkpoints"])
+    return any(entry.sha256 == pretrain.sha256 for entry in manifest.checkpoints)
 
 
 def read_log(path: Path, notes: list[str]) -> list[tuple[int, float | None, float | None]]:

@@ -1,6 +1,6 @@
 """A collection as one small file, lossless to the bit, of which any step is read without reading all.
 
-Imported by export_archive.py, import_archive.py and what publishes; `write`, `converted`, `read_manifest`, `load_step`,
+Imported by export_archive.py, import_archive.py and what publishes; `write`, `converted`, `manifest_in`, `load_step`,
 `verify` and `restore` are what they use.
 
 An archive is a safetensors file of three uint8 tensors:
@@ -19,30 +19,33 @@ import hashlib
 import secrets
 from pathlib import Path
 
-from paragen.archives.read import FORMAT, load_step, opened, read_all, read_files, read_manifest, steps_of
+from paragen.archives.read import FORMAT, load_step, manifest_in, opened, read_all, read_files, steps_of
 from paragen.archives.write import SUFFIX, converted, write
-from paragen.collection import collection, evaluation, run_identity
+from paragen.collection import evaluation, run_files, run_identity, verification
+from paragen.collection.manifest import CheckpointEntry, Manifest, read_manifest
 from paragen.common import files, paths
 from paragen.common.cli import UserError, say
 
 __all__ = [
-    "FORMAT", "SUFFIX", "converted", "load_step", "opened", "read_all", "read_files", "read_manifest",
+    "FORMAT", "SUFFIX", "converted", "load_step", "opened", "manifest_in", "read_all", "read_files",
     "restore", "steps_of", "verify", "write",
 ]  # fmt: skip
+
+LONGEST_NAME = 200  # bytes; file systems take 255, and a staging folder's name is longer than its run folder's
 
 
 def verify(path: Path) -> None:
     """Read all of an archive; raise UserError naming the first thing that is damaged or not as its manifest records."""
-    entries = {entry["step"]: entry for entry in read_manifest(path)["checkpoints"]}
+    entries = {entry.step: entry for entry in manifest_in(path).checkpoints}
     read_files(path)
     for step, data in read_all(path):
         check_recorded(path, entries, step, data)
 
 
-def check_recorded(path: Path, entries: dict[int, dict], step: int, data: bytearray) -> None:
+def check_recorded(path: Path, entries: dict[int, CheckpointEntry], step: int, data: bytearray) -> None:
     """Raise UserError unless an archive's checkpoint is the one that the manifest's entries record."""
     entry = entries.get(step)
-    if entry is None or entry["bytes"] != len(data) or entry["sha256"] != hashlib.sha256(data).hexdigest():
+    if entry is None or entry.bytes != len(data) or entry.sha256 != hashlib.sha256(data).hexdigest():
         raise UserError(f"{paths.relative(path)}: checkpoint {step} is not the one that its manifest records")
 
 
@@ -57,11 +60,11 @@ def restore(archives: list[Path], saves: Path) -> Path:
     the archive's evaluation.json where no score of its own is lost by that. Raises UserError, with nothing changed,
     when something is damaged or missing, or when something else stands at its place (FORCE=1 replaces that).
     """
-    manifest = read_manifest(archives[0])
+    manifest = manifest_in(archives[0])
     for path in archives:
-        if read_manifest(path)["sha256"] != manifest["sha256"]:
+        if manifest_in(path).sha256 != manifest.sha256:
             raise UserError(f"{paths.relative(path)}: is of another collection than {paths.relative(archives[0])}")
-    entries = {entry["step"]: entry for entry in manifest["checkpoints"]}
+    entries = {entry.step: entry for entry in manifest.checkpoints}
     held = [step for path in archives for step in steps_of(path)]
     if missing := sorted(entries.keys() - set(held)):
         raise UserError(
@@ -69,7 +72,7 @@ def restore(archives: list[Path], saves: Path) -> Path:
             f"{missing[0]}; give the folder that holds all parts"
         )
     small = read_files(archives[0])
-    if strange := sorted(small.keys() - {paths.MANIFEST, *collection.BESIDE}):
+    if strange := sorted(small.keys() - {paths.MANIFEST, *run_files.BESIDE}):
         raise UserError(f"{paths.relative(archives[0])}: holds {strange[0]!r}, which belongs to no collection")
     if labels := _labels_of(archives, manifest):
         small[evaluation.FILE] = labels
@@ -85,7 +88,7 @@ def restore(archives: list[Path], saves: Path) -> Path:
     return folder
 
 
-def _labels_of(archives: list[Path], manifest: dict) -> bytes | None:
+def _labels_of(archives: list[Path], manifest: Manifest) -> bytes | None:
     """The evaluation.json in a collection's archives: parts of different ages may differ in it, the fullest counts."""
     found = None
     for path in archives:
@@ -95,46 +98,41 @@ def _labels_of(archives: list[Path], manifest: dict) -> bytes | None:
     return found
 
 
-def place_of(manifest: dict, name: str) -> Path:
+def place_of(manifest: Manifest, name: str) -> Path:
     """Where below saves/ a collection belongs, by its manifest: category (if it has one), dataset, run folder.
 
-    Raises UserError, calling it `name`, unless each is the plain name of a folder and the manifest one of a collection.
+    Raises UserError, calling it `name`, for a pretrain run, and where another thing has that place below saves/.
     """
-    category, parts = manifest.get("category"), [manifest["dataset"], manifest["run"]]
+    category, parts = manifest.category, [manifest.dataset, manifest.run]
     for part in parts:
-        plain = isinstance(part, str) and part.isprintable() and part.strip() == part and not part.startswith(".")
-        if not plain or not part or set(part) & set("/\\") or len(part.encode()) > 200 or part == paths.INDEX:
-            raise UserError(f"{name}: its manifest names the folder {part!r}, which is no plain name")
-    if category is not None:
-        parts.insert(0, category)
-    if category not in (None, *paths.CATEGORIES) or (
-        category is None and parts[0] in (*paths.CATEGORIES, *paths.DERIVED)
-    ):
-        raise UserError(f"{name}: its manifest names the category {category!r} and the dataset {manifest['dataset']!r}")
-    if manifest["phase"] != "finetune":
-        raise UserError(f"{name}: holds a {manifest['phase']} run, not a collection")
-    return Path(*parts)
+        if len(part.encode()) > LONGEST_NAME or part == paths.INDEX:
+            raise UserError(f"{name}: its manifest names the folder {part!r}, which saves/ cannot have")
+    if category is None and manifest.dataset in (*paths.CATEGORIES, *paths.DERIVED):
+        raise UserError(f"{name}: its manifest names no category and the dataset {manifest.dataset!r}")
+    if manifest.phase != "finetune":
+        raise UserError(f"{name}: holds a {manifest.phase} run, not a collection")
+    return Path(*([category] if category else []), *parts)
 
 
-def _there_already(folder: Path, manifest: dict, small: dict[str, bytes]) -> bool:
+def _there_already(folder: Path, manifest: Manifest, small: dict[str, bytes]) -> bool:
     """Whether a collection is there, whole. Raises UserError where something else is; FORCE=1 replaces whatever is."""
     if not folder.exists() or run_identity.force_asked():
         return False
     name, way_out = paths.relative(folder), "FORCE=1 replaces it by the archive's"
-    there = collection.read_manifest(folder)
+    there = read_manifest(folder)
     if there is None:
         raise UserError(f"{name}: is there already, without a {paths.MANIFEST}; {way_out}")
-    if there["sha256"] != manifest["sha256"]:
-        dtypes = [f" (in {one['converted']['to']})" if one.get("converted") else "" for one in (there, manifest)]
+    if there.sha256 != manifest.sha256:
+        dtypes = [f" (in {one.converted.to_dtype})" if one.converted else "" for one in (there, manifest)]
         what = f"another collection{dtypes[0]} than the archive's{dtypes[1]}"
         raise UserError(f"{name}: {what} is there already; {way_out}")
-    faults = collection.faults_of(folder, manifest)
+    faults = verification.faults_of(folder, manifest)
     beside = [file for file in small if file != evaluation.FILE]
     faults += [f"{file} differs" for file in beside if not _holds(folder / file, small[file])]
     if faults:
         raise UserError(f"{name}: is there already, but {faults[0]}; {way_out}")
     say(f"there already: {name}")
-    collection.bring_labels(folder, manifest, small.get(evaluation.FILE))
+    evaluation.bring_labels(folder, manifest, small.get(evaluation.FILE))
     return True
 
 
@@ -142,7 +140,7 @@ def _holds(path: Path, data: bytes) -> bool:
     return path.is_file() and path.read_bytes() == data
 
 
-def _unpack(archives: list[Path], entries: dict[int, dict], small: dict[str, bytes], folder: Path) -> None:
+def _unpack(archives: list[Path], entries: dict[int, CheckpointEntry], small: dict[str, bytes], folder: Path) -> None:
     """Restore a collection into a staging folder, verify it as it lies on the disk, give it its name."""
     staging = files.beside(folder, f"staging-{secrets.token_hex(4)}")
     staging.mkdir()
@@ -150,11 +148,11 @@ def _unpack(archives: list[Path], entries: dict[int, dict], small: dict[str, byt
         for path in archives:
             for step, data in read_all(path):
                 check_recorded(path, entries, step, data)
-                files.write_atomically(staging / collection.checkpoint_name(step), data)
-        for name in (*collection.BESIDE, paths.MANIFEST):
+                files.write_atomically(staging / run_files.checkpoint_name(step), data)
+        for name in (*run_files.BESIDE, paths.MANIFEST):
             if name in small:
                 files.write_atomically(staging / name, small[name])
-        if faults := collection.faults_of(staging, collection.read_manifest(staging)):
+        if faults := verification.faults_of(staging, read_manifest(staging)):
             raise UserError(f"{paths.relative(archives[0])}: what it holds is no whole collection: {faults[0]}")
         files.publish_folder(staging, folder)
     finally:

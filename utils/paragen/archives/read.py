@@ -15,7 +15,7 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 import numpy as np
 
 from paragen.archives import byte_planes
-from paragen.collection import collection
+from paragen.collection.manifest import Manifest, parse_manifest
 from paragen.common import files, paths
 from paragen.common.cli import UserError
 
@@ -131,7 +131,7 @@ def read_files(path: Path) -> dict[str, bytes]:
         }
 
 
-def read_manifest(path: Path) -> dict:
+def manifest_in(path: Path) -> Manifest:
     """The manifest of the collection in an archive (a part has the whole's); raises UserError if it is not sound."""
     archive = opened(path)
     entry = archive.index["files"].get(paths.MANIFEST)
@@ -139,22 +139,7 @@ def read_manifest(path: Path) -> dict:
         raise UserError(f"{paths.relative(path)}: has no {paths.MANIFEST}")
     with open(path, "rb") as file:
         data = _block(archive, file.fileno(), entry["block"], entry["bytes"], paths.MANIFEST)
-    name = f"{paths.relative(path)}: {paths.MANIFEST}"
-    manifest = collection.parse_manifest(data, name, "get the archive again")
-    _check_kinds(manifest, name)
-    return manifest
-
-
-def _check_kinds(manifest: dict, name: str) -> None:
-    """Raise UserError, calling it `name`, where a stranger's manifest holds another kind of value than is used here."""
-    kinds = {"step": int, "bytes": int, "sha256": str}
-    entries, recipe, mark = manifest["checkpoints"], manifest["recipe"], manifest.get("converted", {})
-    sound = isinstance(entries, list) and all(
-        isinstance(entry, dict) and all(type(entry.get(key)) is kind for key, kind in kinds.items())
-        for entry in entries
-    )
-    if not sound or not isinstance(recipe, dict | None) or not isinstance(mark, dict) or not entries:
-        raise UserError(f"{name}: its checkpoints, recipe or `converted` are not what a manifest has")
+    return parse_manifest(data, f"{paths.relative(path)}: {paths.MANIFEST}", "get the archive again")
 
 
 def steps_of(path: Path) -> list[int]:

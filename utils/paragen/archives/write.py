@@ -8,6 +8,7 @@ import hashlib
 import json
 import os
 from concurrent.futures import ThreadPoolExecutor
+from dataclasses import asdict, replace
 from pathlib import Path
 from typing import Any
 
@@ -15,7 +16,8 @@ import numpy as np
 
 from paragen.archives import byte_planes
 from paragen.archives.read import FORMAT, HEAD, codec, threads
-from paragen.collection import checkpoints, collection, evaluation
+from paragen.collection import checkpoints, evaluation, run_files
+from paragen.collection.manifest import CheckpointEntry, Manifest, check_manifest, read_manifest, sealed
 from paragen.common import files, paths
 from paragen.common.cli import UserError
 
@@ -25,7 +27,7 @@ PAYS = 0.9  # a plane is compressed when that leaves at most this share of it
 INDEX_BLOCK = 140  # bytes that a block takes in the index, at most
 
 
-def write(folder: Path, manifest: dict, target: Path, part_bytes: int | None = None) -> list[Path]:
+def write(folder: Path, manifest: Manifest, target: Path, part_bytes: int | None = None) -> list[Path]:
     """Write a collection to an archive. Call it on a staging path: a kill leaves a half file at `target`.
 
     Args:
@@ -42,16 +44,16 @@ def write(folder: Path, manifest: dict, target: Path, part_bytes: int | None = N
     """
     dtype, manifest_bytes = _source_of(folder, manifest)
     small = {paths.MANIFEST: manifest_bytes, paths.ADAPTER_CONFIG: checkpoints.adapter_config_bytes(folder, manifest)}
-    beside = (collection.LOG, collection.PICTURE)
+    beside = (run_files.LOG, run_files.PICTURE)
     small |= {name: (folder / name).read_bytes() for name in beside if (folder / name).is_file()}
     if dtype is None and (labels := evaluation.bytes_in(folder)) is not None:  # they are not of cast checkpoints
         evaluation.parse(labels, manifest, paths.relative(folder / evaluation.FILE))
         small[evaluation.FILE] = labels
-    left, parts = list(manifest["checkpoints"]), []
+    left, parts = list(manifest.checkpoints), []
     try:
         while left or not parts:
             parts.append(target if part_bytes is None else target.with_name(f"{target.name}.part-{len(parts) + 1}"))
-            done = _write_part(parts[-1], folder, dtype, manifest["sha256"], small, left, part_bytes)
+            done = _write_part(parts[-1], folder, dtype, manifest.sha256, small, left, part_bytes)
             left = left[done:]
         return parts if part_bytes is None else _named(parts, target)
     except BaseException:
@@ -70,15 +72,16 @@ def _named(parts: list[Path], target: Path) -> list[Path]:
     return parts
 
 
-def _source_of(folder: Path, manifest: dict) -> tuple[str | None, bytes]:
+def _source_of(folder: Path, manifest: Manifest) -> tuple[str | None, bytes]:
     """(The dtype to cast to or None, the bytes of manifest.json) of a collection to be archived with this manifest."""
-    own = collection.read_manifest(folder)
+    own = read_manifest(folder)
     if own is None:
         raise UserError(f"{paths.relative(folder)}: has no {paths.MANIFEST}, so it is no finished collection")
-    if own["sha256"] == manifest["sha256"]:
+    if own.sha256 == manifest.sha256:
         return None, (folder / paths.MANIFEST).read_bytes()
-    if manifest.get("converted", {}).get("sha256") == own["sha256"]:
-        return manifest["converted"]["to"], (json.dumps(manifest, indent=2, ensure_ascii=False) + "\n").encode()
+    if manifest.converted and manifest.converted.manifest_sha256 == own.sha256:
+        text = json.dumps(manifest.content, indent=2, ensure_ascii=False) + "\n"
+        return manifest.converted.to_dtype, text.encode()
     raise UserError(f"{paths.relative(folder)}: was replaced while it was worked on; run it again")
 
 
@@ -115,7 +118,7 @@ def _write_part(
             packed = pool.map(pack, planes, bases[base] if base is not None else [None] * len(planes))
             stored = [_put(file, *one) for one in packed]
             index["steps"].append({
-                "step": entry["step"], "bytes": len(data), "header": known[header], "base": base, "planes": stored,
+                "step": entry.step, "bytes": len(data), "header": known[header], "base": base, "planes": stored,
             })  # fmt: skip
             bases = {place: bases[place] for place in bases if place % STRIDE == 0 and position - place < STRIDE}
             bases[position] = planes
@@ -131,13 +134,13 @@ def base_of(position: int) -> int | None:
     return None if not within else position - (1 if within % STRIDE else STRIDE)
 
 
-def _checkpoint(folder: Path, entry: dict, dtype: str | None) -> bytes:
+def _checkpoint(folder: Path, entry: CheckpointEntry, dtype: str | None) -> bytes:
     """A checkpoint's bytes as they go into an archive, checked to be those recorded in `entry`."""
-    path = folder / collection.checkpoint_name(entry["step"])
+    path = folder / entry.file_name
     if dtype is None:
-        return checkpoints.read(path, entry["bytes"], entry["sha256"])
+        return checkpoints.read(path, entry.bytes, entry.sha256)
     data, _ = cast(path.read_bytes(), dtype, path)
-    if hashlib.sha256(data).hexdigest() != entry["sha256"]:
+    if hashlib.sha256(data).hexdigest() != entry.sha256:
         raise UserError(f"{paths.relative(path)}: changed while it was worked on; make verify tells what differs")
     return data
 
@@ -179,7 +182,7 @@ def _finish(file, index: bytes, index_bytes: int) -> None:
     os.fsync(file.fileno())
 
 
-def converted(folder: Path, manifest: dict, dtype: str) -> dict:
+def converted(folder: Path, manifest: Manifest, dtype: str) -> Manifest:
     """The manifest of a collection cast to another dtype; the same one where no tensor has to change.
 
     Args:
@@ -190,17 +193,18 @@ def converted(folder: Path, manifest: dict, dtype: str) -> dict:
     the manifest it was made from. Raises UserError for a value that the dtype cannot hold.
     """
     before, entries = set(), []
-    for entry in manifest["checkpoints"]:
-        path = folder / collection.checkpoint_name(entry["step"])
-        data, found = cast(checkpoints.read(path, entry["bytes"], entry["sha256"]), dtype, path)
+    for entry in manifest.checkpoints:
+        path = folder / entry.file_name
+        data, found = cast(checkpoints.read(path, entry.bytes, entry.sha256), dtype, path)
         before |= found
-        entries.append({**entry, "bytes": len(data), "sha256": hashlib.sha256(data).hexdigest()})
+        entries.append(replace(entry, bytes=len(data), sha256=hashlib.sha256(data).hexdigest()))
     if not before:
         return manifest
-    mark: dict[str, Any] = {"from": ", ".join(sorted(before)), "to": dtype, "sha256": manifest["sha256"]}
-    if "converted" in manifest:
-        mark["before"] = manifest["converted"]
-    return collection.sealed({**manifest, "checkpoints": entries, "converted": mark})
+    mark: dict[str, Any] = {"from": ", ".join(sorted(before)), "to": dtype, "sha256": manifest.sha256}
+    if "converted" in manifest.content:
+        mark["before"] = manifest.content["converted"]
+    changed = {"checkpoints": [asdict(entry) for entry in entries], "converted": mark}
+    return check_manifest(sealed(manifest.content | changed), paths.relative(folder), "run: make verify")
 
 
 def cast(data: bytes, dtype: str, path: Path) -> tuple[bytes, set[str]]:

@@ -7,12 +7,12 @@ unchanged; its tensors are memory-mapped.
 import hashlib
 import json
 import os
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Sequence
 from functools import lru_cache
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from paragen.collection import collection
+from paragen.collection.manifest import CheckpointEntry, Manifest
 from paragen.common import files, paths
 from paragen.common.cli import UserError
 
@@ -102,10 +102,10 @@ def in_natural_order(keys: tuple[str, ...]) -> tuple[str, ...]:
     return tuple(sorted(keys, key=_by_number))
 
 
-def open_all(folder: Path, entries: Iterable[dict]) -> Iterator[Any]:
+def open_all(folder: Path, entries: Iterable[CheckpointEntry]) -> Iterator[Any]:
     """A handle per checkpoint of a collection, in the order of `entries` (the manifest's `checkpoints`)."""
     for entry in entries:
-        yield opened(folder / collection.checkpoint_name(entry["step"]), entry["bytes"], entry["sha256"])
+        yield opened(folder / entry.file_name, entry.bytes, entry.sha256)
 
 
 def layout_of(handle: Any) -> dict[str, tuple[int, ...]]:
@@ -128,7 +128,7 @@ def dtype_of(handle: Any) -> str:
     return {"BF16": "bfloat16", "F16": "float16"}.get(kind, "float32")
 
 
-def in_chunks(folder: Path, entries: list[dict], size: int) -> Iterator[tuple[slice, list[Any]]]:
+def in_chunks(folder: Path, entries: Sequence[CheckpointEntry], size: int) -> Iterator[tuple[slice, list[Any]]]:
     """The checkpoints of a collection, `size` at a time: (which of `entries`, an open handle each).
 
     Raises UserError for a checkpoint whose keys or shapes are not the first one's.
@@ -140,7 +140,7 @@ def in_chunks(folder: Path, entries: list[dict], size: int) -> Iterator[tuple[sl
         for entry, handle in zip(entries[part], handles, strict=True):
             layout = layout or layout_of(handle)
             if layout_of(handle) != layout:
-                path = folder / collection.checkpoint_name(entry["step"])
+                path = folder / entry.file_name
                 raise UserError(
                     f"{paths.relative(path)}: has other keys or shapes than the collection's first checkpoint; "
                     "make verify names all such files"
@@ -149,7 +149,7 @@ def in_chunks(folder: Path, entries: list[dict], size: int) -> Iterator[tuple[sl
 
 
 def factors_of(
-    folder: Path, entries: list[dict], handles: list[Any], layer: str
+    folder: Path, entries: Sequence[CheckpointEntry], handles: list[Any], layer: str
 ) -> "tuple[torch.Tensor, torch.Tensor]":
     """One layer's factors in some open checkpoints, as float64: (A, steps x r x inputs; B, steps x outputs x r).
 
@@ -162,25 +162,25 @@ def factors_of(
         values = torch.stack([handle.get_tensor(key) for handle in handles]).double()
         finite = values.sum((1, 2)).isfinite()  # a sum of float32 cannot overflow float64
         if not finite.all():
-            path = folder / collection.checkpoint_name(entries[finite.tolist().index(False)]["step"])
+            path = folder / entries[finite.tolist().index(False)].file_name
             raise UserError(f"{paths.relative(path)}: {key} holds values that are not finite; collect it again")
         both.append(values)
     return both[0], both[1]
 
 
-def adapter_config(folder: Path, manifest: dict[str, Any]) -> dict[str, Any]:
+def adapter_config(folder: Path, manifest: Manifest) -> dict[str, Any]:
     """The content of a collection's adapter_config.json. Raises UserError when it is gone or was edited."""
     return json.loads(adapter_config_bytes(folder, manifest))
 
 
-def adapter_config_bytes(folder: Path, manifest: dict[str, Any]) -> bytes:
+def adapter_config_bytes(folder: Path, manifest: Manifest) -> bytes:
     """The bytes of a collection's adapter_config.json. Raises UserError when it is gone or was edited."""
     path = folder / paths.ADAPTER_CONFIG
     try:
         data = path.read_bytes()
     except FileNotFoundError:
         raise UserError(f"{paths.relative(path)}: is gone; put it back or collect again with FORCE=1") from None
-    if hashlib.sha256(data).hexdigest() != manifest["adapter_config_sha256"]:
+    if hashlib.sha256(data).hexdigest() != manifest.adapter_config_sha256:
         raise UserError(f"{paths.relative(path)}: does not have its recorded sha256; {_way_out(path)}")
     return data
 

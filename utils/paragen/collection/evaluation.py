@@ -10,10 +10,12 @@ import math
 from pathlib import Path
 from typing import Any
 
+from paragen.collection import run_files, run_identity
+from paragen.collection.manifest import Manifest
 from paragen.common import files, paths
-from paragen.common.cli import UserError
+from paragen.common.cli import UserError, say
 
-FILE = "evaluation.json"
+FILE = run_files.EVALUATION
 FORMAT = 1
 METRICS = {
     "choice": "share of right choices, as generated",
@@ -30,7 +32,7 @@ KEYS = {
 SCORE_KEYS = {"score", "interval", "loss", "loss_interval"}  # of every score, some of them null
 
 
-def read(folder: Path, manifest: dict[str, Any]) -> list[dict[str, Any]]:
+def read(folder: Path, manifest: Manifest) -> list[dict[str, Any]]:
     """The evaluations of a collection, one per split and limit; none where it was not evaluated.
 
     Each is a dict:
@@ -75,7 +77,7 @@ def mark_of(folder: Path) -> dict[str, str]:
     return {} if sha256 is None else {"labels": sha256}
 
 
-def parse(data: bytes, manifest: dict[str, Any], name: str) -> list[dict[str, Any]]:
+def parse(data: bytes, manifest: Manifest, name: str) -> list[dict[str, Any]]:
     """The evaluations in the bytes of an evaluation.json, as `read` gives them; raises UserError calling it `name`."""
     try:
         content = json.loads(data)
@@ -85,9 +87,9 @@ def parse(data: bytes, manifest: dict[str, Any], name: str) -> list[dict[str, An
         raise _unsound(name, f"not of format {FORMAT}")
     if content.get("sha256") != _seal(content):
         raise _unsound(name, "was edited after it was written")
-    if content.get("manifest_sha256") != manifest["sha256"]:
+    if content.get("manifest_sha256") != manifest.sha256:
         raise _unsound(name, "is of other checkpoints than its manifest.json")
-    if fault := _kind_fault(content.get("evaluations"), {entry["step"] for entry in manifest["checkpoints"]}):
+    if fault := _kind_fault(content.get("evaluations"), set(manifest.steps)):
         raise _unsound(name, fault)
     return content["evaluations"]
 
@@ -126,9 +128,7 @@ def _is_score(score: Any) -> bool:
     return all(value is None or type(value) is float or type(value) is int and abs(value) < 2**53 for value in values)
 
 
-def is_newer(
-    coming: bytes | None, here: bytes | None, manifest: dict[str, Any], name: str, force: bool = False
-) -> bool:
+def is_newer(coming: bytes | None, here: bytes | None, manifest: Manifest, name: str, force: bool = False) -> bool:
     """Whether the labels that come with a collection take the place of those that are here: nothing would be lost.
 
     They do where there are none here, or where they hold all that these hold; labels that are here stay where the
@@ -166,10 +166,21 @@ def _holds(evaluations: list[dict], others: list[dict]) -> bool:
     )
 
 
-def write(folder: Path, manifest: dict[str, Any], evaluations: list[dict[str, Any]]) -> None:
+def write(folder: Path, manifest: Manifest, evaluations: list[dict[str, Any]]) -> None:
     """Write a collection's evaluations, whole or not at all."""
-    content = {"format": FORMAT, "manifest_sha256": manifest["sha256"], "evaluations": evaluations}
+    content = {"format": FORMAT, "manifest_sha256": manifest.sha256, "evaluations": evaluations}
     files.write_json(folder / FILE, {**content, "sha256": _seal(content)})
+
+
+def bring_labels(folder: Path, manifest: Manifest, coming: bytes | None) -> None:
+    """Give a whole collection the evaluation.json that comes with the same one. Call it with the folder's lock held.
+
+    Raises UserError where that would lose scores that were measured here and FORCE=1 was not said.
+    """
+    path, here = folder / FILE, bytes_in(folder)
+    if is_newer(coming, here, manifest, paths.relative(path), run_identity.force_asked()):
+        files.write_atomically(path, coming)
+        say(f"scores brought: {paths.relative(path)}")
 
 
 def shown(evaluations: list[dict[str, Any]]) -> dict[str, Any] | None:

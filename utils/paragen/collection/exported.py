@@ -12,7 +12,8 @@ from collections.abc import Callable
 from pathlib import Path, PurePosixPath
 from typing import Any
 
-from paragen.collection import checkpoints, collection, run_identity
+from paragen.collection import checkpoints, run_identity
+from paragen.collection.manifest import CheckpointEntry
 from paragen.common import files, paths
 from paragen.common.cli import UserError, say
 
@@ -153,15 +154,15 @@ def check_room(out: Path, needed: int) -> None:
         )
 
 
-def bytes_of(entry: dict[str, Any], stored: str, dtype: str | None) -> int:
+def bytes_of(entry: CheckpointEntry, stored: str, dtype: str | None) -> int:
     """About how many bytes a checkpoint takes in an export; `stored` is the dtype it has, `dtype` the one asked for."""
     if dtype in (None, stored):
-        return entry["bytes"]
-    return entry["bytes"] * (4 if dtype == "float32" else 2) // (4 if stored == "float32" else 2)
+        return entry.bytes
+    return entry.bytes * (4 if dtype == "float32" else 2) // (4 if stored == "float32" else 2)
 
 
 def write_checkpoint(
-    folder: Path, entry: dict[str, Any], target: Path, dtype: str | None = None, rename: dict[str, str] | None = None
+    folder: Path, entry: CheckpointEntry, target: Path, dtype: str | None = None, rename: dict[str, str] | None = None
 ) -> None:
     """Write one checkpoint of a collection at `target`: the same bytes, unless it is cast or its keys are renamed.
 
@@ -177,8 +178,8 @@ def write_checkpoint(
     import torch
     from safetensors.torch import save_file
 
-    path = folder / collection.checkpoint_name(entry["step"])
-    tensors = checkpoints.load(path, entry["bytes"], entry["sha256"])
+    path = folder / entry.file_name
+    tensors = checkpoints.load(path, entry.bytes, entry.sha256)
     if rename is not None and rename.keys() != tensors.keys():
         differing = min(rename.keys() ^ tensors.keys())
         raise UserError(f"{paths.relative(path)}: has not the keys of the other steps ({differing}); run: make verify")

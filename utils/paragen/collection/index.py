@@ -16,10 +16,12 @@ import math
 import os
 import re
 import sys
+from dataclasses import asdict
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NamedTuple
 
-from paragen.collection import checkpoints, collection, evaluation
+from paragen.collection import checkpoints, discovery, evaluation
+from paragen.collection.manifest import Manifest, read_manifest
 from paragen.common import cli, files, paths
 from paragen.common.cli import UserError, say
 from paragen.model import base_models
@@ -29,7 +31,6 @@ if TYPE_CHECKING:
     import pyarrow as pa
 
 FORMAT = "3"
-ENTRY = ("step", "loss", "learning_rate", "bytes", "sha256")  # what a manifest says of a checkpoint
 # What an evaluation says of a checkpoint, null where it was not evaluated: of which split, by which metric; the score
 # with its confidence interval, the mean loss per token of the responses, and the base model's.
 SCORES = {
@@ -49,7 +50,7 @@ class Chosen(NamedTuple):
 
     name: str  # <category>/<dataset>/<run folder>, as in the index
     folder: Path
-    manifest: dict[str, Any]
+    manifest: Manifest
 
 
 def show(table: "pa.Table", args: argparse.Namespace, whole: bool) -> None:
@@ -77,7 +78,7 @@ def update(saves: Path | None = None) -> "tuple[pa.Table, dict[str, str]]":
     old, known = read(saves)
     places = places_of(old)
     tables, seen, faults = [], {}, {}
-    for folder in collection.run_folders([saves]) if saves.is_dir() else []:
+    for folder in discovery.find_collections([saves]) if saves.is_dir() else []:
         name = folder.relative_to(saves.absolute()).as_posix()
         try:
             stamp, scores, mark = stamp_of(folder), scores_stamp_of(folder), known.get(name)
@@ -185,34 +186,28 @@ def rows_of(name: str, folder: Path) -> "tuple[pa.Table, str]":
     beside it, cannot be trusted."""
     import pyarrow as pa
 
-    manifest = collection.read_manifest(folder)
+    manifest = read_manifest(folder)
     if manifest is None:
         raise UserError(f"{paths.relative(folder)}: has no {paths.MANIFEST}, so it is no finished collection")
-    try:
-        scores = scores_by_step(evaluation.shown(evaluation.read(folder, manifest)))
-        base, data = manifest["base_model"] or {}, (manifest["data"] or [{}])[0]
-        shared = {
-            "category": manifest.get("category"),
-            "dataset": manifest["dataset"],
-            "model": base_models.short_name(Path(base["name"])) if base.get("name") else None,
-            "base_model": base.get("name"),
-            "rank": manifest["rank"],
-            "seed": manifest.get("seed"),
-            "prompts_file": data.get("file"),
-            "prompts_sha256": data.get("rows_sha256"),
-            "rows": data.get("rows"),
-            "collection": name,
-        }
-        rows = [
-            {**shared, **{key: entry[key] for key in ENTRY}, **scores.get(entry["step"], {})}
-            | {"file": f"{name}/{collection.checkpoint_name(entry['step'])}"}
-            for entry in manifest["checkpoints"]
-        ]
-        return pa.Table.from_pylist(rows, schema=schema()), manifest["sha256"]
-    except (KeyError, TypeError, AttributeError, ValueError) as error:
-        raise UserError(
-            f"{paths.relative(folder / paths.MANIFEST)}: not a collection's ({error!r}); train again with FORCE=1"
-        ) from None
+    scores = scores_by_step(evaluation.shown(evaluation.read(folder, manifest)))
+    data = manifest.data[0] if manifest.data else None
+    shared = {
+        "category": manifest.category,
+        "dataset": manifest.dataset,
+        "model": base_models.short_name(Path(manifest.base_name)) if manifest.base_name else None,
+        "base_model": manifest.base_name,
+        "rank": manifest.rank,
+        "seed": manifest.seed,
+        "prompts_file": data.file if data else None,
+        "prompts_sha256": data.rows_sha256 if data else None,
+        "rows": data.rows if data else None,
+        "collection": name,
+    }
+    rows = [
+        {**shared, **asdict(entry), **scores.get(entry.step, {}), "file": f"{name}/{entry.file_name}"}
+        for entry in manifest.checkpoints
+    ]
+    return pa.Table.from_pylist(rows, schema=schema()), manifest.sha256
 
 
 def scores_by_step(shown: dict[str, Any] | None) -> dict[int, dict[str, Any]]:
@@ -286,7 +281,7 @@ def load_sealed(saves: Path | None = None) -> "tuple[pa.Table, dict[str, str]]":
         raise UserError(f"{label}: {there}, or it is broken; run: make index")
     if stale := sorted(name for name, mark in known.items() if is_stale(saves / name, mark)):
         raise UserError(f"{label}: older than {listed(stale)}; run: make index")
-    there = {folder.relative_to(saves.absolute()).as_posix() for folder in collection.run_folders([saves])}
+    there = {folder.relative_to(saves.absolute()).as_posix() for folder in discovery.find_collections([saves])}
     if new := sorted(there - known.keys()):
         print(f"{label}: does not have {listed(new)} (make index brings it in or says why not)", file=sys.stderr)
     return table, {name: mark["sha256"] for name, mark in known.items()}
@@ -301,8 +296,8 @@ def is_stale(folder: Path, mark: dict) -> bool:
     """Whether a collection's manifest or its scores are others than were indexed, gone, or not to be trusted."""
     try:
         if stamp_of(folder) != mark["stamp"]:
-            manifest = collection.read_manifest(folder)
-            if manifest is None or manifest["sha256"] != mark["sha256"]:
+            manifest = read_manifest(folder)
+            if manifest is None or manifest.sha256 != mark["sha256"]:
                 return True
         return (
             scores_stamp_of(folder) != mark["scores"]["stamp"]
@@ -330,7 +325,7 @@ def chosen(saves: Path | None = None) -> list[Chosen]:
         said = " ".join(f"{name.upper()}={' '.join(values)}" for name, values in wanted.items() if values)
         what = f"no collection fits {said}" if said else "no collections yet"
         raise UserError(f"{paths.relative(saves)}: {what}; make index lists those there are")
-    return [Chosen(name, saves / name, collection.read_manifest(saves / name)) for name in names]
+    return [Chosen(name, saves / name, read_manifest(saves / name)) for name in names]
 
 
 def asked() -> dict[str, list[str]]:

@@ -6,6 +6,7 @@ reads the index alone; a checkpoint is read when its pair is asked for, and hash
 
 import operator
 from collections.abc import Mapping, Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -15,8 +16,9 @@ import pyarrow.compute as pc
 import torch
 from torch.utils.data import Dataset
 
-from paragen.collection import checkpoints, collection, index, vectors
+from paragen.collection import checkpoints, index, run_files, vectors
 from paragen.collection import prompts as prompts_module
+from paragen.collection.manifest import Manifest, read_manifest
 from paragen.common import paths
 from paragen.common.cli import UserError
 
@@ -104,7 +106,7 @@ class Pairs(Dataset):
         self._forget()
 
     def _forget(self) -> None:
-        self._manifests: dict[str, dict[str, Any]] = {}
+        self._manifests: dict[str, Manifest] = {}
         self._layouts: dict[str, vectors.Layout] = {}
 
     def __getstate__(self) -> dict[str, Any]:
@@ -121,7 +123,7 @@ class Pairs(Dataset):
         """A checkpoint's row of the index."""
         number = range(len(self))[operator.index(number)]
         values = {name: self.table[name][number].as_py() for name in self.table.column_names}
-        file = f"{values['collection']}/{collection.checkpoint_name(values['step'])}"
+        file = f"{values['collection']}/{run_files.checkpoint_name(values['step'])}"
         return {name: values.get(name, file) for name in index.COLUMNS}
 
     def __getitem__(self, number: int) -> Pair:
@@ -144,27 +146,25 @@ class Pairs(Dataset):
             self._read(number, self.row(number))
         return self._layouts[name]
 
-    def _manifest(self, name: str) -> dict[str, Any]:
+    def _manifest(self, name: str) -> Manifest:
         """What pairs need of a collection's manifest, checked to be the one that was indexed."""
         if name not in self._manifests:
             folder = self.saves / name
-            manifest = collection.read_manifest(folder)
-            if manifest is None or manifest["sha256"] != self._seals[name]:
+            manifest = read_manifest(folder)
+            if manifest is None or manifest.sha256 != self._seals[name]:
                 what = "is gone" if manifest is None else "changed"
                 raise UserError(
                     f"{paths.relative(folder / paths.MANIFEST)}: {what} since the index was made; run: make index"
                 )
-            self._manifests[name] = {key: manifest[key] for key in ("run", "data")}
+            self._manifests[name] = replace(manifest, checkpoints=(), content={})
         return self._manifests[name]
 
-    def _draw(self, number: int, manifest: dict[str, Any]) -> list[dict[str, Any]]:
+    def _draw(self, number: int, manifest: Manifest) -> list[dict[str, Any]]:
         """The prompts of a pair in this epoch."""
         parts = prompts_module.parts(manifest, self.split, self.data_dir)
         total = sum(len(rows) for _, rows in parts)
         if self.prompts > total:
-            raise UserError(
-                f"{manifest['run']}: has {total} {self.split} prompts; prompts={self.prompts} asks for more"
-            )
+            raise UserError(f"{manifest.run}: has {total} {self.split} prompts; prompts={self.prompts} asks for more")
         generator = numpy.random.default_rng((self.seed, int(self._shared[0]), number))
         drawn = []
         for place in generator.choice(total, self.prompts, replace=False).tolist():

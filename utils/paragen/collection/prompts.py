@@ -8,6 +8,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
+from paragen.collection.manifest import Manifest, TrainedData
 from paragen.common import files, paths
 from paragen.common.cli import UserError
 from paragen.dataset import dataset_info
@@ -21,7 +22,7 @@ _hashes: dict[tuple[Path, int | None], tuple[tuple, str]] = {}
 _entries: dict[tuple[Path, str], tuple[tuple, tuple[dict[str, Any], Path] | None]] = {}
 
 
-def of_collection(manifest: dict[str, Any], split: str = "train", data_dir: Path | None = None) -> list[dict[str, Any]]:
+def of_collection(manifest: Manifest, split: str = "train", data_dir: Path | None = None) -> list[dict[str, Any]]:
     """The prompts of one split of a collection's dataset.
 
     Args:
@@ -39,69 +40,69 @@ def of_collection(manifest: dict[str, Any], split: str = "train", data_dir: Path
     return [texts_of(row, entry) for entry, rows in parts(manifest, split, data_dir) for row in rows]
 
 
-def parts(manifest: dict[str, Any], split: str = "train", data_dir: Path | None = None) -> list[Part]:
+def parts(manifest: Manifest, split: str = "train", data_dir: Path | None = None) -> list[Part]:
     """The rows behind `of_collection`, by dataset, as they stand in their files; the files are read once."""
     if split not in SPLITS:
         raise UserError(f"split {split!r} is not known; known: {', '.join(SPLITS)}")
-    if manifest["data"] is None:
-        raise UserError(f"{manifest['run']}: its manifest does not know the data (it was made from a stock run)")
+    if manifest.data is None:
+        raise UserError(f"{manifest.run}: its manifest does not know the data (it was made from a stock run)")
     folder = Path(data_dir or paths.DATA).absolute()
-    return [(trained if split == "train" else kept_back)(data, folder) for data in manifest["data"]]
+    return [(trained if split == "train" else kept_back)(data, folder) for data in manifest.data]
 
 
-def trained(data: dict[str, Any], data_dir: Path) -> Part:
+def trained(data: TrainedData, data_dir: Path) -> Part:
     """What one element of a manifest's `data` was trained on, unchanged."""
-    path = data_dir / data["file"]
+    path = data_dir / data.file
     rows = rows_in(path)
-    if _hash_of(path, data["rows"]) != data["rows_sha256"]:
+    if _hash_of(path, data.rows) != data.rows_sha256:
         raise UserError(
-            f"{paths.relative(path)}: its first {data['rows']} rows are not those that {data['name']} was trained on; "
+            f"{paths.relative(path)}: its first {data.rows} rows are not those that {data.name} was trained on; "
             "put the file back, or train again with FORCE=1"
         )
-    return data["entry"], rows[: data["rows"]]
+    return data.entry, rows[: data.rows]
 
 
-def kept_back(data: dict[str, Any], data_dir: Path) -> Part:
+def kept_back(data: TrainedData, data_dir: Path) -> Part:
     """What one element of a manifest's `data` has beside the rows trained on."""
     paired = paired_name(data)
     if found := _registered(paired, data_dir):
         entry, path = found
         return entry, rows_in(path)
     entry, _ = trained(data, data_dir)
-    path = data_dir / data["file"]
+    path = data_dir / data.file
     rest = rows_in(path)[first_kept_back(data, data_dir) :]
     if not rest:
         raise UserError(
-            f"{data['name']}: has no {paired} in dataset_info.json and was trained on all its rows; register rows to "
+            f"{data.name}: has no {paired} in dataset_info.json and was trained on all its rows; register rows to "
             f"score with as {paired}"
         )
-    if data.get("sha256") and _hash_of(path, None) != data["sha256"]:
+    if data.sha256 and _hash_of(path, None) != data.sha256:
         raise UserError(
-            f"{paths.relative(path)}: changed since {data['name']} was trained, behind the rows trained on; put it "
+            f"{paths.relative(path)}: changed since {data.name} was trained, behind the rows trained on; put it "
             f"back, or register rows to score with as {paired}"
         )
     return entry, rest
 
 
-def first_kept_back(data: dict[str, Any], data_dir: Path) -> int:
+def first_kept_back(data: TrainedData, data_dir: Path) -> int:
     """The number of the first row of a dataset's own file that is there to score with: behind those trained on, or the
     first of the `held_out` ones where the entry says so."""
-    count, held_out = len(rows_in(data_dir / data["file"])), data["entry"].get(dataset_info.HELD_OUT)
-    return max(data["rows"], count - held_out) if held_out else data["rows"]
+    count, held_out = len(rows_in(data_dir / data.file)), data.entry.get(dataset_info.HELD_OUT)
+    return max(data.rows, count - held_out) if held_out else data.rows
 
 
-def paired_name(data: dict[str, Any]) -> str:
+def paired_name(data: TrainedData) -> str:
     """What the test split of one element of a manifest's `data` is called where it is a dataset of its own."""
-    return f"{data['name']}_test"
+    return f"{data.name}_test"
 
 
-def split_name(data: dict[str, Any], data_dir: Path | None = None) -> str:
+def split_name(data: TrainedData, data_dir: Path | None = None) -> str:
     """What the rows that `kept_back` gives are called: `ARC-c_test`, or `MATH[5000:5250]` for rows of its own file."""
     folder = Path(data_dir or paths.DATA).absolute()
     if _registered(paired_name(data), folder):
         return paired_name(data)
-    start, end = first_kept_back(data, folder), len(rows_in(folder / data["file"]))
-    return f"{data['name']}[{start}:{end}]"
+    start, end = first_kept_back(data, folder), len(rows_in(folder / data.file))
+    return f"{data.name}[{start}:{end}]"
 
 
 def registered(name: str, data_dir: Path | None = None) -> tuple[str, Part]:

@@ -4,13 +4,14 @@ Imported by verify.py, which prints a line for each. A doubt is no fault: nothin
 exit status changes. Each rule is meant to be silent about what may be chance.
 """
 
-import math
 import statistics
+from collections.abc import Sequence
 from itertools import groupby
 from pathlib import Path
 from typing import Any
 
 from paragen.collection import evaluation
+from paragen.collection.manifest import CheckpointEntry, Manifest
 
 LEVEL = 0.001  # how likely a rise of the training loss may be chance: one false alarm in a thousand collections
 FEWEST = 7  # losses in each half; with six and six even a clean rise has a chance of 1 in 924
@@ -18,11 +19,11 @@ RISE = 1.05  # how much a loss must rise to be worth a word, also where so many 
 SHOWN = 3  # groups of equal checkpoints that are named, at most
 
 
-def of(folder: Path, manifest: dict[str, Any]) -> list[str]:
+def of(folder: Path, manifest: Manifest) -> list[str]:
     """All doubts about a collection, a phrase each. Raises UserError where its evaluation.json is not sound."""
     shown = evaluation.shown(evaluation.read(folder, manifest))
-    found = [below_base(shown), rising_loss(manifest["checkpoints"]), rising_test_loss(shown)]
-    return [doubt for doubt in found if doubt] + equal_checkpoints(manifest["checkpoints"])
+    found = [below_base(shown), rising_loss(manifest.checkpoints), rising_test_loss(shown)]
+    return [doubt for doubt in found if doubt] + equal_checkpoints(manifest.checkpoints)
 
 
 def below_base(shown: dict[str, Any] | None) -> str | None:
@@ -43,7 +44,7 @@ def below_base(shown: dict[str, Any] | None) -> str | None:
     )
 
 
-def rising_loss(entries: list[dict[str, Any]]) -> str | None:
+def rising_loss(entries: Sequence[CheckpointEntry]) -> str | None:
     """The training loss rose through the kept window: the training came apart, or its learning rate is too high.
 
     The losses of the second half of the kept steps against those of the first, by Mann and Whitney's rank test at
@@ -53,7 +54,7 @@ def rising_loss(entries: list[dict[str, Any]]) -> str | None:
     """
     from scipy.stats import mannwhitneyu
 
-    losses = [entry["loss"] for entry in entries if entry["loss"] is not None and math.isfinite(entry["loss"])]
+    losses = [entry.loss for entry in entries if entry.loss is not None]
     half = len(losses) // 2
     first, second = losses[:half], losses[len(losses) - half :]
     if half < FEWEST or not statistics.median(second) > RISE * statistics.median(first):
@@ -84,11 +85,11 @@ def rising_test_loss(shown: dict[str, Any] | None) -> str | None:
     )
 
 
-def equal_checkpoints(entries: list[dict[str, Any]]) -> list[str]:
+def equal_checkpoints(entries: Sequence[CheckpointEntry]) -> list[str]:
     """Checkpoints of the same bytes: the adapter was not trained between them (a learning rate of 0, or one so small
     that it changes no bit), so that they are one sample and not several."""
-    ordered = sorted(entries, key=lambda entry: (entry["sha256"], entry["step"]))
-    groups = [[entry["step"] for entry in same] for _, same in groupby(ordered, key=lambda entry: entry["sha256"])]
+    ordered = sorted(entries, key=lambda entry: (entry.sha256, entry.step))
+    groups = [[entry.step for entry in same] for _, same in groupby(ordered, key=lambda entry: entry.sha256)]
     equal = sorted(steps for steps in groups if len(steps) > 1)
     if not equal:
         return []

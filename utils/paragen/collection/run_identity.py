@@ -11,6 +11,7 @@ from importlib.metadata import version
 from pathlib import Path
 
 import prompt_templates
+from paragen.collection.manifest import read_manifest
 from paragen.common import cli, files, paths
 from paragen.common.cli import UserError
 from paragen.dataset import dataset_info, pictures
@@ -125,9 +126,9 @@ def changes(old: dict, new: dict) -> list[str]:
     if old["data"] is not None and old["data"] != new["data"]:
         found += _data_changes(old["data"], new["data"])
     for section, what in (("base_model", "the base model"), ("tokenizer", "the tokenizer")):
-        if old[section] is not None and old[section]["sha256"] not in (None, new[section]["sha256"]):
+        if old[section] is not None and old[section].get("sha256") not in (None, new[section]["sha256"]):
             found.append(f"{what}'s files")
-    if old["pretrain"] is not None and new["pretrain"] is not None and old["pretrain"]["sha256"] is not None:
+    if old["pretrain"] is not None and new["pretrain"] is not None and old["pretrain"].get("sha256") is not None:
         if old["pretrain"]["step"] != new["pretrain"]["step"]:
             found.append(f"the resumed step ({old['pretrain']['step']} -> {new['pretrain']['step']})")
         elif old["pretrain"]["sha256"] != new["pretrain"]["sha256"]:
@@ -173,13 +174,10 @@ def _data_changes(old: list[dict], new: list[dict]) -> list[str]:
 
 
 def _check_against_manifest(checkpoint: Path, sha256: str) -> None:
-    manifest = checkpoint.parent / paths.MANIFEST
-    if not manifest.is_file():
+    manifest = read_manifest(checkpoint.parent)
+    if manifest is None:
         return
-    try:
-        recorded = {entry["step"]: entry["sha256"] for entry in json.loads(manifest.read_bytes())["checkpoints"]}
-    except (ValueError, KeyError, TypeError):
-        raise UserError(f"{paths.relative(manifest)}: broken; train that recipe again with FORCE=1") from None
+    recorded = {entry.step: entry.sha256 for entry in manifest.checkpoints}
     if recorded.get(step_of(checkpoint)) != sha256:
         raise UserError(
             f"{paths.relative(checkpoint)}: differs from what its run's manifest.json recorded; "

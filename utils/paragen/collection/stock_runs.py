@@ -9,14 +9,16 @@ safe to run twice and after a crash. What a stock run cannot tell is null in the
 
 import argparse
 import json
+import math
 import os
 import re
 import secrets
 import shutil
 from pathlib import Path
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
-from paragen.collection import collection
+from paragen.collection import finishing, run_files, verification
+from paragen.collection.manifest import CheckpointEntry, new_manifest, read_manifest, write_manifest
 from paragen.common import files, paths
 from paragen.common.cli import UserError
 from paragen.model import base_models
@@ -61,11 +63,11 @@ def clean(folder: Path, keep: int = DEFAULT_KEEP, dry_run: bool = False) -> Outc
                 files.recover_folder(folder)
             if not folder.is_dir():
                 raise UserError(f"{folder}: no such folder")
-            manifest = collection.read_manifest(folder)
+            manifest = read_manifest(folder)
             if manifest is not None:
-                if manifest["phase"] != "finetune":
+                if manifest.phase != "finetune":
                     raise UserError(f"{folder}: is a pretrain run; only a finetune run becomes a collection")
-                return Outcome("clean", len(manifest["checkpoints"]), 0)
+                return Outcome("clean", len(manifest.checkpoints), 0)
             kept = finished_checkpoints(folder)[-keep:]
             freed = files.size_of(folder.rglob("*")) - sum((path / paths.ADAPTER).stat().st_size for path in kept)
             if dry_run:
@@ -145,36 +147,36 @@ def rebuild(folder: Path, kept: list[Path]) -> Outcome:
         entries = []
         for checkpoint in kept:
             step = int(paths.CHECKPOINT.fullmatch(checkpoint.name)[1])
-            target = staging / collection.checkpoint_name(step)
+            target = staging / run_files.checkpoint_name(step)
             link_or_copy(checkpoint / paths.ADAPTER, target)
             log = losses.get(step, {})
-            entries.append({
-                "step": step,
-                "loss": log.get("loss"),
-                "learning_rate": log.get("learning_rate"),
-                "bytes": target.stat().st_size,
-                "sha256": files.sha256_of(target),
-            })  # fmt: skip
-        for name in (collection.LOG, collection.PICTURE):
+            loss, learning_rate = (finite_or_none(log.get(key)) for key in ("loss", "learning_rate"))
+            entries.append(CheckpointEntry(step, loss, learning_rate, target.stat().st_size, files.sha256_of(target)))
+        for name in (run_files.LOG, run_files.PICTURE):
             if (folder / name).is_file():
                 shutil.copyfile(folder / name, staging / name)
         adapter = json.loads((kept[-1] / paths.ADAPTER_CONFIG).read_bytes())
         base = base_of(adapter)
         shutil.copyfile(kept[-1] / paths.ADAPTER_CONFIG, staging / paths.ADAPTER_CONFIG)
-        collection.set_base_name(staging / paths.ADAPTER_CONFIG, base)
+        finishing.set_base_name(staging / paths.ADAPTER_CONFIG, base)
         identity = {"recipe": None, "data": None, "base_model": base, "tokenizer": None, "pretrain": None}
         unknown = ("seed", "device", "processes", "precision", "rows_at_a_time", "accumulated", "trained_rows",
                    "total_steps", "versions", "attempt")  # fmt: skip
         facts = {**dict.fromkeys(unknown), "adapter_config_sha256": files.sha256_of(staging / paths.ADAPTER_CONFIG)}
-        manifest = collection.manifest_of(folder, "finetune", adapter["r"], identity, entries, facts)
-        files.write_json(staging / collection.MANIFEST, manifest)
-        faults = collection.faults_of(staging, manifest)
+        manifest = new_manifest(folder, "finetune", adapter["r"], identity, entries, facts)
+        write_manifest(staging, manifest)
+        faults = verification.faults_of(staging, manifest)
         if faults:
             raise UserError(f"{folder}: {faults[0]}; nothing was changed")
         files.publish_folder(staging, folder)
     finally:
         files.remove_folder(staging)
     return Outcome("cleaned", len(entries), before - files.size_of(folder.iterdir()))
+
+
+def finite_or_none(value: Any) -> float | None:
+    """A logged figure, None where it is not a finite number."""
+    return value if isinstance(value, (int, float)) and math.isfinite(value) else None
 
 
 def link_or_copy(source: Path, target: Path) -> None:

@@ -6,12 +6,14 @@ Reads collections, writes OUT/<category>/<dataset>/<run folder>/ with checkpoint
 adapter_config.json (unchanged: the scaling is not touched) and canonical.json: what it was made from, and how.
 """
 
+from collections.abc import Sequence
 from functools import partial
 from pathlib import Path
 from typing import Any
 
 from paragen.analysis import canonical
-from paragen.collection import checkpoints, collection, exported, index
+from paragen.collection import checkpoints, exported, index
+from paragen.collection.manifest import CheckpointEntry
 from paragen.common import files, parallel, paths
 from paragen.common.cli import UserError
 
@@ -38,7 +40,7 @@ def source_of(one: index.Chosen, dtype: str) -> dict[str, Any]:
     return {
         "format": "canonical",
         "method": canonical.METHOD,
-        "manifest": one.manifest["sha256"],
+        "manifest": one.manifest.sha256,
         "dtype": dtype,
     }
 
@@ -53,7 +55,7 @@ def write(one: index.Chosen, source: dict[str, Any], folder: Path, budget: int =
     from safetensors.torch import save
 
     config = checkpoints.adapter_config(one.folder, one.manifest)
-    entries = one.manifest["checkpoints"]
+    entries = one.manifest.checkpoints
     dtype = getattr(torch, source["dtype"])
     folder.mkdir()
     for part, handles in checkpoints.in_chunks(one.folder, entries, steps_within(budget, one, entries)):
@@ -65,13 +67,13 @@ def write(one: index.Chosen, source: dict[str, Any], folder: Path, budget: int =
                 for step, value in zip(steps, values, strict=True):
                     step[f"{layer}.{end}.weight"] = value
         for entry, tensors in zip(entries[part], steps, strict=True):
-            path = folder / collection.checkpoint_name(entry["step"])
+            path = folder / entry.file_name
             files.write_atomically(path, save(tensors, metadata={"format": "pt"}))
     files.write_json(folder / paths.ADAPTER_CONFIG, config)
     files.write_json(folder / ABOUT, about(one, source))
 
 
-def canonical_factors(folder: Path, entries: list[dict], handles: list, dtype: Any, layer: str) -> list:
+def canonical_factors(folder: Path, entries: Sequence[CheckpointEntry], handles: list, dtype: Any, layer: str) -> list:
     """[A', B'] of one layer in some open checkpoints, rounded to `dtype`. Raises UserError where that overflows."""
     both = []
     for values in canonical.canonical(*checkpoints.factors_of(folder, entries, handles, layer)):
@@ -81,7 +83,7 @@ def canonical_factors(folder: Path, entries: list[dict], handles: list, dtype: A
     return both
 
 
-def steps_within(budget: int, one: index.Chosen, entries: list[dict]) -> int:
+def steps_within(budget: int, one: index.Chosen, entries: Sequence[CheckpointEntry]) -> int:
     """How many steps are worked on together: their results, and a layer's float64 work of about eight copies."""
     layout = checkpoints.layout_of(next(checkpoints.open_all(one.folder, entries[:1])))
     sizes = [rows * columns for rows, columns in layout.values()]

@@ -12,11 +12,13 @@ It has no room for two models, ranks or seeds, so an export holds one of each. I
 """
 
 import re
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
 from paragen.collection import checkpoints, exported
 from paragen.collection.index import Chosen
+from paragen.collection.manifest import CheckpointEntry
 from paragen.common import files, paths
 from paragen.common.cli import UserError, say
 from paragen.exports import dnd_prompts
@@ -97,24 +99,24 @@ def export(chosen: list[Chosen], out: Path, dtype: str | None) -> None:
 
 def check_one_of_each(chosen: list[Chosen]) -> None:
     """Raise UserError when collections are of several models, ranks or seeds, or two are of one dataset."""
-    found = sorted({(name_of(one), one.manifest["rank"]) for one in chosen})
+    found = sorted({(name_of(one), one.manifest.rank) for one in chosen})
     if len(found) > 1:
         raise UserError(
             f"FORMAT=dnd holds one model and rank, not {listed(f'{name} rank {rank}' for name, rank in found)}; "
             "choose with MODEL=.. RANK=.., and an OUT for each"
         )
-    seeds = sorted({one.manifest["seed"] for one in chosen} - {None})
+    seeds = sorted({one.manifest.seed for one in chosen} - {None})
     if len(seeds) > 1:
         raise UserError(f"FORMAT=dnd holds one seed, not {listed(seeds)}; choose with SEED=.., and an OUT for each")
-    bases = {(one.manifest["base_model"] or {}).get("sha256"): one.name for one in chosen}
+    bases = {one.manifest.base_model and one.manifest.base_model.sha256: one.name for one in chosen}
     if len(bases.keys() - {None}) > 1:
         raise UserError(f"{listed(bases.values())}: were trained on different {found[0][0]}; choose with DATASET=..")
     by_dataset: dict[str, str] = {}
     for one in chosen:
-        other = by_dataset.setdefault(one.manifest["dataset"], one.name)
+        other = by_dataset.setdefault(one.manifest.dataset, one.name)
         if other != one.name:
             raise UserError(
-                f"{other} and {one.name}: are both of {one.manifest['dataset']}; choose with CATEGORY=.. SEED=.."
+                f"{other} and {one.name}: are both of {one.manifest.dataset}; choose with CATEGORY=.. SEED=.."
             )
 
 
@@ -126,7 +128,7 @@ def listed(values: Any) -> str:
 
 def name_of(chosen: Chosen) -> str:
     """The folder name of a collection's base model; the run folder's beginning where the manifest does not know it."""
-    return (chosen.manifest["base_model"] or {}).get("name") or re.split(r"_lora-rank_", chosen.folder.name)[0]
+    return chosen.manifest.base_name or re.split(r"_lora-rank_", chosen.folder.name)[0]
 
 
 def task_of(category: str, model: str) -> str:
@@ -141,17 +143,17 @@ def task_of(category: str, model: str) -> str:
 def planned(chosen: Chosen) -> Planned:
     """What exporting a collection takes. Raises UserError for layers or names that Drag-and-Drop does not read."""
     manifest = chosen.manifest
-    if manifest["category"] not in PREFIXES:
+    if manifest.category not in PREFIXES:
         raise UserError(f"{chosen.name}: lies in no category's folder, so it has no task; known: {', '.join(PREFIXES)}")
-    first = next(checkpoints.open_all(chosen.folder, manifest["checkpoints"]))
+    first = next(checkpoints.open_all(chosen.folder, manifest.checkpoints))
     names = sorted(first.keys())
     checkpoints.layers_of(names)
     keys = {name: dnd_key(name, chosen.name) for name in names}
     slices = {name: first.get_slice(name) for name in names}
     return Planned(
         chosen,
-        task_of(manifest["category"], name_of(chosen)),
-        manifest["dataset"],
+        task_of(manifest.category, name_of(chosen)),
+        manifest.dataset,
         keys,
         {keys[name]: piece.get_shape() for name, piece in slices.items()},
         checkpoints.dtype_of(first),
@@ -175,10 +177,10 @@ def source_of(one: Planned, dtype: str | None) -> dict[str, Any]:
     return {
         "format": FORMAT,
         "collection": one.chosen.name,
-        "sha256": manifest["sha256"],
+        "sha256": manifest.sha256,
         "model": name_of(one.chosen),
-        "rank": manifest["rank"],
-        "seed": manifest["seed"],
+        "rank": manifest.rank,
+        "seed": manifest.seed,
         "layers_sha256": files.sha256_of_value(one.shapes),
         "dtype": dtype or one.stored,
     }
@@ -201,16 +203,16 @@ def check_alike(sources: dict[str, dict], out: Path) -> None:
                 raise UserError(f"{name}: has another {what}{told} than {first}; take another OUT for it")
 
 
-def steps_of(one: Planned) -> list[dict]:
+def steps_of(one: Planned) -> Sequence[CheckpointEntry]:
     """The manifest's entries of a collection's checkpoints."""
-    return one.chosen.manifest["checkpoints"]
+    return one.chosen.manifest.checkpoints
 
 
 def write_steps(one: Planned, staging: Path, dtype: str | None) -> None:
     """Write all checkpoints of a collection into a new folder, and nothing else."""
     staging.mkdir()
     for entry in steps_of(one):
-        target = staging / f"{entry['step']}.safetensors"
+        target = staging / f"{entry.step}.safetensors"
         exported.write_checkpoint(one.chosen.folder, entry, target, dtype, one.keys)
 
 
@@ -253,7 +255,7 @@ def figures_of(task: str) -> tuple[int, int]:
 
 def say_tokenizer(one: Planned) -> None:
     """Say when Drag-and-Drop has no tokenizer for a model and rank; it goes by the layers' sizes."""
-    rank = one.chosen.manifest["rank"]
+    rank = one.chosen.manifest.rank
     widths = {key.split(".")[-3]: shape[1] for key, shape in one.shapes.items() if key.endswith("lora_A.weight")}
     layers = {key.split(".")[4] for key in one.shapes}
     if TOKENIZERS.get((widths.get("q_proj"), widths.get("down_proj"), len(layers))) != rank or len(widths) != 7:

@@ -10,13 +10,14 @@ from typing import Any
 
 from paragen.collection import exported, prompts, run_identity
 from paragen.collection.index import Chosen
+from paragen.collection.manifest import Manifest
 from paragen.common import paths
 from paragen.common.cli import UserError, say
 
 SHAREGPT = {"user": "human", "assistant": "gpt", "function": "function_call", "observation": "observation"}
 
 
-def rows_of(manifest: dict[str, Any]) -> list[dict[str, Any]]:
+def rows_of(manifest: Manifest) -> list[dict[str, Any]]:
     """The rows that a collection was trained on, as Drag-and-Drop reads them."""
     return [as_row(texts) for texts in prompts.of_collection(manifest, "train", paths.DATA)]
 
@@ -44,7 +45,7 @@ def write(chosen: Chosen, out: Path, name: str) -> None:
         rows = rows_of(chosen.manifest)
         staging.write_bytes(json.dumps(rows, ensure_ascii=False, indent=1).encode())
 
-    data = [{"name": part["name"], "rows_sha256": part["rows_sha256"]} for part in chosen.manifest["data"]]
+    data = [{"name": part.name, "rows_sha256": part.rows_sha256} for part in chosen.manifest.data]
     exported.part(out, name, {"format": "dnd", "data": data}, make)
 
 
@@ -59,7 +60,7 @@ def kept(chosen: Chosen, names: list[str], out: Path) -> list[str]:
     Raises UserError where OUT has other prompts, unless FORCE=1, or where the collection's rows are gone or not known.
     """
     record, stay = exported.read_record(out), []
-    known = chosen.manifest["data"] is not None
+    known = chosen.manifest.data is not None
     ours = [prompt_in(row) for row in rows_of(chosen.manifest)] if known else None
     for name in names:
         path = out / name
@@ -76,7 +77,7 @@ def kept(chosen: Chosen, names: list[str], out: Path) -> list[str]:
         elif prompts_in(path) == ours:
             stay.append(name)
         else:
-            check_may_replace(path, len(ours), chosen.manifest["dataset"])
+            check_may_replace(path, len(ours), chosen.manifest.dataset)
     return stay
 
 
@@ -110,5 +111,5 @@ def prompt_in(row: Any) -> str | None:
 
 def count(chosen: Chosen, path: Path) -> int:
     """How many prompts Drag-and-Drop finds for a collection."""
-    data = chosen.manifest["data"]
-    return len(prompts_in(path)) if data is None else sum(part["rows"] for part in data)
+    data = chosen.manifest.data
+    return len(prompts_in(path)) if data is None else sum(part.rows for part in data)

@@ -13,11 +13,13 @@ engine will refuse one, that is said. STEPS=every:10 takes every tenth checkpoin
 import json
 import os
 import re
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
 from paragen.collection import checkpoints, evaluation, exported
 from paragen.collection.index import Chosen
+from paragen.collection.manifest import BaseModel, CheckpointEntry
 from paragen.common import paths
 from paragen.common.cli import UserError, say
 
@@ -32,7 +34,7 @@ class Planned(NamedTuple):
     """A collection with what its export needs."""
 
     chosen: Chosen
-    entries: list[dict]  # the selected ones of the manifest's checkpoints
+    entries: Sequence[CheckpointEntry]  # the selected ones of the manifest's checkpoints
     config: dict[str, Any]  # adapter_config.json
     keys: list[str]
     stored: str  # the dtype
@@ -60,7 +62,7 @@ def export(chosen: list[Chosen], out: Path, dtype: str | None) -> None:
 
         def make(staging: Path, one: Planned = one) -> None:
             for entry in one.entries:
-                write_adapter(one, entry, staging / f"checkpoint-{entry['step']}", dtype)
+                write_adapter(one, entry, staging / f"checkpoint-{entry.step}", dtype)
 
         exported.part(out, one.chosen.name, source_of(one, dtype), make)
     for one in plan:
@@ -70,7 +72,7 @@ def export(chosen: list[Chosen], out: Path, dtype: str | None) -> None:
 
 def planned(chosen: Chosen, asked: str) -> Planned:
     """What exporting a collection takes. Raises UserError when it is no adapter that PEFT would load."""
-    entries = selected(chosen.manifest["checkpoints"], asked)
+    entries = selected(chosen.manifest.checkpoints, asked)
     config = checkpoints.adapter_config(chosen.folder, chosen.manifest)
     first = next(checkpoints.open_all(chosen.folder, entries))
     keys = sorted(first.keys())
@@ -89,7 +91,7 @@ def scores_of(chosen: Chosen) -> dict[int, str]:
     return {step: f"{text}: {about}" for step, text in texts.items() if text}
 
 
-def selected(entries: list[dict], asked: str) -> list[dict]:
+def selected(entries: Sequence[CheckpointEntry], asked: str) -> Sequence[CheckpointEntry]:
     """The checkpoints that STEPS selects: `all`, `last`, or `every:<n>`, counted back from the last."""
     every = re.fullmatch(r"every:0*([1-9][0-9]{0,8})", asked)
     if asked not in ("all", "last") and not every:
@@ -103,8 +105,8 @@ def source_of(one: Planned, dtype: str | None) -> dict[str, Any]:
     return {
         "format": FORMAT,
         "collection": one.chosen.name,
-        "sha256": one.chosen.manifest["sha256"],
-        "steps": [entry["step"] for entry in one.entries],
+        "sha256": one.chosen.manifest.sha256,
+        "steps": [entry.step for entry in one.entries],
         "dtype": dtype or one.stored,
         **evaluation.mark_of(one.chosen.folder),
     }
@@ -149,7 +151,7 @@ def vllm_rank(rank: int) -> int | None:
     return next((value for value in VLLM_RANKS if value >= rank), None)
 
 
-def write_adapter(one: Planned, entry: dict, folder: Path, dtype: str | None) -> None:
+def write_adapter(one: Planned, entry: CheckpointEntry, folder: Path, dtype: str | None) -> None:
     """Write the adapter folder of one step."""
     folder.mkdir(parents=True)
     exported.write_checkpoint(one.chosen.folder, entry, folder / paths.ADAPTER, dtype)
@@ -159,31 +161,31 @@ def write_adapter(one: Planned, entry: dict, folder: Path, dtype: str | None) ->
     (folder / "README.md").write_text(card_of(one, entry, dtype), encoding="utf-8")
 
 
-def card_of(one: Planned, entry: dict, dtype: str | None) -> str:
+def card_of(one: Planned, entry: CheckpointEntry, dtype: str | None) -> str:
     """The model card of one step; only a hub id is named as the base model, a folder's name would be no link."""
     manifest = one.chosen.manifest
-    base = manifest["base_model"] or {}
-    named = base.get("hub_id") or (f"models/{base['name']}" if base.get("name") else "its base model")
+    base = manifest.base_model or BaseModel()
+    named = base.hub_id or (f"models/{base.name}" if base.name else "its base model")
     kind = "ImageTextToText" if any(".language_model." in key for key in one.keys) else "CausalLM"
     rank = vllm_rank(one.config["r"])
     facts = {
         "collection": one.chosen.name,
-        "step": entry["step"],
-        "loss": entry["loss"],
-        "score of the collected checkpoint": one.scores.get(entry["step"]),
-        "rank": manifest["rank"],
-        "seed": manifest["seed"],
-        "sha256 of the collected checkpoint": entry["sha256"],
+        "step": entry.step,
+        "loss": entry.loss,
+        "score of the collected checkpoint": one.scores.get(entry.step),
+        "rank": manifest.rank,
+        "seed": manifest.seed,
+        "sha256 of the collected checkpoint": entry.sha256,
         "cast to": None if dtype == one.stored else dtype,
     }
     lines = [
         "---",
-        *([f"base_model: {base['hub_id']}"] if base.get("hub_id") else []),
+        *([f"base_model: {base.hub_id}"] if base.hub_id else []),
         "library_name: peft",
         "tags: [lora, paragen]",
         "---",
         "",
-        f"# {manifest['dataset']}, step {entry['step']}: LoRA for {base.get('name') or named}",
+        f"# {manifest.dataset}, step {entry.step}: LoRA for {base.name or named}",
         "",
         *(f"- {what}: {value}" for what, value in facts.items() if value is not None),
         "",

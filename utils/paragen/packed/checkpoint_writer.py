@@ -14,7 +14,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from paragen.collection import checkpoints, collection
+from paragen.collection import checkpoints, run_files
 from paragen.common import files
 from paragen.packed import schedule
 from paragen.packed.packed_engine import Adapter
@@ -103,7 +103,7 @@ class Writer:
             digest = hashlib.sha256()
             for part in parts:
                 digest.update(part)
-            files.write_atomically(self.folder / collection.checkpoint_name(step), *parts)
+            files.write_atomically(self.folder / run_files.checkpoint_name(step), *parts)
             return {"bytes": sum(map(len, parts)), "sha256": digest.hexdigest()}
         finally:
             self.free.put(frame)

@@ -18,7 +18,7 @@ from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any, NamedTuple
 
-from paragen.collection import collection, run_identity
+from paragen.collection import discovery, run_identity
 from paragen.common import cli, devices, files, paths
 from paragen.common.cli import UserError
 from paragen.recipes import render
@@ -133,10 +133,10 @@ def is_done(cell: Cell) -> bool:
 
 
 def state_of(cell: Cell, phase: str) -> str:
-    """How the run folder of a cell's phase stands to its recipe (see collection.state_of)."""
+    """How the run folder of a cell's phase stands to its recipe (see discovery.state_of)."""
     run = cell.run(phase)
     identity = run_identity.identity_of(run.recipe, run.config)
-    return collection.state_of(render.run_folder(run.recipe, run.config), identity)[0]
+    return discovery.state_of(render.run_folder(run.recipe, run.config), identity)[0]
 
 
 def base_key(run: Run) -> tuple:

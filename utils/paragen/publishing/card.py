@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from paragen.collection import evaluation, index
+from paragen.collection.manifest import TrainedData
 from paragen.common import paths
 from paragen.dataset import dataset_info
 from paragen.publishing import licenses
@@ -50,8 +51,8 @@ def render(
         scores=(scores := score_rows(chosen, table)),
         metrics={name: evaluation.METRICS[name] for name in sorted({row[5] for row in scores})},
         datasets=data,
-        pictures=sorted({part["name"] for part in parts_of(chosen) if part.get("pictures")}),
-        unknown_data=sorted({item.manifest["dataset"] for item in chosen if item.manifest["data"] is None}),
+        pictures=sorted({part.name for part in parts_of(chosen) if part.pictures}),
+        unknown_data=sorted({item.manifest.dataset for item in chosen if item.manifest.data is None}),
         bases=bases,
         custom=[base for base in bases if base["gated"] or is_custom(base["license"])],
         versions=versions_of(chosen),
@@ -59,7 +60,7 @@ def render(
         raw=marks["layout"] == "raw",
     )
     metadata = metadata_of(
-        repository, table.num_rows, data, bases, unknown=any(i.manifest["data"] is None for i in chosen)
+        repository, table.num_rows, data, bases, unknown=any(i.manifest.data is None for i in chosen)
     )
     return str(DatasetCard(f"---\n{metadata.to_yaml()}\n---\n\n{text}"))
 
@@ -97,16 +98,16 @@ def metadata_of(repository: str, rows: int, data: list[dict], bases: list[dict],
     )
 
 
-def parts_of(chosen: list[index.Chosen]) -> list[dict[str, Any]]:
+def parts_of(chosen: list[index.Chosen]) -> list[TrainedData]:
     """The elements of the manifests' `data`."""
-    return [part for item in chosen for part in item.manifest["data"] or []]
+    return [part for item in chosen for part in item.manifest.data or ()]
 
 
 def data_facts(chosen: list[index.Chosen], data_dir: Path) -> list[dict[str, Any]]:
     """A mapping per data file in the tree, as licenses.of_data gives it; test splits included."""
     found = {}
     for part in parts_of(chosen):
-        found[part["file"]] = licenses.of_data(part, data_dir)
+        found[part.file] = licenses.of_data(part, data_dir)
         if paired := licenses.test_split(part, data_dir):
             name, entry = paired
             rows = len(dataset_info.load_rows(Path(data_dir) / entry["file_name"]))
@@ -119,7 +120,7 @@ def base_facts(chosen: list[index.Chosen], models_dir: Path) -> list[dict[str, A
     """A mapping per base model, as licenses.of_base gives it, with `link` as it stands in the card."""
     found = {}
     for item in chosen:
-        base = licenses.of_base(item.manifest["base_model"], models_dir)
+        base = licenses.of_base(item.manifest.base_model, models_dir)
         link = f"[{base['hub_id']}](https://huggingface.co/{base['hub_id']})" if base["hub_id"] else "–"
         if base["made_from"]:
             link = f"made from [{base['made_from']}](https://huggingface.co/{base['made_from']})"
@@ -159,7 +160,7 @@ def score_rows(chosen: list[index.Chosen], table: "pa.Table") -> list[tuple[str,
             best, last = evaluation.best_of(found), found["checkpoints"][-1]
             texts = [evaluation.text_of(found, score) for score in (found["base"], best, last)]
             steps = ["", f"step {best['step']}: " if best else "", f"step {last['step']}: "]
-            named = (item.manifest["dataset"], models[item.name], item.manifest["rank"], item.manifest["seed"])
+            named = (item.manifest.dataset, models[item.name], item.manifest.rank, item.manifest.seed)
             facts = (*named, found["split"], found["metric"], found["rows"])
             scores = [step + text if text else None for step, text in zip(steps, texts, strict=True)]
             rows.append(tuple("–" if fact is None else str(fact) for fact in (*facts, *scores)))
@@ -171,13 +172,13 @@ def recipe_rows(chosen: list[index.Chosen], table: "pa.Table") -> list[tuple[str
     models = dict(zip(table["collection"].to_pylist(), table["model"].to_pylist(), strict=True))
     rows = []
     for item in chosen:
-        recipe = item.manifest["recipe"] or {}
+        recipe = item.manifest.recipe or {}
         batch = recipe.get("per_device_train_batch_size")
         batch = batch and f"{batch} x {recipe.get('gradient_accumulation_steps', 1)}"
         figures = (
-            item.manifest["dataset"], models[item.name], item.manifest["rank"], recipe.get("learning_rate"),
+            item.manifest.dataset, models[item.name], item.manifest.rank, recipe.get("learning_rate"),
             recipe.get("lr_scheduler_type"), batch, recipe.get("max_steps"), recipe.get("lora_target"),
-            recipe.get("template"), item.manifest.get("precision"),
+            recipe.get("template"), item.manifest.precision,
         )  # fmt: skip
         rows.append(tuple("–" if figure is None else str(figure) for figure in figures))
     return list(dict.fromkeys(rows))
@@ -187,7 +188,7 @@ def versions_of(chosen: list[index.Chosen]) -> str:
     """The versions that the collections were made with, as one phrase."""
     found: dict[str, set[str]] = {}
     for item in chosen:
-        for name, version in (item.manifest.get("versions") or {}).items():
+        for name, version in (item.manifest.versions or {}).items():
             found.setdefault(name, set()).add(version)
     shown = ("llamafactory", "transformers", "peft", "torch")
     known = [f"{name} {' or '.join(sorted(found[name]))}" for name in shown if found.get(name)]

@@ -9,19 +9,20 @@ import hashlib
 from pathlib import Path
 from typing import Any
 
+from paragen.collection.manifest import BaseModel, Manifest, TrainedData
 from paragen.dataset import dataset_info, sources
 from paragen.model import base_models
 
 CUSTOM = ("gemma", "llama", "other")  # a licence of its own: who takes the data has to read it
 
 
-def of_data(data: dict[str, Any], data_dir: Path) -> dict[str, Any]:
+def of_data(data: TrainedData, data_dir: Path) -> dict[str, Any]:
     """Name, file, rows, license, source, citation and language of one element of a manifest's `data`; null: not known.
 
     A file is a prepared one when its content is, not by its name.
     """
-    known = of_file(data["name"], data["file"], data_dir)
-    return {"name": data["name"], "file": data["file"], "rows": data["rows"], **known}
+    known = of_file(data.name, data.file, data_dir)
+    return {"name": data.name, "file": data.file, "rows": data.rows, **known}
 
 
 def of_file(name: str, file: str, data_dir: Path) -> dict[str, Any]:
@@ -43,39 +44,39 @@ def prepared(file: str, data_dir: Path) -> dict[str, Any] | None:
     return told if hashlib.sha1(b"blob %d\0" % len(content) + content).hexdigest() == told["blob"] else None
 
 
-def of_base(base: dict[str, Any] | None, models_dir: Path) -> dict[str, Any]:
+def of_base(base: BaseModel | None, models_dir: Path) -> dict[str, Any]:
     """name, hub_id, revision, license, made_from and gated of a manifest's `base_model`; null: not known.
 
     A folder that was put under models/ by hand has no known licence, whatever its name.
     """
-    base = base or {"name": None, "hub_id": None, "revision": None, "sha256": None}
-    facts = {"name": base["name"], "hub_id": base["hub_id"], "revision": base["revision"], "made_from": None}
-    source = base_models.source_of(models_dir / base["name"]) if base["name"] else {}
-    if base["sha256"] is None or source.get("sha256") != base["sha256"]:
+    base = base or BaseModel()
+    facts = {"name": base.name, "hub_id": base.hub_id, "revision": base.revision, "made_from": None}
+    source = base_models.source_of(models_dir / base.name) if base.name else {}
+    if base.sha256 is None or source.get("sha256") != base.sha256:
         source = {}
     told = next((entry for entry in base_models.table().values() if entry["hub_id"] and same(entry, base)), {})
     license_name = source.get("license") or told.get("license")
-    made_from = source.get("derived_from") or (source.get("hub_id") if not base["hub_id"] else None)
+    made_from = source.get("derived_from") or (source.get("hub_id") if not base.hub_id else None)
     return {**facts, "license": license_name, "made_from": made_from, "gated": bool(told.get("gated"))}
 
 
-def same(entry: dict[str, Any], base: dict[str, Any]) -> bool:
+def same(entry: dict[str, Any], base: BaseModel) -> bool:
     """Whether a model of models/models.yaml is the one that a manifest names by its hub id."""
-    return bool(base["hub_id"]) and entry["hub_id"].lower() == base["hub_id"].lower()
+    return base.hub_id is not None and entry["hub_id"].lower() == base.hub_id.lower()
 
 
-def unknown(manifest: dict[str, Any], data_dir: Path, models_dir: Path) -> list[str]:
+def unknown(manifest: Manifest, data_dir: Path, models_dir: Path) -> list[str]:
     """What of a collection has no known licence, a phrase each with the way out."""
     found = []
-    if manifest["data"] is None:
+    if manifest.data is None:
         found.append("what it was trained on is not known (made from a stock run)")
-    for data in manifest["data"] or []:
+    for data in manifest.data or ():
         if not of_data(data, data_dir)["license"]:
             found.append(
-                f'the licence of data/{data["file"]} is not known (write it as "license" into the entry '
-                f"{data['name']!r} of data/dataset_info.json)"
+                f'the licence of data/{data.file} is not known (write it as "license" into the entry '
+                f"{data.name!r} of data/dataset_info.json)"
             )
-    base = of_base(manifest["base_model"], models_dir)
+    base = of_base(manifest.base_model, models_dir)
     if not base["license"]:
         folder = models_dir / (base["name"] or "<unknown>")
         found.append(
@@ -90,8 +91,8 @@ def spelled(license_name: str | None) -> str:
     return "-".join(license_name.lower().split()) if license_name else "unknown"
 
 
-def test_split(data: dict[str, Any], data_dir: Path) -> tuple[str, dict[str, Any]] | None:
+def test_split(data: TrainedData, data_dir: Path) -> tuple[str, dict[str, Any]] | None:
     """(name, entry) of the registered test split that belongs to an element of a manifest's `data`, or None."""
-    paired = f"{data['name']}_test"
+    paired = f"{data.name}_test"
     info = dataset_info.read_info(data_dir)
     return (paired, dataset_info.entry_of(paired, data_dir)) if paired in info else None

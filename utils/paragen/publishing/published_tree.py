@@ -18,7 +18,7 @@ from collections import Counter
 from pathlib import Path, PurePosixPath
 from typing import TYPE_CHECKING, Any
 
-from paragen.collection import collection, evaluation, index, prompts
+from paragen.collection import evaluation, index, prompts, run_files
 from paragen.common import files, paths
 from paragen.common.cli import UserError, say
 from paragen.dataset import dataset_info
@@ -35,7 +35,7 @@ FILE_BYTES = 20_000_000_000
 PART_BYTES = 5_000_000_000  # an upload that was cut off sends at most so much again
 COLLECTIONS = "collections"
 INFO = "data/dataset_info.json"
-OTHER_FILES = (paths.MANIFEST, *collection.BESIDE)
+OTHER_FILES = (paths.MANIFEST, *run_files.BESIDE)
 RECORD = ".cache/publish.json"  # which part was made from what; not uploaded
 SEVERAL = "publish several repositories: select with CATEGORY, DATASET, MODEL and RANK"
 
@@ -92,12 +92,12 @@ def data_plan(chosen: list[index.Chosen], data_dir: Path) -> dict[str, dict[str,
     """
     entries: dict[str, dict[str, Any]] = {}
     for item in chosen:
-        for data in item.manifest["data"] or []:
+        for data in item.manifest.data or ():
             prompts.trained(data, data_dir)
-            entry = dataset_info.read_info(data_dir).get(data["name"])
-            if not isinstance(entry, dict) or entry.get("file_name") != data["file"]:
-                entry = {"file_name": data["file"], **data["entry"]}
-            entries[data["name"]] = entry
+            entry = dataset_info.read_info(data_dir).get(data.name)
+            if not isinstance(entry, dict) or entry.get("file_name") != data.file:
+                entry = {"file_name": data.file, **data.entry}
+            entries[data.name] = entry
             if paired := licenses.test_split(data, data_dir):
                 dataset_info.data_file(paired[0], data_dir)
                 entries[paired[0]] = paired[1]
@@ -134,7 +134,7 @@ def build(tree: Path, chosen: list[index.Chosen], table: "pa.Table", data_dir: P
     for item in chosen:
         labels = evaluation.mark_of(item.folder)
         kept = raw_folder(tree, item) if raw else archived(tree, item, record)
-        marks["collections"][item.name] = {"sha256": item.manifest["sha256"], **labels, "files": kept}
+        marks["collections"][item.name] = {"sha256": item.manifest.sha256, **labels, "files": kept}
         rows = table.filter(pc.field("collection") == item.name).combine_chunks()
         if evaluation.mark_of(item.folder) != labels or index.rows_of(item.name, item.folder)[0] != rows:
             raise UserError(f"{paths.relative(item.folder)}: was evaluated while it was published; run it again")
@@ -154,7 +154,7 @@ def files_in(marks: dict[str, Any]) -> list[str]:
 def raw_folder(tree: Path, item: index.Chosen) -> dict[str, int]:
     """Place a collection's folder in the tree, as links where the disk allows; its files with their bytes."""
     kept = {}
-    names = [collection.checkpoint_name(entry["step"]) for entry in item.manifest["checkpoints"]]
+    names = [entry.file_name for entry in item.manifest.checkpoints]
     for name in [*names, *(name for name in OTHER_FILES if (item.folder / name).is_file())]:
         place(item.folder / name, tree / COLLECTIONS / item.name / name)
         kept[f"{item.name}/{name}"] = (item.folder / name).stat().st_size
@@ -197,7 +197,7 @@ def archive_in(tree: Path, item: index.Chosen, record: dict[str, Any]) -> dict[s
 
 def source_of(item: index.Chosen) -> dict[str, Any]:
     """What decides the content of a collection's archive."""
-    return {"manifest": item.manifest["sha256"], "part_bytes": PART_BYTES, **evaluation.mark_of(item.folder)}
+    return {"manifest": item.manifest.sha256, "part_bytes": PART_BYTES, **evaluation.mark_of(item.folder)}
 
 
 def written(tree: Path, kept: dict[str, int]) -> dict[str, int]:

@@ -20,7 +20,8 @@ from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NamedTuple
 
-from paragen.collection import collection, evaluation, index, run_identity
+from paragen.collection import evaluation, index, run_files, run_identity, verification
+from paragen.collection.manifest import read_manifest
 from paragen.common import files, paths
 from paragen.common.cli import UserError, say
 from paragen.dataset import dataset_info, registration
@@ -76,7 +77,7 @@ def pull(repository: str, revision: str | None, staging: Path) -> "pa.Table":
         register(name, entry)
     for name, data in scores.items():
         with locked(paths.SAVES / name):
-            collection.bring_labels(paths.SAVES / name, collection.read_manifest(paths.SAVES / name), data)
+            evaluation.bring_labels(paths.SAVES / name, read_manifest(paths.SAVES / name), data)
     for name, mark in wanted.items():
         say(f"fetching {name}")
         fetch(source, [f"{published_tree.COLLECTIONS}/{file}" for file in mark["files"]])
@@ -136,7 +137,7 @@ def marks_faults(marks: dict[str, Any], names: set[str]) -> list[str]:
             folder, _, last = file.rpartition("/")
             if marks["layout"] == "raw":
                 right = folder == name and (
-                    last in published_tree.OTHER_FILES or collection.CHECKPOINT_FILE.fullmatch(last)
+                    last in published_tree.OTHER_FILES or run_files.CHECKPOINT_FILE.fullmatch(last)
                 )
             else:
                 right = PART.fullmatch(file) is not None and PART.fullmatch(file)[1] == name
@@ -264,9 +265,9 @@ def is_here(name: str, mark: dict[str, Any]) -> bool:
     if not folder.exists():
         return False
     try:
-        manifest = collection.read_manifest(folder)
-        same = manifest is not None and manifest["sha256"] == mark["sha256"]
-        fault = next(iter(collection.faults_of(folder, manifest)), None) if same else "is another collection"
+        manifest = read_manifest(folder)
+        same = manifest is not None and manifest.sha256 == mark["sha256"]
+        fault = next(iter(verification.faults_of(folder, manifest)), None) if same else "is another collection"
     except UserError as error:
         fault = str(error)
     if fault is None:
@@ -340,7 +341,7 @@ def bring_scores(source: Source, name: str, mark: dict[str, Any], layout: str) -
         )
     folder = paths.SAVES / name
     label, force = paths.relative(folder / evaluation.FILE), run_identity.force_asked()
-    evaluation.is_newer(data, evaluation.bytes_in(folder), collection.read_manifest(folder), label, force)
+    evaluation.is_newer(data, evaluation.bytes_in(folder), read_manifest(folder), label, force)
     return data
 
 
@@ -354,8 +355,8 @@ def unpacked(source: Source, name: str, layout: str, fetched: list[Path], saves:
         return folder
     from paragen.archives import archive
 
-    manifest = archive.read_manifest(fetched[0])
-    if [manifest[key] for key in ("category", "dataset", "run")] != name.split("/"):
+    manifest = archive.manifest_in(fetched[0])
+    if [manifest.category, manifest.dataset, manifest.run] != name.split("/"):
         raise UserError(f"{fetched[0].name} is the archive of another collection")
     return archive.restore(fetched, saves)
 
@@ -364,18 +365,15 @@ def fault_of(folder: Path, name: str, mark: dict[str, Any], table: "pa.Table") -
     """What is wrong with an unpacked collection: by its manifest, or beside what the index says of it."""
     import pyarrow.compute as pc
 
-    manifest = collection.read_manifest(folder)
+    manifest = read_manifest(folder)
     if manifest is None:
         return "has no manifest.json"
-    if manifest["sha256"] != mark["sha256"]:
+    if manifest.sha256 != mark["sha256"]:
         return f"has another manifest than {paths.INDEX} names"
     if evaluation.sha256_in(folder) != mark.get("labels"):
         return f"has other scores than {paths.INDEX} names"
-    try:
-        faults = collection.faults_of(folder, manifest)
-        rows, _ = index.rows_of(name, folder)
-    except (KeyError, TypeError, ValueError, AttributeError) as error:
-        return f"has a manifest that cannot be read ({error!r})"
+    faults = verification.faults_of(folder, manifest)
+    rows, _ = index.rows_of(name, folder)
     if faults:
         return f"is not whole: {faults[0]}"
     listed = table.filter(pc.field("collection") == name)

@@ -14,7 +14,7 @@ import sys
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from paragen.collection import collection, index
+from paragen.collection import index, verification
 from paragen.common import cli, paths
 from paragen.common.cli import UserError, say
 from paragen.hub import errors, transfer
@@ -44,10 +44,10 @@ def refuse(chosen: list[index.Chosen], tree: Path, raw: bool) -> None:
         faults = place_faults(item.name)
         if published_tree.archive_in(tree, item, done) is None:
             say(f"verifying {item.name}")
-            faults += collection.faults_of(item.folder, item.manifest)
-            base = paths.MODELS / ((item.manifest["base_model"] or {}).get("name") or "unknown")
+            faults += verification.faults_of(item.folder, item.manifest)
+            base = paths.MODELS / (item.manifest.base_name or "unknown")
             if not faults and (base / "config.json").is_file():
-                faults += collection.peft_faults(item.folder, item.manifest["checkpoints"][-1]["step"], base)
+                faults += verification.peft_faults(item.folder, item.manifest.steps[-1], base)
         if not cli.asked("ALLOW_UNKNOWN_LICENSE"):
             hint = "or publish it as unknown with ALLOW_UNKNOWN_LICENSE=1"
             faults += [f"{fault}, {hint}" for fault in licenses.unknown(item.manifest, paths.DATA, paths.MODELS)]

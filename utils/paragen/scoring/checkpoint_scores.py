@@ -15,7 +15,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from paragen.collection import checkpoints, collection
+from paragen.collection import checkpoints, run_files
 from paragen.collection.evaluation import BASE, MOST
 from paragen.collection.index import Chosen
 from paragen.common import devices
@@ -64,9 +64,9 @@ class Grader:
         self.base, self.metric = base, metric
         self.on_gpu = torch.cuda.is_available()
         self.folder, manifest = chosen.folder, chosen.manifest
-        self.entries = {entry["step"]: entry for entry in manifest["checkpoints"]}
+        self.entries = {entry.step: entry for entry in manifest.checkpoints}
         self.scaling = lora_stack.scaling_of(checkpoints.adapter_config(self.folder, manifest))
-        self.last = manifest["checkpoints"][-1]["step"]
+        self.last = manifest.steps[-1]
         self.layers = checkpoints.layers_of(self._read(self.last))
         self.encoder = Encoder(base.tokenizer_module, base.data_args, base.longest)
         self.questions = self.encoder.questions(split, metric)
@@ -187,17 +187,17 @@ class Grader:
 
     def _read(self, step: int) -> dict[str, Tensor]:
         entry = self.entries[step]
-        return checkpoints.load(self._file(step), entry["bytes"], entry["sha256"])
+        return checkpoints.load(self._file(step), entry.bytes, entry.sha256)
 
     def _hash(self, steps: list[int]) -> None:
         """Read the checkpoints of steps and check them, so that they come from memory afterwards."""
         for step in steps:
             if step != BASE:
                 entry = self.entries[step]
-                checkpoints.verified(self._file(step), entry["bytes"], entry["sha256"])
+                checkpoints.verified(self._file(step), entry.bytes, entry.sha256)
 
     def _file(self, step: int) -> Path:
-        return self.folder / collection.checkpoint_name(step)
+        return self.folder / run_files.checkpoint_name(step)
 
     def _stack(self, steps: list[int]) -> Factors:
         adapters = [None if step == BASE else self._read(step) for step in steps]

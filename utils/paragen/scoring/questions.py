@@ -9,6 +9,7 @@ from bisect import bisect_left
 from typing import Any, NamedTuple
 
 from paragen.collection import prompts
+from paragen.collection.manifest import Manifest
 from paragen.common.cli import UserError
 from paragen.dataset import dataset_info
 from paragen.scoring import answers
@@ -62,12 +63,12 @@ class Split(NamedTuple):
         return answers.responses_of(self._replace(parts=self.whole or self.parts).texts)
 
 
-def split_of(manifest: dict[str, Any], asked: str) -> Split:
+def split_of(manifest: Manifest, asked: str) -> Split:
     """The rows of a registered dataset (`asked`), or, where none is asked for, those paired with a collection's.
 
     Raises UserError when there are none, or when they lack responses or have pictures.
     """
-    data = manifest["data"] or []
+    data = manifest.data or ()
     if asked:
         name, part = prompts.registered(asked)
         found = Split(name, name in map(prompts.paired_name, data), [part])

@@ -16,6 +16,7 @@ from torch import Tensor, nn
 from transformers.utils.logging import disable_progress_bar
 
 import prompt_templates
+from paragen.collection.manifest import BaseModel, Manifest
 from paragen.common import paths
 from paragen.common.cli import UserError
 from paragen.model import base_models
@@ -79,12 +80,12 @@ class Base:
             self.model.paragen_fused = True
 
 
-def at(manifest: dict[str, Any], base: Base | None) -> Base:
+def at(manifest: Manifest, base: Base | None) -> Base:
     """The base model of a collection; the one that was loaded before where it is the same.
 
     Raises UserError when it is not there, or is another than the collection was trained on.
     """
-    recipe, folder = manifest["recipe"], folder_of(manifest)
+    recipe, folder = manifest.recipe, folder_of(manifest)
     same = base is not None and base.key == key_of(recipe, folder)
     return Base(recipe, folder, base.kept if same else None)
 
@@ -94,17 +95,18 @@ def key_of(recipe: dict[str, Any], folder: Path) -> tuple:
     return str(folder), str(model_keys(recipe)), dtype_of(recipe)
 
 
-def folder_of(manifest: dict[str, Any]) -> Path:
+def folder_of(manifest: Manifest) -> Path:
     """The folder below models/ of a collection's base. Raises UserError when it is not there or is another model."""
-    base = manifest["base_model"] or {}
-    folder = base_models.local_folder(paths.MODELS / (base.get("name") or "unknown"))
-    if base_models.identity_of(folder)["sha256"] != base["sha256"]:
+    base = manifest.base_model or BaseModel()
+    folder = base_models.local_folder(paths.MODELS / (base.name or "unknown"))
+    if base_models.identity_of(folder)["sha256"] != base.sha256:
         raise UserError(
-            f"{paths.relative(folder)}: is not the base model that {manifest['run']} was trained on; {WAY_OUT}"
+            f"{paths.relative(folder)}: is not the base model that {manifest.run} was trained on; {WAY_OUT}"
         )
-    if base_models.hash_of(folder, base_models.tokenizer_files(folder)) != (manifest["tokenizer"] or {}).get("sha256"):
+    tokenizer = manifest.tokenizer.sha256 if manifest.tokenizer else None
+    if base_models.hash_of(folder, base_models.tokenizer_files(folder)) != tokenizer:
         raise UserError(
-            f"{paths.relative(folder)}: has not the tokenizer that {manifest['run']} was trained with; {WAY_OUT}"
+            f"{paths.relative(folder)}: has not the tokenizer that {manifest.run} was trained with; {WAY_OUT}"
         )
     return folder
 

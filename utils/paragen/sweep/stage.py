@@ -17,7 +17,7 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
-from paragen.collection import collection
+from paragen.collection import run_files
 from paragen.common import cli, files, paths
 from paragen.common.cli import UserError
 from paragen.model import base_models
@@ -233,7 +233,7 @@ def progress_of(here: Cell) -> tuple[str, bytes]:
     for phase, folder in zip(paths.PHASES, status.run_folders(here), strict=True):
         for staging in files.companions(folder, "staging-"):
             with contextlib.suppress(OSError):
-                return phase, (staging / collection.LOG).read_bytes()
+                return phase, (staging / run_files.LOG).read_bytes()
     return "", b""
 
 

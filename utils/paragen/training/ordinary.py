@@ -18,7 +18,8 @@ from datetime import UTC, datetime
 from pathlib import Path
 from typing import NamedTuple
 
-from paragen.collection import collection, run_identity
+from paragen.collection import discovery, finishing, run_files, run_identity
+from paragen.collection.manifest import CheckpointEntry, attempt_facts, new_manifest, read_manifest, write_manifest
 from paragen.common import cli, devices, files, paths
 from paragen.common.cli import UserError, say
 from paragen.model import base_models
@@ -43,16 +44,14 @@ def already_there(folder: Path, identity: dict, phase: str) -> bool:
     Raises UserError where a stale run or something else stands at its place. FORCE=1 replaces runs of this phase alone.
     """
     name = paths.relative(folder)
-    if run_identity.force_asked() and (folder / collection.MANIFEST).is_file() and folder.name.endswith(f"_{phase}"):
+    if run_identity.force_asked() and (folder / paths.MANIFEST).is_file() and folder.name.endswith(f"_{phase}"):
         return False
-    manifest = collection.read_manifest(folder)
-    if manifest is not None and manifest["phase"] != phase:
-        raise UserError(
-            f"{name} holds a {manifest['phase']} run, but this recipe makes a {phase} one; change output_dir"
-        )
+    manifest = read_manifest(folder)
+    if manifest is not None and manifest.phase != phase:
+        raise UserError(f"{name} holds a {manifest.phase} run, but this recipe makes a {phase} one; change output_dir")
     if manifest is not None and run_identity.force_asked():
         return False
-    state, changed = collection.state_of(folder, identity)
+    state, changed = discovery.state_of(folder, identity)
     if state == "stale":
         raise UserError(
             f"{name} is stale, changed since: {'; '.join(changed)}; FORCE=1 redoes it, keeping the old one until then"
@@ -154,7 +153,7 @@ def job_of(attempt: Attempt, wanted: list[str]) -> dict:
 def complete(attempt: Attempt, facts: dict) -> None:
     """Make a trained staging folder whole and give it the run folder's name; `facts` are the training's."""
     staging, folder, identity, config = attempt.staging, attempt.folder, attempt.identity, attempt.config
-    facts = facts | collection.attempt_facts(attempt.id, attempt.started, now())
+    facts = facts | attempt_facts(attempt.id, attempt.started, now())
     facts = {"seed": config.get("seed", render.DEFAULT_SEED), **facts}
     finish = finish_finetune if attempt.phase == "finetune" else finish_pretrain
     checkpoints = finish(staging, folder, identity)
@@ -162,8 +161,8 @@ def complete(attempt: Attempt, facts: dict) -> None:
         facts["adapter_config_sha256"] = files.sha256_of(staging / paths.ADAPTER_CONFIG)
     if changed := run_identity.changes(identity, run_identity.identity_of(attempt.recipe, config)):
         raise UserError(f"{'; '.join(changed)}: changed while it was trained on; run it again")
-    manifest = collection.manifest_of(folder, attempt.phase, config["lora_rank"], identity, checkpoints, facts)
-    files.write_json(staging / collection.MANIFEST, manifest)
+    manifest = new_manifest(folder, attempt.phase, config["lora_rank"], identity, checkpoints, facts)
+    write_manifest(staging, manifest)
     check_attempt(folder)
     files.publish_folder(staging, folder)
     say(f"done: {paths.relative(folder)}, {len(checkpoints)} checkpoints")
@@ -172,52 +171,47 @@ def complete(attempt: Attempt, facts: dict) -> None:
 def check_last(staging: Path) -> None:
     """Raise unless the last collected checkpoint is the adapter that LLaMA-Factory itself saved at its end."""
     entries = json.loads((staging / "collected.json").read_bytes())
-    last = staging / collection.checkpoint_name(entries[-1]["step"]) if entries else None
-    if last and not collection.same_tensors(last, staging / paths.ADAPTER):
+    last = staging / run_files.checkpoint_name(entries[-1]["step"]) if entries else None
+    if last and not finishing.same_tensors(last, staging / paths.ADAPTER):
         raise RuntimeError("the last collected checkpoint is not the adapter that LLaMA-Factory saved at its end")
 
 
-def finish_finetune(staging: Path, folder: Path, identity: dict) -> list[dict]:
+def finish_finetune(staging: Path, folder: Path, identity: dict) -> list[CheckpointEntry]:
     """Make a staging folder a collection, all but its manifest; the entries of its checkpoints."""
-    entries = json.loads((staging / "collected.json").read_bytes())
+    entries = [CheckpointEntry(**entry) for entry in json.loads((staging / "collected.json").read_bytes())]
     kept = identity["recipe"].get("save_total_limit")
     if not entries or (kept and len(entries) != kept):
         raise UserError(
             f"{paths.relative(folder)}: training stopped early, {len(entries)} of {kept} checkpoints were collected"
         )
-    collection.read_back(staging, entries)
-    collection.check_finite(staging / collection.checkpoint_name(entries[-1]["step"]))
-    collection.set_base_name(staging / paths.ADAPTER_CONFIG, identity["base_model"])
-    collection.draw_loss(staging, folder.name, kept_from=entries[0]["step"])
-    names = {collection.checkpoint_name(entry["step"]) for entry in entries}
-    collection.tidy(staging, {*names, *collection.BESIDE})
+    finishing.read_back(staging, entries)
+    finishing.check_finite(staging / entries[-1].file_name)
+    finishing.set_base_name(staging / paths.ADAPTER_CONFIG, identity["base_model"])
+    finishing.draw_loss(staging, folder.name, kept_from=entries[0].step)
+    names = {entry.file_name for entry in entries}
+    finishing.tidy(staging, {*names, *run_files.BESIDE})
     return entries
 
 
-def finish_pretrain(staging: Path, folder: Path, identity: dict) -> list[dict]:
+def finish_pretrain(staging: Path, folder: Path, identity: dict) -> list[CheckpointEntry]:
     """Tidy a staging folder down to resumable checkpoints, log and picture; the entries of its checkpoints."""
     saved = sorted((p for p in staging.iterdir() if paths.CHECKPOINT.fullmatch(p.name)), key=run_identity.step_of)
     if not saved:
         raise UserError(f"{paths.relative(folder)}: training ended without a checkpoint; set save_steps in the recipe")
-    collection.check_finite(saved[-1] / paths.ADAPTER)
-    with open(staging / collection.LOG, encoding="utf-8") as file:
+    finishing.check_finite(saved[-1] / paths.ADAPTER)
+    with open(staging / run_files.LOG, encoding="utf-8") as file:
         logged = {line["current_steps"]: line for line in map(json.loads, file) if "loss" in line}
     entries = []
     for checkpoint in saved:
         resumed = {path.name for path in checkpoint.iterdir() if run_identity.is_resumed(path.name)}
-        collection.tidy(checkpoint, {paths.ADAPTER_CONFIG, "scaler.pt", *resumed})
-        collection.set_base_name(checkpoint / paths.ADAPTER_CONFIG, identity["base_model"])
+        finishing.tidy(checkpoint, {paths.ADAPTER_CONFIG, "scaler.pt", *resumed})
+        finishing.set_base_name(checkpoint / paths.ADAPTER_CONFIG, identity["base_model"])
         step = run_identity.step_of(checkpoint)
         log = logged.get(step, {})
-        entries.append({
-            "step": step,
-            "loss": log.get("loss"),
-            "learning_rate": log.get("lr"),
-            "bytes": files.size_of(checkpoint.iterdir()),
-            "sha256": run_identity.pretrain_of(checkpoint)["sha256"],
-        })  # fmt: skip
-    collection.draw_loss(staging, folder.name)
-    collection.tidy(staging, {*(p.name for p in saved), collection.LOG, collection.PICTURE})
+        size, sha256 = files.size_of(checkpoint.iterdir()), run_identity.pretrain_of(checkpoint)["sha256"]
+        entries.append(CheckpointEntry(step, log.get("loss"), log.get("lr"), size, sha256))
+    finishing.draw_loss(staging, folder.name)
+    finishing.tidy(staging, {*(p.name for p in saved), run_files.LOG, run_files.PICTURE})
     return entries
 
 

@@ -12,7 +12,7 @@ from collections.abc import Iterable
 from pathlib import Path
 from typing import NamedTuple
 
-from paragen.collection import collection, run_identity
+from paragen.collection import discovery, run_files, run_identity
 from paragen.common import files, paths
 from paragen.common.cli import UserError
 from paragen.recipes import lookup, render
@@ -76,9 +76,9 @@ def state_of(cell: Cell) -> tuple[str, str]:
         if any(files.is_held(files.beside(run, "lock")) for run in (pretrain, folder)):
             return "collecting", progress_of(cell)
         if not folder.exists():
-            return ("pretrained" if (pretrain / collection.MANIFEST).is_file() else "missing"), ""
+            return ("pretrained" if (pretrain / paths.MANIFEST).is_file() else "missing"), ""
         config = render.render(cell.finetune, cell.rank)
-        state, changed = collection.state_of(folder, run_identity.identity_of(cell.finetune, config))
+        state, changed = discovery.state_of(folder, run_identity.identity_of(cell.finetune, config))
     except UserError as error:
         return "broken", str(error)
     if state == "unknown":
@@ -91,7 +91,7 @@ def progress_of(cell: Cell) -> str:
     for phase, folder in zip(paths.PHASES, run_folders(cell), strict=True):
         for staging in files.companions(folder, "staging-"):
             try:
-                last = json.loads((staging / collection.LOG).read_text(encoding="utf-8").splitlines()[-1])
+                last = json.loads((staging / run_files.LOG).read_text(encoding="utf-8").splitlines()[-1])
                 loss = f", loss {last['loss']:.4f}" if "loss" in last else ""
                 left = f", {last['remaining_time']} left" if "remaining_time" in last else ""
                 return f"{phase} step {last['current_steps']} of {last['total_steps']}{loss}{left}"
