@@ -11,6 +11,7 @@ from safetensors.torch import load_file
 import export
 from paragen.analysis import canonical
 from paragen.collection import checkpoints, index
+from paragen.collection.manifest import CheckpointEntry
 from paragen.common import files, paths
 from paragen.common.cli import UserError
 from paragen.exports import canonical as export_canonical
@@ -272,7 +273,7 @@ def test_factors_that_a_dtype_cannot_hold_are_refused(tmp_path):
 
     path = tmp_path / "checkpoint-1.safetensors"
     save_file({"x.lora_A.weight": torch.full((1, 2), 1e6), "x.lora_B.weight": torch.full((2, 1), 1e6)}, path)
-    entries = [{"step": 1, "bytes": path.stat().st_size, "sha256": files.sha256_of(path)}]
+    entries = [CheckpointEntry(1, 0.5, 1e-4, path.stat().st_size, files.sha256_of(path))]
     handles = list(checkpoints.open_all(tmp_path, entries))
     with pytest.raises(UserError, match="x: does not fit into float16"):
         export_canonical.canonical_factors(tmp_path, entries, handles, torch.float16, "x")
@@ -288,7 +289,7 @@ def test_a_checkpoint_that_does_not_fit_the_others_is_named(tmp_path, what):
         name = "y" if what == "other keys" and step == 2 else "x"
         path = tmp_path / f"checkpoint-{step}.safetensors"
         save_file({f"{name}.lora_A.weight": value, f"{name}.lora_B.weight": torch.ones(3, 1)}, path)
-        entries.append({"step": step, "bytes": path.stat().st_size, "sha256": files.sha256_of(path)})
+        entries.append(CheckpointEntry(step, 0.5, 1e-4, path.stat().st_size, files.sha256_of(path)))
     with pytest.raises(UserError, match="checkpoint-2.safetensors: .*(not finite|other keys)"):
         for part, handles in checkpoints.in_chunks(tmp_path, entries, 2):
             checkpoints.factors_of(tmp_path, entries[part], handles, "x")

@@ -4,6 +4,7 @@ import json
 import os
 import subprocess
 import sys
+from dataclasses import asdict
 from pathlib import Path
 
 import numpy as np
@@ -266,7 +267,9 @@ import json, sys
 sys.path.insert(0, sys.argv[1])
 from pathlib import Path
 from paragen.analysis import measures
-entries = json.loads(Path(sys.argv[2], "entries.json").read_text())[: int(sys.argv[3])]
+from paragen.collection.manifest import CheckpointEntry
+lines = json.loads(Path(sys.argv[2], "entries.json").read_text())[: int(sys.argv[3])]
+entries = [CheckpointEntry(**line) for line in lines]
 measures.measure(Path(sys.argv[2]), entries, {"lora_alpha": 2}, "base", chunk=1)
 print(next(line.split()[1] for line in open("/proc/self/status") if line.startswith("VmHWM")))
 """
@@ -276,7 +279,7 @@ print(next(line.split()[1] for line in open("/proc/self/status") if line.startsw
 def test_memory_does_not_grow_with_the_number_of_steps(tmp_path):
     """64 steps of 2.1 MB are 100 MB more than 16; the peaks of both differ by less than half of that."""
     (entry,) = synthetic(tmp_path / "x", 1, shape=(8, 4096, 4096, 8))
-    entries = [{**entry, "step": step} for step in range(1, 65)]
+    entries = [{**asdict(entry), "step": step} for step in range(1, 65)]
     for step in range(2, 65):
         os.link(tmp_path / "x" / "checkpoint-1.safetensors", tmp_path / "x" / f"checkpoint-{step}.safetensors")
     (tmp_path / "x" / "entries.json").write_text(json.dumps(entries))
