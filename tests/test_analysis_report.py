@@ -242,8 +242,8 @@ def evaluated_page(trained_once, tmp_path_factory) -> Path:
     for dataset in ("Loss", "Unscored"):
         twin(project, f"math/{dataset}/{RUN}", dataset=dataset, category="math")
     figures = {"base": 0.4, 7: 0.5, 9: 0.75, 12: 0.625}
-    scored.label(project.run_folder("finetune"), scored.evaluated(figures, split="<i>Toy_test"))
-    scored.label(project.top / "saves" / "math" / "Loss" / RUN, scored.evaluated({"base": 2.5, 12: 1.25}, "loss"))
+    scored.write(project.run_folder("finetune"), scored.evaluated(figures, split="<i>Toy_test"))
+    scored.write(project.top / "saves" / "math" / "Loss" / RUN, scored.evaluated({"base": 2.5, 12: 1.25}, "loss"))
     with pytest.MonkeyPatch.context() as patch:
         for name in ("SAVES", "DATA", "MODELS"):
             patch.setattr(paths, name, project.top / name.lower())

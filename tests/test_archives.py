@@ -394,7 +394,7 @@ def test_a_value_that_a_dtype_cannot_hold_is_named(tmp_path):
         archive.converted(folder, manifest, "float16")
 
 
-# Labels: the scores in evaluation.json
+# The scores in evaluation.json
 
 
 FEW, MORE, OTHER = ({"base": 0.4, 5: 0.5}, {"base": 0.4, 5: 0.5, 6: 0.7}, {"base": 0.4, 5: 0.6})
@@ -409,9 +409,9 @@ def imported(synthetic, tmp_path):
         (path,) = archived(synthetic, tmp_path / "plain.archive")
         folder = archive.restore([path], saves)
         if here:
-            scored.label(folder, scored.evaluated(here))
+            scored.write(folder, scored.evaluated(here))
         if coming:
-            scored.label(synthetic, scored.evaluated(coming))
+            scored.write(synthetic, scored.evaluated(coming))
             (path,) = archived(synthetic, tmp_path / "x.archive")
         return archive.restore([path], saves)
 
@@ -423,9 +423,9 @@ def figures_in(folder: Path) -> dict:
     return {"base": found["base"]["score"]} | {one["step"]: one["score"] for one in found["checkpoints"]}
 
 
-def test_labels_travel_and_a_collection_without_any_is_archived_as_before(synthetic, tmp_path):
+def test_scores_travel_and_a_collection_without_any_is_archived_as_before(synthetic, tmp_path):
     (plain,) = archived(synthetic, tmp_path / "plain.archive")
-    label = scored.label(synthetic, scored.evaluated(MORE))
+    label = scored.write(synthetic, scored.evaluated(MORE))
     parts = archived(synthetic, tmp_path / "x.archive", part_bytes=25_000)
     assert len(parts) > 1
     assert same_folders(synthetic, archive.restore(parts, tmp_path / "saves"))
@@ -433,8 +433,8 @@ def test_labels_travel_and_a_collection_without_any_is_archived_as_before(synthe
     assert archived(synthetic, tmp_path / "again.archive")[0].read_bytes() == plain.read_bytes()
 
 
-def test_cast_checkpoints_have_no_labels_of_those_that_were_not(synthetic, tmp_path):
-    scored.label(synthetic, scored.evaluated(MORE))
+def test_cast_checkpoints_have_no_scores_of_those_that_were_not(synthetic, tmp_path):
+    scored.write(synthetic, scored.evaluated(MORE))
     cast = archive.converted(synthetic, read_manifest(synthetic), "bfloat16")
     archive.write(synthetic, cast, tmp_path / "x.archive")
     folder = archive.restore([tmp_path / "x.archive"], tmp_path / "saves")
@@ -455,16 +455,16 @@ def test_other_scores_than_those_here_are_brought_only_with_force(imported, monk
     assert figures_in(imported(FEW, OTHER)) == OTHER
 
 
-def test_parts_of_different_ages_bring_the_fullest_labels(synthetic, tmp_path):
-    scored.label(synthetic, scored.evaluated(FEW))
+def test_parts_of_different_ages_bring_the_fullest_scores(synthetic, tmp_path):
+    scored.write(synthetic, scored.evaluated(FEW))
     older = archived(synthetic, tmp_path / "older.archive", part_bytes=25_000)
-    scored.label(synthetic, scored.evaluated(MORE))
+    scored.write(synthetic, scored.evaluated(MORE))
     newer = archived(synthetic, tmp_path / "newer.archive", part_bytes=25_000)
     assert figures_in(archive.restore([older[0], *newer[1:]], tmp_path / "saves")) == MORE
 
 
-def test_labels_that_cannot_be_trusted_are_not_archived(synthetic, tmp_path):
-    path = scored.label(synthetic, scored.evaluated(MORE))
+def test_scores_that_cannot_be_trusted_are_not_archived(synthetic, tmp_path):
+    path = scored.write(synthetic, scored.evaluated(MORE))
     path.write_text(path.read_text().replace("0.7", "0.8"))
     with pytest.raises(UserError, match=r"evaluation\.json: was edited after it was written; remove it and run"):
         archived(synthetic, tmp_path / "x.archive")
@@ -474,12 +474,12 @@ def test_labels_that_cannot_be_trusted_are_not_archived(synthetic, tmp_path):
     assert not list(tmp_path.glob("*.archive"))
 
 
-def test_an_export_is_out_of_date_when_the_labels_changed(place, capsys):
+def test_an_export_is_out_of_date_when_the_scores_changed(place, capsys):
     folder = place.collect(category="math")
     out = place.export("archive")
     capsys.readouterr()
     for said in ("exported", "there already"):
-        scored.label(folder, scored.evaluated(scored.RISING))
+        scored.write(folder, scored.evaluated(scored.RISING))
         place.export("archive")
         assert capsys.readouterr().out.startswith(said)
     (path,) = out.rglob("*.archive")
@@ -532,7 +532,7 @@ def test_two_imports_at_once_make_one_collection(large, tmp_path):
     results = [run.wait() for run in both]
     assert sum("imported: " in result.output for result in results) == 1
     for result in results:
-        assert result.status == 0 or "is trained or imported right now" in result.output, result
+        assert result.status == 0 or "is being trained or imported" in result.output, result
     assert same_folders(large, saves / "math" / "Toy" / RUN) and not left_overs(saves)
 
 

@@ -325,7 +325,7 @@ def test_an_evaluated_checkpoint_has_its_scores_in_its_row(saves, folder):
     assert set(scores_in(table).values()) == {nothing}
     assert table.column_names[9:17] == list(SCORES)
     few = scored.evaluated({"base": 0.3, 7: 0.9}, rows=10)
-    scored.label(folder, few, scored.evaluated({"base": 0.25, 8: 0.5, 12: 0.75}, losses={8: 1.5}))
+    scored.write(folder, few, scored.evaluated({"base": 0.25, 8: 0.5, 12: 0.75}, losses={8: 1.5}))
     found = scores_in(index.update()[0])
     assert found.pop(8) == ("choice", "Toy_test", 0.5, 0.4, 0.6, 1.5, 0.25, 0.5)
     assert found.pop(12)[2] == 0.75
@@ -333,21 +333,21 @@ def test_an_evaluated_checkpoint_has_its_scores_in_its_row(saves, folder):
 
 
 def test_of_a_dataset_without_choices_the_index_has_the_loss(saves, folder):
-    scored.label(folder, scored.evaluated({"base": 2.5, 12: 1.25}, metric="loss"))
+    scored.write(folder, scored.evaluated({"base": 2.5, 12: 1.25}, metric="loss"))
     assert scores_in(index.update()[0])[12] == ("loss", "Toy_test", None, None, None, 1.25, None, 2.5)
 
 
 def test_scores_without_the_base_models_are_rows_too(saves, folder):
-    scored.label(folder, scored.evaluated({12: 0.5}))
+    scored.write(folder, scored.evaluated({12: 0.5}))
     assert scores_in(index.update()[0])[12][-2:] == (None, None)
-    scored.label(folder, scored.evaluated({"base": 2.5, 12: math.nan}, metric="loss"))
+    scored.write(folder, scored.evaluated({"base": 2.5, 12: math.nan}, metric="loss"))
     assert scores_in(index.update()[0])[12][5] is None
 
 
 def test_an_index_older_than_the_scores_is_refused_until_it_is_brought_up_to_date(saves, folder):
     index.update()
     for figures in ({12: 0.5}, {12: 0.625}):
-        path = scored.label(folder, scored.evaluated(figures))
+        path = scored.write(folder, scored.evaluated(figures))
         with pytest.raises(UserError, match=f"older than {NAME}; run: make index"):
             index.load()
         index.update()
@@ -361,7 +361,7 @@ def test_an_index_older_than_the_scores_is_refused_until_it_is_brought_up_to_dat
 
 def test_broken_scores_are_named_and_their_collection_is_left_out(saves, folder, monkeypatch, capsys):
     index.update()
-    path = scored.label(folder, scored.evaluated({12: 0.5}))
+    path = scored.write(folder, scored.evaluated({12: 0.5}))
     path.write_text(path.read_text().replace("0.5", "0.9"))
     status, out, complaint = make_index(monkeypatch, capsys)
     assert status == 1 and "no whole collection" in out
@@ -373,7 +373,7 @@ def test_broken_scores_are_named_and_their_collection_is_left_out(saves, folder,
 def test_the_printed_table_has_scores_where_something_was_evaluated(saves, folder, monkeypatch, capsys):
     assert "score" not in make_index(monkeypatch, capsys)[1]
     twin(folder, "Other_lora-rank_4_finetune")
-    scored.label(folder, scored.evaluated({"base": 0.25, 11: 0.5, 12: 0.75}))
+    scored.write(folder, scored.evaluated({"base": 0.25, 11: 0.5, 12: 0.75}))
     head, *lines = make_index(monkeypatch, capsys)[1].splitlines()
     assert head.endswith("MB   base    last score")
     assert sorted(line.endswith("0.2500  0.7500 (choice)") for line in lines) == [False, True]

@@ -186,7 +186,7 @@ def test_checkpoints_are_chosen_by_their_scores(mixed):
     better = pc.field("score") > pc.field("base_score")
     with pytest.raises(UserError, match="no checkpoint fits where="):
         steps(better)
-    scored.label(mixed, scored.evaluated({"base": 0.5, 7: 0.4, 9: 0.7, 12: 0.6}))
+    scored.write(mixed, scored.evaluated({"base": 0.5, 7: 0.4, 9: 0.7, 12: 0.6}))
     index.update()
     assert steps(better) == [9, 12]
     assert steps(better & (pc.field("score_low") > 0.55)) == [9]

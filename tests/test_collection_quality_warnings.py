@@ -25,8 +25,8 @@ def doubts_of(place):
 
     def told(*evaluations) -> list[str]:
         if evaluations:
-            scored.label(folder, *evaluations)
-        return quality_warnings.of(folder, manifest)
+            scored.write(folder, *evaluations)
+        return quality_warnings.find_warnings(folder, manifest)
 
     return told
 
@@ -101,7 +101,7 @@ def test_a_doubt_is_a_line_of_its_own_and_no_fault(collected, monkeypatch, capsy
     names = [folder / run_files.checkpoint_name(entry["step"]) for entry in (first, second)]
     names[1].write_bytes(names[0].read_bytes())
     (folder / "manifest.json").write_text(json.dumps(sealed(content)))
-    scored.label(folder, scored.evaluated({"base": 0.9, 12: 0.2}))
+    scored.write(folder, scored.evaluated({"base": 0.9, 12: 0.2}))
     before = sorted(path.name for path in folder.iterdir())
     for arguments in ([str(folder)], ["--recipe", str(collected.finetune), "4"]):
         monkeypatch.setattr("sys.argv", ["verify.py", *arguments])

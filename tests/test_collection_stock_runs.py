@@ -61,7 +61,7 @@ def test_a_stock_run_becomes_a_collection_of_its_newest_checkpoints(stock, stock
 
 def test_cleaning_again_keeps_the_scores_of_a_collection(stock):
     stock_runs.clean(stock, keep=2)
-    scored.label(stock, scored.evaluated({11: 0.5}))
+    scored.write(stock, scored.evaluated({11: 0.5}))
     before = content(stock)
     assert stock_runs.clean(stock, keep=1).state == "clean"
     assert content(stock) == before

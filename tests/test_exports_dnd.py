@@ -209,7 +209,7 @@ def test_a_model_and_rank_with_a_tokenizer_there_is_not_remarked_on(place, capsy
     for rank, told in ((8, ""), (16, "no tokenizer")):
         folder = place.collect(model="Qwen2.5-0.5B-Instruct", rank=rank)
         chosen = dnd.Chosen("x", folder, read_manifest(folder))
-        dnd.say_tokenizer(dnd.Planned(chosen, "", "", {}, shapes, "float32"))
+        dnd.print_tokenizer_note(dnd.Planned(chosen, "", "", {}, shapes, "float32"))
         said = capsys.readouterr().out
         assert told in said and bool(told) == bool(said)
 

@@ -213,7 +213,7 @@ def test_the_card_has_a_table_of_scores_where_something_was_evaluated(licensed, 
     run(publish, licensed, DRY_RUN="1")
     card = tree_of(licensed) / "README.md"
     before = card.read_text()
-    scored.label(
+    scored.write(
         licensed / "saves" / NAME,
         scored.evaluated({"base": 0.4, 7: 0.5, 9: 0.75, 12: 0.625}),
         scored.evaluated({9: 1.5, 12: 1.25}, metric="loss", split="Other|test", paired=False, rows=8),
@@ -261,9 +261,9 @@ def index_with(checkpoints: int, per_collection: int, datasets: int, size: int =
     ("table", "raw", "told"),
     [
         ((100_000, 100, 10), False, None),
-        ((100_000, 100, 10), True, "104005 files; the hub takes 100000 in a repository; leave RAW away"),
+        ((100_000, 100, 10), True, "104005 files; the hub takes 100000 in a repository; omit RAW"),
         ((90_000, 100, 10), True, None),
-        ((24_000, 12_000, 1), True, "12004 entries; the hub takes 10000 in a folder; leave RAW away"),
+        ((24_000, 12_000, 1), True, "12004 entries; the hub takes 10000 in a folder; omit RAW"),
         ((12_000, 1, 1), False, "12000 entries; the hub takes 10000 in a folder; publish several repositories"),
         ((1_000, 1_000, 1, 600_000_000), False, None),
         ((1_000, 1_000, 1, 60_000_000_000), False, "12000 entries; the hub takes 10000 in a folder; publish several"),
@@ -543,7 +543,7 @@ FEW, MORE, OTHER = ({"base": 0.4, 7: 0.5}, {"base": 0.4, 7: 0.5, 8: 0.7}, {"base
 
 
 def label(top: Path, figures: dict) -> bytes:
-    return scored.label(top / "saves" / NAME, scored.evaluated(figures)).read_bytes()
+    return scored.write(top / "saves" / NAME, scored.evaluated(figures)).read_bytes()
 
 
 def label_in(top: Path) -> bytes:
@@ -557,7 +557,7 @@ def test_scores_are_published_and_come_back(licensed, empty, run, hub, kind):
     label(licensed, FEW)
     run(publish, licensed, **layout(kind))
     out = run(pull, empty)
-    assert "there already" in out and "scores brought" in out, "the collection is there, its scores are new"
+    assert "there already" in out and "scores imported" in out, "the collection is there, its scores are new"
     assert hashes(empty / "saves" / NAME) == hashes(licensed / "saves" / NAME)
     assert index.load(empty / "saves")["score"].to_pylist() == [0.5] + [None] * 5
     assert "fetching" not in run(pull, empty)
@@ -593,11 +593,11 @@ def test_other_scores_than_the_index_names_are_not_brought(licensed, empty, run,
     label(licensed, FEW)
     run(publish, licensed, RAW="1")
     hub.repositories[REPO].files[f"collections/{NAME}/evaluation.json"] = label(licensed, OTHER)
-    with pytest.raises(UserError, match="has other scores than index.parquet names; it was not brought"):
+    with pytest.raises(UserError, match="has other scores than index.parquet names; it was not kept"):
         run(pull, empty)
     shutil.copytree(licensed / "saves" / NAME, empty / "saves" / NAME)
     (empty / "saves" / NAME / "evaluation.json").unlink()
-    with pytest.raises(UserError, match="has other scores than its index.parquet names; nothing was brought"):
+    with pytest.raises(UserError, match="has other scores than its index.parquet names; nothing was written"):
         run(pull, empty)
 
 

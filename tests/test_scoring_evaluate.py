@@ -6,6 +6,7 @@ import re
 import shutil
 import signal
 import subprocess
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -433,7 +434,7 @@ def broken_scores(project: Project, content: str | None = None) -> None:
 
 def scores_of_others(project: Project) -> None:
     folder = project.run_folder("finetune")
-    evaluation.write(folder, {"sha256": "0" * 64}, [])
+    evaluation.write(folder, replace(read_manifest(folder), sha256="0" * 64), [])
 
 
 def folder(project: Project) -> Path:

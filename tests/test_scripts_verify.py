@@ -54,7 +54,7 @@ def flip_a_bit(folder: Path) -> None:
 
 
 def edit_labels(folder: Path) -> None:
-    path = scored.label(folder, scored.evaluated({7: 0.5}))
+    path = scored.write(folder, scored.evaluated({7: 0.5}))
     path.write_text(path.read_text().replace("0.5", "0.9"))
 
 
@@ -98,13 +98,19 @@ def test_a_fresh_collection_is_whole_and_loads_with_peft(folder, capsys):
             lambda f: evaluation.write(f, replace(read_manifest(f), sha256="0"), []),
             "evaluation.json: is of other checkpoints",
         ),
-        (lambda f: scored.label(f, scored.evaluated({6: 0.5, 7: 0.5})), "has a score of step 6, which is none of its"),
-        (lambda f: scored.label(f, scored.evaluated({7: 0.5}, metric="luck")), "the metric 'luck', which is not known"),
         (
-            lambda f: scored.label(f, scored.evaluated({7: 0.5}, checkpoints=[{"step": 7}])),
+            lambda f: scored.write(f, scored.evaluated({6: 0.5, 7: 0.5})),
+            "has a score of step 6, which is none of its",
+        ),
+        (
+            lambda f: scored.write(f, scored.evaluated({7: 0.5}, metric="luck")),
+            "the metric 'luck', which is not known",
+        ),
+        (
+            lambda f: scored.write(f, scored.evaluated({7: 0.5}, checkpoints=[{"step": 7}])),
             "holds a score that is none",
         ),
-        (lambda f: scored.label(f, scored.evaluated({}, rows="all")), "has another kind of value"),
+        (lambda f: scored.write(f, scored.evaluated({}, rows="all")), "has another kind of value"),
         (lambda f: edit_manifest(f, lambda m: m.update(base_model={"name": "Gone"})), "make model MODEL=<org>/Gone"),
     ],
 )
@@ -117,7 +123,7 @@ def test_what_happened_to_a_collection_is_named(folder, capsys, damage, said):
 
 
 def test_scores_belong_into_a_collection_and_a_killed_evaluation_does_not_spoil_it(folder, capsys):
-    scored.label(folder, scored.evaluated({"base": 0.4, 7: 0.5, 12: 0.6}))
+    scored.write(folder, scored.evaluated({"base": 0.4, 7: 0.5, 12: 0.6}))
     (folder / ".evaluation.json.4711.tmp").write_text("{")
     assert verify.verify(folder)
     assert capsys.readouterr().out.startswith("whole")

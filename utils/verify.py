@@ -79,8 +79,8 @@ def verify(folder: Path, base: Path | None = None) -> bool:
         steps = manifest.steps
         size = files.size_of(folder.iterdir()) / 1e6
         say(f"whole  {name}: {len(steps)} checkpoints, steps {steps[0]}-{steps[-1]}, {size:.1f} MB")
-        for doubt in quality_warnings.of(folder, manifest):
-            say(f"DOUBTFUL {name}: {doubt}")
+        for warning in quality_warnings.find_warnings(folder, manifest):
+            say(f"DOUBTFUL {name}: {warning}")
     return not faults
 
 

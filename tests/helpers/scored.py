@@ -1,4 +1,4 @@
-"""Labels for the tests' collections: evaluation.json as `make evaluate` writes it, with a test's own figures."""
+"""Scores for the tests' collections: evaluation.json as `make evaluate` writes it, with a test's own figures."""
 
 from pathlib import Path
 from typing import Any
@@ -32,7 +32,7 @@ def evaluated(figures: dict, metric: str = "choice", losses: dict | None = None,
     } | changed  # fmt: skip
 
 
-def label(folder: Path, *evaluations: dict[str, Any]) -> Path:
+def write(folder: Path, *evaluations: dict[str, Any]) -> Path:
     """Write the evaluations of a collection; returns the file."""
     evaluation.write(folder, read_manifest(folder), list(evaluations))
     return folder / evaluation.FILE

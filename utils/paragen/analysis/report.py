@@ -1,9 +1,7 @@
-"""One page to look at all that was collected: saves/report/index.html, which opens from disk without a network.
+"""The report: one page about all collections, saves/report/index.html, which opens from disk without a network.
 
-    python utils/report.py        (make report)
-
-Reads recipes, manifests, logs and the statistics of each collection (computed where they are missing); writes the
-index, the statistics and the page. A broken collection is on the page as such, and named on stderr.
+Reads recipes, manifests, logs and the statistics of each collection (measured where they are missing); writes the
+index, the statistics and the page. A broken collection is marked on the page and named on stderr.
 """
 
 import base64
@@ -32,7 +30,7 @@ STATES = ("complete", "stale", "broken", "collecting", "pretrained", "missing")
 
 
 def make(saves: Path | None = None) -> Path:
-    """Gather, render and write the page below `saves`, whole or not at all; returns its path."""
+    """Gather the facts, render the page and write it atomically below `saves`; returns its path."""
     saves = saves or paths.SAVES
     facts = gather(saves)
     for fault in facts["faults"]:
@@ -44,15 +42,15 @@ def make(saves: Path | None = None) -> Path:
 
 
 def page_of(saves: Path | None = None) -> Path:
-    """Where the page lies."""
+    """The page's path."""
     return (saves or paths.SAVES) / "report" / "index.html"
 
 
 def gather(saves: Path) -> dict[str, Any]:
-    """All that the page shows, as plain values.
+    """All facts of the page, as plain values.
 
-    Returns `collections` (a dict each: what stands in the table, and `pictures`), `pairs` (the rows of the grid: a
-    recipe pair and its cells by rank), `ranks`, `map` (a panel for each base model), `totals`, `faults` (lines).
+    Returns `collections` (a dict each: its row of the table, and `pictures`), `pairs` (the rows of the grid: a recipe
+    pair and its cells by rank), `ranks`, `map` (a panel per base model), `totals`, `faults` (lines).
     """
     table, faults = index.update(saves)
     names = [folder.relative_to(saves.absolute()).as_posix() for folder in discovery.find_collections([saves])]
@@ -83,7 +81,7 @@ def gather(saves: Path) -> dict[str, Any]:
 
 
 def cell_states(table: "pa.Table") -> dict[str, Any]:
-    """The cells of all recipe pairs at the usual ranks and those that were collected, and how each stands.
+    """The cells of all recipe pairs, at the usual ranks and those that were collected, and the state of each.
 
     Returns `cells`, a list of (category, cell, run folder or None, state, reason), and `by_folder`, (state, reason) by
     the cell's run folder.
@@ -111,10 +109,10 @@ def cell_states(table: "pa.Table") -> dict[str, Any]:
 
 
 def described(saves: Path, name: str, state: str, reason: str, total: int) -> dict[str, Any]:
-    """The row and the pictures of one collection, of `total` checkpoints in all.
+    """The row and the pictures of one collection; all collections have `total` checkpoints.
 
-    `sketch` holds what the map shows of it: (steps, sketches), or None. Raises UserError where its manifest or its
-    files are not right.
+    `sketch` is (steps, sketches) of the checkpoints that the map shows, or None. Raises UserError where its manifest or
+    its files are not as recorded.
     """
     folder = saves / name
     manifest = read_manifest(folder)
@@ -133,7 +131,7 @@ def described(saves: Path, name: str, state: str, reason: str, total: int) -> di
         places = report_data.chosen_places(len(steps), total)
         shown = steps[places], sketch[places]
     except UserError as error:
-        for entry in entries:  # where the files are as recorded, it is their kind that is not known
+        for entry in entries:  # raises if a file differs; otherwise the kind of adapter is not supported
             checkpoints.verified(folder / entry.file_name, entry.bytes, entry.sha256)
         pictures["none"] = report_data.without_places(str(error), saves)
     return {
@@ -163,7 +161,7 @@ def described(saves: Path, name: str, state: str, reason: str, total: int) -> di
 
 
 def statistics(chosen: index.Chosen) -> "tuple[str, list[str], np.ndarray, np.ndarray, np.ndarray]":
-    """What pictures take of a collection's statistics, which are computed where they are not there yet.
+    """The statistics of a collection that the pictures show, measured unless they are up to date.
 
     Returns the base model's name, layers (names), steps (n,), sketches (n, d), and changes (layers, n): the norm of
     each layer's update less the one of the step before, over the norm of the update; NaN at the first step.
@@ -173,7 +171,7 @@ def statistics(chosen: index.Chosen) -> "tuple[str, list[str], np.ndarray, np.nd
 
     from paragen.analysis import measures
 
-    folder = measures.of(chosen, quiet=True)
+    folder = measures.measured_folder(chosen, quiet=True)
     tensors = load_file(folder / "steps.safetensors")
     about = json.loads((folder / "stats.json").read_bytes())
     change, norm = (tensors[name].astype(np.float64) for name in ("change", "norm"))
@@ -183,7 +181,7 @@ def statistics(chosen: index.Chosen) -> "tuple[str, list[str], np.ndarray, np.nd
 
 
 def named(name: str) -> dict[str, Any]:
-    """What a collection's path alone says."""
+    """The facts that a collection's path alone gives."""
     parts = name.split("/")
     held = paths.rank_in(name) or (None, None)
     return {
@@ -197,7 +195,7 @@ def named(name: str) -> dict[str, Any]:
 
 
 def described_broken(saves: Path, name: str, fault: str) -> dict[str, Any]:
-    """The row of a folder that is no whole collection, or not yet."""
+    """The row of a folder that is not a whole collection, or not yet."""
     folder = saves / name
     running = files.is_held(files.beside(folder, "lock"))
     found = [path for path in folder.rglob("*") if path.is_file()] if folder.is_dir() else []
@@ -219,7 +217,7 @@ def described_broken(saves: Path, name: str, fault: str) -> dict[str, Any]:
 
 
 def grid(states: list[tuple], by_folder: dict[Path, dict]) -> list[dict[str, Any]]:
-    """The rows of the grid, those with most collected first: category, dataset, model, bytes, cells by rank."""
+    """The rows of the grid, by descending size: category, dataset, model, bytes, cells by rank."""
     rows: dict[tuple, dict] = {}
     for category, cell, folder, state, reason in states:
         key = (cell.dataset, cell.model)
@@ -238,7 +236,7 @@ def grid(states: list[tuple], by_folder: dict[Path, dict]) -> list[dict[str, Any
 
 
 def checkpoint_map(found: list[dict]) -> list[dict[str, Any]]:
-    """A panel for each base model with its checkpoints in their first two principal components."""
+    """A panel per base model: its checkpoints in their first two principal components."""
     import numpy as np
 
     held = [row for row in found if row["sketch"] is not None]
@@ -252,7 +250,7 @@ def checkpoint_map(found: list[dict]) -> list[dict[str, Any]]:
 
 
 def totals(found: list[dict], pairs: list[dict]) -> list[tuple[str, str]]:
-    """The headline figures: (figure, of what)."""
+    """The headline figures: (figure, label)."""
     whole = [row for row in found if row["kept"]]
     states = [cell["state"] for pair in pairs for cell in pair["cells"].values()]
     size = sum(row["bytes"] for row in whole)
@@ -271,7 +269,7 @@ def totals(found: list[dict], pairs: list[dict]) -> list[tuple[str, str]]:
 
 
 def render(facts: dict[str, Any]) -> str:
-    """The page, whole in one text. What stands in `facts` cannot become markup or script."""
+    """The page as one text. No value in `facts` can become markup or script."""
     import jinja2
     import markupsafe
     import plotly.offline
@@ -296,7 +294,7 @@ def render(facts: dict[str, Any]) -> str:
 
 
 def as_data(value: Any) -> Any:
-    """A value as JSON for a <script type="application/json">, which no name in it can end."""
+    """A value as JSON for a <script type="application/json">, escaped so that no text in it can end the script."""
     import markupsafe
 
     text = json.dumps(value, ensure_ascii=False, separators=(",", ":"), allow_nan=False)

@@ -1,7 +1,7 @@
 """A safetensors file as its header and byte planes: the first bytes of all values together, then the second ones, ...
 
-Imported by archive.py. Sign and exponent of neighbouring values are alike, the last bits of a mantissa are noise; apart
-from each other they compress as they deserve. Values of 2 bytes make 2 planes, of 4 bytes 4.
+Signs and exponents of neighbouring values are similar and compress well; the last bits of a mantissa are noise and do
+not. So they are stored apart: values of 2 bytes make 2 planes, values of 4 bytes 4.
 """
 
 import json
@@ -9,14 +9,14 @@ from itertools import pairwise
 
 import numpy as np
 
-# Bytes per value; a dtype that is not named is taken byte by byte, which is as lossless.
+# Bytes per value; a dtype that is not listed is split byte by byte, which is lossless, too.
 WIDTHS = {"F64": 8, "I64": 8, "U64": 8, "F32": 4, "I32": 4, "U32": 4, "F16": 2, "BF16": 2, "I16": 2, "U16": 2}
 
 
 def header_of(data: bytes) -> bytes:
     """The header of a safetensors file's bytes: the eight bytes of its length and its JSON.
 
-    Raises ValueError when there is none.
+    Raises ValueError for bytes that are no safetensors file.
     """
     header = data[: 8 + int.from_bytes(data[:8], "little")]
     if len(data) < 8 or len(header) < 8 + int.from_bytes(data[:8], "little"):
@@ -28,10 +28,10 @@ def runs_of(header: bytes, size: int) -> list[tuple[int, int]]:
     """The data section that a header describes, as runs of values of one width: (bytes per value, bytes).
 
     Args:
-        header: as header_of gives it.
-        size: length of the data section, bytes.
+        header: as header_of returns it.
+        size: the length of the data section, bytes.
 
-    A data section that the header does not describe without gaps is one run of single bytes.
+    A data section that the header describes with gaps is one run of single bytes. Raises ValueError for a broken one.
     """
     try:
         tensors = [entry for name, entry in json.loads(header[8:]).items() if name != "__metadata__"]
@@ -51,12 +51,12 @@ def runs_of(header: bytes, size: int) -> list[tuple[int, int]]:
 
 
 def sizes_of(runs: list[tuple[int, int]]) -> list[int]:
-    """The length of each plane of some runs, bytes, in the order of `split`."""
+    """The length of each plane in bytes, in the order of `split`."""
     return [size // width for width, size in runs for _ in range(width)]
 
 
 def split(data: np.ndarray, runs: list[tuple[int, int]]) -> list[np.ndarray]:
-    """The planes of a data section (uint8, one dimension), run by run, a run's lowest bytes first; contiguous uint8."""
+    """The planes of a data section (1-D uint8): run by run, lowest bytes first, each contiguous 1-D uint8."""
     planes, start = [], 0
     for width, size in runs:
         values = data[start : start + size].reshape(-1, width)

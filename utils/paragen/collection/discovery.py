@@ -10,9 +10,9 @@ from paragen.common import paths
 
 
 def find_collections(tops: list[Path]) -> list[Path]:
-    """All folders below `tops` (or they themselves) that are collections, or by name or content should be, sorted.
+    """All folders at or below `tops` that are collections, or by name or content should be; sorted.
 
-    Nothing inside a collection or a stock checkpoint folder is looked at, nor what is made from collections (exports).
+    Does not look into collections, stock checkpoint folders or derived folders (exports, statistics).
     """
     found, linked = set(), set()
     for top in tops:
@@ -28,7 +28,8 @@ def find_collections(tops: list[Path]) -> list[Path]:
             skipped = paths.DERIVED if folder == top.absolute() or folder == paths.SAVES else ()
             for sub in sorted(subfolders):
                 if sub.startswith(".") and sub.endswith("_finetune.old"):
-                    found.add(folder / sub[1 : -len(".old")])  # a crash between two renames; the next training mends it
+                    # left by a crash between two renames; the next training repairs it
+                    found.add(folder / sub[1 : -len(".old")])
                 elif sub.endswith("_finetune") and (folder / sub / paths.MANIFEST).is_file():
                     found.add(folder / sub)
                 elif not (sub.startswith(".") or sub in skipped or paths.CHECKPOINT.fullmatch(sub)):
@@ -40,7 +41,7 @@ def find_collections(tops: list[Path]) -> list[Path]:
 
 
 def is_collection(folder: Path, names: list[str]) -> bool:
-    """Whether a folder, whatever its name, is a collection going by its manifest or by the files (`names`) in it."""
+    """Whether a folder of any name is a collection, judged by its manifest or by the files (`names`) in it."""
     has_checkpoints = any(CHECKPOINT_FILE.fullmatch(name) for name in names)
     if paths.MANIFEST not in names:
         return has_checkpoints
@@ -48,9 +49,14 @@ def is_collection(folder: Path, names: list[str]) -> bool:
 
 
 def state_of(folder: Path, identity: dict) -> tuple[str, list[str]]:
-    """How a run folder stands to what is asked for: (`missing` | `complete` | `stale` | `unknown`, what changed).
+    """Compares a run folder with the run that a recipe requests.
 
-    `unknown` is a folder without a manifest: not made by this project, or not cleaned yet.
+    Args:
+        folder: the run folder, whether or not it exists.
+        identity: the requested run's, as `run_identity.identity_of` gives it.
+
+    Returns (state, what changed, a phrase each). The state is `missing`, `complete`, `stale` (trained from something
+    else), or `unknown` (without a manifest: not made by this project, or a stock run that is not cleaned yet).
     """
     if not folder.exists():
         return "missing", []

@@ -47,7 +47,7 @@ def check_finite(path: Path) -> None:
 
 
 def tidy(folder: Path, keep: set[str]) -> None:
-    """Remove every entry of a staging folder whose name is not in `keep`."""
+    """Remove all files and folders from a staging folder but those named in `keep`."""
     for path in folder.iterdir():
         if path.name in keep:
             continue
@@ -58,7 +58,7 @@ def tidy(folder: Path, keep: set[str]) -> None:
 
 
 def draw_loss(folder: Path, title: str, kept_from: int | None = None) -> None:
-    """training_loss.png from trainer_log.jsonl: this phase's loss per step, the kept window shaded."""
+    """Draw training_loss.png from trainer_log.jsonl: the loss per step, the steps from `kept_from` on shaded."""
     import matplotlib.pyplot as plt
     from llamafactory.extras.ploting import gen_loss_plot
 
@@ -75,7 +75,7 @@ def draw_loss(folder: Path, title: str, kept_from: int | None = None) -> None:
 
 
 def set_base_name(adapter_config: Path, base: dict) -> None:
-    """Name the base model in adapter_config.json by hub id and revision, or by its folder's name: no local path.
+    """Replace the local path of the base model in adapter_config.json by its hub id and revision, or its folder's name.
 
     PEFT keeps target_modules as a set; they are sorted so that equal runs have equal files.
     """

@@ -1,7 +1,7 @@
-"""What a run was trained from, so that a later run of the same name can tell whether it would be the same.
+"""The identity of a run: what it is trained from, so that a later run of the same name can be compared with it.
 
-Imported by train.py and collection.py. An identity is a JSON value with the sections recipe, data, base_model,
-tokenizer and pretrain: contents and hashes, never this machine's paths.
+An identity is a JSON object with the sections recipe, data, base_model, tokenizer and pretrain. They hold contents and
+hashes, no paths of this machine.
 """
 
 import ast
@@ -37,12 +37,12 @@ NOT_TOKENISED = {
     "use_dora", "use_rslora", "warmup_ratio", "warmup_steps", "weight_decay",
 }  # fmt: skip
 OWN_TOKENS = {"eval_dataset", "tokenized_path", "streaming"}
-# What a checkpoint folder must hold to be resumed, all of it decisive for what follows.
+# The files that a checkpoint folder needs to be resumed; each of them changes the training that follows.
 RESUMED = (paths.ADAPTER, "optimizer.pt", "scheduler.pt", "rng_state.pth", "trainer_state.json")
 
 
 def identity_of(recipe: Path, config: dict) -> dict:
-    """The identity of the run that a rendered recipe asks for.
+    """The identity of the run that a rendered recipe describes.
 
     Args:
         recipe: the recipe's path; the paths in it are relative to its folder.
@@ -64,10 +64,10 @@ def identity_of(recipe: Path, config: dict) -> dict:
 
 
 def tokens_key(identity: dict) -> str | None:
-    """A key for the tokenised rows of a run: the same for all runs that tokenise the same rows in the same way.
+    """A key for the tokenised rows of a run: equal for all runs that tokenise the same rows in the same way.
 
-    None where they depend on more: on pictures, on rows that the identity does not hold (of an eval_dataset), or on
-    tokens that the recipe keeps itself.
+    None where they depend on more: on pictures, on rows outside the identity (of an eval_dataset), or on tokens that
+    the recipe stores itself (tokenized_path).
     """
     if any(data["pictures"] for data in identity["data"]) or OWN_TOKENS & identity["recipe"].keys():
         return None
@@ -77,11 +77,11 @@ def tokens_key(identity: dict) -> str | None:
 
 
 def hash_of_template(name: str | None) -> str | None:
-    """The hash of one of our own templates, as prompt_templates.py says it; None for LLaMA-Factory's."""
+    """The hash of a template's definition in prompt_templates.py; None for LLaMA-Factory's own templates."""
     for node in ast.walk(ast.parse(Path(prompt_templates.__file__).read_text(encoding="utf-8"))):
         if isinstance(node, ast.Call) and getattr(node.func, "id", "") == "register_template":
-            said = {keyword.arg: keyword.value for keyword in node.keywords}
-            if getattr(said.get("name"), "value", None) == name and name is not None:
+            arguments = {keyword.arg: keyword.value for keyword in node.keywords}
+            if getattr(arguments.get("name"), "value", None) == name and name is not None:
                 return files.sha256_of_value(ast.dump(node))
     return None
 
@@ -93,7 +93,7 @@ def resume_folder(recipe: Path, config: dict) -> Path | None:
 
 
 def pretrain_of(checkpoint: Path | None) -> dict | None:
-    """Run, step and hash of the checkpoint that is resumed; None without one, also where it is gone."""
+    """Run, step and hash of the checkpoint that is resumed; None where none is, or where it is gone."""
     if checkpoint is None or not (checkpoint / "trainer_state.json").is_file():
         return None
     resumed = sorted(path for path in checkpoint.iterdir() if is_resumed(path.name))
@@ -103,7 +103,7 @@ def pretrain_of(checkpoint: Path | None) -> dict | None:
 
 
 def is_resumed(name: str) -> bool:
-    """Whether a file of a checkpoint folder decides what follows (several processes have an rng_state each)."""
+    """Whether a resumed training reads this file of a checkpoint folder (several processes have an rng_state each)."""
     return name in RESUMED or re.fullmatch(r"rng_state_\d+\.pth", name) is not None
 
 
@@ -117,7 +117,7 @@ def step_of(checkpoint: Path) -> int:
 
 
 def changes(old: dict, new: dict) -> list[str]:
-    """What differs between two identities, a phrase each; a section that the old one could not know is passed over."""
+    """The differences between two identities, a phrase each; a section that is None in the old one is skipped."""
     found = []
     for key in sorted({*(old["recipe"] or {}), *new["recipe"]}) if old["recipe"] is not None else []:
         before, after = old["recipe"].get(key), new["recipe"].get(key)
@@ -137,7 +137,7 @@ def changes(old: dict, new: dict) -> list[str]:
 
 
 def _data_of(name: str, recipe: Path, config: dict) -> dict:
-    """What is read of one dataset: entry, file, and the first `max_samples` rows, trained on, with their pictures."""
+    """The section of one dataset: its entry, its file, and the first `max_samples` rows with their pictures."""
     folder = resolve(recipe, config.get("dataset_dir", "data"))
     entry = dataset_info.entry_of(name, folder)
     dataset_info.require_trainable(name, entry)
@@ -161,7 +161,7 @@ def _data_of(name: str, recipe: Path, config: dict) -> dict:
 
 def _data_changes(old: list[dict], new: list[dict]) -> list[str]:
     if [data["name"] for data in old] != [data["name"] for data in new]:
-        return []  # the recipe's `dataset` key says so already
+        return []  # the recipe's `dataset` key differs too, and is named
     found = []
     for before, after in zip(old, new, strict=True):
         if before.get("rows_sha256") != after["rows_sha256"]:
@@ -186,11 +186,11 @@ def _check_against_manifest(checkpoint: Path, sha256: str) -> None:
 
 
 def check_resumable(checkpoint: Path, rank: int, how_to_make: str) -> None:
-    """Refuse a checkpoint that is not there (listing those that are) or was trained at another rank.
+    """Raise UserError for a checkpoint that does not exist (listing those that do) or has another rank.
 
     Args:
         checkpoint: the folder a recipe resumes from.
-        rank: the rank that is to be trained.
+        rank: the rank to train.
         how_to_make: the command that makes the missing checkpoint.
     """
     if not (checkpoint / paths.ADAPTER).is_file():
@@ -219,5 +219,5 @@ def check_resumable(checkpoint: Path, rank: int, how_to_make: str) -> None:
 
 
 def force_asked() -> bool:
-    """Whether the user said FORCE=1: redo what is complete or stale."""
+    """Whether the user set FORCE=1: make again what is complete or stale."""
     return cli.asked("FORCE")

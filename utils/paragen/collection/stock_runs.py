@@ -1,10 +1,7 @@
-"""Make a stock LLaMA-Factory finetune run a collection: adapters alone, newest N steps, with a manifest.
+"""Makes a collection of a finished stock LLaMA-Factory finetune run: the adapters of its newest steps, and a manifest.
 
-    python utils/checkpoint_cleaner.py RUN_FOLDER [--keep 100] [--dry-run]
-
-Reads checkpoint-*/ with their optimizer states and tokenizer files; leaves checkpoint-<step>.safetensors and the rest
-of a collection in their place. The collection is built and read back beside the folder before anything is removed;
-safe to run twice and after a crash. What a stock run cannot tell is null in the manifest.
+The collection is built and read back beside the run folder before it replaces it, so that a crash loses nothing. Facts
+that a stock run does not record are null in the manifest.
 """
 
 import argparse
@@ -28,25 +25,25 @@ STATE = "trainer_state.json"
 
 
 class Outcome(NamedTuple):
-    """What became of a run folder."""
+    """How cleaning a run folder ended."""
 
-    state: str  # `clean` already, `cleaned`, or `would clean` in a dry run
+    state: str  # `clean` (was one already), `cleaned`, or `would clean` in a dry run
     checkpoints: int
     freed: int  # bytes
 
 
 def add_options(parser: argparse.ArgumentParser) -> None:
-    """The options that cleaning one folder and cleaning many share."""
+    """Add the options that cleaning one folder and cleaning many share."""
     parser.add_argument("--keep", type=int, default=DEFAULT_KEEP, help="keep the newest N steps (default: %(default)s)")
     parser.add_argument("--dry-run", action="store_true", help="only show what would be freed")
 
 
 def clean(folder: Path, keep: int = DEFAULT_KEEP, dry_run: bool = False) -> Outcome:
-    """Bring a stock finetune run folder to the collection layout.
+    """Turn a stock finetune run folder into a collection.
 
     Args:
         folder: the run folder.
-        keep: how many checkpoints stay, the newest by step number.
+        keep: how many checkpoints to keep, the newest by step number.
         dry_run: change nothing.
 
     Raises UserError, with nothing changed, for a folder that is no finished finetune run or holds a broken checkpoint.
@@ -74,13 +71,13 @@ def clean(folder: Path, keep: int = DEFAULT_KEEP, dry_run: bool = False) -> Outc
                 return Outcome("would clean", len(kept), freed)
             return rebuild(folder, kept)
     except files.Busy:
-        raise UserError(f"{folder}: a run is going on in it") from None
+        raise UserError(f"{folder}: another process is at work on it") from None
 
 
 def finished_checkpoints(folder: Path) -> list[Path]:
-    """The checkpoint folders of a finished stock finetune run, in the order of their steps; each is whole.
+    """The checkpoint folders of a finished stock finetune run, in ascending order of their steps.
 
-    Raises UserError saying what the folder lacks.
+    Raises UserError naming what is missing or broken.
     """
     found = {int(path.name.split("-")[1]): path for path in folder.iterdir() if is_checkpoint(path)}
     if not found:
@@ -104,7 +101,7 @@ def is_checkpoint(path: Path) -> bool:
 
 
 def saved_every_step(state: dict, found: dict[int, Path]) -> bool:
-    """Whether a run of any name collected: several checkpoints, one after each step."""
+    """Whether a run of any name saved a checkpoint after each of several steps."""
     return len(found) > 1 and max(found) - min(found) == len(found) - 1 or state.get("save_steps") == 1
 
 
@@ -131,14 +128,14 @@ def check_adapter(checkpoint: Path) -> None:
         raise UserError(f"{error.filename or checkpoint / paths.ADAPTER}: is missing; nothing was changed") from None
     except (ValueError, SafetensorError) as error:
         raise UserError(
-            f"{checkpoint}: its adapter is broken ({error}); remove that folder to go on without it"
+            f"{checkpoint}: its adapter is broken ({error}); remove that folder to clean the run without it"
         ) from None
     if adapter.get("peft_type") != "LORA":
         raise UserError(f"{checkpoint}: holds no LoRA adapter")
 
 
 def rebuild(folder: Path, kept: list[Path]) -> Outcome:
-    """Build the collection beside `folder` and put it in its place. `kept` is in the order of steps."""
+    """Build a collection from the checkpoint folders `kept` (ascending by step) beside `folder`, and replace that."""
     before = files.size_of(folder.rglob("*"))
     staging = files.beside(folder, f"staging-{secrets.token_hex(4)}")
     staging.mkdir()
@@ -180,7 +177,7 @@ def finite_or_none(value: Any) -> float | None:
 
 
 def link_or_copy(source: Path, target: Path) -> None:
-    """The same file under a second name where the file system can do that, else a copy on disk."""
+    """Hard-link a file, or copy it where the file system has no hard links."""
     try:
         os.link(source, target)
     except OSError:
@@ -190,7 +187,7 @@ def link_or_copy(source: Path, target: Path) -> None:
 
 
 def base_of(adapter: dict) -> dict:
-    """Name and hub id of the base model that an adapter_config.json names; the hash is not known."""
+    """The section `base_model` of a manifest from adapter_config.json, which does not record the hash."""
     named = str(adapter.get("base_model_name_or_path") or "")
     is_hub_id = re.fullmatch(r"[\w.-]+/[\w.-]+", named) and not named.startswith(".") and not Path(named).exists()
     folder = paths.MODELS / Path(named).name

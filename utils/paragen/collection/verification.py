@@ -14,10 +14,10 @@ from paragen.common.cli import UserError
 
 
 def faults_of(folder: Path, manifest: Manifest) -> list[str]:
-    """What is wrong with a collection, a phrase each: files, hashes, steps, keys, shapes, values, evaluation.json."""
+    """The faults of a collection's files, hashes, steps, keys, shapes, values and evaluation.json, a phrase each."""
     entries, steps, faults = manifest.checkpoints, manifest.steps, []
     expected = {paths.MANIFEST, *BESIDE, *(entry.file_name for entry in entries)}
-    half_written = files.unfinished(folder / evaluation.FILE)  # what a killed evaluation leaves is no fault
+    half_written = files.unfinished(folder / evaluation.FILE)  # a killed evaluation leaves these; they are no fault
     there = {path.name for path in folder.iterdir() if path not in half_written}
     faults += [f"{name} is missing" for name in sorted(expected - there - set(OPTIONAL))]
     faults += [f"{name} does not belong here" for name in sorted(there - expected)]
@@ -30,8 +30,8 @@ def faults_of(folder: Path, manifest: Manifest) -> list[str]:
     if config.name in there and files.sha256_of(config) != manifest.adapter_config_sha256:
         faults.append(f"{config.name} does not have its recorded sha256")
     try:
-        if (labels := evaluation.bytes_in(folder)) is not None:
-            evaluation.parse(labels, manifest, evaluation.FILE)
+        if (scores := evaluation.bytes_in(folder)) is not None:
+            evaluation.parse(scores, manifest, evaluation.FILE)
     except UserError as error:
         faults.append(str(error))
     present = [entry for entry in entries if entry.file_name in there]
@@ -40,7 +40,7 @@ def faults_of(folder: Path, manifest: Manifest) -> list[str]:
 
 
 def _checkpoint_faults(folder: Path, entries: Sequence[CheckpointEntry], rank: int) -> list[str]:
-    """Faults in the checkpoint files themselves, which are read several at a time."""
+    """Faults of the checkpoint files, which are read several at a time."""
     with ThreadPoolExecutor(min(8, os.cpu_count() or 1)) as threads:
         read = list(threads.map(lambda entry: _read_checkpoint(folder / entry.file_name, entry), entries))
     faults, layout = [], None
@@ -60,8 +60,8 @@ def _checkpoint_faults(folder: Path, entries: Sequence[CheckpointEntry], rank: i
 
 
 def _read_checkpoint(path: Path, entry: CheckpointEntry) -> tuple[list[str], dict[str, tuple] | None]:
-    """What is wrong with a checkpoint file by itself, and shape and dtype by key; only a file whose hash is right is
-    opened as tensors (None otherwise)."""
+    """(The faults of one checkpoint file, shape and dtype by key). A file with another hash is not opened; its second
+    value is None."""
     import torch
     from safetensors import SafetensorError
     from safetensors.torch import load_file
@@ -80,7 +80,7 @@ def _read_checkpoint(path: Path, entry: CheckpointEntry) -> tuple[list[str], dic
 
 
 def peft_faults(folder: Path, step: int, base: Path) -> list[str]:
-    """Load one checkpoint through PEFT onto the base model's bare structure (no weights are read)."""
+    """What PEFT reports when it loads one checkpoint onto the base model's structure, without the base's weights."""
     import torch
     from peft import PeftModel, get_peft_model_state_dict
     from safetensors import safe_open
@@ -92,7 +92,7 @@ def peft_faults(folder: Path, step: int, base: Path) -> list[str]:
     )
 
     config = AutoConfig.from_pretrained(base, trust_remote_code=False)
-    reads_pictures = type(config) in MODEL_FOR_IMAGE_TEXT_TO_TEXT_MAPPING  # LLaMA-Factory chooses its class so
+    reads_pictures = type(config) in MODEL_FOR_IMAGE_TEXT_TO_TEXT_MAPPING  # as LLaMA-Factory chooses the class
     with torch.device("meta"):
         model = (AutoModelForImageTextToText if reads_pictures else AutoModelForCausalLM).from_config(config)
     with tempfile.TemporaryDirectory() as adapter:

@@ -1,6 +1,6 @@
 """The dataset card of a published repository: its README.md, with the metadata that the hub reads.
 
-Imported by publish.py. The text is utils/card.md, a Jinja template; the metadata is huggingface_hub's DatasetCardData.
+card.md beside this file is its Jinja template; the metadata is huggingface_hub's DatasetCardData.
 """
 
 import re
@@ -29,14 +29,14 @@ def render(
     data_dir: Path,
     models_dir: Path,
 ) -> str:
-    """The card of a repository, the same text for the same collections.
+    """The card of a repository; equal collections have equal cards.
 
     Args:
         repository: user/name.
-        chosen: what is published.
-        table: its rows of the index.
-        marks: as publish_tree.build returns them.
-        data_dir, models_dir: where licences are looked up.
+        chosen: the published collections.
+        table: their rows of the index.
+        marks: as published_tree.build returns them.
+        data_dir, models_dir: data/ and models/, which record the licences.
     """
     import jinja2
     from huggingface_hub import DatasetCard
@@ -66,12 +66,12 @@ def render(
 
 
 def in_a_table(value: Any) -> Any:
-    """A value as it can stand in a table's cell: on one line, its bars escaped."""
+    """A value for a table's cell: on one line, its bars escaped."""
     return " ".join(value.split()).replace("|", "\\|") if isinstance(value, str) else value
 
 
 def metadata_of(repository: str, rows: int, data: list[dict], bases: list[dict], unknown: bool) -> Any:
-    """The card's metadata, a huggingface_hub.DatasetCardData. `unknown`: some data are not known at all."""
+    """The card's metadata, a huggingface_hub.DatasetCardData. `unknown`: the data of some collections are unknown."""
     from huggingface_hub import DatasetCardData
 
     languages = sorted({part["language"] for part in data if part["language"]})
@@ -104,7 +104,7 @@ def parts_of(chosen: list[index.Chosen]) -> list[TrainedData]:
 
 
 def data_facts(chosen: list[index.Chosen], data_dir: Path) -> list[dict[str, Any]]:
-    """A mapping per data file in the tree, as licenses.of_data gives it; test splits included."""
+    """A dict per data file in the tree, test splits included, as licenses.of_data returns it."""
     found = {}
     for part in parts_of(chosen):
         found[part.file] = licenses.of_data(part, data_dir)
@@ -117,7 +117,7 @@ def data_facts(chosen: list[index.Chosen], data_dir: Path) -> list[dict[str, Any
 
 
 def base_facts(chosen: list[index.Chosen], models_dir: Path) -> list[dict[str, Any]]:
-    """A mapping per base model, as licenses.of_base gives it, with `link` as it stands in the card."""
+    """A dict per base model, as licenses.of_base returns it, and its `link` for the card."""
     found = {}
     for item in chosen:
         base = licenses.of_base(item.manifest.base_model, models_dir)
@@ -129,7 +129,7 @@ def base_facts(chosen: list[index.Chosen], models_dir: Path) -> list[dict[str, A
 
 
 def is_custom(license_name: str | None) -> bool:
-    """Whether a licence is one of a model's own, not one of the common ones."""
+    """Whether a licence is a model's own and not a common one."""
     return license_name is not None and re.match("|".join(licenses.CUSTOM), license_name.lower()) is not None
 
 
@@ -150,7 +150,7 @@ def collection_rows(table: "pa.Table") -> list[dict[str, str]]:
 
 
 def score_rows(chosen: list[index.Chosen], table: "pa.Table") -> list[tuple[str, ...]]:
-    """A row per evaluation of a collection for the card: what was scored, and the scores of base and checkpoints."""
+    """A row per evaluation for the card: the split, and the scores of the base, the best and the last checkpoint."""
     models = dict(zip(table["collection"].to_pylist(), table["model"].to_pylist(), strict=True))
     rows = []
     for item in chosen:
@@ -168,7 +168,7 @@ def score_rows(chosen: list[index.Chosen], table: "pa.Table") -> list[tuple[str,
 
 
 def recipe_rows(chosen: list[index.Chosen], table: "pa.Table") -> list[tuple[str, ...]]:
-    """The main figures of each recipe for the card, each distinct row once."""
+    """The main settings of each recipe for the card, each distinct row once."""
     models = dict(zip(table["collection"].to_pylist(), table["model"].to_pylist(), strict=True))
     rows = []
     for item in chosen:
@@ -185,7 +185,7 @@ def recipe_rows(chosen: list[index.Chosen], table: "pa.Table") -> list[tuple[str
 
 
 def versions_of(chosen: list[index.Chosen]) -> str:
-    """The versions that the collections were made with, as one phrase."""
+    """The package versions that the collections were made with, as one phrase."""
     found: dict[str, set[str]] = {}
     for item in chosen:
         for name, version in (item.manifest.versions or {}).items():
