@@ -71,7 +71,7 @@ def clean(folder: Path, keep: int = DEFAULT_KEEP, dry_run: bool = False) -> Outc
                 return Outcome("would clean", len(kept), freed)
             return rebuild(folder, kept)
     except files.Busy:
-        raise UserError(f"{folder}: another process is at work on it") from None
+        raise UserError(f"{folder}: is being trained or cleaned right now") from None
 
 
 def finished_checkpoints(folder: Path) -> list[Path]:
