@@ -19,7 +19,7 @@ from helpers import scored
 from helpers.copies import edit, flip_a_bit, twin
 
 import index as index_script
-from paragen.collection import checkpoints, index
+from paragen.collection import checkpoints, index, index_tables
 from paragen.collection.manifest import read_manifest
 from paragen.common import paths
 from paragen.common.cli import UserError
@@ -386,7 +386,7 @@ def test_a_collection_made_from_a_stock_run_has_its_unknowns_empty(saves, folder
     table, faults = index.update(saves)
     assert not faults
     assert table["loss"].null_count == table["seed"].null_count == table["rows"].null_count == 6
-    index.print_collections(table)
+    index_tables.print_collections(table)
     assert index.load(saves).num_rows == 6
 
 

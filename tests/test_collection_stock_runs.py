@@ -146,7 +146,7 @@ def test_a_running_run_is_left_alone(stock):
     hold += f"with files.lock(pathlib.Path({str(lock)!r})): print('held', flush=True); input()"
     holder = subprocess.Popen([sys.executable, "-c", hold], stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True)
     holder.stdout.readline()
-    with pytest.raises(UserError, match="going on"):
+    with pytest.raises(UserError, match="is being trained or cleaned right now"):
         stock_runs.clean(stock)
     holder.communicate("\n")
 

@@ -12,7 +12,7 @@ import argparse
 import os
 import sys
 
-from paragen.collection import index
+from paragen.collection import index, index_tables
 from paragen.common import cli
 
 
@@ -23,7 +23,7 @@ def main() -> int:
     args = parser.parse_args()
     table, faults = index.update()
     try:
-        index.show(table, args, whole=not faults)
+        index_tables.show(table, args, whole=not faults)
     except BrokenPipeError:  # `| head` has seen enough; Python shall not try again at its end
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
     for fault in faults.values():

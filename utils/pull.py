@@ -11,7 +11,7 @@ are replaced only with FORCE=1. An interrupted download is resumed by the next c
 
 import os
 
-from paragen.collection import index
+from paragen.collection import index, index_tables
 from paragen.common import cli, files, paths
 from paragen.hub import errors, transfer
 from paragen.publishing import pull
@@ -26,7 +26,7 @@ def main() -> None:
         table = errors.translated(f"datasets/{repository}", revision, lambda: pull.pull(repository, revision, staging))
         files.remove_folder(staging)
     index.update()
-    index.print_collections(table)
+    index_tables.print_collections(table)
 
 
 if __name__ == "__main__":

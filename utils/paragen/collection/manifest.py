@@ -5,16 +5,16 @@ that an edited one is recognised. `parse_manifest` checks every value once; code
 """
 
 import json
-import math
 import platform
-import re
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from dataclasses import asdict, dataclass, field
 from datetime import datetime
 from importlib.metadata import version
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any
 
+from paragen.collection import manifest_kinds as kinds
+from paragen.collection.manifest_kinds import Section, Unfit
 from paragen.collection.run_files import checkpoint_name
 from paragen.common import files, paths
 from paragen.common.cli import UserError
@@ -22,7 +22,6 @@ from paragen.dataset import dataset_info
 
 FORMAT = 2
 PACKAGES = ("llamafactory", "transformers", "peft", "accelerate", "datasets", "torch", "safetensors")
-DTYPES = ("float32", "bfloat16", "float16")
 IDENTITY = ("recipe", "data", "base_model", "tokenizer", "pretrain")  # the sections that run_identity.py makes
 # Keys that every manifest has; all others came later and may be missing.
 KEYS = (
@@ -298,114 +297,6 @@ def attempt_facts(attempt: str, started: str, finished: str) -> dict[str, Any]:
     }
 
 
-# ------------------------------------------------------------------------------------------------- checking the content
-
-
-class Kind(NamedTuple):
-    """What a value has to be: in words, and as a test of a value that is not null."""
-
-    words: str
-    fits: Callable[[Any], bool]
-
-
-def is_plain_name(value: Any) -> bool:
-    """Whether a value is the name of a file or folder, with no way to lead to another folder."""
-    return (
-        isinstance(value, str)
-        and value.isprintable()
-        and value.strip() == value != ""
-        and not value.startswith(".")
-        and not set(value) & set("/\\")
-    )
-
-
-def is_time(value: Any) -> bool:
-    """Whether a value is a date and time with a time zone, in ISO 8601."""
-    try:
-        return isinstance(value, str) and datetime.fromisoformat(value).tzinfo is not None
-    except ValueError:
-        return False
-
-
-def is_number(value: Any) -> bool:
-    """Whether a value is a number that a float64 holds; a JSON true is none."""
-    return math.isfinite(value) if type(value) is float else type(value) is int and abs(value) <= LARGEST
-
-
-LARGEST = 2**53 - 1  # JSON readers that keep numbers as float64 hold all whole numbers up to here
-TEXT = Kind("a text of one line", lambda value: isinstance(value, str) and value.isprintable())
-NAME = Kind("the plain name of a file or folder", is_plain_name)
-PATH = Kind("a path", lambda value: isinstance(value, str) and value.isprintable() and value != "")
-HUB_ID = Kind("a hub id", lambda value: isinstance(value, str) and bool(re.fullmatch(r"[\w.-]+(/[\w.-]+)?", value)))
-SHA256 = Kind("a SHA-256", lambda value: isinstance(value, str) and bool(re.fullmatch(r"[0-9a-f]{64}", value)))
-TIME = Kind("a time with its time zone", is_time)
-WHOLE = Kind("a whole number from 0 up", lambda value: type(value) is int and 0 <= value <= LARGEST)
-COUNT = Kind("a whole number from 1 up", lambda value: type(value) is int and 1 <= value <= LARGEST)
-RANK = Kind("a rank", lambda value: type(value) is int and 1 <= value < 2**31)
-SEED = Kind("a seed", lambda value: type(value) is int and 0 <= value < 2**63)
-NUMBER = Kind("a finite number", is_number)
-OBJECT = Kind("an object", lambda value: isinstance(value, dict))
-TEXTS = Kind("an object of texts", lambda value: isinstance(value, dict) and all(map(TEXT.fits, value.values())))
-NAMES = Kind(
-    "an object of names",
-    lambda value: isinstance(value, dict) and all(one is None or isinstance(one, str) for one in value.values()),
-)
-TAGS = Kind(
-    f"an object that names {', '.join(dataset_info.REQUIRED_TAGS)}",
-    lambda value: NAMES.fits(value) and all(value.get(tag) for tag in dataset_info.REQUIRED_TAGS),
-)
-FORMATTING = Kind(" or ".join(dataset_info.CANDIDATES), lambda value: value in list(dataset_info.CANDIDATES))
-LIST = Kind("a list", lambda value: isinstance(value, list))
-PHASE = Kind(" or ".join(paths.PHASES), lambda value: value in paths.PHASES)
-CATEGORY = Kind("a category", lambda value: value in paths.CATEGORIES)
-DTYPE = Kind("a dtype", lambda value: value in DTYPES)
-
-
-class Unfit(ValueError):
-    """A value that is not what its key has in a manifest; the text names both."""
-
-
-class Section:
-    """A JSON object of a manifest, whose values are read by key and checked.
-
-    Args:
-        value: the object; Unfit is raised when it is none.
-        place: what messages put before its keys, such as `data[0].`.
-    """
-
-    def __init__(self, value: Any, place: str = ""):
-        check(value, OBJECT, place.removesuffix("."))
-        self.value, self.place = value, place
-
-    def get(self, key: str, kind: Kind, nullable: bool = False) -> Any:
-        """The value of a key that has to be there. Raises Unfit when it is missing or of another kind."""
-        if key not in self.value:
-            raise Unfit(f"{self.place}{key} is missing")
-        value = self.value[key]
-        return None if value is None and nullable else check(value, kind, self.place + key)
-
-    def get_optional(self, key: str, kind: Kind) -> Any:
-        """The same, but None for a key that is missing or null."""
-        return None if self.value.get(key) is None else self.get(key, kind)
-
-    def section(self, key: str) -> "Section | None":
-        """The object of a key, None where it is missing or null."""
-        return None if self.value.get(key) is None else Section(self.value[key], f"{self.place}{key}.")
-
-    def sections(self, key: str) -> "list[Section] | None":
-        """The objects in the list of a key, None where it is missing or null."""
-        found = self.get_optional(key, LIST)
-        return found and [Section(one, f"{self.place}{key}[{number}].") for number, one in enumerate(found)]
-
-
-def check(value: Any, kind: Kind, key: str) -> Any:
-    """`value`, when it is of a kind. Raises Unfit otherwise."""
-    if not kind.fits(value):
-        shown = repr(value)
-        raise Unfit(f"{key} is {shown if len(shown) <= 80 else shown[:77] + '...'}, not {kind.words}")
-    return value
-
-
 def check_manifest(content: dict[str, Any], name: str, way_out: str) -> Manifest:
     """The record of a manifest's JSON object; arguments and errors as for `parse_manifest`. Its seal is not checked."""
     try:
@@ -414,25 +305,25 @@ def check_manifest(content: dict[str, Any], name: str, way_out: str) -> Manifest
         tokenizer, pretrain, base_model = (top.section(key) for key in ("tokenizer", "pretrain", "base_model"))
         data = top.sections("data")
         return Manifest(
-            phase=top.get("phase", PHASE),
-            category=top.get_optional("category", CATEGORY),
-            dataset=top.get("dataset", NAME),
-            run=top.get("run", NAME),
-            rank=top.get("rank", RANK),
-            recipe=top.get_optional("recipe", OBJECT),
+            phase=top.get("phase", kinds.PHASE),
+            category=top.get_optional("category", kinds.CATEGORY),
+            dataset=top.get("dataset", kinds.NAME),
+            run=top.get("run", kinds.NAME),
+            rank=top.get("rank", kinds.RANK),
+            recipe=top.get_optional("recipe", kinds.OBJECT),
             data=None if data is None else tuple(map(_data_of, data)),
             base_model=base_model and _base_model_of(base_model),
-            tokenizer=tokenizer and Tokenizer(tokenizer.get_optional("sha256", SHA256)),
+            tokenizer=tokenizer and Tokenizer(tokenizer.get_optional("sha256", kinds.SHA256)),
             pretrain=pretrain and _pretrain_of(pretrain),
-            adapter_config_sha256=top.get_optional("adapter_config_sha256", SHA256),
+            adapter_config_sha256=top.get_optional("adapter_config_sha256", kinds.SHA256),
             checkpoints=_checkpoints_of(top),
-            sha256=top.get("sha256", SHA256),
-            seed=top.get_optional("seed", SEED),
-            **{key: top.get_optional(key, TEXT) for key in ("device", "precision", "engine")},
-            **{key: top.get_optional(key, COUNT) for key in ("processes", "rows_at_a_time", "accumulated")},
-            **{key: top.get_optional(key, WHOLE) for key in ("trained_rows", "total_steps")},
-            packed_with=top.get_optional("packed_with", COUNT),
-            versions=top.get_optional("versions", TEXTS),
+            sha256=top.get("sha256", kinds.SHA256),
+            seed=top.get_optional("seed", kinds.SEED),
+            **{key: top.get_optional(key, kinds.TEXT) for key in ("device", "precision", "engine")},
+            **{key: top.get_optional(key, kinds.COUNT) for key in ("processes", "rows_at_a_time", "accumulated")},
+            **{key: top.get_optional(key, kinds.WHOLE) for key in ("trained_rows", "total_steps")},
+            packed_with=top.get_optional("packed_with", kinds.COUNT),
+            versions=top.get_optional("versions", kinds.TEXTS),
             attempt=attempt and _attempt_of(attempt),
             converted=converted and _conversion_of(converted),
             content=content,
@@ -442,14 +333,14 @@ def check_manifest(content: dict[str, Any], name: str, way_out: str) -> Manifest
 
 
 def _checkpoints_of(top: Section) -> tuple[CheckpointEntry, ...]:
-    top.get("checkpoints", LIST)
+    top.get("checkpoints", kinds.LIST)
     entries = tuple(
         CheckpointEntry(
-            step=section.get("step", COUNT),
-            loss=section.get("loss", NUMBER, nullable=True),
-            learning_rate=section.get("learning_rate", NUMBER, nullable=True),
-            bytes=section.get("bytes", WHOLE),
-            sha256=section.get("sha256", SHA256),
+            step=section.get("step", kinds.COUNT),
+            loss=section.get("loss", kinds.NUMBER, nullable=True),
+            learning_rate=section.get("learning_rate", kinds.NUMBER, nullable=True),
+            bytes=section.get("bytes", kinds.WHOLE),
+            sha256=section.get("sha256", kinds.SHA256),
         )
         for section in top.sections("checkpoints") or ()
     )
@@ -465,34 +356,43 @@ def _data_of(section: Section) -> TrainedData:
     entry = section.section("entry")
     if entry is None:
         raise Unfit(f"{section.place}entry is missing")
-    kinds = {"columns": NAMES, "tags": TAGS, "formatting": FORMATTING, dataset_info.HELD_OUT: WHOLE}
-    for key in kinds.keys() & entry.value.keys():
-        entry.get(key, kinds[key])
+    checked = {
+        "columns": kinds.NAMES,
+        "tags": kinds.TAGS,
+        "formatting": kinds.FORMATTING,
+        dataset_info.HELD_OUT: kinds.WHOLE,
+    }
+    for key in checked.keys() & entry.value.keys():
+        entry.get(key, checked[key])
     return TrainedData(
-        name=section.get("name", NAME),
-        file=section.get("file", PATH),
+        name=section.get("name", kinds.NAME),
+        file=section.get("file", kinds.PATH),
         entry=entry.value,
-        rows=section.get("rows", WHOLE),
-        rows_sha256=section.get("rows_sha256", SHA256),
-        sha256=section.get_optional("sha256", SHA256),
-        pictures=section.get_optional("pictures", OBJECT),
+        rows=section.get("rows", kinds.WHOLE),
+        rows_sha256=section.get("rows_sha256", kinds.SHA256),
+        sha256=section.get_optional("sha256", kinds.SHA256),
+        pictures=section.get_optional("pictures", kinds.OBJECT),
     )
 
 
 def _base_model_of(section: Section) -> BaseModel:
-    kinds = {"name": NAME, "hub_id": HUB_ID, "revision": TEXT, "sha256": SHA256}
-    return BaseModel(**{key: section.get_optional(key, kind) for key, kind in kinds.items()})
+    of_keys = {"name": kinds.NAME, "hub_id": kinds.HUB_ID, "revision": kinds.TEXT, "sha256": kinds.SHA256}
+    return BaseModel(**{key: section.get_optional(key, kind) for key, kind in of_keys.items()})
 
 
 def _pretrain_of(section: Section) -> ResumedPretrain:
-    return ResumedPretrain(section.get("run", NAME), section.get("step", WHOLE), section.get_optional("sha256", SHA256))
+    return ResumedPretrain(
+        section.get("run", kinds.NAME), section.get("step", kinds.WHOLE), section.get_optional("sha256", kinds.SHA256)
+    )
 
 
 def _attempt_of(section: Section) -> Attempt:
-    started, finished = (datetime.fromisoformat(section.get(key, TIME)) for key in ("started", "finished"))
-    return Attempt(section.get("id", TEXT), started, finished)
+    started, finished = (datetime.fromisoformat(section.get(key, kinds.TIME)) for key in ("started", "finished"))
+    return Attempt(section.get("id", kinds.TEXT), started, finished)
 
 
 def _conversion_of(section: Section) -> Conversion:
-    section.get_optional("before", OBJECT)
-    return Conversion(section.get("from", TEXT), section.get("to", DTYPE), section.get("sha256", SHA256))
+    section.get_optional("before", kinds.OBJECT)
+    return Conversion(
+        section.get("from", kinds.TEXT), section.get("to", kinds.DTYPE), section.get("sha256", kinds.SHA256)
+    )
