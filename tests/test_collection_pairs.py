@@ -186,7 +186,7 @@ def test_checkpoints_are_chosen_by_their_scores(mixed):
     better = pc.field("score") > pc.field("base_score")
     with pytest.raises(UserError, match="no checkpoint fits where="):
         steps(better)
-    scored.label(mixed, scored.evaluated({"base": 0.5, 7: 0.4, 9: 0.7, 12: 0.6}))
+    scored.write(mixed, scored.evaluated({"base": 0.5, 7: 0.4, 9: 0.7, 12: 0.6}))
     index.update()
     assert steps(better) == [9, 12]
     assert steps(better & (pc.field("score_low") > 0.55)) == [9]
@@ -224,7 +224,7 @@ def read_anyway(*_, **__):
 def test_opening_reads_no_checkpoint_no_manifest_and_no_data(mixed, monkeypatch):
     for module, name in ((checkpoints, "opened"), (files, "sha256_of"), (prompts, "rows_in")):
         monkeypatch.setattr(module, name, read_anyway)
-    monkeypatch.setattr(pairs_module.collection, "read_manifest", read_anyway)
+    monkeypatch.setattr(pairs_module, "read_manifest", read_anyway)
     assert len(Pairs(prompts=4)) == 24
 
 

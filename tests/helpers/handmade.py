@@ -9,7 +9,7 @@ from pathlib import Path
 import pytest
 
 import export
-from paragen.collection import collection
+from paragen.collection.manifest import FORMAT, sealed
 from paragen.common import files, paths
 from paragen.common.cli import UserError
 
@@ -83,15 +83,15 @@ def collect(
     }  # fmt: skip
     files.write_json(run / "adapter_config.json", {**known, **(config or {})})
     manifest = {
-        "format": collection.FORMAT, "phase": "finetune",
+        "format": FORMAT, "phase": "finetune",
         "category": category if category in paths.CATEGORIES else None,
         "dataset": dataset, "run": run.name, "rank": rank, "recipe": {"dataset": dataset} if data else None,
         "data": [data] if data else None, "tokenizer": None, "pretrain": None, "seed": seed,
         "adapter_config_sha256": files.sha256_of(run / "adapter_config.json"),
-        "base_model": {"name": model, "hub_id": hub_id, "revision": None, "sha256": f"hash of {model}"},
+        "base_model": {"name": model, "hub_id": hub_id, "revision": None, "sha256": files.sha256_of_value(model)},
         "checkpoints": entries,
     }  # fmt: skip
-    files.write_json(run / paths.MANIFEST, collection.sealed(manifest))
+    files.write_json(run / paths.MANIFEST, sealed(manifest))
     return run
 
 
