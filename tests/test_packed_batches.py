@@ -62,9 +62,9 @@ def test_several_devices_and_processors_are_not_for_it(packable):
 def test_an_engine_that_does_not_exist_is_refused(monkeypatch):
     monkeypatch.setenv("ENGINE", "fast")
     with pytest.raises(UserError, match="stock or packed"):
-        engines.asked()
+        engines.requested_engine()
     monkeypatch.setenv("ENGINE", "")
-    assert engines.asked() is None
+    assert engines.requested_engine() is None
 
 
 @pytest.mark.parametrize("ranks", [[1], [2, 4, 8, 16, 32, 64], [64] * 5, [200, 3, 7], [2] * 100, [128, 128, 1]])

@@ -23,7 +23,7 @@ from paragen.training import engines
 
 
 def main() -> int:
-    dataset, model, name = os.environ.get("DATASET", ""), os.environ.get("MODEL"), engines.asked()
+    dataset, model, name = os.environ.get("DATASET", ""), os.environ.get("MODEL"), engines.requested_engine()
     ranks = asked_ranks()
     seed = (f"seed={value}",) if (value := os.environ.get("SEED")) else ()
     keep = (f"save_total_limit={value}",) if (value := os.environ.get("KEEP")) else ()
@@ -59,7 +59,7 @@ def sort_out(chosen: list[Cell]) -> tuple[list[Cell], list[Cell]]:
     to_do, errors = [], {}
     for cell in chosen:
         try:
-            if run_identity.force_asked() or not packed_train.is_done(cell):
+            if run_identity.force_requested() or not packed_train.is_done(cell):
                 to_do.append(cell)
         except UserError as error:
             errors[cell] = error

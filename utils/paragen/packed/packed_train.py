@@ -156,7 +156,7 @@ class Pack:
 
     def _fall_back(self, cell: Cell, run: Run, why: str) -> None:
         """Leave a run to the ordinary path; raises UserError where ENGINE=packed forbids that."""
-        engines.say_fallback(run, why)
+        engines.announce_fallback(run, why)
         if self.leave:
             self._end(cell, Outcome("not_packable", why))
         else:
@@ -190,7 +190,7 @@ class Pack:
         """A cell's run of a phase, and its snapshot; None where nothing of the cell is left to do."""
         if phase == "finetune":
             return cell.finetune, run_identity.snapshot_of(cell.finetune)
-        forced = run_identity.force_asked()
+        forced = run_identity.force_requested()
         return cell.pretrain, run_identity.snapshot_of(cell.pretrain) if forced else pretrain_snapshot(cell)
 
     @contextlib.contextmanager

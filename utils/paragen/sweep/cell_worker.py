@@ -73,7 +73,7 @@ class CellWorker:
 
     def _collect(self, cell: Cell, attempt: str, smaller: bool, log: Path) -> Outcome:
         for run in cell.runs:
-            if not run_identity.force_asked() and packed_train.is_done(cell):
+            if not run_identity.force_requested() and packed_train.is_done(cell):
                 # removes the lock file of a run that was killed after it had given its collection its name
                 files.is_free(files.beside(cell.finetune.folder, "lock"))
                 break
@@ -212,7 +212,7 @@ def unnoted(code: int | None) -> Outcome:
 
 def crash(ended: Outcome) -> Outcome:
     """The outcome of a cell whose pack ended before it did: it is trained alone, unless ENGINE forbids that."""
-    if engines.asked() == "packed":
+    if engines.requested_engine() == "packed":
         return ended
     return Outcome("not_packable", f"failed in a pack: {ended.cause}; it is trained the ordinary way")
 

@@ -28,12 +28,12 @@ def kind_of(cell: Cell) -> tuple | None:
 
     A cell that ENGINE=packed forces on the engine, but that is not for it, is a kind of its own: the engine says why.
     """
-    if engines.asked() == "stock":
+    if engines.requested_engine() == "stock":
         return None
     why, kind = judge(cell)
     if why is None:
         return kind
-    return ("refused", str(cell)) if engines.asked() == "packed" else None
+    return ("refused", str(cell)) if engines.requested_engine() == "packed" else None
 
 
 def judge(cell: Cell) -> tuple[str | None, tuple]:
@@ -56,7 +56,7 @@ def share(count: int, slots: int) -> int:
 
 def say_line(cells: Iterable[Cell]) -> str:
     """What is trained together and what alone, in one line."""
-    if engines.asked() == "stock":
+    if engines.requested_engine() == "stock":
         return "engine: the ordinary way, a cell at a time, as ENGINE=stock asks"
     judged = [judge(cell) for cell in cells]
     together = [kind for why, kind in judged if why is None]

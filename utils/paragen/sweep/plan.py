@@ -24,7 +24,7 @@ PRETRAIN_FACTOR = 4  # a resumable checkpoint: the adapter and the optimizer's t
 def show(chosen: list[Cell]) -> list[Cell]:
     """Say what will be done and return the cells with something to do. Raises UserError when the disk is too small."""
     states = {cell: status.state_of(cell)[0] for cell in chosen}
-    forced = run_identity.force_asked()
+    forced = run_identity.force_requested()
     to_do = [cell for cell, state in states.items() if forced or state != "complete"]
     counts = {state: list(states.values()).count(state) for state in dict.fromkeys(states.values())}
     say(f"{len(chosen)} cells: " + ", ".join(f"{count} {state}" for state, count in counts.items()))

@@ -67,7 +67,7 @@ def run(
     import ray
 
     # what is wrong with the settings is said before anything starts
-    staged, _, _ = stage.asked(), packs.gpus_per_cell(), engines.asked()
+    staged, _, _ = stage.asked(), packs.gpus_per_cell(), engines.requested_engine()
     start_ray(ray)
     on_cpu = choose_devices(ray)
     depot = stage.open_depot(ray) if staged else None

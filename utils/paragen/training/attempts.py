@@ -76,7 +76,7 @@ def is_complete(run: Run, identity: dict[str, Any]) -> bool:
     Raises UserError where a stale run or something else stands in its place. FORCE=1 replaces runs of this phase alone.
     """
     folder, name = run.folder, paths.relative(run.folder)
-    forced = run_identity.force_asked()
+    forced = run_identity.force_requested()
     if forced and (folder / paths.MANIFEST).is_file() and folder.name.endswith(f"_{run.phase}"):
         return False
     state = discovery.state_of(folder, identity)

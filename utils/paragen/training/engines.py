@@ -14,7 +14,7 @@ from paragen.recipes.run import Run
 ENGINES = ("stock", "packed")
 
 
-def asked() -> str | None:
+def requested_engine() -> str | None:
     """The engine that ENGINE forces, or None. Raises UserError for one that is not known."""
     name = os.environ.get("ENGINE") or None
     if name not in (None, *ENGINES):
@@ -42,9 +42,9 @@ def why_not_packed(run: Run, devices: list[str]) -> str | None:
     return None
 
 
-def say_fallback(run: Run, why: str) -> None:
+def announce_fallback(run: Run, why: str) -> None:
     """One line that tells why the ordinary path runs; with ENGINE=packed that is an error."""
     text = f"{run}: not for the packed engine: {why}"
-    if asked() == "packed":
+    if requested_engine() == "packed":
         raise UserError(f"{text}; leave ENGINE away to train it the ordinary way")
     say(f"{text}; it is trained the ordinary way")
