@@ -245,12 +245,12 @@ def test_each_worker_sees_its_own_devices(tmp_path, gpus_per_cell, groups):
 )
 def test_devices_that_cannot_be_are_one_line(monkeypatch, settings, said):
     from paragen.common.cli import UserError
-    from paragen.sweep import sweep
+    from paragen.sweep import ray_cluster
 
     for name, value in settings.items():
         monkeypatch.setenv(name, value)
     with pytest.raises(UserError, match=said):
-        sweep.start_ray(None)
+        ray_cluster.start_ray(None)
 
 
 @pytest.mark.parametrize(("asked", "said"), [("x", "is not a positive whole number"), ("2", "there is no GPU")])
@@ -366,14 +366,14 @@ def test_a_cell_that_another_program_is_at_work_on_waits_behind_the_others(proje
     """Its run keeps the right to its name; a second attempt takes it from the first."""
     from paragen.common import files
     from paragen.recipes.run import Cell
-    from paragen.sweep import sweep
+    from paragen.sweep.jobs import Job, claim_runs
 
     cell = Cell("Toy", "tiny", 4, (project.pretrain, project.finetune))
     mark = project.run_folder("finetune").with_name(f".{project.run_folder('finetune').name}.attempt")
     with files.lock(files.beside(project.run_folder("finetune"), "lock")):
-        assert not sweep.claim(sweep.Job(cell, "new", 1, False)) and not mark.exists()
-        assert sweep.claim(sweep.Job(cell, "second", 2, False)) and mark.read_text() == "second"
-    assert sweep.claim(sweep.Job(cell, "new", 1, False)) and mark.read_text() == "new"
+        assert not claim_runs(Job(cell, "new", 1, False)) and not mark.exists()
+        assert claim_runs(Job(cell, "second", 2, False)) and mark.read_text() == "second"
+    assert claim_runs(Job(cell, "new", 1, False)) and mark.read_text() == "new"
 
 
 @pytest.mark.parametrize(
@@ -391,13 +391,13 @@ def test_a_sweep_has_as_many_slots_as_its_machines_can_hold(monkeypatch, machine
     from types import SimpleNamespace
 
     from paragen.common.cli import UserError
-    from paragen.sweep import sweep
+    from paragen.sweep import ray_cluster
 
     for name in ("DEVICES", "GPUS_PER_CELL"):
         monkeypatch.setenv(name, settings.get(name, ""))
     ray = SimpleNamespace(nodes=lambda: [{"Alive": True, "Resources": there} for there in machines])
     if isinstance(outcome, str):
         with pytest.raises(UserError, match=outcome):
-            sweep.choose_devices(ray)
+            ray_cluster.choose_devices(ray)
     else:
-        assert sweep.slots(ray, sweep.choose_devices(ray)) == outcome
+        assert ray_cluster.count_slots(ray, ray_cluster.choose_devices(ray)) == outcome

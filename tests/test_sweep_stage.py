@@ -19,7 +19,7 @@ from paragen.common import paths
 from paragen.common.cli import UserError
 from paragen.model import base_models
 from paragen.recipes.run import Cell
-from paragen.sweep import stage
+from paragen.sweep import file_client, file_server
 
 pytestmark = pytest.mark.runs
 
@@ -149,20 +149,25 @@ def test_cells_of_other_machines_have_the_same_hashes_and_a_killed_one_costs_tim
     assert len(alone) == 2 and alone.items() <= together.items()
 
 
-class Near:
-    """A depot without a cluster: its calls are made at once, and what travels can be spoilt on its way."""
+class LocalServer:
+    """A file server's handle without a cluster: calls run at once, and chunks of some files are damaged on the way."""
 
-    def __init__(self, depot, spoil):
-        self.depot, self.spoil = depot, spoil
+    def __init__(self, server, is_damaged):
+        self.server, self.is_damaged = server, is_damaged
 
     def __getattr__(self, name):
         def remote(*arguments):
-            if name == "write" and self.spoil(arguments[2]):
+            if name == "write" and self.is_damaged(arguments[2]):
                 arguments = (*arguments[:-1], flipped(arguments[-1]))
-            answer = getattr(self.depot, name)(*arguments)
-            return flipped(answer) if name == "read" and self.spoil(arguments[0]) else answer
+            answer = getattr(self.server, name)(*arguments)
+            return flipped(answer) if name == "read" and self.is_damaged(arguments[0]) else answer
 
         return SimpleNamespace(remote=remote)
+
+
+class LocalClient(file_client.FileClient):
+    def result_of(self, future):
+        return future
 
 
 def flipped(data: bytes) -> bytes:
@@ -170,7 +175,7 @@ def flipped(data: bytes) -> bytes:
 
 
 class Place:
-    """The driver's and a node's side of one cell whose runs are complete on the node."""
+    """The driver's side and a node's side of one cell, whose runs are complete on the node."""
 
     def __init__(self, project, tmp_path, monkeypatch, attempt="now"):
         monkeypatch.setattr(paths, "ROOT", project.top)
@@ -181,23 +186,24 @@ class Place:
         self.back = tmp_path / "runs of the node"
         project.saves.rename(self.back)
         project.saves.mkdir()
-        self.depot = stage.Depot("this node")
-        self.spoilt = ""
-        near = Near(self.depot, lambda name: name.endswith(self.spoilt) if self.spoilt else False)
-        self.worker = SimpleNamespace(
-            depot=near, top=tmp_path / "stage", facts=self.depot.facts(), stopping=threading.Event(),
-            get=lambda answer: answer, ask=lambda method, *arguments: getattr(near, method).remote(*arguments),
-        )  # fmt: skip
-        self.worker.top.mkdir()
+        self.server = file_server.FileServer("this node")
+        self.damaged = ""
+        self.client = LocalClient(LocalServer(self.server, self.is_damaged))
+        self.top = tmp_path / "stage"
+        self.top.mkdir()
+        self.downloads = file_client.Downloads(self.client, self.top, self.server.facts()["sweep"], threading.Event())
         self.claim(attempt)
-        self.need = self.depot.begin(self.cell, attempt)
+        self.needed = self.server.open_cell(self.cell, attempt)
+
+    def is_damaged(self, name: str) -> bool:
+        return bool(self.damaged) and name.endswith(self.damaged)
 
     def claim(self, attempt: str) -> None:
         for run in self.cell.runs:
             run.folder.with_name(f".{run.folder.name}.attempt").write_text(attempt)
 
     def send(self, phase: str) -> None:
-        stage.send(self.worker, self.back / self.project.run_folder(phase).name, self.attempt, phase)
+        file_client.send_run(self.client, self.back / self.project.run_folder(phase).name, self.attempt, phase)
 
 
 @pytest.fixture
@@ -207,39 +213,39 @@ def there(collected, tmp_path, monkeypatch) -> Place:
 
 def test_what_a_node_is_given_is_what_the_driver_has(there):
     """Spoilt on its way, or while it lies there: it is brought again, or refused."""
-    names = {item.name for item in there.need.items}
+    names = {item.name for item in there.needed.files}
     assert {"data/dataset_info.json", "models/models.yaml", "models/Tiny-Llama/model.safetensors"} <= names
-    there.spoilt = "model.safetensors"
+    there.damaged = "model.safetensors"
     with pytest.raises(UserError, match="other bytes than the driver has"):
-        stage.bring(there.worker, there.need.items, 0)
-    model = there.worker.top / "models" / "Tiny-Llama" / "model.safetensors"
+        there.downloads.fetch(there.needed.files, 0)
+    model = there.top / "models" / "Tiny-Llama" / "model.safetensors"
     assert not model.exists()
-    there.spoilt = ""
-    stage.bring(there.worker, there.need.items, 0)
+    there.damaged = ""
+    there.downloads.fetch(there.needed.files, 0)
     whole, stamp = model.read_bytes(), model.stat()
     model.write_bytes(flipped(whole))
     os.utime(model, ns=(stamp.st_atime_ns, stamp.st_mtime_ns))
-    stage.bring(there.worker, there.need.items, 0)
+    there.downloads.fetch(there.needed.files, 0)
     assert model.read_bytes() == whole
-    with pytest.raises(UserError, match="GB are needed, .* free; make room, or choose another disk with STAGE_DIR"):
-        stage.bring(there.worker, there.need.items, 10**15)
+    with pytest.raises(UserError, match="GB are needed, .* free; free some space, or .* with STAGE_DIR"):
+        there.downloads.fetch(there.needed.files, 10**15)
 
 
 def test_what_comes_back_has_its_name_only_when_it_is_whole_and_of_the_latest_attempt(there):
     folder = there.project.run_folder("finetune")
     there.send("pretrain")
-    there.spoilt = "checkpoint-12.safetensors"
+    there.damaged = "checkpoint-12.safetensors"
     with pytest.raises(UserError, match=r"checkpoint-12.safetensors: came back with other bytes"):
         there.send("finetune")
     assert not folder.exists()
-    there.spoilt = ""
+    there.damaged = ""
     there.claim("a later one")
     with pytest.raises(UserError, match="another attempt took this run over"):
         there.send("finetune")
     assert not folder.exists()
     there.claim("now")
     there.send("finetune")
-    there.depot.end("now")
+    there.server.close_cell("now")
     assert (folder / "manifest.json").is_file()
     assert [path.name for path in there.project.saves.glob(".*") if not path.name.endswith(".attempt")] == []
 
