@@ -40,13 +40,13 @@ def test_an_outcome_comes_from_the_exception_not_from_its_words(tmp_path, error,
         raise error
 
     with pytest.raises(type(error)):
-        outcome.noted(task, tmp_path / "outcome.json")
+        outcome.recorded(task, tmp_path / "outcome.json")
     ended = outcome.read(tmp_path / "outcome.json")
     assert (ended.kind, ended.cause, ended.is_done) == (kind, cause, False)
 
 
 def test_a_task_that_ends_well_is_done(tmp_path):
-    outcome.noted(lambda: None, tmp_path / "outcome.json")
+    outcome.recorded(lambda: None, tmp_path / "outcome.json")
     assert outcome.read(tmp_path / "outcome.json") == outcome.DONE
     assert outcome.read(tmp_path / "nothing.json") is None, "its process was killed"
 

@@ -86,7 +86,7 @@ def one_line(error: BaseException) -> str:
     return " ".join(f"{type(error).__name__}: {error}".split())
 
 
-def noted(task: Callable[[], None], path: Path) -> None:
+def recorded(task: Callable[[], None], path: Path) -> None:
     """Run a task and write its Outcome to `path`; an exception is noted and passed on."""
     try:
         task()

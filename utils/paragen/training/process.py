@@ -167,7 +167,7 @@ def main() -> None:
     """One process of several: train the job in the file that the command line names, and note how that ended."""
     job = json.loads(Path(sys.argv[1]).read_bytes())
     devices.pin(job["devices"])
-    outcome.noted(lambda: train(job), Path(job["staging"], f"outcome-{os.environ['RANK']}.json"))
+    outcome.recorded(lambda: train(job), Path(job["staging"], f"outcome-{os.environ['RANK']}.json"))
 
 
 if __name__ == "__main__":
