@@ -112,9 +112,8 @@ def is_done(cell: Cell) -> bool:
 
 def pretrain_snapshot(cell: Cell) -> Snapshot | None:
     """The snapshot of a cell's pretrain run; None where the cell is done."""
-    pretrain, finetune = (
-        cell.runs
-    )  # renders both first, so that a mistake in a recipe is reported before a missing model
+    # both are rendered first, so that a mistake in a recipe is reported before a missing model
+    pretrain, finetune = cell.runs
     snapshot = run_identity.snapshot_of(pretrain)
     if (finetune.folder / paths.MANIFEST).is_file():
         states = [discovery.state_of(finetune.folder, run_identity.identity_of(finetune)).name]

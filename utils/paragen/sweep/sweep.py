@@ -196,9 +196,8 @@ class Sweep:
             self.lost_workers += 1
             if self.lost_workers > MAX_LOST_WORKERS:
                 cause = " ".join(str(error).split())[-300:]
-                raise UserError(
-                    f"{self.lost_workers} workers died before their first cell; the last: {cause}"
-                ) from None
+                text = f"{self.lost_workers} workers died before their first cell; the last: {cause}"
+                raise UserError(text) from None
 
     def stop(self) -> None:
         """Let all runs in progress clean up; a second signal cuts that short."""
