@@ -50,7 +50,7 @@ def refusal(project: packed_project.Packable, cell: packed_project.Cell, **envir
 def test_with_engine_packed_it_is_one_error_line_and_nothing_is_written(project):
     for key, value in UNLIKE.items():
         line = refusal(project, project.cell(pretrain={key: value}, finetune={key: value}))
-        assert key in line and "not for the packed engine" in line and "leave ENGINE away" in line
+        assert key in line and "not for the packed engine" in line and "omit ENGINE" in line
     line = refusal(project, project.cell(), DEVICES="cpu,cpu")
     assert "one device" in line
     assert "stock or packed" in refusal(project, project.cell(pretrain={"use_dora": True}), ENGINE="fast")

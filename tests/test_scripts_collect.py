@@ -94,7 +94,7 @@ def test_a_recipe_that_cannot_be_packed_is_refused_when_the_engine_is_forced(rep
         recipe.write_text(recipe.read_text() + "lora_dropout: 0.1\n")
     done = make(repository, "RANKS=2", "ENGINE=packed")
     assert done.returncode != 0 and "Traceback" not in done.stderr
-    assert "at rank 2: not for the packed engine: lora_dropout is 0.1; leave ENGINE away" in errors_in(done)[0]
+    assert "at rank 2: not for the packed engine: lora_dropout is 0.1; omit ENGINE" in errors_in(done)[0]
     assert collections(repository) == {}
 
 

@@ -87,7 +87,7 @@ def test_a_sweep_can_be_forced_to_either_engine(repository, engine, status, pack
     run = sweep(repository, RANKS="2", MODELS="tiny-one", ENGINE=engine)
     output = run.communicate()[0]
     assert run.returncode == status, output
-    assert ("lora_dropout is 0.1; leave ENGINE away" in outcomes_in(output)["To-y", "tiny-one", "2"]) == packed
+    assert ("lora_dropout is 0.1; omit ENGINE" in outcomes_in(output)["To-y", "tiny-one", "2"]) == packed
     assert ("engine" in manifests(repository)["Other/Tiny-One_lora-rank_2_finetune"]) == packed
 
 

@@ -15,7 +15,7 @@ DISK = OSError(errno.ENOSPC, "No space left on device", "saves/x")
 
 MEMORY = "x.yaml: out of device memory; halve it"
 ALLOCATOR = "DefaultCPUAllocator: can't allocate memory: you tried to allocate 9 bytes."
-DISTRIBUTED = "training on 2 devices failed with status 1; the cause stands above"
+DISTRIBUTED = "training on 2 devices failed with status 1; see the cause above"
 RUNNING = "x.yaml at rank 4 is running already"
 NO_SPACE = "saves/x: No space left on device; no file is left half-written, run it again when that is mended"
 
