@@ -1,4 +1,4 @@
-"""A sweep over machines that share no storage: it makes what a plain one makes, and nothing else reaches saves/."""
+"""A sweep over machines that share no storage makes what other sweeps make, and writes nothing else to saves/."""
 
 import json
 import os
@@ -25,12 +25,12 @@ pytestmark = pytest.mark.runs
 
 ROOT = Path(__file__).resolve().parent.parent
 PYTHON = sys.executable
-# A node that sees, at the repository's path, another folder: in a mount namespace of its own, as on another machine.
+# Runs a node that has another folder at the repository's path, as on another machine: in its own mount namespace.
 ELSEWHERE = ["unshare", "--map-root-user", "--mount", "sh", "-c", 'mount --bind "$0" "$1" && shift && exec "$@"']
 
 
 class Cluster:
-    """Ray nodes on loopback: the driver's, without a slot, and others that see a bare copy of the repository."""
+    """Ray nodes on loopback: the driver's, without a slot, and others with a copy of the repository's scripts only."""
 
     def __init__(self, repository: Path, folder: Path, port: int):
         self.repository, self.folder, self.address = repository, folder, f"127.0.0.1:{port}"
@@ -47,8 +47,8 @@ class Cluster:
 
     @staticmethod
     def answers(port: int) -> bool:
-        with socket.socket() as asking:
-            return asking.connect_ex(("127.0.0.1", port)) == 0
+        with socket.socket() as connection:
+            return connection.connect_ex(("127.0.0.1", port)) == 0
 
     def add(self) -> Path:
         """One more node, with one slot; returns its STAGE_DIR."""
@@ -94,8 +94,8 @@ def cluster(repository, tmp_path_factory, monkeypatch):
 
 @pytest.mark.alone
 @pytest.mark.slow
-def test_packs_of_other_machines_come_back_and_a_killed_machine_costs_time_alone(repository, cluster):
-    """Killed in the middle of its pack's finetunes: these cells are done again elsewhere."""
+def test_packs_of_other_machines_come_back_and_those_of_a_killed_one_are_repeated(repository, cluster):
+    """It is killed during its pack's finetunes, which are repeated on another machine."""
     cluster.add()
     kept = cluster.add()
     run = sweep(repository, RANKS="2 4", RAY_ADDRESS=cluster.address, STAGE="1", STAGE_DIR="")
@@ -115,7 +115,7 @@ def test_packs_of_other_machines_come_back_and_a_killed_machine_costs_time_alone
 
 @pytest.mark.alone
 @pytest.mark.slow
-def test_cells_of_other_machines_have_the_same_hashes_and_a_killed_one_costs_time_alone(repository, project, cluster):
+def test_cells_of_other_machines_have_the_same_hashes_also_after_one_was_killed(repository, project, cluster):
     cluster.add()
     kept = cluster.add()
     settings = {"STAGE": "1", "STAGE_DIR": "", "ENGINE": "stock"}  # empty, as make exports it
@@ -211,8 +211,8 @@ def there(collected, tmp_path, monkeypatch) -> Place:
     return Place(collected, tmp_path, monkeypatch)
 
 
-def test_what_a_node_is_given_is_what_the_driver_has(there):
-    """Spoilt on its way, or while it lies there: it is brought again, or refused."""
+def test_a_node_has_the_drivers_files_or_an_error(there):
+    """A file that was damaged in transfer or on the node's disk is downloaded again, or refused."""
     names = {item.name for item in there.needed.files}
     assert {"data/dataset_info.json", "models/models.yaml", "models/Tiny-Llama/model.safetensors"} <= names
     there.damaged = "model.safetensors"
@@ -231,7 +231,7 @@ def test_what_a_node_is_given_is_what_the_driver_has(there):
         there.downloads.fetch(there.needed.files, 10**15)
 
 
-def test_what_comes_back_has_its_name_only_when_it_is_whole_and_of_the_latest_attempt(there):
+def test_a_received_run_is_published_only_when_complete_and_of_the_latest_attempt(there):
     folder = there.project.run_folder("finetune")
     there.send("pretrain")
     there.damaged = "checkpoint-12.safetensors"
@@ -250,7 +250,7 @@ def test_what_comes_back_has_its_name_only_when_it_is_whole_and_of_the_latest_at
     assert [path.name for path in there.project.saves.glob(".*") if not path.name.endswith(".attempt")] == []
 
 
-def test_a_run_that_was_trained_on_something_else_is_not_taken(there):
+def test_a_received_run_that_was_trained_on_other_data_is_refused(there):
     data = next((there.project.top / "data" / CATEGORY).glob("*.json"))
     data.write_text(data.read_text().replace("even", "odd"))
     with pytest.raises(UserError, match="changed while it was trained on"):

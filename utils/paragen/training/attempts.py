@@ -123,9 +123,8 @@ def staged(run: Run, snapshot: Snapshot) -> Iterator[Attempt]:
     try:
         yield Attempt(run, snapshot, staging, attempt, started)
     except RuntimeError as error:
-        if (
-            shutil.disk_usage(run.folder.parent).free < FULL_DISK_BYTES
-        ):  # torch.save raises "unexpected pos", without the cause
+        # on a full disk, torch.save raises "unexpected pos" without the cause
+        if shutil.disk_usage(run.folder.parent).free < FULL_DISK_BYTES:
             raise UserError(
                 f"{paths.relative(run.folder.parent)}: the disk is full; free some space and run it again"
             ) from error

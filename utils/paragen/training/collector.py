@@ -84,8 +84,7 @@ class Collector(TrainerCallback):
     """Writes the adapter after each of the last `keep` optimizer steps.
 
     The training thread only copies the adapter (a few MB) into a buffer that has the layout of the file. A thread of
-    its own hashes and writes. At most BUFFERS copies exist. An error in that thread ends
-    the training at its next step.
+    its own hashes and writes. At most BUFFERS copies exist. An error in that thread ends the training at its next step.
 
     Args:
         folder: an existing folder for the checkpoints.
