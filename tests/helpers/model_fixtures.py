@@ -92,7 +92,7 @@ class Scene:
                 yield self.peft
 
     def likelihoods(self, number: int, question: Question) -> tuple[list[float], float]:
-        """The log-likelihood of each option's text and the loss of the right response, each in a separate forward pass."""
+        """The log-likelihood of each option's text and the loss of the right response, each in its own forward pass."""
         with self.by_peft(number) as model:
             texts = [
                 log_likelihood(model, question.tokens, option.tokens[: option.text_length])
