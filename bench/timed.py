@@ -96,7 +96,7 @@ def packed(noted: dict[str, Any], arguments: list[str]) -> None:
     from paragen.packed.engine import Engine
 
     noted |= {"imported": time.time(), "spans": [], "packs": []}
-    for owner, name in ((frozen_base.FrozenBase, "_load"), (frozen_base.FrozenBase, "admit"), (loop, "fitting"),
+    for owner, name in ((frozen_base.FrozenBase, "_load"), (frozen_base.FrozenBase, "admit"), (loop, "count_fitting"),
                         (loop.Pack, "__init__"), (loop.Pack, "complete")):  # fmt: skip
         note_spans(owner, name, noted["spans"])
     known: list[float] = []
