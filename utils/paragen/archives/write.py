@@ -49,7 +49,8 @@ def write(folder: Path, manifest: Manifest, target: Path, part_bytes: int | None
     if dtype is None and (scores := evaluation.bytes_in(folder)) is not None:  # they are not of cast checkpoints
         evaluation.parse(scores, manifest, paths.relative(folder / evaluation.FILE))
         small[evaluation.FILE] = scores
-    left, parts = list(manifest.checkpoints), []
+    left = list(manifest.checkpoints)
+    parts: list[Path] = []
     try:
         while left or not parts:
             parts.append(target if part_bytes is None else target.with_name(f"{target.name}.part-{len(parts) + 1}"))

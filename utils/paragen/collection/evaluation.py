@@ -178,7 +178,8 @@ def import_scores(folder: Path, manifest: Manifest, incoming: bytes | None) -> N
     Raises UserError where that would lose scores that were measured here, unless FORCE=1.
     """
     path, here = folder / FILE, bytes_in(folder)
-    if adds_scores(incoming, here, manifest, paths.relative(path), run_identity.force_asked()):
+    adds = adds_scores(incoming, here, manifest, paths.relative(path), run_identity.force_asked())
+    if adds and incoming is not None:
         files.write_atomically(path, incoming)
         say(f"scores imported: {paths.relative(path)}")
 
@@ -202,9 +203,10 @@ def figure_of(shown: dict[str, Any], score: dict[str, Any] | None) -> tuple[floa
 
 def best_of(shown: dict[str, Any]) -> dict[str, Any] | None:
     """The score of the best checkpoint, the earliest of equal ones; None where no figure is known."""
-    known = [score for score in shown["checkpoints"] if figure_of(shown, score)[0] is not None]
+    figures = [(score, figure_of(shown, score)[0]) for score in shown["checkpoints"]]
+    known = [(score, figure) for score, figure in figures if figure is not None]
     sign = 1 if shown["metric"] == "loss" else -1
-    return min(known, key=lambda score: sign * figure_of(shown, score)[0], default=None)
+    return min(known, key=lambda one: sign * one[1])[0] if known else None
 
 
 def text_of(shown: dict[str, Any], score: dict[str, Any] | None) -> str:

@@ -204,6 +204,14 @@ def read_manifest(folder: Path) -> Manifest | None:
     return parse_manifest(data, paths.relative(path), "train again with FORCE=1")
 
 
+def require_manifest(folder: Path) -> Manifest:
+    """The manifest of a run folder that had one a moment ago. Raises UserError also where there is none any more."""
+    manifest = read_manifest(folder)
+    if manifest is None:
+        raise UserError(f"{paths.relative(folder)}: has no {paths.MANIFEST} any more; run the command again")
+    return manifest
+
+
 def phase_named_in(folder: Path) -> str | None:
     """The phase that a folder's manifest.json names, whether or not that is sound; None where it names none.
 
@@ -312,9 +320,9 @@ def check_manifest(content: dict[str, Any], name: str, way_out: str) -> Manifest
             rank=top.get("rank", kinds.RANK),
             recipe=top.get_optional("recipe", kinds.OBJECT),
             data=None if data is None else tuple(map(_data_of, data)),
-            base_model=base_model and _base_model_of(base_model),
-            tokenizer=tokenizer and Tokenizer(tokenizer.get_optional("sha256", kinds.SHA256)),
-            pretrain=pretrain and _pretrain_of(pretrain),
+            base_model=_base_model_of(base_model) if base_model else None,
+            tokenizer=Tokenizer(tokenizer.get_optional("sha256", kinds.SHA256)) if tokenizer else None,
+            pretrain=_pretrain_of(pretrain) if pretrain else None,
             adapter_config_sha256=top.get_optional("adapter_config_sha256", kinds.SHA256),
             checkpoints=_checkpoints_of(top),
             sha256=top.get("sha256", kinds.SHA256),
@@ -324,8 +332,8 @@ def check_manifest(content: dict[str, Any], name: str, way_out: str) -> Manifest
             **{key: top.get_optional(key, kinds.WHOLE) for key in ("trained_rows", "total_steps")},
             packed_with=top.get_optional("packed_with", kinds.COUNT),
             versions=top.get_optional("versions", kinds.TEXTS),
-            attempt=attempt and _attempt_of(attempt),
-            converted=converted and _conversion_of(converted),
+            attempt=_attempt_of(attempt) if attempt else None,
+            converted=_conversion_of(converted) if converted else None,
             content=content,
         )
     except Unfit as error:

@@ -8,7 +8,7 @@ import operator
 from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, cast
 
 import numpy
 import pyarrow as pa
@@ -32,10 +32,10 @@ class Tensors(dict):
     Pickled one by one, each tensor would take a file descriptor between processes, hundreds for one checkpoint.
     """
 
-    def __reduce__(self):
+    def __reduce__(self) -> tuple[Any, ...]:
         return _from_vector, (vectors.to_vector(self), vectors.layout_of(self))
 
-    def __copy__(self):
+    def __copy__(self) -> "Tensors":
         return Tensors(self)
 
 
@@ -191,7 +191,7 @@ def collate(pairs: Sequence[Pair]) -> dict[str, Any]:
     batch = {"prompts": [pair.prompts for pair in pairs], "row": [pair.row for pair in pairs]}
     if isinstance(pairs[0].checkpoint, Mapping):
         return {**batch, "checkpoint": [pair.checkpoint for pair in pairs]}
-    found = [pair.checkpoint for pair in pairs]
+    found = [cast(torch.Tensor, pair.checkpoint) for pair in pairs]  # with vector=True, as the first
     return {
         **batch,
         "checkpoint": torch.nn.utils.rnn.pad_sequence(found, batch_first=True),

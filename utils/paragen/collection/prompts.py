@@ -109,7 +109,9 @@ def registered(name: str, data_dir: Path | None = None) -> tuple[str, Part]:
     """(name, rows) of the registered dataset that a user names. Raises UserError where it is not known."""
     folder = Path(data_dir or paths.DATA).absolute()
     found = paths.choose(name, dataset_info.read_info(folder), "registered dataset")
-    entry, path = _registered(found, folder)
+    part = _registered(found, folder)
+    assert part is not None  # `choose` returns a name that dataset_info.json has
+    entry, path = part
     return found, (entry, rows_in(path))
 
 
@@ -120,12 +122,13 @@ def texts_of(row: dict[str, Any], entry: dict[str, Any]) -> dict[str, Any]:
     """
     columns, tags = dataset_info.columns_of(entry), dataset_info.tags_of(entry)
     images = dataset_info.pictures_of(row, columns["images"]) if "images" in columns else []
-    system = row.get(columns.get("system")) or ""
+    cells = {kind: row.get(column) for kind, column in columns.items()}
+    system = cells.get("system") or ""
     if "messages" not in columns:
-        parts = [row.get(columns.get(kind)) for kind in ("prompt", "query")]
+        parts = [cells.get(kind) for kind in ("prompt", "query")]
         texts = {"system": system, "prompt": "\n".join(filter(None, parts))}
-        texts |= {"response": row.get(columns.get("response")) or "", "images": images}
-        before = row.get(columns.get("history")) or []
+        texts |= {"response": cells.get("response") or "", "images": images}
+        before = cells.get("history") or []
         turns = [*(text for turn in before for text in turn), texts["prompt"], texts["response"]]
         messages = [{"role": ("user", "assistant")[n % 2], "content": text} for n, text in enumerate(turns)]
         return texts | ({"messages": messages} if before else {})

@@ -140,10 +140,12 @@ def rebuild(folder: Path, kept: list[Path]) -> Outcome:
     staging = files.beside(folder, f"staging-{secrets.token_hex(4)}")
     staging.mkdir()
     try:
-        losses = {entry["step"]: entry for entry in read_state(folder)["log_history"] if "loss" in entry}
+        state = read_state(folder)
+        assert state is not None  # `finished_checkpoints` has read it
+        losses = {entry["step"]: entry for entry in state["log_history"] if "loss" in entry}
         entries = []
         for checkpoint in kept:
-            step = int(paths.CHECKPOINT.fullmatch(checkpoint.name)[1])
+            step = int(checkpoint.name.removeprefix("checkpoint-"))
             target = staging / run_files.checkpoint_name(step)
             link_or_copy(checkpoint / paths.ADAPTER, target)
             log = losses.get(step, {})

@@ -62,7 +62,8 @@ def choose_buckets(shapes: list[Shape], count: int) -> list[Shape]:
     """
     by_size = sorted(shapes)
     ends = sorted({-(-len(by_size) * part // count) - 1 for part in range(1, count + 1)})
-    chosen, start = [], 0
+    chosen: list[Shape] = []
+    start = 0
     for end in ends:
         part = by_size[start : end + 1]
         shape = Shape(*(max(values) for values in zip(*part, strict=True)))

@@ -130,7 +130,10 @@ def pack_questions(numbers: list[int], questions: list[Question], trees: list[Op
     length = max(row_length(questions[number], trees[number], prefix) for number in numbers)
     tokens, positions, visible_until = np.zeros((3, len(numbers), length), np.int64)
     visible_until[:] = np.arange(1, length + 1)  # padding sees itself
-    logit_places, edges, logits_of, first_edge = [], [], [], []
+    logit_places: list[int] = []
+    edges: list[tuple[int, int]] = []
+    logits_of: list[dict[int, int]] = []
+    first_edge: list[int] = []
     for row, number in enumerate(numbers):
         prompt, tree = questions[number].tokens[prefix:], trees[number]
         size, end = len(prompt), len(prompt) + len(tree.tokens)

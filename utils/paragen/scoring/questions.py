@@ -207,7 +207,8 @@ class CachingTokenizer:
     """A tokenizer that encodes each text once: prompts recur with each option, system prompts with each row."""
 
     def __init__(self, tokenizer: Any):
-        self.tokenizer, self.cache = tokenizer, {}
+        self.tokenizer = tokenizer
+        self.cache: dict[tuple, list[int]] = {}
 
     def encode(self, text: str, **more: Any) -> list[int]:
         key = text, *more.items()

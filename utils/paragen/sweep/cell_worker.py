@@ -12,7 +12,7 @@ import threading
 import time
 from collections.abc import Callable
 from dataclasses import replace
-from multiprocessing import Process
+from multiprocessing.context import ForkServerProcess
 from pathlib import Path
 
 from paragen.collection import run_identity, verify
@@ -36,7 +36,7 @@ class CellWorker:
     def __init__(self, settings: dict[str, str], devices: str | None):
         given = os.environ.get("CUDA_VISIBLE_DEVICES", "") if devices is None else devices
         self.settings = {**settings, "DEVICES": given}
-        self.process: Process | None = None
+        self.process: ForkServerProcess | None = None
         self.stopping = threading.Event()
         os.environ.update(self.settings)
         forked.preload()
@@ -165,11 +165,11 @@ class CellWorker:
         """Run a task once in a process of its own; its outcome, with the log's name."""
         with tempfile.TemporaryDirectory(prefix="paragen-") as folder:
             note = Path(folder, "outcome.json")
-            self.process = forked.start(task, arguments, settings, log, note)
+            self.process = process = forked.start(task, arguments, settings, log, note)
             if self.stopping.is_set():  # set while it started, which takes as long as the import
-                self.process.terminate()
-            self.process.join()
-            ended = death_of(self.process.exitcode) or outcome.read(note) or unnoted(self.process.exitcode)
+                process.terminate()
+            process.join()
+            ended = death_of(process.exitcode) or outcome.read(note) or unnoted(process.exitcode)
             return ended if ended.is_done else replace(ended, log=paths.relative(log))
 
     def stop(self) -> None:

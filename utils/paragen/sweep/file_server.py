@@ -116,7 +116,8 @@ class Depot:
         for run in cell.runs:
             check_paths(run)
             complete[run.phase] = attempts.is_complete(run, run_identity.identity_of(run))
-        recipes = tuple(below_root(run, run.recipe) for run in cell.runs)
+        pretrain, finetune = cell.runs
+        recipes = below_root(pretrain, pretrain.recipe), below_root(finetune, finetune.recipe)
         if complete["finetune"]:
             return Need([], recipes, complete["pretrain"], 0, True)
         wanted = needed_files(cell)
@@ -285,8 +286,8 @@ def check_manifest(staging: Path, folder: Path) -> Manifest:
     else:
         checkpoints = {entry.step: staging / f"checkpoint-{entry.step}" for entry in entries}
         names |= {path.name for path in checkpoints.values()}
-        found = {step: run_identity.pretrain_of(path) for step, path in checkpoints.items()}
-        whole = all(found[entry.step] and found[entry.step]["sha256"] == entry.sha256 for entry in entries)
+        found = {step: run_identity.pretrain_of(path) or {} for step, path in checkpoints.items()}
+        whole = all(found[entry.step].get("sha256") == entry.sha256 for entry in entries)
     if not whole or not {path.name for path in staging.iterdir()} <= names or manifest.run != folder.name:
         raise UserError(f"{paths.relative(folder)}: came back otherwise than its manifest says; run it again")
     return manifest

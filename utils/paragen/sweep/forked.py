@@ -6,6 +6,7 @@ reaches the next, and it can be killed alone. It ends when the process that star
 """
 
 import multiprocessing
+import multiprocessing.forkserver
 import os
 import sys
 from collections.abc import Callable

@@ -87,12 +87,14 @@ class StagedWorker(CellWorker):
             for cell, _ in pack:
                 self.ask("forget", cell)
             return super().collect(pack, packed, smaller)
-        started, outcomes = time.monotonic(), {}
+        started = time.monotonic()
+        outcomes: dict[str, Outcome] = {}  # by attempt
         try:
             with contextlib.ExitStack() as stack:
-                here = {}
+                here: dict[str, Cell] = {}
                 for cell, attempt in pack:
-                    outcomes[attempt] = self._prepare(stack, cell, attempt, here)
+                    if early := self._prepare(stack, cell, attempt, here):
+                        outcomes[attempt] = early
                 if here:
                     ended = super().collect([(copy, attempt) for attempt, copy in here.items()], packed, smaller)
                     outcomes |= dict(zip(here, ended, strict=True))
@@ -101,10 +103,8 @@ class StagedWorker(CellWorker):
             for _, attempt in pack:
                 self.ask("end", attempt)
         seconds = time.monotonic() - started
-        return [
-            replace(outcome, cause=outcome.cause.replace(f"{self.top}/", ""), seconds=seconds)
-            for outcome in outcomes.values()
-        ]
+        in_order = [outcomes[attempt] for _, attempt in pack]
+        return [replace(one, cause=one.cause.replace(f"{self.top}/", ""), seconds=seconds) for one in in_order]
 
     def _prepare(self, stack: contextlib.ExitStack, cell: Cell, attempt: str, here: dict[str, Cell]) -> Outcome | None:
         """Have all that a cell needs on this node for as long as `stack` holds, and put its copy among those that are
@@ -312,7 +312,8 @@ def is_whole(top: Path, item: Item, sweep: str) -> bool:
 
 def fetch(worker: StagedWorker, item: Item, part: Path) -> None:
     """Bring one file, chunk by chunk; it gets its name when it is whole. Call it with the file's lock held."""
-    offsets, coming = deque(range(0, item.bytes, CHUNK)), deque()
+    offsets = deque(range(0, item.bytes, CHUNK))
+    coming: deque[Any] = deque()  # Ray's references to chunks
     try:
         with open(part, "wb") as file:
             while offsets or coming:
@@ -331,7 +332,8 @@ def fetch(worker: StagedWorker, item: Item, part: Path) -> None:
 
 def send(worker: StagedWorker, folder: Path, attempt: str, phase: str) -> None:
     """Send a finished run folder back and have it published."""
-    listed, going = {}, deque()
+    listed: dict[str, Listed] = {}
+    going: deque[Any] = deque()  # Ray's references to calls
     for path in sorted(path for path in folder.rglob("*") if path.is_file()):
         name = str(path.relative_to(folder))
         listed[name] = Listed(path.stat().st_size, files.sha256_of(path))
