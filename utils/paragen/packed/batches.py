@@ -90,7 +90,7 @@ def lay_out(step: Step, groups: AdapterGroups, shape: Shape) -> dict[str, np.nda
     adapter's losses are 1 / n, where n is the number of labelled tokens that LLaMA-Factory's trainer divides by.
     """
     size, adapters = shape.tokens * groups.count, len(step.rows)
-    out = {
+    out: dict[str, np.ndarray] = {
         "tokens": np.zeros(size, np.int64),
         "positions": np.zeros(size, np.int64),
         "adapter": np.full(size, adapters, np.int64),

@@ -65,7 +65,7 @@ class Writer:
         """Write the adapter as the work queued so far leaves it; returns before that is done."""
         frame = self._free_frame()
         filled = None
-        if self.on_cuda:
+        if self.upright is not None and self.stream is not None:  # on a CUDA device
             if self.left_device is not None:
                 torch.cuda.current_stream().wait_event(self.left_device)
             self._put_upright(self.upright)
@@ -86,8 +86,8 @@ class Writer:
     def _free_frame(self) -> Tensor:
         """A frame that is not being written; waits for one, and raises what went wrong in a writer."""
         for record in self.records.values():
-            if record.done() and record.exception():
-                raise record.exception()
+            if record.done() and (error := record.exception()):
+                raise error
         if self.made < FRAMES and self.free.empty():
             self.made += 1
             return torch.empty(self.vector.shape, pin_memory=self.on_cuda)
@@ -97,8 +97,9 @@ class Writer:
         try:
             if filled is not None:
                 filled.synchronize()
-            values = memoryview(frame.numpy()).cast("B")
-            parts = [self.head, *(values[4 * start : 4 * end] for start, end in map(self.spans.get, self.order))]
+            values = frame.numpy().data.cast("B")
+            spans = [self.spans[name] for name in self.order]
+            parts: list[bytes | memoryview] = [self.head, *(values[4 * start : 4 * end] for start, end in spans)]
             digest = hashlib.sha256()
             for part in parts:
                 digest.update(part)
