@@ -145,7 +145,7 @@ def _unpack(archives: list[Path], entries: dict[int, CheckpointEntry], small: di
         for path in archives:
             for step, data in read_all(path):
                 check_recorded(path, entries, step, data)
-                files.write_atomically(staging / run_files.checkpoint_name(step), data)
+                files.write_atomically(staging / run_files.checkpoint_name(step), memoryview(data))
         for name in (*run_files.BESIDE, paths.MANIFEST):
             if name in small:
                 files.write_atomically(staging / name, small[name])

@@ -8,7 +8,7 @@ import operator
 from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
-from typing import Any, NamedTuple, cast
+from typing import Any, NamedTuple
 
 import numpy
 import pyarrow as pa
@@ -26,7 +26,7 @@ from paragen.common.cli import UserError
 TAKEN = ("seed", "split")  # columns of the index whose names are other arguments of Pairs
 
 
-class Tensors(dict):
+class Tensors(dict[str, torch.Tensor]):
     """A checkpoint's tensors by PEFT's key: a dict that is pickled as one tensor.
 
     Pickled one by one, each tensor would take a file descriptor between processes, hundreds for one checkpoint.
@@ -189,9 +189,9 @@ def collate(pairs: Sequence[Pair]) -> dict[str, Any]:
     numbers of values as `length` (pairs, int64).
     """
     batch = {"prompts": [pair.prompts for pair in pairs], "row": [pair.row for pair in pairs]}
-    if isinstance(pairs[0].checkpoint, Mapping):
+    found = [pair.checkpoint for pair in pairs if isinstance(pair.checkpoint, torch.Tensor)]
+    if not found:
         return {**batch, "checkpoint": [pair.checkpoint for pair in pairs]}
-    found = [cast(torch.Tensor, pair.checkpoint) for pair in pairs]  # with vector=True, as the first
     return {
         **batch,
         "checkpoint": torch.nn.utils.rnn.pad_sequence(found, batch_first=True),

@@ -109,10 +109,7 @@ def registered(name: str, data_dir: Path | None = None) -> tuple[str, Part]:
     """(name, rows) of the registered dataset that a user names. Raises UserError where it is not known."""
     folder = Path(data_dir or paths.DATA).absolute()
     found = paths.choose(name, dataset_info.read_info(folder), "registered dataset")
-    part = _registered(found, folder)
-    assert part is not None  # `choose` returns a name that dataset_info.json has
-    entry, path = part
-    return found, (entry, rows_in(path))
+    return found, (dataset_info.entry_of(found, folder), rows_in(dataset_info.data_file(found, folder)))
 
 
 def texts_of(row: dict[str, Any], entry: dict[str, Any]) -> dict[str, Any]:
@@ -122,15 +119,17 @@ def texts_of(row: dict[str, Any], entry: dict[str, Any]) -> dict[str, Any]:
     """
     columns, tags = dataset_info.columns_of(entry), dataset_info.tags_of(entry)
     images = dataset_info.pictures_of(row, columns["images"]) if "images" in columns else []
-    cells = {kind: row.get(column) for kind, column in columns.items()}
-    system = cells.get("system") or ""
+
+    def text(kind: str) -> Any:
+        return row.get(columns[kind]) if kind in columns else None
+
+    system = text("system") or ""
     if "messages" not in columns:
-        parts = [cells.get(kind) for kind in ("prompt", "query")]
-        texts = {"system": system, "prompt": "\n".join(filter(None, parts))}
-        texts |= {"response": cells.get("response") or "", "images": images}
-        before = cells.get("history") or []
-        turns = [*(text for turn in before for text in turn), texts["prompt"], texts["response"]]
-        messages = [{"role": ("user", "assistant")[n % 2], "content": text} for n, text in enumerate(turns)]
+        prompt = "\n".join(filter(None, (text("prompt"), text("query"))))
+        texts = {"system": system, "prompt": prompt, "response": text("response") or "", "images": images}
+        before = text("history") or []
+        turns = [*(one for turn in before for one in turn), prompt, texts["response"]]
+        messages = [{"role": ("user", "assistant")[n % 2], "content": one} for n, one in enumerate(turns)]
         return texts | ({"messages": messages} if before else {})
     roles = {tags.get(f"{kind}_tag"): kind for kind in ("user", "assistant", "observation", "function", "system")}
     messages = [

@@ -140,12 +140,14 @@ def rebuild(folder: Path, kept: list[Path]) -> Outcome:
     staging = files.beside(folder, f"staging-{secrets.token_hex(4)}")
     staging.mkdir()
     try:
-        state = read_state(folder)
-        assert state is not None  # `finished_checkpoints` has read it
-        losses = {entry["step"]: entry for entry in state["log_history"] if "loss" in entry}
+        losses = {
+            entry["step"]: entry
+            for entry in (read_state(folder) or {"log_history": []})["log_history"]
+            if "loss" in entry
+        }
         entries = []
         for checkpoint in kept:
-            step = int(checkpoint.name.removeprefix("checkpoint-"))
+            step = int(checkpoint.name.rpartition("-")[2])
             target = staging / run_files.checkpoint_name(step)
             link_or_copy(checkpoint / paths.ADAPTER, target)
             log = losses.get(step, {})
