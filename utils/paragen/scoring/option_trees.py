@@ -184,7 +184,7 @@ def tree_mask(batch: PackedBatch, prefix: int) -> Tensor:
     It attends to the shared prefix, to its prompt up to itself, and to its ancestors in the tree. Only for a batch with
     `visible_until`.
     """
-    assert batch.visible_until is not None
+    assert batch.visible_until is not None  # a plain causal batch has no mask
     at = torch.arange(batch.tokens.shape[1], device=batch.tokens.device)
     own = (at <= at[:, None]) & (at[:, None] < batch.visible_until[:, None, :])
     return nn.functional.pad(own, (prefix, 0), value=True)[:, None]
