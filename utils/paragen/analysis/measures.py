@@ -139,7 +139,8 @@ def measure(
     """
     layout = checkpoints.layout_of(next(checkpoints.open_all(folder, entries[:1])))
     layers = checkpoints.layers_of(layout)
-    shapes = [(layout[f"{layer}.lora_B.weight"][0], *layout[f"{layer}.lora_A.weight"][::-1]) for layer in layers]
+    factors = [(layout[f"{layer}.lora_A.weight"], layout[f"{layer}.lora_B.weight"]) for layer in layers]
+    shapes = [(b[0], a[1], a[0]) for a, b in factors]
     kept = {name: torch.zeros(len(layers), len(entries), dtype=torch.float64) for name in PER_LAYER}
     kept |= {name: torch.zeros(len(layers), 2, len(entries), dtype=torch.float64) for name in PER_FACTOR}
     totals = {name: torch.zeros(len(layers), 2, dtype=torch.float64) for name in TOTALS}
@@ -166,7 +167,8 @@ def measure(
 
 def groups_of(shapes: list[tuple[int, int, int]], budget: int) -> list[list[int]]:
     """The layers' numbers in groups whose running sums take at most `budget` bytes; a group has at least one layer."""
-    groups, used = [[]], 0
+    groups: list[list[int]] = [[]]
+    used = 0
     for number, (outputs, inputs, rank) in enumerate(shapes):
         size = 8 * (outputs + inputs) * (9 * rank + ls.SKETCH_SIDE)  # 4 moments of 2, the step before, projections
         if groups[-1] and used + size > budget:
