@@ -34,8 +34,7 @@ for name in (
     "MAKELEVEL",
 ):
     os.environ.pop(name, None)
-if os.environ.get("PY"):
-    os.environ["PY"] = sys.executable  # the same one from any folder; copies of the repository then need no .venv
+os.environ["PY"] = sys.executable  # no test sets up a .venv, or changes this one, unless it unsets PY
 os.environ["DEVICES"] = "cpu"  # the same hashes on a machine with a GPU
 os.environ["OMP_NUM_THREADS"] = "1"  # tiny tensors; two runs at once then do not fight for two cores
 
@@ -142,7 +141,6 @@ def repository(tmp_path, model_folder) -> Path:
     shutil.copytree(ROOT / "utils", top / "utils", ignore=shutil.ignore_patterns("__pycache__"))
     for name in ("Makefile", "requirements.in", "requirements.txt"):
         shutil.copy(ROOT / name, top)
-    (top / ".venv").symlink_to(ROOT / ".venv")
     for model in ("Tiny-One", "Tiny-Two"):
         shutil.copytree(model_folder, top / "models" / model)
     shutil.copy(ROOT / "models" / "models.yaml", top / "models")
