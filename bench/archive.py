@@ -19,7 +19,8 @@ from pathlib import Path
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent / "utils"))
 
 from paragen.archives import archive, read
-from paragen.collection import collection
+from paragen.collection import run_files
+from paragen.collection.manifest import Manifest, read_manifest
 from paragen.common import cli, paths
 from paragen.common.cli import UserError, say
 
@@ -33,16 +34,16 @@ def main() -> None:
     if not folders:
         raise UserError(f"{paths.relative(paths.SAVES)}: no Demo collection yet; make one with: make demo")
     for folder in folders:
-        manifest = collection.read_manifest(folder)
+        manifest = read_manifest(folder)
         if manifest is None:
             raise UserError(f"{folder}: has no {paths.MANIFEST}, so it is no finished collection")
-        say(f"\n{paths.relative(folder)}: {len(manifest['checkpoints'])} checkpoints")
+        say(f"\n{paths.relative(folder)}: {len(manifest.checkpoints)} checkpoints")
         rows = [measure(folder, manifest, dtype, args.rounds) for dtype in (None, "bfloat16")]
         head = ("", "MB raw", "ratio", "write MB/s", "verify MB/s", "read first", "worst", "mean", "raw mean")
         cli.print_table((*head, "worst/raw", "mean/raw"), rows)
 
 
-def measure(folder: Path, manifest: dict, dtype: str | None, rounds: int) -> tuple[str, ...]:
+def measure(folder: Path, manifest: Manifest, dtype: str | None, rounds: int) -> tuple[str, ...]:
     """The table's row for a collection as it is (dtype None) or cast; times in ms."""
     with tempfile.TemporaryDirectory(prefix="archive_bench_") as top:
         manifest = archive.converted(folder, manifest, dtype) if dtype else manifest
@@ -50,9 +51,9 @@ def measure(folder: Path, manifest: dict, dtype: str | None, rounds: int) -> tup
         writing, _ = timed(lambda: archive.write(folder, manifest, path))
         plain.mkdir()
         for step, data in archive.read_all(path):
-            (plain / collection.checkpoint_name(step)).write_bytes(data)
+            (plain / run_files.checkpoint_name(step)).write_bytes(data)
         checking, _ = timed(lambda: archive.verify(path))
-        raw = sum(entry["bytes"] for entry in manifest["checkpoints"])
+        raw = sum(entry.bytes for entry in manifest.checkpoints)
         ratio = path.stat().st_size / raw
         first, ours, theirs = read_times(path, plain, rounds)
     worst, mean, theirs_mean = max(ours), statistics.mean(ours), statistics.mean(theirs)
@@ -67,7 +68,7 @@ def read_times(path: Path, plain: Path, rounds: int) -> tuple[float, list[float]
     from safetensors.torch import load_file
 
     steps = archive.steps_of(path)
-    files = {step: plain / collection.checkpoint_name(step) for step in steps}
+    files = {step: plain / run_files.checkpoint_name(step) for step in steps}
     ours: dict[int, list[float]] = {step: [] for step in steps}
     theirs: dict[int, list[float]] = {step: [] for step in steps}
     copied(load_file(files[steps[0]]))

@@ -35,12 +35,12 @@ def run(args: argparse.Namespace, _: Path) -> int:
     from paragen.scoring.scorer import Scorer
 
     chosen = next(one for one in index.chosen() if MODEL in one.name.lower())
-    entries = chosen.manifest["checkpoints"][-args.checkpoints :]
+    entries = chosen.manifest.checkpoints[-args.checkpoints :]
     base = base_model.base_for(chosen.manifest, None)
     scorer = CollectionScorer(chosen, base, questions.split_for(chosen.manifest, ""), "choice")
     peft = Peft(chosen, {})
     peft.choose_size([int(size) for size in args.sizes.split()])
-    steps = [entry["step"] for entry in entries]
+    steps = [entry.step for entry in entries]
     spans: list[tuple] = []
     for name in ("begin", "generate"):
         note_spans(Scorer, name, spans)
@@ -48,7 +48,7 @@ def run(args: argparse.Namespace, _: Path) -> int:
     found: dict[str, Any] = {"steps": steps, "rows": len(scorer.questions), "batch": peft.size, "rounds": []}
     for number in range(args.rounds):
         ways = (lambda: ours(scorer, steps, len(steps), spans), lambda: ours(scorer, steps, 1, spans),
-                lambda: measured(lambda: {entry["step"]: peft.score(entry) for entry in sample}))  # fmt: skip
+                lambda: measured(lambda: {entry.step: peft.score(entry) for entry in sample}))  # fmt: skip
         found["rounds"].append({})
         for which in range(3) if number % 2 == 0 else reversed(range(3)):
             found["rounds"][-1][WAYS[which]] = one = ways[which]()

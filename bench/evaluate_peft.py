@@ -16,7 +16,8 @@ from typing import Any
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent / "utils"))
 
-from paragen.collection import checkpoints, collection, evaluation, index
+from paragen.collection import checkpoints, evaluation, index
+from paragen.collection.manifest import CheckpointEntry
 from paragen.common import cli, devices
 from paragen.scoring import answers
 from paragen.scoring.questions import Question
@@ -31,7 +32,7 @@ def main() -> None:
     chosen = index.chosen()[0]
     peft = Peft(chosen, noted)
     peft.choose_size([int(size) for size in sizes])
-    for entry in chosen.manifest["checkpoints"][-int(count) :]:
+    for entry in chosen.manifest.checkpoints[-int(count) :]:
         peft.score(entry)
         Path(result).write_text(json.dumps(noted))
 
@@ -86,13 +87,13 @@ class Peft:
         self.size = max(rates, key=rates.__getitem__)
         self.noted |= {"sizes": rates, "best": self.size}
 
-    def score(self, entry: dict[str, Any]) -> dict[str, Any]:
+    def score(self, entry: CheckpointEntry) -> dict[str, Any]:
         """Score one of the manifest's checkpoints on all rows; notes `step`, `seconds`, `score`, `likelihood_score`."""
         from peft import set_peft_model_state_dict
 
         began, right, likelier = time.monotonic(), 0, 0
-        path = self.folder / collection.checkpoint_name(entry["step"])
-        set_peft_model_state_dict(self.model, checkpoints.load(path, entry["bytes"], entry["sha256"]))
+        path = self.folder / entry.file_name
+        set_peft_model_state_dict(self.model, checkpoints.load(path, entry.bytes, entry.sha256))
         for start in reversed(range(0, len(self.questions), self.size)):
             part = self.questions[start : start + self.size]
             best, said = self.batch(part)
@@ -100,7 +101,7 @@ class Peft:
                 likelier += option == question.right
                 right += answers.chosen_option(text, question.options) == question.options[question.right]
         rows, seconds = len(self.questions), time.monotonic() - began
-        one = {"step": entry["step"], "seconds": seconds, "score": right / rows, "likelihood_score": likelier / rows}
+        one = {"step": entry.step, "seconds": seconds, "score": right / rows, "likelihood_score": likelier / rows}
         self.noted["checkpoints"].append(one)
         return one
 

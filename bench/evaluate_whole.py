@@ -19,7 +19,8 @@ import scratch
 import shapes
 from omegaconf import OmegaConf
 
-from paragen.collection import collection, evaluation
+from paragen.collection import evaluation
+from paragen.collection.manifest import read_manifest
 from paragen.common import cli, devices
 from paragen.common.cli import UserError, say
 from paragen.recipes import render
@@ -50,7 +51,7 @@ def run(args: argparse.Namespace, top: Path) -> int:
     folder = next((top / "saves").glob("*/*/*_finetune"))
     keep("first", scratch.timed(top, "evaluate.py", "timed.py", "evaluate"))
     keep("ours", results["first"] if on_cpu() else again(top, folder))
-    entry = evaluation.read(folder, collection.read_manifest(folder))[0]
+    entry = evaluation.read(folder, read_manifest(folder))[0]
     keep("evaluation", entry)
     keep("ours parts", parts_of(results["ours"], args, len(entry["checkpoints"])))
     first = parts_of(results["first"], args, len(entry["checkpoints"]))["window"]

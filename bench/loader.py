@@ -17,7 +17,8 @@ from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent / "utils"))
 
-from paragen.collection import collection, index
+from paragen.collection import index, run_files
+from paragen.collection.manifest import CheckpointEntry, new_manifest, write_manifest
 from paragen.common import cli, files, paths
 
 PROMPTS = 8  # per pair
@@ -59,7 +60,7 @@ def make_up(saves: Path, data: Path, collections: int, checkpoints: int, mb: flo
         folder = saves / "math" / "X" / f"Model-{number}_lora-rank_8_finetune"
         folder.mkdir(parents=True)
         entries = []
-        for step in range(number, checkpoints, collections):
+        for step in range(number + 1, checkpoints + 1, collections):
             tensors = (
                 {
                     f"base_model.model.model.layers.{layer}.mlp.lora_{half}.weight": torch.randn(shape)
@@ -69,14 +70,13 @@ def make_up(saves: Path, data: Path, collections: int, checkpoints: int, mb: flo
                 if mb > 0.01
                 else {"x.lora_A.weight": torch.tensor([float(step)])}
             )
-            path = folder / collection.checkpoint_name(step)
+            path = folder / run_files.checkpoint_name(step)
             save_file(tensors, path)
-            known = {"bytes": path.stat().st_size, "sha256": files.sha256_of(path)}
-            entries.append({"step": step, "loss": 0.5, "learning_rate": 1e-4, **known})
-        base = {"name": f"Model-{number}", "sha256": ""}
+            entries.append(CheckpointEntry(step, 0.5, 1e-4, path.stat().st_size, files.sha256_of(path)))
+        base = {"name": f"Model-{number}"}
         identity = {"recipe": {"dataset": "X"}, "data": [used], "base_model": base, "tokenizer": None, "pretrain": None}
-        manifest = collection.manifest_of(folder, "finetune", 8, identity, entries, {"seed": 42})
-        files.write_json(folder / paths.MANIFEST, manifest)
+        manifest = new_manifest(folder, "finetune", 8, identity, entries, {"seed": 42})
+        write_manifest(folder, manifest)
 
 
 def measure_opening(saves: Path, data: Path) -> None:

@@ -34,11 +34,13 @@ for name in (
     "MAKELEVEL",
 ):
     os.environ.pop(name, None)
-os.environ["PY"] = sys.executable  # no test sets up a .venv, or changes this one, unless it unsets PY
 os.environ["DEVICES"] = "cpu"  # the same hashes on a machine with a GPU
 os.environ["OMP_NUM_THREADS"] = "1"  # tiny tensors; two runs at once then do not fight for two cores
 
 from helpers import fork_server, handmade, packed_project, tiny, tiny_models  # noqa: E402
+from helpers.warm_python import PYTHON  # noqa: E402
+
+os.environ["PY"] = PYTHON  # no test sets up a .venv, or changes this one, unless it unsets PY
 
 CATEGORY = "common-sense-reasoning"
 
@@ -47,7 +49,7 @@ CATEGORY = "common-sense-reasoning"
 def model_folder(tmp_path_factory) -> Path:
     """A random two-layer Llama with its own tokenizer, made in another process so that this one stays fork-safe."""
     folder = tmp_path_factory.mktemp("models") / "Tiny-Llama"
-    subprocess.run([sys.executable, ROOT / "tests" / "helpers" / "tiny.py", folder], check=True)
+    subprocess.run([PYTHON, ROOT / "tests" / "helpers" / "tiny.py", folder], check=True)
     return folder
 
 

@@ -2,6 +2,7 @@
 
 import json
 import shutil
+from dataclasses import replace
 
 import pytest
 import torch
@@ -10,6 +11,7 @@ from safetensors.torch import load_file
 import export
 from paragen.analysis import canonical
 from paragen.collection import checkpoints, index
+from paragen.collection.manifest import CheckpointEntry
 from paragen.common import files, paths
 from paragen.common.cli import UserError
 from paragen.exports import canonical as export_canonical
@@ -151,7 +153,7 @@ def test_a_collection_becomes_adapters_of_the_same_shape_and_says_what_it_was_ma
     (one,) = selected
     export_canonical.export(selected, tmp_path / "out", None)
     folder = tmp_path / "out" / one.name
-    names = [f"checkpoint-{entry['step']}.safetensors" for entry in one.manifest["checkpoints"]]
+    names = [entry.file_name for entry in one.manifest.checkpoints]
     assert {path.name for path in folder.iterdir()} == {*names, "adapter_config.json", "canonical.json"}
     for name in names:
         raw, new = load_file(one.folder / name), load_file(folder / name)
@@ -163,7 +165,7 @@ def test_a_collection_becomes_adapters_of_the_same_shape_and_says_what_it_was_ma
             )
             assert (update - found).norm() <= FLOAT32 * 4**0.25 * update.norm()
     about = json.loads((folder / "canonical.json").read_bytes())
-    assert about["manifest"] == one.manifest["sha256"] and about["dtype"] == "float32"
+    assert about["manifest"] == one.manifest.sha256 and about["dtype"] == "float32"
     config = (one.folder / "adapter_config.json", folder / "adapter_config.json")
     assert json.loads(config[0].read_bytes()) == json.loads(config[1].read_bytes()), "the scaling is not touched"
 
@@ -183,11 +185,11 @@ def test_it_is_made_once_and_again_when_the_collection_or_the_dtype_is_another(s
         (one, None, "exported: "),
         (one, None, "there already: "),
         (one, "bfloat16", "exported: "),
-        (one._replace(manifest={**one.manifest, "sha256": "another"}), "bfloat16", "exported: "),
+        (one._replace(manifest=replace(one.manifest, sha256="another")), "bfloat16", "exported: "),
     ):
         export_canonical.export([chosen], tmp_path / "out", dtype)
         assert capsys.readouterr().out.startswith(expected)
-    step = one.manifest["checkpoints"][0]["step"]
+    step = one.manifest.steps[0]
     tensors = load_file(tmp_path / "out" / one.name / f"checkpoint-{step}.safetensors")
     assert {tensor.dtype for tensor in tensors.values()} == {torch.bfloat16}
 
@@ -214,7 +216,7 @@ def test_peft_loads_it_and_the_model_says_the_same(selected, trained_once, tmp_p
     monkeypatch.setenv("OUT", str(tmp_path / "an export"))
     export.main()
     (one,) = selected
-    step = one.manifest["checkpoints"][-1]["step"]
+    step = one.manifest.steps[-1]
     said = []
     for name, collection in (("raw", one.folder), ("canonical", tmp_path / "an export" / one.name)):
         base = AutoModelForCausalLM.from_pretrained(trained_once.top / "models" / "Tiny-Llama")
@@ -273,7 +275,7 @@ def test_factors_that_a_dtype_cannot_hold_are_refused(tmp_path):
 
     path = tmp_path / "checkpoint-1.safetensors"
     save_file({"x.lora_A.weight": torch.full((1, 2), 1e6), "x.lora_B.weight": torch.full((2, 1), 1e6)}, path)
-    entries = [{"step": 1, "bytes": path.stat().st_size, "sha256": files.sha256_of(path)}]
+    entries = [CheckpointEntry(1, 0.5, 1e-4, path.stat().st_size, files.sha256_of(path))]
     handles = list(checkpoints.open_all(tmp_path, entries))
     with pytest.raises(UserError, match="x: does not fit into float16"):
         export_canonical.canonical_factors(tmp_path, entries, handles, torch.float16, "x")
@@ -289,7 +291,7 @@ def test_a_checkpoint_that_does_not_fit_the_others_is_named(tmp_path, what):
         name = "y" if what == "other keys" and step == 2 else "x"
         path = tmp_path / f"checkpoint-{step}.safetensors"
         save_file({f"{name}.lora_A.weight": value, f"{name}.lora_B.weight": torch.ones(3, 1)}, path)
-        entries.append({"step": step, "bytes": path.stat().st_size, "sha256": files.sha256_of(path)})
+        entries.append(CheckpointEntry(step, 0.5, 1e-4, path.stat().st_size, files.sha256_of(path)))
     with pytest.raises(UserError, match="checkpoint-2.safetensors: .*(not finite|other keys)"):
         for part, handles in checkpoints.in_chunks(tmp_path, entries, 2):
             checkpoints.factors_of(tmp_path, entries[part], handles, "x")

@@ -4,6 +4,7 @@ import json
 import os
 import subprocess
 import sys
+from dataclasses import asdict
 from pathlib import Path
 
 import numpy as np
@@ -15,7 +16,8 @@ from safetensors.torch import load_file, save_file
 import stats
 from paragen.analysis import canonical, measures
 from paragen.analysis import layer_stats as ls
-from paragen.collection import checkpoints, collection, index
+from paragen.collection import checkpoints, index, run_files
+from paragen.collection.manifest import CheckpointEntry, sealed
 from paragen.common import files, paths
 from paragen.common.cli import UserError
 
@@ -35,9 +37,7 @@ def measured_once(trained_once, tmp_path_factory):
 
 def plain(one):
     """The layers, and all checkpoints of a collection as NumPy float64: {key: steps x rows x columns}."""
-    loaded = [
-        load_file(one.folder / f"checkpoint-{entry['step']}.safetensors") for entry in one.manifest["checkpoints"]
-    ]
+    loaded = [load_file(one.folder / entry.file_name) for entry in one.manifest.checkpoints]
     tensors = {key: np.stack([each[key].double().numpy() for each in loaded]) for key in loaded[0]}
     return checkpoints.layers_of(tensors), tensors
 
@@ -56,17 +56,17 @@ def test_it_writes_four_files_that_name_the_collection_and_say_what_they_hold(me
     assert {path.name for path in folder.iterdir()} == NAMES
     about = json.loads((folder / "stats.json").read_bytes())
     layers, tensors = plain(one)
-    assert about["manifest"] == one.manifest["sha256"] and about["layers"] == layers
+    assert about["manifest"] == one.manifest.sha256 and about["layers"] == layers
     assert about["files"].keys() == NAMES - {"stats.json"}
     arrays = load_file(folder / "steps.safetensors")
     assert about["files"]["steps.safetensors"].keys() == arrays.keys()
-    steps, count = len(one.manifest["checkpoints"]), len(layers)
+    steps, count = len(one.manifest.checkpoints), len(layers)
     assert {name: (value.dtype, tuple(value.shape)) for name, value in arrays.items()} == {
         "steps": (torch.int64, (steps,)),
         "sketch": (torch.float32, (steps, 1024)),
         **{name: (torch.float32, (count, steps)) for name in ("norm", "change", "effective_rank")},
     }
-    assert arrays["steps"].tolist() == [entry["step"] for entry in one.manifest["checkpoints"]]
+    assert arrays["steps"].tolist() == one.manifest.steps
     table = pyarrow.parquet.read_table(folder / "stats.parquet")
     assert about["files"]["stats.parquet"].keys() == set(table.column_names)
     assert table["layer"].to_pylist()[::3] == layers
@@ -135,7 +135,7 @@ def test_importance_is_the_deviation_of_standardised_factors_over_its_mean_and_a
 
 def test_chunks_of_steps_and_groups_of_layers_change_nothing(measured_once):
     one, _ = measured_once
-    config, entries = checkpoints.adapter_config(one.folder, one.manifest), one.manifest["checkpoints"]
+    config, entries = checkpoints.adapter_config(one.folder, one.manifest), one.manifest.checkpoints
     whole = measures.measure(one.folder, entries, config, "base")
     parted = measures.measure(one.folder, entries, config, "base", budget=1, chunk=1)
     assert len(measures.groups_of(whole.shapes, 1)) == len(whole.layers)
@@ -226,21 +226,21 @@ def synthetic(folder, steps, shape=(8, 32, 24, 2), dtype=torch.float32, zero=())
     entries = []
     for step in range(1, steps + 1):
         drawn = torch.Generator().manual_seed(step)
-        path = folder / collection.checkpoint_name(step)
+        path = folder / run_files.checkpoint_name(step)
         tensors = {}
         for layer in range(count):
             tensors[f"l.{layer}.lora_A.weight"] = torch.randn(rank, inputs, generator=drawn).to(dtype)
             b = torch.randn(outputs, rank, generator=drawn) * (step not in zero)
             tensors[f"l.{layer}.lora_B.weight"] = b.to(dtype)
         save_file(tensors, path)
-        entries.append({"step": step, "bytes": path.stat().st_size, "sha256": files.sha256_of(path)})
+        entries.append(CheckpointEntry(step, 0.5, 1e-4, path.stat().st_size, files.sha256_of(path)))
     return entries
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 def test_a_first_step_without_any_update_is_measured_like_others(tmp_path, dtype):
     entries = synthetic(tmp_path / "x", 3, dtype=dtype, zero=[1])
-    found = measures.measure(tmp_path / "x", entries, {"lora_alpha": 2}, "base")
+    found = measures.measure(tmp_path / "x", entries, {"r": 2, "lora_alpha": 2}, "base")
     assert (found.norm[:, 0] == 0).all() and (found.effective_rank[:, 0] == 0).all()
     assert all(getattr(found, name).isfinite().all() for name in found._fields[2:])
     torch.testing.assert_close(found.change[:, 1], found.norm[:, 1])
@@ -248,7 +248,7 @@ def test_a_first_step_without_any_update_is_measured_like_others(tmp_path, dtype
 
 def test_a_single_checkpoint_makes_every_layer_equally_important(tmp_path):
     entries = synthetic(tmp_path / "x", 1)
-    found = measures.measure(tmp_path / "x", entries, {"lora_alpha": 2}, "base")
+    found = measures.measure(tmp_path / "x", entries, {"r": 2, "lora_alpha": 2}, "base")
     by_factor, by_layer = measures.importance_of(found)
     assert (by_factor == 1).all() and (by_layer == 1).all() and (found.change == 0).all()
 
@@ -258,8 +258,10 @@ import json, sys
 sys.path.insert(0, sys.argv[1])
 from pathlib import Path
 from paragen.analysis import measures
-entries = json.loads(Path(sys.argv[2], "entries.json").read_text())[: int(sys.argv[3])]
-measures.measure(Path(sys.argv[2]), entries, {"lora_alpha": 2}, "base", chunk=1)
+from paragen.collection.manifest import CheckpointEntry
+lines = json.loads(Path(sys.argv[2], "entries.json").read_text())[: int(sys.argv[3])]
+entries = [CheckpointEntry(**line) for line in lines]
+measures.measure(Path(sys.argv[2]), entries, {"r": 2, "lora_alpha": 2}, "base", chunk=1)
 print(next(line.split()[1] for line in open("/proc/self/status") if line.startswith("VmHWM")))
 """
 
@@ -268,7 +270,7 @@ print(next(line.split()[1] for line in open("/proc/self/status") if line.startsw
 def test_memory_does_not_grow_with_the_number_of_steps(tmp_path):
     """64 steps of 2.1 MB are 100 MB more than 16; the peaks of both differ by less than half of that."""
     (entry,) = synthetic(tmp_path / "x", 1, shape=(8, 4096, 4096, 8))
-    entries = [{**entry, "step": step} for step in range(1, 65)]
+    entries = [{**asdict(entry), "step": step} for step in range(1, 65)]
     for step in range(2, 65):
         os.link(tmp_path / "x" / "checkpoint-1.safetensors", tmp_path / "x" / f"checkpoint-{step}.safetensors")
     (tmp_path / "x" / "entries.json").write_text(json.dumps(entries))
@@ -305,7 +307,7 @@ def test_it_is_made_once_and_again_when_the_collection_or_the_method_changed(col
     assert first_line().startswith("statistics: ")
     manifest_file = collected.run_folder("finetune") / paths.MANIFEST
     manifest = json.loads(manifest_file.read_bytes())
-    files.write_json(manifest_file, collection.sealed({**manifest, "device": "another"}))
+    files.write_json(manifest_file, sealed({**manifest, "device": "another"}))
     assert first_line().startswith("statistics: ")
     assert json.loads((folder / "stats.json").read_bytes())["manifest"] != manifest["sha256"]
 
@@ -321,7 +323,7 @@ def test_a_collection_of_a_stock_run_has_statistics_too(collected, capsys):
     manifest_file = collected.run_folder("finetune") / paths.MANIFEST
     manifest = json.loads(manifest_file.read_bytes())
     unknown = {key: None for key in ("recipe", "data", "base_model", "tokenizer", "pretrain", "seed")}
-    files.write_json(manifest_file, collection.sealed({**manifest, **unknown}))
+    files.write_json(manifest_file, sealed({**manifest, **unknown}))
     run(collected)
     (about,) = (collected.top / "saves" / "stats").rglob("stats.json")
     assert json.loads(about.read_bytes())["base_model"] == "Tiny-Llama"

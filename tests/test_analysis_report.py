@@ -6,6 +6,7 @@ import json
 import os
 import shutil
 import socket
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -19,7 +20,7 @@ from selenium.webdriver.common.keys import Keys
 from selenium.webdriver.support.wait import WebDriverWait
 
 from paragen.analysis import report, report_data
-from paragen.collection import collection
+from paragen.collection.manifest import read_manifest, sealed
 from paragen.common import files, paths
 
 CHROMIUM, DRIVER = Path("/usr/bin/chromium"), Path("/usr/bin/chromedriver")
@@ -30,7 +31,7 @@ RUN = "Tiny-Llama_lora-rank_4_finetune"
 def reseal(folder: Path, **changes) -> None:
     """Change a manifest as a tool would that gives it its hash again."""
     path = folder / "manifest.json"
-    path.write_text(json.dumps(collection.sealed(json.loads(path.read_text()) | changes)))
+    path.write_text(json.dumps(sealed(json.loads(path.read_text()) | changes)))
 
 
 def twin(project, place: str, **changes) -> Path:
@@ -48,8 +49,8 @@ def project(trained_once, tmp_path_factory):
     twin(project, "math/GSM8K/Tiny-Llama_lora-rank_16_finetune", dataset="GSM8K", category="math", rank=16)
     other = {"name": 'Other <i>"model"</i>', "hub_id": None, "revision": None, "sha256": "0"}
     twin(project, f"math/Odd 'quoted' & <b>/{RUN}", dataset=EVIL, category="math", base_model=other)
-    manifest = collection.read_manifest(project.run_folder("finetune"))
-    silent = [entry | {"loss": None, "learning_rate": None} for entry in manifest["checkpoints"]]
+    manifest = read_manifest(project.run_folder("finetune"))
+    silent = [entry | {"loss": None, "learning_rate": None} for entry in manifest.content["checkpoints"]]
     unknown = dict.fromkeys(("recipe", "data", "pretrain", "seed", "base_model"))
     stock = twin(project, f"math/Stock/{RUN}", dataset="Stock", checkpoints=silent, **unknown)
     (stock / "trainer_log.jsonl").unlink()
@@ -241,8 +242,8 @@ def evaluated_page(trained_once, tmp_path_factory) -> Path:
     for dataset in ("Loss", "Unscored"):
         twin(project, f"math/{dataset}/{RUN}", dataset=dataset, category="math")
     figures = {"base": 0.4, 7: 0.5, 9: 0.75, 12: 0.625}
-    scored.label(project.run_folder("finetune"), scored.evaluated(figures, split="<i>Toy_test"))
-    scored.label(project.top / "saves" / "math" / "Loss" / RUN, scored.evaluated({"base": 2.5, 12: 1.25}, "loss"))
+    scored.write(project.run_folder("finetune"), scored.evaluated(figures, split="<i>Toy_test"))
+    scored.write(project.top / "saves" / "math" / "Loss" / RUN, scored.evaluated({"base": 2.5, 12: 1.25}, "loss"))
     with pytest.MonkeyPatch.context() as patch:
         for name in ("SAVES", "DATA", "MODELS"):
             patch.setattr(paths, name, project.top / name.lower())
@@ -391,12 +392,12 @@ def test_a_changed_checkpoint_makes_its_collection_broken(collected, monkeypatch
 
 def test_another_pretrain_is_not_drawn_as_the_one_before(collected):
     folder = collected.run_folder("finetune")
-    manifest = collection.read_manifest(folder)
+    manifest = read_manifest(folder)
     both = report_data.curve(folder, manifest)
     assert [line["name"] for line in both["lines"]] == ["pretrain", "finetune"]
     assert both["lines"][0]["step"][0] == 5 and both["lines"][1]["step"][-1] == 12
-    manifest["pretrain"]["sha256"] = "0" * 64
-    alone = report_data.curve(folder, manifest)
+    another = replace(manifest.pretrain, sha256="0" * 64)
+    alone = report_data.curve(folder, replace(manifest, pretrain=another))
     assert [line["name"] for line in alone["lines"]] == ["finetune"]
     assert "is another pretrain by now" in alone["notes"][0]
 
@@ -405,7 +406,7 @@ def test_half_a_log_line_is_said_and_left_out(collected):
     folder = collected.run_folder("finetune")
     with open(folder / "trainer_log.jsonl", "a") as file:
         file.write('{"current_steps": 13, "lo')
-    curve = report_data.curve(folder, collection.read_manifest(folder))
+    curve = report_data.curve(folder, read_manifest(folder))
     assert curve["lines"][1]["step"][-1] == 12
     assert "1 lines of" in curve["notes"][0]
 

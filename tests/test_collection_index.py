@@ -8,7 +8,7 @@ import multiprocessing
 import os
 import shutil
 import subprocess
-import sys
+from dataclasses import asdict
 from pathlib import Path
 
 import pyarrow as pa
@@ -16,9 +16,11 @@ import pyarrow.parquet
 import pytest
 from helpers import scored
 from helpers.copies import edit, flip_a_bit, twin
+from helpers.warm_python import PYTHON
 
 import index as index_script
-from paragen.collection import checkpoints, collection, index
+from paragen.collection import checkpoints, index, index_tables
+from paragen.collection.manifest import read_manifest
 from paragen.common import paths
 from paragen.common.cli import UserError
 
@@ -65,15 +67,15 @@ def test_a_row_says_what_a_checkpoint_is_and_where(saves, folder):
     assert not faults
     assert table["step"].to_pylist() == [7, 8, 9, 10, 11, 12]
     row = table.to_pylist()[2]
-    manifest = collection.read_manifest(folder)
-    entry = manifest["checkpoints"][2]
-    assert {key: row[key] for key in index.ENTRY} == {key: entry[key] for key in index.ENTRY}
+    manifest = read_manifest(folder)
+    entry = manifest.checkpoints[2]
+    assert {key: row[key] for key in asdict(entry)} == asdict(entry)
     assert (row["category"], row["dataset"], row["model"], row["rank"]) == (
         "common-sense-reasoning", "Toy", "tiny-llama", 4
     )  # fmt: skip
     assert (saves / row["file"]).stat().st_size == row["bytes"]
     assert (row["prompts_file"], row["rows"]) == ("common-sense-reasoning/Toy.json", 48)
-    assert row["prompts_sha256"] == manifest["data"][0]["rows_sha256"]
+    assert row["prompts_sha256"] == manifest.data[0].rows_sha256
 
 
 def test_the_index_is_a_plain_parquet_file_and_a_printed_table(saves, monkeypatch, capsys):
@@ -96,7 +98,7 @@ def test_a_reader_that_has_seen_enough_is_no_error(saves, argument):
     shutil.copy(ROOT / "models" / "models.yaml", saves.parent / "models" / "models.yaml")
     reading, writing = os.pipe()
     os.close(reading)
-    command = [sys.executable, saves.parent / "utils" / "index.py", *argument.split()]
+    command = [PYTHON, saves.parent / "utils" / "index.py", *argument.split()]
     result = subprocess.run(command, stdout=writing, stderr=subprocess.PIPE, text=True)
     os.close(writing)
     assert (result.returncode, "Traceback" in result.stderr) == (0, False), result.stderr
@@ -125,7 +127,7 @@ def test_unchanged_collections_are_not_read_again(saves, folder, monkeypatch):
     twin(folder, rank=8)
     first, _ = index.update(saves)
     read = []
-    monkeypatch.setattr(collection, "read_manifest", lambda folder: read.append(folder.name))
+    monkeypatch.setattr(index, "read_manifest", lambda folder: read.append(folder.name))
     monkeypatch.setattr(checkpoints, "verified", lambda path, *_: read.append(path.name))
     written = (saves / "index.parquet").stat()
     again, _ = index.update(saves)
@@ -162,7 +164,10 @@ def test_new_changed_and_removed_collections_are_noticed(saves, folder):
         (lambda f: edit(f, lambda m: m.update(rank=8), seal=False), "was edited after it was written"),
         (lambda f: (f / "manifest.json").write_text("["), "manifest.json: broken"),
         (lambda f: (f / "manifest.json").unlink(), "has no manifest.json"),
-        (lambda f: edit(f, lambda m: m["checkpoints"][0].pop("loss")), "manifest.json: not a collection's"),
+        (
+            lambda f: edit(f, lambda m: m["checkpoints"][0].pop("loss")),
+            "manifest.json: not a manifest of format 2: checkpoints[0].loss is missing",
+        ),
         (lambda f: ((f / "manifest.json").unlink(), (f / "manifest.json").mkdir()), "manifest.json: cannot be read"),
     ],
 )
@@ -320,7 +325,7 @@ def test_an_evaluated_checkpoint_has_its_scores_in_its_row(saves, folder):
     assert set(scores_in(table).values()) == {nothing}
     assert table.column_names[9:17] == list(SCORES)
     few = scored.evaluated({"base": 0.3, 7: 0.9}, rows=10)
-    scored.label(folder, few, scored.evaluated({"base": 0.25, 8: 0.5, 12: 0.75}, losses={8: 1.5}))
+    scored.write(folder, few, scored.evaluated({"base": 0.25, 8: 0.5, 12: 0.75}, losses={8: 1.5}))
     found = scores_in(index.update()[0])
     assert found.pop(8) == ("choice", "Toy_test", 0.5, 0.4, 0.6, 1.5, 0.25, 0.5)
     assert found.pop(12)[2] == 0.75
@@ -328,21 +333,21 @@ def test_an_evaluated_checkpoint_has_its_scores_in_its_row(saves, folder):
 
 
 def test_of_a_dataset_without_choices_the_index_has_the_loss(saves, folder):
-    scored.label(folder, scored.evaluated({"base": 2.5, 12: 1.25}, metric="loss"))
+    scored.write(folder, scored.evaluated({"base": 2.5, 12: 1.25}, metric="loss"))
     assert scores_in(index.update()[0])[12] == ("loss", "Toy_test", None, None, None, 1.25, None, 2.5)
 
 
 def test_scores_without_the_base_models_are_rows_too(saves, folder):
-    scored.label(folder, scored.evaluated({12: 0.5}))
+    scored.write(folder, scored.evaluated({12: 0.5}))
     assert scores_in(index.update()[0])[12][-2:] == (None, None)
-    scored.label(folder, scored.evaluated({"base": 2.5, 12: math.nan}, metric="loss"))
+    scored.write(folder, scored.evaluated({"base": 2.5, 12: math.nan}, metric="loss"))
     assert scores_in(index.update()[0])[12][5] is None
 
 
 def test_an_index_older_than_the_scores_is_refused_until_it_is_brought_up_to_date(saves, folder):
     index.update()
     for figures in ({12: 0.5}, {12: 0.625}):
-        path = scored.label(folder, scored.evaluated(figures))
+        path = scored.write(folder, scored.evaluated(figures))
         with pytest.raises(UserError, match=f"older than {NAME}; run: make index"):
             index.load()
         index.update()
@@ -356,7 +361,7 @@ def test_an_index_older_than_the_scores_is_refused_until_it_is_brought_up_to_dat
 
 def test_broken_scores_are_named_and_their_collection_is_left_out(saves, folder, monkeypatch, capsys):
     index.update()
-    path = scored.label(folder, scored.evaluated({12: 0.5}))
+    path = scored.write(folder, scored.evaluated({12: 0.5}))
     path.write_text(path.read_text().replace("0.5", "0.9"))
     status, out, complaint = make_index(monkeypatch, capsys)
     assert status == 1 and "no whole collection" in out
@@ -368,7 +373,7 @@ def test_broken_scores_are_named_and_their_collection_is_left_out(saves, folder,
 def test_the_printed_table_has_scores_where_something_was_evaluated(saves, folder, monkeypatch, capsys):
     assert "score" not in make_index(monkeypatch, capsys)[1]
     twin(folder, "Other_lora-rank_4_finetune")
-    scored.label(folder, scored.evaluated({"base": 0.25, 11: 0.5, 12: 0.75}))
+    scored.write(folder, scored.evaluated({"base": 0.25, 11: 0.5, 12: 0.75}))
     head, *lines = make_index(monkeypatch, capsys)[1].splitlines()
     assert head.endswith("MB   base    last score")
     assert sorted(line.endswith("0.2500  0.7500 (choice)") for line in lines) == [False, True]
@@ -381,7 +386,7 @@ def test_a_collection_made_from_a_stock_run_has_its_unknowns_empty(saves, folder
     table, faults = index.update(saves)
     assert not faults
     assert table["loss"].null_count == table["seed"].null_count == table["rows"].null_count == 6
-    index.print_collections(table)
+    index_tables.print_collections(table)
     assert index.load(saves).num_rows == 6
 
 
@@ -434,4 +439,4 @@ def test_a_broken_collection_stops_only_selections_that_it_may_belong_to(saves, 
 def test_a_mark_of_a_manifest_does_not_depend_on_the_order_of_its_keys(folder):
     manifest = json.loads((folder / "manifest.json").read_text())
     (folder / "manifest.json").write_text(json.dumps(dict(reversed(manifest.items()))))
-    assert collection.read_manifest(folder) is not None
+    assert read_manifest(folder) is not None

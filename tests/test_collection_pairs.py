@@ -6,7 +6,6 @@ import re
 import resource
 import shutil
 import subprocess
-import sys
 from pathlib import Path
 
 import pyarrow.compute as pc
@@ -14,6 +13,7 @@ import pytest
 import torch
 from helpers import scored
 from helpers.copies import edit, flip_a_bit, twin
+from helpers.warm_python import PYTHON
 from safetensors.torch import load_file, save_file
 from torch.utils.data import DataLoader, get_worker_info
 
@@ -186,7 +186,7 @@ def test_checkpoints_are_chosen_by_their_scores(mixed):
     better = pc.field("score") > pc.field("base_score")
     with pytest.raises(UserError, match="no checkpoint fits where="):
         steps(better)
-    scored.label(mixed, scored.evaluated({"base": 0.5, 7: 0.4, 9: 0.7, 12: 0.6}))
+    scored.write(mixed, scored.evaluated({"base": 0.5, 7: 0.4, 9: 0.7, 12: 0.6}))
     index.update()
     assert steps(better) == [9, 12]
     assert steps(better & (pc.field("score_low") > 0.55)) == [9]
@@ -224,7 +224,7 @@ def read_anyway(*_, **__):
 def test_opening_reads_no_checkpoint_no_manifest_and_no_data(mixed, monkeypatch):
     for module, name in ((checkpoints, "opened"), (files, "sha256_of"), (prompts, "rows_in")):
         monkeypatch.setattr(module, name, read_anyway)
-    monkeypatch.setattr(pairs_module.collection, "read_manifest", read_anyway)
+    monkeypatch.setattr(pairs_module, "read_manifest", read_anyway)
     assert len(Pairs(prompts=4)) == 24
 
 
@@ -415,6 +415,6 @@ def test_the_example_of_the_readme_runs(collected):
     example = example.replace("Demo", "Toy").replace("rank=8", "rank=4")
     environment = {**os.environ, "PYTHONPATH": "utils"}
     for command in (["utils/index.py"], ["-c", example]):
-        result = subprocess.run([sys.executable, *command], cwd=top, env=environment, capture_output=True, text=True)
+        result = subprocess.run([PYTHON, *command], cwd=top, env=environment, capture_output=True, text=True)
         assert result.returncode == 0, result.stderr
     assert result.stdout.strip()

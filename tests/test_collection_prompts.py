@@ -1,11 +1,13 @@
 """The prompts of a collection are the rows it was trained on, or those it was not, and nothing that changed since."""
 
 import json
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
 
-from paragen.collection import collection, prompts
+from paragen.collection import prompts
+from paragen.collection.manifest import Manifest, read_manifest
 from paragen.common.cli import UserError
 from paragen.dataset import dataset_info
 
@@ -17,8 +19,8 @@ def data(collected) -> Path:
 
 
 @pytest.fixture
-def manifest(collected, data) -> dict:
-    return collection.read_manifest(collected.run_folder("finetune"))
+def manifest(collected, data) -> Manifest:
+    return read_manifest(collected.run_folder("finetune"))
 
 
 def toy(data: Path) -> Path:
@@ -61,7 +63,7 @@ def test_a_registered_test_set_goes_before_the_rest_of_the_file(manifest, data):
 
 
 def test_only_the_rows_kept_back_are_test_rows(manifest, data):
-    manifest["data"][0]["entry"]["held_out"] = 5
+    manifest.data[0].entry["held_out"] = 5
     assert questions(prompts.of_collection(manifest, "test", data)) == list(range(59, 64))
 
 
@@ -105,17 +107,17 @@ def test_a_file_is_read_once_while_it_stays_unchanged(manifest, data, monkeypatc
 @pytest.mark.parametrize(
     ("change", "split", "said"),
     [
-        (lambda manifest: None, "dev", "split 'dev' is not known; known: train, test"),
-        (lambda manifest: manifest.update(data=None), "train", "does not know the data"),
+        (lambda manifest: manifest, "dev", "split 'dev' is not known; known: train, test"),
+        (lambda manifest: replace(manifest, data=None), "train", "does not know the data"),
         (
-            lambda manifest: manifest["data"][0].update(file="math/gone.json"),
+            lambda manifest: replace(manifest, data=(replace(manifest.data[0], file="math/gone.json"),)),
             "train",
             "gone.json: the prompts are gone",
         ),
     ],
 )
 def test_what_is_not_there_is_named(manifest, data, change, split, said):
-    change(manifest)
+    manifest = change(manifest)
     with pytest.raises(UserError, match=said):
         prompts.of_collection(manifest, split, data)
 
@@ -127,7 +129,7 @@ def test_a_dataset_trained_on_whole_has_no_test_split(manifest, data):
 
 
 def test_a_collection_of_two_datasets_has_the_prompts_of_both(manifest, data):
-    manifest["data"].append(manifest["data"][0])
+    manifest = replace(manifest, data=manifest.data * 2)
     assert questions(prompts.of_collection(manifest, "train", data)) == [*range(48), *range(48)]
 
 

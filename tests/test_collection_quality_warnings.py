@@ -1,32 +1,32 @@
 """`make verify` says what is doubtful about a whole collection, is silent about chance, and fails nothing for it."""
 
 import json
-import math
 
 import numpy
 import pytest
 from helpers import scored
 
 import verify
-from paragen.collection import collection, quality_warnings
+from paragen.collection import quality_warnings, run_files
+from paragen.collection.manifest import CheckpointEntry, read_manifest, sealed
 
 STEPS = range(5, 25)
 
 
-def entries_of(losses) -> list[dict]:
-    return [{"step": step, "loss": loss, "sha256": str(step)} for step, loss in enumerate(losses, 5)]
+def entries_of(losses) -> list[CheckpointEntry]:
+    return [CheckpointEntry(step, loss, 1e-4, 100, str(step)) for step, loss in enumerate(losses, 5)]
 
 
 @pytest.fixture
 def doubts_of(place):
     """doubts_of(*evaluations): what is doubtful about an evaluated collection of 20 steps."""
     folder = place.collect(steps=STEPS)
-    manifest = collection.read_manifest(folder)
+    manifest = read_manifest(folder)
 
     def told(*evaluations) -> list[str]:
         if evaluations:
-            scored.label(folder, *evaluations)
-        return quality_warnings.of(folder, manifest)
+            scored.write(folder, *evaluations)
+        return quality_warnings.find_warnings(folder, manifest)
 
     return told
 
@@ -75,19 +75,19 @@ def test_noise_and_spikes_and_unknown_losses_raise_no_doubt():
     alarms = [quality_warnings.rising_loss(entries_of(generator.lognormal(-1, 0.5, 40))) for _ in range(500)]
     assert sum(map(bool, alarms)) <= 2
     assert quality_warnings.rising_loss(entries_of([0.5] * 30 + [500.0] * 3 + [0.5] * 2)) is None
-    assert quality_warnings.rising_loss(entries_of([None, math.nan] * 20)) is None
+    assert quality_warnings.rising_loss(entries_of([None] * 40)) is None
     assert quality_warnings.rising_loss(entries_of([0.1] * 6 + [9.0] * 6)) is None, "too few to tell"
-    assert quality_warnings.rising_loss(entries_of([0.1, None] * 7 + [9.0, math.inf] * 7)) is not None
+    assert quality_warnings.rising_loss(entries_of([0.1, None] * 7 + [9.0, None] * 7)) is not None
     certain = [0.5 + 1e-5 * step for step in range(1000)]
     assert quality_warnings.rising_loss(entries_of(certain)) is None, "certain, but not worth a word"
 
 
 def test_equal_checkpoints_are_named_by_their_steps():
     hashes = ["a", "b", "b", "b", "c", "a", "d"]
-    entries = [{"step": step, "loss": None, "sha256": sha256} for step, sha256 in enumerate(hashes, 5)]
+    entries = [CheckpointEntry(step, None, None, 100, sha256) for step, sha256 in enumerate(hashes, 5)]
     [line] = quality_warnings.equal_checkpoints(entries)
     assert line == "the checkpoints of steps 5, 10; of 6-8 are equal to each other"
-    many = [{"step": step, "sha256": str(step // 2)} for step in range(10)]
+    many = [CheckpointEntry(step, None, None, 100, str(step // 2)) for step in range(10)]
     assert quality_warnings.equal_checkpoints(many)[0].endswith("of 4-5 are equal to each other, and 2 more groups")
 
 
@@ -95,13 +95,13 @@ def test_a_doubt_is_a_line_of_its_own_and_no_fault(collected, monkeypatch, capsy
     """A whole collection that is doubtful in two ways: its verification, as a sweep or a user calls it, succeeds."""
     monkeypatch.setattr(verify.paths, "MODELS", collected.top / "models")
     folder = collected.run_folder("finetune")
-    manifest = collection.read_manifest(folder)
-    first, second = manifest["checkpoints"][:2]
+    content = read_manifest(folder).content
+    first, second = content["checkpoints"][:2]
     second |= {key: first[key] for key in ("bytes", "sha256")}
-    names = [folder / collection.checkpoint_name(entry["step"]) for entry in (first, second)]
+    names = [folder / run_files.checkpoint_name(entry["step"]) for entry in (first, second)]
     names[1].write_bytes(names[0].read_bytes())
-    (folder / "manifest.json").write_text(json.dumps(collection.sealed(manifest)))
-    scored.label(folder, scored.evaluated({"base": 0.9, 12: 0.2}))
+    (folder / "manifest.json").write_text(json.dumps(sealed(content)))
+    scored.write(folder, scored.evaluated({"base": 0.9, 12: 0.2}))
     before = sorted(path.name for path in folder.iterdir())
     for arguments in ([str(folder)], ["--recipe", str(collected.finetune), "4"]):
         monkeypatch.setattr("sys.argv", ["verify.py", *arguments])

@@ -3,14 +3,14 @@
 import json
 import shutil
 import subprocess
-import sys
 from pathlib import Path
 
 import pytest
 from helpers import fork_server, scored
+from helpers.warm_python import PYTHON
 
-import clean_dataset_dir
-from paragen.collection import collection, stock_runs
+from paragen.collection import stock_runs, verification
+from paragen.collection.manifest import read_manifest
 from paragen.common.cli import UserError
 from paragen.recipes import render
 
@@ -51,17 +51,17 @@ def test_a_stock_run_becomes_a_collection_of_its_newest_checkpoints(stock, stock
     for step in range(8, 13):
         original = stock_once / f"checkpoint-{step}" / "adapter_model.safetensors"
         assert (stock / f"checkpoint-{step}.safetensors").read_bytes() == original.read_bytes()
-    manifest = collection.read_manifest(stock)
-    assert manifest["recipe"] is None and manifest["data"] is None and manifest["seed"] is None
-    assert manifest["rank"] == 4 and manifest["base_model"]["name"] == "Tiny-Llama"
-    assert all(entry["loss"] is not None for entry in manifest["checkpoints"])
-    assert collection.faults_of(stock, manifest) == []
+    manifest = read_manifest(stock)
+    assert manifest.recipe is None and manifest.data is None and manifest.seed is None
+    assert manifest.rank == 4 and manifest.base_name == "Tiny-Llama"
+    assert all(entry.loss is not None for entry in manifest.checkpoints)
+    assert verification.faults_of(stock, manifest) == []
     assert str(stock.parent) not in (stock / "manifest.json").read_text()
 
 
 def test_cleaning_again_keeps_the_scores_of_a_collection(stock):
     stock_runs.clean(stock, keep=2)
-    scored.label(stock, scored.evaluated({11: 0.5}))
+    scored.write(stock, scored.evaluated({11: 0.5}))
     before = content(stock)
     assert stock_runs.clean(stock, keep=1).state == "clean"
     assert content(stock) == before
@@ -86,8 +86,8 @@ def test_newest_means_by_step_number_also_where_steps_are_not_consecutive(stock)
     for step in (1, 2, 4, 7, 8, 11):
         shutil.rmtree(stock / f"checkpoint-{step}")
     stock_runs.clean(stock, keep=3)
-    manifest = collection.read_manifest(stock)
-    assert [entry["step"] for entry in manifest["checkpoints"]] == [9, 10, 12]
+    manifest = read_manifest(stock)
+    assert manifest.steps == [9, 10, 12]
 
 
 def test_a_crash_in_the_middle_is_put_right_by_the_next_call(stock):
@@ -144,9 +144,9 @@ def test_a_running_run_is_left_alone(stock):
         f"import sys; sys.path.insert(0, {str(ROOT / 'utils')!r}); import pathlib; from paragen.common import files\n"
     )
     hold += f"with files.lock(pathlib.Path({str(lock)!r})): print('held', flush=True); input()"
-    holder = subprocess.Popen([sys.executable, "-c", hold], stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True)
+    holder = subprocess.Popen([PYTHON, "-c", hold], stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True)
     holder.stdout.readline()
-    with pytest.raises(UserError, match="going on"):
+    with pytest.raises(UserError, match="is being trained or cleaned right now"):
         stock_runs.clean(stock)
     holder.communicate("\n")
 
@@ -156,9 +156,9 @@ def test_a_dataset_folder_ends_with_a_table_and_fails_where_one_run_failed(stock
     break_adapter(twin)
     shutil.copytree(stock, stock.with_name("Tiny-Llama_lora-rank_4_pretrain"))
     script = ROOT / "utils" / "clean_dataset_dir.py"
-    done = subprocess.run([sys.executable, script, stock.parent], capture_output=True, text=True)
+    done = subprocess.run([PYTHON, script, stock.parent], capture_output=True, text=True)
     assert done.returncode == 1 and "Traceback" not in done.stderr
     head, *rows = done.stdout.splitlines()
     assert head.split()[0] == "run" and len(rows) == 3
     assert "cleaned" in rows[0] and "left alone" in rows[1] and "checkpoint-3" in rows[2]
-    assert clean_dataset_dir.checkpoint_cleaner.clean(stock).state == "clean"
+    assert stock_runs.clean(stock).state == "clean"

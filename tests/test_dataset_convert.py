@@ -7,7 +7,6 @@ import io
 import json
 import os
 import subprocess
-import sys
 import threading
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
@@ -15,6 +14,7 @@ from pathlib import Path
 import pyarrow
 import pyarrow.parquet
 import pytest
+from helpers.warm_python import PYTHON
 
 ROOT = Path(__file__).resolve().parent.parent
 SCRIPT = ROOT / "utils" / "register_dataset.py"
@@ -43,7 +43,7 @@ def mine(tmp_path):
 
 def call(data, *arguments, **environment):
     """Run the script on `data`; no input may ever end in a traceback."""
-    command = list(map(str, [sys.executable, SCRIPT, "--data-dir", data, *arguments]))
+    command = list(map(str, [PYTHON, SCRIPT, "--data-dir", data, *arguments]))
     done = subprocess.run(command, capture_output=True, text=True, env=os.environ | environment)
     assert "Traceback" not in done.stderr, done.stderr
     return done

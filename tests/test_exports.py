@@ -10,7 +10,7 @@ import pytest
 from helpers import handmade
 from helpers.handmade import tree
 
-from paragen.collection import exported
+from paragen.collection import derived
 from paragen.common import files
 from paragen.common.cli import UserError
 
@@ -57,13 +57,13 @@ def test_formats_do_not_mix_in_one_part(place):
     place.export("peft")
     source = {"format": "canonical", "sha256": "x"}
     with pytest.raises(UserError, match="FORMAT=peft"):
-        exported.part(place.out, run.relative_to(place.saves).as_posix(), source, lambda staging: staging.mkdir())
+        derived.make_part(place.out, run.relative_to(place.saves).as_posix(), source, lambda staging: staging.mkdir())
 
 
 @pytest.mark.parametrize("name", ["../x", "/tmp/x", "a/../../x", ""])
 def test_a_part_lies_in_its_export(place, name):
     with pytest.raises(UserError):
-        exported.part(place.out, name, {"format": "x"}, lambda staging: staging.write_text("x"))
+        derived.make_part(place.out, name, {"format": "x"}, lambda staging: staging.write_text("x"))
     assert not place.out.exists()
 
 
@@ -103,10 +103,10 @@ def test_a_cast_is_made_only_when_asked_and_is_recorded(place, format_name):
     run = place.collect()
     wanted = load_file(run / "checkpoint-6.safetensors")
     root = place.export(format_name)
-    recorded = [part["source"].get("dtype") for part in exported.read_record(root).values()]
+    recorded = [part["source"].get("dtype") for part in derived.read_record(root).values()]
     assert "float32" in recorded and "bfloat16" not in recorded
     place.export(format_name, DTYPE="bfloat16")
-    recorded = [part["source"].get("dtype") for part in exported.read_record(root).values()]
+    recorded = [part["source"].get("dtype") for part in derived.read_record(root).values()]
     assert "bfloat16" in recorded and "float32" not in recorded
     path = next(path for path in root.rglob("*.safetensors") if "6" in path.name or path.parent.name.endswith("-6"))
     found = load_file(path)

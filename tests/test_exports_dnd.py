@@ -10,6 +10,7 @@ import pytest
 from helpers import handmade
 from helpers.handmade import CATEGORY, tree
 
+from paragen.collection.manifest import read_manifest
 from paragen.exports import dnd, dnd_prompts
 
 CODING, MULTIMODAL = "coding", "multimodal"
@@ -201,13 +202,14 @@ def test_datasets_exported_before_count_too(place, capsys):
     assert "real_length of 100" in told and "(A 3, B 2)" in told
 
 
-def test_a_model_and_rank_with_a_tokenizer_there_is_not_remarked_on(capsys):
+def test_a_model_and_rank_with_a_tokenizer_there_is_not_remarked_on(place, capsys):
     names = ("q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj")
     keys = [f"base_model.model.model.layers.{layer}.x.{name}.lora_A.weight" for layer in range(24) for name in names]
     shapes = {key: [8, 4864 if "down" in key else 896] for key in keys}
     for rank, told in ((8, ""), (16, "no tokenizer")):
-        chosen = dnd.Chosen("x", Path("x"), {"rank": rank, "base_model": {"name": "Qwen2.5-0.5B-Instruct"}})
-        dnd.say_tokenizer(dnd.Planned(chosen, "", "", {}, shapes, "float32"))
+        folder = place.collect(model="Qwen2.5-0.5B-Instruct", rank=rank)
+        chosen = dnd.Chosen("x", folder, read_manifest(folder))
+        dnd.print_tokenizer_note(dnd.Planned(chosen, "", "", {}, shapes, "float32"))
         said = capsys.readouterr().out
         assert told in said and bool(told) == bool(said)
 

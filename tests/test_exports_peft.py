@@ -2,12 +2,12 @@
 
 import os
 import subprocess
-import sys
 from pathlib import Path
 
 import pytest
 from conftest import CATEGORY, ROOT
 from helpers import scored
+from helpers.warm_python import PYTHON
 
 from paragen.exports import peft
 
@@ -51,7 +51,9 @@ def architectures(tmp_path_factory) -> Path:
     folder = tmp_path_factory.mktemp("architectures")
     names = ["gpt2", "qwen2.5-vl-3b", "gemma-3-4b"]
     subprocess.run(
-        [sys.executable, ROOT / "tests" / "helpers" / "tiny_models.py", folder, *names], check=True, capture_output=True
+        [PYTHON, ROOT / "tests" / "helpers" / "tiny_models.py", folder, *names],
+        check=True,
+        capture_output=True,
     )
     return folder
 
@@ -148,7 +150,7 @@ def test_what_serving_engines_refuse_is_said(place, capsys):
 
 def test_the_model_card_names_the_score_of_its_step(place):
     folder = place.collect()
-    scored.label(folder, scored.evaluated({"base": 0.4, 5: 0.5}))
+    scored.write(folder, scored.evaluated({"base": 0.4, 5: 0.5}))
     out = place.export("peft")
     cards = {path.parent.name: path.read_text() for path in out.rglob("README.md")}
     said = (
@@ -156,7 +158,7 @@ def test_the_model_card_names_the_score_of_its_step(place):
     )
     assert f"- {said} of Toy_test; its base model 0.4000 (0.3000 to 0.5000)\n" in cards["checkpoint-5"]
     assert "score" not in cards["checkpoint-6"]
-    scored.label(folder, scored.evaluated({"base": 0.4, 5: 0.5, 6: 0.6}))
+    scored.write(folder, scored.evaluated({"base": 0.4, 5: 0.5, 6: 0.6}))
     place.export("peft")
     assert "checkpoint: 0.6000" in next(out.rglob("checkpoint-6/README.md")).read_text(), "other scores, other cards"
 

@@ -7,7 +7,7 @@ import re
 import shutil
 import signal
 import subprocess
-import sys
+from dataclasses import replace
 from pathlib import Path
 
 import pyarrow as pa
@@ -15,10 +15,12 @@ import pyarrow.parquet
 import pytest
 from helpers import scored
 from helpers.upload_server import READS, USER, WRITES, UploadHub
+from helpers.warm_python import PYTHON
 
 import publish
 import pull
-from paragen.collection import collection, index
+from paragen.collection import index
+from paragen.collection.manifest import BaseModel, sealed
 from paragen.common import files, paths
 from paragen.common.cli import UserError
 from paragen.publishing import card, licenses, published_tree
@@ -98,7 +100,7 @@ def start(script: str, top: Path, hub: UploadHub, **settings: str) -> subprocess
     clean = {name: value for name, value in os.environ.items() if not re.match("HF_|HUGGING|.*proxy", name, re.I)}
     clean |= {"HF_HOME": str(top / "home"), "HF_ENDPOINT": hub.url, "HF_TOKEN": WRITES, "HF_HUB_DISABLE_XET": "1"}
     pipes = {"stdout": subprocess.PIPE, "stderr": subprocess.STDOUT, "text": True}
-    command = [sys.executable, top / "utils" / script]
+    command = [PYTHON, top / "utils" / script]
     return subprocess.Popen(command, env={**clean, "REPO": REPO, **settings}, cwd="/", **pipes)
 
 
@@ -135,7 +137,7 @@ def flip(path: Path, place: int = -1) -> None:
 
 def remanifest(top: Path, **changes) -> None:
     """Change a manifest as a program that seals it would."""
-    changed = collection.sealed({**manifest_of(top), **changes})
+    changed = sealed({**manifest_of(top), **changes})
     files.write_json(top / "saves" / NAME / "manifest.json", changed)
 
 
@@ -211,7 +213,7 @@ def test_the_card_has_a_table_of_scores_where_something_was_evaluated(licensed, 
     run(publish, licensed, DRY_RUN="1")
     card = tree_of(licensed) / "README.md"
     before = card.read_text()
-    scored.label(
+    scored.write(
         licensed / "saves" / NAME,
         scored.evaluated({"base": 0.4, 7: 0.5, 9: 0.75, 12: 0.625}),
         scored.evaluated({9: 1.5, 12: 1.25}, metric="loss", split="Other|test", paired=False, rows=8),
@@ -259,9 +261,9 @@ def index_with(checkpoints: int, per_collection: int, datasets: int, size: int =
     ("table", "raw", "told"),
     [
         ((100_000, 100, 10), False, None),
-        ((100_000, 100, 10), True, "104005 files; the hub takes 100000 in a repository; leave RAW away"),
+        ((100_000, 100, 10), True, "104005 files; the hub takes 100000 in a repository; omit RAW"),
         ((90_000, 100, 10), True, None),
-        ((24_000, 12_000, 1), True, "12004 entries; the hub takes 10000 in a folder; leave RAW away"),
+        ((24_000, 12_000, 1), True, "12004 entries; the hub takes 10000 in a folder; omit RAW"),
         ((12_000, 1, 1), False, "12000 entries; the hub takes 10000 in a folder; publish several repositories"),
         ((1_000, 1_000, 1, 600_000_000), False, None),
         ((1_000, 1_000, 1, 60_000_000_000), False, "12000 entries; the hub takes 10000 in a folder; publish several"),
@@ -294,10 +296,10 @@ def test_prepared_data_are_known_by_their_content_and_a_licence_in_the_entry_cou
 
 
 def test_a_hub_model_is_known_by_its_hub_id_and_not_by_its_folders_name(tmp_path):
-    base = {"name": "gemma-3-4b-it", "hub_id": "google/gemma-3-4b-it", "revision": "1" * 40, "sha256": "2" * 64}
+    base = BaseModel("gemma-3-4b-it", hub_id="google/gemma-3-4b-it", revision="1" * 40, sha256="2" * 64)
     known = licenses.of_base(base, tmp_path)
     assert known["license"] == "gemma" and known["gated"] and card.is_custom(known["license"])
-    assert licenses.of_base({**base, "hub_id": None}, tmp_path)["license"] is None
+    assert licenses.of_base(replace(base, hub_id=None), tmp_path)["license"] is None
 
 
 def without_license(top: Path) -> None:
@@ -482,7 +484,7 @@ def with_script(held: dict) -> None:
 
 def other_manifest(held: dict) -> None:
     name = f"collections/{NAME}/manifest.json"
-    manifest = collection.sealed({**json.loads(held[name]), "seed": 1})
+    manifest = sealed({**json.loads(held[name]), "seed": 1})
     held[name] = (json.dumps(manifest, indent=2, ensure_ascii=False) + "\n").encode()
 
 
@@ -541,7 +543,7 @@ FEW, MORE, OTHER = ({"base": 0.4, 7: 0.5}, {"base": 0.4, 7: 0.5, 8: 0.7}, {"base
 
 
 def label(top: Path, figures: dict) -> bytes:
-    return scored.label(top / "saves" / NAME, scored.evaluated(figures)).read_bytes()
+    return scored.write(top / "saves" / NAME, scored.evaluated(figures)).read_bytes()
 
 
 def label_in(top: Path) -> bytes:
@@ -555,7 +557,7 @@ def test_scores_are_published_and_come_back(licensed, empty, run, hub, kind):
     label(licensed, FEW)
     run(publish, licensed, **layout(kind))
     out = run(pull, empty)
-    assert "there already" in out and "scores brought" in out, "the collection is there, its scores are new"
+    assert "there already" in out and "scores imported" in out, "the collection is there, its scores are new"
     assert hashes(empty / "saves" / NAME) == hashes(licensed / "saves" / NAME)
     assert index.load(empty / "saves")["score"].to_pylist() == [0.5] + [None] * 5
     assert "fetching" not in run(pull, empty)
@@ -591,11 +593,11 @@ def test_other_scores_than_the_index_names_are_not_brought(licensed, empty, run,
     label(licensed, FEW)
     run(publish, licensed, RAW="1")
     hub.repositories[REPO].files[f"collections/{NAME}/evaluation.json"] = label(licensed, OTHER)
-    with pytest.raises(UserError, match="has other scores than index.parquet names; it was not brought"):
+    with pytest.raises(UserError, match="has other scores than index.parquet names; it was not kept"):
         run(pull, empty)
     shutil.copytree(licensed / "saves" / NAME, empty / "saves" / NAME)
     (empty / "saves" / NAME / "evaluation.json").unlink()
-    with pytest.raises(UserError, match="has other scores than its index.parquet names; nothing was brought"):
+    with pytest.raises(UserError, match="has other scores than its index.parquet names; nothing was written"):
         run(pull, empty)
 
 
@@ -627,7 +629,7 @@ def test_what_was_published_before_there_were_scores_can_be_pulled(licensed, emp
 def test_a_selection_brings_that_alone(licensed, empty, run, hub):
     twin = licensed / "saves" / CATEGORY / "Toy" / RUN.replace("rank_4", "rank_4_seed-7")
     shutil.copytree(licensed / "saves" / NAME, twin)
-    files.write_json(twin / "manifest.json", collection.sealed({**manifest_of(licensed), "seed": 7, "run": twin.name}))
+    files.write_json(twin / "manifest.json", sealed({**manifest_of(licensed), "seed": 7, "run": twin.name}))
     run(publish, licensed, RAW="1")
     run(pull, empty, SEED="7")
     assert [path.name for path in (empty / "saves" / CATEGORY / "Toy").iterdir()] == [twin.name]

@@ -6,13 +6,15 @@ import re
 import shutil
 import signal
 import subprocess
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
 from conftest import CATEGORY, ROOT, Project
 from helpers import copies, fork_server, handmade
 
-from paragen.collection import collection, evaluation, prompts
+from paragen.collection import evaluation, prompts
+from paragen.collection.manifest import read_manifest
 from paragen.common import files
 from paragen.scoring import answers
 
@@ -97,7 +99,7 @@ def file_of(project: Project, **which) -> Path:
 def evaluations(project: Project, **which) -> list[dict]:
     """What evaluation.json says, read as all readers do, that is with its seal."""
     folder = project.run_folder("finetune", **which)
-    return evaluation.read(folder, collection.read_manifest(folder))
+    return evaluation.read(folder, read_manifest(folder))
 
 
 def evaluated(project: Project, **environment: str) -> dict:
@@ -151,7 +153,7 @@ def test_base_and_all_checkpoints_are_scored_on_the_test_split(scored_once):
     assert result.status == 0, result.output
     (one,) = evaluations(project)
     assert one.keys() == evaluation.KEYS
-    manifest = collection.read_manifest(project.run_folder("finetune"))
+    manifest = read_manifest(project.run_folder("finetune"))
     asked = prompts.of_collection(manifest, "test", project.top / "data")
     expected = {
         "split": "Toy_test", "paired": True, "limit": None, "metric": "choice", "rows": 12,
@@ -377,7 +379,7 @@ def test_a_collection_that_is_trained_again_loses_its_scores_and_gets_new_ones(s
 def test_scores_in_another_dtype_are_not_mixed(ready):
     """Begun on a GPU in bfloat16, say, and gone on with on a CPU."""
     one = evaluated(ready, STEPS="last")
-    manifest = collection.read_manifest(folder(ready))
+    manifest = read_manifest(folder(ready))
     evaluation.write(folder(ready), manifest, [{**one, "dtype": "bfloat16", "device": "a GPU"}])
     before = file_of(ready).read_bytes()
     line = one_error(evaluate(ready))
@@ -425,14 +427,14 @@ def changed_behind(project: Project) -> None:
 def broken_scores(project: Project, content: str | None = None) -> None:
     """A file that is no evaluation; without content one that somebody edited."""
     folder = project.run_folder("finetune")
-    evaluation.write(folder, collection.read_manifest(folder), [])
+    evaluation.write(folder, read_manifest(folder), [])
     path = file_of(project)
     path.write_text(path.read_text().replace("[]", "[{}]") if content is None else content)
 
 
 def scores_of_others(project: Project) -> None:
     folder = project.run_folder("finetune")
-    evaluation.write(folder, {"sha256": "0" * 64}, [])
+    evaluation.write(folder, replace(read_manifest(folder), sha256="0" * 64), [])
 
 
 def folder(project: Project) -> Path:
@@ -632,7 +634,7 @@ def test_make_evaluate_takes_its_settings_and_is_quiet(clone):
     which = ("DATASET=toy", "MODEL=tinyllama", "RANK=4")
     done = make(clone, *which, "SPLIT=my rows", "LIMIT=3", "STEPS=last")
     assert done.returncode == 0, done.stdout + done.stderr
-    (one,) = evaluation.read(clone / "saves" / NAME, collection.read_manifest(clone / "saves" / NAME))
+    (one,) = evaluation.read(clone / "saves" / NAME, read_manifest(clone / "saves" / NAME))
     assert (one["split"], one["limit"], [score["step"] for score in one["checkpoints"]]) == ("My Rows", 3, [12])
     assert [line for line in done.stderr.splitlines() if not line.startswith("hashing ")] == []
     said = done.stdout.splitlines()

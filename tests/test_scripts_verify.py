@@ -3,6 +3,7 @@
 import hashlib
 import json
 import shutil
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -11,7 +12,8 @@ from helpers import scored
 from safetensors.torch import load_file, save_file
 
 import verify
-from paragen.collection import collection, evaluation
+from paragen.collection import discovery, evaluation
+from paragen.collection.manifest import read_manifest, sealed
 
 STEP = "checkpoint-9.safetensors"
 
@@ -27,7 +29,7 @@ def edit_manifest(folder: Path, change, seal: bool = True) -> None:
     path = folder / "manifest.json"
     manifest = json.loads(path.read_text())
     change(manifest)
-    path.write_text(json.dumps(collection.sealed(manifest) if seal else manifest))
+    path.write_text(json.dumps(sealed(manifest) if seal else manifest))
 
 
 def rewrite(folder: Path, change) -> None:
@@ -52,7 +54,7 @@ def flip_a_bit(folder: Path) -> None:
 
 
 def edit_labels(folder: Path) -> None:
-    path = scored.label(folder, scored.evaluated({7: 0.5}))
+    path = scored.write(folder, scored.evaluated({7: 0.5}))
     path.write_text(path.read_text().replace("0.5", "0.9"))
 
 
@@ -92,14 +94,23 @@ def test_a_fresh_collection_is_whole_and_loads_with_peft(folder, capsys):
             lambda f: edit_labels(f),
             "evaluation.json: was edited after it was written; remove it and run: make evaluate",
         ),
-        (lambda f: evaluation.write(f, {"sha256": "0"}, []), "evaluation.json: is of other checkpoints"),
-        (lambda f: scored.label(f, scored.evaluated({6: 0.5, 7: 0.5})), "has a score of step 6, which is none of its"),
-        (lambda f: scored.label(f, scored.evaluated({7: 0.5}, metric="luck")), "the metric 'luck', which is not known"),
         (
-            lambda f: scored.label(f, scored.evaluated({7: 0.5}, checkpoints=[{"step": 7}])),
+            lambda f: evaluation.write(f, replace(read_manifest(f), sha256="0"), []),
+            "evaluation.json: is of other checkpoints",
+        ),
+        (
+            lambda f: scored.write(f, scored.evaluated({6: 0.5, 7: 0.5})),
+            "has a score of step 6, which is none of its",
+        ),
+        (
+            lambda f: scored.write(f, scored.evaluated({7: 0.5}, metric="luck")),
+            "the metric 'luck', which is not known",
+        ),
+        (
+            lambda f: scored.write(f, scored.evaluated({7: 0.5}, checkpoints=[{"step": 7}])),
             "holds a score that is none",
         ),
-        (lambda f: scored.label(f, scored.evaluated({}, rows="all")), "has another kind of value"),
+        (lambda f: scored.write(f, scored.evaluated({}, rows="all")), "has another kind of value"),
         (lambda f: edit_manifest(f, lambda m: m.update(base_model={"name": "Gone"})), "make model MODEL=<org>/Gone"),
     ],
 )
@@ -112,7 +123,7 @@ def test_what_happened_to_a_collection_is_named(folder, capsys, damage, said):
 
 
 def test_scores_belong_into_a_collection_and_a_killed_evaluation_does_not_spoil_it(folder, capsys):
-    scored.label(folder, scored.evaluated({"base": 0.4, 7: 0.5, 12: 0.6}))
+    scored.write(folder, scored.evaluated({"base": 0.4, 7: 0.5, 12: 0.6}))
     (folder / ".evaluation.json.4711.tmp").write_text("{")
     assert verify.verify(folder)
     assert capsys.readouterr().out.startswith("whole")
@@ -131,5 +142,5 @@ def test_an_adapter_that_does_not_fit_its_base_is_found_by_peft(folder, capsys):
 def test_all_collections_below_a_folder_are_found_and_hidden_ones_are_not(collected):
     shutil.copytree(collected.run_folder("finetune"), collected.saves / ".x_finetune.staging-1")
     shutil.copytree(collected.run_folder("finetune"), collected.saves / "any name")
-    found = collection.run_folders([collected.top / "saves"])
+    found = discovery.find_collections([collected.top / "saves"])
     assert [path.name for path in found] == ["Tiny-Llama_lora-rank_4_finetune", "any name"]

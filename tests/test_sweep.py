@@ -5,18 +5,17 @@ import json
 import os
 import signal
 import subprocess
-import sys
 import time
 from pathlib import Path
 
 import pytest
 from helpers import fork_server
+from helpers.warm_python import PYTHON
 
 pytestmark = pytest.mark.runs
 
 ROOT = Path(__file__).resolve().parent.parent
 CATEGORY = "common-sense-reasoning"
-PYTHON = sys.executable
 
 
 def sweep(repository: Path, *datasets: str, **environment: str) -> subprocess.Popen:

@@ -5,17 +5,16 @@ import os
 import shutil
 import signal
 import subprocess
-import sys
 import time
 from pathlib import Path
 
 import pytest
+from helpers.warm_python import PYTHON
 from test_sweep import CATEGORY, left_over, runs_of, sweep, workers_of
 
 pytestmark = pytest.mark.runs
 
 ROOT = Path(__file__).resolve().parent.parent
-PYTHON = sys.executable
 
 
 def manifests(repository: Path) -> dict[str, dict]:

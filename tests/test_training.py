@@ -5,11 +5,11 @@ import os
 import shutil
 import signal
 import subprocess
-import sys
 from pathlib import Path
 
 import pytest
 from helpers import fork_server
+from helpers.warm_python import PYTHON
 from safetensors.torch import load_file
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -437,7 +437,7 @@ def test_a_gpu_that_torch_cannot_use_is_an_error_and_not_a_cpu_run(project, tmp_
 def test_a_bfloat16_base_is_trained_in_float32_on_the_cpu(project, tmp_path):
     model = project.top / "models" / "Tiny-Llama"
     shutil.rmtree(model)
-    subprocess.run([sys.executable, ROOT / "tests/helpers/tiny.py", model, "bfloat16"], check=True)
+    subprocess.run([PYTHON, ROOT / "tests/helpers/tiny.py", model, "bfloat16"], check=True)
     result = project.train(project.pretrain)
     assert result.status == 0 and "float32 on the CPU" in result.output, result.output
 

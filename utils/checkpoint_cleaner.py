@@ -1,10 +1,10 @@
-"""Make a stock LLaMA-Factory finetune run a collection: adapters alone, newest N steps, with a manifest.
+"""Turn a finished stock LLaMA-Factory finetune run into a collection: the adapters of its newest steps, and a manifest.
 
     python utils/checkpoint_cleaner.py RUN_FOLDER [--keep 100] [--dry-run]
 
-Reads checkpoint-*/ with their optimizer states and tokenizer files; leaves checkpoint-<step>.safetensors and the rest
-of a collection in their place. The collection is built and read back beside the folder before anything is removed;
-safe to run twice and after a crash. What a stock run cannot tell is null in the manifest.
+Replaces checkpoint-*/, with their optimizer states and tokenizer files, by checkpoint-<step>.safetensors and the other
+files of a collection. The collection is built and read back beside the folder before anything is removed, so the script
+may run twice and after a crash. Facts that a stock run does not record are null in the manifest.
 """
 
 import argparse

@@ -14,7 +14,8 @@ from pathlib import Path
 from typing import Any
 
 from paragen.analysis import report
-from paragen.collection import collection
+from paragen.collection import run_files
+from paragen.collection.manifest import Manifest, read_manifest
 from paragen.common import cli, files, paths
 from paragen.common.cli import UserError, say
 from paragen.packed import packed_train
@@ -47,7 +48,7 @@ def main() -> None:
     call(cell_worker.verify_runs, [cell.finetune])
     step("scoring the base model and four checkpoints on held-out questions")
     call(forked.run_script, "evaluate", ["--show", str(QUESTIONS)])
-    show_table(cell.finetune.folder, collection.read_manifest(cell.finetune.folder))
+    show_table(cell.finetune.folder, read_manifest(cell.finetune.folder))
     step("drawing the report")
     call(forked.run_script, "report", [])
     say(f"\nall of it took {time.monotonic() - STARTED:.0f} s")
@@ -71,19 +72,19 @@ def call(task: Callable[..., Any], *arguments: Any) -> None:
         raise UserError("the demo stopped at this part; the cause stands above")
 
 
-def show_table(folder: Path, manifest: dict) -> None:
+def show_table(folder: Path, manifest: Manifest) -> None:
     """Print what was collected, where it is, how big, how the loss went, and how to load it."""
-    entries = manifest["checkpoints"]
-    steps = [entry["step"] for entry in entries]
-    log = folder.with_name(manifest["pretrain"]["run"]) / collection.LOG
+    entries = manifest.checkpoints
+    steps = manifest.steps
+    log = folder.with_name(manifest.pretrain.run) / run_files.LOG
     first = json.loads(log.read_text().splitlines()[0]) if log.is_file() else {}
     table = {
-        "collected": f"{len(entries)} checkpoints of rank {manifest['rank']}, steps {steps[0]} to {steps[-1]}",
-        "of": f"{manifest['base_model']['name']} on {manifest['dataset']} ({manifest['trained_rows']} prompts)",
+        "collected": f"{len(entries)} checkpoints of rank {manifest.rank}, steps {steps[0]} to {steps[-1]}",
+        "of": f"{manifest.base_name} on {manifest.dataset} ({manifest.trained_rows} prompts)",
         "in": paths.relative(folder),
-        "size": f"{files.size_of(folder.iterdir()) / 1e6:.1f} MB, {entries[0]['bytes'] / 1e6:.1f} MB each",
-        "loss": f"{first.get('loss', entries[0]['loss']):.3f} first, {entries[-1]['loss']:.3f} last, "
-        f"{sum(entry['loss'] for entry in entries) / len(entries):.3f} mean of the kept steps",
+        "size": f"{files.size_of(folder.iterdir()) / 1e6:.1f} MB, {entries[0].bytes / 1e6:.1f} MB each",
+        "loss": f"{first.get('loss', entries[0].loss):.3f} first, {entries[-1].loss:.3f} last, "
+        f"{sum(entry.loss for entry in entries) / len(entries):.3f} mean of the kept steps",
     }
     print()
     for name, value in table.items():
@@ -91,7 +92,7 @@ def show_table(folder: Path, manifest: dict) -> None:
     print(f"""
 load one in Python:
   from safetensors.torch import load_file
-  tensors = load_file("{paths.relative(folder)}/{collection.checkpoint_name(steps[-1])}")
+  tensors = load_file("{paths.relative(folder)}/{entries[-1].file_name}")
   print(len(tensors), "tensors, such as", *next((name, tuple(t.shape)) for name, t in tensors.items()))""")
 
 

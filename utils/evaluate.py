@@ -21,7 +21,7 @@ def main() -> int:
     parser.add_argument("--show", type=int, default=0, metavar="N", help="print the answers to the first N questions")
     args = parser.parse_args()
     evaluate.check_requested()
-    chosen = sorted(index.chosen(), key=lambda one: (one.manifest["base_model"] or {}).get("name") or "")
+    chosen = sorted(index.chosen(), key=lambda one: one.manifest.base_name or "")
     devices.pin(devices.choose()[:1])
     base, done = None, []
     for one in chosen:

@@ -1,11 +1,11 @@
-"""Bring collections into the form that another tool takes.
+"""Export collections in the formats of other tools.
 
     FORMAT=dnd|peft|canonical|archive [CATEGORY=..] [DATASET=..] [MODEL=..] [RANK=..] [SEED=..] [OUT=..] [DTYPE=..] \\
         [STEPS=..] python utils/export.py                                                            (make export)
 
 Each selection is optional; none means all collections. STEPS=all|last|every:10 is for FORMAT=peft. OUT defaults to
-saves/exports/<format>. What is there already, made from the same collection, is not made again (FORCE=1 does);
-OUT/export.json says what was made from what.
+saves/exports/<format>. A part that was made from the same collection before is not made again, unless FORCE=1;
+OUT/export.json records what each part was made from.
 """
 
 import importlib
@@ -16,27 +16,27 @@ from paragen.collection import index
 from paragen.common import cli, paths
 from paragen.common.cli import UserError
 
-FORMATS = ("dnd", "peft", "canonical", "archive")  # modules of paragen.exports, imported when asked for
+FORMATS = ("dnd", "peft", "canonical", "archive")  # modules of paragen.exports, imported when requested
 DTYPES = ("float32", "bfloat16", "float16")
 
 
 def main() -> None:
-    asked = os.environ.get("FORMAT", "")
-    if not asked:
-        raise UserError(f"say which format: make export FORMAT=...; known: {', '.join(FORMATS)}")
-    format_name = paths.choose(asked, FORMATS, "format")
+    requested = os.environ.get("FORMAT", "")
+    if not requested:
+        raise UserError(f"name a format: make export FORMAT=...; known: {', '.join(FORMATS)}")
+    format_name = paths.choose(requested, FORMATS, "format")
     dtype = os.environ.get("DTYPE") or None
     if dtype is not None:
         dtype = paths.choose(dtype, DTYPES, "dtype")
     if os.environ.get("STEPS") and format_name != "peft":
-        raise UserError(f"STEPS={os.environ['STEPS']}: only FORMAT=peft selects steps; leave it out")
+        raise UserError(f"STEPS={os.environ['STEPS']}: only FORMAT=peft selects steps; omit it")
     out = out_folder(os.environ.get("OUT") or str(paths.SAVES / "exports" / format_name))
     importlib.import_module(f"paragen.exports.{format_name}").export(index.chosen(), out, dtype)
 
 
-def out_folder(asked: str) -> Path:
-    """The folder that OUT names, absolute. Raises UserError where it is no folder, or one that holds collections."""
-    out = Path(asked).expanduser().absolute()
+def out_folder(name: str) -> Path:
+    """The absolute path of the folder `name`. Raises UserError where it is no folder, or one that holds collections."""
+    out = Path(name).expanduser().absolute()
     blocking = next((path for path in (out, *out.parents) if path.exists() and not path.is_dir()), None)
     if blocking:
         raise UserError(f"{paths.relative(blocking)}: is not a folder; choose another OUT")

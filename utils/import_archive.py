@@ -1,11 +1,11 @@
-"""Bring archived collections back into saves/: the same files with the same bytes, verified.
+"""Restore archived collections into saves/: the same files with the same bytes, verified.
 
     python utils/import_archive.py X.archive          one collection                               (make import FILE=..)
     python utils/import_archive.py FOLDER             all archives below a folder, parts of a collection together
 
-Each goes to saves/<category>/<dataset>/<run folder>/, as its manifest says. What is there already is left when it is
-the same (and gets the archive's scores where it has none, or fewer); something else is left, too, and named, unless
-FORCE=1. The archives stay as they are.
+Each goes to saves/<category>/<dataset>/<run folder>/, which its manifest names. Where the same collection exists, it
+stays, and gets the archive's scores if it has fewer. Another collection stays, too, and is an error, unless FORCE=1.
+The archives are not changed.
 """
 
 import os
@@ -20,7 +20,7 @@ from paragen.common.cli import UserError
 def main() -> int:
     given = sys.argv[1:] or [os.environ.get("FILE", "")]
     if given == [""]:
-        raise UserError(f"say which: make import FILE=x{archive.SUFFIX}, or a folder of them")
+        raise UserError(f"name an archive: make import FILE=x{archive.SUFFIX}, or a folder of them")
     faults = 0
     for parts in by_collection(archives_in([Path(name).expanduser() for name in given])):
         try:

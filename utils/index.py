@@ -1,19 +1,18 @@
 """One table over all collections: saves/index.parquet, a row per checkpoint.
 
-    python utils/index.py                  bring it up to date and print a line per collection        (make index)
+    python utils/index.py                  update it and print a line    per collection        (make index)
     python utils/index.py --rows           print every row (--csv: as CSV)
 
-Collections that did not change are not read again; checkpoints that changed after their manifest was written, or since
-the last index, are hashed. A collection that is broken is named and left out; status 1 then. Checkpoints that were
-evaluated have their scores beside their loss, and those of the base model to compare with.
-Imported by all that works on collections: `chosen` gives those that the user selects.
+A collection that did not change is not read again; checkpoints that changed after their manifest was written, or since
+the last index, are hashed. A broken collection is named and left out, and the status is 1. Evaluated checkpoints have
+their scores beside their loss, and the base model's for comparison.
 """
 
 import argparse
 import os
 import sys
 
-from paragen.collection import index
+from paragen.collection import index, index_tables
 from paragen.common import cli
 
 
@@ -24,7 +23,7 @@ def main() -> int:
     args = parser.parse_args()
     table, faults = index.update()
     try:
-        index.show(table, args, whole=not faults)
+        index_tables.show(table, args, whole=not faults)
     except BrokenPipeError:  # `| head` has seen enough; Python shall not try again at its end
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
     for fault in faults.values():

@@ -3,8 +3,8 @@
     REPO=user/name [CATEGORY=..] [DATASET=..] [MODEL=..] [RANK=..] [SEED=..] [PRIVATE=1] [RAW=1] [DRY_RUN=1] \
         python utils/publish.py                                                                 (make publish)
 
-Builds the repository's tree in saves/publish/<user>--<name>/ (DRY_RUN=1: no more than that), then uploads what the hub
-does not have yet; an interrupted upload goes on at the next call. The account is HF_TOKEN's or that of `hf auth login`.
+Builds the repository's tree in saves/publish/<user>--<name>/ (DRY_RUN=1: no more than that), then uploads the files
+that the hub lacks; the next call resumes an interrupted upload. The account is HF_TOKEN's or that of `hf auth login`.
 Collections that do not verify are refused, as are data and base models of unknown licence (ALLOW_UNKNOWN_LICENSE=1).
 RAW=1 publishes the collections' folders in place of archives.
 """
@@ -30,7 +30,7 @@ def main() -> None:
     entries = published_tree.data_plan(chosen, paths.DATA)
     published_tree.check_limits(table, 1 + len({entry["file_name"] for entry in entries.values()}), raw)
     with files.lock(files.beside(tree, "lock"), waiting=f"{tree.name}: another process is publishing it; waiting ..."):
-        upload.refuse(chosen, tree, raw)
+        upload.check_publishable(chosen, tree, raw)
         marks = published_tree.build(tree, chosen, table, paths.DATA, raw)
         text = card.render(repository, chosen, table, marks, paths.DATA, paths.MODELS)
         published_tree.write(tree / "README.md", text.encode())

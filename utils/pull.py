@@ -1,17 +1,17 @@
-"""Bring collections that somebody published into saves/ and their prompts into data/, verified.
+"""Download published collections into saves/ and their prompts into data/, and verify them.
 
     REPO=user/name [REVISION=..] [CATEGORY=..] [DATASET=..] [MODEL=..] [RANK=..] [SEED=..] python utils/pull.py
                                                                                                             (make pull)
 
-Reads a repository that `make publish` made: its index first, then the files of what is selected. Every file is checked:
-by the hub's hash, by the index, by the collection's manifest. What is there already stays, and gets the scores of its
-evaluation where that loses none measured here; another collection or data file under the same name, and other scores,
-are replaced with FORCE=1 alone. An interrupted call goes on at the next one.
+Reads a repository that `make publish` made: its index first, then the files of the selected collections. Every file is
+checked against the hub's hash, the index and the collection's manifest. A collection that exists here stays, and gets
+the published scores unless that would lose some. Another collection or data file of the same name, and other scores,
+are replaced only with FORCE=1. An interrupted download is resumed by the next call.
 """
 
 import os
 
-from paragen.collection import index
+from paragen.collection import index, index_tables
 from paragen.common import cli, files, paths
 from paragen.hub import errors, transfer
 from paragen.publishing import pull
@@ -26,7 +26,7 @@ def main() -> None:
         table = errors.translated(f"datasets/{repository}", revision, lambda: pull.pull(repository, revision, staging))
         files.remove_folder(staging)
     index.update()
-    index.print_collections(table)
+    index_tables.print_collections(table)
 
 
 if __name__ == "__main__":

@@ -1,9 +1,9 @@
-"""One page to look at all that was collected: saves/report/index.html, which opens from disk without a network.
+"""Make the report: one page about all collections, saves/report/index.html, which opens from disk without a network.
 
     python utils/report.py        (make report)
 
-Reads recipes, manifests, logs and the statistics of each collection (computed where they are missing); writes the
-index, the statistics and the page. A broken collection is on the page as such, and named on stderr.
+Reads recipes, manifests, logs and the statistics of each collection (measured where they are missing); writes the
+index, the statistics and the page. A broken collection is marked on the page and named on stderr.
 """
 
 from paragen.analysis import report

@@ -30,9 +30,8 @@ from paragen.common.cli import UserError, say
 ROOT = Path(__file__).resolve().parent.parent
 VENV = ROOT / ".venv"
 PYTHON = VENV / "bin" / "python"
-STAMP = (
-    VENV / "installed.sha256"
-)  # `sha256  name` of each lock installed; written last: without it, .venv is unfinished
+# `sha256  name` of each lock installed; written last: without it, .venv is unfinished
+STAMP = VENV / "installed.sha256"
 RUNNING = ROOT / "requirements.txt"
 DEVELOPMENT = ROOT / "requirements-dev.txt"
 

@@ -4,15 +4,15 @@
     python utils/verify.py --recipe RECIPE.yaml RANK [key=value ...]     the collection of one recipe (again for others)
     DATASET=... python utils/verify.py                             those of one dataset (make verify)
 
-Prints a line for each; status 1 when one is not whole. A collection that is whole but doubtful (worse than its base, a
-rising loss, equal checkpoints) gets lines of its own, which change no status.
+Prints a line for each; status 1 when one is not whole. Quality warnings (worse than its base, a rising loss, equal
+checkpoints) are printed in lines of their own, marked DOUBTFUL, and change no status.
 """
 
 import argparse
 import os
 from pathlib import Path
 
-from paragen.collection import collection
+from paragen.collection import discovery
 from paragen.collection.verify import verify
 from paragen.common import cli, paths
 from paragen.common.cli import UserError, say
@@ -51,7 +51,7 @@ def requested_folders(folders: list[Path], dataset: str) -> list[Path]:
     for folder in folders:
         if not folder.is_dir():
             raise UserError(f"{folder}: no such folder")
-    found = collection.run_folders(folders or [paths.SAVES])
+    found = discovery.find_collections(folders or [paths.SAVES])
     if dataset:
         name = paths.choose(dataset, {folder.parent.name for folder in found}, "collected dataset")
         found = [folder for folder in found if folder.parent.name == name]

@@ -4,7 +4,7 @@ import json
 import shutil
 from pathlib import Path
 
-from paragen.collection import collection
+from paragen.collection.manifest import sealed
 
 
 def twin(folder: Path, dataset: str = "Toy", model: str = "Tiny-Llama", rank: int = 4, seed: int | None = None) -> Path:
@@ -28,7 +28,7 @@ def edit(folder: Path, change, seal: bool = True) -> None:
     path = folder / "manifest.json"
     manifest = json.loads(path.read_text())
     change(manifest)
-    path.write_text(json.dumps(collection.sealed(manifest) if seal else manifest))
+    path.write_text(json.dumps(sealed(manifest) if seal else manifest))
 
 
 def flip_a_bit(path: Path) -> None:

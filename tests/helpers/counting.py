@@ -9,13 +9,13 @@ import sys
 from collections import Counter
 from types import ModuleType
 
-from paragen.collection import collection, run_identity
+from paragen.collection import manifest, run_identity
 from paragen.recipes import render
 
 COUNTED = {
     "rendered": (render, "render"),
     "identified": (run_identity, "identity_of"),
-    "parsed": (collection, "parse_manifest"),
+    "parsed": (manifest, "parse_manifest"),
 }
 
 

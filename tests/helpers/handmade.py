@@ -3,13 +3,13 @@
 import json
 import os
 import subprocess
-import sys
 from pathlib import Path
 
 import pytest
 
 import export
-from paragen.collection import collection
+from helpers.warm_python import PYTHON
+from paragen.collection.manifest import FORMAT, sealed
 from paragen.common import files, paths
 from paragen.common.cli import UserError
 
@@ -83,15 +83,15 @@ def collect(
     }  # fmt: skip
     files.write_json(run / "adapter_config.json", {**known, **(config or {})})
     manifest = {
-        "format": collection.FORMAT, "phase": "finetune",
+        "format": FORMAT, "phase": "finetune",
         "category": category if category in paths.CATEGORIES else None,
         "dataset": dataset, "run": run.name, "rank": rank, "recipe": {"dataset": dataset} if data else None,
         "data": [data] if data else None, "tokenizer": None, "pretrain": None, "seed": seed,
         "adapter_config_sha256": files.sha256_of(run / "adapter_config.json"),
-        "base_model": {"name": model, "hub_id": hub_id, "revision": None, "sha256": f"hash of {model}"},
+        "base_model": {"name": model, "hub_id": hub_id, "revision": None, "sha256": files.sha256_of_value(model)},
         "checkpoints": entries,
     }  # fmt: skip
-    files.write_json(run / paths.MANIFEST, collection.sealed(manifest))
+    files.write_json(run / paths.MANIFEST, sealed(manifest))
     return run
 
 
@@ -138,7 +138,7 @@ class Place:
             "import export; cli.run(export.main)"
         )
         environment = {**os.environ, "FORMAT": format_name, "OUT": str(self.out), **environment}
-        command = [sys.executable, "-c", code, UTILS, self.saves, self.data, *([str(limit)] if limit else [])]
+        command = [PYTHON, "-c", code, UTILS, self.saves, self.data, *([str(limit)] if limit else [])]
         return subprocess.Popen(
             command, env=environment, cwd="/", stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True
         )

@@ -1,9 +1,10 @@
-"""Labels for the tests' collections: evaluation.json as `make evaluate` writes it, with a test's own figures."""
+"""Scores for the tests' collections: evaluation.json as `make evaluate` writes it, with a test's own figures."""
 
 from pathlib import Path
 from typing import Any
 
-from paragen.collection import collection, evaluation
+from paragen.collection import evaluation
+from paragen.collection.manifest import read_manifest
 
 RISING = {"base": 0.4, 5: 0.5, 6: 0.7, 7: 0.6}
 
@@ -31,7 +32,7 @@ def evaluated(figures: dict, metric: str = "choice", losses: dict | None = None,
     } | changed  # fmt: skip
 
 
-def label(folder: Path, *evaluations: dict[str, Any]) -> Path:
+def write(folder: Path, *evaluations: dict[str, Any]) -> Path:
     """Write the evaluations of a collection; returns the file."""
-    evaluation.write(folder, collection.read_manifest(folder), list(evaluations))
+    evaluation.write(folder, read_manifest(folder), list(evaluations))
     return folder / evaluation.FILE

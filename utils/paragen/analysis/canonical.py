@@ -1,12 +1,12 @@
 """The canonical factors of a LoRA update: one form for all factorizations of the same B·A.
 
-Imported by export_canonical.py and layer_stats.py; plain functions on tensors, batched over a leading dimension.
+Plain functions on tensors, batched over a leading dimension.
 B·A = (B·G)(G^-1·A) for every invertible G, so the factors as trained are an arbitrary choice. The canonical ones are
 B' = U sqrt(S) and A' = sqrt(S) V^T from the singular value decomposition U S V^T of B·A. The scaling (lora_alpha / r)
 is not part of it: it stays in adapter_config.json.
 
-What stays open: inside a block of equal singular values any rotation of U's columns, with the same rotation of V's, is
-as good; only the block's product U_k S_k V_k^T is unique. Values closer to each other than rounding make such a block.
+The form is not unique within a block of equal singular values, where U's columns may be rotated with V's; only the
+block's product U_k S_k V_k^T is. Values that differ by less than rounding make such a block.
 """
 
 from collections.abc import Callable
@@ -15,24 +15,25 @@ from typing import TypeVar
 import torch
 
 Result = TypeVar("Result")
-METHOD = "qr-svd-1"  # changes with every change of the numbers
+METHOD = "qr-svd-1"  # to be changed whenever the numbers change
 NOISE = torch.finfo(torch.float32).eps  # relative rounding of the float32 in which adapters are trained, 1.2e-7
-TIED = 1e-3  # entries this close to a vector's largest, relatively, count as equally large when its sign is fixed
+TIED = 1e-3  # entries within this relative distance of a vector's largest count as equally large for its sign
 
 
 def canonical(a: torch.Tensor, b: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
     """The canonical factors of B·A, by QR of both factors and SVD of the small core R_B·R_A^T.
 
-    Singular values descend. In each left singular vector the entry of largest magnitude is positive; of several as
-    large (to 0.1 %), the first. Singular values of rounding noise are exactly zero (see `without_noise`) and so are
-    their columns, as are those beyond min(inputs, outputs): an update of lower rank than its factors has one form, too.
+    Singular values descend. In each left singular vector the entry of largest magnitude is positive; of several equally
+    large ones (within 0.1 %), the first. Singular values of rounding noise are exactly zero (see `without_noise`), and
+    so are their columns and those beyond min(inputs, outputs): an update of lower rank than its factors has one form,
+    too.
 
     Args:
         a: the factor A, r x inputs or n x r x inputs, any floating dtype, finite.
         b: the factor B, outputs x r or n x outputs x r.
 
-    Returns (A', B') with the same shapes, float64; each of n the same bits as alone. B'·A' differs from B·A by the
-    noise that was cut off.
+    Returns (A', B') with the same shapes, float64; a product in a batch has the same bits as alone. B'·A' differs from
+    B·A by the noise that was removed.
     """
     if a.dim() == 2:  # a single product is computed by another kernel than a batch of one, and differs in the last bit
         return tuple(values[0] for values in canonical(a[None], b[None]))
@@ -61,7 +62,7 @@ def one_by_one(function: Callable[..., Result], a: torch.Tensor, b: torch.Tensor
 
 
 def signs_of(vectors: torch.Tensor) -> torch.Tensor:
-    """1 or -1 per column: what makes its leading entry positive.
+    """The sign (1 or -1) per column that makes its leading entry positive.
 
     Args:
         vectors: ... x n x k, nonzero columns.

@@ -1,6 +1,6 @@
 """The mathematics of `make stats`: running moments, norms of updates from their factors, effective rank, the sketch.
 
-Imported by stats.py; plain functions on float64 tensors. A is steps x r x inputs, B is steps x outputs x r.
+Plain functions on float64 tensors. A is steps x r x inputs, B is steps x outputs x r.
 """
 
 import hashlib
@@ -11,7 +11,7 @@ import torch
 from paragen.analysis import canonical
 from paragen.collection import lora_config
 
-SKETCH_SIDE = 32  # a sketch has 32 x 32 numbers
+SKETCH_SIDE = 32  # a sketch has SKETCH_SIDE x SKETCH_SIDE numbers
 
 
 class Moments(NamedTuple):
@@ -23,7 +23,7 @@ class Moments(NamedTuple):
 
 
 def merged(before: Moments | None, values: torch.Tensor) -> Moments:
-    """The moments with further steps taken in (Chan, Golub and LeVeque 1979: pairwise merging).
+    """The moments with further steps added (Chan, Golub and LeVeque 1979: pairwise merging).
 
     Args:
         before: those of the steps so far; None at the start.
@@ -69,8 +69,8 @@ def difference_norms(
 ) -> torch.Tensor:
     """The Frobenius norm of B·A - B'·A' per step, exact to rounding, without forming outputs x inputs.
 
-    The difference is B·dA + dB·A', so its square is a sum over products of r x r Gram matrices. As the small changes
-    are taken of the factors, nothing cancels as it would in |BA|² + |B'A'|² - 2<BA, B'A'>.
+    The difference is B·dA + dB·A', so its square is a sum over products of r x r Gram matrices. Since the changes
+    are those of the factors, it has no cancellation such as that of |BA|² + |B'A'|² - 2<BA, B'A'>.
 
     Args:
         b: B.
@@ -116,7 +116,7 @@ def sketched(a: torch.Tensor, b: torch.Tensor, p: torch.Tensor, q: torch.Tensor)
 
 
 class Running(NamedTuple):
-    """What is kept of a layer between two chunks of its steps."""
+    """The running sums of a layer between two chunks of its steps."""
 
     scaling: float
     projections: tuple[torch.Tensor, torch.Tensor]
@@ -124,17 +124,18 @@ class Running(NamedTuple):
     before: tuple[torch.Tensor | None, torch.Tensor | None]  # A and B of the last step seen
 
 
-def start(config: dict[str, Any], base_model: str, layer: str, outputs: int, inputs: int) -> Running:
-    """A layer of which no step has been seen; `config` is adapter_config.json's content."""
+def start_layer(config: dict[str, Any], base_model: str, layer: str, outputs: int, inputs: int) -> Running:
+    """A layer's running sums before its first step; `config` is the content of adapter_config.json."""
     drawn = projections(base_model, layer, outputs, inputs)
     return Running(lora_config.scaling_of(config, layer), drawn, (None,) * 4, (None, None))
 
 
-def taken_in(running: Running, a: torch.Tensor, b: torch.Tensor) -> tuple[Running, dict[str, torch.Tensor]]:
-    """Take in the next steps of a layer.
+def add_steps(running: Running, a: torch.Tensor, b: torch.Tensor) -> tuple[Running, dict[str, torch.Tensor]]:
+    """Add the next steps of a layer.
 
-    Returns (what is kept, the figures of these steps: `norm`, `change` and `effective_rank` of the scaled update, one
-    number per step; its `sketch`, steps x 1024; `factor_norm` and `factor_change` of A and B, 2 x steps).
+    Returns (the running sums, the figures of these steps). The figures are `norm`, `change` and `effective_rank` of the
+    scaled update, one number per step; its `sketch`, steps x 1024; `factor_norm` and `factor_change` of A and B,
+    2 x steps.
     """
     scaling = running.scaling
     a_before = with_before(running.before[0], a)
@@ -153,8 +154,8 @@ def taken_in(running: Running, a: torch.Tensor, b: torch.Tensor) -> tuple[Runnin
 
 
 def totals(running: Running) -> dict[str, torch.Tensor]:
-    """What a layer's moments come to when all steps were seen: of A and B each, the mean over the entries of their mean
-    (`mean`), of their deviation (`std`) and of their deviation when standardised within each step."""
+    """The statistics of a layer after all steps, for A and B each: the mean over the entries of their mean (`mean`), of
+    their deviation (`std`), and of their deviation when standardised within each step (`standardised_std`)."""
     raw, standard = running.moments[:2], running.moments[2:]
     return {
         "mean": torch.stack([one.mean.mean() for one in raw]),

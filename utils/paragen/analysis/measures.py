@@ -3,11 +3,11 @@
     [CATEGORY=..] [DATASET=..] [MODEL=..] [RANK=..] [SEED=..] python utils/stats.py                  (make stats)
 
 Reads collections, writes saves/stats/<category>/<dataset>/<run folder>/ and prints a table per collection:
-    stats.parquet           a row per factor tensor and a row per layer's update; COLUMNS says what each column is
+    stats.parquet           a row per factor tensor and a row per layer's update; COLUMNS describes each column
     importance.safetensors  a float32 scalar per layer, and per factor tensor: Drag-and-Drop LLMs' loss weight
-    steps.safetensors       per step: sketch, norm and change of each layer's update; ARRAYS says what each is
+    steps.safetensors       per step: sketch, norm and change of each layer's update; ARRAYS describes each
     stats.json              what it was made from; the layers in the order of the arrays
-Made once, and again when the collection or METHOD changed (FORCE=1: always). An update is B·A times PEFT's scaling.
+Measured once, and again when the collection or METHOD changed (FORCE=1: always). An update is B·A times PEFT's scaling.
 
 Importance of a layer (or of one factor) = m / M, with m the mean over its entries of the standard deviation across the
 steps, and M that mean over the entries of all layers. The deviation is the population's, of factors that were first
@@ -16,6 +16,7 @@ the importances over all entries is 1; without any variation every importance is
 same per token, which is a block of columns of a factor; here it is per factor and per layer.
 """
 
+from collections.abc import Sequence
 from functools import partial
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -23,13 +24,14 @@ from typing import Any, NamedTuple
 import torch
 
 from paragen.analysis import layer_stats as ls
-from paragen.collection import checkpoints, exported, index
+from paragen.collection import checkpoints, derived, index
+from paragen.collection.manifest import CheckpointEntry
 from paragen.common import cli, files, parallel, paths
 
-METHOD = "stats-1"  # changes with every change of the numbers
+METHOD = "stats-1"  # to be changed whenever the numbers change
 BUDGET = 512 << 20  # bytes of running sums: layers that do not fit are taken in a further pass over the files
-CHUNK = 256 << 20  # bytes of one layer's steps that are worked on together
-MOST_STEPS = 64  # files that are open together
+CHUNK = 256 << 20  # bytes of the steps that are read at once
+MOST_STEPS = 64  # the most files that are open at once
 COLUMNS = {
     "layer": "the layer's name in PEFT's keys",
     "tensor": "lora_A, lora_B, or update: scaling * B A",
@@ -73,19 +75,19 @@ class Measured(NamedTuple):
 
 
 def update(chosen: list[index.Chosen], out: Path | None = None) -> None:
-    """Bring the statistics of some collections up to date below `out` (saves/stats) and print a table of each."""
+    """Measure new and changed collections, below `out` (default: saves/stats), and print a table of each."""
     for one in chosen:
-        print_table(of(one, out))
+        print_table(measured_folder(one, out))
 
 
-def of(one: index.Chosen, out: Path | None = None, quiet: bool = False) -> Path:
-    """The folder with a collection's statistics below `out` (saves/stats), measured unless they are there already.
+def measured_folder(one: index.Chosen, out: Path | None = None, quiet: bool = False) -> Path:
+    """The folder of a collection's statistics below `out` (default: saves/stats), measured unless it is up to date.
 
-    `quiet` says nothing then.
+    `quiet`: print nothing where it is.
     """
     out = out or paths.SAVES / "stats"
-    source = {"format": "stats", "method": METHOD, "manifest": one.manifest["sha256"]}
-    exported.part(out, one.name, source, partial(write, one), done="statistics", quiet=quiet)
+    source = {"format": "stats", "method": METHOD, "manifest": one.manifest.sha256}
+    derived.make_part(out, one.name, source, partial(write, one), done="statistics", quiet=quiet)
     return out / one.name
 
 
@@ -95,8 +97,8 @@ def write(one: index.Chosen, folder: Path) -> None:
 
     config = checkpoints.adapter_config(one.folder, one.manifest)
     base = base_model_of(one, config)
-    steps = [entry["step"] for entry in one.manifest["checkpoints"]]
-    measured = measure(one.folder, one.manifest["checkpoints"], config, base)
+    steps = one.manifest.steps
+    measured = measure(one.folder, one.manifest.checkpoints, config, base)
     by_factor, by_layer = importance_of(measured)
     keys = [f"{layer}.{end}.weight" for layer in measured.layers for end in ("lora_A", "lora_B")]
     weights = dict(zip(measured.layers, by_layer, strict=True)) | dict(zip(keys, by_factor.flatten(), strict=True))
@@ -111,23 +113,27 @@ def write(one: index.Chosen, folder: Path) -> None:
 
 
 def base_model_of(one: index.Chosen, config: dict[str, Any]) -> str:
-    """The base model's name that decides the sketch: its folder's, also for a run whose manifest does not know it."""
-    base = one.manifest["base_model"] or {}
-    return base.get("name") or str(config.get("base_model_name_or_path")).rstrip("/").rsplit("/", 1)[-1]
+    """The name of the base model's folder, which seeds the sketch; adapter_config.json's if the manifest has none."""
+    return one.manifest.base_name or str(config.get("base_model_name_or_path")).rstrip("/").rsplit("/", 1)[-1]
 
 
 def measure(
-    folder: Path, entries: list[dict], config: dict[str, Any], base: str, budget: int = BUDGET, chunk: int = CHUNK
+    folder: Path,
+    entries: Sequence[CheckpointEntry],
+    config: dict[str, Any],
+    base: str,
+    budget: int = BUDGET,
+    chunk: int = CHUNK,
 ) -> Measured:
     """One streaming pass over the checkpoints of a collection, each tensor read once.
 
-    Memory: `budget` for the running sums of a group of layers, `chunk` for the steps worked on, and 8 bytes per step
-    and layer (and 1024 per step) for what is kept of each step; nothing else grows with the number of steps.
+    Takes `budget` bytes for the running sums of a group of layers, `chunk` bytes for the steps that are read at once,
+    and, for the results, 8 bytes per step and layer and 8192 per step; nothing else grows with the number of steps.
 
     Args:
         folder: the collection.
-        entries: its manifest's `checkpoints`.
-        config: its adapter_config.json.
+        entries: the checkpoints in its manifest.
+        config: the content of its adapter_config.json.
         base: the base model's name.
         budget, chunk: bytes.
     """
@@ -139,15 +145,15 @@ def measure(
     totals = {name: torch.zeros(len(layers), 2, dtype=torch.float64) for name in TOTALS}
     sketch = torch.zeros(len(entries), ls.SKETCH_SIDE**2, dtype=torch.float64)
     for group in groups_of(shapes, budget):
-        begun = parallel.each(lambda number: ls.start(config, base, layers[number], *shapes[number][:2]), group)
+        begun = parallel.each(lambda number: ls.start_layer(config, base, layers[number], *shapes[number][:2]), group)
         running = dict(zip(group, begun, strict=True))
         for part, handles in checkpoints.in_chunks(folder, entries, steps_within(chunk, shapes)):
 
-            def take_in(number: int, running=running, part=part, handles=handles) -> tuple:
+            def add(number: int, running=running, part=part, handles=handles) -> tuple:
                 a, b = checkpoints.factors_of(folder, entries[part], handles, layers[number])
-                return ls.taken_in(running[number], a, b)
+                return ls.add_steps(running[number], a, b)
 
-            for number, (after, figures) in zip(group, parallel.each(take_in, group), strict=True):
+            for number, (after, figures) in zip(group, parallel.each(add, group), strict=True):
                 running[number] = after
                 sketch[part] += figures.pop("sketch")
                 for name, values in figures.items():
@@ -159,7 +165,7 @@ def measure(
 
 
 def groups_of(shapes: list[tuple[int, int, int]], budget: int) -> list[list[int]]:
-    """The numbers of the layers in groups whose running sums take at most `budget` bytes (but one layer at least)."""
+    """The layers' numbers in groups whose running sums take at most `budget` bytes; a group has at least one layer."""
     groups, used = [[]], 0
     for number, (outputs, inputs, rank) in enumerate(shapes):
         size = 8 * (outputs + inputs) * (9 * rank + ls.SKETCH_SIDE)  # 4 moments of 2, the step before, projections
@@ -172,7 +178,7 @@ def groups_of(shapes: list[tuple[int, int, int]], budget: int) -> list[list[int]
 
 
 def steps_within(chunk: int, shapes: list[tuple[int, int, int]]) -> int:
-    """How many steps are worked on together: a layer's float64 copies (about eight) and the open files' own bytes."""
+    """How many steps fit into `chunk` bytes: the open files, and about eight float64 copies of a layer per thread."""
     sizes = [(outputs + inputs) * rank for outputs, inputs, rank in shapes]
     return max(1, min(MOST_STEPS, chunk // (parallel.WORKERS * 8 * 8 * max(sizes) + 4 * sum(sizes))))
 
@@ -214,7 +220,7 @@ def write_table(path: Path, measured: Measured, by_factor: torch.Tensor, by_laye
 
 
 def over_steps(norm: torch.Tensor, change: torch.Tensor) -> dict[str, float]:
-    """The columns of stats.parquet that sum up one tensor's norm and change, each given per step."""
+    """The columns of stats.parquet for the norm and the change of one tensor, each given per step."""
     moved = change[1:] if len(change) > 1 else change
     figures = {
         "norm_first": norm[0],
@@ -230,10 +236,10 @@ def about(one: index.Chosen, config: dict[str, Any], base: str, measured: Measur
     """The content of stats.json."""
     return {
         "method": METHOD,
-        "manifest": one.manifest["sha256"],
+        "manifest": one.manifest.sha256,
         "collection": one.name,
         "base_model": base,
-        "rank": one.manifest["rank"],
+        "rank": one.manifest.rank,
         "lora_alpha": config["lora_alpha"],
         "use_rslora": bool(config.get("use_rslora")),
         "parameters": sum((outputs + inputs) * rank for outputs, inputs, rank in measured.shapes),
@@ -249,7 +255,7 @@ def about(one: index.Chosen, config: dict[str, Any], base: str, measured: Measur
 
 
 def print_table(folder: Path) -> None:
-    """Print what a collection's statistics say of each kind of layer."""
+    """Print a collection's statistics by kind of layer."""
     import pyarrow.parquet
 
     table = pyarrow.parquet.read_table(folder / "stats.parquet", memory_map=False).to_pylist()

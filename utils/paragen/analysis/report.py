@@ -1,23 +1,21 @@
-"""One page to look at all that was collected: saves/report/index.html, which opens from disk without a network.
+"""The report: one page about all collections, saves/report/index.html, which opens from disk without a network.
 
-    python utils/report.py        (make report)
-
-Reads recipes, manifests, logs and the statistics of each collection (computed where they are missing); writes the
-index, the statistics and the page. A broken collection is on the page as such, and named on stderr.
+Reads recipes, manifests, logs and the statistics of each collection (measured where they are missing); writes the
+index, the statistics and the page. A broken collection is marked on the page and named on stderr.
 """
 
 import base64
 import datetime
 import hashlib
 import json
-import math
 import sys
 import urllib.parse
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from paragen.analysis import report_data
-from paragen.collection import checkpoints, collection, evaluation, index
+from paragen.collection import checkpoints, discovery, evaluation, index
+from paragen.collection.manifest import read_manifest
 from paragen.common import files, paths
 from paragen.common.cli import UserError
 from paragen.model import base_models
@@ -34,7 +32,7 @@ STATES = ("complete", "stale", "broken", "collecting", "pretrained", "missing")
 
 
 def make(saves: Path | None = None) -> Path:
-    """Gather, render and write the page below `saves`, whole or not at all; returns its path."""
+    """Gather the facts, render the page and write it atomically below `saves`; returns its path."""
     saves = saves or paths.SAVES
     facts = gather(saves)
     for fault in facts["faults"]:
@@ -46,18 +44,18 @@ def make(saves: Path | None = None) -> Path:
 
 
 def page_of(saves: Path | None = None) -> Path:
-    """Where the page lies."""
+    """The page's path."""
     return (saves or paths.SAVES) / "report" / "index.html"
 
 
 def gather(saves: Path) -> dict[str, Any]:
-    """All that the page shows, as plain values.
+    """All facts of the page, as plain values.
 
-    Returns `collections` (a dict each: what stands in the table, and `pictures`), `pairs` (the rows of the grid: a
-    recipe pair and its cells by rank), `ranks`, `map` (a panel for each base model), `totals`, `faults` (lines).
+    Returns `collections` (a dict each: its row of the table, and `pictures`), `pairs` (the rows of the grid: a recipe
+    pair and its cells by rank), `ranks`, `map` (a panel per base model), `totals`, `faults` (lines).
     """
     table, faults = index.update(saves)
-    names = [folder.relative_to(saves.absolute()).as_posix() for folder in collection.run_folders([saves])]
+    names = [folder.relative_to(saves.absolute()).as_posix() for folder in discovery.find_collections([saves])]
     states = cell_states(table)
     found, faulty = [], []
     for name in names:
@@ -85,7 +83,7 @@ def gather(saves: Path) -> dict[str, Any]:
 
 
 def cell_states(table: "pa.Table") -> dict[str, Any]:
-    """The cells of all recipe pairs at the usual ranks and those that were collected, and how each stands.
+    """The cells of all recipe pairs, at the usual ranks and those that were collected, and the state of each.
 
     Returns `cells`, a list of (category, cell, run folder or None, state, reason), and `by_folder`, (state, reason) by
     the cell's run folder.
@@ -113,19 +111,17 @@ def cell_states(table: "pa.Table") -> dict[str, Any]:
 
 
 def described(saves: Path, name: str, state: str, reason: str, total: int) -> dict[str, Any]:
-    """The row and the pictures of one collection, of `total` checkpoints in all.
+    """The row and the pictures of one collection; all collections have `total` checkpoints.
 
-    `sketch` holds what the map shows of it: (steps, sketches), or None. Raises UserError where its manifest or its
-    files are not right.
+    `sketch` is (steps, sketches) of the checkpoints that the map shows, or None. Raises UserError where its manifest or
+    its files are not as recorded.
     """
     folder = saves / name
-    manifest = collection.read_manifest(folder)
+    manifest = read_manifest(folder)
     if manifest is None:
         raise UserError(f"{paths.relative(folder)}: is gone")
-    entries, base_model = manifest["checkpoints"], (manifest["base_model"] or {}).get("name")
-    if not entries:
-        raise UserError(f"{paths.relative(folder)}: its manifest lists no checkpoint")
-    losses = [entry["loss"] for entry in entries if entry["loss"] is not None and math.isfinite(entry["loss"])]
+    entries, base_model = manifest.checkpoints, manifest.base_name
+    losses = [entry.loss for entry in entries if entry.loss is not None]
     pictures, shown = {"curve": report_data.curve(folder, manifest)}, None
     evaluated = evaluation.shown(evaluation.read(folder, manifest))
     if evaluated:
@@ -137,37 +133,37 @@ def described(saves: Path, name: str, state: str, reason: str, total: int) -> di
         places = report_data.chosen_places(len(steps), total)
         shown = steps[places], sketch[places]
     except UserError as error:
-        for entry in entries:  # where the files are as recorded, it is their kind that is not known
-            checkpoints.verified(folder / collection.checkpoint_name(entry["step"]), entry["bytes"], entry["sha256"])
+        for entry in entries:  # raises if a file differs; otherwise the kind of adapter is not supported
+            checkpoints.verified(folder / entry.file_name, entry.bytes, entry.sha256)
         pictures["none"] = report_data.without_places(str(error), saves)
     return {
         **named(name),
-        "category": manifest["category"] or named(name)["category"],
-        "dataset": manifest["dataset"],
+        "category": manifest.category or named(name)["category"],
+        "dataset": manifest.dataset,
         "model": base_models.short_name(Path(base_model)) if base_model else "?",
         "base_model": base_model or "unknown base model",
-        "rank": manifest["rank"],
-        "seed": manifest["seed"],
+        "rank": manifest.rank,
+        "seed": manifest.seed,
         "state": state,
         "reason": report_data.without_places(reason, saves),
         "kept": len(entries),
-        "first": entries[0]["step"],
-        "last": entries[-1]["step"],
+        "first": entries[0].step,
+        "last": entries[-1].step,
         "loss": sum(losses) / len(losses) if losses else None,
         "scores": report_data.scores_in_table(evaluated) if evaluated else None,
-        "bytes": sum(entry["bytes"] for entry in entries),
-        "each": entries[0]["bytes"],
-        "file": json.dumps(f"saves/{name}/{collection.checkpoint_name(entries[-1]['step'])}", ensure_ascii=False),
-        "rows": manifest.get("trained_rows"),
-        "device": manifest.get("device"),
-        "precision": manifest.get("precision"),
+        "bytes": sum(entry.bytes for entry in entries),
+        "each": entries[0].bytes,
+        "file": json.dumps(f"saves/{name}/{entries[-1].file_name}", ensure_ascii=False),
+        "rows": manifest.trained_rows,
+        "device": manifest.device,
+        "precision": manifest.precision,
         "pictures": pictures,
         "sketch": shown,
     }
 
 
 def statistics(chosen: index.Chosen) -> "tuple[str, list[str], np.ndarray, np.ndarray, np.ndarray]":
-    """What pictures take of a collection's statistics, which are computed where they are not there yet.
+    """The statistics of a collection that the pictures show, measured unless they are up to date.
 
     Returns the base model's name, layers (names), steps (n,), sketches (n, d), and changes (layers, n): the norm of
     each layer's update less the one of the step before, over the norm of the update; NaN at the first step.
@@ -177,7 +173,7 @@ def statistics(chosen: index.Chosen) -> "tuple[str, list[str], np.ndarray, np.nd
 
     from paragen.analysis import measures
 
-    folder = measures.of(chosen, quiet=True)
+    folder = measures.measured_folder(chosen, quiet=True)
     tensors = load_file(folder / "steps.safetensors")
     about = json.loads((folder / "stats.json").read_bytes())
     change, norm = (tensors[name].astype(np.float64) for name in ("change", "norm"))
@@ -187,7 +183,7 @@ def statistics(chosen: index.Chosen) -> "tuple[str, list[str], np.ndarray, np.nd
 
 
 def named(name: str) -> dict[str, Any]:
-    """What a collection's path alone says."""
+    """The facts that a collection's path alone gives."""
     parts = name.split("/")
     held = paths.rank_in(name) or (None, None)
     return {
@@ -201,7 +197,7 @@ def named(name: str) -> dict[str, Any]:
 
 
 def described_broken(saves: Path, name: str, fault: str) -> dict[str, Any]:
-    """The row of a folder that is no whole collection, or not yet."""
+    """The row of a folder that is not a whole collection, or not yet."""
     folder = saves / name
     running = files.is_held(files.beside(folder, "lock"))
     found = [path for path in folder.rglob("*") if path.is_file()] if folder.is_dir() else []
@@ -223,7 +219,7 @@ def described_broken(saves: Path, name: str, fault: str) -> dict[str, Any]:
 
 
 def grid(states: list[tuple], by_folder: dict[Path, dict]) -> list[dict[str, Any]]:
-    """The rows of the grid, those with most collected first: category, dataset, model, bytes, cells by rank."""
+    """The rows of the grid, by descending size: category, dataset, model, bytes, cells by rank."""
     rows: dict[tuple, dict] = {}
     for category, cell, folder, state, reason in states:
         key = (cell.dataset, cell.model)
@@ -242,7 +238,7 @@ def grid(states: list[tuple], by_folder: dict[Path, dict]) -> list[dict[str, Any
 
 
 def checkpoint_map(found: list[dict]) -> list[dict[str, Any]]:
-    """A panel for each base model with its checkpoints in their first two principal components."""
+    """A panel per base model: its checkpoints in their first two principal components."""
     import numpy as np
 
     held = [row for row in found if row["sketch"] is not None]
@@ -256,7 +252,7 @@ def checkpoint_map(found: list[dict]) -> list[dict[str, Any]]:
 
 
 def totals(found: list[dict], pairs: list[dict]) -> list[tuple[str, str]]:
-    """The headline figures: (figure, of what)."""
+    """The headline figures: (figure, label)."""
     whole = [row for row in found if row["kept"]]
     states = [cell["state"] for pair in pairs for cell in pair["cells"].values()]
     size = sum(row["bytes"] for row in whole)
@@ -275,7 +271,7 @@ def totals(found: list[dict], pairs: list[dict]) -> list[tuple[str, str]]:
 
 
 def render(facts: dict[str, Any]) -> str:
-    """The page, whole in one text. What stands in `facts` cannot become markup or script."""
+    """The page as one text. No value in `facts` can become markup or script."""
     import jinja2
     import markupsafe
     import plotly.offline
@@ -300,7 +296,7 @@ def render(facts: dict[str, Any]) -> str:
 
 
 def as_data(value: Any) -> Any:
-    """A value as JSON for a <script type="application/json">, which no name in it can end."""
+    """A value as JSON for a <script type="application/json">, escaped so that no text in it can end the script."""
     import markupsafe
 
     text = json.dumps(value, ensure_ascii=False, separators=(",", ":"), allow_nan=False)

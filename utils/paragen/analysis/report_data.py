@@ -1,6 +1,6 @@
-"""What the pictures of the report show, as plain JSON values: curves, scores, trajectories, heat maps, maps.
+"""The data of the report's pictures, as plain JSON values: curves, scores, trajectories, heat maps, maps.
 
-Imported by report.py. Every picture is a dict; its `label` says in words and numbers what is to be seen.
+Every picture is a dict; its `label` describes it in words and numbers.
 """
 
 import base64
@@ -11,40 +11,41 @@ from collections import Counter
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from paragen.collection import collection, evaluation
+from paragen.collection import evaluation, run_files
+from paragen.collection.manifest import Manifest, ResumedPretrain, read_manifest
 from paragen.common import paths
 from paragen.common.cli import UserError
 
 if TYPE_CHECKING:
     import numpy as np
 
-CURVE_POINTS = 400  # of a log, at most, besides the kept window
-HEAT_COLUMNS = 100  # of a heat map, at most
-MAP_POINTS = 3000  # of the map, at most, but one of each collection
+CURVE_POINTS = 400  # the most points of a curve, besides those of the kept steps
+HEAT_COLUMNS = 100  # the most columns of a heat map
+MAP_POINTS = 3000  # the most points of the map, unless there are more collections
 
 
-def curve(folder: Path, manifest: dict[str, Any]) -> dict[str, Any]:
-    """The loss and the learning rate of a whole training: the finetune's log after its pretrain's, where that is there.
+def curve(folder: Path, manifest: Manifest) -> dict[str, Any]:
+    """The loss and the learning rate of a whole training: the logs of the pretrain, where it exists, and the finetune.
 
     Returns `lines`, a dict per phase with name, step, loss and rate (lists of numbers or None), `kept` (first and last
-    kept step), `resumed` (step or None), `notes` (what is left out, and why) and `label`. A stock run without a log has
-    the figures of its manifest.
+    kept step), `resumed` (step or None), `notes` (what is omitted, and why) and `label`. A run without a log has the
+    figures of its manifest.
     """
-    entries, notes = manifest["checkpoints"], []
-    kept = [entries[0]["step"], entries[-1]["step"]]
-    rows = read_log(folder / collection.LOG, notes)
+    entries, notes = manifest.checkpoints, []
+    kept = [entries[0].step, entries[-1].step]
+    rows = read_log(folder / run_files.LOG, notes)
     if not rows:
-        rows = [(entry["step"], entry["loss"], entry["learning_rate"]) for entry in entries]
+        rows = [(entry.step, entry.loss, entry.learning_rate) for entry in entries]
     phases = {"finetune": rows}
-    pretrain = manifest["pretrain"]
+    pretrain = manifest.pretrain
     if pretrain:
-        before = folder.with_name(pretrain["run"])
-        if not (before / collection.LOG).is_file():
+        before = folder.with_name(pretrain.run)
+        if not (before / run_files.LOG).is_file():
             notes.append("the pretrain's log is not there any more")
         elif not is_same_pretrain(before, pretrain):
             notes.append(f"{before.name} is another pretrain by now, so it is not drawn")
         else:
-            phases = {"pretrain": read_log(before / collection.LOG, notes), **phases}
+            phases = {"pretrain": read_log(before / run_files.LOG, notes), **phases}
     lines = []
     for name, points in phases.items():
         lines.append({"name": name, **_columns(thinned(points, kept))})
@@ -56,11 +57,11 @@ def curve(folder: Path, manifest: dict[str, Any]) -> dict[str, Any]:
         )
     else:
         label = f"No loss was recorded; steps {kept[0]} to {kept[1]} kept"
-    label += f"; resumed at step {pretrain['step']}" if pretrain else ""
+    label += f"; resumed at step {pretrain.step}" if pretrain else ""
     return {
         "lines": lines if losses else [],
         "kept": kept,
-        "resumed": pretrain and pretrain["step"],
+        "resumed": pretrain and pretrain.step,
         "notes": notes,
         "label": label,
     }
@@ -71,19 +72,20 @@ def _columns(rows: list[tuple]) -> dict[str, list]:
     return {"step": list(steps), "loss": [short(loss) for loss in losses], "rate": [short(rate) for rate in rates]}
 
 
-def is_same_pretrain(folder: Path, pretrain: dict[str, Any]) -> bool:
-    """Whether a pretrain run folder still holds, or by its manifest held, the checkpoint that was resumed."""
+def is_same_pretrain(folder: Path, pretrain: ResumedPretrain) -> bool:
+    """Whether a pretrain run folder's manifest lists the checkpoint that was resumed."""
     try:
-        manifest = collection.read_manifest(folder)
+        manifest = read_manifest(folder)
     except UserError:
         return False
-    if manifest is None or pretrain["sha256"] is None:
+    if manifest is None or pretrain.sha256 is None:
         return manifest is not None
-    return any(entry["sha256"] == pretrain["sha256"] for entry in manifest["checkpoints"])
+    return any(entry.sha256 == pretrain.sha256 for entry in manifest.checkpoints)
 
 
 def read_log(path: Path, notes: list[str]) -> list[tuple[int, float | None, float | None]]:
-    """Step, loss and learning rate of each logged step of a trainer_log.jsonl; `notes` gets what cannot be read."""
+    """Step, loss and learning rate of each logged step of a trainer_log.jsonl; a note on unreadable lines is
+    added to `notes`."""
     rows, broken = [], 0
     if not path.is_file():
         return rows
@@ -104,7 +106,7 @@ def _number(value: Any) -> float | None:
 
 
 def thinned(rows: list[tuple], kept: list[int]) -> list[tuple]:
-    """Rows of a log, evenly thinned where they are many, but for those of the kept window."""
+    """Rows of a log, evenly thinned to CURVE_POINTS, with all rows of the kept steps."""
     stride = math.ceil(len(rows) / CURVE_POINTS)
     last = len(rows) - 1
     return [
@@ -113,7 +115,7 @@ def thinned(rows: list[tuple], kept: list[int]) -> list[tuple]:
 
 
 def scores(shown: dict[str, Any], kept: int) -> dict[str, Any]:
-    """The scores of a collection's checkpoints, of which `kept` were kept; by the metric `loss`, their test losses.
+    """The scores of a collection's checkpoints (of `kept` in all), or with the metric `loss` their test losses.
 
     Returns `step`, `value`, `low` and `high` (lists; the last two are the confidence interval, or None), `base` (a
     number or None), `best` (the place in the lists), `title`, `axis` and `label`; of these the last three alone where
@@ -121,11 +123,11 @@ def scores(shown: dict[str, Any], kept: int) -> dict[str, Any]:
     """
     is_loss = shown["metric"] == "loss"
     title = "Test loss" if is_loss else "Score"
-    said = {"title": title, "axis": "test loss per token" if is_loss else f"score ({shown['metric']})"}
+    titles = {"title": title, "axis": "test loss per token" if is_loss else f"score ({shown['metric']})"}
     points = [(score["step"], *evaluation.figure_of(shown, score)) for score in shown["checkpoints"]]
     points = [point for point in points if point[1] is not None]
     if not points:
-        return {**said, "label": f"No figure of {shown['split']} is known"}
+        return {**titles, "label": f"No figure of {shown['split']} is known"}
     base, _ = evaluation.figure_of(shown, shown["base"])
     steps, values, spans = zip(*points, strict=True)
     best = steps.index(evaluation.best_of(shown)["step"])
@@ -141,7 +143,7 @@ def scores(shown: dict[str, Any], kept: int) -> dict[str, Any]:
     )
     label += ", with 95 % confidence intervals" if any(spans) else ""
     return {
-        **said,
+        **titles,
         "step": list(steps),
         "value": [short(value) for value in values],
         "low": [short(span[0]) if span else None for span in spans],
@@ -153,13 +155,13 @@ def scores(shown: dict[str, Any], kept: int) -> dict[str, Any]:
 
 
 def scores_in_table(shown: dict[str, Any]) -> dict[str, float | str | None]:
-    """What the table of collections says of an evaluation: `metric`, and `base`, `last` and `best`, numbers or None."""
+    """An evaluation in the table of collections: `metric`, and `base`, `last` and `best`, numbers or None."""
     whose = {"base": shown["base"], "last": shown["checkpoints"][-1], "best": evaluation.best_of(shown)}
     return {"metric": shown["metric"]} | {key: evaluation.figure_of(shown, score)[0] for key, score in whose.items()}
 
 
 def short(value: float | None) -> float | None:
-    """A number with the five digits that a picture can show; None for what is no finite number."""
+    """A number with the five digits that a picture can show; None for None and for a number that is not finite."""
     return None if value is None or not math.isfinite(value) else float(f"{value:.5g}")
 
 
@@ -190,7 +192,7 @@ def principal(vectors: "np.ndarray") -> "tuple[np.ndarray, list[float], np.ndarr
     places, zero, shares = np.zeros((count, 2)), np.zeros(2), [0.0, 0.0]
     for number, place in enumerate(range(len(values) - 1, -1, -1)):
         if values[place] <= 1e-12 * total:
-            break  # rounding: there is no such component
+            break  # only rounding error: there is no such component
         direction = apart.T @ found[:, place] / values[place] ** 0.5 if few else found[:, place]
         column = apart @ direction
         sign = 1.0 if column[np.abs(column).argmax()] >= 0 else -1.0
@@ -275,9 +277,9 @@ def heat(layers: list[str], steps: "np.ndarray", change: "np.ndarray") -> dict[s
 
 
 def grouped(layers: list[str]) -> tuple[list[int], list[list]]:
-    """Layers of the same kind side by side: (their places in that order, [kind, how many] of each kind).
+    """Groups layers of the same kind: (the layers' numbers in grouped order, [kind, number of layers] of each kind).
 
-    A kind is a name without its numbers, shortened to the parts from its end that tell it from the other kinds.
+    A kind is a name without its numbers, shortened to the last parts that distinguish it from the other kinds.
     """
     bare = [re.sub(r"\.+", ".", re.sub(r"(^|\.)\d+(?=\.|$)", r"\1", name)).strip(".") for name in layers]
     kinds = list(dict.fromkeys(bare))
@@ -296,9 +298,10 @@ def _short_kind(kind: str, kinds: list[str]) -> str:
 
 
 def chosen_places(count: int, total: int, limit: int = MAP_POINTS) -> list[int]:
-    """Which of a collection's `count` checkpoints the map shows, of `total` in all: evenly spaced, its last one always.
+    """The numbers of a collection's `count` checkpoints that the map shows, evenly spaced and always with the last.
 
-    At least one of each collection, so that more than `limit` points are possible with more than `limit` collections.
+    All collections have `total` checkpoints. Each has at least one point, so more than `limit` collections have more
+    than `limit` points.
     """
     if total <= limit:
         return list(range(count))
@@ -311,16 +314,16 @@ def panel(base_model: str, points: list[tuple[int, int]], sketch: "np.ndarray", 
 
     Args:
         base_model: its name.
-        points: of each checkpoint (its collection's number in the report, its step).
+        points: for each checkpoint, (its collection's number in the report, its step).
         sketch: (n, d) the updates, sketched.
-        total: how many checkpoints of that model there are, shown or not.
+        total: the number of that model's checkpoints, shown or not.
     """
     found = principal(sketch)
     owners = sorted({owner for owner, _ in points})
     counted = f"{len(points):,} of {total:,} checkpoints" if len(points) < total else f"{total:,} checkpoints"
-    said = f"{base_model}: {counted} of {len(owners)} collection{'s' if len(owners) > 1 else ''}"
+    summary = f"{base_model}: {counted} of {len(owners)} collection{'s' if len(owners) > 1 else ''}"
     if found is None:
-        return {"name": base_model, "label": f"{said}; they do not differ, so there is no map"}
+        return {"name": base_model, "label": f"{summary}; they do not differ, so there is no map"}
     places, shares, zero = found
     return {
         "name": base_model,
@@ -330,7 +333,7 @@ def panel(base_model: str, points: list[tuple[int, int]], sketch: "np.ndarray", 
         "y": [short(value) for value in places[:, 1]],
         "zero": [short(value) for value in zero],
         "share": [short(share) for share in shares],
-        "label": f"{said}; the first two principal components hold {percent(shares[0])} and {percent(shares[1])} "
+        "label": f"{summary}; the first two principal components hold {percent(shares[0])} and {percent(shares[1])} "
         "of the variance",
     }
 
@@ -342,7 +345,7 @@ def megabytes(size: float) -> str:
 
 
 def without_places(text: str, saves: Path) -> str:
-    """A message without this machine's folders."""
+    """A message without this machine's absolute paths."""
     for top in sorted({saves.absolute().parent, saves.resolve().parent, paths.ROOT}, key=lambda top: -len(str(top))):
         text = text.replace(f"{top}/", "")
     return text.replace(str(Path.home()), "~")

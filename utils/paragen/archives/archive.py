@@ -1,67 +1,67 @@
-"""A collection as one small file, lossless to the bit, of which any step is read without reading all.
-
-Imported by export_archive.py, import_archive.py and what publishes; `write`, `converted`, `read_manifest`, `load_step`,
-`verify` and `restore` are what they use.
+"""A collection as one small file, lossless to the bit, from which any step is read without reading all.
 
 An archive is a safetensors file of three uint8 tensors:
     blocks   one after another: adapter_config.json, manifest.json and the other small files; the distinct headers of
              the checkpoints; per checkpoint its byte planes (byte_planes.py)
     index    zstd-compressed JSON: where each block lies, how it is stored, its sha256
     seal     the SHA-256 of the file's first HEAD bytes and of `index`
-so that every byte is under a hash. A plane is stored as it is (`raw`), compressed (`zstd`), or as the compressed XOR
-with the same plane of an earlier step (`xor`); what does not shrink stays raw. Every GROUP-th checkpoint is full; in
-between, each is stored against the step before, every STRIDE-th against the one STRIDE steps before, so that a plane of
-a step takes at most 7 blocks. A collection may be cut into parts: archives of some of its steps, each whole in itself.
-bench/archive.py measures it.
+so that a hash covers every byte. A plane is stored as it is (`raw`), compressed (`zstd`), or as the compressed XOR
+with the same plane of an earlier step (`xor`); a plane that does not shrink stays raw. Every GROUP-th checkpoint is
+stored alone. In between, every STRIDE-th is stored against the one STRIDE steps before, and the others against the step
+before, so that reading a plane takes at most 7 blocks. A collection may be split into parts: archives of some of its
+steps, each readable alone. bench/archive.py measures it.
 """
 
 import hashlib
 import secrets
 from pathlib import Path
 
-from paragen.archives.read import FORMAT, load_step, opened, read_all, read_files, read_manifest, steps_of
+from paragen.archives.read import FORMAT, load_step, manifest_in, opened, read_all, read_files, steps_of
 from paragen.archives.write import SUFFIX, converted, write
-from paragen.collection import collection, evaluation, run_identity
+from paragen.collection import evaluation, run_files, run_identity, verification
+from paragen.collection.manifest import CheckpointEntry, Manifest, read_manifest
 from paragen.common import files, paths
 from paragen.common.cli import UserError, say
 
 __all__ = [
-    "FORMAT", "SUFFIX", "converted", "load_step", "opened", "read_all", "read_files", "read_manifest",
+    "FORMAT", "SUFFIX", "converted", "load_step", "opened", "manifest_in", "read_all", "read_files",
     "restore", "steps_of", "verify", "write",
 ]  # fmt: skip
 
+LONGEST_NAME = 200  # bytes; file systems take 255, and a staging folder's name is longer than its run folder's
+
 
 def verify(path: Path) -> None:
-    """Read all of an archive; raise UserError naming the first thing that is damaged or not as its manifest records."""
-    entries = {entry["step"]: entry for entry in read_manifest(path)["checkpoints"]}
+    """Read all of an archive. Raises UserError naming the first part that is damaged or differs from its manifest."""
+    entries = {entry.step: entry for entry in manifest_in(path).checkpoints}
     read_files(path)
     for step, data in read_all(path):
         check_recorded(path, entries, step, data)
 
 
-def check_recorded(path: Path, entries: dict[int, dict], step: int, data: bytearray) -> None:
-    """Raise UserError unless an archive's checkpoint is the one that the manifest's entries record."""
+def check_recorded(path: Path, entries: dict[int, CheckpointEntry], step: int, data: bytearray) -> None:
+    """Raise UserError unless a checkpoint of an archive is the one that the manifest's entries record."""
     entry = entries.get(step)
-    if entry is None or entry["bytes"] != len(data) or entry["sha256"] != hashlib.sha256(data).hexdigest():
+    if entry is None or entry.bytes != len(data) or entry.sha256 != hashlib.sha256(data).hexdigest():
         raise UserError(f"{paths.relative(path)}: checkpoint {step} is not the one that its manifest records")
 
 
 def restore(archives: list[Path], saves: Path) -> Path:
-    """Bring a collection back from its archive, or all of its parts: the same files with the same bytes.
+    """Restore a collection from its archive, or from all of its parts: the same files with the same bytes.
 
     Args:
-        archives: one collection's, in any order.
-        saves: the folder that gets `<category>/<dataset>/<run folder>/`, which the manifest names.
+        archives: the archives of one collection, in any order.
+        saves: the folder in which `<category>/<dataset>/<run folder>/` is made, as the manifest names them.
 
-    Returns the collection's folder. One that is there already is left as it is when it is the same, whole one; it gets
-    the archive's evaluation.json where no score of its own is lost by that. Raises UserError, with nothing changed,
-    when something is damaged or missing, or when something else stands at its place (FORCE=1 replaces that).
+    Returns the collection's folder. Where the same collection exists and is whole, it stays, and gets the archive's
+    evaluation.json unless that would lose a score. Raises UserError, with nothing changed, when a part is damaged or
+    missing, or when its folder holds something else (FORCE=1 replaces that).
     """
-    manifest = read_manifest(archives[0])
+    manifest = manifest_in(archives[0])
     for path in archives:
-        if read_manifest(path)["sha256"] != manifest["sha256"]:
+        if manifest_in(path).sha256 != manifest.sha256:
             raise UserError(f"{paths.relative(path)}: is of another collection than {paths.relative(archives[0])}")
-    entries = {entry["step"]: entry for entry in manifest["checkpoints"]}
+    entries = {entry.step: entry for entry in manifest.checkpoints}
     held = [step for path in archives for step in steps_of(path)]
     if missing := sorted(entries.keys() - set(held)):
         raise UserError(
@@ -69,72 +69,67 @@ def restore(archives: list[Path], saves: Path) -> Path:
             f"{missing[0]}; give the folder that holds all parts"
         )
     small = read_files(archives[0])
-    if strange := sorted(small.keys() - {paths.MANIFEST, *collection.BESIDE}):
-        raise UserError(f"{paths.relative(archives[0])}: holds {strange[0]!r}, which belongs to no collection")
-    if labels := _labels_of(archives, manifest):
-        small[evaluation.FILE] = labels
+    if foreign := sorted(small.keys() - {paths.MANIFEST, *run_files.BESIDE}):
+        raise UserError(f"{paths.relative(archives[0])}: holds {foreign[0]!r}, which belongs to no collection")
+    if scores := _fullest_scores(archives, manifest):
+        small[evaluation.FILE] = scores
     folder = saves / place_of(manifest, paths.relative(archives[0]))
     folder = folder.resolve() if folder.is_symlink() else folder
     try:
         with files.lock(files.beside(folder, "lock")):
             files.recover_folder(folder)
-            if not _there_already(folder, manifest, small):
+            if not _exists_already(folder, manifest, small):
                 _unpack(archives, entries, small, folder)
     except files.Busy as busy:
-        raise UserError(f"{paths.relative(folder)}: is trained or imported right now (by who holds {busy})") from None
+        raise UserError(f"{paths.relative(folder)}: is being trained or imported (by what holds {busy})") from None
     return folder
 
 
-def _labels_of(archives: list[Path], manifest: dict) -> bytes | None:
-    """The evaluation.json in a collection's archives: parts of different ages may differ in it, the fullest counts."""
+def _fullest_scores(archives: list[Path], manifest: Manifest) -> bytes | None:
+    """The evaluation.json with most scores in a collection's archives; parts of different ages may differ in it."""
     found = None
     for path in archives:
         other = read_files(path).get(evaluation.FILE)
-        if evaluation.is_newer(other, found, manifest, f"{paths.relative(path)}: {evaluation.FILE}"):
+        if evaluation.adds_scores(other, found, manifest, f"{paths.relative(path)}: {evaluation.FILE}"):
             found = other
     return found
 
 
-def place_of(manifest: dict, name: str) -> Path:
-    """Where below saves/ a collection belongs, by its manifest: category (if it has one), dataset, run folder.
+def place_of(manifest: Manifest, name: str) -> Path:
+    """A collection's path below saves/: its category (if it has one), dataset and run folder.
 
-    Raises UserError, calling it `name`, unless each is the plain name of a folder and the manifest one of a collection.
+    Raises UserError, calling the manifest `name`, for a pretrain run, and where saves/ keeps something else there.
     """
-    category, parts = manifest.get("category"), [manifest["dataset"], manifest["run"]]
+    category, parts = manifest.category, [manifest.dataset, manifest.run]
     for part in parts:
-        plain = isinstance(part, str) and part.isprintable() and part.strip() == part and not part.startswith(".")
-        if not plain or not part or set(part) & set("/\\") or len(part.encode()) > 200 or part == paths.INDEX:
-            raise UserError(f"{name}: its manifest names the folder {part!r}, which is no plain name")
-    if category is not None:
-        parts.insert(0, category)
-    if category not in (None, *paths.CATEGORIES) or (
-        category is None and parts[0] in (*paths.CATEGORIES, *paths.DERIVED)
-    ):
-        raise UserError(f"{name}: its manifest names the category {category!r} and the dataset {manifest['dataset']!r}")
-    if manifest["phase"] != "finetune":
-        raise UserError(f"{name}: holds a {manifest['phase']} run, not a collection")
-    return Path(*parts)
+        if len(part.encode()) > LONGEST_NAME or part == paths.INDEX:
+            raise UserError(f"{name}: its manifest names the folder {part!r}, which saves/ cannot have")
+    if category is None and manifest.dataset in (*paths.CATEGORIES, *paths.DERIVED):
+        raise UserError(f"{name}: its manifest names no category and the dataset {manifest.dataset!r}")
+    if manifest.phase != "finetune":
+        raise UserError(f"{name}: holds a {manifest.phase} run, not a collection")
+    return Path(*([category] if category else []), *parts)
 
 
-def _there_already(folder: Path, manifest: dict, small: dict[str, bytes]) -> bool:
-    """Whether a collection is there, whole. Raises UserError where something else is; FORCE=1 replaces whatever is."""
+def _exists_already(folder: Path, manifest: Manifest, small: dict[str, bytes]) -> bool:
+    """Whether the collection exists and is whole. Raises UserError where something else does, unless FORCE=1."""
     if not folder.exists() or run_identity.force_asked():
         return False
     name, way_out = paths.relative(folder), "FORCE=1 replaces it by the archive's"
-    there = collection.read_manifest(folder)
+    there = read_manifest(folder)
     if there is None:
         raise UserError(f"{name}: is there already, without a {paths.MANIFEST}; {way_out}")
-    if there["sha256"] != manifest["sha256"]:
-        dtypes = [f" (in {one['converted']['to']})" if one.get("converted") else "" for one in (there, manifest)]
+    if there.sha256 != manifest.sha256:
+        dtypes = [f" (in {one.converted.to_dtype})" if one.converted else "" for one in (there, manifest)]
         what = f"another collection{dtypes[0]} than the archive's{dtypes[1]}"
         raise UserError(f"{name}: {what} is there already; {way_out}")
-    faults = collection.faults_of(folder, manifest)
+    faults = verification.faults_of(folder, manifest)
     beside = [file for file in small if file != evaluation.FILE]
     faults += [f"{file} differs" for file in beside if not _holds(folder / file, small[file])]
     if faults:
         raise UserError(f"{name}: is there already, but {faults[0]}; {way_out}")
     say(f"there already: {name}")
-    collection.bring_labels(folder, manifest, small.get(evaluation.FILE))
+    evaluation.import_scores(folder, manifest, small.get(evaluation.FILE))
     return True
 
 
@@ -142,19 +137,19 @@ def _holds(path: Path, data: bytes) -> bool:
     return path.is_file() and path.read_bytes() == data
 
 
-def _unpack(archives: list[Path], entries: dict[int, dict], small: dict[str, bytes], folder: Path) -> None:
-    """Restore a collection into a staging folder, verify it as it lies on the disk, give it its name."""
+def _unpack(archives: list[Path], entries: dict[int, CheckpointEntry], small: dict[str, bytes], folder: Path) -> None:
+    """Restore a collection into a staging folder, verify it there, and rename the folder."""
     staging = files.beside(folder, f"staging-{secrets.token_hex(4)}")
     staging.mkdir()
     try:
         for path in archives:
             for step, data in read_all(path):
                 check_recorded(path, entries, step, data)
-                files.write_atomically(staging / collection.checkpoint_name(step), data)
-        for name in (*collection.BESIDE, paths.MANIFEST):
+                files.write_atomically(staging / run_files.checkpoint_name(step), data)
+        for name in (*run_files.BESIDE, paths.MANIFEST):
             if name in small:
                 files.write_atomically(staging / name, small[name])
-        if faults := collection.faults_of(staging, collection.read_manifest(staging)):
+        if faults := verification.faults_of(staging, read_manifest(staging)):
             raise UserError(f"{paths.relative(archives[0])}: what it holds is no whole collection: {faults[0]}")
         files.publish_folder(staging, folder)
     finally:

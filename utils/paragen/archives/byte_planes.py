@@ -1,7 +1,7 @@
 """A safetensors file as its header and byte planes: the first bytes of all values together, then the second ones, ...
 
-Imported by archive.py. Sign and exponent of neighbouring values are alike, the last bits of a mantissa are noise; apart
-from each other they compress as they deserve. Values of 2 bytes make 2 planes, of 4 bytes 4.
+Signs and exponents of neighbouring values are similar and compress well; the last bits of a mantissa are noise and do
+not. So they are stored apart: values of 2 bytes make 2 planes, values of 4 bytes 4.
 """
 
 from itertools import pairwise
@@ -10,7 +10,7 @@ import numpy as np
 
 from paragen.common import safetensors_header
 
-# Bytes per value; a dtype that is not named is taken byte by byte, which is as lossless.
+# Bytes per value; a dtype that is not listed is split byte by byte, which is lossless, too.
 WIDTHS = {"F64": 8, "I64": 8, "U64": 8, "F32": 4, "I32": 4, "U32": 4, "F16": 2, "BF16": 2, "I16": 2, "U16": 2}
 
 
@@ -19,9 +19,9 @@ def runs_of(header: bytes, size: int) -> list[tuple[int, int]]:
 
     Args:
         header: as `safetensors_header.header_in` returns it.
-        size: length of the data section, bytes.
+        size: the length of the data section, bytes.
 
-    A data section that the header does not describe without gaps is one run of single bytes.
+    A data section that the header describes with gaps is one run of single bytes. Raises ValueError for a broken one.
     """
     try:
         tensors = safetensors_header.tensors_in(header).values()
@@ -41,12 +41,12 @@ def runs_of(header: bytes, size: int) -> list[tuple[int, int]]:
 
 
 def sizes_of(runs: list[tuple[int, int]]) -> list[int]:
-    """The length of each plane of some runs, bytes, in the order of `split`."""
+    """The length of each plane in bytes, in the order of `split`."""
     return [size // width for width, size in runs for _ in range(width)]
 
 
 def split(data: np.ndarray, runs: list[tuple[int, int]]) -> list[np.ndarray]:
-    """The planes of a data section (uint8, one dimension), run by run, a run's lowest bytes first; contiguous uint8."""
+    """The planes of a data section (1-D uint8): run by run, lowest bytes first, each contiguous 1-D uint8."""
     planes, start = [], 0
     for width, size in runs:
         values = data[start : start + size].reshape(-1, width)

@@ -1,6 +1,6 @@
-"""Reads archives: any step by itself, or all in their order; every byte is checked against a hash before it is used.
+"""Reads archives: any step alone, or all in their order. Every byte is checked against a hash before it is used.
 
-Imported by archive.py, which says how an archive is laid out.
+archive.py describes the format.
 """
 
 import functools
@@ -15,7 +15,7 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 import numpy as np
 
 from paragen.archives import byte_planes
-from paragen.collection import collection
+from paragen.collection.manifest import Manifest, parse_manifest
 from paragen.common import devices, files, paths
 from paragen.common.cli import UserError
 
@@ -28,22 +28,22 @@ LEVEL = 1  # zstd's, for what is written; 3, 6 and 9 change its size by -1 to +4
 
 
 class Opened(NamedTuple):
-    """An archive whose seal was found whole; its blocks are checked as they are read."""
+    """An archive whose seal was checked; its blocks are checked as they are read."""
 
     path: Path
     index: dict[str, Any]
-    positions: dict[int, int]  # step -> where it stands in index["steps"]
+    positions: dict[int, int]  # step -> its position in index["steps"]
 
 
 def codec():
-    """zstd, as pyarrow has it."""
+    """pyarrow's zstd codec."""
     import pyarrow
 
     return pyarrow.Codec("zstd", compression_level=LEVEL)
 
 
 def threads() -> int:
-    """How many planes are worked on at once: the processors that this process may use."""
+    """How many planes to compress or decompress at once: the processors that this process may use."""
     return devices.cpu_cores()
 
 
@@ -73,7 +73,7 @@ def _opened(path: Path, _stamp: tuple) -> Opened:
     with open(path, "rb") as file:
         head = file.read(HEAD)
     if hashlib.sha256(head + index).digest() != seal:
-        raise UserError(f"{name}: its header or its index is damaged; get it again")
+        raise UserError(f"{name}: its header or its index is damaged; download or copy it again")
     try:
         index = json.loads(codec().decompress(index, int(marks["index_bytes"]), asbytes=True))
         _check_index(index, size)
@@ -83,7 +83,8 @@ def _opened(path: Path, _stamp: tuple) -> Opened:
 
 
 def _check_index(index: dict, size: int) -> None:
-    """Raise ValueError, or what a missing key raises, unless an index makes sense and all of `blocks` is in blocks."""
+    """Check an archive's index: its values, and that its blocks cover all of `size` bytes. Raises ValueError, or the
+    error of a missing key."""
     blocks = [entry["block"] for entry in (*index["files"].values(), *index["headers"])]
     for place, step in enumerate(index["steps"]):
         blocks += step["planes"]
@@ -104,7 +105,7 @@ def _check_index(index: dict, size: int) -> None:
 
 
 def _block(archive: Opened, handle: int, block: list, size: int, what: str) -> bytes:
-    """The content of a block: `size` bytes. Raises UserError naming it when it is damaged."""
+    """The content of a block, `size` bytes. Raises UserError, calling it `what`, when it is damaged."""
     kind, offset, length, sha256 = block
     data = os.pread(handle, length, HEAD + offset)
     if hashlib.sha256(data).hexdigest() != sha256:
@@ -131,41 +132,26 @@ def read_files(path: Path) -> dict[str, bytes]:
         }
 
 
-def read_manifest(path: Path) -> dict:
-    """The manifest of the collection in an archive (a part has the whole's); raises UserError if it is not sound."""
+def manifest_in(path: Path) -> Manifest:
+    """The manifest of the collection in an archive, or in any part of one. Raises UserError if it is not sound."""
     archive = opened(path)
     entry = archive.index["files"].get(paths.MANIFEST)
     if entry is None:
         raise UserError(f"{paths.relative(path)}: has no {paths.MANIFEST}")
     with open(path, "rb") as file:
         data = _block(archive, file.fileno(), entry["block"], entry["bytes"], paths.MANIFEST)
-    name = f"{paths.relative(path)}: {paths.MANIFEST}"
-    manifest = collection.parse_manifest(data, name, "get the archive again")
-    _check_kinds(manifest, name)
-    return manifest
-
-
-def _check_kinds(manifest: dict, name: str) -> None:
-    """Raise UserError, calling it `name`, where a stranger's manifest holds another kind of value than is used here."""
-    kinds = {"step": int, "bytes": int, "sha256": str}
-    entries, recipe, mark = manifest["checkpoints"], manifest["recipe"], manifest.get("converted", {})
-    sound = isinstance(entries, list) and all(
-        isinstance(entry, dict) and all(type(entry.get(key)) is kind for key, kind in kinds.items())
-        for entry in entries
-    )
-    if not sound or not isinstance(recipe, dict | None) or not isinstance(mark, dict) or not entries:
-        raise UserError(f"{name}: its checkpoints, recipe or `converted` are not what a manifest has")
+    return parse_manifest(data, f"{paths.relative(path)}: {paths.MANIFEST}", "get the archive again")
 
 
 def steps_of(path: Path) -> list[int]:
-    """The steps that an archive holds, in its order."""
+    """The steps in an archive, in its order."""
     return list(opened(path).positions)
 
 
 def load_step(path: Path, step: int) -> "dict[str, torch.Tensor]":
-    """The tensors of one checkpoint by PEFT's key, in the order of the keys, reading no more of the file than needed.
+    """The tensors of one checkpoint by PEFT's key, sorted by key. Reads only the blocks that it needs.
 
-    Raises UserError naming what is damaged, or the steps there are.
+    Raises UserError naming the damaged block, or, for a step that the archive does not hold, those that it holds.
     """
     from safetensors.torch import load
 
@@ -183,7 +169,7 @@ def load_step(path: Path, step: int) -> "dict[str, torch.Tensor]":
 def read_all(path: Path) -> Iterator[tuple[int, bytearray]]:
     """Each (step, bytes of its checkpoint file) of an archive, in its order, every block read once.
 
-    Memory: a few checkpoints. Raises UserError naming what is damaged.
+    Takes the memory of a few checkpoints. Raises UserError naming the damaged block.
     """
     archive = opened(path)
     steps = archive.index["steps"]
@@ -202,7 +188,7 @@ def read_all(path: Path) -> Iterator[tuple[int, bytearray]]:
 def _restored(
     archive: Opened, handle: int, place: int, known: dict, headers: dict, pool: ThreadPoolExecutor
 ) -> tuple[bytearray, list[np.ndarray]]:
-    """(The bytes, the planes) of one checkpoint; `known` has the planes of others, `headers` what was read of those."""
+    """(The bytes, the planes) of one checkpoint; `known` are other checkpoints' planes, `headers` those read so far."""
     step = archive.index["steps"][place]
     what, number = f"checkpoint {step['step']}", step["header"]
     if number not in headers:
@@ -222,7 +208,7 @@ def _restored(
 
 
 def _plane(archive: Opened, handle: int, place: int, known: dict, number: int, size: int) -> np.ndarray:
-    """One plane of a checkpoint (uint8): its own block, and where that is a difference, those it is one from."""
+    """One plane of a checkpoint (uint8), from its own block and, where that is a difference, the blocks before it."""
     found = None
     while True:
         step, ready = archive.index["steps"][place], known.get(place)

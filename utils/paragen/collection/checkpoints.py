@@ -1,25 +1,24 @@
-"""Reads the checkpoints of collections: never one that differs from what its manifest recorded.
+"""Reads the checkpoints of collections, and refuses a file that differs from what its manifest recorded.
 
-Imported by all that uses collected weights. A file is hashed when a process first reads it, not again while it stays
-unchanged; its tensors are memory-mapped.
+A process hashes a file when it first reads it, and again only after it changed. Tensors are memory-mapped.
 """
 
 import hashlib
 import json
 import os
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Sequence
 from functools import lru_cache
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from paragen.collection import collection
+from paragen.collection.manifest import CheckpointEntry, Manifest
 from paragen.common import files, paths
 from paragen.common.cli import UserError
 
 if TYPE_CHECKING:
     import torch
 
-_verified: dict[str, tuple[tuple, str]] = {}  # what was hashed: path -> (its stamp, its sha256)
+_verified: dict[str, tuple[tuple, str]] = {}  # the files that were hashed: path -> (its stamp, its sha256)
 
 PEFT_PREFIX = "base_model.model."  # what PEFT puts before the names of a model's layers
 
@@ -55,21 +54,21 @@ def verified_length(path: Path, size: int) -> os.stat_result:
 
 
 def stamp_of(path: Path) -> tuple[int, ...]:
-    """What tells whether a file is still the one that was hashed. Raises FileNotFoundError when it is gone."""
+    """A file's size and times, which differ once it was changed. Raises FileNotFoundError when it is gone."""
     return files.stamp_of(os.stat(path))
 
 
-def vouch(path: Path, stamp: tuple[int, ...], sha256: str) -> None:
-    """Take over what another process found: the file that had this `stamp` has this hash. It is not hashed here."""
+def mark_verified(path: Path, stamp: tuple[int, ...], sha256: str) -> None:
+    """Record that another process hashed a file: with this `stamp` it has this hash. It is not hashed again here."""
     _verified[str(path)] = stamp, sha256
 
 
 def _way_out(path: Path) -> str:
-    return f"make verify tells what else differs in {path.parent.name}; put the file back or collect again with FORCE=1"
+    return f"make verify names what else differs in {path.parent.name}; put the file back or collect again with FORCE=1"
 
 
 def read(path: Path, size: int, sha256: str) -> bytes:
-    """The bytes of a checkpoint file, themselves checked; arguments and errors as for `verified`."""
+    """The bytes of a checkpoint file, hashed after they were read; arguments and errors as for `verified`."""
     verified_length(path, size)
     data = path.read_bytes()
     if hashlib.sha256(data).hexdigest() != sha256:
@@ -90,7 +89,7 @@ def opened(path: Path, size: int, sha256: str) -> Any:
 def load(path: Path, size: int, sha256: str) -> "dict[str, torch.Tensor]":
     """All tensors of a verified checkpoint by PEFT's key, in natural order (layer 2 before layer 10).
 
-    They are memory-mapped, nothing is copied and no file stays open; do not write into them.
+    They are memory-mapped: nothing is copied, and no file stays open. Do not write into them.
     """
     handle = opened(path, size, sha256)
     return {key: handle.get_tensor(key) for key in in_natural_order(tuple(handle.keys()))}
@@ -98,14 +97,14 @@ def load(path: Path, size: int, sha256: str) -> "dict[str, torch.Tensor]":
 
 @lru_cache(maxsize=256)
 def in_natural_order(keys: tuple[str, ...]) -> tuple[str, ...]:
-    """PEFT's keys by the numbers and names of their layers, lora_A before lora_B."""
+    """PEFT's keys in the order of their layers' numbers and names, lora_A before lora_B."""
     return tuple(sorted(keys, key=_by_number))
 
 
-def open_all(folder: Path, entries: Iterable[dict]) -> Iterator[Any]:
+def open_all(folder: Path, entries: Iterable[CheckpointEntry]) -> Iterator[Any]:
     """A handle per checkpoint of a collection, in the order of `entries` (the manifest's `checkpoints`)."""
     for entry in entries:
-        yield opened(folder / collection.checkpoint_name(entry["step"]), entry["bytes"], entry["sha256"])
+        yield opened(folder / entry.file_name, entry.bytes, entry.sha256)
 
 
 def layout_of(handle: Any) -> dict[str, tuple[int, ...]]:
@@ -128,7 +127,7 @@ def dtype_of(handle: Any) -> str:
     return {"BF16": "bfloat16", "F16": "float16"}.get(kind, "float32")
 
 
-def in_chunks(folder: Path, entries: list[dict], size: int) -> Iterator[tuple[slice, list[Any]]]:
+def in_chunks(folder: Path, entries: Sequence[CheckpointEntry], size: int) -> Iterator[tuple[slice, list[Any]]]:
     """The checkpoints of a collection, `size` at a time: (which of `entries`, an open handle each).
 
     Raises UserError for a checkpoint whose keys or shapes are not the first one's.
@@ -140,7 +139,7 @@ def in_chunks(folder: Path, entries: list[dict], size: int) -> Iterator[tuple[sl
         for entry, handle in zip(entries[part], handles, strict=True):
             layout = layout or layout_of(handle)
             if layout_of(handle) != layout:
-                path = folder / collection.checkpoint_name(entry["step"])
+                path = folder / entry.file_name
                 raise UserError(
                     f"{paths.relative(path)}: has other keys or shapes than the collection's first checkpoint; "
                     "make verify names all such files"
@@ -149,7 +148,7 @@ def in_chunks(folder: Path, entries: list[dict], size: int) -> Iterator[tuple[sl
 
 
 def factors_of(
-    folder: Path, entries: list[dict], handles: list[Any], layer: str
+    folder: Path, entries: Sequence[CheckpointEntry], handles: list[Any], layer: str
 ) -> "tuple[torch.Tensor, torch.Tensor]":
     """One layer's factors in some open checkpoints, as float64: (A, steps x r x inputs; B, steps x outputs x r).
 
@@ -162,25 +161,25 @@ def factors_of(
         values = torch.stack([handle.get_tensor(key) for handle in handles]).double()
         finite = values.sum((1, 2)).isfinite()  # a sum of float32 cannot overflow float64
         if not finite.all():
-            path = folder / collection.checkpoint_name(entries[finite.tolist().index(False)]["step"])
+            path = folder / entries[finite.tolist().index(False)].file_name
             raise UserError(f"{paths.relative(path)}: {key} holds values that are not finite; collect it again")
         both.append(values)
     return both[0], both[1]
 
 
-def adapter_config(folder: Path, manifest: dict[str, Any]) -> dict[str, Any]:
+def adapter_config(folder: Path, manifest: Manifest) -> dict[str, Any]:
     """The content of a collection's adapter_config.json. Raises UserError when it is gone or was edited."""
     return json.loads(adapter_config_bytes(folder, manifest))
 
 
-def adapter_config_bytes(folder: Path, manifest: dict[str, Any]) -> bytes:
+def adapter_config_bytes(folder: Path, manifest: Manifest) -> bytes:
     """The bytes of a collection's adapter_config.json. Raises UserError when it is gone or was edited."""
     path = folder / paths.ADAPTER_CONFIG
     try:
         data = path.read_bytes()
     except FileNotFoundError:
         raise UserError(f"{paths.relative(path)}: is gone; put it back or collect again with FORCE=1") from None
-    if hashlib.sha256(data).hexdigest() != manifest["adapter_config_sha256"]:
+    if hashlib.sha256(data).hexdigest() != manifest.adapter_config_sha256:
         raise UserError(f"{paths.relative(path)}: does not have its recorded sha256; {_way_out(path)}")
     return data
 
@@ -196,11 +195,11 @@ def layers_of(keys: Iterable[str]) -> list[str]:
     for key in keys:
         layer, _, end = key.rpartition(".lora_")
         if not layer or end not in ("A.weight", "B.weight"):
-            raise UserError(f"{key}: is not a LoRA factor of a linear layer, which is all that is understood here")
+            raise UserError(f"{key}: is not a LoRA factor of a linear layer; other adapters are not supported here")
         halves.setdefault(layer, set()).add(end)
-    lonely = [layer for layer, ends in halves.items() if len(ends) < 2]
-    if lonely:
-        raise UserError(f"{lonely[0]}: has only one of lora_A and lora_B")
+    incomplete = [layer for layer, ends in halves.items() if len(ends) < 2]
+    if incomplete:
+        raise UserError(f"{incomplete[0]}: has only one of lora_A and lora_B")
     return sorted(halves, key=_by_number)
 
 

@@ -1,7 +1,6 @@
-"""What evaluation.json says of a collection: how good its base model and its checkpoints are on held-out prompts.
+"""evaluation.json of a collection: the scores of its base model and its checkpoints on held-out prompts.
 
-Imported by evaluate.py, which writes it, and by what verifies, indexes, shows, packs and brings collections. The file
-lies beside the manifest; it belongs to the checkpoints of that manifest alone, and is sealed by its own hash like it.
+The file lies beside manifest.json, names that manifest's hash, and carries the hash of its own content.
 """
 
 import hashlib
@@ -10,10 +9,12 @@ import math
 from pathlib import Path
 from typing import Any
 
+from paragen.collection import run_files, run_identity
+from paragen.collection.manifest import Manifest
 from paragen.common import files, paths
-from paragen.common.cli import UserError
+from paragen.common.cli import UserError, say
 
-FILE = "evaluation.json"
+FILE = run_files.EVALUATION
 FORMAT = 1
 METRICS = {
     "choice": "share of right choices, as generated",
@@ -22,31 +23,35 @@ METRICS = {
 }
 BASE = 0  # the step that stands for the base model
 MOST = {"choice": 32, "math": 512}  # tokens that a generated answer may have
-# What an evaluation says, beside `base` and `checkpoints` (see `read`).
+# The keys of an evaluation (see `read`).
 KEYS = {
     "split", "paired", "limit", "metric", "rows", "prompts_sha256", "settings", "engine", "dtype", "device", "versions",
     "base", "checkpoints",
 }  # fmt: skip
-SCORE_KEYS = {"score", "interval", "loss", "loss_interval"}  # of every score, some of them null
+SCORE_KEYS = {"score", "interval", "loss", "loss_interval"}  # every score has these; some values are null
 
 
-def read(folder: Path, manifest: dict[str, Any]) -> list[dict[str, Any]]:
+def read(folder: Path, manifest: Manifest) -> list[dict[str, Any]]:
     """The evaluations of a collection, one per split and limit; none where it was not evaluated.
 
     Each is a dict:
         split: the registered dataset whose rows are scored (`Demo_test`), or a part of one (`Demo[1000:1119]`).
-        paired: whether these are the rows that belong to the collection's dataset; `limit`: None, or how many of them.
-        metric: a key of METRICS. rows: how many; prompts_sha256: their hash. settings: of generating.
-        engine, dtype, device, versions: what computed it.
-        base: a score (below), or None while it is not there yet.
-        checkpoints: a score each, with its `step`, in the order of steps; those that were evaluated.
+        paired: whether these are the held-out rows of the collection's own dataset.
+        limit: how many of the split's first rows were scored; None for all.
+        metric: a key of METRICS.
+        rows, prompts_sha256: how many rows were scored, and their hash.
+        settings: how answers were generated.
+        engine, dtype, device, versions: what computed the scores.
+        base: the base model's score (below), None until it is computed.
+        checkpoints: the scores of the evaluated checkpoints, each with its `step`, in ascending order.
 
     A score is a dict: `score` (0 to 1, None where the metric is the loss), `interval` (its 95 % confidence interval,
-    [low, high], or None), `unparsed` (rows whose generated answer could not be read; they count as wrong),
+    [low, high], or None), `unparsed` (the number of rows whose generated answer has no readable choice or result; they
+    count as wrong),
     `loss` (mean over the responses' tokens) with `loss_interval`; of choices also `likelihood_score` and
     `likelihood_interval`, by comparing the options' log-likelihoods.
 
-    Raises UserError when the file is broken, was edited, or is of other checkpoints.
+    Raises UserError when the file is broken, was edited, or belongs to other checkpoints.
     """
     data = bytes_in(folder)
     return [] if data is None else parse(data, manifest, paths.relative(folder / FILE))
@@ -63,20 +68,20 @@ def bytes_in(folder: Path) -> bytes | None:
 
 
 def sha256_in(folder: Path) -> str | None:
-    """What tells whether what was made from a collection has its labels of now: the hash of these bytes, or None."""
+    """The SHA-256 of a collection's evaluation.json, None where it was not evaluated."""
     data = bytes_in(folder)
     return None if data is None else hashlib.sha256(data).hexdigest()
 
 
-def mark_of(folder: Path) -> dict[str, str]:
-    """What is said of a collection's labels by what was made from it with them: their hash as `labels`; nothing where
-    there are none, so that what was made before there were any stays as it is."""
+def scores_mark(folder: Path) -> dict[str, str]:
+    """How derived files (exports, published trees) record which scores they used: the hash of evaluation.json as
+    `labels`; empty for a collection without scores."""
     sha256 = sha256_in(folder)
     return {} if sha256 is None else {"labels": sha256}
 
 
-def parse(data: bytes, manifest: dict[str, Any], name: str) -> list[dict[str, Any]]:
-    """The evaluations in the bytes of an evaluation.json, as `read` gives them; raises UserError calling it `name`."""
+def parse(data: bytes, manifest: Manifest, name: str) -> list[dict[str, Any]]:
+    """The evaluations in the bytes of an evaluation.json, as `read` returns them; errors call the file `name`."""
     try:
         content = json.loads(data)
     except ValueError as error:
@@ -85,15 +90,15 @@ def parse(data: bytes, manifest: dict[str, Any], name: str) -> list[dict[str, An
         raise _unsound(name, f"not of format {FORMAT}")
     if content.get("sha256") != _seal(content):
         raise _unsound(name, "was edited after it was written")
-    if content.get("manifest_sha256") != manifest["sha256"]:
+    if content.get("manifest_sha256") != manifest.sha256:
         raise _unsound(name, "is of other checkpoints than its manifest.json")
-    if fault := _kind_fault(content.get("evaluations"), {entry["step"] for entry in manifest["checkpoints"]}):
+    if fault := _kind_fault(content.get("evaluations"), set(manifest.steps)):
         raise _unsound(name, fault)
     return content["evaluations"]
 
 
 def _kind_fault(evaluations: Any, steps: set[int]) -> str | None:
-    """What is not as `read` describes it in a file that may be a stranger's; `steps` are those of the manifest."""
+    """What differs from the description in `read`, None for nothing. `steps` are those of the manifest."""
     kinds = {"split": str, "paired": bool, "rows": int, "metric": str, "checkpoints": list}
     if not isinstance(evaluations, list) or not all(isinstance(evaluation, dict) for evaluation in evaluations):
         return "holds no list of evaluations"
@@ -126,31 +131,26 @@ def _is_score(score: Any) -> bool:
     return all(value is None or type(value) is float or type(value) is int and abs(value) < 2**53 for value in values)
 
 
-def is_newer(
-    coming: bytes | None, here: bytes | None, manifest: dict[str, Any], name: str, force: bool = False
-) -> bool:
-    """Whether the labels that come with a collection take the place of those that are here: nothing would be lost.
-
-    They do where there are none here, or where they hold all that these hold; labels that are here stay where the
-    others hold no more, or are none.
+def adds_scores(incoming: bytes | None, here: bytes | None, manifest: Manifest, name: str, force: bool = False) -> bool:
+    """Whether an incoming evaluation.json should replace the present one: it has all its scores, and more.
 
     Args:
-        coming, here: the bytes of two evaluation.json, None for none.
+        incoming, here: the bytes of two evaluation.json, None for none.
         manifest: the collection's, the same for both.
-        name: the file here, as messages call it.
-        force: they do, too, where each holds what the other lacks.
+        name: what messages call the present file.
+        force: replace it also where each has scores that the other lacks.
 
-    Raises UserError where each holds what the other lacks, and where one of them is not sound.
+    Raises UserError where each has scores that the other lacks, and where one of them is not sound.
     """
-    if coming is None or coming == here:
+    if incoming is None or incoming == here:
         return False
-    there = parse(coming, manifest, f"what is to be brought as {name}")
+    theirs = parse(incoming, manifest, f"the incoming {name}")
     own = [] if here is None else parse(here, manifest, name)
-    if here is not None and _holds(own, there):
+    if here is not None and _holds(own, theirs):
         return False
-    if force or _holds(there, own):
+    if force or _holds(theirs, own):
         return True
-    raise UserError(f"{name}: holds other scores than the one to bring; move it away, or FORCE=1 replaces it")
+    raise UserError(f"{name}: holds other scores than the incoming one; move it away, or FORCE=1 replaces it")
 
 
 def _holds(evaluations: list[dict], others: list[dict]) -> bool:
@@ -166,22 +166,33 @@ def _holds(evaluations: list[dict], others: list[dict]) -> bool:
     )
 
 
-def write(folder: Path, manifest: dict[str, Any], evaluations: list[dict[str, Any]]) -> None:
+def write(folder: Path, manifest: Manifest, evaluations: list[dict[str, Any]]) -> None:
     """Write a collection's evaluations, whole or not at all."""
-    content = {"format": FORMAT, "manifest_sha256": manifest["sha256"], "evaluations": evaluations}
+    content = {"format": FORMAT, "manifest_sha256": manifest.sha256, "evaluations": evaluations}
     files.write_json(folder / FILE, {**content, "sha256": _seal(content)})
 
 
+def import_scores(folder: Path, manifest: Manifest, incoming: bytes | None) -> None:
+    """Write the evaluation.json of an imported copy of a collection into it. Call it with the folder's lock held.
+
+    Raises UserError where that would lose scores that were measured here, unless FORCE=1.
+    """
+    path, here = folder / FILE, bytes_in(folder)
+    if adds_scores(incoming, here, manifest, paths.relative(path), run_identity.force_asked()):
+        files.write_atomically(path, incoming)
+        say(f"scores imported: {paths.relative(path)}")
+
+
 def shown(evaluations: list[dict[str, Any]]) -> dict[str, Any] | None:
-    """The evaluation that tables and pictures show: of the paired rows before others, of many rows before few; None
+    """The evaluation that tables and pictures show: one of paired rows before others, then the one of most rows; None
     where no checkpoint was evaluated."""
     scored = [evaluation for evaluation in evaluations if evaluation["checkpoints"]]
     return max(scored, key=lambda evaluation: (evaluation["paired"], evaluation["rows"]), default=None)
 
 
 def figure_of(shown: dict[str, Any], score: dict[str, Any] | None) -> tuple[float | None, list[float] | None]:
-    """What counts of a score by its evaluation's metric: (the share, or the loss per token; its interval). Each None
-    where it is not known; a number that is not finite is not."""
+    """The figure of a score by its evaluation's metric: (the share, or the loss per token; its interval). Each is None
+    where it is not known or not finite."""
     name, span = ("loss", "loss_interval") if shown["metric"] == "loss" else ("score", "interval")
     value, interval = (None, None) if score is None else (score[name], score[span])
     if value is None or not math.isfinite(value):

@@ -1,27 +1,23 @@
-"""One table over all collections: saves/index.parquet, a row per checkpoint.
+"""The index of all collections: saves/index.parquet, a row per checkpoint; and the selection of collections by it.
 
-    python utils/index.py                  bring it up to date and print a line per collection        (make index)
-    python utils/index.py --rows           print every row (--csv: as CSV)
-
-Collections that did not change are not read again; checkpoints that changed after their manifest was written, or since
-the last index, are hashed. A collection that is broken is named and left out; status 1 then. Checkpoints that were
-evaluated have their scores beside their loss, and those of the base model to compare with.
-Imported by all that works on collections: `chosen` gives those that the user selects.
+A collection that did not change since the last index is not read again. Checkpoints that changed after their manifest
+was written, or since the last index, are hashed.
 """
 
-import argparse
 import hashlib
 import json
 import math
 import os
 import re
 import sys
+from dataclasses import asdict
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NamedTuple
 
-from paragen.collection import checkpoints, collection, evaluation
-from paragen.common import cli, files, paths
-from paragen.common.cli import UserError, say
+from paragen.collection import checkpoints, discovery, evaluation
+from paragen.collection.manifest import Manifest, read_manifest
+from paragen.common import files, paths
+from paragen.common.cli import UserError
 from paragen.model import base_models
 from paragen.recipes import render
 
@@ -29,9 +25,8 @@ if TYPE_CHECKING:
     import pyarrow as pa
 
 FORMAT = "3"
-ENTRY = ("step", "loss", "learning_rate", "bytes", "sha256")  # what a manifest says of a checkpoint
-# What an evaluation says of a checkpoint, null where it was not evaluated: of which split, by which metric; the score
-# with its confidence interval, the mean loss per token of the responses, and the base model's.
+# Columns from evaluation.json, null where a checkpoint was not evaluated: the metric and the split, the score with its
+# confidence interval, the mean loss per token of the responses, and the same figures of the base model.
 SCORES = {
     "metric": "string", "split": "string", "score": "float64", "score_low": "float64", "score_high": "float64",
     "test_loss": "float64", "base_score": "float64", "base_loss": "float64",
@@ -49,27 +44,13 @@ class Chosen(NamedTuple):
 
     name: str  # <category>/<dataset>/<run folder>, as in the index
     folder: Path
-    manifest: dict[str, Any]
-
-
-def show(table: "pa.Table", args: argparse.Namespace, whole: bool) -> None:
-    """Print the index as the user asked; `whole`: no collection is broken, so that an empty table means none."""
-    if args.csv:
-        import pyarrow.csv
-
-        pyarrow.csv.write_csv(table, sys.stdout.buffer)
-    elif args.rows:
-        print_rows(table)
-    elif table.num_rows or whole:
-        print_collections(table)
-    else:
-        say("no whole collection")
+    manifest: Manifest
 
 
 def update(saves: Path | None = None) -> "tuple[pa.Table, dict[str, str]]":
-    """Bring the index up to date with the collections below `saves` and write it where it changed.
+    """Update the index from the collections below `saves`, and write it if it changed.
 
-    Returns (the table, by name the collections that are not in it and what is wrong with each, a line).
+    Returns (the table, by name the fault of each collection that is not in it, a line).
     """
     import pyarrow as pa
 
@@ -77,7 +58,7 @@ def update(saves: Path | None = None) -> "tuple[pa.Table, dict[str, str]]":
     old, known = read(saves)
     places = places_of(old)
     tables, seen, faults = [], {}, {}
-    for folder in collection.run_folders([saves]) if saves.is_dir() else []:
+    for folder in discovery.find_collections([saves]) if saves.is_dir() else []:
         name = folder.relative_to(saves.absolute()).as_posix()
         try:
             stamp, scores, mark = stamp_of(folder), scores_stamp_of(folder), known.get(name)
@@ -102,7 +83,7 @@ def update(saves: Path | None = None) -> "tuple[pa.Table, dict[str, str]]":
 
 
 def places_of(table: "pa.Table") -> dict[str, tuple[int, int]]:
-    """By collection, (first row, number of rows) in an index, whose rows stand collection by collection."""
+    """By collection, (first row, number of rows) in an index, whose rows are grouped by collection."""
     places: dict[str, tuple[int, int]] = {}
     for row, name in enumerate(table["collection"].to_pylist()):
         first, _ = places.get(name, (row, 0))
@@ -118,10 +99,10 @@ def schema() -> "pa.Schema":
 
 
 def read(saves: Path) -> "tuple[pa.Table, dict[str, dict]]":
-    """The index as it stands on disk, and by collection what it was read from: the manifest's `stamp` and `sha256`, and
-    the same of its `scores`.
+    """The index on disk, and by collection what its rows were read from: the manifest's `stamp` and `sha256`, and those
+    of its `scores`.
 
-    Both empty where there is none, or one of another format, damaged or edited: it is but a copy of the manifests.
+    Both are empty where there is no index, or one of another format, damaged or edited: it can be made again.
     """
     import pyarrow as pa
     import pyarrow.parquet
@@ -139,7 +120,7 @@ def read(saves: Path) -> "tuple[pa.Table, dict[str, dict]]":
 
 
 def write(saves: Path, table: "pa.Table", known: dict[str, dict]) -> None:
-    """Write the index, whole or not at all."""
+    """Write the index atomically."""
     import pyarrow as pa
     import pyarrow.parquet
 
@@ -150,7 +131,7 @@ def write(saves: Path, table: "pa.Table", known: dict[str, dict]) -> None:
 
 
 def content_sha256(table: "pa.Table", known: dict[str, dict]) -> str:
-    """The hash of all that an index says."""
+    """The hash of an index's rows and of what they were read from."""
     import pyarrow as pa
     import pyarrow.csv
 
@@ -162,7 +143,7 @@ def content_sha256(table: "pa.Table", known: dict[str, dict]) -> str:
 
 
 def stamp_of(folder: Path) -> list[int]:
-    """What tells whether a manifest is the one that was read: its size and times. Raises UserError without one."""
+    """A manifest's size and times, which differ once it was changed. Raises UserError without a manifest."""
     try:
         stat = os.stat(folder / paths.MANIFEST)
     except FileNotFoundError:
@@ -173,7 +154,7 @@ def stamp_of(folder: Path) -> list[int]:
 
 
 def scores_stamp_of(folder: Path) -> list[int] | None:
-    """What tells whether an evaluation.json is the one that was read, None where there is none."""
+    """The same of evaluation.json, None where there is none."""
     try:
         return list(files.stamp_of(os.stat(folder / evaluation.FILE)))
     except FileNotFoundError:
@@ -181,42 +162,36 @@ def scores_stamp_of(folder: Path) -> list[int] | None:
 
 
 def rows_of(name: str, folder: Path) -> "tuple[pa.Table, str]":
-    """The rows of one collection and its manifest's hash. Raises UserError when the manifest, or the evaluation.json
-    beside it, cannot be trusted."""
+    """(The rows of one collection, its manifest's hash). Raises UserError when its manifest or its evaluation.json is
+    not sound."""
     import pyarrow as pa
 
-    manifest = collection.read_manifest(folder)
+    manifest = read_manifest(folder)
     if manifest is None:
         raise UserError(f"{paths.relative(folder)}: has no {paths.MANIFEST}, so it is no finished collection")
-    try:
-        scores = scores_by_step(evaluation.shown(evaluation.read(folder, manifest)))
-        base, data = manifest["base_model"] or {}, (manifest["data"] or [{}])[0]
-        shared = {
-            "category": manifest.get("category"),
-            "dataset": manifest["dataset"],
-            "model": base_models.short_name(Path(base["name"])) if base.get("name") else None,
-            "base_model": base.get("name"),
-            "rank": manifest["rank"],
-            "seed": manifest.get("seed"),
-            "prompts_file": data.get("file"),
-            "prompts_sha256": data.get("rows_sha256"),
-            "rows": data.get("rows"),
-            "collection": name,
-        }
-        rows = [
-            {**shared, **{key: entry[key] for key in ENTRY}, **scores.get(entry["step"], {})}
-            | {"file": f"{name}/{collection.checkpoint_name(entry['step'])}"}
-            for entry in manifest["checkpoints"]
-        ]
-        return pa.Table.from_pylist(rows, schema=schema()), manifest["sha256"]
-    except (KeyError, TypeError, AttributeError, ValueError) as error:
-        raise UserError(
-            f"{paths.relative(folder / paths.MANIFEST)}: not a collection's ({error!r}); train again with FORCE=1"
-        ) from None
+    scores = scores_by_step(evaluation.shown(evaluation.read(folder, manifest)))
+    data = manifest.data[0] if manifest.data else None
+    shared = {
+        "category": manifest.category,
+        "dataset": manifest.dataset,
+        "model": base_models.short_name(Path(manifest.base_name)) if manifest.base_name else None,
+        "base_model": manifest.base_name,
+        "rank": manifest.rank,
+        "seed": manifest.seed,
+        "prompts_file": data.file if data else None,
+        "prompts_sha256": data.rows_sha256 if data else None,
+        "rows": data.rows if data else None,
+        "collection": name,
+    }
+    rows = [
+        {**shared, **asdict(entry), **scores.get(entry.step, {}), "file": f"{name}/{entry.file_name}"}
+        for entry in manifest.checkpoints
+    ]
+    return pa.Table.from_pylist(rows, schema=schema()), manifest.sha256
 
 
 def scores_by_step(shown: dict[str, Any] | None) -> dict[int, dict[str, Any]]:
-    """The SCORES of the checkpoints that a collection's shown evaluation is of; what is no finite number is null."""
+    """The SCORES columns by step, from the evaluation that tables show; a number that is not finite is None."""
     if shown is None:
         return {}
     base = shown["base"] or {}
@@ -231,20 +206,20 @@ def scores_by_step(shown: dict[str, Any] | None) -> dict[int, dict[str, Any]]:
 
 
 def is_known(value: Any) -> bool:
-    """Whether a value is not None, nor a number that is not finite (which is not even equal to itself)."""
+    """Whether a value is neither None nor a number that is not finite."""
     return value is not None and not (isinstance(value, float) and not math.isfinite(value))
 
 
 def check_files(saves: Path, rows: "pa.Table", manifest: list[int], before: str | None) -> str:
-    """Check that the files of a collection are those of its manifest; they are hashed only if they changed after it.
+    """Check that a collection's files are those of its manifest; they are hashed only if they changed after it.
 
     Args:
-        saves: what the rows' files are relative to.
+        saves: the folder that the rows' files are relative to.
         rows: the collection's part of the index.
         manifest: the manifest's stamp; it is written after the checkpoints.
-        before: what this function returned when the collection was indexed last, if that was the same manifest.
+        before: what this function returned when the collection was last indexed with the same manifest, else None.
 
-    Returns what tells whether the files changed since. Raises UserError naming a file that is gone or other.
+    Returns a hash of the files' stamps. Raises UserError naming a file that is missing or differs.
     """
     stamps = []
     for name, size in zip(rows["file"].to_pylist(), rows["bytes"].to_pylist(), strict=True):
@@ -257,7 +232,7 @@ def check_files(saves: Path, rows: "pa.Table", manifest: list[int], before: str 
                 f"{paths.relative(saves / name)}: has {stamps[-1][0]} bytes, its manifest says {size}; "
                 "put the file back or collect again with FORCE=1"
             )
-    # Without the time of the last change of the inode, which a hard link alone moves on.
+    # Without the inode's change time, which a new hard link changes as well.
     found = hashlib.sha256(repr([(size, written, number) for size, written, _, number in stamps]).encode()).hexdigest()
     late = any(changed > manifest[2] for _, _, changed, _ in stamps)
     if found != before and (late or before is not None):
@@ -268,16 +243,16 @@ def check_files(saves: Path, rows: "pa.Table", manifest: list[int], before: str 
 
 
 def load(saves: Path | None = None) -> "pa.Table":
-    """The index as it stands on disk, checked not to be older than the manifests and scores it was made from.
+    """The index on disk, checked to be as new as the manifests and scores that it was made from.
 
-    Raises UserError naming the collections that changed or are gone since, or when there is no index; a collection that
-    the index does not have yet is named on stderr.
+    Raises UserError naming the collections that changed or are gone since, or when there is no index. A collection that
+    is not in the index yet is named on stderr.
     """
     return load_sealed(saves)[0]
 
 
 def load_sealed(saves: Path | None = None) -> "tuple[pa.Table, dict[str, str]]":
-    """What `load` gives, and by collection the `sha256` of the manifest that its rows were read from."""
+    """The index as `load` returns it, and by collection the `sha256` of the manifest that its rows were read from."""
     saves = saves or paths.SAVES
     label = paths.relative(saves / paths.INDEX)
     table, known = read(saves)
@@ -286,9 +261,9 @@ def load_sealed(saves: Path | None = None) -> "tuple[pa.Table, dict[str, str]]":
         raise UserError(f"{label}: {there}, or it is broken; run: make index")
     if stale := sorted(name for name, mark in known.items() if is_stale(saves / name, mark)):
         raise UserError(f"{label}: older than {listed(stale)}; run: make index")
-    there = {folder.relative_to(saves.absolute()).as_posix() for folder in collection.run_folders([saves])}
+    there = {folder.relative_to(saves.absolute()).as_posix() for folder in discovery.find_collections([saves])}
     if new := sorted(there - known.keys()):
-        print(f"{label}: does not have {listed(new)} (make index brings it in or says why not)", file=sys.stderr)
+        print(f"{label}: does not have {listed(new)} (make index adds it or names the reason)", file=sys.stderr)
     return table, {name: mark["sha256"] for name, mark in known.items()}
 
 
@@ -298,11 +273,11 @@ def listed(names: list[str]) -> str:
 
 
 def is_stale(folder: Path, mark: dict) -> bool:
-    """Whether a collection's manifest or its scores are others than were indexed, gone, or not to be trusted."""
+    """Whether a collection's manifest or scores changed since they were indexed, or are gone or not sound."""
     try:
         if stamp_of(folder) != mark["stamp"]:
-            manifest = collection.read_manifest(folder)
-            if manifest is None or manifest["sha256"] != mark["sha256"]:
+            manifest = read_manifest(folder)
+            if manifest is None or manifest.sha256 != mark["sha256"]:
                 return True
         return (
             scores_stamp_of(folder) != mark["scores"]["stamp"]
@@ -315,26 +290,26 @@ def is_stale(folder: Path, mark: dict) -> bool:
 def chosen(saves: Path | None = None) -> list[Chosen]:
     """The collections that CATEGORY, DATASET, MODEL, RANK and SEED of the environment select; unset ones select all.
 
-    Names are matched without case and punctuation; all may list several. Brings the index up to date first.
+    Names match without case and punctuation; each variable may list several. Updates the index first.
 
-    Raises UserError for a name that no collection has, when nothing is left, or when a selected one is broken.
+    Raises UserError for a name that no collection has, when none is selected, or when a selected one is broken.
     """
     saves = saves or paths.SAVES
     table, faults = update(saves)
-    wanted = asked()
+    wanted = requested_filters()
     for name, fault in faults.items():
         if concerns(name, wanted):
             raise UserError(fault)
     names = sorted(set(selected(table, wanted)["collection"].to_pylist()))
     if not names:
-        said = " ".join(f"{name.upper()}={' '.join(values)}" for name, values in wanted.items() if values)
-        what = f"no collection fits {said}" if said else "no collections yet"
+        given = " ".join(f"{name.upper()}={' '.join(values)}" for name, values in wanted.items() if values)
+        what = f"no collection fits {given}" if given else "no collections yet"
         raise UserError(f"{paths.relative(saves)}: {what}; make index lists those there are")
-    return [Chosen(name, saves / name, collection.read_manifest(saves / name)) for name in names]
+    return [Chosen(name, saves / name, read_manifest(saves / name)) for name in names]
 
 
-def asked() -> dict[str, list[str]]:
-    """What CATEGORY, DATASET, MODEL, RANK and SEED of the environment ask for, by column; empty lists ask for all."""
+def requested_filters() -> dict[str, list[str]]:
+    """The values of CATEGORY, DATASET, MODEL, RANK and SEED in the environment, by column; no value selects all."""
     wanted = {
         name: os.environ.get(name.upper(), "").split() for name in ("category", "dataset", "model", "rank", "seed")
     }
@@ -348,7 +323,7 @@ def asked() -> dict[str, list[str]]:
 
 
 def selected(table: "pa.Table", wanted: dict[str, list[str]]) -> "pa.Table":
-    """The rows of an index that are asked for (see `asked`). Raises UserError for a name that no row has."""
+    """The rows of an index that match `requested_filters()`. Raises UserError for a name that no row has."""
     import pyarrow as pa
     import pyarrow.compute as pc
 
@@ -364,8 +339,8 @@ def selected(table: "pa.Table", wanted: dict[str, list[str]]) -> "pa.Table":
     return table
 
 
-def concerns(name: str, asked: dict[str, list[str]]) -> bool:
-    """Whether a collection whose manifest cannot be read may be one of those asked for, going by its path."""
+def concerns(name: str, wanted: dict[str, list[str]]) -> bool:
+    """Whether a collection whose manifest cannot be read may be among those selected, judged by its path."""
     parts = name.split("/")
     *_, rank = [None, *paths.RANK_PART.finditer(parts[-1])]
     if len(parts) != 3 or not rank:
@@ -378,50 +353,6 @@ def concerns(name: str, asked: dict[str, list[str]]) -> bool:
         "seed": rank[2],
     }
     return all(
-        not asked[key] or value is None or paths.loose(value) in map(paths.loose, asked[key])
+        not wanted[key] or value is None or paths.loose(value) in map(paths.loose, wanted[key])
         for key, value in held.items()
     )
-
-
-def print_collections(table: "pa.Table") -> None:
-    """A line per collection: what it is of, its steps, its loss, its size."""
-    if not table.num_rows:
-        say("no collections yet")
-        return
-    rows = []
-    keys = ["collection", "category", "dataset", "model", "rank", "seed"]
-    figures = [("step", "min"), ("step", "max"), ("step", "count"), ("loss", "mean"), ("bytes", "sum")]
-    last = last_scores(table)
-    for row in table.group_by(keys).aggregate(figures).sort_by("collection").to_pylist():
-        loss = "" if row["loss_mean"] is None else f"{row['loss_mean']:.4f}"
-        named = [str(row[key]) if row[key] is not None else "?" for key in keys[1:]]
-        steps = f"{row['step_min']}-{row['step_max']}"
-        scores = last.get(row["collection"], ("", "")) if last else ()
-        rows.append((*named, str(row["step_count"]), steps, loss, f"{row['bytes_sum'] / 1e6:.1f}", *scores))
-    head = ("category", "dataset", "model", "rank", "seed", "kept", "steps", "mean loss", "MB")
-    cli.print_table((*head, *(("base", "last score") if last else ())), rows)
-
-
-def last_scores(table: "pa.Table") -> dict[str, tuple[str, str]]:
-    """By collection, the scores of the base model and of the last checkpoint that was evaluated, as a table shows them:
-    shares, or losses per token."""
-    found = {}
-    for row in table.select(["collection", *SCORES]).to_pylist():
-        if row["metric"]:
-            values = [
-                row[name]
-                for name in (("base_loss", "test_loss") if row["metric"] == "loss" else ("base_score", "score"))
-            ]
-            texts = ["" if value is None else f"{value:.4f}" for value in values]
-            found[row["collection"]] = texts[0], f"{texts[1]} ({row['metric']})"
-    return found
-
-
-def print_rows(table: "pa.Table") -> None:
-    """A line per checkpoint."""
-    shown = ("category", "dataset", "model", "rank", "step", "loss", "learning_rate", "bytes", "file")
-    columns = [
-        [f"{value:.6g}" if isinstance(value, float) else str(value) for value in table[name].to_pylist()]
-        for name in shown
-    ]
-    cli.print_table(shown, list(zip(*columns, strict=True)))

@@ -1,11 +1,12 @@
 """Prompt-checkpoint pairs for PyTorch: a Dataset over saves/index.parquet. Users import it from utils/pairs.py.
 
 Reads the index that `make index` wrote, the collections in it and the data files below data/. Writes nothing. Opening
-reads the index alone; a checkpoint is read when its pair is asked for, and hashed against its manifest the first time.
+reads only the index. A checkpoint is read when its pair is requested, and hashed the first time.
 """
 
 import operator
 from collections.abc import Mapping, Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -15,18 +16,20 @@ import pyarrow.compute as pc
 import torch
 from torch.utils.data import Dataset
 
-from paragen.collection import checkpoints, collection, index, vectors
+from paragen.collection import index, run_files, vectors
 from paragen.collection import prompts as prompts_module
+from paragen.collection.manifest import Manifest, read_manifest
+from paragen.collection.shared_reader import SharedReader
 from paragen.common import paths
 from paragen.common.cli import UserError
 
-TAKEN = ("seed", "split")  # columns of the index whose names mean something else where pairs are filtered
+TAKEN = ("seed", "split")  # columns of the index whose names are other arguments of Pairs
 
 
 class Tensors(dict):
-    """A checkpoint's tensors by PEFT's key: a dict that goes from process to process as one piece of memory.
+    """A checkpoint's tensors by PEFT's key: a dict that is pickled as one tensor.
 
-    Tensor by tensor, each would take a file descriptor, hundreds for one checkpoint.
+    Pickled one by one, each tensor would take a file descriptor between processes, hundreds for one checkpoint.
     """
 
     def __reduce__(self):
@@ -41,33 +44,33 @@ def _from_vector(vector: torch.Tensor, layout: vectors.Layout) -> Tensors:
 
 
 class Pair(NamedTuple):
-    """What `Pairs` yields."""
+    """One item of `Pairs`."""
 
-    prompts: list[dict[str, Any]]  # as prompts.of_collection gives them: system, prompt, response, images
+    prompts: list[dict[str, Any]]  # as prompts.of_collection returns them: system, prompt, response, images
     checkpoint: Tensors | torch.Tensor  # by PEFT's key in natural order; with vector=True 1-D, see Pairs.layout
     row: dict[str, Any]  # the checkpoint's row of the index: dataset, model, rank, step, loss, file, ...
 
 
 class Pairs(Dataset):
-    """The checkpoints of all collections that fit the filters, each with prompts of its dataset.
+    """The checkpoints of all collections that match the filters, each with prompts of its dataset.
 
     Args:
         prompts: how many prompts a pair has, drawn without replacement; 0 for none.
-        seed: what they are drawn by, together with the pair's number and the epoch. The same in any worker.
+        seed: seeds the drawing, together with the pair's number and the epoch; the same in every worker.
         split: `train`, the rows that were trained on, or `test`, those that were not.
-        vector: give a checkpoint as one flat vector instead of a dict of tensors.
+        vector: whether a checkpoint is one flat vector instead of a dict of tensors.
         where: a pyarrow expression over the index's columns, such as `pc.field("loss") < 0.2` or, of checkpoints that
-            were evaluated, `pc.field("score") > pc.field("base_score")`; those of which it is not known do not fit.
+            were evaluated, `pc.field("score") > pc.field("base_score")`; a row where it is null does not match.
         saves: the folder of the index (default: saves/).
         data_dir: the folder of dataset_info.json (default: data/).
-        filters: column=value or column=[values] for any column of the index (but `seed` and `split`, which are taken
-            above: use `where`); names are matched without case and punctuation. All filters hold at once.
+        filters: column=value or column=[values] for any column of the index, but for `seed` and `split`, which are
+            arguments above (use `where`). Texts match without case and punctuation. A row has to match all filters.
 
     Checkpoints are memory-mapped, read only, and no file stays open. Each is hashed once for all workers and epochs.
 
     Raises UserError when there is no index, when it is older than its collections, for a filter that names no column or
-    nothing collected, and when nothing is left. Taking a pair raises one that names the file when a checkpoint, a
-    manifest or a data file is gone, cut short or another than was recorded.
+    no collected value, and when no row matches. Reading a pair raises one that names the file when a checkpoint, a
+    manifest or a data file is gone, truncated or differs from what was recorded.
     """
 
     def __init__(
@@ -91,37 +94,33 @@ class Pairs(Dataset):
         table, self._seals = index.load_sealed(self.saves)
         table = select(table, where, filters)
         if not table.num_rows:
-            asked = [f"{name}={value!r}" for name, value in filters.items()] + (
+            given = [f"{name}={value!r}" for name, value in filters.items()] + (
                 [f"where={where}"] * (where is not None)
             )
             raise UserError(
-                f"{paths.relative(self.saves / paths.INDEX)}: no checkpoint fits {' and '.join(asked)}; "
+                f"{paths.relative(self.saves / paths.INDEX)}: no checkpoint fits {' and '.join(given)}; "
                 "make index lists what there is"
             )
         self.table = compact(table)
-        # Shared with the workers: the epoch, and of each checkpoint the stamp under which it was hashed.
-        self._shared = torch.zeros(1 + len(self), dtype=torch.int64).share_memory_()
-        self._forget()
-
-    def _forget(self) -> None:
-        self._manifests: dict[str, dict[str, Any]] = {}
-        self._layouts: dict[str, vectors.Layout] = {}
+        self._epoch = torch.zeros(1, dtype=torch.int64).share_memory_()  # the workers see it, too
+        self._reader = SharedReader(self.saves, len(self))
+        self._manifests: dict[str, Manifest] = {}
 
     def __getstate__(self) -> dict[str, Any]:
-        return {**vars(self), "_manifests": {}, "_layouts": {}}
+        return {**vars(self), "_manifests": {}}
 
     def __len__(self) -> int:
         return self.table.num_rows
 
     def set_epoch(self, epoch: int) -> None:
-        """Let all pairs have other prompts, in the workers of a DataLoader too; call it before each epoch."""
-        self._shared[0] = whole("epoch", epoch)
+        """Draw other prompts for all pairs, also in the workers of a DataLoader. Call it before each epoch."""
+        self._epoch[0] = whole("epoch", epoch)
 
     def row(self, number: int) -> dict[str, Any]:
         """A checkpoint's row of the index."""
         number = range(len(self))[operator.index(number)]
         values = {name: self.table[name][number].as_py() for name in self.table.column_names}
-        file = f"{values['collection']}/{collection.checkpoint_name(values['step'])}"
+        file = f"{values['collection']}/{run_files.checkpoint_name(values['step'])}"
         return {name: values.get(name, file) for name in index.COLUMNS}
 
     def __getitem__(self, number: int) -> Pair:
@@ -129,43 +128,42 @@ class Pairs(Dataset):
         row = self.row(number)
         manifest = self._manifest(row["collection"])
         drawn = self._draw(number, manifest) if self.prompts else []
-        tensors = self._read(number, row)
+        tensors = self._reader.read(number, row)
         return Pair(drawn, vectors.to_vector(tensors) if self.vector else Tensors(tensors), row)
 
     def layout(self, name: str) -> vectors.Layout:
-        """How the vectors of a collection (as its rows' `collection` says) are laid out: key, shape, offset, dtype.
+        """The layout of a collection's vectors: key, shape, offset and dtype of each tensor.
 
-        `vectors.to_dict(vector, layout)` turns a vector back into the dict of tensors.
+        `name` is the `collection` of its rows. `vectors.to_dict(vector, layout)` turns a vector back into the dict of
+        tensors.
         """
-        if name not in self._layouts:
+        if name not in self._reader.layouts:
             number = pc.index(self.table["collection"].cast(pa.string()), name).as_py()
             if number < 0:
                 raise UserError(f"{name}: no such collection among these pairs")
-            self._read(number, self.row(number))
-        return self._layouts[name]
+            self._reader.read(number, self.row(number))
+        return self._reader.layouts[name]
 
-    def _manifest(self, name: str) -> dict[str, Any]:
-        """What pairs need of a collection's manifest, checked to be the one that was indexed."""
+    def _manifest(self, name: str) -> Manifest:
+        """A collection's manifest without its checkpoints, checked to be the one that was indexed."""
         if name not in self._manifests:
             folder = self.saves / name
-            manifest = collection.read_manifest(folder)
-            if manifest is None or manifest["sha256"] != self._seals[name]:
+            manifest = read_manifest(folder)
+            if manifest is None or manifest.sha256 != self._seals[name]:
                 what = "is gone" if manifest is None else "changed"
                 raise UserError(
                     f"{paths.relative(folder / paths.MANIFEST)}: {what} since the index was made; run: make index"
                 )
-            self._manifests[name] = {key: manifest[key] for key in ("run", "data")}
+            self._manifests[name] = replace(manifest, checkpoints=(), content={})
         return self._manifests[name]
 
-    def _draw(self, number: int, manifest: dict[str, Any]) -> list[dict[str, Any]]:
+    def _draw(self, number: int, manifest: Manifest) -> list[dict[str, Any]]:
         """The prompts of a pair in this epoch."""
         parts = prompts_module.parts(manifest, self.split, self.data_dir)
         total = sum(len(rows) for _, rows in parts)
         if self.prompts > total:
-            raise UserError(
-                f"{manifest['run']}: has {total} {self.split} prompts; prompts={self.prompts} asks for more"
-            )
-        generator = numpy.random.default_rng((self.seed, int(self._shared[0]), number))
+            raise UserError(f"{manifest.run}: has {total} {self.split} prompts; prompts={self.prompts} asks for more")
+        generator = numpy.random.default_rng((self.seed, int(self._epoch[0]), number))
         drawn = []
         for place in generator.choice(total, self.prompts, replace=False).tolist():
             for entry, rows in parts:
@@ -174,23 +172,6 @@ class Pairs(Dataset):
                     break
                 place -= len(rows)
         return drawn
-
-    def _read(self, number: int, row: dict[str, Any]) -> dict[str, torch.Tensor]:
-        """A checkpoint's tensors, hashed unless one of the workers did; they fit the layout of their collection."""
-        path = self.saves / row["file"]
-        try:
-            stamp = checkpoints.stamp_of(path)
-        except OSError:
-            stamp = ()  # the loading says what is the matter
-        mark = hash(stamp) or 1
-        if stamp and int(self._shared[1 + number]) == mark:
-            checkpoints.vouch(path, stamp, row["sha256"])
-        tensors = checkpoints.load(path, row["bytes"], row["sha256"])
-        self._shared[1 + number] = mark
-        layout = vectors.layout_of(tensors)
-        if self._layouts.setdefault(row["collection"], layout) != layout:
-            raise UserError(f"{paths.relative(path)}: has other keys, shapes or types than the rest of its collection")
-        return tensors
 
 
 def whole(name: str, value: Any) -> int:
@@ -219,13 +200,13 @@ def collate(pairs: Sequence[Pair]) -> dict[str, Any]:
 
 
 def select(table: pa.Table, where: pc.Expression | None, filters: Mapping[str, Any]) -> pa.Table:
-    """The rows of an index that fit filters, as `Pairs` takes them."""
+    """The rows of an index that match filters, as `Pairs` takes them."""
     columns = ", ".join(name for name in index.COLUMNS if name not in TAKEN)
-    for name, asked in filters.items():
+    for name, wanted in filters.items():
         if name not in index.COLUMNS:
             raise UserError(f"{name!r} is no column of the index; columns: {columns}")
         kind = table.schema.field(name).type
-        values = list(asked) if isinstance(asked, (list, tuple, set, frozenset, range)) else [asked]
+        values = list(wanted) if isinstance(wanted, (list, tuple, set, frozenset, range)) else [wanted]
         if pa.types.is_string(kind):
             known = {value for value in table[name].unique().to_pylist() if value is not None}
             values = [
@@ -234,7 +215,7 @@ def select(table: pa.Table, where: pc.Expression | None, filters: Mapping[str, A
         try:
             table = table.filter(pc.is_in(table[name], pa.array(values, kind)))
         except (pa.ArrowException, TypeError, OverflowError):
-            raise UserError(f"{name}={asked!r} does not fit that column, whose values are {kind}") from None
+            raise UserError(f"{name}={wanted!r} does not fit that column, whose values are {kind}") from None
     try:
         return table if where is None else table.filter(where)
     except (pa.ArrowException, TypeError) as error:
@@ -244,7 +225,8 @@ def select(table: pa.Table, where: pc.Expression | None, filters: Mapping[str, A
 
 
 def compact(table: pa.Table) -> pa.Table:
-    """The table without what its other columns say, names kept once each: it goes to every worker."""
+    """The table in less memory, since every worker gets a copy: without `file`, which follows from other columns, and
+    with each name stored once."""
     for number, name in enumerate(table.column_names):
         if pa.types.is_string(table.schema.field(name).type) and name not in ("sha256", "file"):
             table = table.set_column(number, name, table[name].dictionary_encode())

@@ -1,6 +1,6 @@
-"""The prompts of a collection: the rows it was trained on, or those kept to score it, as its manifest recorded them.
+"""The prompts of a collection: the rows it was trained on, or held-out rows, as its manifest recorded them.
 
-Imported by all that pairs prompts with checkpoints. A data file that changed since is refused.
+A data file whose rows changed since the training is refused.
 """
 
 import os
@@ -8,6 +8,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
+from paragen.collection.manifest import Manifest, TrainedData
 from paragen.common import files, paths
 from paragen.common.cli import UserError
 from paragen.dataset import dataset_info, names
@@ -15,13 +16,13 @@ from paragen.dataset import dataset_info, names
 SPLITS = ("train", "test")
 Part = tuple[dict[str, Any], Sequence[dict[str, Any]]]  # (an entry of dataset_info.json, rows of its file)
 
-# What was read by this process, each file once: by path (its stamp, what was made of it).
+# What this process has read, by path: (the file's stamp, the value made from it).
 _rows: dict[Path, tuple[tuple, list[dict[str, Any]]]] = {}
 _hashes: dict[tuple[Path, int | None], tuple[tuple, str]] = {}
 _entries: dict[tuple[Path, str], tuple[tuple, tuple[dict[str, Any], Path] | None]] = {}
 
 
-def of_collection(manifest: dict[str, Any], split: str = "train", data_dir: Path | None = None) -> list[dict[str, Any]]:
+def of_collection(manifest: Manifest, split: str = "train", data_dir: Path | None = None) -> list[dict[str, Any]]:
     """The prompts of one split of a collection's dataset.
 
     Args:
@@ -33,79 +34,79 @@ def of_collection(manifest: dict[str, Any], split: str = "train", data_dir: Path
     Returns a dict per row: `system`, `prompt` and `response` (texts, empty where there is none), `images` (paths
     relative to data/). A conversation gives its first user message, its last answer, and all of it as `messages`.
 
-    Raises UserError when the rows are gone, changed since the training, or when there are none of this split. A file
-    registered as `<name>_test` is taken as it is: no training recorded it.
+    Raises UserError when the rows are gone, when they changed since the training, or when this split has none. The rows
+    of a registered `<name>_test` cannot be compared, since no manifest recorded them.
     """
     return [texts_of(row, entry) for entry, rows in parts(manifest, split, data_dir) for row in rows]
 
 
-def parts(manifest: dict[str, Any], split: str = "train", data_dir: Path | None = None) -> list[Part]:
-    """The rows behind `of_collection`, by dataset, as they stand in their files; the files are read once."""
+def parts(manifest: Manifest, split: str = "train", data_dir: Path | None = None) -> list[Part]:
+    """The rows behind `of_collection` as they are in their files, by dataset; each file is read once."""
     if split not in SPLITS:
         raise UserError(f"split {split!r} is not known; known: {', '.join(SPLITS)}")
-    if manifest["data"] is None:
-        raise UserError(f"{manifest['run']}: its manifest does not know the data (it was made from a stock run)")
+    if manifest.data is None:
+        raise UserError(f"{manifest.run}: its manifest does not know the data (it was made from a stock run)")
     folder = Path(data_dir or paths.DATA).absolute()
-    return [(trained if split == "train" else kept_back)(data, folder) for data in manifest["data"]]
+    return [(trained if split == "train" else held_out)(data, folder) for data in manifest.data]
 
 
-def trained(data: dict[str, Any], data_dir: Path) -> Part:
-    """What one element of a manifest's `data` was trained on, unchanged."""
-    path = data_dir / data["file"]
+def trained(data: TrainedData, data_dir: Path) -> Part:
+    """The rows of one dataset of a manifest that were trained on. Raises UserError where they changed since."""
+    path = data_dir / data.file
     rows = rows_in(path)
-    if _hash_of(path, data["rows"]) != data["rows_sha256"]:
+    if _hash_of(path, data.rows) != data.rows_sha256:
         raise UserError(
-            f"{paths.relative(path)}: its first {data['rows']} rows are not those that {data['name']} was trained on; "
+            f"{paths.relative(path)}: its first {data.rows} rows are not those that {data.name} was trained on; "
             "put the file back, or train again with FORCE=1"
         )
-    return data["entry"], rows[: data["rows"]]
+    return data.entry, rows[: data.rows]
 
 
-def kept_back(data: dict[str, Any], data_dir: Path) -> Part:
-    """What one element of a manifest's `data` has beside the rows trained on."""
+def held_out(data: TrainedData, data_dir: Path) -> Part:
+    """The held-out rows of one dataset of a manifest: its registered test split, or the rest of its own file."""
     paired = paired_name(data)
     if found := _registered(paired, data_dir):
         entry, path = found
         return entry, rows_in(path)
     entry, _ = trained(data, data_dir)
-    path = data_dir / data["file"]
-    rest = rows_in(path)[first_kept_back(data, data_dir) :]
+    path = data_dir / data.file
+    rest = rows_in(path)[first_held_out(data, data_dir) :]
     if not rest:
         raise UserError(
-            f"{data['name']}: has no {paired} in dataset_info.json and was trained on all its rows; register rows to "
+            f"{data.name}: has no {paired} in dataset_info.json and was trained on all its rows; register rows to "
             f"score with as {paired}"
         )
-    if data.get("sha256") and _hash_of(path, None) != data["sha256"]:
+    if data.sha256 and _hash_of(path, None) != data.sha256:
         raise UserError(
-            f"{paths.relative(path)}: changed since {data['name']} was trained, behind the rows trained on; put it "
+            f"{paths.relative(path)}: changed since {data.name} was trained, behind the rows trained on; put it "
             f"back, or register rows to score with as {paired}"
         )
     return entry, rest
 
 
-def first_kept_back(data: dict[str, Any], data_dir: Path) -> int:
-    """The number of the first row of a dataset's own file that is there to score with: behind those trained on, or the
-    first of the `held_out` ones where the entry says so."""
-    count, held_out = len(rows_in(data_dir / data["file"])), data["entry"].get(dataset_info.HELD_OUT)
-    return max(data["rows"], count - held_out) if held_out else data["rows"]
+def first_held_out(data: TrainedData, data_dir: Path) -> int:
+    """The index of the first held-out row in a dataset's own file: the one after those trained on, or the first of the
+    last `held_out` rows where the entry has that key."""
+    count, last = len(rows_in(data_dir / data.file)), data.entry.get(dataset_info.HELD_OUT)
+    return max(data.rows, count - last) if last else data.rows
 
 
-def paired_name(data: dict[str, Any]) -> str:
-    """What the test split of one element of a manifest's `data` is called where it is a dataset of its own."""
-    return names.test_split_name(data["name"])
+def paired_name(data: TrainedData) -> str:
+    """The name of a dataset's test split where it is registered as a dataset of its own."""
+    return names.test_split_name(data.name)
 
 
-def split_name(data: dict[str, Any], data_dir: Path | None = None) -> str:
-    """What the rows that `kept_back` gives are called: `ARC-c_test`, or `MATH[5000:5250]` for rows of its own file."""
+def split_name(data: TrainedData, data_dir: Path | None = None) -> str:
+    """The name of the rows that `held_out` returns: `ARC-c_test`, or `MATH[5000:5250]` for rows of its own file."""
     folder = Path(data_dir or paths.DATA).absolute()
     if _registered(paired_name(data), folder):
         return paired_name(data)
-    start, end = first_kept_back(data, folder), len(rows_in(folder / data["file"]))
-    return f"{data['name']}[{start}:{end}]"
+    start, end = first_held_out(data, folder), len(rows_in(folder / data.file))
+    return f"{data.name}[{start}:{end}]"
 
 
 def registered(name: str, data_dir: Path | None = None) -> tuple[str, Part]:
-    """(its name, its rows) of a registered dataset, from what a user types. Raises UserError where it is not known."""
+    """(name, rows) of the registered dataset that a user names. Raises UserError where it is not known."""
     folder = Path(data_dir or paths.DATA).absolute()
     found = paths.choose(name, dataset_info.read_info(folder), "registered dataset")
     entry, path = _registered(found, folder)
@@ -113,9 +114,9 @@ def registered(name: str, data_dir: Path | None = None) -> tuple[str, Part]:
 
 
 def texts_of(row: dict[str, Any], entry: dict[str, Any]) -> dict[str, Any]:
-    """A row as texts, as LLaMA-Factory reads it (its data/converter.py): prompt and query are joined by a newline.
+    """The texts of a row, as LLaMA-Factory's data/converter.py reads them: prompt and query are joined by a newline.
 
-    `messages` is there where something was said before: a conversation, or a prompt with a history.
+    `messages` is there for a conversation, and for a prompt with a history.
     """
     columns, tags = dataset_info.columns_of(entry), dataset_info.tags_of(entry)
     images = dataset_info.pictures_of(row, columns["images"]) if "images" in columns else []
@@ -125,18 +126,18 @@ def texts_of(row: dict[str, Any], entry: dict[str, Any]) -> dict[str, Any]:
         texts = {"system": system, "prompt": "\n".join(filter(None, parts))}
         texts |= {"response": row.get(columns.get("response")) or "", "images": images}
         before = row.get(columns.get("history")) or []
-        said = [*(text for turn in before for text in turn), texts["prompt"], texts["response"]]
-        messages = [{"role": ("user", "assistant")[n % 2], "content": text} for n, text in enumerate(said)]
+        turns = [*(text for turn in before for text in turn), texts["prompt"], texts["response"]]
+        messages = [{"role": ("user", "assistant")[n % 2], "content": text} for n, text in enumerate(turns)]
         return texts | ({"messages": messages} if before else {})
     roles = {tags.get(f"{kind}_tag"): kind for kind in ("user", "assistant", "observation", "function", "system")}
-    said = [
+    messages = [
         {"role": roles.get(message[tags["role_tag"]]), "content": message[tags["content_tag"]]}
         for message in row[columns["messages"]]
     ]
-    system = next((message["content"] for message in said if message["role"] == "system"), system)
-    prompt = next((message["content"] for message in said if message["role"] == "user"), "")
-    response = said[-1]["content"] if said and said[-1]["role"] in ("assistant", "function") else ""
-    return {"system": system, "prompt": prompt, "response": response, "images": images, "messages": said}
+    system = next((message["content"] for message in messages if message["role"] == "system"), system)
+    prompt = next((message["content"] for message in messages if message["role"] == "user"), "")
+    response = messages[-1]["content"] if messages and messages[-1]["role"] in ("assistant", "function") else ""
+    return {"system": system, "prompt": prompt, "response": response, "images": images, "messages": messages}
 
 
 def rows_in(path: Path) -> list[dict[str, Any]]:
@@ -168,7 +169,7 @@ def _registered(name: str, data_dir: Path) -> tuple[dict[str, Any], Path] | None
 
 
 def _stamp(path: Path) -> tuple:
-    """What tells whether a file is the one that was read: its size, times and number."""
+    """A file's size, times and number, which differ once it was changed or replaced."""
     try:
         stat = os.stat(path)
     except FileNotFoundError:

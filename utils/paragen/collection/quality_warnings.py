@@ -1,35 +1,37 @@
-"""What is doubtful about a whole collection: its files are right, but may not be what a generator should learn from.
+"""Quality warnings: a collection's files are right, but a generator may not want to learn from them.
 
-Imported by verify.py, which prints a line for each. A doubt is no fault: nothing is refused or removed for it, and no
-exit status changes. Each rule is meant to be silent about what may be chance.
+A warning is not a fault: no collection is refused or removed for it, and no exit status changes. Each rule needs strong
+evidence, so that chance alone raises hardly any warning.
 """
 
-import math
 import statistics
+from collections.abc import Sequence
 from itertools import groupby
 from pathlib import Path
 from typing import Any
 
 from paragen.collection import evaluation
+from paragen.collection.manifest import CheckpointEntry, Manifest
 
-LEVEL = 0.001  # how likely a rise of the training loss may be chance: one false alarm in a thousand collections
-FEWEST = 7  # losses in each half; with six and six even a clean rise has a chance of 1 in 924
-RISE = 1.05  # how much a loss must rise to be worth a word, also where so many steps were kept that any rise is certain
-SHOWN = 3  # groups of equal checkpoints that are named, at most
+LEVEL = 0.001  # significance level of a rising training loss: one false alarm in a thousand collections
+FEWEST = 7  # losses in each half; with six in each, even a strict rise has a p-value of 1/924, above LEVEL
+RISE = 1.05  # the least ratio of the medians; with many steps, the test alone finds rises too small to matter
+SHOWN = 3  # how many groups of equal checkpoints are named at most
 
 
-def of(folder: Path, manifest: dict[str, Any]) -> list[str]:
-    """All doubts about a collection, a phrase each. Raises UserError where its evaluation.json is not sound."""
+def find_warnings(folder: Path, manifest: Manifest) -> list[str]:
+    """All warnings about a collection, a phrase each. Raises UserError where its evaluation.json is not sound."""
     shown = evaluation.shown(evaluation.read(folder, manifest))
-    found = [below_base(shown), rising_loss(manifest["checkpoints"]), rising_test_loss(shown)]
-    return [doubt for doubt in found if doubt] + equal_checkpoints(manifest["checkpoints"])
+    found = [below_base(shown), rising_loss(manifest.checkpoints), rising_test_loss(shown)]
+    return [warning for warning in found if warning] + equal_checkpoints(manifest.checkpoints)
 
 
 def below_base(shown: dict[str, Any] | None) -> str | None:
-    """The last evaluated checkpoint is worse than the base model: the training did harm.
+    """Warns when the last evaluated checkpoint is worse than the base model: the training did harm.
 
-    Its whole 95 % confidence interval has to lie on the worse side of the base's score (the metric `loss`: of the
-    base's loss). Only rows of the collection's own dataset count: an adapter may well be worse at another task.
+    The checkpoint's whole 95 % confidence interval has to lie on the worse side of the base's score (with the metric
+    `loss`: of the base's loss). Only rows of the collection's own dataset count, since an adapter may be worse at other
+    tasks.
     """
     if shown is None or not shown["paired"]:
         return None
@@ -43,17 +45,17 @@ def below_base(shown: dict[str, Any] | None) -> str | None:
     )
 
 
-def rising_loss(entries: list[dict[str, Any]]) -> str | None:
-    """The training loss rose through the kept window: the training came apart, or its learning rate is too high.
+def rising_loss(entries: Sequence[CheckpointEntry]) -> str | None:
+    """Warns when the training loss rose over the kept steps: the training diverged, or its learning rate is too high.
 
-    The losses of the second half of the kept steps against those of the first, by Mann and Whitney's rank test at
-    LEVEL, one-sided. Losses of single steps are of a few rows each, skewed and with spikes; ranks take them as they
-    are, where a test of means would be misled or blinded by one spike. Besides, the median has to rise to RISE times
-    itself, and a window too short to tell (FEWEST) raises no doubt.
+    Compares the losses of the second half of the kept steps with those of the first by a one-sided Mann-Whitney U test
+    at LEVEL. The loss of one step is that of a few rows, so losses are skewed and have spikes: a rank test is robust to
+    them, a test of means is not. The median also has to rise by the factor RISE, and fewer than FEWEST losses in a half
+    raise no warning.
     """
     from scipy.stats import mannwhitneyu
 
-    losses = [entry["loss"] for entry in entries if entry["loss"] is not None and math.isfinite(entry["loss"])]
+    losses = [entry.loss for entry in entries if entry.loss is not None]
     half = len(losses) // 2
     first, second = losses[:half], losses[len(losses) - half :]
     if half < FEWEST or not statistics.median(second) > RISE * statistics.median(first):
@@ -68,9 +70,9 @@ def rising_loss(entries: list[dict[str, Any]]) -> str | None:
 
 
 def rising_test_loss(shown: dict[str, Any] | None) -> str | None:
-    """The loss on held-out rows rose from the first evaluated checkpoint to the last: the kept steps overfit.
+    """Warns when the held-out loss rose from the first evaluated checkpoint to the last: the kept steps overfit.
 
-    Their 95 % confidence intervals must not overlap; as both are of the same rows, that is a strict rule.
+    Their 95 % confidence intervals must not overlap. Both are measured on the same rows, so this is a strict rule.
     """
     if shown is None or not shown["paired"]:
         return None
@@ -84,11 +86,11 @@ def rising_test_loss(shown: dict[str, Any] | None) -> str | None:
     )
 
 
-def equal_checkpoints(entries: list[dict[str, Any]]) -> list[str]:
-    """Checkpoints of the same bytes: the adapter was not trained between them (a learning rate of 0, or one so small
-    that it changes no bit), so that they are one sample and not several."""
-    ordered = sorted(entries, key=lambda entry: (entry["sha256"], entry["step"]))
-    groups = [[entry["step"] for entry in same] for _, same in groupby(ordered, key=lambda entry: entry["sha256"])]
+def equal_checkpoints(entries: Sequence[CheckpointEntry]) -> list[str]:
+    """Warns about checkpoints with the same bytes: the adapter was not trained between them (a learning rate of 0, or
+    one so small that it changes no bit), so that they count as one sample."""
+    ordered = sorted(entries, key=lambda entry: (entry.sha256, entry.step))
+    groups = [[entry.step for entry in same] for _, same in groupby(ordered, key=lambda entry: entry.sha256)]
     equal = sorted(steps for steps in groups if len(steps) > 1)
     if not equal:
         return []
@@ -98,6 +100,6 @@ def equal_checkpoints(entries: list[dict[str, Any]]) -> list[str]:
 
 
 def spans_of(steps: list[int]) -> str:
-    """Ascending steps as a text in which those that follow each other are one span: `5-7, 9`."""
+    """Ascending steps as a text, consecutive ones as a span: `5-7, 9`."""
     spans = [[step for _, step in run] for _, run in groupby(enumerate(steps), key=lambda pair: pair[1] - pair[0])]
     return ", ".join(str(run[0]) if len(run) == 1 else f"{run[0]}-{run[-1]}" for run in spans)

@@ -1,7 +1,7 @@
-"""What a run was trained from, so that a later run of the same name can tell whether it would be the same.
+"""The identity of a run: what it is trained from, so that a later run of the same name can be compared with it.
 
-Imported by train.py and collection.py. An identity is a JSON value with the sections recipe, data, base_model,
-tokenizer and pretrain: contents and hashes, never this machine's paths.
+An identity is a JSON object with the sections recipe, data, base_model, tokenizer and pretrain. They hold contents and
+hashes, no paths of this machine.
 """
 
 import ast
@@ -12,6 +12,7 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 import prompt_templates
+from paragen.collection.manifest import read_manifest
 from paragen.common import cli, files, paths
 from paragen.common.cli import UserError
 from paragen.dataset import dataset_info, pictures
@@ -19,7 +20,7 @@ from paragen.model import base_models, model_files
 from paragen.recipes import keys
 from paragen.recipes.run import Run
 
-# What a checkpoint folder must hold to be resumed, all of it decisive for what follows.
+# The files that a checkpoint folder needs to be resumed; each of them changes the training that follows.
 RESUMED = (paths.ADAPTER, "optimizer.pt", "scheduler.pt", "rng_state.pth", "trainer_state.json")
 
 
@@ -74,10 +75,10 @@ def identity_of(run: Run) -> dict[str, Any]:
 
 
 def tokens_key(identity: dict) -> str | None:
-    """A key for the tokenised rows of a run: the same for all runs that tokenise the same rows in the same way.
+    """A key for the tokenised rows of a run: equal for all runs that tokenise the same rows in the same way.
 
-    None where they depend on more: on pictures, on rows that the identity does not hold (of an eval_dataset), or on
-    tokens that the recipe keeps itself.
+    None where they depend on more: on pictures, on rows outside the identity (of an eval_dataset), or on tokens that
+    the recipe stores itself (tokenized_path).
     """
     if any(data["pictures"] for data in identity["data"]) or keys.UNSHARED_TOKENS & identity["recipe"].keys():
         return None
@@ -87,17 +88,17 @@ def tokens_key(identity: dict) -> str | None:
 
 
 def hash_of_template(name: str | None) -> str | None:
-    """The hash of one of our own templates, as prompt_templates.py says it; None for LLaMA-Factory's."""
+    """The hash of a template's definition in prompt_templates.py; None for LLaMA-Factory's own templates."""
     for node in ast.walk(ast.parse(Path(prompt_templates.__file__).read_text(encoding="utf-8"))):
         if isinstance(node, ast.Call) and getattr(node.func, "id", "") == "register_template":
-            said = {keyword.arg: keyword.value for keyword in node.keywords}
-            if getattr(said.get("name"), "value", None) == name and name is not None:
+            arguments = {keyword.arg: keyword.value for keyword in node.keywords}
+            if getattr(arguments.get("name"), "value", None) == name and name is not None:
                 return files.sha256_of_value(ast.dump(node))
     return None
 
 
 def pretrain_of(checkpoint: Path | None) -> dict | None:
-    """Run, step and hash of the checkpoint that is resumed; None without one, also where it is gone."""
+    """Run, step and hash of the checkpoint that is resumed; None where none is, or where it is gone."""
     if checkpoint is None or not (checkpoint / "trainer_state.json").is_file():
         return None
     resumed = sorted(path for path in checkpoint.iterdir() if is_resumed(path.name))
@@ -107,7 +108,7 @@ def pretrain_of(checkpoint: Path | None) -> dict | None:
 
 
 def is_resumed(name: str) -> bool:
-    """Whether a file of a checkpoint folder decides what follows (several processes have an rng_state each)."""
+    """Whether a resumed training reads this file of a checkpoint folder (several processes have an rng_state each)."""
     return name in RESUMED or re.fullmatch(r"rng_state_\d+\.pth", name) is not None
 
 
@@ -121,7 +122,7 @@ def step_of(checkpoint: Path) -> int:
 
 
 def changes(old: dict, new: dict) -> list[str]:
-    """What differs between two identities, a phrase each; a section that the old one could not know is passed over."""
+    """The differences between two identities, a phrase each; a section that is None in the old one is skipped."""
     found = []
     for key in sorted({*(old["recipe"] or {}), *new["recipe"]}) if old["recipe"] is not None else []:
         before, after = old["recipe"].get(key), new["recipe"].get(key)
@@ -130,9 +131,9 @@ def changes(old: dict, new: dict) -> list[str]:
     if old["data"] is not None and old["data"] != new["data"]:
         found += _data_changes(old["data"], new["data"])
     for section, what in (("base_model", "the base model"), ("tokenizer", "the tokenizer")):
-        if old[section] is not None and old[section]["sha256"] not in (None, new[section]["sha256"]):
+        if old[section] is not None and old[section].get("sha256") not in (None, new[section]["sha256"]):
             found.append(f"{what}'s files")
-    if old["pretrain"] is not None and new["pretrain"] is not None and old["pretrain"]["sha256"] is not None:
+    if old["pretrain"] is not None and new["pretrain"] is not None and old["pretrain"].get("sha256") is not None:
         if old["pretrain"]["step"] != new["pretrain"]["step"]:
             found.append(f"the resumed step ({old['pretrain']['step']} -> {new['pretrain']['step']})")
         elif old["pretrain"]["sha256"] != new["pretrain"]["sha256"]:
@@ -141,7 +142,7 @@ def changes(old: dict, new: dict) -> list[str]:
 
 
 def _data_of(name: str, run: Run) -> dict[str, Any]:
-    """What is read of one dataset: entry, file, and the first `max_samples` rows, trained on, with their pictures."""
+    """The section of one dataset: its entry, its file, and the first `max_samples` rows with their pictures."""
     config, folder = run.config, run.resolve(run.config.get("dataset_dir", "data"))
     entry = dataset_info.entry_of(name, folder)
     dataset_info.require_trainable(name, entry)
@@ -165,7 +166,7 @@ def _data_of(name: str, run: Run) -> dict[str, Any]:
 
 def _data_changes(old: list[dict], new: list[dict]) -> list[str]:
     if [data["name"] for data in old] != [data["name"] for data in new]:
-        return []  # the recipe's `dataset` key says so already
+        return []  # the recipe's `dataset` key differs too, and is named
     found = []
     for before, after in zip(old, new, strict=True):
         if before.get("rows_sha256") != after["rows_sha256"]:
@@ -178,13 +179,10 @@ def _data_changes(old: list[dict], new: list[dict]) -> list[str]:
 
 
 def _check_against_manifest(checkpoint: Path, sha256: str) -> None:
-    manifest = checkpoint.parent / paths.MANIFEST
-    if not manifest.is_file():
+    manifest = read_manifest(checkpoint.parent)
+    if manifest is None:
         return
-    try:
-        recorded = {entry["step"]: entry["sha256"] for entry in json.loads(manifest.read_bytes())["checkpoints"]}
-    except (ValueError, KeyError, TypeError):
-        raise UserError(f"{paths.relative(manifest)}: broken; train that recipe again with FORCE=1") from None
+    recorded = {entry.step: entry.sha256 for entry in manifest.checkpoints}
     if recorded.get(step_of(checkpoint)) != sha256:
         raise UserError(
             f"{paths.relative(checkpoint)}: differs from what its run's manifest.json recorded; "
@@ -193,11 +191,11 @@ def _check_against_manifest(checkpoint: Path, sha256: str) -> None:
 
 
 def check_resumable(checkpoint: Path, rank: int, how_to_make: str) -> None:
-    """Refuse a checkpoint that is not there (listing those that are) or was trained at another rank.
+    """Raise UserError for a checkpoint that does not exist (listing those that do) or has another rank.
 
     Args:
         checkpoint: the folder a recipe resumes from.
-        rank: the rank that is to be trained.
+        rank: the rank to train.
         how_to_make: the command that makes the missing checkpoint.
     """
     if not (checkpoint / paths.ADAPTER).is_file():
@@ -226,5 +224,5 @@ def check_resumable(checkpoint: Path, rank: int, how_to_make: str) -> None:
 
 
 def force_asked() -> bool:
-    """Whether the user said FORCE=1: redo what is complete or stale."""
+    """Whether the user set FORCE=1: make again what is complete or stale."""
     return cli.is_on("FORCE")

@@ -1,22 +1,21 @@
-"""Make a stock LLaMA-Factory finetune run a collection: adapters alone, newest N steps, with a manifest.
+"""Makes a collection of a finished stock LLaMA-Factory finetune run: the adapters of its newest steps, and a manifest.
 
-    python utils/checkpoint_cleaner.py RUN_FOLDER [--keep 100] [--dry-run]
-
-Reads checkpoint-*/ with their optimizer states and tokenizer files; leaves checkpoint-<step>.safetensors and the rest
-of a collection in their place. The collection is built and read back beside the folder before anything is removed;
-safe to run twice and after a crash. What a stock run cannot tell is null in the manifest.
+The collection is built and read back beside the run folder before it replaces it, so that a crash loses nothing. Facts
+that a stock run does not record are null in the manifest.
 """
 
 import argparse
 import json
+import math
 import os
 import re
 import secrets
 import shutil
 from pathlib import Path
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
-from paragen.collection import collection
+from paragen.collection import finishing, run_files, verification
+from paragen.collection.manifest import CheckpointEntry, new_manifest, read_manifest, write_manifest
 from paragen.common import files, paths
 from paragen.common.cli import UserError
 from paragen.model import base_models
@@ -26,25 +25,25 @@ STATE = "trainer_state.json"
 
 
 class Outcome(NamedTuple):
-    """What became of a run folder."""
+    """How cleaning a run folder ended."""
 
-    state: str  # `clean` already, `cleaned`, or `would clean` in a dry run
+    state: str  # `clean` (was one already), `cleaned`, or `would clean` in a dry run
     checkpoints: int
     freed: int  # bytes
 
 
 def add_options(parser: argparse.ArgumentParser) -> None:
-    """The options that cleaning one folder and cleaning many share."""
+    """Add the options that cleaning one folder and cleaning many share."""
     parser.add_argument("--keep", type=int, default=DEFAULT_KEEP, help="keep the newest N steps (default: %(default)s)")
     parser.add_argument("--dry-run", action="store_true", help="only show what would be freed")
 
 
 def clean(folder: Path, keep: int = DEFAULT_KEEP, dry_run: bool = False) -> Outcome:
-    """Bring a stock finetune run folder to the collection layout.
+    """Turn a stock finetune run folder into a collection.
 
     Args:
         folder: the run folder.
-        keep: how many checkpoints stay, the newest by step number.
+        keep: how many checkpoints to keep, the newest by step number.
         dry_run: change nothing.
 
     Raises UserError, with nothing changed, for a folder that is no finished finetune run or holds a broken checkpoint.
@@ -61,24 +60,24 @@ def clean(folder: Path, keep: int = DEFAULT_KEEP, dry_run: bool = False) -> Outc
                 files.recover_folder(folder)
             if not folder.is_dir():
                 raise UserError(f"{folder}: no such folder")
-            manifest = collection.read_manifest(folder)
+            manifest = read_manifest(folder)
             if manifest is not None:
-                if manifest["phase"] != "finetune":
+                if manifest.phase != "finetune":
                     raise UserError(f"{folder}: is a pretrain run; only a finetune run becomes a collection")
-                return Outcome("clean", len(manifest["checkpoints"]), 0)
+                return Outcome("clean", len(manifest.checkpoints), 0)
             kept = finished_checkpoints(folder)[-keep:]
             freed = files.size_of(folder.rglob("*")) - sum((path / paths.ADAPTER).stat().st_size for path in kept)
             if dry_run:
                 return Outcome("would clean", len(kept), freed)
             return rebuild(folder, kept)
     except files.Busy:
-        raise UserError(f"{folder}: a run is going on in it") from None
+        raise UserError(f"{folder}: is being trained or cleaned right now") from None
 
 
 def finished_checkpoints(folder: Path) -> list[Path]:
-    """The checkpoint folders of a finished stock finetune run, in the order of their steps; each is whole.
+    """The checkpoint folders of a finished stock finetune run, in ascending order of their steps.
 
-    Raises UserError saying what the folder lacks.
+    Raises UserError naming what is missing or broken.
     """
     found = {int(path.name.split("-")[1]): path for path in folder.iterdir() if is_checkpoint(path)}
     if not found:
@@ -102,7 +101,7 @@ def is_checkpoint(path: Path) -> bool:
 
 
 def saved_every_step(state: dict, found: dict[int, Path]) -> bool:
-    """Whether a run of any name collected: several checkpoints, one after each step."""
+    """Whether a run of any name saved a checkpoint after each of several steps."""
     return len(found) > 1 and max(found) - min(found) == len(found) - 1 or state.get("save_steps") == 1
 
 
@@ -129,14 +128,14 @@ def check_adapter(checkpoint: Path) -> None:
         raise UserError(f"{error.filename or checkpoint / paths.ADAPTER}: is missing; nothing was changed") from None
     except (ValueError, SafetensorError) as error:
         raise UserError(
-            f"{checkpoint}: its adapter is broken ({error}); remove that folder to go on without it"
+            f"{checkpoint}: its adapter is broken ({error}); remove that folder to clean the run without it"
         ) from None
     if adapter.get("peft_type") != "LORA":
         raise UserError(f"{checkpoint}: holds no LoRA adapter")
 
 
 def rebuild(folder: Path, kept: list[Path]) -> Outcome:
-    """Build the collection beside `folder` and put it in its place. `kept` is in the order of steps."""
+    """Build a collection from the checkpoint folders `kept` (ascending by step) beside `folder`, and replace that."""
     before = files.size_of(folder.rglob("*"))
     staging = files.beside(folder, f"staging-{secrets.token_hex(4)}")
     staging.mkdir()
@@ -145,30 +144,25 @@ def rebuild(folder: Path, kept: list[Path]) -> Outcome:
         entries = []
         for checkpoint in kept:
             step = int(paths.CHECKPOINT.fullmatch(checkpoint.name)[1])
-            target = staging / collection.checkpoint_name(step)
+            target = staging / run_files.checkpoint_name(step)
             link_or_copy(checkpoint / paths.ADAPTER, target)
             log = losses.get(step, {})
-            entries.append({
-                "step": step,
-                "loss": log.get("loss"),
-                "learning_rate": log.get("learning_rate"),
-                "bytes": target.stat().st_size,
-                "sha256": files.sha256_of(target),
-            })  # fmt: skip
-        for name in (collection.LOG, collection.PICTURE):
+            loss, learning_rate = (finite_or_none(log.get(key)) for key in ("loss", "learning_rate"))
+            entries.append(CheckpointEntry(step, loss, learning_rate, target.stat().st_size, files.sha256_of(target)))
+        for name in (run_files.LOG, run_files.PICTURE):
             if (folder / name).is_file():
                 shutil.copyfile(folder / name, staging / name)
         adapter = json.loads((kept[-1] / paths.ADAPTER_CONFIG).read_bytes())
         base = base_of(adapter)
         shutil.copyfile(kept[-1] / paths.ADAPTER_CONFIG, staging / paths.ADAPTER_CONFIG)
-        collection.set_base_name(staging / paths.ADAPTER_CONFIG, base)
+        finishing.set_base_name(staging / paths.ADAPTER_CONFIG, base)
         identity = {"recipe": None, "data": None, "base_model": base, "tokenizer": None, "pretrain": None}
         unknown = ("seed", "device", "processes", "precision", "rows_at_a_time", "accumulated", "trained_rows",
                    "total_steps", "versions", "attempt")  # fmt: skip
         facts = {**dict.fromkeys(unknown), "adapter_config_sha256": files.sha256_of(staging / paths.ADAPTER_CONFIG)}
-        manifest = collection.manifest_of(folder, "finetune", adapter["r"], identity, entries, facts)
-        files.write_json(staging / collection.MANIFEST, manifest)
-        faults = collection.faults_of(staging, manifest)
+        manifest = new_manifest(folder, "finetune", adapter["r"], identity, entries, facts)
+        write_manifest(staging, manifest)
+        faults = verification.faults_of(staging, manifest)
         if faults:
             raise UserError(f"{folder}: {faults[0]}; nothing was changed")
         files.publish_folder(staging, folder)
@@ -177,8 +171,13 @@ def rebuild(folder: Path, kept: list[Path]) -> Outcome:
     return Outcome("cleaned", len(entries), before - files.size_of(folder.iterdir()))
 
 
+def finite_or_none(value: Any) -> float | None:
+    """A logged figure, None where it is not a finite number."""
+    return value if isinstance(value, (int, float)) and math.isfinite(value) else None
+
+
 def link_or_copy(source: Path, target: Path) -> None:
-    """The same file under a second name where the file system can do that, else a copy on disk."""
+    """Hard-link a file, or copy it where the file system has no hard links."""
     try:
         os.link(source, target)
     except OSError:
@@ -188,7 +187,7 @@ def link_or_copy(source: Path, target: Path) -> None:
 
 
 def base_of(adapter: dict) -> dict:
-    """Name and hub id of the base model that an adapter_config.json names; the hash is not known."""
+    """The section `base_model` of a manifest from adapter_config.json, which does not record the hash."""
     named = str(adapter.get("base_model_name_or_path") or "")
     is_hub_id = re.fullmatch(r"[\w.-]+/[\w.-]+", named) and not named.startswith(".") and not Path(named).exists()
     folder = paths.MODELS / Path(named).name

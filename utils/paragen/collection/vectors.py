@@ -1,6 +1,6 @@
 """A checkpoint as one flat vector with a layout, and back.
 
-Imported by pairs.py and by all that treats a checkpoint as a point. Nothing is lost on the way there and back.
+Both directions keep every bit.
 """
 
 import functools

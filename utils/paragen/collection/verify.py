@@ -2,7 +2,8 @@
 
 from pathlib import Path
 
-from paragen.collection import collection, quality_warnings
+from paragen.collection import quality_warnings, verification
+from paragen.collection.manifest import Manifest, read_manifest
 from paragen.common import files, paths
 from paragen.common.cli import UserError, say
 from paragen.model import base_models
@@ -19,9 +20,9 @@ def verify(folder: Path, base: Path | None = None) -> list[str]:
     """
     name, manifest = paths.relative(folder), None
     try:
-        manifest = collection.read_manifest(folder) if folder.is_dir() else None
+        manifest = read_manifest(folder) if folder.is_dir() else None
         if manifest is not None:
-            faults = collection.faults_of(folder, manifest) or peft_faults(folder, manifest, base)
+            faults = verification.faults_of(folder, manifest) or peft_faults(folder, manifest, base)
         elif folder.is_dir():
             faults = ["has no manifest.json: no finished collection (make clean-checkpoints makes one of a stock run)"]
         else:
@@ -32,18 +33,18 @@ def verify(folder: Path, base: Path | None = None) -> list[str]:
     for line in lines:
         say(line)
     if not lines and manifest is not None:
-        steps = [entry["step"] for entry in manifest["checkpoints"]]
+        steps = manifest.steps
         size = files.size_of(folder.iterdir()) / 1e6
         say(f"whole  {name}: {len(steps)} checkpoints, steps {steps[0]}-{steps[-1]}, {size:.1f} MB")
-        for warning in quality_warnings.of(folder, manifest):
+        for warning in quality_warnings.find_warnings(folder, manifest):
             say(f"DOUBTFUL {name}: {warning}")
     return lines
 
 
-def peft_faults(folder: Path, manifest: dict, base: Path | None) -> list[str]:
+def peft_faults(folder: Path, manifest: Manifest, base: Path | None) -> list[str]:
     """What PEFT objects to in the collection's last checkpoint."""
-    base = base or paths.MODELS / ((manifest["base_model"] or {}).get("name") or "unknown")
+    base = base or paths.MODELS / (manifest.base_name or "unknown")
     if not (base / "config.json").is_file():
         way = base_models.how_to_get(base)
-        return [f"cannot be loaded with PEFT here, models/{base.name} is missing; bring it with: {way}"]
-    return collection.peft_faults(folder, manifest["checkpoints"][-1]["step"], base)
+        return [f"cannot be loaded with PEFT here, models/{base.name} is missing; get it with: {way}"]
+    return verification.peft_faults(folder, manifest.steps[-1], base)

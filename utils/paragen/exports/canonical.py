@@ -3,19 +3,21 @@
     FORMAT=canonical [DATASET=..] [MODEL=..] [RANK=..] [OUT=..] [DTYPE=..] python utils/export.py       (make export)
 
 Reads collections, writes OUT/<category>/<dataset>/<run folder>/ with checkpoint-<step>.safetensors (PEFT's keys),
-adapter_config.json (unchanged: the scaling is not touched) and canonical.json: what it was made from, and how.
+adapter_config.json (unchanged, since the scaling stays) and canonical.json: what it was made from, and how.
 """
 
+from collections.abc import Sequence
 from functools import partial
 from pathlib import Path
 from typing import Any
 
 from paragen.analysis import canonical
-from paragen.collection import checkpoints, collection, exported, index
+from paragen.collection import checkpoints, derived, index
+from paragen.collection.manifest import CheckpointEntry
 from paragen.common import files, parallel, paths
 from paragen.common.cli import UserError
 
-BUDGET = 1 << 30  # bytes that the steps which are worked on together may take
+BUDGET = 1 << 30  # bytes that one batch of steps may take
 ABOUT = "canonical.json"
 
 
@@ -25,12 +27,12 @@ def export(chosen: list[index.Chosen], out: Path, dtype: str | None) -> None:
     Args:
         chosen: the collections.
         out: the export's folder.
-        dtype: what the factors are rounded to; None is float32, also for adapters trained in bfloat16: new factors
-            in bfloat16 would have another product (by up to 0.4 %).
+        dtype: what the factors are rounded to; None is float32, also for adapters trained in bfloat16, since factors
+            rounded to bfloat16 would have another product (by up to 0.4 %).
     """
     for one in chosen:
         source = source_of(one, dtype or "float32")
-        exported.part(out, one.name, source, partial(write, one, source))
+        derived.make_part(out, one.name, source, partial(write, one, source))
 
 
 def source_of(one: index.Chosen, dtype: str) -> dict[str, Any]:
@@ -38,22 +40,22 @@ def source_of(one: index.Chosen, dtype: str) -> dict[str, Any]:
     return {
         "format": "canonical",
         "method": canonical.METHOD,
-        "manifest": one.manifest["sha256"],
+        "manifest": one.manifest.sha256,
         "dtype": dtype,
     }
 
 
 def write(one: index.Chosen, source: dict[str, Any], folder: Path, budget: int = BUDGET) -> None:
-    """Write the canonical form of a collection to `folder`, which is not there yet.
+    """Write the canonical form of a collection to the new folder `folder`.
 
-    A layer's steps are computed in one batched call, as many at a time as `budget` bytes hold; the number changes no
-    bit of the result.
+    A layer's steps are computed in batched calls, as many at a time as `budget` bytes hold; their number changes no bit
+    of the result.
     """
     import torch
     from safetensors.torch import save
 
     config = checkpoints.adapter_config(one.folder, one.manifest)
-    entries = one.manifest["checkpoints"]
+    entries = one.manifest.checkpoints
     dtype = getattr(torch, source["dtype"])
     folder.mkdir()
     for part, handles in checkpoints.in_chunks(one.folder, entries, steps_within(budget, one, entries)):
@@ -65,24 +67,24 @@ def write(one: index.Chosen, source: dict[str, Any], folder: Path, budget: int =
                 for step, value in zip(steps, values, strict=True):
                     step[f"{layer}.{end}.weight"] = value
         for entry, tensors in zip(entries[part], steps, strict=True):
-            path = folder / collection.checkpoint_name(entry["step"])
+            path = folder / entry.file_name
             files.write_atomically(path, save(tensors, metadata={"format": "pt"}))
     files.write_json(folder / paths.ADAPTER_CONFIG, config)
     files.write_json(folder / ABOUT, about(one, source))
 
 
-def canonical_factors(folder: Path, entries: list[dict], handles: list, dtype: Any, layer: str) -> list:
+def canonical_factors(folder: Path, entries: Sequence[CheckpointEntry], handles: list, dtype: Any, layer: str) -> list:
     """[A', B'] of one layer in some open checkpoints, rounded to `dtype`. Raises UserError where that overflows."""
     both = []
     for values in canonical.canonical(*checkpoints.factors_of(folder, entries, handles, layer)):
         both.append(values.to(dtype).contiguous())
         if not both[-1].isfinite().all():
-            raise UserError(f"{layer}: does not fit into {str(dtype).removeprefix('torch.')}; leave DTYPE out")
+            raise UserError(f"{layer}: does not fit into {str(dtype).removeprefix('torch.')}; omit DTYPE")
     return both
 
 
-def steps_within(budget: int, one: index.Chosen, entries: list[dict]) -> int:
-    """How many steps are worked on together: their results, and a layer's float64 work of about eight copies."""
+def steps_within(budget: int, one: index.Chosen, entries: Sequence[CheckpointEntry]) -> int:
+    """How many steps fit into `budget` bytes: their results, and about eight float64 copies of a layer per thread."""
     layout = checkpoints.layout_of(next(checkpoints.open_all(one.folder, entries[:1])))
     sizes = [rows * columns for rows, columns in layout.values()]
     return max(1, budget // (8 * sum(sizes) + parallel.WORKERS * 8 * 8 * 2 * max(sizes)))

@@ -2,27 +2,29 @@
 
     FORMAT=dnd DATASET="ARC-c BoolQ" MODEL=qwen2.5-0.5b RANK=8 OUT=~/Drag-and-Drop-LLMs python utils/export.py
 
-Imported by export.py. Writes
-    data/<task>/<dataset>/<step>.safetensors     alone in their folder, since it takes every entry for a checkpoint
-    prepare/data/<dataset>_train.json            the rows that were trained on; for all but common sense, whose scripts
-    prepare/data/<dataset>.json                  read the first name, the same under the second
+Writes
+    data/<task>/<dataset>/<step>.safetensors     alone in their folder, since every file there is read as a checkpoint
+    prepare/data/<dataset>_train.json            the rows that were trained on; common sense scripts read this name,
+    prepare/data/<dataset>.json                  the scripts of all other tasks this one
 Tasks are named as its scripts name them: common_sense_reasoning, and coding, math and vllm with the size of a Qwen2.5
-(coding7B, vllm3B). A model that it has no task for gets the same with the model's name: coding_gpt2.
-It has no room for two models, ranks or seeds, so an export holds one of each. Its scripts cast to bfloat16 themselves.
+(coding7B, vllm3B). For a model without a task there, the task has the model's name: coding_gpt2. These paths name no
+model, rank or seed, so an export holds one of each. Drag-and-Drop's scripts cast to bfloat16 themselves.
 """
 
 import re
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
-from paragen.collection import checkpoints, exported
+from paragen.collection import checkpoints, derived
 from paragen.collection.index import Chosen
+from paragen.collection.manifest import CheckpointEntry
 from paragen.common import files, paths
 from paragen.common.cli import UserError, say
-from paragen.exports import dnd_prompts
+from paragen.exports import checkpoint_copies, dnd_prompts
 
 FORMAT = "dnd"
-# What its training scripts set: real_length (checkpoints taken of each dataset), num_texts (prompts drawn for a pair).
+# What its training scripts set: real_length (checkpoints read of each dataset), num_texts (prompts drawn for a pair).
 TASKS = {
     "common_sense_reasoning": (50, 128),
     "coding1.5B": (80, 16),
@@ -48,12 +50,12 @@ KEY = re.compile(
 
 
 class Planned(NamedTuple):
-    """A collection with what its export needs."""
+    """A collection and what its export needs."""
 
     chosen: Chosen
     task: str
     dataset: str
-    keys: dict[str, str]  # Drag-and-Drop's by the collection's
+    keys: dict[str, str]  # Drag-and-Drop's key by the collection's
     shapes: dict[str, list[int]]  # by Drag-and-Drop's keys
     stored: str  # the dtype
 
@@ -75,46 +77,48 @@ def export(chosen: list[Chosen], out: Path, dtype: str | None) -> None:
         out: the root of a Drag-and-Drop checkout or an empty folder.
         dtype: what the checkpoints are cast to; None keeps theirs.
 
-    Raises UserError, before anything is written, when it cannot hold them all or cannot read one of them.
+    Raises UserError, before anything is written, when an export cannot hold them all or one has unsupported layers.
     """
     check_one_of_each(chosen)
     plan = [planned(one) for one in chosen]
     sources = {one.folder: source_of(one, dtype) for one in plan}
     check_alike(sources, out)
     kept = [dnd_prompts.kept(one.chosen, one.prompt_files, out) for one in plan]
-    missing = [one for one in plan if not exported.is_there(out, one.folder, sources[one.folder])]
+    missing = [one for one in plan if not derived.is_there(out, one.folder, sources[one.folder])]
     for one in missing:
-        exported.check_replaceable(out, one.folder, sources[one.folder])
-    sizes = [exported.bytes_of(entry, one.stored, dtype) for one in missing for entry in steps_of(one)]
-    exported.check_room(out / "data", sum(sizes))  # which may be a link to a larger disk
+        derived.check_replaceable(out, one.folder, sources[one.folder])
+    sizes = [checkpoint_copies.bytes_of(entry, one.stored, dtype) for one in missing for entry in steps_of(one)]
+    derived.check_room(out / "data", sum(sizes))  # which may be a link to a larger disk
     for one, stays in zip(plan, kept, strict=True):
-        exported.part(out, one.folder, sources[one.folder], lambda staging, one=one: write_steps(one, staging, dtype))
+        derived.make_part(
+            out, one.folder, sources[one.folder], lambda staging, one=one: write_steps(one, staging, dtype)
+        )
         for name in one.prompt_files:
             if name not in stays:
                 dnd_prompts.write(one.chosen, out, name)
-    say_figures(plan, out)
+    print_notes(plan, out)
 
 
 def check_one_of_each(chosen: list[Chosen]) -> None:
-    """Raise UserError when collections are of several models, ranks or seeds, or two are of one dataset."""
-    found = sorted({(name_of(one), one.manifest["rank"]) for one in chosen})
+    """Raise UserError for collections of several models, ranks or seeds, and for two of one dataset."""
+    found = sorted({(name_of(one), one.manifest.rank) for one in chosen})
     if len(found) > 1:
         raise UserError(
             f"FORMAT=dnd holds one model and rank, not {listed(f'{name} rank {rank}' for name, rank in found)}; "
             "choose with MODEL=.. RANK=.., and an OUT for each"
         )
-    seeds = sorted({one.manifest["seed"] for one in chosen} - {None})
+    seeds = sorted({one.manifest.seed for one in chosen} - {None})
     if len(seeds) > 1:
         raise UserError(f"FORMAT=dnd holds one seed, not {listed(seeds)}; choose with SEED=.., and an OUT for each")
-    bases = {(one.manifest["base_model"] or {}).get("sha256"): one.name for one in chosen}
+    bases = {one.manifest.base_model and one.manifest.base_model.sha256: one.name for one in chosen}
     if len(bases.keys() - {None}) > 1:
         raise UserError(f"{listed(bases.values())}: were trained on different {found[0][0]}; choose with DATASET=..")
     by_dataset: dict[str, str] = {}
     for one in chosen:
-        other = by_dataset.setdefault(one.manifest["dataset"], one.name)
+        other = by_dataset.setdefault(one.manifest.dataset, one.name)
         if other != one.name:
             raise UserError(
-                f"{other} and {one.name}: are both of {one.manifest['dataset']}; choose with CATEGORY=.. SEED=.."
+                f"{other} and {one.name}: are both of {one.manifest.dataset}; choose with CATEGORY=.. SEED=.."
             )
 
 
@@ -125,8 +129,8 @@ def listed(values: Any) -> str:
 
 
 def name_of(chosen: Chosen) -> str:
-    """The folder name of a collection's base model; the run folder's beginning where the manifest does not know it."""
-    return (chosen.manifest["base_model"] or {}).get("name") or re.split(r"_lora-rank_", chosen.folder.name)[0]
+    """The folder name of a collection's base model; where the manifest lacks it, the start of the run folder's name."""
+    return chosen.manifest.base_name or re.split(r"_lora-rank_", chosen.folder.name)[0]
 
 
 def task_of(category: str, model: str) -> str:
@@ -139,19 +143,19 @@ def task_of(category: str, model: str) -> str:
 
 
 def planned(chosen: Chosen) -> Planned:
-    """What exporting a collection takes. Raises UserError for layers or names that Drag-and-Drop does not read."""
+    """What the export of a collection needs. Raises UserError for layers or names that Drag-and-Drop does not read."""
     manifest = chosen.manifest
-    if manifest["category"] not in PREFIXES:
+    if manifest.category not in PREFIXES:
         raise UserError(f"{chosen.name}: lies in no category's folder, so it has no task; known: {', '.join(PREFIXES)}")
-    first = next(checkpoints.open_all(chosen.folder, manifest["checkpoints"]))
+    first = next(checkpoints.open_all(chosen.folder, manifest.checkpoints))
     names = sorted(first.keys())
     checkpoints.layers_of(names)
     keys = {name: dnd_key(name, chosen.name) for name in names}
     slices = {name: first.get_slice(name) for name in names}
     return Planned(
         chosen,
-        task_of(manifest["category"], name_of(chosen)),
-        manifest["dataset"],
+        task_of(manifest.category, name_of(chosen)),
+        manifest.dataset,
         keys,
         {keys[name]: piece.get_shape() for name, piece in slices.items()},
         checkpoints.dtype_of(first),
@@ -170,25 +174,25 @@ def dnd_key(key: str, name: str) -> str:
 
 
 def source_of(one: Planned, dtype: str | None) -> dict[str, Any]:
-    """What decides the content of a collection's folder, and what must agree between all in an export."""
+    """What decides the content of a collection's folder, and what has to be the same for all in an export."""
     manifest = one.chosen.manifest
     return {
         "format": FORMAT,
         "collection": one.chosen.name,
-        "sha256": manifest["sha256"],
+        "sha256": manifest.sha256,
         "model": name_of(one.chosen),
-        "rank": manifest["rank"],
-        "seed": manifest["seed"],
+        "rank": manifest.rank,
+        "seed": manifest.seed,
         "layers_sha256": files.sha256_of_value(one.shapes),
         "dtype": dtype or one.stored,
     }
 
 
 def check_alike(sources: dict[str, dict], out: Path) -> None:
-    """Raise UserError unless all parts, those that OUT holds already too, have one model, rank, seed and layers."""
+    """Raise UserError unless all parts, including those in OUT, have one model, rank, seed and set of layers."""
     there = {
         f"{paths.relative(out)}/{name}": entry["source"]
-        for name, entry in exported.read_record(out).items()
+        for name, entry in derived.read_record(out).items()
         if "layers_sha256" in entry["source"] and (out / name).exists()
     }
     everyone = there | sources
@@ -197,26 +201,26 @@ def check_alike(sources: dict[str, dict], out: Path) -> None:
         first = next(iter(known), None)
         for name, value in known.items():
             if value != known[first]:
-                told = "" if key == "layers_sha256" else f" ({value}, not {known[first]})"
-                raise UserError(f"{name}: has another {what}{told} than {first}; take another OUT for it")
+                values = "" if key == "layers_sha256" else f" ({value}, not {known[first]})"
+                raise UserError(f"{name}: has another {what}{values} than {first}; take another OUT for it")
 
 
-def steps_of(one: Planned) -> list[dict]:
+def steps_of(one: Planned) -> Sequence[CheckpointEntry]:
     """The manifest's entries of a collection's checkpoints."""
-    return one.chosen.manifest["checkpoints"]
+    return one.chosen.manifest.checkpoints
 
 
 def write_steps(one: Planned, staging: Path, dtype: str | None) -> None:
     """Write all checkpoints of a collection into a new folder, and nothing else."""
     staging.mkdir()
     for entry in steps_of(one):
-        target = staging / f"{entry['step']}.safetensors"
-        exported.write_checkpoint(one.chosen.folder, entry, target, dtype, one.keys)
+        target = staging / f"{entry.step}.safetensors"
+        checkpoint_copies.write_checkpoint(one.chosen.folder, entry, target, dtype, one.keys)
 
 
-def say_figures(plan: list[Planned], out: Path) -> None:
-    """Say, a line each, where the export does not fit the figures that Drag-and-Drop's training scripts set."""
-    record = exported.read_record(out)
+def print_notes(plan: list[Planned], out: Path) -> None:
+    """Print a note for each figure of Drag-and-Drop's training scripts that the export does not meet."""
+    record = derived.read_record(out)
     for task in dict.fromkeys(one.task for one in plan):
         real, texts = figures_of(task)
         counts = {
@@ -239,21 +243,21 @@ def say_figures(plan: list[Planned], out: Path) -> None:
                     f"which fail then; set num_texts to {rows} at most"
                 )
         if least < real and len(set(counts.values())) > 1:
-            told = listed(f"{dataset} {count}" for dataset, count in sorted(counts.items()))
-            say(f"note: {task}: its datasets have different numbers of checkpoints ({told}); use {least} of each")
-    say_tokenizer(plan[0])
+            numbers = listed(f"{dataset} {count}" for dataset, count in sorted(counts.items()))
+            say(f"note: {task}: its datasets have different numbers of checkpoints ({numbers}); use {least} of each")
+    print_tokenizer_note(plan[0])
 
 
 def figures_of(task: str) -> tuple[int, int]:
-    """real_length and num_texts in the scripts of a task, or of the first one of its kind."""
+    """real_length and num_texts in the scripts of a task, or else of the first task of its kind."""
     return TASKS.get(task) or next(
         figures for name, figures in TASKS.items() if name.startswith(re.match("coding|math|vllm", task)[0])
     )
 
 
-def say_tokenizer(one: Planned) -> None:
-    """Say when Drag-and-Drop has no tokenizer for a model and rank; it goes by the layers' sizes."""
-    rank = one.chosen.manifest["rank"]
+def print_tokenizer_note(one: Planned) -> None:
+    """Print a note where Drag-and-Drop has no tokenizer for a rank and the sizes of these layers."""
+    rank = one.chosen.manifest.rank
     widths = {key.split(".")[-3]: shape[1] for key, shape in one.shapes.items() if key.endswith("lora_A.weight")}
     layers = {key.split(".")[4] for key in one.shapes}
     if TOKENIZERS.get((widths.get("q_proj"), widths.get("down_proj"), len(layers))) != rank or len(widths) != 7:

@@ -1,6 +1,6 @@
-"""The prompts of collections where Drag-and-Drop LLMs reads them, beside those that its checkout brings.
+"""The prompt files of an export for Drag-and-Drop LLMs, beside those that its checkout contains.
 
-Imported by export_dnd.py. A file is a list of rows; of each it reads `prompt`, or the first of `conversations`.
+A file is a list of rows; Drag-and-Drop reads `prompt` of each, or the first of its `conversations`.
 """
 
 import json
@@ -8,15 +8,16 @@ import os
 from pathlib import Path
 from typing import Any
 
-from paragen.collection import exported, prompts, run_identity
+from paragen.collection import derived, prompts, run_identity
 from paragen.collection.index import Chosen
+from paragen.collection.manifest import Manifest
 from paragen.common import paths
 from paragen.common.cli import UserError, say
 
 SHAREGPT = {"user": "human", "assistant": "gpt", "function": "function_call", "observation": "observation"}
 
 
-def rows_of(manifest: dict[str, Any]) -> list[dict[str, Any]]:
+def rows_of(manifest: Manifest) -> list[dict[str, Any]]:
     """The rows that a collection was trained on, as Drag-and-Drop reads them."""
     return [as_row(texts) for texts in prompts.of_collection(manifest, "train", paths.DATA)]
 
@@ -26,17 +27,17 @@ def as_row(texts: dict[str, Any]) -> dict[str, Any]:
     pictures = {"images": texts["images"]} if texts["images"] else {}
     if "messages" not in texts:
         return {"prompt": texts["prompt"], "response": texts["response"], "system": texts["system"], **pictures}
-    said = [message for message in texts["messages"] if message["role"] != "system"]
-    while said and said[0]["role"] != "user" and any(message["role"] == "user" for message in said):
-        said.pop(0)  # a greeting; the first message has to be the prompt
-    turns = [{"from": SHAREGPT.get(message["role"], "human"), "value": message["content"]} for message in said]
+    messages = [message for message in texts["messages"] if message["role"] != "system"]
+    while messages and messages[0]["role"] != "user" and any(message["role"] == "user" for message in messages):
+        messages.pop(0)  # a greeting; the first message has to be the prompt
+    turns = [{"from": SHAREGPT.get(message["role"], "human"), "value": message["content"]} for message in messages]
     return {"conversations": turns, **({"system": texts["system"]} if texts["system"] else {}), **pictures}
 
 
 def write(chosen: Chosen, out: Path, name: str) -> None:
-    """Write the rows that a collection was trained on to OUT/<name>; a file of others there is kept beside it."""
+    """Write the rows that a collection was trained on to OUT/<name>; a file that no export made is kept beside it."""
     target = out / name
-    if name not in exported.read_record(out) and os.path.lexists(target):  # allowed by `kept`, so FORCE=1 was said
+    if name not in derived.read_record(out) and os.path.lexists(target):  # only with FORCE=1, see `kept`
         os.rename(target, aside(target))
         say(f"kept: {paths.relative(aside(target))}")
 
@@ -44,22 +45,22 @@ def write(chosen: Chosen, out: Path, name: str) -> None:
         rows = rows_of(chosen.manifest)
         staging.write_bytes(json.dumps(rows, ensure_ascii=False, indent=1).encode())
 
-    data = [{"name": part["name"], "rows_sha256": part["rows_sha256"]} for part in chosen.manifest["data"]]
-    exported.part(out, name, {"format": "dnd", "data": data}, make)
+    data = [{"name": part.name, "rows_sha256": part.rows_sha256} for part in chosen.manifest.data]
+    derived.make_part(out, name, {"format": "dnd", "data": data}, make)
 
 
 def aside(path: Path) -> Path:
-    """Where a file of a checkout is kept when FORCE=1 puts an export's in its place."""
+    """Where a checkout's own file is kept when FORCE=1 replaces it."""
     return path.with_name(f"{path.name}.before-export")
 
 
 def kept(chosen: Chosen, names: list[str], out: Path) -> list[str]:
-    """Which of a collection's prompt files stay as OUT has them, not made by an export: those with its prompts.
+    """Those of a collection's prompt files that no export made and that stay, since they have its prompts already.
 
-    Raises UserError where OUT has other prompts, unless FORCE=1, or where the collection's rows are gone or not known.
+    Raises UserError where OUT has other prompts, unless FORCE=1, and where the collection's rows are gone or unknown.
     """
-    record, stay = exported.read_record(out), []
-    known = chosen.manifest["data"] is not None
+    record, stay = derived.read_record(out), []
+    known = chosen.manifest.data is not None
     ours = [prompt_in(row) for row in rows_of(chosen.manifest)] if known else None
     for name in names:
         path = out / name
@@ -76,12 +77,12 @@ def kept(chosen: Chosen, names: list[str], out: Path) -> list[str]:
         elif prompts_in(path) == ours:
             stay.append(name)
         else:
-            check_may_replace(path, len(ours), chosen.manifest["dataset"])
+            check_may_replace(path, len(ours), chosen.manifest.dataset)
     return stay
 
 
 def check_may_replace(path: Path, rows: int, dataset: str) -> None:
-    """Raise UserError unless FORCE=1 lets a prompt file be replaced and there is room to keep the present one."""
+    """Raise UserError unless FORCE=1 is set and the name to keep the present file under is free."""
     if os.path.lexists(aside(path)):
         raise UserError(f"{paths.relative(aside(path))}: is there already; move it away, then run it again")
     if not run_identity.force_asked():
@@ -92,7 +93,7 @@ def check_may_replace(path: Path, rows: int, dataset: str) -> None:
 
 
 def prompts_in(path: Path) -> list[str | None]:
-    """The prompts in a file as Drag-and-Drop reads them; None for a row without one, none where it is no such file."""
+    """The prompts in a file as Drag-and-Drop reads them: None for a row without one; empty for another kind of file."""
     try:
         rows = json.loads(path.read_bytes())
     except (ValueError, FileNotFoundError, IsADirectoryError):
@@ -110,5 +111,5 @@ def prompt_in(row: Any) -> str | None:
 
 def count(chosen: Chosen, path: Path) -> int:
     """How many prompts Drag-and-Drop finds for a collection."""
-    data = chosen.manifest["data"]
-    return len(prompts_in(path)) if data is None else sum(part["rows"] for part in data)
+    data = chosen.manifest.data
+    return len(prompts_in(path)) if data is None else sum(part.rows for part in data)

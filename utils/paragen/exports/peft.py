@@ -2,41 +2,44 @@
 
     FORMAT=peft [STEPS=all|last|every:10] DATASET=ARC-c OUT=~/adapters python utils/export.py
 
-Imported by export.py. Writes OUT/<category>/<dataset>/<run folder>/checkpoint-<step>/ with
+Writes OUT/<category>/<dataset>/<run folder>/checkpoint-<step>/ with
     adapter_model.safetensors    the collected bytes (DTYPE=.. casts them)
     adapter_config.json          the collection's
     README.md                    a model card: what it is and how to load it
-Any of them loads through PeftModel.from_pretrained and through what serves LoRA folders (vLLM, SGLang); where a serving
-engine will refuse one, that is said. STEPS=every:10 takes every tenth checkpoint, counted back from the last.
+PeftModel.from_pretrained loads each of them, and engines that serve LoRA folders (vLLM, SGLang) do, too; a note names
+the reason where an engine will refuse one. STEPS=every:10 takes every tenth checkpoint, counted back from the last.
 """
 
 import json
 import os
 import re
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
-from paragen.collection import checkpoints, evaluation, exported
+from paragen.collection import checkpoints, derived, evaluation
 from paragen.collection.index import Chosen
+from paragen.collection.manifest import BaseModel, CheckpointEntry
 from paragen.common import paths
 from paragen.common.cli import UserError, say
+from paragen.exports import checkpoint_copies
 
 FORMAT = "peft"
 # The values that vLLM takes for --max-lora-rank (vllm/config/lora.py); it refuses an adapter of a larger rank.
 VLLM_RANKS = (1, 8, 16, 32, 64, 128, 256, 320, 512)
-# Layers that vLLM and SGLang know from Llama-like models; of those of GPT-2 and BERT they know none.
+# Layers of Llama-like models for which vLLM and SGLang have LoRA; they have none for those of GPT-2 and BERT.
 SERVED = {"q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj"}
 
 
 class Planned(NamedTuple):
-    """A collection with what its export needs."""
+    """A collection and what its export needs."""
 
     chosen: Chosen
-    entries: list[dict]  # the selected ones of the manifest's checkpoints
+    entries: Sequence[CheckpointEntry]  # the selected checkpoints
     config: dict[str, Any]  # adapter_config.json
     keys: list[str]
     stored: str  # the dtype
-    scores: dict[int, str]  # by step, as the model card says it; of those that were evaluated
+    scores: dict[int, str]  # a text for the model card by step, of the evaluated checkpoints
 
 
 def export(chosen: list[Chosen], out: Path, dtype: str | None) -> None:
@@ -47,30 +50,30 @@ def export(chosen: list[Chosen], out: Path, dtype: str | None) -> None:
         out: the folder to write below.
         dtype: what the checkpoints are cast to; None keeps theirs.
 
-    Raises UserError, before anything is written, for a collection that is no adapter PEFT would load.
+    Raises UserError, before anything is written, for a value of STEPS that is not known and for too little disk.
     """
-    asked = os.environ.get("STEPS") or "all"
-    plan = [planned(one, asked) for one in chosen]
-    missing = [one for one in plan if not exported.is_there(out, one.chosen.name, source_of(one, dtype))]
+    steps = os.environ.get("STEPS") or "all"
+    plan = [planned(one, steps) for one in chosen]
+    missing = [one for one in plan if not derived.is_there(out, one.chosen.name, source_of(one, dtype))]
     for one in missing:
-        exported.check_replaceable(out, one.chosen.name, source_of(one, dtype))
-    sizes = [exported.bytes_of(entry, one.stored, dtype) for one in missing for entry in one.entries]
-    exported.check_room(out, sum(sizes))
+        derived.check_replaceable(out, one.chosen.name, source_of(one, dtype))
+    sizes = [checkpoint_copies.bytes_of(entry, one.stored, dtype) for one in missing for entry in one.entries]
+    derived.check_room(out, sum(sizes))
     for one in plan:
 
         def make(staging: Path, one: Planned = one) -> None:
             for entry in one.entries:
-                write_adapter(one, entry, staging / f"checkpoint-{entry['step']}", dtype)
+                write_adapter(one, entry, staging / f"checkpoint-{entry.step}", dtype)
 
-        exported.part(out, one.chosen.name, source_of(one, dtype), make)
+        derived.make_part(out, one.chosen.name, source_of(one, dtype), make)
     for one in plan:
         for line in [*refusals_of(one.config, one.keys), *rank_notes(one.config["r"])]:
             say(f"note: {one.chosen.name}: {line}")
 
 
-def planned(chosen: Chosen, asked: str) -> Planned:
-    """What exporting a collection takes. Raises UserError when it is no adapter that PEFT would load."""
-    entries = selected(chosen.manifest["checkpoints"], asked)
+def planned(chosen: Chosen, steps: str) -> Planned:
+    """What the export of a collection needs; `steps` as STEPS selects them."""
+    entries = selected(chosen.manifest.checkpoints, steps)
     config = checkpoints.adapter_config(chosen.folder, chosen.manifest)
     first = next(checkpoints.open_all(chosen.folder, entries))
     keys = sorted(first.keys())
@@ -78,7 +81,7 @@ def planned(chosen: Chosen, asked: str) -> Planned:
 
 
 def scores_of(chosen: Chosen) -> dict[int, str]:
-    """What the model cards say of the evaluated steps of a collection: score, metric, rows, and the base's score."""
+    """A text for the model card of each evaluated step: score, metric, rows, and the base model's score."""
     shown = evaluation.shown(evaluation.read(chosen.folder, chosen.manifest))
     if shown is None:
         return {}
@@ -89,13 +92,13 @@ def scores_of(chosen: Chosen) -> dict[int, str]:
     return {step: f"{text}: {about}" for step, text in texts.items() if text}
 
 
-def selected(entries: list[dict], asked: str) -> list[dict]:
+def selected(entries: Sequence[CheckpointEntry], steps: str) -> Sequence[CheckpointEntry]:
     """The checkpoints that STEPS selects: `all`, `last`, or `every:<n>`, counted back from the last."""
-    every = re.fullmatch(r"every:0*([1-9][0-9]{0,8})", asked)
-    if asked not in ("all", "last") and not every:
-        raise UserError(f"STEPS={asked}: is not known; known: all, last, every:<n>, such as every:10")
-    step = 1 if asked == "all" else int(every[1]) if every else len(entries)
-    return entries[::-1][:: max(step, 1)][::-1]
+    every = re.fullmatch(r"every:0*([1-9][0-9]{0,8})", steps)
+    if steps not in ("all", "last") and not every:
+        raise UserError(f"STEPS={steps}: is not known; known: all, last, every:<n>, such as every:10")
+    stride = 1 if steps == "all" else int(every[1]) if every else len(entries)
+    return entries[::-1][:: max(stride, 1)][::-1]
 
 
 def source_of(one: Planned, dtype: str | None) -> dict[str, Any]:
@@ -103,10 +106,10 @@ def source_of(one: Planned, dtype: str | None) -> dict[str, Any]:
     return {
         "format": FORMAT,
         "collection": one.chosen.name,
-        "sha256": one.chosen.manifest["sha256"],
-        "steps": [entry["step"] for entry in one.entries],
+        "sha256": one.chosen.manifest.sha256,
+        "steps": [entry.step for entry in one.entries],
         "dtype": dtype or one.stored,
-        **evaluation.mark_of(one.chosen.folder),
+        **evaluation.scores_mark(one.chosen.folder),
     }
 
 
@@ -116,7 +119,7 @@ def modules_of(keys: list[str]) -> list[str]:
 
 
 def refusals_of(config: dict[str, Any], keys: list[str]) -> list[str]:
-    """What vLLM or SGLang refuse an adapter for, a line each (vllm/lora/peft_helper.py, sglang's lora_config.py)."""
+    """The reasons why vLLM or SGLang refuse an adapter (vllm/lora/peft_helper.py, sglang's lora_config.py)."""
     lines = []
     unusual = {
         "bias": config.get("bias", "none") != "none",
@@ -127,15 +130,15 @@ def refusals_of(config: dict[str, Any], keys: list[str]) -> list[str]:
     }
     if found := [key for key, there in unusual.items() if there]:
         lines.append(f"vLLM and SGLang do not serve adapters with {', '.join(found)}")
-    if strange := sorted({module.rpartition(".")[2] for module in modules_of(keys)} - SERVED):
-        lines.append(f"vLLM and SGLang have no LoRA for these layers: {', '.join(strange)}; PEFT loads them")
+    if unknown := sorted({module.rpartition(".")[2] for module in modules_of(keys)} - SERVED):
+        lines.append(f"vLLM and SGLang have no LoRA for these layers: {', '.join(unknown)}; PEFT loads them")
     if isinstance(config["target_modules"], str):
         lines.append("SGLang takes target_modules as a list of names, not as a pattern")
     return lines
 
 
 def rank_notes(rank: int) -> list[str]:
-    """What vLLM wants to be told for a rank above its default of 16, at most a line."""
+    """The option that vLLM needs for a rank above its default of 16: a list of one line, or an empty one."""
     if rank <= 16:
         return []
     fitting = vllm_rank(rank)
@@ -145,45 +148,45 @@ def rank_notes(rank: int) -> list[str]:
 
 
 def vllm_rank(rank: int) -> int | None:
-    """The smallest --max-lora-rank of vLLM that takes a rank; None for one that is too large."""
+    """The smallest --max-lora-rank of vLLM that allows a rank; None for one that is too large."""
     return next((value for value in VLLM_RANKS if value >= rank), None)
 
 
-def write_adapter(one: Planned, entry: dict, folder: Path, dtype: str | None) -> None:
+def write_adapter(one: Planned, entry: CheckpointEntry, folder: Path, dtype: str | None) -> None:
     """Write the adapter folder of one step."""
     folder.mkdir(parents=True)
-    exported.write_checkpoint(one.chosen.folder, entry, folder / paths.ADAPTER, dtype)
+    checkpoint_copies.write_checkpoint(one.chosen.folder, entry, folder / paths.ADAPTER, dtype)
     (folder / paths.ADAPTER_CONFIG).write_text(
         json.dumps(one.config, indent=2, ensure_ascii=False) + "\n", encoding="utf-8"
     )
     (folder / "README.md").write_text(card_of(one, entry, dtype), encoding="utf-8")
 
 
-def card_of(one: Planned, entry: dict, dtype: str | None) -> str:
-    """The model card of one step; only a hub id is named as the base model, a folder's name would be no link."""
+def card_of(one: Planned, entry: CheckpointEntry, dtype: str | None) -> str:
+    """The model card of one step. Its key `base_model` needs a hub id, so a base without one is not named there."""
     manifest = one.chosen.manifest
-    base = manifest["base_model"] or {}
-    named = base.get("hub_id") or (f"models/{base['name']}" if base.get("name") else "its base model")
+    base = manifest.base_model or BaseModel()
+    named = base.hub_id or (f"models/{base.name}" if base.name else "its base model")
     kind = "ImageTextToText" if any(".language_model." in key for key in one.keys) else "CausalLM"
     rank = vllm_rank(one.config["r"])
     facts = {
         "collection": one.chosen.name,
-        "step": entry["step"],
-        "loss": entry["loss"],
-        "score of the collected checkpoint": one.scores.get(entry["step"]),
-        "rank": manifest["rank"],
-        "seed": manifest["seed"],
-        "sha256 of the collected checkpoint": entry["sha256"],
+        "step": entry.step,
+        "loss": entry.loss,
+        "score of the collected checkpoint": one.scores.get(entry.step),
+        "rank": manifest.rank,
+        "seed": manifest.seed,
+        "sha256 of the collected checkpoint": entry.sha256,
         "cast to": None if dtype == one.stored else dtype,
     }
     lines = [
         "---",
-        *([f"base_model: {base['hub_id']}"] if base.get("hub_id") else []),
+        *([f"base_model: {base.hub_id}"] if base.hub_id else []),
         "library_name: peft",
         "tags: [lora, paragen]",
         "---",
         "",
-        f"# {manifest['dataset']}, step {entry['step']}: LoRA for {base.get('name') or named}",
+        f"# {manifest.dataset}, step {entry.step}: LoRA for {base.name or named}",
         "",
         *(f"- {what}: {value}" for what, value in facts.items() if value is not None),
         "",

@@ -13,7 +13,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from paragen.collection import checkpoints, collection
+from paragen.collection import checkpoints, run_files
 from paragen.common import devices, files
 from paragen.packed import stock_checkpoint
 from paragen.packed.adapter import Adapter
@@ -102,7 +102,7 @@ class Writer:
             digest = hashlib.sha256()
             for part in parts:
                 digest.update(part)
-            files.write(self.folder / collection.checkpoint_name(step), *parts)
+            files.write(self.folder / run_files.checkpoint_name(step), *parts)
             return {"bytes": sum(map(len, parts)), "sha256": digest.hexdigest()}
         finally:
             self.free.put(frame)

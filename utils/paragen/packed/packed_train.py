@@ -19,7 +19,7 @@ from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
-from paragen.collection import collection, run_identity
+from paragen.collection import discovery, run_identity
 from paragen.collection.run_identity import Snapshot
 from paragen.common import cli, devices, paths
 from paragen.common.cli import UserError
@@ -112,10 +112,11 @@ def is_done(cell: Cell) -> bool:
 
 def pretrain_snapshot(cell: Cell) -> Snapshot | None:
     """The snapshot with which a cell's pretrain begins, or None where the cell is done."""
-    snapshot, finetune = run_identity.snapshot_of(cell.pretrain), cell.finetune
+    pretrain, finetune = cell.runs  # both rendered first: a mistake in a recipe is named before a missing model
+    snapshot = run_identity.snapshot_of(pretrain)
     if (finetune.folder / paths.MANIFEST).is_file():
-        states = [collection.state_of(finetune.folder, run_identity.identity_of(finetune)).name]
-        states += [collection.state_of(cell.pretrain.folder, snapshot.identity).name] if states == ["complete"] else []
+        states = [discovery.state_of(finetune.folder, run_identity.identity_of(finetune)).name]
+        states += [discovery.state_of(pretrain.folder, snapshot.identity).name] if states == ["complete"] else []
         if states in (["complete", "complete"], ["complete", "missing"]):
             return None
     return snapshot

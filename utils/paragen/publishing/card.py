@@ -1,6 +1,6 @@
 """The dataset card of a published repository: its README.md, with the metadata that the hub reads.
 
-Imported by publish.py. The text is utils/card.md, a Jinja template; the metadata is huggingface_hub's DatasetCardData.
+card.md beside this file is its Jinja template; the metadata is huggingface_hub's DatasetCardData.
 """
 
 import re
@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from paragen.collection import evaluation, index
+from paragen.collection.manifest import TrainedData
 from paragen.common import paths
 from paragen.dataset import dataset_info
 from paragen.publishing import licenses
@@ -28,14 +29,14 @@ def render(
     data_dir: Path,
     models_dir: Path,
 ) -> str:
-    """The card of a repository, the same text for the same collections.
+    """The card of a repository; equal collections have equal cards.
 
     Args:
         repository: user/name.
-        chosen: what is published.
-        table: its rows of the index.
-        marks: as publish_tree.build returns them.
-        data_dir, models_dir: where licences are looked up.
+        chosen: the published collections.
+        table: their rows of the index.
+        marks: as published_tree.build returns them.
+        data_dir, models_dir: data/ and models/, which record the licences.
     """
     import jinja2
     from huggingface_hub import DatasetCard
@@ -50,8 +51,8 @@ def render(
         scores=(scores := score_rows(chosen, table)),
         metrics={name: evaluation.METRICS[name] for name in sorted({row[5] for row in scores})},
         datasets=data,
-        pictures=sorted({part["name"] for part in parts_of(chosen) if part.get("pictures")}),
-        unknown_data=sorted({item.manifest["dataset"] for item in chosen if item.manifest["data"] is None}),
+        pictures=sorted({part.name for part in parts_of(chosen) if part.pictures}),
+        unknown_data=sorted({item.manifest.dataset for item in chosen if item.manifest.data is None}),
         bases=bases,
         custom=[base for base in bases if base["gated"] or is_custom(base["license"])],
         versions=versions_of(chosen),
@@ -59,18 +60,18 @@ def render(
         raw=marks["layout"] == "raw",
     )
     metadata = metadata_of(
-        repository, table.num_rows, data, bases, unknown=any(i.manifest["data"] is None for i in chosen)
+        repository, table.num_rows, data, bases, unknown=any(i.manifest.data is None for i in chosen)
     )
     return str(DatasetCard(f"---\n{metadata.to_yaml()}\n---\n\n{text}"))
 
 
 def in_a_table(value: Any) -> Any:
-    """A value as it can stand in a table's cell: on one line, its bars escaped."""
+    """A value for a table's cell: on one line, its bars escaped."""
     return " ".join(value.split()).replace("|", "\\|") if isinstance(value, str) else value
 
 
 def metadata_of(repository: str, rows: int, data: list[dict], bases: list[dict], unknown: bool) -> Any:
-    """The card's metadata, a huggingface_hub.DatasetCardData. `unknown`: some data are not known at all."""
+    """The card's metadata, a huggingface_hub.DatasetCardData. `unknown`: the data of some collections are unknown."""
     from huggingface_hub import DatasetCardData
 
     languages = sorted({part["language"] for part in data if part["language"]})
@@ -97,16 +98,16 @@ def metadata_of(repository: str, rows: int, data: list[dict], bases: list[dict],
     )
 
 
-def parts_of(chosen: list[index.Chosen]) -> list[dict[str, Any]]:
+def parts_of(chosen: list[index.Chosen]) -> list[TrainedData]:
     """The elements of the manifests' `data`."""
-    return [part for item in chosen for part in item.manifest["data"] or []]
+    return [part for item in chosen for part in item.manifest.data or ()]
 
 
 def data_facts(chosen: list[index.Chosen], data_dir: Path) -> list[dict[str, Any]]:
-    """A mapping per data file in the tree, as licenses.of_data gives it; test splits included."""
+    """A dict per data file in the tree, test splits included, as licenses.of_data returns it."""
     found = {}
     for part in parts_of(chosen):
-        found[part["file"]] = licenses.of_data(part, data_dir)
+        found[part.file] = licenses.of_data(part, data_dir)
         if paired := licenses.test_split(part, data_dir):
             name, entry = paired
             rows = len(dataset_info.load_rows(Path(data_dir) / entry["file_name"]))
@@ -116,10 +117,10 @@ def data_facts(chosen: list[index.Chosen], data_dir: Path) -> list[dict[str, Any
 
 
 def base_facts(chosen: list[index.Chosen], models_dir: Path) -> list[dict[str, Any]]:
-    """A mapping per base model, as licenses.of_base gives it, with `link` as it stands in the card."""
+    """A dict per base model, as licenses.of_base returns it, and its `link` for the card."""
     found = {}
     for item in chosen:
-        base = licenses.of_base(item.manifest["base_model"], models_dir)
+        base = licenses.of_base(item.manifest.base_model, models_dir)
         link = f"[{base['hub_id']}](https://huggingface.co/{base['hub_id']})" if base["hub_id"] else "–"
         if base["made_from"]:
             link = f"made from [{base['made_from']}](https://huggingface.co/{base['made_from']})"
@@ -128,7 +129,7 @@ def base_facts(chosen: list[index.Chosen], models_dir: Path) -> list[dict[str, A
 
 
 def is_custom(license_name: str | None) -> bool:
-    """Whether a licence is one of a model's own, not one of the common ones."""
+    """Whether a licence is a model's own and not a common one."""
     return license_name is not None and re.match("|".join(licenses.CUSTOM), license_name.lower()) is not None
 
 
@@ -149,7 +150,7 @@ def collection_rows(table: "pa.Table") -> list[dict[str, str]]:
 
 
 def score_rows(chosen: list[index.Chosen], table: "pa.Table") -> list[tuple[str, ...]]:
-    """A row per evaluation of a collection for the card: what was scored, and the scores of base and checkpoints."""
+    """A row per evaluation for the card: the split, and the scores of the base, the best and the last checkpoint."""
     models = dict(zip(table["collection"].to_pylist(), table["model"].to_pylist(), strict=True))
     rows = []
     for item in chosen:
@@ -159,7 +160,7 @@ def score_rows(chosen: list[index.Chosen], table: "pa.Table") -> list[tuple[str,
             best, last = evaluation.best_of(found), found["checkpoints"][-1]
             texts = [evaluation.text_of(found, score) for score in (found["base"], best, last)]
             steps = ["", f"step {best['step']}: " if best else "", f"step {last['step']}: "]
-            named = (item.manifest["dataset"], models[item.name], item.manifest["rank"], item.manifest["seed"])
+            named = (item.manifest.dataset, models[item.name], item.manifest.rank, item.manifest.seed)
             facts = (*named, found["split"], found["metric"], found["rows"])
             scores = [step + text if text else None for step, text in zip(steps, texts, strict=True)]
             rows.append(tuple("–" if fact is None else str(fact) for fact in (*facts, *scores)))
@@ -167,27 +168,27 @@ def score_rows(chosen: list[index.Chosen], table: "pa.Table") -> list[tuple[str,
 
 
 def recipe_rows(chosen: list[index.Chosen], table: "pa.Table") -> list[tuple[str, ...]]:
-    """The main figures of each recipe for the card, each distinct row once."""
+    """The main settings of each recipe for the card, each distinct row once."""
     models = dict(zip(table["collection"].to_pylist(), table["model"].to_pylist(), strict=True))
     rows = []
     for item in chosen:
-        recipe = item.manifest["recipe"] or {}
+        recipe = item.manifest.recipe or {}
         batch = recipe.get("per_device_train_batch_size")
         batch = batch and f"{batch} x {recipe.get('gradient_accumulation_steps', 1)}"
         figures = (
-            item.manifest["dataset"], models[item.name], item.manifest["rank"], recipe.get("learning_rate"),
+            item.manifest.dataset, models[item.name], item.manifest.rank, recipe.get("learning_rate"),
             recipe.get("lr_scheduler_type"), batch, recipe.get("max_steps"), recipe.get("lora_target"),
-            recipe.get("template"), item.manifest.get("precision"),
+            recipe.get("template"), item.manifest.precision,
         )  # fmt: skip
         rows.append(tuple("–" if figure is None else str(figure) for figure in figures))
     return list(dict.fromkeys(rows))
 
 
 def versions_of(chosen: list[index.Chosen]) -> str:
-    """The versions that the collections were made with, as one phrase."""
+    """The package versions that the collections were made with, as one phrase."""
     found: dict[str, set[str]] = {}
     for item in chosen:
-        for name, version in (item.manifest.get("versions") or {}).items():
+        for name, version in (item.manifest.versions or {}).items():
             found.setdefault(name, set()).add(version)
     shown = ("llamafactory", "transformers", "peft", "torch")
     known = [f"{name} {' or '.join(sorted(found[name]))}" for name in shown if found.get(name)]

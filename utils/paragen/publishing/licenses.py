@@ -1,80 +1,80 @@
-"""Under which licences the data and the base model of a collection stand, as far as that is known for sure.
+"""The licences of the data and the base model of a collection, where a record proves them.
 
-Imported by publish.py and card.py. Prepared data: data/sources.yaml. Own data: the marks `license`, `source`,
-`citation` and `language` of its entry in data/dataset_info.json. Base models: models/models.yaml, or the source.json
-that `make model` wrote.
+Prepared data: data/sources.yaml. Own data: the keys `license`, `source`, `citation` and `language` of its entry in
+data/dataset_info.json. Base models: models/models.yaml, or the source.json that `make model` wrote.
 """
 
 from pathlib import Path
 from typing import Any
 
+from paragen.collection.manifest import BaseModel, Manifest, TrainedData
 from paragen.common import files
 from paragen.dataset import dataset_info, names, sources
 from paragen.model import base_models
 
-CUSTOM = ("gemma", "llama", "other")  # a licence of its own: who takes the data has to read it
+CUSTOM = ("gemma", "llama", "other")  # how licences begin that a user of the data has to read and accept
 
 
-def of_data(data: dict[str, Any], data_dir: Path) -> dict[str, Any]:
-    """Name, file, rows, license, source, citation and language of one element of a manifest's `data`; null: not known.
+def of_data(data: TrainedData, data_dir: Path) -> dict[str, Any]:
+    """name, file, rows, license, source, citation and language of one dataset of a manifest; None: not known.
 
-    A file is a prepared one when its content is, not by its name.
+    A file counts as prepared data by its content, not by its name.
     """
-    known = of_file(data["name"], data["file"], data_dir)
-    return {"name": data["name"], "file": data["file"], "rows": data["rows"], **known}
+    known = of_file(data.name, data.file, data_dir)
+    return {"name": data.name, "file": data.file, "rows": data.rows, **known}
 
 
 def of_file(name: str, file: str, data_dir: Path) -> dict[str, Any]:
-    """license, source, citation and language of the dataset `name`, whose rows lie in `data_dir`/`file`."""
+    """license, source, citation and language of the dataset `name`, whose file is `data_dir`/`file`."""
     entry = dataset_info.read_info(data_dir).get(name)
     marks = entry if isinstance(entry, dict) and entry.get("file_name") == file else {}
     known = {key: marks.get(key) for key in dataset_info.PROVENANCE}
-    told = prepared(file, data_dir) or {}
-    return {key: value or told.get(key) for key, value in known.items()}
+    source = prepared(file, data_dir) or {}
+    return {key: value or source.get(key) for key, value in known.items()}
 
 
 def prepared(file: str, data_dir: Path) -> dict[str, Any] | None:
-    """What data/sources.yaml says of the file <category>/<name>; None when the file has another content."""
+    """The entry of data/sources.yaml for the file <category>/<name>; None when the file has another content."""
     table, path = Path(data_dir) / "sources.yaml", Path(data_dir) / file
-    told = sources.table(table)["files"].get(path.name) if table.is_file() else None
-    if told is None or told["category"] != path.parent.name or not path.is_file():
+    entry = sources.table(table)["files"].get(path.name) if table.is_file() else None
+    if entry is None or entry["category"] != path.parent.name or not path.is_file():
         return None
-    return told if files.git_blob_id(path) == told["blob"] else None
+    return entry if files.git_blob_id(path) == entry["blob"] else None
 
 
-def of_base(base: dict[str, Any] | None, models_dir: Path) -> dict[str, Any]:
-    """name, hub_id, revision, license, made_from and gated of a manifest's `base_model`; null: not known.
+def of_base(base: BaseModel | None, models_dir: Path) -> dict[str, Any]:
+    """name, hub_id, revision, license, made_from and gated of a base model; None: not known.
 
-    A folder that was put under models/ by hand has no known licence, whatever its name.
+    The licence of a folder that a user put under models/ is not known, whatever its name.
     """
-    base = base or {"name": None, "hub_id": None, "revision": None, "sha256": None}
-    facts = {"name": base["name"], "hub_id": base["hub_id"], "revision": base["revision"], "made_from": None}
-    source = base_models.source_of(models_dir / base["name"]) if base["name"] else {}
-    if base["sha256"] is None or source.get("sha256") != base["sha256"]:
+    base = base or BaseModel()
+    facts = {"name": base.name, "hub_id": base.hub_id, "revision": base.revision, "made_from": None}
+    source = base_models.source_of(models_dir / base.name) if base.name else {}
+    if base.sha256 is None or source.get("sha256") != base.sha256:
         source = {}
-    told = next((entry for entry in base_models.table().values() if entry["hub_id"] and same(entry, base)), {})
-    license_name = source.get("license") or told.get("license")
-    made_from = source.get("derived_from") or (source.get("hub_id") if not base["hub_id"] else None)
-    return {**facts, "license": license_name, "made_from": made_from, "gated": bool(told.get("gated"))}
+    listed = next((entry for entry in base_models.table().values() if entry["hub_id"] and same(entry, base)), {})
+    license_name = source.get("license") or listed.get("license")
+    made_from = source.get("derived_from") or (source.get("hub_id") if not base.hub_id else None)
+    return {**facts, "license": license_name, "made_from": made_from, "gated": bool(listed.get("gated"))}
 
 
-def same(entry: dict[str, Any], base: dict[str, Any]) -> bool:
+def same(entry: dict[str, Any], base: BaseModel) -> bool:
     """Whether a model of models/models.yaml is the one that a manifest names by its hub id."""
-    return bool(base["hub_id"]) and entry["hub_id"].lower() == base["hub_id"].lower()
+    return base.hub_id is not None and entry["hub_id"].lower() == base.hub_id.lower()
 
 
-def unknown(manifest: dict[str, Any], data_dir: Path, models_dir: Path) -> list[str]:
-    """What of a collection has no known licence, a phrase each with the way out."""
+def unknown(manifest: Manifest, data_dir: Path, models_dir: Path) -> list[str]:
+    """The data and the base model of a collection whose licences are not known, a phrase each with the way out."""
     found = []
-    if manifest["data"] is None:
+    if manifest.data is None:
         found.append("what it was trained on is not known (made from a stock run)")
-    for data in manifest["data"] or []:
+    for data in manifest.data or ():
         if not of_data(data, data_dir)["license"]:
             found.append(
-                f'the licence of data/{data["file"]} is not known (write it as "license" into the entry '
-                f"{data['name']!r} of data/dataset_info.json)"
+                f'the licence of data/{data.file} is not known (write it as "license" into the entry '
+                f"{data.name!r} of data/dataset_info.json)"
             )
-    base = of_base(manifest["base_model"], models_dir)
+    base = of_base(manifest.base_model, models_dir)
     if not base["license"]:
         folder = models_dir / (base["name"] or "<unknown>")
         found.append(
@@ -85,12 +85,12 @@ def unknown(manifest: dict[str, Any], data_dir: Path, models_dir: Path) -> list[
 
 
 def spelled(license_name: str | None) -> str:
-    """A licence as the hub spells it (`cc-by-sa-4.0`); `unknown` for none."""
+    """A licence as the hub spells it (`cc-by-sa-4.0`); `unknown` for None."""
     return "-".join(license_name.lower().split()) if license_name else "unknown"
 
 
-def test_split(data: dict[str, Any], data_dir: Path) -> tuple[str, dict[str, Any]] | None:
-    """(name, entry) of the registered test split that belongs to an element of a manifest's `data`, or None."""
-    paired = names.test_split_name(data["name"])
+def test_split(data: TrainedData, data_dir: Path) -> tuple[str, dict[str, Any]] | None:
+    """(name, entry) of the registered test split of a dataset of a manifest, or None."""
+    paired = names.test_split_name(data.name)
     info = dataset_info.read_info(data_dir)
     return (paired, dataset_info.entry_of(paired, data_dir)) if paired in info else None

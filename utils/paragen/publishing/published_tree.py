@@ -1,13 +1,11 @@
-"""The tree of a dataset repository with collections: what is in it, whether the hub takes it, and how it is built.
-
-Imported by publish.py (which builds it) and pull.py (which reads it).
+"""The file tree of a published dataset repository: its layout, the hub's limits, and how it is built.
 
     README.md  index.parquet
     data/dataset_info.json  data/<category>/<file>.json
     collections/<category>/<dataset>/<run folder>.archive, in parts of at most PART_BYTES; or, raw, the folder itself
 
-index.parquet is saves/index.parquet with the rows of these collections; its metadata holds, under `paragen`, what each
-other file has to be: by collection its manifest's hash, its files and, where it was evaluated, the hash of its
+index.parquet has the rows of saves/index.parquet for these collections. Its metadata records, under `paragen`, all
+other files: for each collection its manifest's hash, its files and, where it was evaluated, the hash of
 evaluation.json as `labels`; and the data files with their hashes.
 """
 
@@ -18,7 +16,7 @@ from collections import Counter
 from pathlib import Path, PurePosixPath
 from typing import TYPE_CHECKING, Any
 
-from paragen.collection import collection, evaluation, index, prompts
+from paragen.collection import evaluation, index, prompts, run_files
 from paragen.common import files, paths
 from paragen.common.cli import UserError, say
 from paragen.dataset import dataset_info
@@ -32,11 +30,11 @@ FORMAT = "1"
 REPOSITORY_FILES = 100_000
 FOLDER_ENTRIES = 10_000
 FILE_BYTES = 20_000_000_000
-PART_BYTES = 5_000_000_000  # an upload that was cut off sends at most so much again
+PART_BYTES = 5_000_000_000  # the most bytes that an interrupted upload sends again
 COLLECTIONS = "collections"
 INFO = "data/dataset_info.json"
-OTHER_FILES = (paths.MANIFEST, *collection.BESIDE)
-RECORD = ".cache/publish.json"  # which part was made from what; not uploaded
+OTHER_FILES = (paths.MANIFEST, *run_files.BESIDE)
+RECORD = ".cache/publish.json"  # what each archive was made from; not uploaded
 SEVERAL = "publish several repositories: select with CATEGORY, DATASET, MODEL and RANK"
 
 
@@ -44,10 +42,10 @@ SEVERAL = "publish several repositories: select with CATEGORY, DATASET, MODEL an
 
 
 def planned(table: "pa.Table", data_files: int, raw: bool) -> tuple[Counter, int]:
-    """(how many files each folder of the tree to come will have, the largest file's bytes). No file is looked at.
+    """(the number of files in each folder of a tree before it is built, the largest file's bytes). Reads no file.
 
     Args:
-        table: the index's rows of all collections to publish; an archive is counted at the size of what goes into it.
+        table: the index's rows of all collections to publish; the size of an archive counts as that of its checkpoints.
         data_files: how many files go below data/.
         raw: whether collections are published as folders.
     """
@@ -67,9 +65,9 @@ def planned(table: "pa.Table", data_files: int, raw: bool) -> tuple[Counter, int
 
 
 def check_limits(table: "pa.Table", data_files: int, raw: bool) -> None:
-    """Raise UserError, saying what to do instead, when the hub would not take the tree to come."""
+    """Raise UserError, with the way out, when the tree would exceed the hub's limits; arguments as for `planned`."""
     per_folder, largest = planned(table, data_files, raw)
-    way_out = "leave RAW away: an archive is one file per collection" if raw else SEVERAL
+    way_out = "omit RAW: an archive is one file per collection" if raw else SEVERAL
     total = sum(per_folder.values())
     if total > REPOSITORY_FILES:
         raise UserError(f"{total} files; the hub takes {REPOSITORY_FILES} in a repository; {way_out}")
@@ -92,12 +90,12 @@ def data_plan(chosen: list[index.Chosen], data_dir: Path) -> dict[str, dict[str,
     """
     entries: dict[str, dict[str, Any]] = {}
     for item in chosen:
-        for data in item.manifest["data"] or []:
+        for data in item.manifest.data or ():
             prompts.trained(data, data_dir)
-            entry = dataset_info.read_info(data_dir).get(data["name"])
-            if not isinstance(entry, dict) or entry.get("file_name") != data["file"]:
-                entry = {"file_name": data["file"], **data["entry"]}
-            entries[data["name"]] = entry
+            entry = dataset_info.read_info(data_dir).get(data.name)
+            if not isinstance(entry, dict) or entry.get("file_name") != data.file:
+                entry = {"file_name": data.file, **data.entry}
+            entries[data.name] = entry
             if paired := licenses.test_split(data, data_dir):
                 dataset_info.data_file(paired[0], data_dir)
                 entries[paired[0]] = paired[1]
@@ -108,13 +106,16 @@ def data_plan(chosen: list[index.Chosen], data_dir: Path) -> dict[str, dict[str,
 
 
 def build(tree: Path, chosen: list[index.Chosen], table: "pa.Table", data_dir: Path, raw: bool) -> dict[str, Any]:
-    """Make the tree but for its README.md; parts that are there and made from the same collections stay.
+    """Build the tree without its README.md; archives made from the same collections stay.
 
     Args:
-        tree: the tree's folder; files in it that are none of this tree are removed when it is one of ours.
-        table: the index's rows of `chosen`.
+        tree: the tree's folder. Where an earlier call made it, files that are not of this tree are removed.
+        chosen: the collections.
+        table: their rows of the index.
+        data_dir: data/.
+        raw: whether collections are published as folders.
 
-    Returns the marks that index.parquet holds.
+    Returns the marks in the metadata of index.parquet. Raises UserError for a folder that no earlier call made.
     """
     import pyarrow.compute as pc
 
@@ -132,14 +133,14 @@ def build(tree: Path, chosen: list[index.Chosen], table: "pa.Table", data_dir: P
         marks["data"][file] = files.sha256_of(tree / "data" / file)
     write(tree / INFO, (json.dumps(entries, indent=2, ensure_ascii=False) + "\n").encode())
     for item in chosen:
-        labels = evaluation.mark_of(item.folder)
+        scores = evaluation.scores_mark(item.folder)
         kept = raw_folder(tree, item) if raw else archived(tree, item, record)
-        marks["collections"][item.name] = {"sha256": item.manifest["sha256"], **labels, "files": kept}
+        marks["collections"][item.name] = {"sha256": item.manifest.sha256, **scores, "files": kept}
         rows = table.filter(pc.field("collection") == item.name).combine_chunks()
-        if evaluation.mark_of(item.folder) != labels or index.rows_of(item.name, item.folder)[0] != rows:
+        if evaluation.scores_mark(item.folder) != scores or index.rows_of(item.name, item.folder)[0] != rows:
             raise UserError(f"{paths.relative(item.folder)}: was evaluated while it was published; run it again")
     write(tree / paths.INDEX, index_of(table, marks))
-    remove_strangers(tree, {paths.INDEX, INFO, "README.md", *files_in(marks)}, record)
+    remove_foreign(tree, {paths.INDEX, INFO, "README.md", *files_in(marks)}, record)
     return marks
 
 
@@ -152,9 +153,9 @@ def files_in(marks: dict[str, Any]) -> list[str]:
 
 
 def raw_folder(tree: Path, item: index.Chosen) -> dict[str, int]:
-    """Place a collection's folder in the tree, as links where the disk allows; its files with their bytes."""
+    """Link or copy a collection's folder into the tree; returns the sizes of its files."""
     kept = {}
-    names = [collection.checkpoint_name(entry["step"]) for entry in item.manifest["checkpoints"]]
+    names = [entry.file_name for entry in item.manifest.checkpoints]
     for name in [*names, *(name for name in OTHER_FILES if (item.folder / name).is_file())]:
         place(item.folder / name, tree / COLLECTIONS / item.name / name)
         kept[f"{item.name}/{name}"] = (item.folder / name).stat().st_size
@@ -162,7 +163,7 @@ def raw_folder(tree: Path, item: index.Chosen) -> dict[str, int]:
 
 
 def archived(tree: Path, item: index.Chosen, record: dict[str, Any]) -> dict[str, int]:
-    """Archive a collection into the tree unless that was done already; its parts with their bytes."""
+    """Archive a collection into the tree unless its archive is there; returns the sizes of its parts."""
     from paragen.archives import archive
 
     if there := archive_in(tree, item, record):
@@ -186,8 +187,8 @@ def archived(tree: Path, item: index.Chosen, record: dict[str, Any]) -> dict[str
 
 
 def archive_in(tree: Path, item: index.Chosen, record: dict[str, Any]) -> dict[str, int] | None:
-    """The parts of a collection's archive in the tree with their bytes; None unless they were made from the collection
-    as it is now and not written to since."""
+    """The sizes of the parts of a collection's archive in the tree; None unless they were made from the present
+    collection and are unchanged."""
     there = record.get(item.name)
     if there is None or there["source"] != source_of(item):
         return None
@@ -197,16 +198,16 @@ def archive_in(tree: Path, item: index.Chosen, record: dict[str, Any]) -> dict[s
 
 def source_of(item: index.Chosen) -> dict[str, Any]:
     """What decides the content of a collection's archive."""
-    return {"manifest": item.manifest["sha256"], "part_bytes": PART_BYTES, **evaluation.mark_of(item.folder)}
+    return {"manifest": item.manifest.sha256, "part_bytes": PART_BYTES, **evaluation.scores_mark(item.folder)}
 
 
 def written(tree: Path, kept: dict[str, int]) -> dict[str, int]:
-    """When each part of an archive was written last, nanoseconds."""
+    """The modification time of each part of an archive, nanoseconds."""
     return {file: (tree / COLLECTIONS / file).stat().st_mtime_ns for file in kept}
 
 
 def index_of(table: "pa.Table", marks: dict[str, Any]) -> bytes:
-    """index.parquet, the same bytes for the same rows and marks."""
+    """The bytes of index.parquet; equal rows and marks give equal bytes."""
     import pyarrow as pa
     import pyarrow.parquet
 
@@ -217,7 +218,7 @@ def index_of(table: "pa.Table", marks: dict[str, Any]) -> bytes:
 
 
 def place(source: Path, target: Path) -> None:
-    """Have the content of `source` at `target`: a hard link, or a copy where that cannot be."""
+    """Hard-link `source` to `target`, or copy it where that is not possible."""
     if target.is_file() and (os.path.samefile(source, target) or same_content(source, target)):
         return
     target.parent.mkdir(parents=True, exist_ok=True)
@@ -241,7 +242,7 @@ def size_of(path: Path) -> int | None:
 
 
 def write(path: Path, data: bytes) -> None:
-    """Have `data` at `path`; a file that holds it already is not touched."""
+    """Write `data` to `path` unless the file holds it already."""
     if path.is_file() and path.read_bytes() == data:
         return
     path.parent.mkdir(parents=True, exist_ok=True)
@@ -249,7 +250,7 @@ def write(path: Path, data: bytes) -> None:
 
 
 def files_of(tree: Path) -> list[str]:
-    """The paths of all files of a tree that are to be uploaded, sorted."""
+    """The paths of all files of a tree to upload, sorted."""
     found = []
     for folder, subfolders, names in os.walk(tree):
         subfolders[:] = [name for name in subfolders if Path(folder, name) != tree / ".cache"]
@@ -257,8 +258,8 @@ def files_of(tree: Path) -> list[str]:
     return sorted(found)
 
 
-def remove_strangers(tree: Path, expected: set[str], record: dict[str, Any]) -> None:
-    """Remove what an earlier call with another selection, or a killed one, left in the tree."""
+def remove_foreign(tree: Path, expected: set[str], record: dict[str, Any]) -> None:
+    """Remove files that an earlier call with another selection, or a killed one, left in the tree."""
     for name in set(files_of(tree)) - expected:
         (tree / name).unlink()
     for folder, _, _ in os.walk(tree, topdown=False):
@@ -269,7 +270,7 @@ def remove_strangers(tree: Path, expected: set[str], record: dict[str, Any]) -> 
 
 
 def read_record(tree: Path) -> dict[str, Any] | None:
-    """Which archives in a tree were made from what; None where the tree is not ours."""
+    """What each archive in a tree was made from; None for a folder that is no tree of ours."""
     try:
         record = json.loads((tree / RECORD).read_bytes())
     except FileNotFoundError:

@@ -1,12 +1,8 @@
-"""Bring collections that somebody published into saves/ and their prompts into data/, verified.
+"""Downloads published collections into saves/ and their prompts into data/, and verifies them.
 
-    REPO=user/name [REVISION=..] [CATEGORY=..] [DATASET=..] [MODEL=..] [RANK=..] [SEED=..] python utils/pull.py
-                                                                                                            (make pull)
-
-Reads a repository that `make publish` made: its index first, then the files of what is selected. Every file is checked:
-by the hub's hash, by the index, by the collection's manifest. What is there already stays, and gets the scores of its
-evaluation where that loses none measured here; another collection or data file under the same name, and other scores,
-are replaced with FORCE=1 alone. An interrupted call goes on at the next one.
+Every file is checked against the hub's hash, the repository's index and the collection's manifest. A collection that
+exists here stays, and gets the published scores unless that would lose some. Another collection or data file of the
+same name is replaced only with FORCE=1. An interrupted download is resumed by the next call.
 """
 
 import contextlib
@@ -20,7 +16,8 @@ from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NamedTuple
 
-from paragen.collection import collection, evaluation, index, run_identity
+from paragen.collection import evaluation, index, run_files, run_identity, verification
+from paragen.collection.manifest import read_manifest
 from paragen.common import files, paths
 from paragen.common.cli import UserError, say
 from paragen.dataset import dataset_info, registration
@@ -41,20 +38,26 @@ class Source(NamedTuple):
     repository: str
     commit: str
     listed: dict[str, Any]  # the hub's RepoSibling by path
-    staging: Path  # where its files lie until all is in its place
+    staging: Path  # the folder of downloaded files that are not in their final places yet
 
 
 def pull(repository: str, revision: str | None, staging: Path) -> "pa.Table":
-    """Bring what is selected of a repository; `staging` keeps what came for the next call until all is in its place.
+    """Download the selected collections of a repository (see index.requested_filters).
 
-    Returns the index's rows of it. Whatever would be overwritten is found before anything is written.
+    Args:
+        repository: user/name.
+        revision: a commit, branch or tag; None for the newest.
+        staging: the folder to download into; after an interruption, the next call continues with it.
+
+    Returns the repository's index rows of them. Raises UserError, with nothing written, for all that FORCE=1 would
+    overwrite.
     """
     from huggingface_hub import HfApi
 
     info = HfApi().dataset_info(repository, revision=revision, files_metadata=True)
     source = Source(repository, info.sha, {file.rfilename: file for file in info.siblings or []}, staging)
     table, marks = read_index(source)
-    table = index.selected(table, index.asked())
+    table = index.selected(table, index.requested_filters())
     if not table.num_rows:
         raise UserError(f"{repository}: has no collection that fits the selection")
     names = sorted(set(table["collection"].to_pylist()))
@@ -66,17 +69,17 @@ def pull(repository: str, revision: str | None, staging: Path) -> "pa.Table":
     wanted = {name: marks["collections"][name] for name in names if not is_here(name, marks["collections"][name])}
     check_disk(source, wanted, table)
     scores = {
-        name: bring_scores(source, name, marks["collections"][name], marks["layout"])
+        name: fetch_scores(source, name, marks["collections"][name], marks["layout"])
         for name in names
         if name not in wanted and lacks_scores(name, marks["collections"][name])
     }
     for file, sha256 in new_data.items():
-        bring_data(source, file, sha256)
+        fetch_data(source, file, sha256)
     for name, entry in entries.items():
         register(name, entry)
     for name, data in scores.items():
         with locked(paths.SAVES / name):
-            collection.bring_labels(paths.SAVES / name, collection.read_manifest(paths.SAVES / name), data)
+            evaluation.import_scores(paths.SAVES / name, read_manifest(paths.SAVES / name), data)
     for name, mark in wanted.items():
         say(f"fetching {name}")
         fetch(source, [f"{published_tree.COLLECTIONS}/{file}" for file in mark["files"]])
@@ -88,7 +91,7 @@ def pull(repository: str, revision: str | None, staging: Path) -> "pa.Table":
 
 
 def read_index(source: Source) -> "tuple[pa.Table, dict[str, Any]]":
-    """The repository's index and the marks in it, checked to lead nowhere but into saves/ and data/."""
+    """The repository's index and the marks in its metadata, whose paths are checked to stay below saves/ and data/."""
     import pyarrow as pa
     import pyarrow.parquet
 
@@ -108,12 +111,12 @@ def read_index(source: Source) -> "tuple[pa.Table, dict[str, Any]]":
             f"{source.repository}: {paths.INDEX} is broken, or `make publish` did not make it: {error}"
         ) from None
     if faults:
-        raise UserError(f"{source.repository}: {paths.INDEX}: {faults[0]}; nothing was brought")
+        raise UserError(f"{source.repository}: {paths.INDEX}: {faults[0]}; nothing was written")
     return table, marks
 
 
 def with_scores(table: "pa.Table") -> "pa.Table":
-    """An index that was published before there were scores in it, with empty columns for them; any other as it is."""
+    """The index with empty SCORES columns where it was published without them."""
     import pyarrow as pa
 
     schema = index.schema()
@@ -125,7 +128,7 @@ def with_scores(table: "pa.Table") -> "pa.Table":
 
 
 def marks_faults(marks: dict[str, Any], names: set[str]) -> list[str]:
-    """What is wrong with the paths that an index's marks name. `names`: the collections that it has rows of."""
+    """The faults of an index's marks and their paths. `names`: the collections in its rows."""
     faults = [] if names == marks["collections"].keys() else ["does not list the collections that it has rows of"]
     faults += [] if marks["layout"] in ("archive", "raw") else [f"layout {marks['layout']!r} is not known"]
     for name, mark in marks["collections"].items():
@@ -136,7 +139,7 @@ def marks_faults(marks: dict[str, Any], names: set[str]) -> list[str]:
             folder, _, last = file.rpartition("/")
             if marks["layout"] == "raw":
                 right = folder == name and (
-                    last in published_tree.OTHER_FILES or collection.CHECKPOINT_FILE.fullmatch(last)
+                    last in published_tree.OTHER_FILES or run_files.CHECKPOINT_FILE.fullmatch(last)
                 )
             else:
                 right = PART.fullmatch(file) is not None and PART.fullmatch(file)[1] == name
@@ -149,14 +152,14 @@ def marks_faults(marks: dict[str, Any], names: set[str]) -> list[str]:
 
 
 def fetch(source: Source, names: list[str]) -> None:
-    """Bring files of the repository into its staging folder; each has the hub's hash then."""
+    """Download files of the repository into the staging folder, and check them against the hub's hashes."""
     missing = [name for name in names if name not in source.listed]
     if missing:
         raise UserError(f"{source.repository}: lacks {missing[0]}, which its {paths.INDEX} names")
 
-    def bring(name: str) -> str | None:
+    def download(name: str) -> str | None:
         file = source.listed[name]
-        for _ in range(2):  # what lay here from before may be broken
+        for _ in range(2):  # an earlier call may have left a broken file
             transfer.download_file(source.repository, source.commit, file, source.staging, "dataset")
             fault = transfer.fault_of(source.staging / name, file)
             if fault is None:
@@ -166,23 +169,23 @@ def fetch(source: Source, names: list[str]) -> None:
 
     transfer.quiet()
     with transfer.stopping_at_once(), ThreadPoolExecutor(THREADS) as threads:
-        faults = [fault for fault in threads.map(bring, names) if fault]
+        faults = [fault for fault in threads.map(download, names) if fault]
     if faults:
         raise UserError(f"{source.repository}: {faults[0]}; run it again, the rest is kept")
 
 
 def check_disk(source: Source, wanted: dict[str, dict], table: "pa.Table") -> None:
-    """Raise UserError when the collections to bring do not fit on the disk."""
+    """Raise UserError when the collections to download do not fit on the disk."""
     names = table["collection"].to_pylist()
     total = sum(size for name, size in zip(names, table["bytes"].to_pylist(), strict=True) if name in wanted)
-    coming = [f"{published_tree.COLLECTIONS}/{file}" for mark in wanted.values() for file in mark["files"]]
-    total += sum(source.listed[name].size for name in coming if name in source.listed and ".archive" in name)
+    needed = [f"{published_tree.COLLECTIONS}/{file}" for mark in wanted.values() for file in mark["files"]]
+    total += sum(source.listed[name].size for name in needed if name in source.listed and ".archive" in name)
     total -= files.size_of(source.staging.rglob("*"))
     free = shutil.disk_usage(source.staging).free
     if total > free:
-        asked, there = transfer.gigabytes(total), transfer.gigabytes(free)
+        size, there = transfer.gigabytes(total), transfer.gigabytes(free)
         raise UserError(
-            f"{paths.relative(paths.SAVES)}: {asked} are needed, {there} of disk are free; make room, or select less"
+            f"{paths.relative(paths.SAVES)}: {size} are needed, {there} of disk are free; make room, or select less"
         )
 
 
@@ -190,7 +193,7 @@ def check_disk(source: Source, wanted: dict[str, dict], table: "pa.Table") -> No
 
 
 def data_entries(source: Source, table: "pa.Table", marks: dict[str, Any]) -> dict[str, dict]:
-    """The entries of the repository's dataset_info.json that the selected collections need, sound ones, by name."""
+    """The entries of the repository's dataset_info.json that the selected collections need, checked, by name."""
     if published_tree.INFO not in source.listed:
         raise UserError(f"{source.repository}: lacks {published_tree.INFO}")
     fetch(source, [published_tree.INFO])
@@ -206,12 +209,12 @@ def data_entries(source: Source, table: "pa.Table", marks: dict[str, Any]) -> di
         if not faults and info[name]["file_name"] not in marks["data"]:
             faults = [f"{info[name]['file_name']} is not among the files that {paths.INDEX} names"]
         if faults:
-            raise UserError(f"{source.repository}: {published_tree.INFO}: {name!r}: {faults[0]}; nothing was brought")
+            raise UserError(f"{source.repository}: {published_tree.INFO}: {name!r}: {faults[0]}; nothing was written")
     return {name: info[name] for name in sorted(names)}
 
 
 def same_data(file: str, sha256: str) -> bool:
-    """Whether data/`file` is there with this content. Raises UserError when it has another and FORCE=1 was not said."""
+    """Whether data/`file` exists with this content. Raises UserError when it has another, unless FORCE=1."""
     path = paths.DATA / file
     if not path.exists():
         return False
@@ -223,7 +226,7 @@ def same_data(file: str, sha256: str) -> bool:
 
 
 def require_registrable(name: str, entry: dict[str, Any]) -> None:
-    """Raise UserError when `name` is registered in another way here and FORCE=1 was not said."""
+    """Raise UserError when `name` is registered with another entry here, unless FORCE=1."""
     old = dataset_info.read_info(paths.DATA).get(name)
     if old is None or run_identity.force_asked() or same_entry(old, entry):
         return
@@ -236,8 +239,8 @@ def same_entry(one: Any, other: dict[str, Any]) -> bool:
     return isinstance(one, dict) and dataset_info.without_marks(one) == dataset_info.without_marks(other)
 
 
-def bring_data(source: Source, file: str, sha256: str) -> None:
-    """Bring one data file to its place, checked against the index."""
+def fetch_data(source: Source, file: str, sha256: str) -> None:
+    """Download one data file to its place, checked against the index."""
     name = f"data/{file}"
     fetch(source, [name])
     if files.sha256_of(source.staging / name) != sha256:
@@ -246,7 +249,7 @@ def bring_data(source: Source, file: str, sha256: str) -> None:
     target = paths.DATA / file
     target.parent.mkdir(parents=True, exist_ok=True)
     files.write_atomically(target, (source.staging / name).read_bytes())
-    say(f"{paths.relative(target)}: brought")
+    say(f"{paths.relative(target)}: downloaded")
 
 
 def register(name: str, entry: dict[str, Any]) -> None:
@@ -259,14 +262,14 @@ def register(name: str, entry: dict[str, Any]) -> None:
 
 
 def is_here(name: str, mark: dict[str, Any]) -> bool:
-    """Whether a collection is there, whole. Raises UserError when another one is and FORCE=1 was not said."""
+    """Whether a collection exists here and is whole. Raises UserError when another one does, unless FORCE=1."""
     folder = paths.SAVES / name
     if not folder.exists():
         return False
     try:
-        manifest = collection.read_manifest(folder)
-        same = manifest is not None and manifest["sha256"] == mark["sha256"]
-        fault = next(iter(collection.faults_of(folder, manifest)), None) if same else "is another collection"
+        manifest = read_manifest(folder)
+        same = manifest is not None and manifest.sha256 == mark["sha256"]
+        fault = next(iter(verification.faults_of(folder, manifest)), None) if same else "is another collection"
     except UserError as error:
         fault = str(error)
     if fault is None:
@@ -278,7 +281,7 @@ def is_here(name: str, mark: dict[str, Any]) -> bool:
 
 
 def restore(source: Source, name: str, mark: dict[str, Any], layout: str, table: "pa.Table") -> None:
-    """Give a fetched collection its place in saves/ once it is what the index says."""
+    """Move a downloaded collection into saves/ once it is verified against the index."""
     saves = source.staging / "restored"
     files.remove_folder(saves)
     fetched = [source.staging / published_tree.COLLECTIONS / file for file in mark["files"]]
@@ -290,7 +293,7 @@ def restore(source: Source, name: str, mark: dict[str, Any], layout: str, table:
         if fault := fault_of(folder, name, mark, table):
             raise UserError(f"{name} {fault}")
     except UserError as error:
-        raise UserError(f"{source.repository}: {error}; it was not brought") from None
+        raise UserError(f"{source.repository}: {error}; it was not kept") from None
     target = paths.SAVES / name
     target.parent.mkdir(parents=True, exist_ok=True)
     for path in folder.iterdir():
@@ -301,7 +304,7 @@ def restore(source: Source, name: str, mark: dict[str, Any], layout: str, table:
         files.publish_folder(folder, target)
     for path in fetched:
         path.unlink(missing_ok=True)
-    say(f"brought: {paths.relative(target)}")
+    say(f"downloaded: {paths.relative(target)}")
 
 
 @contextlib.contextmanager
@@ -315,12 +318,12 @@ def locked(folder: Path) -> Iterator[None]:
 
 
 def lacks_scores(name: str, mark: dict[str, Any]) -> bool:
-    """Whether a collection that is there was published with other scores than it has."""
+    """Whether a collection that exists here was published with other scores than it has."""
     return "labels" in mark and evaluation.sha256_in(paths.SAVES / name) != mark["labels"]
 
 
-def bring_scores(source: Source, name: str, mark: dict[str, Any], layout: str) -> bytes:
-    """The evaluation.json of a collection that is there already; of an archive, one part is fetched for it.
+def fetch_scores(source: Source, name: str, mark: dict[str, Any], layout: str) -> bytes:
+    """Download the evaluation.json of a collection that exists here; of an archive, one part is downloaded for it.
 
     Raises UserError where it is not the one that the index names, or would replace scores that were measured here.
     """
@@ -336,16 +339,16 @@ def bring_scores(source: Source, name: str, mark: dict[str, Any], layout: str) -
         data = archive.read_files(path).get(evaluation.FILE, b"")
     if hashlib.sha256(data).hexdigest() != mark["labels"]:
         raise UserError(
-            f"{source.repository}: {name} has other scores than its {paths.INDEX} names; nothing was brought"
+            f"{source.repository}: {name} has other scores than its {paths.INDEX} names; nothing was written"
         )
     folder = paths.SAVES / name
     label, force = paths.relative(folder / evaluation.FILE), run_identity.force_asked()
-    evaluation.is_newer(data, evaluation.bytes_in(folder), collection.read_manifest(folder), label, force)
+    evaluation.adds_scores(data, evaluation.bytes_in(folder), read_manifest(folder), label, force)
     return data
 
 
 def unpacked(source: Source, name: str, layout: str, fetched: list[Path], saves: Path) -> Path:
-    """The folder of a fetched collection, below the folder `saves`."""
+    """Restore a downloaded collection below the folder `saves`; returns its folder."""
     if layout == "raw":
         folder = saves / name
         folder.mkdir(parents=True)
@@ -354,28 +357,25 @@ def unpacked(source: Source, name: str, layout: str, fetched: list[Path], saves:
         return folder
     from paragen.archives import archive
 
-    manifest = archive.read_manifest(fetched[0])
-    if [manifest[key] for key in ("category", "dataset", "run")] != name.split("/"):
+    manifest = archive.manifest_in(fetched[0])
+    if [manifest.category, manifest.dataset, manifest.run] != name.split("/"):
         raise UserError(f"{fetched[0].name} is the archive of another collection")
     return archive.restore(fetched, saves)
 
 
 def fault_of(folder: Path, name: str, mark: dict[str, Any], table: "pa.Table") -> str | None:
-    """What is wrong with an unpacked collection: by its manifest, or beside what the index says of it."""
+    """The fault of a restored collection, by its manifest or compared with the index; None for none."""
     import pyarrow.compute as pc
 
-    manifest = collection.read_manifest(folder)
+    manifest = read_manifest(folder)
     if manifest is None:
         return "has no manifest.json"
-    if manifest["sha256"] != mark["sha256"]:
+    if manifest.sha256 != mark["sha256"]:
         return f"has another manifest than {paths.INDEX} names"
     if evaluation.sha256_in(folder) != mark.get("labels"):
         return f"has other scores than {paths.INDEX} names"
-    try:
-        faults = collection.faults_of(folder, manifest)
-        rows, _ = index.rows_of(name, folder)
-    except (KeyError, TypeError, ValueError, AttributeError) as error:
-        return f"has a manifest that cannot be read ({error!r})"
+    faults = verification.faults_of(folder, manifest)
+    rows, _ = index.rows_of(name, folder)
     if faults:
         return f"is not whole: {faults[0]}"
     listed = table.filter(pc.field("collection") == name)

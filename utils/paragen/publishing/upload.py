@@ -1,20 +1,11 @@
-"""Publish collections as a dataset repository of the Hugging Face hub.
-
-    REPO=user/name [CATEGORY=..] [DATASET=..] [MODEL=..] [RANK=..] [SEED=..] [PRIVATE=1] [RAW=1] [DRY_RUN=1] \\
-        python utils/publish.py                                                                 (make publish)
-
-Builds the repository's tree in saves/publish/<user>--<name>/ (DRY_RUN=1: no more than that), then uploads what the hub
-does not have yet; an interrupted upload goes on at the next call. The account is HF_TOKEN's or that of `hf auth login`.
-Collections that do not verify are refused, as are data and base models of unknown licence (ALLOW_UNKNOWN_LICENSE=1).
-RAW=1 publishes the collections' folders in place of archives.
-"""
+"""Checks which collections may be published, and uploads a repository's tree to the Hugging Face hub."""
 
 import glob
 import sys
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from paragen.collection import collection, index
+from paragen.collection import index, verification
 from paragen.common import cli, paths
 from paragen.common.cli import UserError, say
 from paragen.hub import errors, transfer
@@ -27,16 +18,16 @@ FORCE_HINT = "FORCE=1 removes them there"
 
 
 def rows_of(chosen: list[index.Chosen]) -> "pa.Table":
-    """The index's rows of some collections, in their order."""
+    """The index's rows of some collections, in the same order."""
     import pyarrow as pa
 
     return pa.concat_tables([index.rows_of(item.name, item.folder)[0] for item in chosen])
 
 
-def refuse(chosen: list[index.Chosen], tree: Path, raw: bool) -> None:
-    """Raise UserError unless every collection may be published: whole, in its place, of known licences.
+def check_publishable(chosen: list[index.Chosen], tree: Path, raw: bool) -> None:
+    """Raise UserError unless every collection is whole, lies in a category's folder and has known licences.
 
-    A collection whose archive lies untouched in the tree was whole when that was made, and is not read again.
+    A collection with an unchanged archive in the tree was verified when that was made, and is not read again.
     """
     done = {} if raw else published_tree.read_record(tree) or {}
     faulty = []
@@ -44,10 +35,10 @@ def refuse(chosen: list[index.Chosen], tree: Path, raw: bool) -> None:
         faults = place_faults(item.name)
         if published_tree.archive_in(tree, item, done) is None:
             say(f"verifying {item.name}")
-            faults += collection.faults_of(item.folder, item.manifest)
-            base = paths.MODELS / ((item.manifest["base_model"] or {}).get("name") or "unknown")
+            faults += verification.faults_of(item.folder, item.manifest)
+            base = paths.MODELS / (item.manifest.base_name or "unknown")
             if not faults and (base / "config.json").is_file():
-                faults += collection.peft_faults(item.folder, item.manifest["checkpoints"][-1]["step"], base)
+                faults += verification.peft_faults(item.folder, item.manifest.steps[-1], base)
         if not cli.is_on("ALLOW_UNKNOWN_LICENSE"):
             hint = "or publish it as unknown with ALLOW_UNKNOWN_LICENSE=1"
             faults += [f"{fault}, {hint}" for fault in licenses.unknown(item.manifest, paths.DATA, paths.MODELS)]
@@ -61,7 +52,7 @@ def refuse(chosen: list[index.Chosen], tree: Path, raw: bool) -> None:
 
 
 def place_faults(name: str) -> list[str]:
-    """What is wrong with where a collection lies below saves/."""
+    """The fault of a collection's place below saves/, in a list."""
     parts = name.split("/")
     if len(parts) != 3 or parts[0] not in paths.CATEGORIES:
         return ["lies elsewhere than saves/<category>/<dataset>/<run folder>: move it there"]
@@ -69,7 +60,7 @@ def place_faults(name: str) -> list[str]:
 
 
 def print_tree(tree: Path) -> None:
-    """How many files of how many bytes each part of the tree has."""
+    """Print the number and size of the files in each part of the tree."""
     sizes: dict[str, list[int]] = {}
     for name in published_tree.files_of(tree):
         part = "/".join(name.split("/")[:2]) if name.startswith(published_tree.COLLECTIONS) else name.split("/")[0]
@@ -82,7 +73,7 @@ def print_tree(tree: Path) -> None:
 
 
 def require_account() -> None:
-    """Raise UserError when nobody is logged in, before anything is made."""
+    """Raise UserError when no account is logged in."""
     from huggingface_hub import HfApi, get_token
 
     if not get_token():
@@ -91,12 +82,12 @@ def require_account() -> None:
 
 
 def upload(repository: str, tree: Path, private: bool) -> None:
-    """Create the repository where it is missing and bring it to what the tree holds; after an interruption, go on.
+    """Create the repository if it is missing, and upload the tree; an interrupted upload is resumed.
 
-    Files go up as the hub prefers, through its Xet storage, where an interrupted file goes on in its middle;
-    HF_HUB_DISABLE_XET=1 asks for plain HTTP, where files that arrived whole are not sent again.
+    Files go to the hub's Xet storage, which resumes an interrupted file in its middle. With HF_HUB_DISABLE_XET=1 they
+    go over plain HTTP, and only files that did not arrive whole are sent again.
 
-    Raises UserError when the repository is public and should not be, or holds files of other things.
+    Raises UserError when the repository is public and should be private, or holds files outside the tree.
     """
     from huggingface_hub import HfApi
 
@@ -105,13 +96,13 @@ def upload(repository: str, tree: Path, private: bool) -> None:
     api.create_repo(repository, repo_type="dataset", private=private or None, exist_ok=True)
     info = api.dataset_info(repository, files_metadata=True)
     if private and not info.private:
-        raise UserError(f"{repository}: is public already; make it private in its settings, or leave PRIVATE away")
+        raise UserError(f"{repository}: is public already; make it private in its settings, or omit PRIVATE")
     ours = published_tree.files_of(tree)
-    strangers = sorted({file.rfilename for file in info.siblings or []} - {*ours, ".gitattributes"})
-    if strangers and not cli.is_on("FORCE"):
+    foreign = sorted({file.rfilename for file in info.siblings or []} - {*ours, ".gitattributes"})
+    if foreign and not cli.is_on("FORCE"):
         raise UserError(
-            f"{repository}: holds {len(strangers)} files that are not in this selection, such as {strangers[0]}; "
-            f"select what they are of, too, name another REPO, or: {FORCE_HINT}"
+            f"{repository}: holds {len(foreign)} files that are not in this selection, such as {foreign[0]}; "
+            f"select their collections, too, name another REPO, or: {FORCE_HINT}"
         )
     with transfer.stopping_at_once():
         api.upload_folder(
@@ -120,7 +111,7 @@ def upload(repository: str, tree: Path, private: bool) -> None:
             folder_path=tree,
             commit_message="Publish collections",
             ignore_patterns=[".cache/*"],
-            delete_patterns=[glob.escape(name) for name in strangers] or None,
+            delete_patterns=[glob.escape(name) for name in foreign] or None,
         )
     check_arrived(api.dataset_info(repository, files_metadata=True), tree, ours)
     where = f"{api.endpoint}/datasets/{repository}"

@@ -57,6 +57,7 @@ def read_recipe(path: Path) -> Recipe:
     config = render.load(path)
     text = path.read_text(encoding="utf-8")
     root = yaml.compose(text, Loader=getattr(yaml, "CSafeLoader", yaml.SafeLoader))
+    assert isinstance(root, yaml.MappingNode), "render.load accepts nothing else"
     lines = {name.value: name.start_mark.line + 1 for name, _ in root.value}
     header = [(number, line) for number, line in enumerate(text.splitlines(), 1) if number < min(lines.values())]
     recipe = Recipe(path, config, lines, [(number, line) for number, line in header if line.startswith("#")])

@@ -12,6 +12,8 @@ from torch import nn
 from transformers.utils.logging import disable_progress_bar
 
 import prompt_templates
+from paragen.collection import manifest as manifest_records
+from paragen.collection.manifest import Manifest
 from paragen.common import paths
 from paragen.common.cli import UserError
 from paragen.model import base_models, model_files
@@ -69,7 +71,7 @@ class BaseModel:
             self.model.paragen_fused = True
 
 
-def base_for(manifest: dict[str, Any], loaded: BaseModel | None) -> BaseModel:
+def base_for(manifest: Manifest, loaded: BaseModel | None) -> BaseModel:
     """The base model of a collection.
 
     Args:
@@ -78,7 +80,7 @@ def base_for(manifest: dict[str, Any], loaded: BaseModel | None) -> BaseModel:
 
     Raises UserError where the model is not on disk, or is not the one that the collection was trained on.
     """
-    recipe, folder = manifest["recipe"], folder_of(manifest)
+    recipe, folder = manifest.recipe or {}, folder_of(manifest)
     same = loaded is not None and loaded.key == base_key(recipe, folder)
     return BaseModel(recipe, folder, loaded.loaded if same else None)
 
@@ -88,20 +90,21 @@ def base_key(recipe: dict[str, Any], folder: Path) -> tuple:
     return str(folder), str(model_keys(recipe)), dtype_of(recipe)
 
 
-def folder_of(manifest: dict[str, Any]) -> Path:
+def folder_of(manifest: Manifest) -> Path:
     """The folder below models/ of a collection's base model.
 
     Raises UserError where it is not there, or is not the model or the tokenizer of the collection's training.
     """
-    base = manifest["base_model"] or {}
-    folder = base_models.local_folder(paths.MODELS / (base.get("name") or "unknown"))
-    if base_models.identity_of(folder)["sha256"] != base["sha256"]:
+    base = manifest.base_model or manifest_records.BaseModel()
+    folder = base_models.local_folder(paths.MODELS / (base.name or "unknown"))
+    if base_models.identity_of(folder)["sha256"] != base.sha256:
         raise UserError(
-            f"{paths.relative(folder)}: is not the base model that {manifest['run']} was trained on; {WAY_OUT}"
+            f"{paths.relative(folder)}: is not the base model that {manifest.run} was trained on; {WAY_OUT}"
         )
-    if model_files.hash_of(folder, model_files.tokenizer_files(folder)) != (manifest["tokenizer"] or {}).get("sha256"):
+    tokenizer = manifest.tokenizer.sha256 if manifest.tokenizer else None
+    if model_files.hash_of(folder, model_files.tokenizer_files(folder)) != tokenizer:
         raise UserError(
-            f"{paths.relative(folder)}: does not have the tokenizer that {manifest['run']} was trained with; {WAY_OUT}"
+            f"{paths.relative(folder)}: does not have the tokenizer that {manifest.run} was trained with; {WAY_OUT}"
         )
     return folder
 

@@ -9,8 +9,9 @@ from collections.abc import Iterator
 from importlib.metadata import version
 from typing import TYPE_CHECKING, Any, NamedTuple
 
-from paragen.collection import collection, evaluation, prompts, run_identity
+from paragen.collection import evaluation, prompts, run_identity
 from paragen.collection.index import Chosen
+from paragen.collection.manifest import read_manifest
 from paragen.common import cli, devices, files
 from paragen.common.cli import UserError, say
 from paragen.exports import peft
@@ -63,7 +64,7 @@ def requested_limit() -> int | None:
 def plan_for(chosen: Chosen) -> Plan:
     """What SPLIT, LIMIT and STEPS request of a collection. Raises UserError where that cannot be scored."""
     manifest = chosen.manifest
-    if manifest["recipe"] is None:
+    if manifest.recipe is None:
         raise UserError(
             f"{chosen.name}: its manifest has no recipe (it was made from a stock run), so it is unknown how it reads "
             "text; collect it here to score it"
@@ -72,8 +73,8 @@ def plan_for(chosen: Chosen) -> Plan:
     metric = answers.metric_of(split.texts)
     if limit is not None and limit >= len(split.rows):
         limit = None
-    entries = peft.selected(manifest["checkpoints"], requested_steps())
-    steps = [BASE, *(entry["step"] for entry in entries)]
+    entries = peft.selected(manifest.checkpoints, requested_steps())
+    steps = [BASE, *(entry.step for entry in entries)]
     return Plan(chosen, questions.first_rows(split, limit), metric, limit, steps)
 
 
@@ -204,8 +205,8 @@ def unless_replaced(plan: Plan, groups: Iterator[Any]) -> Iterator[Any]:
 
 def check_same(plan: Plan) -> None:
     """Raise UserError where the collection is no longer the one that is being scored."""
-    manifest = collection.read_manifest(plan.chosen.folder)
-    if manifest is None or manifest["sha256"] != plan.chosen.manifest["sha256"]:
+    manifest = read_manifest(plan.chosen.folder)
+    if manifest is None or manifest.sha256 != plan.chosen.manifest.sha256:
         raise UserError(f"{plan}: the collection was replaced while it was scored; score it again")
 
 

@@ -3,13 +3,13 @@
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
-from typing import Any
 
 import torch
 from torch import Tensor
 
-from paragen.collection import checkpoints, collection, lora_config
+from paragen.collection import checkpoints, lora_config, run_files
 from paragen.collection.evaluation import BASE
+from paragen.collection.manifest import Manifest
 from paragen.scoring import factors
 from paragen.scoring.base_model import BaseModel
 from paragen.scoring.factors import Factors
@@ -27,20 +27,20 @@ class FactorReader:
     here; all methods raise UserError for a checkpoint that is not the one in the manifest.
     """
 
-    def __init__(self, folder: Path, manifest: dict[str, Any], base: BaseModel):
+    def __init__(self, folder: Path, manifest: Manifest, base: BaseModel):
         self.folder, self.base = folder, base
         self.on_gpu = torch.cuda.is_available()
-        self.entries = {entry["step"]: entry for entry in manifest["checkpoints"]}
+        self.entries = {entry.step: entry for entry in manifest.checkpoints}
         config = checkpoints.adapter_config(folder, manifest)
         factors.check_plain_lora(config)
-        self.last = manifest["checkpoints"][-1]["step"]
+        self.last = manifest.steps[-1]
         self.layers = checkpoints.layers_of(self.read(self.last))
         self.scaling = lora_config.scaling_of(config, self.layers[0])
 
     def read(self, step: int) -> dict[str, Tensor]:
         """The tensors of a checkpoint by PEFT's keys, memory-mapped."""
         entry = self.entries[step]
-        return checkpoints.load(self._path(step), entry["bytes"], entry["sha256"])
+        return checkpoints.load(self._path(step), entry.bytes, entry.sha256)
 
     def stack(self, steps: list[int]) -> Factors:
         """The factors of some steps (evaluation.BASE: the base model, whose factors are zero), on the device."""
@@ -71,7 +71,7 @@ class FactorReader:
         for step in steps:
             if step != BASE:
                 entry = self.entries[step]
-                checkpoints.verified(self._path(step), entry["bytes"], entry["sha256"])
+                checkpoints.verified(self._path(step), entry.bytes, entry.sha256)
 
     def _path(self, step: int) -> Path:
-        return self.folder / collection.checkpoint_name(step)
+        return self.folder / run_files.checkpoint_name(step)

@@ -9,6 +9,7 @@ from bisect import bisect_left
 from typing import Any, NamedTuple
 
 from paragen.collection import prompts
+from paragen.collection.manifest import Manifest
 from paragen.common.cli import UserError
 from paragen.dataset import dataset_info, row_faults
 from paragen.scoring import answers
@@ -61,7 +62,7 @@ class Split(NamedTuple):
         return answers.distinct_responses(self._replace(parts=self.all_parts or self.parts).texts)
 
 
-def split_for(manifest: dict[str, Any], requested: str) -> Split:
+def split_for(manifest: Manifest, requested: str) -> Split:
     """The rows that a collection is scored on.
 
     Args:
@@ -70,7 +71,7 @@ def split_for(manifest: dict[str, Any], requested: str) -> Split:
 
     Raises UserError where there are no rows, or where they lack responses or have pictures.
     """
-    data = manifest["data"] or []
+    data = manifest.data or ()
     if requested:
         name, part = prompts.registered(requested)
         split = Split(name, name in map(prompts.paired_name, data), [part])

@@ -12,7 +12,8 @@ import threading
 from pathlib import Path
 from typing import NamedTuple
 
-from paragen.collection import collection, run_identity
+from paragen.collection import finishing, run_files, run_identity
+from paragen.collection.manifest import Manifest, read_manifest
 from paragen.common import cli, files, paths
 from paragen.common.cli import UserError
 from paragen.dataset import dataset_info
@@ -149,7 +150,7 @@ class Depot:
         if progress:
             seen = files.beside(taken.run(phase).folder, f"staging-{attempt}")  # where `make status` looks
             seen.mkdir(exist_ok=True)
-            (seen / collection.LOG).write_bytes(progress)
+            (seen / run_files.LOG).write_bytes(progress)
 
     def write(self, attempt: str, phase: str, name: str, offset: int, data: bytes) -> None:
         """Take a chunk of a file of a finished run."""
@@ -173,7 +174,7 @@ class Depot:
         check_arrived(staging, folder, listed)
         manifest = check_manifest(staging, folder)
         with self.planning:
-            changed = run_identity.changes(manifest, run_identity.identity_of(run))
+            changed = run_identity.changes(manifest.identity, run_identity.identity_of(run))
         if changed:
             raise UserError(f"{'; '.join(changed)}: changed while it was trained on; run it again")
         attempts.check_claim(folder, attempt)
@@ -271,21 +272,21 @@ def check_arrived(staging: Path, folder: Path, listed: dict[str, Listed]) -> Non
         raise UserError(f"{paths.relative(folder / name)}: came back with other bytes than it was sent; run it again")
 
 
-def check_manifest(staging: Path, folder: Path) -> dict:
+def check_manifest(staging: Path, folder: Path) -> Manifest:
     """The manifest of a run that came back; raises UserError unless the files beside it are those that it lists."""
-    manifest = collection.read_manifest(staging)
+    manifest = read_manifest(staging)
     if manifest is None:
         raise UserError(f"{paths.relative(folder)}: came back without manifest.json; run it again")
-    entries, names = manifest["checkpoints"], {collection.MANIFEST, collection.LOG, collection.PICTURE}
-    if manifest["phase"] == "finetune":
-        names |= {paths.ADAPTER_CONFIG, *(collection.checkpoint_name(entry["step"]) for entry in entries)}
-        collection.read_back(staging, entries)
-        whole = files.sha256_of(staging / paths.ADAPTER_CONFIG) == manifest["adapter_config_sha256"]
+    entries, names = manifest.checkpoints, {paths.MANIFEST, run_files.LOG, run_files.PICTURE}
+    if manifest.phase == "finetune":
+        names |= {paths.ADAPTER_CONFIG, *(entry.file_name for entry in entries)}
+        finishing.read_back(staging, entries)
+        whole = files.sha256_of(staging / paths.ADAPTER_CONFIG) == manifest.adapter_config_sha256
     else:
-        checkpoints = {entry["step"]: staging / f"checkpoint-{entry['step']}" for entry in entries}
+        checkpoints = {entry.step: staging / f"checkpoint-{entry.step}" for entry in entries}
         names |= {path.name for path in checkpoints.values()}
         found = {step: run_identity.pretrain_of(path) for step, path in checkpoints.items()}
-        whole = all(found[entry["step"]] and found[entry["step"]]["sha256"] == entry["sha256"] for entry in entries)
-    if not whole or not {path.name for path in staging.iterdir()} <= names or manifest["run"] != folder.name:
+        whole = all(found[entry.step] and found[entry.step]["sha256"] == entry.sha256 for entry in entries)
+    if not whole or not {path.name for path in staging.iterdir()} <= names or manifest.run != folder.name:
         raise UserError(f"{paths.relative(folder)}: came back otherwise than its manifest says; run it again")
     return manifest

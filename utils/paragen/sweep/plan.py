@@ -6,10 +6,11 @@ Reads recipes, run folders and their manifests; writes nothing. Too little disk 
 """
 
 import shutil
-from datetime import datetime, timedelta
+from datetime import timedelta
 from statistics import median
 
-from paragen.collection import collection, run_identity
+from paragen.collection import run_identity
+from paragen.collection.manifest import read_manifest
 from paragen.common import cli, paths
 from paragen.common.cli import UserError, say
 from paragen.model import model_files
@@ -64,15 +65,16 @@ def measured_rates() -> dict[tuple[str, str], float]:
     found: dict[tuple[str, str], list[float]] = {}
     for path in paths.SAVES.glob("*/*/*/manifest.json"):
         try:
-            manifest = collection.read_manifest(path.parent)
-            attempt = manifest["attempt"]
-            took = datetime.fromisoformat(attempt["finished"]) - datetime.fromisoformat(attempt["started"])
-            steps = manifest["total_steps"] - (manifest["pretrain"]["step"] if manifest["pretrain"] else 0)
-        except (UserError, KeyError, TypeError):
-            continue  # another program's, or one that does not know how long it took
+            manifest = read_manifest(path.parent)
+        except UserError:
+            continue  # another program's, or broken
+        if not (manifest and manifest.attempt and manifest.total_steps and manifest.base_name):
+            continue  # made from a stock run, whose manifest does not know how long it took
+        took = manifest.attempt.finished - manifest.attempt.started
+        steps = manifest.total_steps - (manifest.pretrain.step if manifest.pretrain else 0)
         if steps > 0:
-            found.setdefault((manifest["base_model"]["name"], manifest["phase"]), []).append(
-                took.total_seconds() / steps / manifest.get("packed_with", 1)
+            found.setdefault((manifest.base_name, manifest.phase), []).append(
+                took.total_seconds() / steps / (manifest.packed_with or 1)
             )
     return {key: median(values) for key, values in found.items()}
 

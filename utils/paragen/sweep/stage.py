@@ -18,7 +18,7 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
-from paragen.collection import collection
+from paragen.collection import run_files
 from paragen.common import cli, files, paths
 from paragen.common.cli import UserError
 from paragen.model import base_models
@@ -233,7 +233,7 @@ def progress_of(here: Cell) -> tuple[str, bytes]:
     for run in here.runs:
         for staging in files.companions(run.folder, "staging-"):
             with contextlib.suppress(OSError):
-                return run.phase, (staging / collection.LOG).read_bytes()
+                return run.phase, (staging / run_files.LOG).read_bytes()
     return "", b""
 
 

@@ -10,7 +10,7 @@ from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any
 
-from paragen.collection import collection, run_identity
+from paragen.collection import discovery, run_identity
 from paragen.collection.run_identity import Snapshot
 from paragen.common import files, paths
 from paragen.common.cli import UserError, say
@@ -77,12 +77,12 @@ def is_complete(run: Run, identity: dict[str, Any]) -> bool:
     """
     folder, name = run.folder, paths.relative(run.folder)
     forced = run_identity.force_asked()
-    if forced and (folder / collection.MANIFEST).is_file() and folder.name.endswith(f"_{run.phase}"):
+    if forced and (folder / paths.MANIFEST).is_file() and folder.name.endswith(f"_{run.phase}"):
         return False
-    state = collection.state_of(folder, identity)
-    if state.manifest is not None and state.manifest["phase"] != run.phase:
+    state = discovery.state_of(folder, identity)
+    if state.manifest is not None and state.manifest.phase != run.phase:
         raise UserError(
-            f"{name} holds a {state.manifest['phase']} run, but this recipe makes a {run.phase} one; change output_dir"
+            f"{name} holds a {state.manifest.phase} run, but this recipe makes a {run.phase} one; change output_dir"
         )
     if state.manifest is not None and forced:
         return False

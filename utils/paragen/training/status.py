@@ -2,7 +2,7 @@
 
 import json
 
-from paragen.collection import collection, run_identity
+from paragen.collection import discovery, run_files, run_identity
 from paragen.common import files, paths
 from paragen.common.cli import UserError
 from paragen.recipes.run import Cell
@@ -16,7 +16,7 @@ def state_of(cell: Cell) -> tuple[str, str]:
             return "collecting", progress_of(cell)
         if not finetune.folder.exists():
             return ("pretrained" if (pretrain.folder / paths.MANIFEST).is_file() else "missing"), ""
-        state = collection.state_of(finetune.folder, run_identity.identity_of(finetune))
+        state = discovery.state_of(finetune.folder, run_identity.identity_of(finetune))
     except UserError as error:
         return "broken", str(error)
     if state.name == "unknown":
@@ -29,7 +29,7 @@ def progress_of(cell: Cell) -> str:
     for run in cell.runs:
         for staging in files.companions(run.folder, "staging-"):
             try:
-                last = json.loads((staging / collection.LOG).read_text(encoding="utf-8").splitlines()[-1])
+                last = json.loads((staging / run_files.LOG).read_text(encoding="utf-8").splitlines()[-1])
                 loss = f", loss {last['loss']:.4f}" if "loss" in last else ""
                 left = f", {last['remaining_time']} left" if "remaining_time" in last else ""
                 return f"{run.phase} step {last['current_steps']} of {last['total_steps']}{loss}{left}"

@@ -1,0 +1,398 @@
+"""manifest.json of a run folder: what was trained, from what, and which checkpoints it made.
+
+A run folder with a manifest.json is complete, one without is not. A manifest carries the SHA-256 of its own content, so
+that an edited one is recognised. `parse_manifest` checks every value once; code that has a `Manifest` relies on it.
+"""
+
+import json
+import platform
+from collections.abc import Sequence
+from dataclasses import asdict, dataclass, field
+from datetime import datetime
+from importlib.metadata import version
+from pathlib import Path
+from typing import Any
+
+from paragen.collection import manifest_kinds as kinds
+from paragen.collection.manifest_kinds import Section, Unfit
+from paragen.collection.run_files import checkpoint_name
+from paragen.common import files, paths
+from paragen.common.cli import UserError
+from paragen.dataset import dataset_info
+
+FORMAT = 2
+PACKAGES = ("llamafactory", "transformers", "peft", "accelerate", "datasets", "torch", "safetensors")
+IDENTITY = ("recipe", "data", "base_model", "tokenizer", "pretrain")  # the sections that run_identity.py makes
+# Keys that every manifest has; all others came later and may be missing.
+KEYS = (
+    "phase", "dataset", "run", "rank", *IDENTITY, "adapter_config_sha256", "checkpoints", "sha256",
+)  # fmt: skip
+
+
+@dataclass(frozen=True)
+class CheckpointEntry:
+    """One checkpoint of a run: a file of a collection, or a folder `checkpoint-<step>/` of a pretrain run.
+
+    Attributes:
+        step: the optimizer step after which it was saved, from 1 up.
+        loss: the training loss that was logged at this step; None where none was.
+        learning_rate: the one that was logged at this step; None where none was.
+        bytes: the size of the file, or of all files in the folder.
+        sha256: of the file's bytes; of a folder, the hash over the hashes of the files that a resumed run reads.
+    """
+
+    step: int
+    loss: float | None
+    learning_rate: float | None
+    bytes: int
+    sha256: str
+
+    @property
+    def file_name(self) -> str:
+        """The checkpoint's file in a collection."""
+        return checkpoint_name(self.step)
+
+
+@dataclass(frozen=True)
+class TrainedData:
+    """One dataset that a run was trained on.
+
+    Attributes:
+        name: its key in data/dataset_info.json.
+        file: its data file, relative to data/.
+        entry: its entry in dataset_info.json, without `file_name`.
+        rows: how many rows were trained on, the file's first ones.
+        rows_sha256: their hash.
+        sha256: the hash of the whole file; None in manifests that lack it.
+        pictures: how many pictures the rows show, and their hash; None without pictures.
+    """
+
+    name: str
+    file: str
+    entry: dict[str, Any]
+    rows: int
+    rows_sha256: str
+    sha256: str | None
+    pictures: dict[str, Any] | None
+
+
+@dataclass(frozen=True)
+class BaseModel:
+    """The base model of a run: its folder's name below models/, its hub id and commit, the hash of its config and
+    weights; each None where it is not known."""
+
+    name: str | None = None
+    hub_id: str | None = None
+    revision: str | None = None
+    sha256: str | None = None
+
+
+@dataclass(frozen=True)
+class Tokenizer:
+    """The hash of the tokenizer's files, None where it is not known."""
+
+    sha256: str | None
+
+
+@dataclass(frozen=True)
+class ResumedPretrain:
+    """The checkpoint that a run resumed: its run folder's name, its step, its hash (see CheckpointEntry)."""
+
+    run: str
+    step: int
+    sha256: str | None
+
+
+@dataclass(frozen=True)
+class Attempt:
+    """The attempt that made a run: its id, and when it started and finished (with a time zone)."""
+
+    id: str
+    started: datetime
+    finished: datetime
+
+
+@dataclass(frozen=True)
+class Conversion:
+    """How the checkpoints were cast to another dtype after the training.
+
+    Attributes:
+        from_dtype: the dtypes that they had, separated by commas.
+        to_dtype: the one that they have.
+        manifest_sha256: the `sha256` of the manifest of the collection that was cast.
+    """
+
+    from_dtype: str
+    to_dtype: str
+    manifest_sha256: str
+
+
+@dataclass(frozen=True)
+class Manifest:
+    """A run's manifest, checked. What a run made from stock LLaMA-Factory cannot know is None.
+
+    Attributes:
+        phase: `pretrain` or `finetune`.
+        category: one of paths.CATEGORIES, None for a run folder that lies in none of them.
+        dataset: the recipe's `dataset`; several are separated by commas.
+        run: the run folder's name.
+        rank: the LoRA rank.
+        recipe: the recipe's keys and values that decide what is trained.
+        checkpoints: at least one, in ascending order of their steps.
+        seed, device, processes, precision: of the training.
+        rows_at_a_time, accumulated: the batch of one process, and the gradient accumulation steps.
+        trained_rows, total_steps: rows after conversion, and the number of the last optimizer step.
+        engine, packed_with: `packed` and the number of adapters in the pack, where that engine trained it.
+        versions: of Python and the packages, by name.
+        sha256: of `content` without its key `sha256`.
+        content: the JSON object as it stands in manifest.json, to be written or sealed again; do not change it.
+    """
+
+    phase: str
+    category: str | None
+    dataset: str
+    run: str
+    rank: int
+    recipe: dict[str, Any] | None
+    data: tuple[TrainedData, ...] | None
+    base_model: BaseModel | None
+    tokenizer: Tokenizer | None
+    pretrain: ResumedPretrain | None
+    adapter_config_sha256: str | None
+    checkpoints: tuple[CheckpointEntry, ...]
+    sha256: str
+    seed: int | None
+    device: str | None
+    processes: int | None
+    precision: str | None
+    rows_at_a_time: int | None
+    accumulated: int | None
+    trained_rows: int | None
+    total_steps: int | None
+    engine: str | None
+    packed_with: int | None
+    versions: dict[str, str] | None
+    attempt: Attempt | None
+    converted: Conversion | None
+    content: dict[str, Any] = field(compare=False, repr=False)
+
+    @property
+    def identity(self) -> dict[str, Any]:
+        """The sections that run_identity.py makes and compares, as they stand in manifest.json."""
+        return {section: self.content[section] for section in IDENTITY}
+
+    @property
+    def base_name(self) -> str | None:
+        """The name of the base model's folder, None where it is not known."""
+        return self.base_model.name if self.base_model else None
+
+    @property
+    def steps(self) -> list[int]:
+        """The steps of the checkpoints, ascending."""
+        return [entry.step for entry in self.checkpoints]
+
+
+def read_manifest(folder: Path) -> Manifest | None:
+    """A run folder's manifest, or None where there is none. Raises UserError when it cannot be read or is not sound."""
+    path = folder / paths.MANIFEST
+    try:
+        data = path.read_bytes()
+    except FileNotFoundError:
+        return None
+    except OSError as error:
+        raise UserError(f"{paths.relative(path)}: cannot be read: {error.strerror}") from None
+    return parse_manifest(data, paths.relative(path), "train again with FORCE=1")
+
+
+def phase_named_in(folder: Path) -> str | None:
+    """The phase that a folder's manifest.json names, whether or not that is sound; None where it names none.
+
+    Finds collections that `read_manifest` then refuses with a message, and passes over other programs' files.
+    """
+    try:
+        content = json.loads((folder / paths.MANIFEST).read_bytes())
+    except (ValueError, RecursionError, OSError):
+        return None
+    phase = content.get("phase") if isinstance(content, dict) else None
+    return phase if phase in paths.PHASES else None
+
+
+def parse_manifest(data: bytes, name: str, way_out: str) -> Manifest:
+    """The manifest in the bytes of a manifest.json, which may come from a stranger.
+
+    Args:
+        data: the file's bytes.
+        name: what messages call the file.
+        way_out: how messages end: what the user can do.
+
+    Raises UserError naming the file, the key and the value when anything is not as `Manifest` describes it.
+    """
+    try:
+        content = json.loads(data)
+        if not isinstance(content, dict) or content.get("format") != FORMAT:
+            raise UserError(f"{name}: not a manifest of format {FORMAT}; {way_out}")
+        if missing := [key for key in KEYS if key not in content]:
+            raise UserError(f"{name}: not a manifest of format {FORMAT}: it has no {missing[0]!r}; {way_out}")
+        if sealed(content)["sha256"] != content["sha256"]:
+            raise UserError(f"{name}: was edited after it was written; put it back, or {way_out}")
+    except (ValueError, RecursionError) as error:
+        raise UserError(f"{name}: broken ({error}); {way_out}") from None
+    return check_manifest(content, name, way_out)
+
+
+def sealed(content: dict[str, Any]) -> dict[str, Any]:
+    """The JSON object of a manifest with the hash of its other content as its last key, `sha256`."""
+    unsealed = {key: value for key, value in content.items() if key != "sha256"}
+    return {**unsealed, "sha256": files.sha256_of_value(unsealed)}
+
+
+def new_manifest(
+    folder: Path,
+    phase: str,
+    rank: int,
+    identity: dict[str, Any],
+    checkpoints: Sequence[CheckpointEntry],
+    facts: dict[str, Any],
+) -> Manifest:
+    """The manifest of a run that was just made.
+
+    Args:
+        folder: the run folder by its final name.
+        phase: `pretrain` or `finetune`.
+        rank: the LoRA rank.
+        identity: as `run_identity.identity_of` gives it; a section that is not known is None.
+        checkpoints: in ascending order of their steps.
+        facts: further keys of a manifest; one that is not known is None.
+
+    Raises UserError for a value that no manifest may have, such as a loss that is not finite.
+    """
+    category = folder.parent.parent.name
+    recipe = identity["recipe"]
+    content = sealed({
+        "format": FORMAT,
+        "phase": phase,
+        "category": category if category in paths.CATEGORIES else None,
+        "dataset": recipe["dataset"] if recipe else folder.parent.name,
+        "run": folder.name,
+        "rank": rank,
+        "recipe_sha256": files.sha256_of_value(recipe) if recipe else None,
+        **identity,
+        "adapter_config_sha256": None,
+        **facts,
+        "checkpoints": [asdict(entry) for entry in checkpoints],
+    })  # fmt: skip
+    return check_manifest(content, f"{paths.relative(folder)}: its manifest", "it is not kept")
+
+
+def write_manifest(folder: Path, manifest: Manifest) -> None:
+    """Write manifest.json into a folder, atomically."""
+    files.write_json(folder / paths.MANIFEST, manifest.content)
+
+
+def attempt_facts(attempt: str, started: str, finished: str) -> dict[str, Any]:
+    """The keys `versions` and `attempt` of a run made by this process; times in ISO 8601."""
+    return {
+        "versions": {"python": platform.python_version(), **{name: version(name) for name in PACKAGES}},
+        "attempt": {"id": attempt, "started": started, "finished": finished},
+    }
+
+
+def check_manifest(content: dict[str, Any], name: str, way_out: str) -> Manifest:
+    """The record of a manifest's JSON object; arguments and errors as for `parse_manifest`. Its seal is not checked."""
+    try:
+        top = Section(content)
+        attempt, converted = top.section("attempt"), top.section("converted")
+        tokenizer, pretrain, base_model = (top.section(key) for key in ("tokenizer", "pretrain", "base_model"))
+        data = top.sections("data")
+        return Manifest(
+            phase=top.get("phase", kinds.PHASE),
+            category=top.get_optional("category", kinds.CATEGORY),
+            dataset=top.get("dataset", kinds.NAME),
+            run=top.get("run", kinds.NAME),
+            rank=top.get("rank", kinds.RANK),
+            recipe=top.get_optional("recipe", kinds.OBJECT),
+            data=None if data is None else tuple(map(_data_of, data)),
+            base_model=base_model and _base_model_of(base_model),
+            tokenizer=tokenizer and Tokenizer(tokenizer.get_optional("sha256", kinds.SHA256)),
+            pretrain=pretrain and _pretrain_of(pretrain),
+            adapter_config_sha256=top.get_optional("adapter_config_sha256", kinds.SHA256),
+            checkpoints=_checkpoints_of(top),
+            sha256=top.get("sha256", kinds.SHA256),
+            seed=top.get_optional("seed", kinds.SEED),
+            **{key: top.get_optional(key, kinds.TEXT) for key in ("device", "precision", "engine")},
+            **{key: top.get_optional(key, kinds.COUNT) for key in ("processes", "rows_at_a_time", "accumulated")},
+            **{key: top.get_optional(key, kinds.WHOLE) for key in ("trained_rows", "total_steps")},
+            packed_with=top.get_optional("packed_with", kinds.COUNT),
+            versions=top.get_optional("versions", kinds.TEXTS),
+            attempt=attempt and _attempt_of(attempt),
+            converted=converted and _conversion_of(converted),
+            content=content,
+        )
+    except Unfit as error:
+        raise UserError(f"{name}: not a manifest of format {FORMAT}: {error}; {way_out}") from None
+
+
+def _checkpoints_of(top: Section) -> tuple[CheckpointEntry, ...]:
+    top.get("checkpoints", kinds.LIST)
+    entries = tuple(
+        CheckpointEntry(
+            step=section.get("step", kinds.COUNT),
+            loss=section.get("loss", kinds.NUMBER, nullable=True),
+            learning_rate=section.get("learning_rate", kinds.NUMBER, nullable=True),
+            bytes=section.get("bytes", kinds.WHOLE),
+            sha256=section.get("sha256", kinds.SHA256),
+        )
+        for section in top.sections("checkpoints") or ()
+    )
+    if not entries:
+        raise Unfit("checkpoints lists no checkpoint")
+    for before, entry in zip(entries, entries[1:], strict=False):
+        if entry.step <= before.step:
+            raise Unfit(f"checkpoints has step {entry.step} after step {before.step}, not in ascending order")
+    return entries
+
+
+def _data_of(section: Section) -> TrainedData:
+    entry = section.section("entry")
+    if entry is None:
+        raise Unfit(f"{section.place}entry is missing")
+    checked = {
+        "columns": kinds.NAMES,
+        "tags": kinds.TAGS,
+        "formatting": kinds.FORMATTING,
+        dataset_info.HELD_OUT: kinds.WHOLE,
+    }
+    for key in checked.keys() & entry.value.keys():
+        entry.get(key, checked[key])
+    return TrainedData(
+        name=section.get("name", kinds.NAME),
+        file=section.get("file", kinds.PATH),
+        entry=entry.value,
+        rows=section.get("rows", kinds.WHOLE),
+        rows_sha256=section.get("rows_sha256", kinds.SHA256),
+        sha256=section.get_optional("sha256", kinds.SHA256),
+        pictures=section.get_optional("pictures", kinds.OBJECT),
+    )
+
+
+def _base_model_of(section: Section) -> BaseModel:
+    of_keys = {"name": kinds.NAME, "hub_id": kinds.HUB_ID, "revision": kinds.TEXT, "sha256": kinds.SHA256}
+    return BaseModel(**{key: section.get_optional(key, kind) for key, kind in of_keys.items()})
+
+
+def _pretrain_of(section: Section) -> ResumedPretrain:
+    return ResumedPretrain(
+        section.get("run", kinds.NAME), section.get("step", kinds.WHOLE), section.get_optional("sha256", kinds.SHA256)
+    )
+
+
+def _attempt_of(section: Section) -> Attempt:
+    started, finished = (datetime.fromisoformat(section.get(key, kinds.TIME)) for key in ("started", "finished"))
+    return Attempt(section.get("id", kinds.TEXT), started, finished)
+
+
+def _conversion_of(section: Section) -> Conversion:
+    section.get_optional("before", kinds.OBJECT)
+    return Conversion(
+        section.get("from", kinds.TEXT), section.get("to", kinds.DTYPE), section.get("sha256", kinds.SHA256)
+    )

@@ -1,0 +1,113 @@
+"""Reads a whole collection from disk and lists what is wrong with it."""
+
+import os
+import tempfile
+from collections.abc import Sequence
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+
+from paragen.collection import evaluation
+from paragen.collection.manifest import CheckpointEntry, Manifest
+from paragen.collection.run_files import BESIDE, OPTIONAL, checkpoint_name
+from paragen.common import files, paths
+from paragen.common.cli import UserError
+
+
+def faults_of(folder: Path, manifest: Manifest) -> list[str]:
+    """The faults of a collection's files, hashes, steps, keys, shapes, values and evaluation.json, a phrase each."""
+    entries, steps, faults = manifest.checkpoints, manifest.steps, []
+    expected = {paths.MANIFEST, *BESIDE, *(entry.file_name for entry in entries)}
+    half_written = files.unfinished(folder / evaluation.FILE)  # a killed evaluation leaves these; they are no fault
+    there = {path.name for path in folder.iterdir() if path not in half_written}
+    faults += [f"{name} is missing" for name in sorted(expected - there - set(OPTIONAL))]
+    faults += [f"{name} does not belong here" for name in sorted(there - expected)]
+    if manifest.recipe is not None and steps != list(range(steps[0], steps[0] + len(steps))):
+        faults.append(f"the steps are not consecutive: {steps}")
+    kept = manifest.recipe and manifest.recipe.get("save_total_limit")
+    if kept and len(steps) != kept:
+        faults.append(f"{len(steps)} checkpoints, but the recipe keeps {kept}")
+    config = folder / paths.ADAPTER_CONFIG
+    if config.name in there and files.sha256_of(config) != manifest.adapter_config_sha256:
+        faults.append(f"{config.name} does not have its recorded sha256")
+    try:
+        if (scores := evaluation.bytes_in(folder)) is not None:
+            evaluation.parse(scores, manifest, evaluation.FILE)
+    except UserError as error:
+        faults.append(str(error))
+    present = [entry for entry in entries if entry.file_name in there]
+    faults += _checkpoint_faults(folder, present, manifest.rank)
+    return faults
+
+
+def _checkpoint_faults(folder: Path, entries: Sequence[CheckpointEntry], rank: int) -> list[str]:
+    """Faults of the checkpoint files, which are read several at a time."""
+    with ThreadPoolExecutor(min(8, os.cpu_count() or 1)) as threads:
+        read = list(threads.map(lambda entry: _read_checkpoint(folder / entry.file_name, entry), entries))
+    faults, layout = [], None
+    for entry, (of_file, found) in zip(entries, read, strict=True):
+        name = entry.file_name
+        if found is None:
+            faults += of_file
+            continue
+        layout = layout or found
+        if found != layout:
+            faults.append(f"{name} has other keys, shapes or types than the first checkpoint")
+        ranks = {shape[0] for key, (shape, _) in found.items() if key.endswith("lora_A.weight")}
+        if ranks != {rank}:
+            faults.append(f"{name} holds rank {sorted(ranks)}, not {rank}")
+        faults += of_file
+    return faults
+
+
+def _read_checkpoint(path: Path, entry: CheckpointEntry) -> tuple[list[str], dict[str, tuple] | None]:
+    """(The faults of one checkpoint file, shape and dtype by key). A file with another hash is not opened; its second
+    value is None."""
+    import torch
+    from safetensors import SafetensorError
+    from safetensors.torch import load_file
+
+    if path.stat().st_size != entry.bytes:
+        return [f"{path.name} has {path.stat().st_size} bytes, not {entry.bytes}"], None
+    if files.sha256_of(path) != entry.sha256:
+        return [f"{path.name} does not have its recorded sha256"], None
+    try:
+        tensors = load_file(path)
+    except SafetensorError as error:
+        return [f"{path.name} is not a safetensors file: {error}"], None
+    is_finite = all(torch.isfinite(tensor).all() for tensor in tensors.values())
+    faults = [] if is_finite else [f"{path.name} holds values that are not finite"]
+    return faults, {key: (tuple(tensor.shape), tensor.dtype) for key, tensor in tensors.items()}
+
+
+def peft_faults(folder: Path, step: int, base: Path) -> list[str]:
+    """What PEFT reports when it loads one checkpoint onto the base model's structure, without the base's weights."""
+    import torch
+    from peft import PeftModel, get_peft_model_state_dict
+    from safetensors import safe_open
+    from transformers import (
+        MODEL_FOR_IMAGE_TEXT_TO_TEXT_MAPPING,
+        AutoConfig,
+        AutoModelForCausalLM,
+        AutoModelForImageTextToText,
+    )
+
+    config = AutoConfig.from_pretrained(base, trust_remote_code=False)
+    reads_pictures = type(config) in MODEL_FOR_IMAGE_TEXT_TO_TEXT_MAPPING  # as LLaMA-Factory chooses the class
+    with torch.device("meta"):
+        model = (AutoModelForImageTextToText if reads_pictures else AutoModelForCausalLM).from_config(config)
+    with tempfile.TemporaryDirectory() as adapter:
+        for name, source in (
+            (paths.ADAPTER, folder / checkpoint_name(step)),
+            (paths.ADAPTER_CONFIG, folder / paths.ADAPTER_CONFIG),
+        ):
+            os.symlink(source.absolute(), Path(adapter, name))
+        try:
+            loaded = PeftModel.from_pretrained(model, adapter, low_cpu_mem_usage=True)
+        except (ValueError, RuntimeError, TypeError, KeyError) as error:
+            return [f"PEFT does not load checkpoint {step}: {' '.join(str(error).split())[:300]}"]
+        with safe_open(Path(adapter, paths.ADAPTER), "pt") as file:
+            stored = set(file.keys())
+    differing = stored ^ set(get_peft_model_state_dict(loaded, save_embedding_layers=False))
+    if differing:
+        return [f"PEFT does not take checkpoint {step}: {len(differing)} keys differ, such as {min(differing)}"]
+    return []
