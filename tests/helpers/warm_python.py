@@ -27,11 +27,8 @@ from pathlib import Path
 
 from helpers import fork_server
 
-# Read by libraries when they are imported: where one differs, the process that imported them cannot stand in.
-READ_EARLY = (
-    "HF_ENDPOINT", "HF_HOME", "HF_HUB_DISABLE_XET", "HF_TOKEN", "OMP_NUM_THREADS", "CUDA_VISIBLE_DEVICES",
-    "PYTHONHASHSEED", "TRITON_INTERPRET",
-)  # fmt: skip
+# What libraries read when they are imported: where one differs, the process that imported them cannot stand in.
+READ_EARLY = ("OMP_NUM_THREADS", "CUDA_VISIBLE_DEVICES", "PYTHONHASHSEED", "TRITON_INTERPRET")
 ENDED = os.WEXITED | os.WNOHANG | os.WNOWAIT
 # Started without site-packages, in some 20 ms.
 CLIENT = """#!{python} -SE
@@ -188,6 +185,9 @@ def run(request: list, files: list[int], path: list[str], command: str) -> None:
         sys.executable = command
         own = [entry for entry in environment.get("PYTHONPATH", "").split(os.pathsep) if entry]
         sys.path[:] = [str(Path(arguments[0]).resolve().parent) if arguments[0][0] != "-" else "", *own, *path]
+        if any(name.startswith("HF_") for name in environment):
+            for name in [name for name in sys.modules if name.split(".")[0] == "huggingface_hub"]:
+                del sys.modules[name]  # so that it reads them when it is imported again
         sys.stdin, sys.stdout = open(0, closefd=False), open(1, "w", buffering=1, closefd=False)  # noqa: SIM115
         sys.stderr = open(2, "w", buffering=1, errors="backslashreplace", closefd=False)  # noqa: SIM115
         status = status_of(*arguments)
