@@ -4,6 +4,7 @@ import os
 import random
 import signal
 import subprocess
+import sys
 import time
 from pathlib import Path
 
@@ -16,7 +17,7 @@ CATEGORY = "common-sense-reasoning"
 
 
 def collect_all(repository: Path, *datasets: str, **environment: str) -> subprocess.Popen:
-    environment = {**os.environ, "DEVICES": "cpu", **environment}
+    environment = {**os.environ, "DEVICES": "cpu", "PY": sys.executable, **environment}
     return subprocess.Popen(
         ["bash", "collect_all_dataset.sh", *datasets],
         cwd=repository / "collect_scripts" / CATEGORY,
@@ -81,7 +82,7 @@ def test_a_failed_cell_costs_that_cell_and_the_status_says_so(repository):
     assert lines == {"tiny-one": ["missing", "pretrained"], "tiny-two": ["missing", "complete"]}
 
 
-@pytest.mark.alone
+@pytest.mark.slow
 def test_ctrl_c_stops_the_cell_too_and_leaves_nothing_running(repository):
     run = collect_all(repository, RANKS="4")
     saves = repository / "saves" / CATEGORY

@@ -5,6 +5,7 @@ import json
 import os
 import signal
 import subprocess
+import sys
 import time
 from pathlib import Path
 
@@ -18,8 +19,11 @@ ROOT = Path(__file__).resolve().parent.parent
 CATEGORY = "common-sense-reasoning"
 
 
-def sweep(repository: Path, *datasets: str, **environment: str) -> subprocess.Popen:
-    command = [PYTHON, repository / "utils" / "collect_all.py", CATEGORY, *datasets]
+def sweep(repository: Path, *datasets: str, slots: int = 0, **environment: str) -> subprocess.Popen:
+    """Start a sweep; with `slots` on as many cores, so that as many workers import LLaMA-Factory."""
+    command = [sys.executable, repository / "utils" / "collect_all.py", CATEGORY, *datasets]
+    if slots:
+        command = ["taskset", "--cpu-list", ",".join(map(str, sorted(os.sched_getaffinity(0))[:slots])), *command]
     environment = {**os.environ, "DEVICES": "cpu", **environment}
     return subprocess.Popen(
         command, env=environment, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True, start_new_session=True
@@ -39,6 +43,7 @@ def left_over(repository: Path) -> list[str]:
     return [path.name for path in repository.glob(f"saves/{CATEGORY}/*/.*")]
 
 
+@pytest.mark.slow
 def test_cells_of_a_sweep_have_the_hashes_that_they_have_alone(repository, project, tmp_path):
     """Also after a cell that changed the global template; and equal rows are tokenised once."""
     scripts = repository / "collect_scripts" / CATEGORY
@@ -62,7 +67,7 @@ def test_cells_of_a_sweep_have_the_hashes_that_they_have_alone(repository, proje
 
 def ray(*arguments: str, **options) -> subprocess.Popen:
     return subprocess.Popen(
-        [PYTHON, "-m", "ray.scripts.scripts", *arguments], stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL,
+        [sys.executable, "-m", "ray.scripts.scripts", *arguments], stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL,
         start_new_session=True, **options,
     )  # fmt: skip
 
@@ -91,12 +96,12 @@ def cluster(request, repository, tmp_path_factory, monkeypatch):
     nodes = [ray(*head)]
     request.addfinalizer(lambda: [stop(node) for node in nodes])
     deadline = time.monotonic() + 120
-    while subprocess.run([PYTHON, "-c", f"import socket; socket.create_connection(('127.0.0.1', {port}))"],
+    while subprocess.run([sys.executable, "-c", f"import socket; socket.create_connection(('127.0.0.1', {port}))"],
                          capture_output=True).returncode:  # fmt: skip
         assert time.monotonic() < deadline
     for count in (2, 3):  # one after the other: two that start at once may take the same ports
         nodes.append(ray("start", f"--address=127.0.0.1:{port}", *shared))
-        subprocess.run([PYTHON, "-c", JOINED, f"127.0.0.1:{port}", str(count)], check=True, timeout=120)
+        subprocess.run([sys.executable, "-c", JOINED, f"127.0.0.1:{port}", str(count)], check=True, timeout=120)
     yield f"127.0.0.1:{port}", nodes
 
 
@@ -218,7 +223,7 @@ def test_what_runs_is_seen_from_another_shell(repository, project):
     assert "pretrain step " in line and " of 4000, loss " in line
 
 
-@pytest.mark.parametrize(("gpus_per_cell", "groups"), [("1", 4), ("2", 2)])
+@pytest.mark.parametrize(("gpus_per_cell", "groups"), [pytest.param("1", 4, marks=pytest.mark.slow), ("2", 2)])
 def test_each_worker_sees_its_own_devices(tmp_path, gpus_per_cell, groups):
     """Ray hands out four GPUs, which this machine need not have: nothing is trained here."""
     code = (
@@ -227,7 +232,9 @@ def test_each_worker_sees_its_own_devices(tmp_path, gpus_per_cell, groups):
     )
     environment = {**os.environ, "GPUS_PER_CELL": gpus_per_cell, "DEVICES": "", "ENGINE": "stock"}
     environment["PYTHONPATH"] = os.pathsep.join([str(ROOT / "utils"), str(ROOT / "tests")])
-    done = subprocess.run([PYTHON, "-c", code], cwd=ROOT / "tests", env=environment, capture_output=True, text=True)
+    done = subprocess.run(
+        [sys.executable, "-c", code], cwd=ROOT / "tests", env=environment, capture_output=True, text=True
+    )
     assert done.returncode == 0, done.stderr
     given = [text.split(":")[1].split(",") for text in done.stderr.splitlines()[-1].split()]
     assert sorted(sum(given, [])) == ["0", "1", "2", "3"] and len(given) == groups
@@ -309,6 +316,7 @@ def test_a_run_whose_end_nobody_saw_is_worth_another_attempt(worker, tmp_path, m
     assert worker._run(ordinary.train, (), {}, tmp_path / "x.log").kind == "killed"
 
 
+@pytest.mark.slow
 def test_a_recipe_that_cannot_be_read_costs_its_cell(repository):
     recipe = repository / "collect_scripts" / CATEGORY / "To-y" / "tiny-one_To-y_pretrain.yaml"
     recipe.write_text("a: [\n")
@@ -320,7 +328,7 @@ def test_a_recipe_that_cannot_be_read_costs_its_cell(repository):
 
 
 def test_a_terminated_sweep_unwinds_and_says_so_in_its_status(repository):
-    run = sweep(repository, RANKS="4")
+    run = sweep(repository, slots=1, RANKS="4")
     saves = repository / "saves" / CATEGORY
     while not list(saves.glob("*/.*staging*")):
         assert run.poll() is None, run.communicate()[0]

@@ -65,6 +65,7 @@ def test_a_mixed_sweep_packs_what_it_can_and_each_cell_stands_for_itself(reposit
     assert output.count("started: ") == 8
 
 
+@pytest.mark.slow
 def test_a_base_model_that_turns_out_not_to_be_for_the_engine_is_trained_the_ordinary_way(repository):
     """GPT-2's layers are no nn.Linear, which only the loaded model tells."""
     shutil.rmtree(repository / "models" / "Tiny-One")
@@ -80,6 +81,7 @@ def test_a_base_model_that_turns_out_not_to_be_for_the_engine_is_trained_the_ord
     assert len(manifests(repository)) == 2 and not any("engine" in found for found in manifests(repository).values())
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(("engine", "status", "packed"), [("stock", 0, False), ("packed", 1, True)])
 def test_a_sweep_can_be_forced_to_either_engine(repository, engine, status, packed):
     add_to_recipes(repository, "To-y", "tiny-one", "lora_dropout: 0.1")
@@ -140,7 +142,6 @@ def test_plan_says_what_is_packed(repository):
     assert said(ENGINE="stock").startswith("engine: the ordinary way")
 
 
-@pytest.mark.alone
 def test_what_a_pack_trains_is_seen_from_another_shell_and_ctrl_c_leaves_nothing(repository):
     """`make status` reads step and loss of each of its runs from that run's staging folder."""
     add_to_recipes(repository, "Other", "tiny-one", "max_steps: 4000")

@@ -39,6 +39,8 @@ hub = socket.socket(socket.AF_UNIX)
 try:
     if not arguments or (arguments[0][0] == "-" and arguments[0] not in ("-c", "-m")) or early != {early!r}:
         raise OSError
+    if "/ray/" in arguments[0]:  # its workers have to be children of its own
+        raise OSError
     hub.connect({address!r})
 except OSError:
     os.execv({python!r}, [{python!r}, *arguments])
@@ -188,6 +190,8 @@ def run(request: list, files: list[int], path: list[str], command: str) -> None:
         if any(name.startswith("HF_") for name in environment):
             for name in [name for name in sys.modules if name.split(".")[0] == "huggingface_hub"]:
                 del sys.modules[name]  # so that it reads them when it is imported again
+        if "ray._raylet" in sys.modules:
+            sys.modules["ray._raylet"].Config.initialize("")  # Ray reads its settings from the environment again
         sys.stdin, sys.stdout = open(0, closefd=False), open(1, "w", buffering=1, closefd=False)  # noqa: SIM115
         sys.stderr = open(2, "w", buffering=1, errors="backslashreplace", closefd=False)  # noqa: SIM115
         status = status_of(*arguments)
