@@ -34,7 +34,8 @@ for name in (
     "MAKELEVEL",
 ):
     os.environ.pop(name, None)
-os.environ["DEVICES"] = "cpu"  # the same hashes on a machine with a GPU
+if not os.environ.get("TEST_GPU"):
+    os.environ["DEVICES"] = "cpu"  # the same hashes on a machine with a GPU
 os.environ["OMP_NUM_THREADS"] = "1"  # tiny tensors; two runs at once then do not fight for two cores
 
 from helpers import fork_server, handmade, packed_project, tiny, tiny_models  # noqa: E402
@@ -181,4 +182,5 @@ def trained_place(place, trained_once) -> handmade.Place:
 def pytest_configure(config):
     config.addinivalue_line("markers", "slow: takes minutes; `make test-all` runs it, `make test` does not")
     config.addinivalue_line("markers", "runs: starts trainings as processes; `make test` has a pytest for these")
-    config.addinivalue_line("markers", "alone: kills what runs; `make test` has nothing beside it")
+    config.addinivalue_line("markers", "alone: kills what runs; `make test-all` has nothing beside it")
+    config.addinivalue_line("markers", "gpu: needs an NVIDIA GPU; `make test-gpu` runs it")

@@ -12,7 +12,19 @@ import pytest
 ROOT = Path(__file__).resolve().parent.parent
 TARGETS = ["setup", "lock", "model", "register", "check-data", "pretrain", "finetune", "collect", "clean-checkpoints"]
 TARGETS += ["plan", "index", "export", "import", "stats", "report", "publish", "pull"]
-TARGETS += ["recipe", "check-recipes", "verify", "demo", "test", "lint", "setup-dev", "format", "test-all", "evaluate"]
+TARGETS += [
+    "recipe",
+    "check-recipes",
+    "verify",
+    "demo",
+    "test",
+    "lint",
+    "setup-dev",
+    "format",
+    "test-all",
+    "test-gpu",
+    "evaluate",
+]
 TARGETS += ["data", "data-all", "collect-all", "status"]
 
 
