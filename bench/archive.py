@@ -20,7 +20,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parent.parent / "utils"))
 
 from paragen.archives import archive, read
 from paragen.collection import run_files
-from paragen.collection.manifest import Manifest, read_manifest
+from paragen.collection.manifest import Manifest, require_manifest
 from paragen.common import cli, paths
 from paragen.common.cli import UserError, say
 
@@ -34,9 +34,7 @@ def main() -> None:
     if not folders:
         raise UserError(f"{paths.relative(paths.SAVES)}: no Demo collection yet; make one with: make demo")
     for folder in folders:
-        manifest = read_manifest(folder)
-        if manifest is None:
-            raise UserError(f"{folder}: has no {paths.MANIFEST}, so it is no finished collection")
+        manifest = require_manifest(folder)
         say(f"\n{paths.relative(folder)}: {len(manifest.checkpoints)} checkpoints")
         rows = [measure(folder, manifest, dtype, args.rounds) for dtype in (None, "bfloat16")]
         head = ("", "MB raw", "ratio", "write MB/s", "verify MB/s", "read first", "worst", "mean", "raw mean")

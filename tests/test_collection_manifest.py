@@ -173,7 +173,7 @@ HOSTILE = [
     ("pretrain.step", -1, "pretrain.step is -1, not a whole number"),
     ("data.0.rows", -1, "data[0].rows is -1, not a whole number"),
     ("data.0.file", "x\0y", r"data[0].file is 'x\x00y', not a path"),
-    ("data.0.entry", None, "data[0].entry is missing"),
+    ("data.0.entry", None, "data[0].entry is None, not an object"),
     ("data.0.entry", {"columns": ["prompt"]}, "data[0].entry.columns is ['prompt'], not an object of names"),
     ("data.0.entry", {"formatting": "own"}, "data[0].entry.formatting is 'own', not alpaca or sharegpt"),
     ("data.0.entry", {"tags": {}}, "data[0].entry.tags is {}, not an object that names role_tag"),

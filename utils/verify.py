@@ -27,6 +27,7 @@ def main() -> int:
     )
     parser.add_argument("folders", nargs="*", type=Path, default=[])
     args = parser.parse_args()
+    found: list[tuple[Path, Path | None]]
     if args.recipe:
         found = [of_recipe(*given) for given in args.recipe]
     else:

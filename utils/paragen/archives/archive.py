@@ -19,7 +19,7 @@ from pathlib import Path
 from paragen.archives.read import FORMAT, load_step, manifest_in, opened, read_all, read_files, steps_of
 from paragen.archives.write import SUFFIX, converted, write
 from paragen.collection import evaluation, run_files, run_identity, verification
-from paragen.collection.manifest import CheckpointEntry, Manifest, read_manifest
+from paragen.collection.manifest import CheckpointEntry, Manifest, read_manifest, require_manifest
 from paragen.common import files, paths
 from paragen.common.cli import UserError, say
 
@@ -145,11 +145,11 @@ def _unpack(archives: list[Path], entries: dict[int, CheckpointEntry], small: di
         for path in archives:
             for step, data in read_all(path):
                 check_recorded(path, entries, step, data)
-                files.write_atomically(staging / run_files.checkpoint_name(step), data)
+                files.write_atomically(staging / run_files.checkpoint_name(step), memoryview(data))
         for name in (*run_files.BESIDE, paths.MANIFEST):
             if name in small:
                 files.write_atomically(staging / name, small[name])
-        if faults := verification.faults_of(staging, read_manifest(staging)):
+        if faults := verification.faults_of(staging, require_manifest(staging)):
             raise UserError(f"{paths.relative(archives[0])}: what it holds is no whole collection: {faults[0]}")
         files.publish_folder(staging, folder)
     finally:

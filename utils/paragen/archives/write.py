@@ -17,7 +17,7 @@ import numpy as np
 from paragen.archives import byte_planes
 from paragen.archives.read import FORMAT, HEAD, codec, threads
 from paragen.collection import checkpoints, evaluation, run_files
-from paragen.collection.manifest import CheckpointEntry, Manifest, check_manifest, read_manifest, sealed
+from paragen.collection.manifest import CheckpointEntry, Manifest, check_manifest, require_manifest, sealed
 from paragen.common import files, paths, safetensors_header
 from paragen.common.cli import UserError
 
@@ -49,7 +49,8 @@ def write(folder: Path, manifest: Manifest, target: Path, part_bytes: int | None
     if dtype is None and (scores := evaluation.bytes_in(folder)) is not None:  # they are not of cast checkpoints
         evaluation.parse(scores, manifest, paths.relative(folder / evaluation.FILE))
         small[evaluation.FILE] = scores
-    left, parts = list(manifest.checkpoints), []
+    left = list(manifest.checkpoints)
+    parts: list[Path] = []
     try:
         while left or not parts:
             parts.append(target if part_bytes is None else target.with_name(f"{target.name}.part-{len(parts) + 1}"))
@@ -74,9 +75,7 @@ def _named(parts: list[Path], target: Path) -> list[Path]:
 
 def _source_of(folder: Path, manifest: Manifest) -> tuple[str | None, bytes]:
     """(The dtype to cast to or None, the bytes of manifest.json) for an archive of a collection with this manifest."""
-    own = read_manifest(folder)
-    if own is None:
-        raise UserError(f"{paths.relative(folder)}: has no {paths.MANIFEST}, so it is no finished collection")
+    own = require_manifest(folder)
     if own.sha256 == manifest.sha256:
         return None, (folder / paths.MANIFEST).read_bytes()
     if manifest.converted and manifest.converted.manifest_sha256 == own.sha256:

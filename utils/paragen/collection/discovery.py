@@ -15,7 +15,8 @@ def find_collections(tops: list[Path]) -> list[Path]:
 
     Does not look into collections, stock checkpoint folders or derived folders (exports, statistics).
     """
-    found, linked = set(), set()
+    found: set[Path] = set()
+    linked: set[str] = set()
     for top in tops:
         for name, subfolders, names in os.walk(top.absolute(), followlinks=True):
             folder, enter = Path(name), []

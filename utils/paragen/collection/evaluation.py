@@ -178,7 +178,7 @@ def import_scores(folder: Path, manifest: Manifest, incoming: bytes | None) -> N
     Raises UserError where that would lose scores that were measured here, unless FORCE=1.
     """
     path, here = folder / FILE, bytes_in(folder)
-    if adds_scores(incoming, here, manifest, paths.relative(path), run_identity.force_asked()):
+    if incoming is not None and adds_scores(incoming, here, manifest, paths.relative(path), run_identity.force_asked()):
         files.write_atomically(path, incoming)
         say(f"scores imported: {paths.relative(path)}")
 
@@ -202,9 +202,12 @@ def figure_of(shown: dict[str, Any], score: dict[str, Any] | None) -> tuple[floa
 
 def best_of(shown: dict[str, Any]) -> dict[str, Any] | None:
     """The score of the best checkpoint, the earliest of equal ones; None where no figure is known."""
-    known = [score for score in shown["checkpoints"] if figure_of(shown, score)[0] is not None]
-    sign = 1 if shown["metric"] == "loss" else -1
-    return min(known, key=lambda score: sign * figure_of(shown, score)[0], default=None)
+    figures = ((figure_of(shown, score)[0], score) for score in shown["checkpoints"])
+    known = [(figure, score) for figure, score in figures if figure is not None]
+    if not known:
+        return None
+    choose = min if shown["metric"] == "loss" else max
+    return choose(known, key=lambda pair: pair[0])[1]
 
 
 def text_of(shown: dict[str, Any], score: dict[str, Any] | None) -> str:

@@ -1,14 +1,13 @@
 """Turns the staging folder of a finished training into a run folder: checks its checkpoints and completes its files."""
 
 import json
-import os
 from collections.abc import Iterable
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 from paragen.collection.manifest import CheckpointEntry
 from paragen.collection.run_files import LOG, PICTURE
-from paragen.common import files
+from paragen.common import devices, files
 from paragen.common.cli import UserError
 
 
@@ -20,7 +19,7 @@ def read_back(folder: Path, checkpoints: Iterable[CheckpointEntry]) -> None:
         if not path.is_file() or path.stat().st_size != entry.bytes or files.sha256_of(path) != entry.sha256:
             raise UserError(f"{path}: does not hold what was written (a failing disk?); run it again")
 
-    with ThreadPoolExecutor(min(8, os.cpu_count() or 1)) as threads:
+    with ThreadPoolExecutor(min(8, devices.cpu_cores())) as threads:
         list(threads.map(check, checkpoints))
 
 

@@ -15,7 +15,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, NamedTuple
 
 from paragen.collection import checkpoints, discovery, evaluation
-from paragen.collection.manifest import Manifest, read_manifest
+from paragen.collection.manifest import Manifest, read_manifest, require_manifest
 from paragen.common import files, paths
 from paragen.common.cli import UserError
 from paragen.model import base_models
@@ -166,9 +166,7 @@ def rows_of(name: str, folder: Path) -> "tuple[pa.Table, str]":
     not sound."""
     import pyarrow as pa
 
-    manifest = read_manifest(folder)
-    if manifest is None:
-        raise UserError(f"{paths.relative(folder)}: has no {paths.MANIFEST}, so it is no finished collection")
+    manifest = require_manifest(folder)
     scores = scores_by_step(evaluation.shown(evaluation.read(folder, manifest)))
     data = manifest.data[0] if manifest.data else None
     shared = {
@@ -257,8 +255,8 @@ def load_sealed(saves: Path | None = None) -> "tuple[pa.Table, dict[str, str]]":
     label = paths.relative(saves / paths.INDEX)
     table, known = read(saves)
     if not known:
-        there = "there are no collections in it" if (saves / paths.INDEX).exists() else "there is no index yet"
-        raise UserError(f"{label}: {there}, or it is broken; run: make index")
+        why = "there are no collections in it" if (saves / paths.INDEX).exists() else "there is no index yet"
+        raise UserError(f"{label}: {why}, or it is broken; run: make index")
     if stale := sorted(name for name, mark in known.items() if is_stale(saves / name, mark)):
         raise UserError(f"{label}: older than {listed(stale)}; run: make index")
     there = {folder.relative_to(saves.absolute()).as_posix() for folder in discovery.find_collections([saves])}
@@ -305,7 +303,7 @@ def chosen(saves: Path | None = None) -> list[Chosen]:
         given = " ".join(f"{name.upper()}={' '.join(values)}" for name, values in wanted.items() if values)
         what = f"no collection fits {given}" if given else "no collections yet"
         raise UserError(f"{paths.relative(saves)}: {what}; make index lists those there are")
-    return [Chosen(name, saves / name, read_manifest(saves / name)) for name in names]
+    return [Chosen(name, saves / name, require_manifest(saves / name)) for name in names]
 
 
 def requested_filters() -> dict[str, list[str]]:

@@ -204,6 +204,14 @@ def read_manifest(folder: Path) -> Manifest | None:
     return parse_manifest(data, paths.relative(path), "train again with FORCE=1")
 
 
+def require_manifest(folder: Path) -> Manifest:
+    """A run folder's manifest. Raises UserError where there is none, too."""
+    manifest = read_manifest(folder)
+    if manifest is None:
+        raise UserError(f"{paths.relative(folder)}: has no {paths.MANIFEST}, so it is no finished collection")
+    return manifest
+
+
 def phase_named_in(folder: Path) -> str | None:
     """The phase that a folder's manifest.json names, whether or not that is sound; None where it names none.
 
@@ -301,9 +309,6 @@ def check_manifest(content: dict[str, Any], name: str, way_out: str) -> Manifest
     """The record of a manifest's JSON object; arguments and errors as for `parse_manifest`. Its seal is not checked."""
     try:
         top = Section(content)
-        attempt, converted = top.section("attempt"), top.section("converted")
-        tokenizer, pretrain, base_model = (top.section(key) for key in ("tokenizer", "pretrain", "base_model"))
-        data = top.sections("data")
         return Manifest(
             phase=top.get("phase", kinds.PHASE),
             category=top.get_optional("category", kinds.CATEGORY),
@@ -311,10 +316,10 @@ def check_manifest(content: dict[str, Any], name: str, way_out: str) -> Manifest
             run=top.get("run", kinds.NAME),
             rank=top.get("rank", kinds.RANK),
             recipe=top.get_optional("recipe", kinds.OBJECT),
-            data=None if data is None else tuple(map(_data_of, data)),
-            base_model=base_model and _base_model_of(base_model),
-            tokenizer=tokenizer and Tokenizer(tokenizer.get_optional("sha256", kinds.SHA256)),
-            pretrain=pretrain and _pretrain_of(pretrain),
+            data=top.sections("data", _data_of),
+            base_model=top.section("base_model", _base_model_of),
+            tokenizer=top.section("tokenizer", _tokenizer_of),
+            pretrain=top.section("pretrain", _pretrain_of),
             adapter_config_sha256=top.get_optional("adapter_config_sha256", kinds.SHA256),
             checkpoints=_checkpoints_of(top),
             sha256=top.get("sha256", kinds.SHA256),
@@ -324,8 +329,8 @@ def check_manifest(content: dict[str, Any], name: str, way_out: str) -> Manifest
             **{key: top.get_optional(key, kinds.WHOLE) for key in ("trained_rows", "total_steps")},
             packed_with=top.get_optional("packed_with", kinds.COUNT),
             versions=top.get_optional("versions", kinds.TEXTS),
-            attempt=attempt and _attempt_of(attempt),
-            converted=converted and _conversion_of(converted),
+            attempt=top.section("attempt", _attempt_of),
+            converted=top.section("converted", _conversion_of),
             content=content,
         )
     except Unfit as error:
@@ -334,16 +339,7 @@ def check_manifest(content: dict[str, Any], name: str, way_out: str) -> Manifest
 
 def _checkpoints_of(top: Section) -> tuple[CheckpointEntry, ...]:
     top.get("checkpoints", kinds.LIST)
-    entries = tuple(
-        CheckpointEntry(
-            step=section.get("step", kinds.COUNT),
-            loss=section.get("loss", kinds.NUMBER, nullable=True),
-            learning_rate=section.get("learning_rate", kinds.NUMBER, nullable=True),
-            bytes=section.get("bytes", kinds.WHOLE),
-            sha256=section.get("sha256", kinds.SHA256),
-        )
-        for section in top.sections("checkpoints") or ()
-    )
+    entries = top.sections("checkpoints", _checkpoint_of)
     if not entries:
         raise Unfit("checkpoints lists no checkpoint")
     for before, entry in zip(entries, entries[1:], strict=False):
@@ -352,10 +348,18 @@ def _checkpoints_of(top: Section) -> tuple[CheckpointEntry, ...]:
     return entries
 
 
+def _checkpoint_of(section: Section) -> CheckpointEntry:
+    return CheckpointEntry(
+        step=section.get("step", kinds.COUNT),
+        loss=section.get("loss", kinds.NUMBER, nullable=True),
+        learning_rate=section.get("learning_rate", kinds.NUMBER, nullable=True),
+        bytes=section.get("bytes", kinds.WHOLE),
+        sha256=section.get("sha256", kinds.SHA256),
+    )
+
+
 def _data_of(section: Section) -> TrainedData:
-    entry = section.section("entry")
-    if entry is None:
-        raise Unfit(f"{section.place}entry is missing")
+    entry = Section(section.get("entry", kinds.OBJECT), f"{section.place}entry.")
     checked = {
         "columns": kinds.NAMES,
         "tags": kinds.TAGS,
@@ -378,6 +382,10 @@ def _data_of(section: Section) -> TrainedData:
 def _base_model_of(section: Section) -> BaseModel:
     of_keys = {"name": kinds.NAME, "hub_id": kinds.HUB_ID, "revision": kinds.TEXT, "sha256": kinds.SHA256}
     return BaseModel(**{key: section.get_optional(key, kind) for key, kind in of_keys.items()})
+
+
+def _tokenizer_of(section: Section) -> Tokenizer:
+    return Tokenizer(section.get_optional("sha256", kinds.SHA256))
 
 
 def _pretrain_of(section: Section) -> ResumedPretrain:

@@ -4,11 +4,12 @@ import math
 import re
 from collections.abc import Callable
 from datetime import datetime
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, TypeVar
 
 from paragen.common import paths
 from paragen.dataset import dataset_info
 
+T = TypeVar("T")
 DTYPES = ("float32", "bfloat16", "float16")
 LARGEST = 2**53 - 1  # JSON readers that keep numbers as float64 hold all whole numbers up to here
 
@@ -99,14 +100,16 @@ class Section:
         """The same, but None for a key that is missing or null."""
         return None if self.value.get(key) is None else self.get(key, kind)
 
-    def section(self, key: str) -> "Section | None":
-        """The object of a key, None where it is missing or null."""
-        return None if self.value.get(key) is None else Section(self.value[key], f"{self.place}{key}.")
+    def section(self, key: str, make: "Callable[[Section], T]") -> T | None:
+        """What `make` returns for the object of a key, None where it is missing or null."""
+        return None if self.value.get(key) is None else make(Section(self.value[key], f"{self.place}{key}."))
 
-    def sections(self, key: str) -> "list[Section] | None":
-        """The objects in the list of a key, None where it is missing or null."""
+    def sections(self, key: str, make: "Callable[[Section], T]") -> tuple[T, ...] | None:
+        """What `make` returns for each object in the list of a key, None where it is missing or null."""
         found = self.get_optional(key, LIST)
-        return found and [Section(one, f"{self.place}{key}[{number}].") for number, one in enumerate(found)]
+        if found is None:
+            return None
+        return tuple(make(Section(one, f"{self.place}{key}[{number}].")) for number, one in enumerate(found))
 
 
 def check(value: Any, kind: Kind, key: str) -> Any:

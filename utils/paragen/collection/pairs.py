@@ -26,16 +26,16 @@ from paragen.common.cli import UserError
 TAKEN = ("seed", "split")  # columns of the index whose names are other arguments of Pairs
 
 
-class Tensors(dict):
+class Tensors(dict[str, torch.Tensor]):
     """A checkpoint's tensors by PEFT's key: a dict that is pickled as one tensor.
 
     Pickled one by one, each tensor would take a file descriptor between processes, hundreds for one checkpoint.
     """
 
-    def __reduce__(self):
+    def __reduce__(self) -> tuple[Any, ...]:
         return _from_vector, (vectors.to_vector(self), vectors.layout_of(self))
 
-    def __copy__(self):
+    def __copy__(self) -> "Tensors":
         return Tensors(self)
 
 
@@ -189,9 +189,9 @@ def collate(pairs: Sequence[Pair]) -> dict[str, Any]:
     numbers of values as `length` (pairs, int64).
     """
     batch = {"prompts": [pair.prompts for pair in pairs], "row": [pair.row for pair in pairs]}
-    if isinstance(pairs[0].checkpoint, Mapping):
+    found = [pair.checkpoint for pair in pairs if isinstance(pair.checkpoint, torch.Tensor)]
+    if not found:
         return {**batch, "checkpoint": [pair.checkpoint for pair in pairs]}
-    found = [pair.checkpoint for pair in pairs]
     return {
         **batch,
         "checkpoint": torch.nn.utils.rnn.pad_sequence(found, batch_first=True),

@@ -109,8 +109,7 @@ def registered(name: str, data_dir: Path | None = None) -> tuple[str, Part]:
     """(name, rows) of the registered dataset that a user names. Raises UserError where it is not known."""
     folder = Path(data_dir or paths.DATA).absolute()
     found = paths.choose(name, dataset_info.read_info(folder), "registered dataset")
-    entry, path = _registered(found, folder)
-    return found, (entry, rows_in(path))
+    return found, (dataset_info.entry_of(found, folder), rows_in(dataset_info.data_file(found, folder)))
 
 
 def texts_of(row: dict[str, Any], entry: dict[str, Any]) -> dict[str, Any]:
@@ -120,14 +119,17 @@ def texts_of(row: dict[str, Any], entry: dict[str, Any]) -> dict[str, Any]:
     """
     columns, tags = dataset_info.columns_of(entry), dataset_info.tags_of(entry)
     images = dataset_info.pictures_of(row, columns["images"]) if "images" in columns else []
-    system = row.get(columns.get("system")) or ""
+
+    def text(kind: str) -> Any:
+        return row.get(columns[kind]) if kind in columns else None
+
+    system = text("system") or ""
     if "messages" not in columns:
-        parts = [row.get(columns.get(kind)) for kind in ("prompt", "query")]
-        texts = {"system": system, "prompt": "\n".join(filter(None, parts))}
-        texts |= {"response": row.get(columns.get("response")) or "", "images": images}
-        before = row.get(columns.get("history")) or []
-        turns = [*(text for turn in before for text in turn), texts["prompt"], texts["response"]]
-        messages = [{"role": ("user", "assistant")[n % 2], "content": text} for n, text in enumerate(turns)]
+        prompt = "\n".join(filter(None, (text("prompt"), text("query"))))
+        texts = {"system": system, "prompt": prompt, "response": text("response") or "", "images": images}
+        before = text("history") or []
+        turns = [*(one for turn in before for one in turn), prompt, texts["response"]]
+        messages = [{"role": ("user", "assistant")[n % 2], "content": one} for n, one in enumerate(turns)]
         return texts | ({"messages": messages} if before else {})
     roles = {tags.get(f"{kind}_tag"): kind for kind in ("user", "assistant", "observation", "function", "system")}
     messages = [

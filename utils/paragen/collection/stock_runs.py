@@ -140,10 +140,14 @@ def rebuild(folder: Path, kept: list[Path]) -> Outcome:
     staging = files.beside(folder, f"staging-{secrets.token_hex(4)}")
     staging.mkdir()
     try:
-        losses = {entry["step"]: entry for entry in read_state(folder)["log_history"] if "loss" in entry}
+        losses = {
+            entry["step"]: entry
+            for entry in (read_state(folder) or {"log_history": []})["log_history"]
+            if "loss" in entry
+        }
         entries = []
         for checkpoint in kept:
-            step = int(paths.CHECKPOINT.fullmatch(checkpoint.name)[1])
+            step = int(checkpoint.name.rpartition("-")[2])
             target = staging / run_files.checkpoint_name(step)
             link_or_copy(checkpoint / paths.ADAPTER, target)
             log = losses.get(step, {})

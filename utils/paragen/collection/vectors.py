@@ -45,7 +45,7 @@ def to_vector(tensors: Mapping[str, torch.Tensor]) -> torch.Tensor:
     size = sum(part.numel() for part in parts)
     out = torch.empty(0, dtype=dtype)
     if get_worker_info() is not None:
-        out.set_(torch.UntypedStorage._new_shared(size * out.element_size()), 0, (size,))
+        out.set_(torch.UntypedStorage._new_shared(size * out.element_size()), 0, (size,), (1,))
     return torch.cat([part.to(dtype) for part in parts], out=out)
 
 

@@ -9,7 +9,7 @@ from pathlib import Path
 from paragen.collection import evaluation
 from paragen.collection.manifest import CheckpointEntry, Manifest
 from paragen.collection.run_files import BESIDE, OPTIONAL, checkpoint_name
-from paragen.common import files, paths
+from paragen.common import devices, files, paths
 from paragen.common.cli import UserError
 
 
@@ -41,7 +41,7 @@ def faults_of(folder: Path, manifest: Manifest) -> list[str]:
 
 def _checkpoint_faults(folder: Path, entries: Sequence[CheckpointEntry], rank: int) -> list[str]:
     """Faults of the checkpoint files, which are read several at a time."""
-    with ThreadPoolExecutor(min(8, os.cpu_count() or 1)) as threads:
+    with ThreadPoolExecutor(min(8, devices.cpu_cores())) as threads:
         read = list(threads.map(lambda entry: _read_checkpoint(folder / entry.file_name, entry), entries))
     faults, layout = [], None
     for entry, (of_file, found) in zip(entries, read, strict=True):

@@ -17,7 +17,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, NamedTuple
 
 from paragen.collection import evaluation, index, run_files, run_identity, verification
-from paragen.collection.manifest import read_manifest
+from paragen.collection.manifest import read_manifest, require_manifest
 from paragen.common import files, paths
 from paragen.common.cli import UserError, say
 from paragen.dataset import dataset_info, registration
@@ -79,7 +79,7 @@ def pull(repository: str, revision: str | None, staging: Path) -> "pa.Table":
         register(name, entry)
     for name, data in scores.items():
         with locked(paths.SAVES / name):
-            evaluation.import_scores(paths.SAVES / name, read_manifest(paths.SAVES / name), data)
+            evaluation.import_scores(paths.SAVES / name, require_manifest(paths.SAVES / name), data)
     for name, mark in wanted.items():
         say(f"fetching {name}")
         fetch(source, [f"{published_tree.COLLECTIONS}/{file}" for file in mark["files"]])
@@ -343,7 +343,7 @@ def fetch_scores(source: Source, name: str, mark: dict[str, Any], layout: str) -
         )
     folder = paths.SAVES / name
     label, force = paths.relative(folder / evaluation.FILE), run_identity.force_asked()
-    evaluation.adds_scores(data, evaluation.bytes_in(folder), read_manifest(folder), label, force)
+    evaluation.adds_scores(data, evaluation.bytes_in(folder), require_manifest(folder), label, force)
     return data
 
 
