@@ -45,7 +45,7 @@ test-runs test-others: setup-dev
 	@$(PY) -m pytest -q -m "$(WHICH) and $(SPEED)" tests
 
 test-gpu: setup-dev  ## run the tests that need an NVIDIA GPU, on it
-	@TEST_GPU=1 $(PY) -m pytest -q -m gpu tests
+	@TEST_GPU=1 $(PY) -m pytest -q -m gpu tests/test_gpu*.py
 
 ##@ Prepare
 setup:  ## make .venv from requirements.txt; every target does this first, unless PY=python3 names a Python
