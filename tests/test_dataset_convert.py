@@ -7,6 +7,7 @@ import io
 import json
 import os
 import subprocess
+import sys
 import threading
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
@@ -43,7 +44,8 @@ def mine(tmp_path):
 
 def call(data, *arguments, **environment):
     """Run the script on `data`; no input may ever end in a traceback."""
-    command = list(map(str, [PYTHON, SCRIPT, "--data-dir", data, *arguments]))
+    python = sys.executable if "HF_ENDPOINT" in environment else PYTHON  # `datasets` reads it when it is imported
+    command = list(map(str, [python, SCRIPT, "--data-dir", data, *arguments]))
     done = subprocess.run(command, capture_output=True, text=True, env=os.environ | environment)
     assert "Traceback" not in done.stderr, done.stderr
     return done

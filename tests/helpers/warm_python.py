@@ -32,15 +32,15 @@ READ_EARLY = ("OMP_NUM_THREADS", "CUDA_VISIBLE_DEVICES", "PYTHONHASHSEED", "TRIT
 ENDED = os.WEXITED | os.WNOHANG | os.WNOWAIT
 # Started without site-packages, in some 20 ms.
 CLIENT = """#!{python} -SE
-import array, json, os, signal, socket, sys
+import array, json, os, resource, signal, socket, sys
 arguments = sys.argv[1:]
 early = {{name: os.environ.get(name) for name in {names!r}}}
 hub = socket.socket(socket.AF_UNIX)
 try:
     if not arguments or (arguments[0][0] == "-" and arguments[0] not in ("-c", "-m")) or early != {early!r}:
         raise OSError
-    if "/ray/" in arguments[0]:  # its workers have to be children of its own
-        raise OSError
+    if "/ray/" in arguments[0] or resource.getrlimit(resource.RLIMIT_FSIZE)[0] != resource.RLIM_INFINITY:
+        raise OSError  # Ray's workers have to be children of its own; limits are not passed on
     hub.connect({address!r})
 except OSError:
     os.execv({python!r}, [{python!r}, *arguments])
