@@ -44,7 +44,7 @@ def test_a_mixed_sweep_packs_what_it_can_and_each_cell_stands_for_itself(reposit
     """Two datasets, two base models, two ranks: one pair cannot be packed, one is broken, the others are packed."""
     add_to_recipes(repository, "To-y", "tiny-two", "lora_dropout: 0.1")
     add_to_recipes(repository, "To-y", "tiny-one", "template: nonsense")
-    run = sweep(repository, RANKS="2 4")
+    run = sweep(repository, slots=1, RANKS="2 4")
     output = run.communicate()[0]
     assert run.returncode == 1 and "Traceback" not in output, output
     assert "engine: 6 cells packed, of 2 base models, 2 a cell at a time (lora_dropout is 0.1)" in output

@@ -12,6 +12,8 @@ from helpers import fork_server
 from helpers.warm_python import PYTHON
 from safetensors.torch import load_file
 
+pytestmark = pytest.mark.runs
+
 ROOT = Path(__file__).resolve().parent.parent
 STEPS = range(7, 13)  # the last 6 of 12
 

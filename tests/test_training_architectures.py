@@ -13,6 +13,8 @@ from safetensors import safe_open
 from paragen.model import base_models
 from paragen.recipes import render
 
+pytestmark = pytest.mark.runs
+
 ROOT = Path(__file__).resolve().parent.parent
 RANK = 2
 # What makes a real recipe small. Its template, targets, figures and paths stay its own.
