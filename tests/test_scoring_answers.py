@@ -3,10 +3,10 @@ sure it is."""
 
 import json
 import subprocess
+import sys
 
 import numpy as np
 import pytest
-from helpers.warm_python import PYTHON
 
 from paragen.collection import prompts
 from paragen.common import paths
@@ -241,5 +241,5 @@ def test_importing_it_is_quick():
     heavy = "{'numpy', 'scipy', 'sympy', 'math_verify', 'torch'}"
     code = "import sys; from paragen.scoring import answers; "
     code += f"sys.exit(str({heavy} & set(sys.modules)) if {heavy} & set(sys.modules) else 0)"
-    done = subprocess.run([PYTHON, "-c", code], cwd=paths.ROOT / "utils", capture_output=True, text=True)
+    done = subprocess.run([sys.executable, "-c", code], cwd=paths.ROOT / "utils", capture_output=True, text=True)
     assert (done.returncode, done.stderr) == (0, "")
