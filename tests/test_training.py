@@ -354,9 +354,12 @@ KILL_POINTS = {
     "manifest": lambda project: any(project.saves.glob(".*staging*/manifest.json")),
     "published": lambda project: project.run_folder("finetune").exists(),
 }
+LIKE_OTHERS = ("rendered", "first checkpoint")  # before and during the staging of files, as "staging"
 
 
-@pytest.mark.parametrize("point", KILL_POINTS)
+@pytest.mark.parametrize(
+    "point", [pytest.param(point, marks=[pytest.mark.slow] if point in LIKE_OTHERS else []) for point in KILL_POINTS]
+)
 def test_killed_at_any_moment_the_next_run_ends_with_the_same_collection(pretrained, trained_once, point):
     killed = pretrained.start(pretrained.finetune)
     killed.kill_when(lambda: KILL_POINTS[point](pretrained))
