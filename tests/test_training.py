@@ -187,7 +187,7 @@ def test_what_is_trained_on_is_what_the_manifest_says_also_with_equal_file_times
 
 
 def test_rows_that_change_while_they_are_trained_on_end_the_run(project):
-    run = project.start(project.pretrain, "max_steps=300", "save_steps=300")
+    run = project.start(project.pretrain, "max_steps=100", "save_steps=100")
     while not list(project.saves.glob(".*staging*/trainer_log.jsonl")):
         assert run.process.is_alive(), run.log.read_text()
     project.data.write_text(project.data.read_text().replace("[A]", "[C]"))
