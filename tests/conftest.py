@@ -39,7 +39,7 @@ if not os.environ.get("TEST_GPU"):
 os.environ["OMP_NUM_THREADS"] = "1"  # tiny tensors; two runs at once then do not fight for two cores
 
 from helpers import fork_server, handmade, packed_project, tiny, tiny_models  # noqa: E402
-from helpers.warm_python import PYTHON  # noqa: E402
+from helpers.forked_python import PYTHON  # noqa: E402
 
 os.environ["PY"] = PYTHON  # no test sets up a .venv, or changes this one, unless it unsets PY
 

@@ -6,7 +6,7 @@ import sys
 from pathlib import Path
 
 import pytest
-from helpers.warm_python import PYTHON
+from helpers.forked_python import PYTHON
 
 sys.path.append(str(Path(__file__).resolve().parent.parent / "bench"))
 

@@ -16,8 +16,8 @@ import pyarrow.compute as pc
 import pyarrow.parquet
 import pytest
 import torch
+from helpers.forked_python import PYTHON
 from helpers.hub_server import Hub, Repository
-from helpers.warm_python import PYTHON
 from safetensors.torch import load_file
 
 from pairs import Pairs

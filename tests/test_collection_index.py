@@ -16,7 +16,7 @@ import pyarrow.parquet
 import pytest
 from helpers import scored
 from helpers.copies import edit, flip_a_bit, twin
-from helpers.warm_python import PYTHON
+from helpers.forked_python import PYTHON
 
 import index as index_script
 from paragen.collection import checkpoints, index, index_tables

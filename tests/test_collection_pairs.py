@@ -13,7 +13,7 @@ import pytest
 import torch
 from helpers import scored
 from helpers.copies import edit, flip_a_bit, twin
-from helpers.warm_python import PYTHON
+from helpers.forked_python import PYTHON
 from safetensors.torch import load_file, save_file
 from torch.utils.data import DataLoader, get_worker_info
 

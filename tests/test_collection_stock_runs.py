@@ -7,7 +7,7 @@ from pathlib import Path
 
 import pytest
 from helpers import fork_server, scored
-from helpers.warm_python import PYTHON
+from helpers.forked_python import PYTHON
 
 from paragen.collection import stock_runs, verification
 from paragen.collection.manifest import read_manifest

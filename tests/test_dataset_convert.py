@@ -15,7 +15,7 @@ from pathlib import Path
 import pyarrow
 import pyarrow.parquet
 import pytest
-from helpers.warm_python import PYTHON
+from helpers.forked_python import PYTHON
 
 ROOT = Path(__file__).resolve().parent.parent
 SCRIPT = ROOT / "utils" / "register_dataset.py"

@@ -17,7 +17,7 @@ from pathlib import Path
 
 import pytest
 import yaml
-from helpers.warm_python import PYTHON
+from helpers.forked_python import PYTHON
 
 from paragen.common.cli import UserError
 from paragen.dataset import sources

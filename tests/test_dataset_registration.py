@@ -8,7 +8,7 @@ from pathlib import Path
 from types import SimpleNamespace
 
 import pytest
-from helpers.warm_python import PYTHON
+from helpers.forked_python import PYTHON
 
 from paragen.common.cli import UserError
 from paragen.dataset import dataset_info

@@ -7,7 +7,7 @@ from pathlib import Path
 import pytest
 from conftest import CATEGORY, ROOT
 from helpers import scored
-from helpers.warm_python import PYTHON
+from helpers.forked_python import PYTHON
 
 from paragen.exports import peft
 

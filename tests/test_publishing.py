@@ -14,8 +14,8 @@ import pyarrow as pa
 import pyarrow.parquet
 import pytest
 from helpers import scored
+from helpers.forked_python import PYTHON
 from helpers.upload_server import READS, USER, WRITES, UploadHub
-from helpers.warm_python import PYTHON
 
 import publish
 import pull

@@ -8,7 +8,7 @@ from pathlib import Path
 
 import pytest
 import yaml
-from helpers.warm_python import PYTHON
+from helpers.forked_python import PYTHON
 
 from paragen.common import paths
 from paragen.model import base_models

@@ -11,7 +11,7 @@ from pathlib import Path
 
 import pytest
 from helpers import fork_server
-from helpers.warm_python import PYTHON
+from helpers.forked_python import PYTHON
 
 pytestmark = pytest.mark.runs
 

@@ -9,7 +9,7 @@ import time
 from pathlib import Path
 
 import pytest
-from helpers.warm_python import PYTHON
+from helpers.forked_python import PYTHON
 from test_sweep import CATEGORY, left_over, runs_of, sweep, workers_of
 
 pytestmark = pytest.mark.runs

@@ -9,7 +9,7 @@ from pathlib import Path
 
 import pytest
 from helpers import fork_server
-from helpers.warm_python import PYTHON
+from helpers.forked_python import PYTHON
 from safetensors.torch import load_file
 
 pytestmark = pytest.mark.runs

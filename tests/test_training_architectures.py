@@ -7,7 +7,7 @@ from pathlib import Path
 
 import pytest
 from helpers import fork_server, tiny_models
-from helpers.warm_python import PYTHON
+from helpers.forked_python import PYTHON
 from safetensors import safe_open
 
 from paragen.model import base_models

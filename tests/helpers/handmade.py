@@ -8,7 +8,7 @@ from pathlib import Path
 import pytest
 
 import export
-from helpers.warm_python import PYTHON
+from helpers.forked_python import PYTHON
 from paragen.collection.manifest import FORMAT, sealed
 from paragen.common import files, paths
 from paragen.common.cli import UserError

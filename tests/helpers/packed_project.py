@@ -8,7 +8,7 @@ from typing import NamedTuple
 import yaml
 
 from helpers import fork_server
-from helpers.warm_python import PYTHON
+from helpers.forked_python import PYTHON
 
 ROOT = Path(__file__).resolve().parents[2]
 CATEGORY = "common-sense-reasoning"

@@ -31,8 +31,7 @@ from helpers import fork_server
 READ_EARLY = ("OMP_NUM_THREADS", "CUDA_VISIBLE_DEVICES", "PYTHONHASHSEED", "TRITON_INTERPRET")
 ENDED = os.WEXITED | os.WNOHANG | os.WNOWAIT
 # Started without site-packages, in some 20 ms.
-CLIENT = """#!{python} -SE
-import array, json, os, resource, signal, socket, sys
+CLIENT = """import array, json, os, resource, signal, socket, sys
 arguments = sys.argv[1:]
 early = {{name: os.environ.get(name) for name in {names!r}}}
 hub = socket.socket(socket.AF_UNIX)
@@ -76,11 +75,13 @@ os._exit(status)
 
 def make() -> str:
     """The command to call as Python. The process that forks is started by the first call."""
-    folder = Path(tempfile.mkdtemp(prefix="warm-"))
+    folder = Path(tempfile.mkdtemp(prefix="python-"))
     atexit.register(remove, folder, os.getpid())
     address, command = str(folder / "socket"), folder / "python"
     early = {name: os.environ.get(name) for name in READ_EARLY}
-    command.write_text(CLIENT.format(python=sys.executable, names=READ_EARLY, early=early, address=address))
+    client = folder / "client.py"
+    client.write_text(CLIENT.format(python=sys.executable, names=READ_EARLY, early=early, address=address))
+    command.write_text(f'#!/bin/sh\nexec "{sys.executable}" -SE "{client}" "$@"\n')
     command.chmod(0o755)
     listening = socket.socket(socket.AF_UNIX)
     listening.bind(address)
