@@ -20,7 +20,7 @@ export DATASET MODEL MODELS RANK RANKS KEEP SEED FORCE DEVICES PRUNE_PRETRAIN FI
 .DEFAULT_GOAL := help
 .PHONY: help setup setup-dev lock model data data-all register check-data recipe check-recipes pretrain finetune collect \
 	collect-all plan status verify clean-checkpoints index export import evaluate stats report publish pull demo test \
-	test-all test-runs test-others lint format
+	test-all test-gpu test-runs test-others lint format
 
 help:  ## list the targets
 	@awk -F ':.*## ' '/^##@/ {print "\n" substr($$0, 5)} /^[a-z-]+:.*## / {printf "  make %-18s %s\n", $$1, $$2}' Makefile
@@ -31,19 +31,21 @@ help:  ## list the targets
 demo: setup  ## everything once, for real: model, training, 16 checkpoints, verification, scores (minutes)
 	@$(PY) utils/demo.py
 
-test: setup-dev  ## run the tests
+test: setup-dev  ## run the quick tests, before a commit (minutes)
 	@$(MAKE) --no-print-directory -j 2 test-runs test-others SPEED="not slow"
-	@$(PY) -m pytest -q -m "alone and not slow" tests
 
-test-all: setup-dev  ## run the tests that take minutes too, some with the embedded model
+test-all: setup-dev  ## run all of them, some with the embedded model, before a release
 	@$(PY) utils/fetch_model.py smollm2-135m
-	@$(MAKE) --no-print-directory -j 2 test-runs test-others SPEED="slow or not slow"
+	@$(MAKE) --no-print-directory -j 2 test-runs test-others SPEED="not alone"
 	@$(PY) -m pytest -q -m alone tests
 
-test-runs: WHICH := runs and not alone
-test-others: WHICH := not runs and not alone
+test-runs: WHICH := runs
+test-others: WHICH := not runs and not gpu
 test-runs test-others: setup-dev
-	@$(PY) -m pytest -q -m "($(WHICH)) and ($(SPEED))" tests
+	@$(PY) -m pytest -q -m "$(WHICH) and $(SPEED)" tests
+
+test-gpu: setup-dev  ## run the tests that need an NVIDIA GPU, on it
+	@TEST_GPU=1 $(PY) -m pytest -q -m gpu tests/test_gpu*.py
 
 ##@ Prepare
 setup:  ## make .venv from requirements.txt; every target does this first, unless PY=python3 names a Python

@@ -34,12 +34,14 @@ for name in (
     "MAKELEVEL",
 ):
     os.environ.pop(name, None)
-if os.environ.get("PY"):
-    os.environ["PY"] = sys.executable  # the same one from any folder; copies of the repository then need no .venv
-os.environ["DEVICES"] = "cpu"  # the same hashes on a machine with a GPU
+if not os.environ.get("TEST_GPU"):
+    os.environ["DEVICES"] = "cpu"  # the same hashes on a machine with a GPU
 os.environ["OMP_NUM_THREADS"] = "1"  # tiny tensors; two runs at once then do not fight for two cores
 
 from helpers import fork_server, handmade, packed_project, tiny, tiny_models  # noqa: E402
+from helpers.forked_python import PYTHON  # noqa: E402
+
+os.environ["PY"] = PYTHON  # no test sets up a .venv, or changes this one, unless it unsets PY
 
 CATEGORY = "common-sense-reasoning"
 
@@ -48,7 +50,7 @@ CATEGORY = "common-sense-reasoning"
 def model_folder(tmp_path_factory) -> Path:
     """A random two-layer Llama with its own tokenizer, made in another process so that this one stays fork-safe."""
     folder = tmp_path_factory.mktemp("models") / "Tiny-Llama"
-    subprocess.run([sys.executable, ROOT / "tests" / "helpers" / "tiny.py", folder], check=True)
+    subprocess.run([PYTHON, ROOT / "tests" / "helpers" / "tiny.py", folder], check=True)
     return folder
 
 
@@ -142,7 +144,6 @@ def repository(tmp_path, model_folder) -> Path:
     shutil.copytree(ROOT / "utils", top / "utils", ignore=shutil.ignore_patterns("__pycache__"))
     for name in ("Makefile", "requirements.in", "requirements.txt"):
         shutil.copy(ROOT / name, top)
-    (top / ".venv").symlink_to(ROOT / ".venv")
     for model in ("Tiny-One", "Tiny-Two"):
         shutil.copytree(model_folder, top / "models" / model)
     shutil.copy(ROOT / "models" / "models.yaml", top / "models")
@@ -181,4 +182,5 @@ def trained_place(place, trained_once) -> handmade.Place:
 def pytest_configure(config):
     config.addinivalue_line("markers", "slow: takes minutes; `make test-all` runs it, `make test` does not")
     config.addinivalue_line("markers", "runs: starts trainings as processes; `make test` has a pytest for these")
-    config.addinivalue_line("markers", "alone: kills what runs; `make test` has nothing beside it")
+    config.addinivalue_line("markers", "alone: kills what runs; `make test-all` has nothing beside it")
+    config.addinivalue_line("markers", "gpu: needs an NVIDIA GPU; `make test-gpu` runs it")

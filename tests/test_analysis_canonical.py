@@ -127,13 +127,15 @@ def test_a_canonical_form_is_its_own():
         torch.testing.assert_close(values.float(), expected, rtol=0, atol=20 * FLOAT32)
 
 
-@pytest.mark.parametrize("shape", [(48, 40, 6), (31, 17, 5), (3, 40, 6), (130, 7, 8), (64, 64, 1)])
+@pytest.mark.parametrize("shape", [(48, 40, 8), (48, 40, 6), (31, 17, 5), (3, 40, 6), (130, 7, 8), (64, 64, 1)])
 def test_one_call_for_all_steps_gives_the_bits_of_a_call_per_step(shape):
     a, b = factors(*shape, steps=7, dtype=torch.float32)
     together = canonical.canonical(a, b)
     for step in range(7):
         alone = canonical.canonical(a[step], b[step])
         assert torch.equal(alone[0], together[0][step]) and torch.equal(alone[1], together[1][step])
+        values = canonical.singular_values(a[step : step + 1], b[step : step + 1])
+        assert torch.equal(values[0], canonical.singular_values(a, b)[step])
 
 
 @pytest.fixture

@@ -6,6 +6,7 @@ import sys
 from pathlib import Path
 
 import pytest
+from helpers.forked_python import PYTHON
 
 sys.path.append(str(Path(__file__).resolve().parent.parent / "bench"))
 
@@ -18,9 +19,7 @@ from paragen.scoring.option_trees import build_tree
 
 @pytest.mark.parametrize("part", [[], ["whole"], ["grow"], ["cpu"], ["--cpu"]])
 def test_packed_says_what_it_measures(part):
-    done = subprocess.run(
-        [sys.executable, ROOT / "bench" / "packed.py", *part, "--help"], capture_output=True, text=True
-    )
+    done = subprocess.run([PYTHON, ROOT / "bench" / "packed.py", *part, "--help"], capture_output=True, text=True)
     assert done.returncode == 0 and "usage" in done.stdout, done.stderr
 
 
@@ -41,9 +40,7 @@ def test_flops_count_tokens_attention_and_learned_tokens():
 
 @pytest.mark.parametrize("part", [[], ["whole"], ["cpu"], ["--cpu"]])
 def test_evaluate_says_what_it_measures(part):
-    done = subprocess.run(
-        [sys.executable, ROOT / "bench" / "evaluate.py", *part, "--help"], capture_output=True, text=True
-    )
+    done = subprocess.run([PYTHON, ROOT / "bench" / "evaluate.py", *part, "--help"], capture_output=True, text=True)
     assert done.returncode == 0 and "usage" in done.stdout, done.stderr
 
 
@@ -73,7 +70,15 @@ def test_a_peak_is_told_for_known_devices_alone():
 @pytest.mark.slow
 def test_evaluate_measures_a_tiny_model(tmp_path):
     out = tmp_path / "raw numbers.json"
-    command = [sys.executable, ROOT / "bench" / "evaluate.py", "--tiny", "--baseline-checkpoints", "1", "--out", out]
+    command = [
+        PYTHON,
+        ROOT / "bench" / "evaluate.py",
+        "--tiny",
+        "--baseline-checkpoints",
+        "1",
+        "--out",
+        out,
+    ]
     done = subprocess.run([str(word) for word in command], capture_output=True, text=True)
     assert done.returncode == 0, done.stderr
     found = json.loads(out.read_text())

@@ -8,7 +8,6 @@ import multiprocessing
 import os
 import shutil
 import subprocess
-import sys
 from dataclasses import asdict
 from pathlib import Path
 
@@ -17,6 +16,7 @@ import pyarrow.parquet
 import pytest
 from helpers import scored
 from helpers.copies import edit, flip_a_bit, twin
+from helpers.forked_python import PYTHON
 
 import index as index_script
 from paragen.collection import checkpoints, index, index_tables
@@ -98,7 +98,7 @@ def test_a_reader_that_has_seen_enough_is_no_error(saves, argument):
     shutil.copy(ROOT / "models" / "models.yaml", saves.parent / "models" / "models.yaml")
     reading, writing = os.pipe()
     os.close(reading)
-    command = [sys.executable, saves.parent / "utils" / "index.py", *argument.split()]
+    command = [PYTHON, saves.parent / "utils" / "index.py", *argument.split()]
     result = subprocess.run(command, stdout=writing, stderr=subprocess.PIPE, text=True)
     os.close(writing)
     assert (result.returncode, "Traceback" in result.stderr) == (0, False), result.stderr

@@ -6,7 +6,6 @@ import re
 import resource
 import shutil
 import subprocess
-import sys
 from pathlib import Path
 
 import pyarrow.compute as pc
@@ -14,6 +13,7 @@ import pytest
 import torch
 from helpers import scored
 from helpers.copies import edit, flip_a_bit, twin
+from helpers.forked_python import PYTHON
 from safetensors.torch import load_file, save_file
 from torch.utils.data import DataLoader, get_worker_info
 
@@ -415,6 +415,6 @@ def test_the_example_of_the_readme_runs(collected):
     example = example.replace("Demo", "Toy").replace("rank=8", "rank=4")
     environment = {**os.environ, "PYTHONPATH": "utils"}
     for command in (["utils/index.py"], ["-c", example]):
-        result = subprocess.run([sys.executable, *command], cwd=top, env=environment, capture_output=True, text=True)
+        result = subprocess.run([PYTHON, *command], cwd=top, env=environment, capture_output=True, text=True)
         assert result.returncode == 0, result.stderr
     assert result.stdout.strip()

@@ -3,11 +3,11 @@
 import json
 import shutil
 import subprocess
-import sys
 from pathlib import Path
 
 import pytest
 from helpers import fork_server, scored
+from helpers.forked_python import PYTHON
 
 from paragen.collection import stock_runs, verification
 from paragen.collection.manifest import read_manifest
@@ -144,7 +144,7 @@ def test_a_running_run_is_left_alone(stock):
         f"import sys; sys.path.insert(0, {str(ROOT / 'utils')!r}); import pathlib; from paragen.common import files\n"
     )
     hold += f"with files.lock(pathlib.Path({str(lock)!r})): print('held', flush=True); input()"
-    holder = subprocess.Popen([sys.executable, "-c", hold], stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True)
+    holder = subprocess.Popen([PYTHON, "-c", hold], stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True)
     holder.stdout.readline()
     with pytest.raises(UserError, match="is being trained or cleaned right now"):
         stock_runs.clean(stock)
@@ -156,7 +156,7 @@ def test_a_dataset_folder_ends_with_a_table_and_fails_where_one_run_failed(stock
     break_adapter(twin)
     shutil.copytree(stock, stock.with_name("Tiny-Llama_lora-rank_4_pretrain"))
     script = ROOT / "utils" / "clean_dataset_dir.py"
-    done = subprocess.run([sys.executable, script, stock.parent], capture_output=True, text=True)
+    done = subprocess.run([PYTHON, script, stock.parent], capture_output=True, text=True)
     assert done.returncode == 1 and "Traceback" not in done.stderr
     head, *rows = done.stdout.splitlines()
     assert head.split()[0] == "run" and len(rows) == 3

@@ -15,6 +15,7 @@ from pathlib import Path
 import pyarrow
 import pyarrow.parquet
 import pytest
+from helpers.forked_python import PYTHON
 
 ROOT = Path(__file__).resolve().parent.parent
 SCRIPT = ROOT / "utils" / "register_dataset.py"
@@ -43,7 +44,8 @@ def mine(tmp_path):
 
 def call(data, *arguments, **environment):
     """Run the script on `data`; no input may ever end in a traceback."""
-    command = list(map(str, [sys.executable, SCRIPT, "--data-dir", data, *arguments]))
+    python = sys.executable if "HF_ENDPOINT" in environment else PYTHON  # `datasets` reads it when it is imported
+    command = list(map(str, [python, SCRIPT, "--data-dir", data, *arguments]))
     done = subprocess.run(command, capture_output=True, text=True, env=os.environ | environment)
     assert "Traceback" not in done.stderr, done.stderr
     return done

@@ -10,7 +10,6 @@ import shutil
 import signal
 import ssl
 import subprocess
-import sys
 import threading
 import time
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
@@ -18,6 +17,7 @@ from pathlib import Path
 
 import pytest
 import yaml
+from helpers.forked_python import PYTHON
 
 from paragen.common.cli import UserError
 from paragen.dataset import sources
@@ -179,7 +179,7 @@ def slowly(handler, path, body):
 
 
 def command(upstream, *arguments):
-    return list(map(str, [sys.executable, SCRIPT, *arguments, "--data-dir", upstream.data]))
+    return list(map(str, [PYTHON, SCRIPT, *arguments, "--data-dir", upstream.data]))
 
 
 def environment(source, more):
@@ -273,7 +273,7 @@ def test_gaps_in_upstreams_files_are_accepted_by_number_and_said(upstream, serve
     printed = brought(upstream, serve().address, "Gap")
     assert "note: row 8: empty response (column 'response'); upstream's file has it so, accepted" in printed
     assert upstream.manifest()["Gap"]["accepted_rows"] == [8]
-    register = [sys.executable, ROOT / "utils" / "register_dataset.py", "--data-dir", upstream.data]
+    register = [PYTHON, ROOT / "utils" / "register_dataset.py", "--data-dir", upstream.data]
     assert subprocess.run([*register, "--check"], capture_output=True).returncode == 0
     assert subprocess.run([*register, file], capture_output=True).returncode == 0  # the same file: what stands, stands
     with_gap[7]["response"], with_gap[8]["response"] = "14", ""

@@ -12,7 +12,9 @@ from test_training_architectures import RANK, SMALL_PRETRAIN, Projects
 from paragen.collection import run_identity
 from paragen.common.cli import UserError
 from paragen.dataset import pictures
-from paragen.recipes import render
+from paragen.recipes.run import run_of
+
+pytestmark = pytest.mark.runs
 
 NAME = "qwen2.5-vl-3b"
 
@@ -36,8 +38,7 @@ def folder(project: Projects) -> Path:
 def data_of(project: Projects, *overrides: str) -> dict:
     """The data section of a run's identity, as before any training."""
     recipe = project.recipe(NAME, "pretrain")
-    config = render.render(recipe, RANK, [*SMALL_PRETRAIN, *overrides])
-    (data,) = run_identity.identity_of(recipe, config)["data"]
+    (data,) = run_identity.identity_of(run_of(recipe, RANK, (*SMALL_PRETRAIN, *overrides)))["data"]
     return data
 
 

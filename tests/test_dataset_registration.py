@@ -3,12 +3,12 @@
 import json
 import os
 import subprocess
-import sys
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from types import SimpleNamespace
 
 import pytest
+from helpers.forked_python import PYTHON
 
 from paragen.common.cli import UserError
 from paragen.dataset import dataset_info
@@ -34,7 +34,7 @@ def put(data, place, rows):
 
 def call(data, *arguments, cwd=None):
     """Run the script on `data`; no input may ever end in a traceback."""
-    command = [sys.executable, SCRIPT, "--data-dir", data, *arguments]
+    command = [PYTHON, SCRIPT, "--data-dir", data, *arguments]
     done = subprocess.run(list(map(str, command)), capture_output=True, text=True, cwd=cwd)
     assert "Traceback" not in done.stderr
     return done

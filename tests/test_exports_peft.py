@@ -2,12 +2,12 @@
 
 import os
 import subprocess
-import sys
 from pathlib import Path
 
 import pytest
 from conftest import CATEGORY, ROOT
 from helpers import scored
+from helpers.forked_python import PYTHON
 
 from paragen.exports import peft
 
@@ -51,7 +51,9 @@ def architectures(tmp_path_factory) -> Path:
     folder = tmp_path_factory.mktemp("architectures")
     names = ["gpt2", "qwen2.5-vl-3b", "gemma-3-4b"]
     subprocess.run(
-        [sys.executable, ROOT / "tests" / "helpers" / "tiny_models.py", folder, *names], check=True, capture_output=True
+        [PYTHON, ROOT / "tests" / "helpers" / "tiny_models.py", folder, *names],
+        check=True,
+        capture_output=True,
     )
     return folder
 

@@ -1,6 +1,6 @@
 """Scoring on an NVIDIA GPU: the tests of test_scoring.py and test_scoring_kernels.py without Triton's interpreter.
 
-Run on a machine that has one; elsewhere they are skipped.
+`make test-gpu` runs them; on a machine without one they are skipped.
 """
 
 import pytest
@@ -15,7 +15,7 @@ from transformers.models.llama.modeling_llama import apply_rotary_pos_emb
 
 from paragen.scoring import attention, kernels, likelihoods, stacked_model
 
-pytestmark = pytest.mark.skipif(not torch.cuda.is_available(), reason="needs an NVIDIA GPU")
+pytestmark = [pytest.mark.gpu, pytest.mark.skipif(not torch.cuda.is_available(), reason="needs an NVIDIA GPU")]
 
 CLOSE = 5e-3  # nats; in float32, with adapters that are larger than trained ones
 

@@ -12,7 +12,19 @@ import pytest
 ROOT = Path(__file__).resolve().parent.parent
 TARGETS = ["setup", "lock", "model", "register", "check-data", "pretrain", "finetune", "collect", "clean-checkpoints"]
 TARGETS += ["plan", "index", "export", "import", "stats", "report", "publish", "pull"]
-TARGETS += ["recipe", "check-recipes", "verify", "demo", "test", "lint", "setup-dev", "format", "test-all", "evaluate"]
+TARGETS += [
+    "recipe",
+    "check-recipes",
+    "verify",
+    "demo",
+    "test",
+    "lint",
+    "setup-dev",
+    "format",
+    "test-all",
+    "test-gpu",
+    "evaluate",
+]
 TARGETS += ["data", "data-all", "collect-all", "status"]
 
 
@@ -26,7 +38,6 @@ def repository(tmp_path) -> Path:
     for name in ("models", "saves"):
         (top / name).mkdir()
     shutil.copy(ROOT / "models" / "models.yaml", top / "models")
-    (top / ".venv").symlink_to(ROOT / ".venv")
     return top
 
 
@@ -109,48 +120,41 @@ def test_recipe_writes_a_pair_that_check_recipes_accepts(repository):
     assert done.returncode != 0 and "template" in done.stderr
 
 
-@pytest.fixture
-def unset(repository) -> Path:
-    """The repository before its first set-up."""
-    (repository / ".venv").unlink()
-    return repository
-
-
 @pytest.mark.parametrize("target", TARGETS)
-def test_a_target_with_py_runs_that_python_and_sets_nothing_up(unset, target):
-    done = make(unset, "-n", target, "PY=/usr/bin/python3")
+def test_a_target_with_py_runs_that_python_and_sets_nothing_up(repository, target):
+    done = make(repository, "-n", target, "PY=/usr/bin/python3")
     assert done.returncode == 0, done.stderr
     assert ".venv" not in done.stdout and "setup_env" not in done.stdout
     assert "/usr/bin/python3 " in done.stdout or target.startswith("setup")
     environment = {**os.environ, "PY": "/usr/bin/python3"}
-    named = subprocess.run(["make", "-n", target], cwd=unset, env=environment, capture_output=True, text=True)
+    named = subprocess.run(["make", "-n", target], cwd=repository, env=environment, capture_output=True, text=True)
     assert named.stdout == done.stdout, "in the environment it counts as on the command line"
 
 
-def test_py_runs_a_target_without_venv(unset):
-    done = make(unset, "check-recipes", f"PY={sys.executable}")
+def test_py_runs_a_target_without_venv(repository):
+    done = make(repository, "check-recipes", f"PY={sys.executable}")
     assert done.returncode == 0 and "no faults" in done.stdout, done.stderr
-    assert not (unset / ".venv").exists()
+    assert not (repository / ".venv").exists()
 
 
-def test_py_reaches_the_script_that_a_target_calls(unset):
-    done = make(unset, "pretrain", "DATASET=Demo", f"PY={sys.executable}")
-    assert "make model MODEL=smollm2-135m" in done.stderr and not (unset / ".venv").exists()
+def test_py_reaches_the_script_that_a_target_calls(repository):
+    done = make(repository, "pretrain", "DATASET=Demo", f"PY={sys.executable}")
+    assert "make model MODEL=smollm2-135m" in done.stderr and not (repository / ".venv").exists()
 
 
 @pytest.mark.parametrize("options", ["", " -X utf8"])
-def test_py_in_the_environment_is_the_python_of_a_shell_script(unset, tmp_path, options):
+def test_py_in_the_environment_is_the_python_of_a_shell_script(repository, tmp_path, options):
     """From any folder; a command of several words will do."""
-    (recipe,) = unset.glob("collect_scripts/*/Demo/smollm2-135m_*_pretrain.yaml")
+    (recipe,) = repository.glob("collect_scripts/*/Demo/smollm2-135m_*_pretrain.yaml")
     environment = {**os.environ, "PY": sys.executable + options}
     for command, said in (
         (["utils/train_with_rank.sh", recipe, "0"], "rank '0' is not a positive whole number"),
         (["collect_scripts/math/collect_all_dataset.sh", "Nothing"], "dataset 'Nothing' is not known"),
     ):
-        command = ["bash", unset / command[0], *command[1:]]
+        command = ["bash", repository / command[0], *command[1:]]
         done = subprocess.run(command, cwd=tmp_path, env=environment, capture_output=True, text=True)
         assert done.returncode == 1 and said in done.stderr, done.stderr
-    assert not (unset / ".venv").exists()
+    assert not (repository / ".venv").exists()
 
 
 def test_every_shell_script_takes_its_python_by_the_same_rule():

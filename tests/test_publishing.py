@@ -7,7 +7,6 @@ import re
 import shutil
 import signal
 import subprocess
-import sys
 from dataclasses import replace
 from pathlib import Path
 
@@ -15,6 +14,7 @@ import pyarrow as pa
 import pyarrow.parquet
 import pytest
 from helpers import scored
+from helpers.forked_python import PYTHON
 from helpers.upload_server import READS, USER, WRITES, UploadHub
 
 import publish
@@ -100,7 +100,7 @@ def start(script: str, top: Path, hub: UploadHub, **settings: str) -> subprocess
     clean = {name: value for name, value in os.environ.items() if not re.match("HF_|HUGGING|.*proxy", name, re.I)}
     clean |= {"HF_HOME": str(top / "home"), "HF_ENDPOINT": hub.url, "HF_TOKEN": WRITES, "HF_HUB_DISABLE_XET": "1"}
     pipes = {"stdout": subprocess.PIPE, "stderr": subprocess.STDOUT, "text": True}
-    command = [sys.executable, top / "utils" / script]
+    command = [PYTHON, top / "utils" / script]
     return subprocess.Popen(command, env={**clean, "REPO": REPO, **settings}, cwd="/", **pipes)
 
 

@@ -4,11 +4,11 @@ import json
 import os
 import shutil
 import subprocess
-import sys
 from pathlib import Path
 
 import pytest
 import yaml
+from helpers.forked_python import PYTHON
 
 from paragen.common import paths
 from paragen.model import base_models
@@ -59,7 +59,7 @@ def clone(tmp_path, monkeypatch) -> Path:
 
 def run(repository: Path, script: str, *arguments: str | Path, **environment: str) -> subprocess.CompletedProcess:
     unset = {name: value for name, value in os.environ.items() if name not in ("FROM", "TEMPLATE", "CATEGORY")}
-    command = [sys.executable, repository / "utils" / script, *arguments]
+    command = [PYTHON, repository / "utils" / script, *arguments]
     return subprocess.run(command, env=unset | environment, cwd="/", capture_output=True, text=True)
 
 
@@ -156,7 +156,7 @@ from llamafactory.data.template import TEMPLATES
 keys = sorted({f.name for c in parser._TRAIN_ARGS for f in dataclasses.fields(c) if f.init})
 print("RESULT" + json.dumps([keys, sorted(TEMPLATES)]))
 """
-    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
+    done = subprocess.run([PYTHON, "-c", code], capture_output=True, text=True, check=True)
     keys, templates = json.loads(done.stdout.split("RESULT")[1])
     assert sorted(vocabulary.known_keys()) == keys
     assert sorted(vocabulary.stock_templates()) == templates

@@ -61,8 +61,16 @@ def first_option(one: Question, said: list[int]) -> int | None:
     )
 
 
-@pytest.mark.parametrize("fused", [False, True], ids=["plain", "fused"])
-@pytest.mark.parametrize("name", [*tiny_models.NAMES, *tiny_models.KIN])
+# Fused, one of each kind of block; `make test-all` has the others: biases and grouped heads, a window, Conv1D.
+QUICK_FUSED = ("qwen2.5-0.5b", "gemma-3-4b", "gpt2")
+ARCHITECTURES = [
+    pytest.param(name, fused, marks=[pytest.mark.slow] if fused and name not in QUICK_FUSED else [])
+    for name in (*tiny_models.NAMES, *tiny_models.KIN)
+    for fused in (False, True)
+]
+
+
+@pytest.mark.parametrize(("name", "fused"), ARCHITECTURES)
 def test_every_architecture_gets_the_scores_and_answers_of_the_plain_model(every_model, name, fused):
     scene = Scene(every_model / name, lora=targets(name), fused=fused)
     for shared in (0, 12):

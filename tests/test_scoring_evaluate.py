@@ -18,6 +18,8 @@ from paragen.collection.manifest import read_manifest
 from paragen.common import files
 from paragen.scoring import answers
 
+pytestmark = pytest.mark.runs
+
 NAME = f"{CATEGORY}/Toy/Tiny-Llama_lora-rank_4_finetune"
 STEPS = [7, 8, 9, 10, 11, 12]
 TEXT = {"prompt": "prompt", "response": "response", "system": "system"}

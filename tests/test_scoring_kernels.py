@@ -154,7 +154,7 @@ def test_rows_attend_to_their_prefix_and_to_what_the_mask_shows(interpreted, nam
     torch.testing.assert_close(attention.plain_attention(query, key, value, mask, scale, first), found)
 
 
-@pytest.mark.parametrize("capability", [80, 89, 90])
+@pytest.mark.parametrize("capability", [80, *(pytest.param(other, marks=pytest.mark.slow) for other in (89, 90))])
 @pytest.mark.parametrize("rank", [1, 8, stacked_model.MAX_KERNEL_RANK])
 def test_they_compile_for_the_gpus_that_they_are_for(monkeypatch, tmp_path, capability, rank):
     """Compiled as a first call on such a GPU would, and with room in its shared memory."""

@@ -4,6 +4,7 @@ import os
 import random
 import signal
 import subprocess
+import sys
 import time
 from pathlib import Path
 
@@ -15,10 +16,12 @@ ROOT = Path(__file__).resolve().parent.parent
 CATEGORY = "common-sense-reasoning"
 
 
-def collect_all(repository: Path, *datasets: str, **environment: str) -> subprocess.Popen:
-    environment = {**os.environ, "DEVICES": "cpu", **environment}
+def collect_all(repository: Path, *datasets: str, slots: int = 0, **environment: str) -> subprocess.Popen:
+    """Start the script of a category; with `slots` on as many cores, so that as many workers import LLaMA-Factory."""
+    cores = ["taskset", "--cpu-list", ",".join(map(str, sorted(os.sched_getaffinity(0))[:slots]))] if slots else []
+    environment = {**os.environ, "DEVICES": "cpu", "PY": sys.executable, **environment}
     return subprocess.Popen(
-        ["bash", "collect_all_dataset.sh", *datasets],
+        [*cores, "bash", "collect_all_dataset.sh", *datasets],
         cwd=repository / "collect_scripts" / CATEGORY,
         env=environment,
         stdout=subprocess.PIPE,
@@ -66,7 +69,7 @@ def test_a_failed_cell_does_not_stop_the_others_and_the_exit_status_is_1(reposit
     broken = repository / "collect_scripts" / CATEGORY / "To-y" / "tiny-one_To-y_finetune.yaml"
     broken.write_text(broken.read_text() + "lora_rang: 3\n")
     settings = {"RANKS": "4", "MODELS": "tinyone tiny-two", "PRUNE_PRETRAIN": "1"}
-    run = collect_all(repository, "toy", **settings)
+    run = collect_all(repository, "toy", slots=1, **settings)
     output = run.communicate()[0]
     assert run.returncode == 1 and "Traceback" not in output, output
     table = output.splitlines()[-3:]
@@ -81,7 +84,7 @@ def test_a_failed_cell_does_not_stop_the_others_and_the_exit_status_is_1(reposit
     assert lines == {"tiny-one": ["missing", "pretrained"], "tiny-two": ["missing", "complete"]}
 
 
-@pytest.mark.alone
+@pytest.mark.slow
 def test_ctrl_c_stops_all_processes(repository):
     run = collect_all(repository, RANKS="4")
     saves = repository / "saves" / CATEGORY

@@ -3,6 +3,7 @@
 import os
 import socket
 import subprocess
+import sys
 from pathlib import Path
 
 import pytest
@@ -27,7 +28,15 @@ def allocation(repository, tmp_path) -> dict[str, str]:
         port = free.getsockname()[1]
     path = os.pathsep.join([str(programs), os.environ["PATH"]])
     job = {"SLURM_JOB_ID": str(port % 20000), "SLURM_JOB_NODELIST": "n1", "SLURM_JOB_NUM_NODES": "2"}
-    return {**os.environ, **job, "PATH": path, "SLURM_SUBMIT_DIR": str(repository), "DEVICES": "cpu", "RANKS": "4"}
+    return {
+        **os.environ,
+        **job,
+        "PATH": path,
+        "SLURM_SUBMIT_DIR": str(repository),
+        "DEVICES": "cpu",
+        "RANKS": "4",
+        "PY": sys.executable,
+    }
 
 
 @pytest.mark.slow

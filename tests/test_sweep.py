@@ -11,16 +11,19 @@ from pathlib import Path
 
 import pytest
 from helpers import fork_server
+from helpers.forked_python import PYTHON
 
 pytestmark = pytest.mark.runs
 
 ROOT = Path(__file__).resolve().parent.parent
 CATEGORY = "common-sense-reasoning"
-PYTHON = sys.executable
 
 
-def sweep(repository: Path, *datasets: str, **environment: str) -> subprocess.Popen:
-    command = [PYTHON, repository / "utils" / "collect_all.py", CATEGORY, *datasets]
+def sweep(repository: Path, *datasets: str, slots: int = 0, **environment: str) -> subprocess.Popen:
+    """Start a sweep; with `slots` on as many cores, so that as many workers import LLaMA-Factory."""
+    command = [sys.executable, repository / "utils" / "collect_all.py", CATEGORY, *datasets]
+    if slots:
+        command = ["taskset", "--cpu-list", ",".join(map(str, sorted(os.sched_getaffinity(0))[:slots])), *command]
     environment = {**os.environ, "DEVICES": "cpu", **environment}
     return subprocess.Popen(
         command, env=environment, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True, start_new_session=True
@@ -40,6 +43,7 @@ def left_over(repository: Path) -> list[str]:
     return [path.name for path in repository.glob(f"saves/{CATEGORY}/*/.*")]
 
 
+@pytest.mark.slow
 def test_a_sweep_makes_the_checkpoints_that_single_runs_make(repository, project, tmp_path):
     """Also after a cell that changed a template of LLaMA-Factory. Equal rows are tokenised once."""
     scripts = repository / "collect_scripts" / CATEGORY
@@ -63,7 +67,7 @@ def test_a_sweep_makes_the_checkpoints_that_single_runs_make(repository, project
 
 def ray(*arguments: str, **options) -> subprocess.Popen:
     return subprocess.Popen(
-        [PYTHON, "-m", "ray.scripts.scripts", *arguments], stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL,
+        [sys.executable, "-m", "ray.scripts.scripts", *arguments], stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL,
         start_new_session=True, **options,
     )  # fmt: skip
 
@@ -92,12 +96,12 @@ def cluster(request, repository, tmp_path_factory, monkeypatch):
     nodes = [ray(*head)]
     request.addfinalizer(lambda: [stop(node) for node in nodes])
     deadline = time.monotonic() + 120
-    while subprocess.run([PYTHON, "-c", f"import socket; socket.create_connection(('127.0.0.1', {port}))"],
+    while subprocess.run([sys.executable, "-c", f"import socket; socket.create_connection(('127.0.0.1', {port}))"],
                          capture_output=True).returncode:  # fmt: skip
         assert time.monotonic() < deadline
     for count in (2, 3):  # one after the other: two that start at once may take the same ports
         nodes.append(ray("start", f"--address=127.0.0.1:{port}", *shared))
-        subprocess.run([PYTHON, "-c", JOINED, f"127.0.0.1:{port}", str(count)], check=True, timeout=120)
+        subprocess.run([sys.executable, "-c", JOINED, f"127.0.0.1:{port}", str(count)], check=True, timeout=120)
     yield f"127.0.0.1:{port}", nodes
 
 
@@ -219,7 +223,7 @@ def test_status_shows_a_runs_progress_from_another_shell(repository, project):
     assert "pretrain step " in line and " of 4000, loss " in line
 
 
-@pytest.mark.parametrize(("gpus_per_cell", "groups"), [("1", 4), ("2", 2)])
+@pytest.mark.parametrize(("gpus_per_cell", "groups"), [pytest.param("1", 4, marks=pytest.mark.slow), ("2", 2)])
 def test_each_worker_sees_its_own_devices(tmp_path, gpus_per_cell, groups):
     """Ray assigns four GPUs, which this machine need not have, since nothing is trained."""
     code = (
@@ -228,7 +232,9 @@ def test_each_worker_sees_its_own_devices(tmp_path, gpus_per_cell, groups):
     )
     environment = {**os.environ, "GPUS_PER_CELL": gpus_per_cell, "DEVICES": "", "ENGINE": "stock"}
     environment["PYTHONPATH"] = os.pathsep.join([str(ROOT / "utils"), str(ROOT / "tests")])
-    done = subprocess.run([PYTHON, "-c", code], cwd=ROOT / "tests", env=environment, capture_output=True, text=True)
+    done = subprocess.run(
+        [sys.executable, "-c", code], cwd=ROOT / "tests", env=environment, capture_output=True, text=True
+    )
     assert done.returncode == 0, done.stderr
     given = [text.split(":")[1].split(",") for text in done.stderr.splitlines()[-1].split()]
     assert sorted(sum(given, [])) == ["0", "1", "2", "3"] and len(given) == groups
@@ -310,6 +316,7 @@ def test_a_run_whose_fork_server_was_killed_counts_as_killed(worker, tmp_path, m
     assert worker._run(ordinary.train, (), {}, tmp_path / "x.log").kind == "killed"
 
 
+@pytest.mark.slow
 def test_an_unreadable_recipe_fails_its_cell_only(repository):
     recipe = repository / "collect_scripts" / CATEGORY / "To-y" / "tiny-one_To-y_pretrain.yaml"
     recipe.write_text("a: [\n")
@@ -321,7 +328,7 @@ def test_an_unreadable_recipe_fails_its_cell_only(repository):
 
 
 def test_a_terminated_sweep_cleans_up_and_exits_with_143(repository):
-    run = sweep(repository, RANKS="4")
+    run = sweep(repository, slots=1, RANKS="4")
     saves = repository / "saves" / CATEGORY
     while not list(saves.glob("*/.*staging*")):
         assert run.poll() is None, run.communicate()[0]

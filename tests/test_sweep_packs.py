@@ -5,17 +5,16 @@ import os
 import shutil
 import signal
 import subprocess
-import sys
 import time
 from pathlib import Path
 
 import pytest
+from helpers.forked_python import PYTHON
 from test_sweep import CATEGORY, left_over, runs_of, sweep, workers_of
 
 pytestmark = pytest.mark.runs
 
 ROOT = Path(__file__).resolve().parent.parent
-PYTHON = sys.executable
 
 
 def manifests(repository: Path) -> dict[str, dict]:
@@ -45,7 +44,7 @@ def test_a_mixed_sweep_packs_what_it_can_and_a_broken_cell_fails_alone(repositor
     """Two datasets, two base models, two ranks: one pair cannot be packed, one is broken, the others are packed."""
     add_to_recipes(repository, "To-y", "tiny-two", "lora_dropout: 0.1")
     add_to_recipes(repository, "To-y", "tiny-one", "template: nonsense")
-    run = sweep(repository, RANKS="2 4")
+    run = sweep(repository, slots=1, RANKS="2 4")
     output = run.communicate()[0]
     assert run.returncode == 1 and "Traceback" not in output, output
     assert "engine: 6 cells packed, of 2 base models, 2 a cell at a time (lora_dropout is 0.1)" in output
@@ -66,6 +65,7 @@ def test_a_mixed_sweep_packs_what_it_can_and_a_broken_cell_fails_alone(repositor
     assert output.count("started: ") == 8
 
 
+@pytest.mark.slow
 def test_cells_whose_loaded_model_cannot_be_packed_are_trained_the_ordinary_way(repository):
     """GPT-2's layers are not nn.Linear, which only the loaded model shows."""
     shutil.rmtree(repository / "models" / "Tiny-One")
@@ -81,6 +81,7 @@ def test_cells_whose_loaded_model_cannot_be_packed_are_trained_the_ordinary_way(
     assert len(manifests(repository)) == 2 and not any("engine" in found for found in manifests(repository).values())
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(("engine", "status", "packed"), [("stock", 0, False), ("packed", 1, True)])
 def test_a_sweep_can_be_forced_to_either_engine(repository, engine, status, packed):
     add_to_recipes(repository, "To-y", "tiny-one", "lora_dropout: 0.1")
@@ -141,7 +142,6 @@ def test_the_plan_states_how_many_cells_are_packed(repository):
     assert engine_line(ENGINE="stock").startswith("engine: the ordinary way")
 
 
-@pytest.mark.alone
 def test_status_shows_a_packs_progress_and_ctrl_c_leaves_no_files(repository):
     """`make status` reads step and loss of each of its runs from that run's staging folder."""
     add_to_recipes(repository, "Other", "tiny-one", "max_steps: 4000")

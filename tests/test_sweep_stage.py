@@ -37,7 +37,6 @@ class Cluster:
         self.bare = folder / "bare"
         self.bare.mkdir()
         shutil.copytree(repository / "utils", self.bare / "utils")
-        (self.bare / ".venv").symlink_to(ROOT / ".venv")
         head = ["--head", f"--port={port}", "--include-dashboard=false", f"--temp-dir={folder / 'ray'}", "--num-cpus=0"]
         self.nodes = [self.start([], head, {})]
         deadline = time.monotonic() + 60

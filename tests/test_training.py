@@ -5,12 +5,14 @@ import os
 import shutil
 import signal
 import subprocess
-import sys
 from pathlib import Path
 
 import pytest
 from helpers import fork_server
+from helpers.forked_python import PYTHON
 from safetensors.torch import load_file
+
+pytestmark = pytest.mark.runs
 
 ROOT = Path(__file__).resolve().parent.parent
 STEPS = range(7, 13)  # the last 6 of 12
@@ -185,7 +187,7 @@ def test_changed_data_with_unchanged_file_times_is_trained_on(pretrained):
 
 
 def test_a_run_fails_when_its_data_changes_during_the_training(project):
-    run = project.start(project.pretrain, "max_steps=300", "save_steps=300")
+    run = project.start(project.pretrain, "max_steps=100", "save_steps=100")
     while not list(project.saves.glob(".*staging*/trainer_log.jsonl")):
         assert run.process.is_alive(), run.log.read_text()
     project.data.write_text(project.data.read_text().replace("[A]", "[C]"))
@@ -352,9 +354,12 @@ KILL_POINTS = {
     "manifest": lambda project: any(project.saves.glob(".*staging*/manifest.json")),
     "published": lambda project: project.run_folder("finetune").exists(),
 }
+LIKE_OTHERS = ("rendered", "first checkpoint")  # before and during the staging of files, as "staging"
 
 
-@pytest.mark.parametrize("point", KILL_POINTS)
+@pytest.mark.parametrize(
+    "point", [pytest.param(point, marks=[pytest.mark.slow] if point in LIKE_OTHERS else []) for point in KILL_POINTS]
+)
 def test_a_finetune_killed_at_any_moment_is_repeated_with_the_same_hashes(pretrained, trained_once, point):
     killed = pretrained.start(pretrained.finetune)
     killed.kill_when(lambda: KILL_POINTS[point](pretrained))
@@ -437,7 +442,7 @@ def test_a_gpu_that_torch_cannot_use_is_an_error_and_not_a_cpu_run(project, tmp_
 def test_a_bfloat16_base_is_trained_in_float32_on_the_cpu(project, tmp_path):
     model = project.top / "models" / "Tiny-Llama"
     shutil.rmtree(model)
-    subprocess.run([sys.executable, ROOT / "tests/helpers/tiny.py", model, "bfloat16"], check=True)
+    subprocess.run([PYTHON, ROOT / "tests/helpers/tiny.py", model, "bfloat16"], check=True)
     result = project.train(project.pretrain)
     assert result.status == 0 and "float32 on the CPU" in result.output, result.output
 

@@ -3,15 +3,17 @@
 import json
 import shutil
 import subprocess
-import sys
 from pathlib import Path
 
 import pytest
 from helpers import fork_server, tiny_models
+from helpers.forked_python import PYTHON
 from safetensors import safe_open
 
 from paragen.model import base_models
 from paragen.recipes import render
+
+pytestmark = pytest.mark.runs
 
 ROOT = Path(__file__).resolve().parent.parent
 RANK = 2
@@ -30,14 +32,14 @@ class Projects:
     def __init__(self, top: Path, names: tuple[str, ...] = ()):
         self.top = top
         subprocess.run(
-            [sys.executable, ROOT / "tests" / "helpers" / "tiny_models.py", top, *names],
+            [PYTHON, ROOT / "tests" / "helpers" / "tiny_models.py", top, *names],
             check=True,
             capture_output=True,
         )
         (top / "models").mkdir()
         for name in names or tiny_models.NAMES:
             (top / name).rename(top / "models" / base_models.table()[name]["folder"])
-        subprocess.run([sys.executable, ROOT / "tests" / "helpers" / "tiny_pictures.py", top / "data"], check=True)
+        subprocess.run([PYTHON, ROOT / "tests" / "helpers" / "tiny_pictures.py", top / "data"], check=True)
 
     def recipe(self, name: str, phase: str) -> Path:
         """The repository's recipe of the model, at its place in this tree."""

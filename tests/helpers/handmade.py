@@ -3,12 +3,12 @@
 import json
 import os
 import subprocess
-import sys
 from pathlib import Path
 
 import pytest
 
 import export
+from helpers.forked_python import PYTHON
 from paragen.collection.manifest import FORMAT, sealed
 from paragen.common import files, paths
 from paragen.common.cli import UserError
@@ -138,7 +138,7 @@ class Place:
             "import export; cli.run(export.main)"
         )
         environment = {**os.environ, "FORMAT": format_name, "OUT": str(self.out), **environment}
-        command = [sys.executable, "-c", code, UTILS, self.saves, self.data, *([str(limit)] if limit else [])]
+        command = [PYTHON, "-c", code, UTILS, self.saves, self.data, *([str(limit)] if limit else [])]
         return subprocess.Popen(
             command, env=environment, cwd="/", stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True
         )

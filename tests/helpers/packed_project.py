@@ -2,13 +2,13 @@
 
 import json
 import subprocess
-import sys
 from pathlib import Path
 from typing import NamedTuple
 
 import yaml
 
 from helpers import fork_server
+from helpers.forked_python import PYTHON
 
 ROOT = Path(__file__).resolve().parents[2]
 CATEGORY = "common-sense-reasoning"
@@ -147,7 +147,7 @@ class Packable:
 
 def make_models(folder: Path, *names: str) -> None:
     """Tiny models of tests/helpers/tiny_models.py below a folder, made in a process of their own."""
-    command = [sys.executable, ROOT / "tests" / "helpers" / "tiny_models.py", folder, *names]
+    command = [PYTHON, ROOT / "tests" / "helpers" / "tiny_models.py", folder, *names]
     subprocess.run(command, check=True, capture_output=True)
 
 

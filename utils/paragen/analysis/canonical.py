@@ -9,8 +9,12 @@ The form is not unique within a block of equal singular values, where U's column
 block's product U_k S_k V_k^T is. Values that differ by less than rounding make such a block.
 """
 
+from collections.abc import Callable
+from typing import TypeVar
+
 import torch
 
+Result = TypeVar("Result")
 METHOD = "qr-svd-1"  # to be changed whenever the numbers change
 NOISE = torch.finfo(torch.float32).eps  # relative rounding of the float32 in which adapters are trained, 1.2e-7
 TIED = 1e-3  # entries within this relative distance of a vector's largest count as equally large for its sign
@@ -34,6 +38,9 @@ def canonical(a: torch.Tensor, b: torch.Tensor) -> tuple[torch.Tensor, torch.Ten
     if a.dim() == 2:  # a single product is computed by another kernel than a batch of one, and differs in the last bit
         batch_a, batch_b = canonical(a[None], b[None])
         return batch_a[0], batch_b[0]
+    if len(a) > 1:
+        new_a, new_b = zip(*one_by_one(canonical, a, b), strict=True)
+        return torch.cat(new_a), torch.cat(new_b)
     rank = a.shape[-2]
     q_b, r_b = torch.linalg.qr(b.double())
     q_a, r_a = torch.linalg.qr(a.double().mT)
@@ -44,6 +51,15 @@ def canonical(a: torch.Tensor, b: torch.Tensor) -> tuple[torch.Tensor, torch.Ten
     new_b = torch.nn.functional.pad(left * root, missing)
     new_a = torch.nn.functional.pad(right * root, missing).mT
     return new_a + 0.0, new_b + 0.0  # no -0.0, which is 0.0 in other bits
+
+
+def one_by_one(function: Callable[..., Result], a: torch.Tensor, b: torch.Tensor) -> list[Result]:
+    """`function` of each of n pairs of factors, as a batch of one.
+
+    In a batch, MKL chooses a matrix's kernel by the address where it begins, so the last bits would depend on its place
+    in the batch, and this on the number of cores. LAPACK takes the matrices of a batch one after the other, too.
+    """
+    return [function(one[None], other[None]) for one, other in zip(a, b, strict=True)]
 
 
 def signs_of(vectors: torch.Tensor) -> torch.Tensor:
@@ -66,10 +82,12 @@ def without_noise(s: torch.Tensor, rank: int) -> torch.Tensor:
 
 
 def singular_values(a: torch.Tensor, b: torch.Tensor) -> torch.Tensor:
-    """The singular values of B·A, ... x min(r, inputs, outputs), descending, float64, without noise.
+    """The singular values of B·A, n x min(r, inputs, outputs), descending, float64, without noise.
 
-    Args as for `canonical`.
+    Args as for `canonical`, with n; each of n the same bits as alone, too.
     """
+    if len(a) > 1:
+        return torch.cat(one_by_one(singular_values, a, b))
     r_b = torch.linalg.qr(b.double(), mode="r").R
     r_a = torch.linalg.qr(a.double().mT, mode="r").R
     return without_noise(torch.linalg.svdvals(r_b @ r_a.mT), a.shape[-2])
