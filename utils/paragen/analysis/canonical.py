@@ -39,8 +39,8 @@ def canonical(a: torch.Tensor, b: torch.Tensor) -> tuple[torch.Tensor, torch.Ten
         batch_a, batch_b = canonical(a[None], b[None])
         return batch_a[0], batch_b[0]
     if len(a) > 1:
-        new_a, new_b = zip(*one_by_one(canonical, a, b), strict=True)
-        return torch.cat(new_a), torch.cat(new_b)
+        found = one_by_one(canonical, a, b)
+        return torch.cat([new_a for new_a, _ in found]), torch.cat([new_b for _, new_b in found])
     rank = a.shape[-2]
     q_b, r_b = torch.linalg.qr(b.double())
     q_a, r_a = torch.linalg.qr(a.double().mT)
