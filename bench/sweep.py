@@ -181,7 +181,7 @@ class NoOp:
     def ready(self):
         pass
 
-    def collect(self, pack, packed, smaller):
+    def collect(self, pack, packed, halved):
         from paragen.training.outcome import Outcome
 
         return [Outcome("done")] * len(pack)

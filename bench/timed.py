@@ -96,7 +96,7 @@ def packed(noted: dict[str, Any], arguments: list[str]) -> None:
     from paragen.packed.engine import Engine
 
     noted |= {"imported": time.time(), "spans": [], "packs": []}
-    for owner, name in ((frozen_base.FrozenBase, "_load"), (frozen_base.FrozenBase, "admit"), (loop, "fitting"),
+    for owner, name in ((frozen_base.FrozenBase, "_load"), (frozen_base.FrozenBase, "admit"), (loop, "count_fitting"),
                         (loop.Pack, "__init__"), (loop.Pack, "complete")):  # fmt: skip
         note_spans(owner, name, noted["spans"])
     known: list[float] = []
@@ -112,7 +112,7 @@ def packed(noted: dict[str, Any], arguments: list[str]) -> None:
         began = time.time()
         whole = plain_train(pack)
         noted["packs"].append({
-            "phase": pack.members[0].schedule.attempt.phase, "began": began, "ended": time.time(), "known": [*known],
+            "phase": pack.members[0].schedule.attempt.run.phase, "began": began, "ended": time.time(), "known": [*known],
             "ranks": [member.adapter.rank for member in pack.members], "peak_GB": peak_gb(),
             "work": [work_of(step.rows[who] for step in pack.steps) for who in range(len(pack.members))],
         })  # fmt: skip

@@ -242,7 +242,7 @@ def test_a_category_or_all_can_be_asked_for_but_nothing_is_no_question(upstream,
     assert upstream.manifest().keys() == {"Code"}
     brought(upstream, site.address, "--all")
     assert upstream.manifest().keys() == {"Code", "Sums", "Sums_test"}
-    assert "say which: make data DATASET=ARC-c" in failed(upstream, site.address, "--tries", "1")[0]
+    assert "name a dataset: make data DATASET=ARC-c" in failed(upstream, site.address, "--tries", "1")[0]
     assert "known: Code, Sums" in failed(upstream, site.address, "Sum")[0]
     assert "holds none of Code" in failed(upstream, site.address, "Code", "--category", "math")[0]
 
@@ -422,7 +422,7 @@ def test_a_missing_file_and_a_wrong_one_are_named_and_the_rest_goes_on(upstream,
     content["prepare/data/Wrong.json"] = b"[1]"
     errors = sorted(failed(upstream, serve(content=content).address, "--all"))
     assert len(errors) == 3
-    assert "2 files are not in order: " in errors[0]
+    assert "2 files failed: " in errors[0]
     assert errors[1].startswith("error: Gone.json: http://127.0.0.1:") and "not found (HTTP 404)" in errors[1]
     assert re.match(r"error: Wrong.json: .* holds another file: 3 bytes with blob id \w{40}, not \w{40}", errors[2])
     assert upstream.manifest().keys() == {"Sums", "Sums_test"}

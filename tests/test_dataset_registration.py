@@ -331,7 +331,7 @@ def test_many_faulty_rows_are_named_in_part_and_counted(data):
     [
         (["prompt=question"], "prompt=question: no row has the column 'question'; there are 'prompt', 'response'"),
         (["promt=prompt"], "alpaca rows have no 'promt' to map; known: prompt, query, response, system, history"),
-        (["prompt"], "say it as kind=column"),
+        (["prompt"], "give kind=column"),
         (["prompt=prompt", "response=prompt"], "the column 'prompt' is mapped twice"),
     ],
 )
@@ -497,7 +497,7 @@ def test_check_lists_every_fault_of_every_entry(data):
         "error: a,b: 'a,b' is no dataset name: letters, digits, . + - _ and single blanks",
         "error: a,b: the entry is a list, not an object",
     ]
-    assert lines[-1].startswith("error: dataset_info.json: faults: 25, in 18 of 19 datasets; put the files right")
+    assert lines[-1].startswith("error: dataset_info.json: faults: 25, in 18 of 19 datasets; correct the files")
 
 
 def test_checking_nothing_is_an_error(data):

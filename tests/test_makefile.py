@@ -61,7 +61,7 @@ def test_make_alone_lists_every_target_with_a_line_of_help(repository):
 @pytest.mark.parametrize(
     ("arguments", "said"),
     [
-        (["pretrain"], "say which dataset"),
+        (["pretrain"], "name a dataset"),
         (["pretrain", "DATASET=arcd"], "dataset 'arcd' is not known; known: ARC-c, ARC-e, BoolQ,"),
         (["collect", "DATASET=arcc", "MODEL=gpt5"], "known: bert, gemma-3-4b, gpt2,"),
         (["pretrain", "DATASET=arcc", "RANK=0"], "rank '0' is not a positive whole number"),

@@ -1,4 +1,4 @@
-"""Which recipes the packed engine accepts, how it assigns ranks to stacks, and how it lays rows out: no training."""
+"""Which recipes can be packed, how adapters are assigned to groups, and how rows are laid out in a batch."""
 
 import json
 from dataclasses import replace
@@ -21,7 +21,7 @@ def packable(tmp_path, model_folder) -> packed_project.Packable:
     return packed_project.Packable(tmp_path / "my project", model_folder)
 
 
-def test_usual_recipes_are_for_the_packed_engine(packable):
+def test_supported_recipes_are_packed(packable):
     assert why(packable.cell()) is None
     every_setting = {
         "warmup_ratio": 0.1, "weight_decay": 0.01, "lora_alpha": 3, "use_rslora": True, "max_grad_norm": 0.5,
@@ -42,13 +42,13 @@ REFUSED = {
 
 
 @pytest.mark.parametrize("key", REFUSED)
-def test_a_setting_that_it_does_not_support_is_named(packable, key):
+def test_an_unsupported_setting_is_named(packable, key):
     cell = packable.cell()
     run = run_of(cell.pretrain, 4)
     assert key in engines.why_not_packed(replace(run, config=run.config | {key: REFUSED[key]}), ["cpu"])
 
 
-def test_several_devices_and_processors_are_not_for_it(packable):
+def test_several_devices_and_models_with_processors_are_not_packed(packable):
     assert "one device" in why(packable.cell(), ("cpu", "cpu"))
     model = (packable.top / "models" / packed_project.MODEL).resolve()
     (packable.top / "models" / packed_project.MODEL).unlink()
@@ -59,12 +59,12 @@ def test_several_devices_and_processors_are_not_for_it(packable):
     assert "processor" in why(packable.cell())
 
 
-def test_an_engine_that_does_not_exist_is_refused(monkeypatch):
+def test_an_unknown_engine_is_refused(monkeypatch):
     monkeypatch.setenv("ENGINE", "fast")
     with pytest.raises(UserError, match="stock or packed"):
-        engines.asked()
+        engines.requested_engine()
     monkeypatch.setenv("ENGINE", "")
-    assert engines.asked() is None
+    assert engines.requested_engine() is None
 
 
 @pytest.mark.parametrize("ranks", [[1], [2, 4, 8, 16, 32, 64], [64] * 5, [200, 3, 7], [2] * 100, [128, 128, 1]])
@@ -133,21 +133,21 @@ def test_every_token_is_in_its_adapters_group_and_comes_back_from_its_row(roomy)
 
 
 @pytest.mark.parametrize("roomy", [False, True])
-def test_padding_comes_from_padding_and_goes_to_padding(roomy):
-    """So that no value and no gradient reaches a token from it."""
+def test_padding_is_exchanged_with_padding_only(roomy):
+    """So no value and no gradient of padding reaches a token."""
     step, _, shape, out = laid_out(roomy)
     padding = out["adapter"] == len(step.rows)
     real_places = np.zeros(shape.rows * shape.row_length, bool)
     real_places[out["to_tokens"][~padding]] = True
-    assert padding[out["to_rows"][~real_places]].all(), "a row's padding shows a padding token"
-    assert not real_places[out["to_tokens"][padding]].any(), "a padding token takes what a row's padding has"
+    assert padding[out["to_rows"][~real_places]].all(), "a row is padded with a padding token"
+    assert not real_places[out["to_tokens"][padding]].any(), "a padding token takes its value from a row's padding"
     within = np.arange(shape.rows * shape.row_length).reshape(shape.rows, shape.row_length)
     ends = real_places[within]
-    assert (np.diff(ends.astype(int), axis=1) <= 0).all(), "padding stands behind a row, where nothing looks"
+    assert (np.diff(ends.astype(int), axis=1) <= 0).all(), "padding follows a row's tokens, which do not see it"
 
 
 @pytest.mark.parametrize("roomy", [False, True])
-def test_the_losses_of_an_adapter_have_the_weights_of_the_trainer(roomy):
+def test_an_adapters_losses_are_weighted_as_by_the_trainer(roomy):
     from paragen.packed.batches import IGNORED
 
     step, _, shape, out = laid_out(roomy)
@@ -163,8 +163,8 @@ def test_the_losses_of_an_adapter_have_the_weights_of_the_trainer(roomy):
 
 
 @pytest.mark.parametrize("stacked", [True, False], ids=["stacked, as on a GPU", "sliced, as on a CPU"])
-def test_the_layers_give_each_adapters_tokens_what_its_own_factors_give(stacked):
-    """Forwards and backwards, against one adapter after the other."""
+def test_packed_layers_compute_what_each_adapter_alone_computes(stacked):
+    """Forward and backward pass, compared with one adapter after the other."""
     from dataclasses import replace
 
     import torch
@@ -197,8 +197,8 @@ def test_the_layers_give_each_adapters_tokens_what_its_own_factors_give(stacked)
             assert torch.allclose(layer.block(factor.grad, adapter), own.grad, atol=1e-4)
 
 
-def test_a_step_in_a_gpus_bucket_learns_what_the_same_step_in_its_own_shape_learns():
-    """Padded to a larger shape, at fixed addresses and with stacked products, as CUDA graphs need it."""
+def test_a_step_padded_for_cuda_graphs_has_the_losses_and_gradients_of_the_unpadded_step():
+    """CUDA graphs need a larger fixed shape, fixed addresses and stacked products."""
     import torch
     from transformers import LlamaConfig, LlamaForCausalLM
 
@@ -239,8 +239,8 @@ def test_a_step_in_a_gpus_bucket_learns_what_the_same_step_in_its_own_shape_lear
 
 
 @pytest.mark.parametrize("most", [0.0, -1.0])
-def test_a_gradient_is_clipped_to_positive_norms_alone(most):
-    """As in the trainer: 0 and less mean no clipping."""
+def test_a_norm_of_zero_or_less_does_not_clip_gradients(most):
+    """As in the trainer."""
     import torch
     from transformers import LlamaConfig, LlamaForCausalLM
 
@@ -265,8 +265,8 @@ def test_a_gradient_is_clipped_to_positive_norms_alone(most):
     assert torch.equal(*made)
 
 
-def test_a_pack_of_the_suites_recipes_equals_what_the_ordinary_path_made(trained_once, tmp_path):
-    """The same recipes as everywhere in these tests; test_packed_train.py has the others."""
+def test_a_packed_cell_equals_the_ordinary_paths(trained_once, tmp_path):
+    """With the recipes that most tests use; test_packed_train.py has others."""
     project = trained_once.copy(tmp_path / "packed")
     theirs = (project.top / "saves").rename(tmp_path / "theirs")
     cell = packed_project.Cell(project.pretrain, project.finetune)

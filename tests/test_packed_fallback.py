@@ -1,4 +1,4 @@
-"""What the packed engine cannot do is trained the ordinary way after one line, or refused."""
+"""Runs that cannot be packed are named and trained the ordinary way; ENGINE=packed refuses them."""
 
 import json
 import shutil
@@ -9,7 +9,7 @@ from helpers import packed_project, tiny_models
 
 pytestmark = pytest.mark.runs
 
-UNLIKE = {
+UNSUPPORTED = {
     "lora_dropout": 0.1, "use_dora": True, "val_size": 0.1, "packing": True, "report_to": "tensorboard",
     "group_by_length": True, "optim": "adafactor",
 }  # fmt: skip
@@ -35,7 +35,7 @@ def project(tiny, tmp_path) -> packed_project.Packable:
 
 
 def refusal(project: packed_project.Packable, cell: packed_project.Cell, **environment: str) -> str:
-    """The one error line with which ENGINE=packed refuses a cell; nothing may be left of it."""
+    """The one error line with which ENGINE=packed refuses a cell; no file may be left."""
     before = {path for path in project.top.rglob("*") if ".hashes.json" not in path.name}
     result = project.packed(cell, **environment)
     errors = [line for line in result.output.splitlines() if line.startswith("error: ")]
@@ -47,18 +47,18 @@ def refusal(project: packed_project.Packable, cell: packed_project.Cell, **envir
 
 
 @pytest.mark.slow
-def test_with_engine_packed_it_is_one_error_line_and_nothing_is_written(project):
-    for key, value in UNLIKE.items():
+def test_with_engine_packed_an_unsupported_setting_is_one_error_line_and_leaves_no_files(project):
+    for key, value in UNSUPPORTED.items():
         line = refusal(project, project.cell(pretrain={key: value}, finetune={key: value}))
-        assert key in line and "not for the packed engine" in line and "leave ENGINE away" in line
+        assert key in line and "not for the packed engine" in line and "omit ENGINE" in line
     line = refusal(project, project.cell(), DEVICES="cpu,cpu")
     assert "one device" in line
     assert "stock or packed" in refusal(project, project.cell(pretrain={"use_dora": True}), ENGINE="fast")
 
 
 @pytest.mark.slow
-def test_otherwise_one_line_says_why_and_the_run_ends_as_ever(project):
-    """Beside a cell that is packed; the files are the ordinary path's own."""
+def test_an_unsupported_run_is_named_and_trained_as_by_the_ordinary_path(project):
+    """In one call with a cell that is packed."""
     odd = {2: {"lora_dropout": 0.1}, 4: {"use_dora": True}}
     cells = {rank: project.cell(rank=rank, pretrain=keys, finetune=keys) for rank, keys in odd.items()}
     before = {rank: collected_before(project, cell) for rank, cell in cells.items()}
@@ -66,8 +66,8 @@ def test_otherwise_one_line_says_why_and_the_run_ends_as_ever(project):
     result = project.packed(plain, *cells.values(), ENGINE="")
     assert result.status == 0, result.output
     for rank, keys in odd.items():
-        (told,) = [line for line in result.output.splitlines() if "ordinary way" in line and f"rank {rank}:" in line]
-        assert all(key in told for key in keys)
+        (line,) = [line for line in result.output.splitlines() if "ordinary way" in line and f"rank {rank}:" in line]
+        assert all(key in line for key in keys)
         assert packed_project.hashes(project.folder("finetune", rank=rank)) == before[rank]
         assert "engine" not in packed_project.manifest_of(project.folder("finetune", rank=rank))
     assert packed_project.manifest_of(project.folder("finetune", rank=16))["engine"] == "packed"
@@ -83,13 +83,13 @@ def test_a_model_that_cannot_be_packed_is_refused_with_engine_packed(tiny, tmp_p
 @pytest.mark.slow
 @pytest.mark.parametrize("name", ["gemma-3-4b", "gpt2"])
 def test_a_model_that_cannot_be_packed_is_trained_the_ordinary_way(tiny, tmp_path, name):
-    """Also where only the loaded model shows it, after a pack was begun."""
+    """Also where only the loaded model shows it."""
     project, cell = project_of(tiny, tmp_path, name)
     before = collected_before(project, cell)
     result = project.packed(cell, ENGINE="")
     assert result.status == 0, result.output
-    (told,) = [line for line in result.output.splitlines() if "it is trained the ordinary way" in line]
-    assert MODELS[name] in told and packed_project.hashes(project.folder("finetune")) == before
+    (line,) = [line for line in result.output.splitlines() if "it is trained the ordinary way" in line]
+    assert MODELS[name] in line and packed_project.hashes(project.folder("finetune")) == before
     assert project.left_over() == []
 
 
@@ -101,7 +101,7 @@ def project_of(tiny: Path, tmp_path: Path, name: str) -> tuple[packed_project.Pa
 
 
 def collected_before(project: packed_project.Packable, cell: packed_project.Cell) -> dict[int, str]:
-    """The hashes of a cell's collection by the ordinary path; its pretrain alone is left."""
+    """The hashes of a cell's collection by the ordinary path, which is removed again; the pretrain stays."""
     project.collect_ordinary(cell)
     folder = project.folder("finetune", rank=cell.rank)
     made = packed_project.hashes(folder)
@@ -110,8 +110,8 @@ def collected_before(project: packed_project.Packable, cell: packed_project.Cell
 
 
 @pytest.mark.slow
-def test_layers_that_are_not_linear_are_seen_when_the_model_is_loaded(tiny, tmp_path):
-    """GPT-2 without dropout: its Conv1D layers hold their weights the other way round."""
+def test_layers_that_are_not_linear_are_found_when_the_model_is_loaded(tiny, tmp_path):
+    """GPT-2 without dropout has Conv1D layers, which hold transposed weights."""
     model = shutil.copytree(tiny / "gpt2", tmp_path / "gpt2")
     config = json.loads((model / "config.json").read_text())
     quiet = {key: 0.0 for key in config if key.endswith("_pdrop")}
@@ -123,13 +123,13 @@ def test_layers_that_are_not_linear_are_seen_when_the_model_is_loaded(tiny, tmp_
 
 @pytest.mark.slow
 def test_rows_with_nothing_to_learn_are_left_to_the_ordinary_path(project):
-    """Cut before their answer begins."""
+    """Rows that cutoff_len cuts before the response."""
     assert "nothing to learn" in refusal(project, project.cell(pretrain={"cutoff_len": 5}, finetune={"cutoff_len": 5}))
 
 
 @pytest.mark.slow
 def test_an_adapted_output_layer_is_left_to_the_ordinary_path(project):
-    """The loss is taken at the learned tokens alone, where no stacked layer stands."""
+    """The output layer is applied to the learned tokens only, which packed layers do not support."""
     target = {"lora_target": "q_proj,lm_head"}
     assert "output layer" in refusal(project, project.cell(pretrain=target, finetune=target))
 
@@ -150,16 +150,16 @@ def test_a_recipe_with_no_step_left_is_left_to_the_ordinary_path(project):
 
 
 @pytest.mark.slow
-def test_settings_of_the_data_loader_change_nothing(project):
-    """There is none of several processes, so nothing to set."""
+def test_data_loader_settings_do_not_prevent_packing(project):
+    """The packed engine has no data loader processes to which they could apply."""
     loader = {"dataloader_num_workers": 2, "dataloader_prefetch_factor": 4, "dataloader_persistent_workers": True}
     assert project.packed(project.cell(pretrain=loader)).status == 0
 
 
 @pytest.mark.slow
-def test_what_is_wrong_with_a_recipe_is_said_as_ever(project):
-    """What no engine can train is no reason to fall back."""
-    for keys, said in (
+def test_an_invalid_recipe_is_one_error_line_and_no_fallback(project):
+    """A recipe that no engine can train is not trained the ordinary way."""
+    for keys, message in (
         ({"template": "smollm9"}, "template 'smollm9' is not known"),
         ({"learning_rate": "fast"}, "fast"),
         ({"lora_target": "nonsense"}, "nonsense"),
@@ -167,7 +167,7 @@ def test_what_is_wrong_with_a_recipe_is_said_as_ever(project):
     ):
         result = project.packed(project.cell(pretrain=keys, finetune=keys), ENGINE="")
         errors = [line for line in result.output.splitlines() if line.startswith("error: ")]
-        assert result.status == 1 and len(errors) == 1 and said in errors[0], result.output
+        assert result.status == 1 and len(errors) == 1 and message in errors[0], result.output
         assert "Traceback" not in result.output and "ordinary way" not in result.output and project.left_over() == []
     wide = project.cell(finetune={"save_total_limit": 11})
     result = project.packed(wide, ENGINE="")

@@ -1,4 +1,4 @@
-"""What goes wrong in a pack: a cell that is broken, a process that is killed, a disk or a device that is full."""
+"""Faults in a pack: a broken cell, a killed process, a full disk, too little memory."""
 
 import shutil
 
@@ -17,7 +17,7 @@ def project(tmp_path, model_folder) -> packed_project.Packable:
 
 @pytest.fixture(scope="module")
 def undisturbed(tmp_path_factory, model_folder) -> packed_project.Packable:
-    """Two cells that were packed without anything happening. Read only."""
+    """Two cells that were packed without a fault. Read only."""
     project = packed_project.Packable(tmp_path_factory.mktemp("u") / "my project", model_folder)
     project.collect(*two(project))
     return project
@@ -61,7 +61,7 @@ def diverge(project: packed_project.Packable) -> None:
 
 
 @pytest.mark.parametrize(
-    ("damage", "said"),
+    ("damage", "message"),
     [
         (break_data, "Bad.json"),
         (lose_data, "Bad.json"),
@@ -70,13 +70,13 @@ def diverge(project: packed_project.Packable) -> None:
         (diverge, "diverged"),
     ],
 )
-def test_a_broken_cell_fails_alone(project, undisturbed, damage, said):
+def test_a_broken_cell_fails_alone(project, undisturbed, damage, message):
     cells = two(project)
     bad = project.cell("Bad")
     damage(project)
     result = project.packed(cells[0], bad, cells[1])
     (line,) = errors_of(result)
-    assert result.status == 1 and said in line
+    assert result.status == 1 and message in line
     packed_project.assert_same_adapters(project.saves, undisturbed.saves)
     assert not project.folder("pretrain", "Bad").exists() and project.left_over() == []
 
@@ -100,19 +100,19 @@ def test_killed_at_any_moment_the_next_start_ends_with_the_same_collections(proj
     assert run.kill_when(lambda: any(project.saves.glob(POINTS[point]))), run.log.read_text()
     expected = all_hashes(undisturbed)
     for manifest in project.saves.glob("*/[!.]*/manifest.json"):
-        assert packed_project.hashes(manifest.parent) == expected[manifest.parent.name], "what has its name is whole"
+        assert packed_project.hashes(manifest.parent) == expected[manifest.parent.name], "published, so complete"
     project.collect(*cells)
     assert all_hashes(project) == expected and project.left_over() == []
 
 
-def test_a_stopped_pack_leaves_nothing(project):
+def test_a_stopped_pack_leaves_no_files(project):
     run = project.start(project.cell(pretrain={"max_steps": 3000, "save_steps": 3000}))
     assert run.kill_when(lambda: any(project.saves.glob("*/.*staging*/trainer_log.jsonl")), 15)
     assert run.process.exitcode == 143 and "Traceback" not in run.log.read_text(), run.log.read_text()
     assert not any(project.saves.glob("*/*")) and project.left_over() == []
 
 
-def test_a_run_that_another_process_holds_is_named_and_the_others_end(project):
+def test_a_run_that_another_process_trains_is_named_and_the_others_are_completed(project):
     cells = two(project)
     folder = project.folder("pretrain", rank=2)
     with files.lock(files.beside(folder, "lock")):
@@ -122,7 +122,7 @@ def test_a_run_that_another_process_holds_is_named_and_the_others_end(project):
     assert project.folder("finetune", rank=8).is_dir() and not folder.exists()
 
 
-def test_rows_that_change_while_they_are_trained_on_end_their_cell(project):
+def test_a_cell_fails_alone_when_its_data_changes_during_the_training(project):
     long = {"max_steps": 400, "save_steps": 400}
     resumed = {"max_steps": 403, "save_total_limit": 3}
     cells = [project.cell(name, pretrain=long, finetune=resumed, resumed=400) for name in ("Toy", "Other")]
@@ -136,7 +136,7 @@ def test_rows_that_change_while_they_are_trained_on_end_their_cell(project):
     assert project.folder("finetune").is_dir() and not project.folder("pretrain", "Other").exists()
 
 
-def test_a_full_disk_is_one_line_and_leaves_no_run(project):
+def test_a_full_disk_is_one_error_line_and_leaves_no_run(project):
     """A file-size limit stands in for the disk, below an adapter of rank 64."""
     cell = project.cell(rank=64)
     result = project.packed(cell, FILE_SIZE_LIMIT="200000")
@@ -151,13 +151,13 @@ def with_low_memory(
     project: packed_project.Packable, cells: list[packed_project.Cell], how: str, **environment: str
 ) -> fork_server.Result:
     arguments = [text for cell in cells for text in cell.arguments()]
-    environment = {"ENGINE": "packed", "SCARCE": how, **environment}
+    environment = {"ENGINE": "packed", "LOW_MEMORY": how, **environment}
     return fork_server.start("helpers.low_memory", arguments, environment, project.top / "low_memory.txt").wait()
 
 
 @pytest.mark.parametrize("how", ["room:2", "prepare:1"])
-def test_too_little_memory_means_smaller_packs(project, how):
-    """Whether the measurement says so before, or the device when a pack is made ready."""
+def test_packs_are_smaller_where_memory_is_low(project, how):
+    """Found by the measurement before, or by the device when a pack is prepared."""
     cells = [project.cell(rank=rank) for rank in (2, 4, 8)]
     project.collect(*cells)
     together = project.set_aside("together")
@@ -169,7 +169,7 @@ def test_too_little_memory_means_smaller_packs(project, how):
     assert project.left_over() == []
 
 
-def test_where_not_even_one_fits_the_ordinary_path_trains_it(project):
+def test_a_cell_that_does_not_fit_even_alone_is_trained_the_ordinary_way(project):
     cell = project.cell()
     result = with_low_memory(project, [cell], "prepare:0")
     assert result.status == 1 and "does not fit into memory" in errors_of(result)[0], result.output

@@ -1,4 +1,4 @@
-"""The packed engine trains what LLaMA-Factory's own loop trains: every adapter, loss and rate, on tiny models."""
+"""The packed engine makes the adapters, losses and rates that LLaMA-Factory's own loop makes, on tiny models."""
 
 import json
 import math
@@ -9,7 +9,7 @@ import torch
 from helpers import fork_server, packed_project, tiny_models
 
 WARM = {"warmup_steps": 4, "weight_decay": 0.01}
-# By architecture, keys of both recipes, of the pretrain and of the finetune; together they have every kind of setting.
+# By architecture: keys of both recipes, of the pretrain, of the finetune. Together they cover every kind of setting.
 RECIPES = {
     "smollm2-135m": ({}, WARM, {}),
     "llama-7b": (
@@ -52,7 +52,7 @@ def project(tiny, tmp_path) -> packed_project.Packable:
 def assert_same_records(
     project: packed_project.Packable, ours, cell: packed_project.Cell, dataset: str = "Toy", seed: str = ""
 ) -> None:
-    """Log and manifest of both phases say the same of the packed run below `ours` and of the ordinary one."""
+    """Log and manifest of both phases agree between the packed run below `ours` and the ordinary one."""
     for phase in ("pretrain", "finetune"):
         theirs = project.folder(phase, dataset, cell.rank, seed)
         mine = ours / theirs.relative_to(project.saves)
@@ -75,8 +75,8 @@ def assert_same_records(
 
 @pytest.mark.slow
 @pytest.mark.parametrize("name", RECIPES)
-def test_every_architecture_gets_the_adapters_of_the_ordinary_path(tiny, tmp_path, name):
-    """20 steps and 10 collected ones, over an epoch's short last step, resumed inside an epoch of other batches."""
+def test_every_architecture_gets_the_ordinary_paths_adapters(tiny, tmp_path, name):
+    """20 pretrain steps and 10 collected ones, with a short last step in an epoch, resumed within another epoch."""
     project = new_project(tiny, tmp_path, name)
     both, pretrain, finetune = RECIPES[name]
     cell = project.cell(pretrain=both | pretrain, finetune=both | finetune)
@@ -90,12 +90,12 @@ def test_every_architecture_gets_the_adapters_of_the_ordinary_path(tiny, tmp_pat
     if limit := both.get("max_grad_norm"):
         state = project.folder("pretrain") / "checkpoint-18" / "trainer_state.json"
         logged = json.loads(state.read_text())["log_history"]
-        assert min(line["grad_norm"] for line in logged) > limit, "it clips"
+        assert min(line["grad_norm"] for line in logged) > limit, "gradients are clipped"
 
 
 @pytest.mark.slow
-def test_what_a_packed_pretrain_leaves_is_what_a_stock_trainer_resumes(project):
-    """Optimizer, schedule, random state and trainer state, beside the adapter."""
+def test_a_packed_pretrain_checkpoint_equals_the_stock_trainers(project):
+    """Optimizer, schedule and trainer state, beside the adapter."""
     cell = project.cell(pretrain=WARM)
     project.collect(cell)
     ours = project.set_aside("ours")
@@ -131,8 +131,8 @@ SIX = {
 
 
 @pytest.mark.slow
-def test_six_cells_in_a_pack_get_the_adapters_that_they_get_alone(project):
-    """Ranks, datasets, seeds, learning rates and lengths differ; none of it reaches another cell."""
+def test_six_cells_in_a_pack_get_the_adapters_that_each_gets_alone(project):
+    """Their ranks, datasets, seeds, learning rates and lengths differ."""
     project.data("Longer", 22)
     cells = {}
     for (dataset, rank, seed), (pretrain, finetune) in SIX.items():
@@ -169,13 +169,13 @@ def test_a_pretrain_of_either_engine_is_resumed_by_the_other(project):
     ordinary.rename(project.top / "ordinary")
     before = packed_project.hashes(project.folder("pretrain"))
     project.collect(cell)
-    assert packed_project.hashes(project.folder("pretrain")) == before, "a pretrain that is complete is not made again"
+    assert packed_project.hashes(project.folder("pretrain")) == before, "a complete pretrain is skipped"
     assert packed_project.manifest_of(ordinary)["engine"] == "packed"
     packed_project.assert_same_adapters(ordinary, project.top / "ordinary")
 
 
 @pytest.mark.slow
-def test_verify_and_index_take_packed_collections_and_nothing_is_done_twice(project):
+def test_packed_collections_verify_and_are_indexed_and_complete_ones_are_skipped(project):
     cells = [project.cell(rank=rank) for rank in (2, 4)]
     project.collect(*cells)
     for cell in cells:
@@ -196,12 +196,12 @@ def test_verify_and_index_take_packed_collections_and_nothing_is_done_twice(proj
 
 
 @pytest.mark.slow
-def test_a_collection_keeps_fewer_steps_when_asked_and_needs_no_pretrain_folder(project):
+def test_a_collection_keeps_fewer_steps_on_request_and_needs_no_pretrain_folder(project):
     cell = project.cell()
     few = cell._replace(overrides=("save_total_limit=3",))
     project.collect(few)
     assert list(packed_project.hashes(project.folder("finetune"))) == [26, 27, 28]
-    assert len(packed_project.hashes(project.folder("pretrain"))) == 3, "the pretrain is not told to keep fewer"
+    assert len(packed_project.hashes(project.folder("pretrain"))) == 3, "the override does not apply to the pretrain"
     shutil.rmtree(project.folder("pretrain"))
     before = packed_project.hashes(project.folder("finetune"))
     project.collect(few)

@@ -27,7 +27,7 @@ def errors_in(done: subprocess.CompletedProcess) -> list[str]:
     return [line for line in done.stderr.splitlines() if line.startswith("error: ")]
 
 
-def test_all_ranks_are_trained_at_once_and_complete_ones_not_again(repository):
+def test_ranks_are_trained_together_and_complete_ones_are_skipped(repository):
     done = make(repository, "RANKS=2 4", "SEED=3", "KEEP=2")
     assert done.returncode == 0, done.stdout + done.stderr
     found = collections(repository)
@@ -49,7 +49,7 @@ def test_all_ranks_are_trained_at_once_and_complete_ones_not_again(repository):
 
 @pytest.mark.slow
 @pytest.mark.parametrize(("arguments", "packed"), [(["RANK=2"], False), (["RANK=2", "ENGINE=packed"], True)])
-def test_one_rank_goes_the_ordinary_way_unless_it_is_asked_otherwise(repository, arguments, packed):
+def test_one_rank_is_trained_the_ordinary_way_unless_engine_packed_is_set(repository, arguments, packed):
     done = make(repository, *arguments)
     assert done.returncode == 0, done.stdout + done.stderr
     found = collections(repository)
@@ -59,8 +59,8 @@ def test_one_rank_goes_the_ordinary_way_unless_it_is_asked_otherwise(repository,
 
 
 @pytest.mark.parametrize("engine", ["packed", "stock"])
-def test_a_rank_that_cannot_be_collected_does_not_keep_the_others_and_is_named_last(repository, engine):
-    """Something else stands where rank 2 would go."""
+def test_a_rank_that_cannot_be_collected_does_not_stop_the_others_and_is_named_last(repository, engine):
+    """The run folder of rank 2 holds something else."""
     in_the_way = repository / "saves" / CATEGORY / "To-y" / "Tiny-One_lora-rank_2_pretrain"
     in_the_way.mkdir(parents=True)
     (in_the_way / "note.txt").write_text("mine")
@@ -73,7 +73,7 @@ def test_a_rank_that_cannot_be_collected_does_not_keep_the_others_and_is_named_l
 
 
 @pytest.mark.parametrize(
-    ("arguments", "said"),
+    ("arguments", "message"),
     [
         (["RANK=2", "RANKS=4 8"], "RANK=2 and RANKS=4 8: give one of the two"),
         (["RANKS=4 x"], "rank 'x' is not a positive whole number"),
@@ -82,10 +82,10 @@ def test_a_rank_that_cannot_be_collected_does_not_keep_the_others_and_is_named_l
         (["RANKS=4 8", "SEED=x"], "seed 'x' is not a whole number"),
     ],
 )
-def test_a_setting_that_cannot_be_is_one_line(repository, arguments, said):
+def test_an_invalid_setting_is_one_error_line(repository, arguments, message):
     done = make(repository, *arguments)
     assert done.returncode != 0 and "Traceback" not in done.stderr
-    assert len(errors_in(done)) == 1 and said in errors_in(done)[0]
+    assert len(errors_in(done)) == 1 and message in errors_in(done)[0]
     assert not (repository / "saves").exists()
 
 
@@ -94,11 +94,11 @@ def test_a_recipe_that_cannot_be_packed_is_refused_when_the_engine_is_forced(rep
         recipe.write_text(recipe.read_text() + "lora_dropout: 0.1\n")
     done = make(repository, "RANKS=2", "ENGINE=packed")
     assert done.returncode != 0 and "Traceback" not in done.stderr
-    assert "at rank 2: not for the packed engine: lora_dropout is 0.1; leave ENGINE away" in errors_in(done)[0]
+    assert "at rank 2: not for the packed engine: lora_dropout is 0.1; omit ENGINE" in errors_in(done)[0]
     assert collections(repository) == {}
 
 
-def test_all_ranks_missing_the_same_thing_say_it_once(repository):
+def test_a_cause_that_all_ranks_share_is_printed_once(repository):
     for path in (repository / "models").glob("Tiny-One/*"):
         path.unlink()
     done = make(repository, "RANKS=2 4 8")

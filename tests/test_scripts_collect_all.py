@@ -1,4 +1,4 @@
-"""Whole categories: what is done, skipped, continued and counted, on two tiny models, two datasets and two ranks."""
+"""collect_all.py on a category of two tiny models and two datasets at two ranks."""
 
 import os
 import random
@@ -44,8 +44,8 @@ def status(repository: Path, **environment: str) -> str:
 
 @pytest.mark.alone
 @pytest.mark.slow
-def test_a_category_killed_twice_ends_complete_with_every_cell_once(repository):
-    """The whole process group is killed, as on a machine that goes down; the next call goes on."""
+def test_a_category_that_was_killed_twice_is_completed_by_the_third_call(repository):
+    """All its processes are killed, as when a machine goes down."""
     for delay in (random.uniform(8, 30), random.uniform(8, 30)):
         run = collect_all(repository, RANKS="2 4")
         time.sleep(delay)
@@ -64,8 +64,8 @@ def test_a_category_killed_twice_ends_complete_with_every_cell_once(repository):
     assert left == [], "no staging folder or lock of a killed attempt is left"
 
 
-def test_a_failed_cell_costs_that_cell_and_the_status_says_so(repository):
-    """Also: short names choose, the pretrain goes when asked for, and Ctrl-C stops the whole of a cell."""
+def test_a_failed_cell_does_not_stop_the_others_and_the_exit_status_is_1(repository):
+    """Also: short names select, and PRUNE_PRETRAIN=1 removes the pretrain."""
     broken = repository / "collect_scripts" / CATEGORY / "To-y" / "tiny-one_To-y_finetune.yaml"
     broken.write_text(broken.read_text() + "lora_rang: 3\n")
     settings = {"RANKS": "4", "MODELS": "tinyone tiny-two", "PRUNE_PRETRAIN": "1"}
@@ -85,7 +85,7 @@ def test_a_failed_cell_costs_that_cell_and_the_status_says_so(repository):
 
 
 @pytest.mark.slow
-def test_ctrl_c_stops_the_cell_too_and_leaves_nothing_running(repository):
+def test_ctrl_c_stops_all_processes(repository):
     run = collect_all(repository, RANKS="4")
     saves = repository / "saves" / CATEGORY
     while not list(saves.glob("*/.*staging*")):
@@ -98,15 +98,15 @@ def test_ctrl_c_stops_the_cell_too_and_leaves_nothing_running(repository):
 
 
 @pytest.mark.parametrize(
-    ("arguments", "environment", "said"),
+    ("arguments", "environment", "message"),
     [
         (["Nothing"], {}, "dataset 'Nothing' is not known; known: Other, To-y"),
         ([], {"MODELS": "gpt9"}, "model 'gpt9' is not known; known: tiny-one, tiny-two"),
         ([], {"RANKS": "4 x"}, "rank 'x' is not a positive whole number"),
     ],
 )
-def test_a_wrong_name_lists_the_right_ones_and_starts_nothing(repository, arguments, environment, said):
+def test_an_unknown_name_lists_the_known_ones_and_starts_nothing(repository, arguments, environment, message):
     run = collect_all(repository, *arguments, **environment)
     output = run.communicate()[0]
-    assert run.returncode == 1 and said in output and "Traceback" not in output
+    assert run.returncode == 1 and message in output and "Traceback" not in output
     assert not (repository / "saves").exists()

@@ -1,4 +1,4 @@
-"""What is read and what is learned with each template of the model table, on one decoded example."""
+"""Which tokens are masked and which are learned with each template of the model table, on one example."""
 
 from typing import NamedTuple
 
@@ -68,7 +68,7 @@ def encode(name: str, rows: dict) -> Example:
 
 
 def pieces_of(input_ids: list[int], labels: list[int]) -> list[list[int]]:
-    """The ids cut where masked and supervised ones meet, the masked ones first."""
+    """The ids in two parts, split where the supervised ones begin: masked, supervised."""
     pieces: list[list[int]] = [[]]
     for token, label in zip(input_ids, labels, strict=True):
         assert label in (IGNORED, token)
@@ -108,8 +108,8 @@ def test_the_tokens_of_a_picture_are_masked(name):
 
 
 @pytest.mark.parametrize("name", ["gpt2", "bert"])
-def test_our_templates_also_speak_through_the_chat_template(name):
-    """Whoever loads the tokenizer that LLaMA-Factory saves asks it in the same words."""
+def test_the_saved_chat_template_writes_the_same_tokens_as_our_template(name):
+    """A user of the tokenizer that LLaMA-Factory saves gets the prompt that was trained on."""
     example = encode(name, ROWS)
     messages = [{"role": "system", "content": "S"}, {"role": "user", "content": "Q1"}]
     messages += [{"role": "assistant", "content": "A1"}, {"role": "user", "content": "Q2"}]

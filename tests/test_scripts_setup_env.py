@@ -1,4 +1,4 @@
-"""`make setup`: the environment is made once, again when it must be, and heals after an interruption."""
+"""`make setup` makes .venv once, again when its locks change, and completes an interrupted one."""
 
 import os
 import re
@@ -42,7 +42,7 @@ def ready_once(tmp_path_factory) -> Path:
 
 @pytest.fixture
 def ready(ready_once, tmp_path) -> Path:
-    """A repository after `make setup`. A copy of one, which takes less time than to make .venv again."""
+    """A repository after `make setup`: a copy, which is faster than making .venv again."""
     shutil.copytree(ready_once, tmp_path / "a b", symlinks=True)
     return tmp_path / "a b"
 
@@ -74,7 +74,7 @@ def hashes(name: str) -> dict[str, list[str]]:
     return {re.match(r"[\w.-]+", part)[0]: re.findall(r"--hash=(\S+)", part) for part in parts}
 
 
-def test_it_is_made_once_and_says_nothing_the_second_time(ready):
+def test_a_second_setup_does_and_prints_nothing(ready):
     assert (ready / ".venv" / "bin" / "python").exists()
     stamp = (ready / ".venv" / "installed.sha256").stat().st_mtime_ns
     second = setup(ready)
@@ -90,7 +90,7 @@ def test_it_is_made_once_and_says_nothing_the_second_time(ready):
         (lambda venv: (venv.parent / "requirements.txt").write_text("# another lock\n"), False),
     ],
 )
-def test_it_runs_again_when_interrupted_broken_or_changed(ready, damage, made_anew):
+def test_an_interrupted_broken_or_changed_environment_is_set_up_again(ready, damage, made_anew):
     marker = ready / ".venv" / "marker"
     marker.touch()
     damage(ready / ".venv")
@@ -131,8 +131,8 @@ def test_running_installs_its_lock_alone_and_development_adds_to_it(ready):
     assert installed(ready) == [RUNNING, DEVELOPMENT]
 
 
-def test_an_environment_for_development_stays_one(ready):
-    """Running leaves it alone as long as its own lock is the same, and otherwise renews all of it."""
+def test_setup_keeps_an_environment_for_development(ready):
+    """It stays as it is while its own lock is unchanged, and is otherwise renewed as a whole."""
     assert setup(ready, "setup-dev").returncode == 0
     (ready / DEVELOPMENT).write_text("# another lock\n")
     assert setup(ready).stdout == ""
@@ -144,7 +144,7 @@ def test_an_environment_for_development_stays_one(ready):
     assert setup(ready).stdout == setup(ready, "setup-dev").stdout == ""
 
 
-def test_a_package_index_out_of_reach_costs_a_finished_environment_nothing(ready):
+def test_an_unreachable_package_index_does_not_damage_a_finished_environment(ready):
     stamp = (ready / ".venv" / "installed.sha256").read_bytes()
     with open(ready / DEVELOPMENT, "a") as file:
         file.write(f"pytest==1.0 \\\n    --hash=sha256:{'0' * 64}\n")
@@ -154,7 +154,7 @@ def test_a_package_index_out_of_reach_costs_a_finished_environment_nothing(ready
     assert setup(ready).stdout == "" and "Traceback" not in done.stderr
 
 
-def test_two_makes_at_once_set_it_up_once(repository):
+def test_two_setups_at_the_same_time_install_once(repository):
     command = ["make", "--no-print-directory", "PYTHON=" + sys.executable]
     both = [
         subprocess.Popen([*command, target], cwd=repository, env=environment(), stdout=subprocess.PIPE, text=True)
@@ -166,7 +166,7 @@ def test_two_makes_at_once_set_it_up_once(repository):
     assert installed(repository) == [RUNNING, DEVELOPMENT]
 
 
-def test_killed_at_any_moment_it_heals_itself(repository):
+def test_the_next_setup_completes_one_that_was_killed_at_any_moment(repository):
     command = [sys.executable, repository / "utils" / "setup_env.py", "--dev"]
     for delay in (0.3, 1.0):
         process = subprocess.Popen(command, env=environment(), stdout=subprocess.DEVNULL)
@@ -178,7 +178,7 @@ def test_killed_at_any_moment_it_heals_itself(repository):
     assert not (repository / ".venv.lock").exists()
 
 
-def test_killed_while_it_adds_what_development_needs_it_heals_itself(ready):
+def test_the_next_setup_completes_a_development_setup_that_was_killed(ready):
     for delay in (0.05, 0.2, 0.4):
         command = [sys.executable, ready / "utils" / "setup_env.py", "--dev"]
         process = subprocess.Popen(command, env=environment(), stdout=subprocess.DEVNULL)
@@ -191,7 +191,7 @@ def test_killed_while_it_adds_what_development_needs_it_heals_itself(ready):
     assert installed(ready) == [RUNNING, DEVELOPMENT]
 
 
-def test_an_old_python_is_told_what_to_do(repository):
+def test_an_old_python_prints_the_command_to_use(repository):
     fake = repository / "python3.9"
     code = (
         "import sys; sys.version_info = (3, 9, 1, 'final', 0); sys.argv = sys.argv[1:]; exec(open(sys.argv[0]).read())"

@@ -1,4 +1,4 @@
-"""The Slurm script on a real Ray cluster of two nodes on this machine; srun and scontrol stand in for Slurm alone."""
+"""The Slurm script on a real Ray cluster of two nodes on this machine; only srun and scontrol are replaced."""
 
 import os
 import socket
@@ -40,7 +40,7 @@ def allocation(repository, tmp_path) -> dict[str, str]:
 
 
 @pytest.mark.slow
-def test_it_starts_ray_runs_the_sweep_and_ends_with_its_status(repository, allocation):
+def test_the_slurm_script_starts_ray_runs_the_sweep_and_exits_with_its_status(repository, allocation):
     script = repository / "utils" / "slurm_sweep.sh"
     done = subprocess.run(
         ["bash", script, CATEGORY, "toy"], env=allocation, capture_output=True, text=True, timeout=200

@@ -1,4 +1,4 @@
-"""`verify` finds what happened to a collection after it was made."""
+"""verify.py finds damage to a collection."""
 
 import hashlib
 import json
@@ -25,7 +25,7 @@ def folder(collected, monkeypatch) -> Path:
 
 
 def edit_manifest(folder: Path, change, seal: bool = True) -> None:
-    """Change a manifest; without `seal` as with an editor, else as a tool that gives it its hash again."""
+    """Change a manifest. `seal` updates its hash, as a tool does; without it, the change looks like an editor's."""
     path = folder / "manifest.json"
     manifest = json.loads(path.read_text())
     change(manifest)
@@ -33,7 +33,7 @@ def edit_manifest(folder: Path, change, seal: bool = True) -> None:
 
 
 def rewrite(folder: Path, change) -> None:
-    """Change a checkpoint's tensors and record its new hash, as a careless tool would."""
+    """Change a checkpoint's tensors, and record the new hash in the manifest."""
     from paragen.common import files
 
     tensors = load_file(folder / STEP)
@@ -53,7 +53,7 @@ def flip_a_bit(folder: Path) -> None:
     (folder / STEP).write_bytes(data)
 
 
-def edit_labels(folder: Path) -> None:
+def edit_scores(folder: Path) -> None:
     path = scored.write(folder, scored.evaluated({7: 0.5}))
     path.write_text(path.read_text().replace("0.5", "0.9"))
 
@@ -68,7 +68,7 @@ def test_a_fresh_collection_is_whole_and_loads_with_peft(folder, capsys):
 
 
 @pytest.mark.parametrize(
-    ("damage", "said"),
+    ("damage", "message"),
     [
         (flip_a_bit, f"{STEP} does not have its recorded sha256"),
         (lambda f: (f / STEP).write_bytes((f / STEP).read_bytes()[:100]), f"{STEP} has 100 bytes"),
@@ -91,7 +91,7 @@ def test_a_fresh_collection_is_whole_and_loads_with_peft(folder, capsys):
         (lambda f: (f / "evaluation.json").write_text("{"), "evaluation.json: broken"),
         (lambda f: (f / "evaluation.json").write_text("{}"), "evaluation.json: not of format 1"),
         (
-            lambda f: edit_labels(f),
+            lambda f: edit_scores(f),
             "evaluation.json: was edited after it was written; remove it and run: make evaluate",
         ),
         (
@@ -114,22 +114,22 @@ def test_a_fresh_collection_is_whole_and_loads_with_peft(folder, capsys):
         (lambda f: edit_manifest(f, lambda m: m.update(base_model={"name": "Gone"})), "make model MODEL=<org>/Gone"),
     ],
 )
-def test_what_happened_to_a_collection_is_named(folder, capsys, damage, said):
+def test_damage_to_a_collection_is_named(folder, capsys, damage, message):
     damage(folder)
     assert verify.verify(folder) != []
-    said_lines = capsys.readouterr().out.splitlines()
-    assert any(said in line for line in said_lines), said_lines
-    assert all(line.startswith("FAULTY") for line in said_lines)
+    lines = capsys.readouterr().out.splitlines()
+    assert any(message in line for line in lines), lines
+    assert all(line.startswith("FAULTY") for line in lines)
 
 
-def test_scores_belong_into_a_collection_and_a_killed_evaluation_does_not_spoil_it(folder, capsys):
+def test_scores_and_leftovers_of_a_killed_evaluation_are_no_faults(folder, capsys):
     scored.write(folder, scored.evaluated({"base": 0.4, 7: 0.5, 12: 0.6}))
     (folder / ".evaluation.json.4711.tmp").write_text("{")
     assert verify.verify(folder) == []
     assert capsys.readouterr().out.startswith("whole")
 
 
-def test_an_adapter_that_does_not_fit_its_base_is_found_by_peft(folder, capsys):
+def test_an_adapter_that_does_not_fit_its_base_model_is_a_fault(folder, capsys):
     config = json.loads((folder / "adapter_config.json").read_text())
     config["target_modules"] = ["q_proj"]
     (folder / "adapter_config.json").write_text(json.dumps(config))

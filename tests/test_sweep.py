@@ -1,4 +1,4 @@
-"""A sweep: what it makes equals what each cell makes alone, and what dies in it costs little."""
+"""A sweep makes what single runs make, and repeats cells whose process, worker or node was killed."""
 
 import contextlib
 import json
@@ -44,8 +44,8 @@ def left_over(repository: Path) -> list[str]:
 
 
 @pytest.mark.slow
-def test_cells_of_a_sweep_have_the_hashes_that_they_have_alone(repository, project, tmp_path):
-    """Also after a cell that changed the global template; and equal rows are tokenised once."""
+def test_a_sweep_makes_the_checkpoints_that_single_runs_make(repository, project, tmp_path):
+    """Also after a cell that changed a template of LLaMA-Factory. Equal rows are tokenised once."""
     scripts = repository / "collect_scripts" / CATEGORY
     for recipe in scripts.glob("Other/tiny-one_*.yaml"):
         recipe.write_text(recipe.read_text() + "default_system: Always answer in rhymes.\n")
@@ -113,7 +113,7 @@ def stop(node: subprocess.Popen) -> None:
 
 @pytest.mark.alone
 @pytest.mark.slow
-def test_a_node_that_is_killed_costs_time_alone(repository, cluster):
+def test_cells_of_a_killed_node_are_repeated(repository, cluster):
     address, nodes = cluster
     run = sweep(repository, RANKS="2 4", RAY_ADDRESS=address, ENGINE="stock")
     saves = repository / "saves" / CATEGORY
@@ -127,18 +127,18 @@ def test_a_node_that_is_killed_costs_time_alone(repository, cluster):
     assert output.count("collected: ") == 8
 
 
-def test_an_attempt_that_was_thought_dead_cannot_overwrite_the_new_one(pretrained):
+def test_an_attempt_that_was_taken_for_dead_cannot_overwrite_the_new_one(pretrained):
     folder = pretrained.run_folder("finetune")
     mark = folder.with_name(f".{folder.name}.attempt")
     mark.write_text("the new one")
     late = pretrained.train(pretrained.finetune, PARAGEN_ATTEMPT="the old one")
     assert late.status == 1 and "another attempt took this run over" in late.output and not folder.exists()
     assert pretrained.train(pretrained.finetune, PARAGEN_ATTEMPT="the new one").status == 0
-    assert not mark.exists(), "a sweep that is killed from now on leaves nothing"
+    assert not mark.exists(), "a sweep that is killed later leaves no claim"
 
 
-def test_half_the_rows_at_a_time_is_the_same_training(pretrained, trained_once):
-    """As a sweep tries it after a cell was out of memory; the manifest says so, and the run is not stale."""
+def test_half_the_rows_at_a_time_train_the_same_adapter(pretrained, trained_once):
+    """As a sweep does after a cell was out of memory. The manifest records it, and the run is not stale."""
     import torch
     from safetensors.torch import load_file
 
@@ -156,14 +156,14 @@ def test_half_the_rows_at_a_time_is_the_same_training(pretrained, trained_once):
 
 
 def workers_of(run: subprocess.Popen) -> list[int]:
-    """The workers below a sweep that are at work on a cell."""
+    """The workers of a sweep that are training a cell."""
     return [number for number, _, command in below(run) if "ray::CellWorker.collect" in command]
 
 
 def runs_of(run: subprocess.Popen) -> list[int]:
-    """The runs below a sweep: forked from the process that imports, and with its command line."""
-    warm = {number: parent for number, parent, command in below(run) if "multiprocessing.forkserver" in command}
-    return [number for number, parent in warm.items() if parent in warm]
+    """The runs of a sweep: they are forked from the fork server and have its command line."""
+    forked = {number: parent for number, parent, command in below(run) if "multiprocessing.forkserver" in command}
+    return [number for number, parent in forked.items() if parent in forked]
 
 
 def below(run: subprocess.Popen) -> list[tuple[int, int, str]]:
@@ -178,14 +178,14 @@ def below(run: subprocess.Popen) -> list[tuple[int, int, str]]:
 
 
 def begun_logs(saves: Path) -> list[Path]:
-    """The logs of cells that are being trained and have said something."""
+    """The logs, with output, of cells that are being trained."""
     logs = saves.glob("*/*_finetune.log")
     return [log for log in logs if log.stat().st_size and not (log.with_suffix("") / "manifest.json").exists()]
 
 
 @pytest.mark.alone
 @pytest.mark.slow
-def test_a_killed_worker_and_a_killed_run_cost_an_attempt_each(repository):
+def test_a_killed_worker_and_a_killed_run_are_each_tried_again(repository):
     run = sweep(repository, RANKS="2 4 8", ENGINE="stock")
     saves = repository / "saves" / CATEGORY
     for number, victims_of in enumerate((workers_of, runs_of), 1):
@@ -200,11 +200,11 @@ def test_a_killed_worker_and_a_killed_run_cost_an_attempt_each(repository):
     assert run.returncode == 0, output
     assert "its worker died" in output and "killed by signal 9" in output and output.count("started again: ") == 2
     first = list(saves.glob("*/*_finetune_attempt-1.log"))
-    assert len(first) == 2 and all(path.read_text() for path in first), "what the first attempts wrote is kept"
+    assert len(first) == 2 and all(path.read_text() for path in first), "the logs of the first attempts are kept"
     assert len(list(saves.glob("*/*_finetune/manifest.json"))) == 12 and left_over(repository) == []
 
 
-def test_what_runs_is_seen_from_another_shell(repository, project):
+def test_status_shows_a_runs_progress_from_another_shell(repository, project):
     """`make status` reads step and loss of a run from its staging folder."""
     recipe = repository / "collect_scripts" / CATEGORY / "Other" / "tiny-one_Other_pretrain.yaml"
     recipe.write_text(
@@ -225,7 +225,7 @@ def test_what_runs_is_seen_from_another_shell(repository, project):
 
 @pytest.mark.parametrize(("gpus_per_cell", "groups"), [pytest.param("1", 4, marks=pytest.mark.slow), ("2", 2)])
 def test_each_worker_sees_its_own_devices(tmp_path, gpus_per_cell, groups):
-    """Ray hands out four GPUs, which this machine need not have: nothing is trained here."""
+    """Ray assigns four GPUs, which this machine need not have, since nothing is trained."""
     code = (
         "import ray; init = ray.init; ray.init = lambda **how: init(**{**how, 'num_gpus': 4, 'num_cpus': 4}); "
         "import runpy; runpy.run_module('helpers.gpu_slots', run_name='__main__')"
@@ -241,7 +241,7 @@ def test_each_worker_sees_its_own_devices(tmp_path, gpus_per_cell, groups):
 
 
 @pytest.mark.parametrize(
-    ("settings", "said"),
+    ("settings", "message"),
     [
         ({"DEVICES": "cpu,cpu"}, "a sweep trains each cell on one CPU slot"),
         ({"DEVICES": "gpu0"}, "not GPU numbers or UUIDs"),
@@ -249,27 +249,27 @@ def test_each_worker_sees_its_own_devices(tmp_path, gpus_per_cell, groups):
         ({"DEVICES": "0", "RAY_ADDRESS": "auto"}, "take the GPUs that Ray gives them"),
     ],
 )
-def test_devices_that_cannot_be_are_one_line(monkeypatch, settings, said):
+def test_invalid_devices_are_one_error_line(monkeypatch, settings, message):
     from paragen.common.cli import UserError
-    from paragen.sweep import sweep
+    from paragen.sweep import ray_cluster
 
     for name, value in settings.items():
         monkeypatch.setenv(name, value)
-    with pytest.raises(UserError, match=said):
-        sweep.start_ray(None)
+    with pytest.raises(UserError, match=message):
+        ray_cluster.start_ray(None)
 
 
-@pytest.mark.parametrize(("asked", "said"), [("x", "is not a positive whole number"), ("2", "there is no GPU")])
-def test_gpus_per_cell_that_cannot_be_is_one_line(repository, asked, said):
+@pytest.mark.parametrize(("asked", "message"), [("x", "is not a positive whole number"), ("2", "there is no GPU")])
+def test_invalid_gpus_per_cell_is_one_error_line(repository, asked, message):
     run = sweep(repository, "toy", GPUS_PER_CELL=asked)
     output = run.communicate()[0]
-    assert run.returncode == 1 and f"error: GPUS_PER_CELL={asked}: {said}" in output
+    assert run.returncode == 1 and f"error: GPUS_PER_CELL={asked}: {message}" in output
     assert "Traceback" not in output
 
 
 @pytest.fixture
 def worker(tmp_path, monkeypatch):
-    """A slot in this process, whose runs are forked from it and sleep."""
+    """A CellWorker in this process, whose runs are forked from it and sleep."""
     import multiprocessing
 
     from paragen.sweep import cell_worker
@@ -286,14 +286,14 @@ def worker(tmp_path, monkeypatch):
     return cell_worker.CellWorker({}, "cpu")
 
 
-def test_a_stop_reaches_a_run_that_is_just_starting(worker, tmp_path, monkeypatch):
+def test_a_stop_ends_a_run_that_is_just_starting(worker, tmp_path, monkeypatch):
     from paragen.sweep import cell_worker
     from paragen.training import ordinary
 
     start = cell_worker.forked.start
 
     def start_slowly(*arguments):
-        worker.stop()  # comes while the process that the others are forked from imports
+        worker.stop()  # comes while the fork server imports
         return start(*arguments)
 
     monkeypatch.setattr(cell_worker.forked, "start", start_slowly)
@@ -302,12 +302,12 @@ def test_a_stop_reaches_a_run_that_is_just_starting(worker, tmp_path, monkeypatc
     assert time.monotonic() - started < 10
 
 
-def test_a_run_whose_end_nobody_saw_is_worth_another_attempt(worker, tmp_path, monkeypatch):
+def test_a_run_whose_fork_server_was_killed_counts_as_killed(worker, tmp_path, monkeypatch):
     from paragen.sweep import cell_worker
     from paragen.training import ordinary
 
     class Lost:
-        exitcode = 255  # multiprocessing's, when the process that the others are forked from was killed
+        exitcode = 255  # multiprocessing's, when the fork server was killed
 
         def join(self):
             pass
@@ -317,7 +317,7 @@ def test_a_run_whose_end_nobody_saw_is_worth_another_attempt(worker, tmp_path, m
 
 
 @pytest.mark.slow
-def test_a_recipe_that_cannot_be_read_costs_its_cell(repository):
+def test_an_unreadable_recipe_fails_its_cell_only(repository):
     recipe = repository / "collect_scripts" / CATEGORY / "To-y" / "tiny-one_To-y_pretrain.yaml"
     recipe.write_text("a: [\n")
     run = sweep(repository, "toy", RANKS="4")
@@ -327,7 +327,7 @@ def test_a_recipe_that_cannot_be_read_costs_its_cell(repository):
     assert len(list(repository.glob(f"saves/{CATEGORY}/To-y/Tiny-Two*_finetune/manifest.json"))) == 1
 
 
-def test_a_terminated_sweep_unwinds_and_says_so_in_its_status(repository):
+def test_a_terminated_sweep_cleans_up_and_exits_with_143(repository):
     run = sweep(repository, slots=1, RANKS="4")
     saves = repository / "saves" / CATEGORY
     while not list(saves.glob("*/.*staging*")):
@@ -339,8 +339,8 @@ def test_a_terminated_sweep_unwinds_and_says_so_in_its_status(repository):
     assert left_over(repository) == []
 
 
-def test_half_the_rows_on_several_devices_are_half_of_what_each_had():
-    """Splitting after halving would undo it."""
+def test_half_the_rows_on_several_devices_is_half_of_each_devices_share():
+    """Dividing by the devices must not undo the halving."""
     from paragen.recipes import batches
 
     config = {"per_device_train_batch_size": 8, "gradient_accumulation_steps": 1}
@@ -356,12 +356,12 @@ def test_half_the_rows_on_several_devices_are_half_of_what_each_had():
         ({"lora_rank": 64, "learning_rate": 1.0}, True),
         ({"cutoff_len": 7}, False),
         ({"trust_remote_code": True}, False),
-        ({"some_key_of_another_day": 1}, False),
+        ({"some_unknown_key": 1}, False),
         ({"eval_dataset": "Other"}, None),
         ({"tokenized_path": "tokens"}, None),
     ],
 )
-def test_tokenised_rows_are_shared_only_where_they_are_the_same(change, same):
+def test_runs_share_tokenised_rows_only_where_they_are_equal(change, same):
     from paragen.collection import run_identity
 
     identity = {"recipe": {"template": "qwen", "lora_rank": 4}, "data": [{"pictures": None}], "tokenizer": {}}
@@ -369,18 +369,18 @@ def test_tokenised_rows_are_shared_only_where_they_are_the_same(change, same):
     assert (changed and changed == run_identity.tokens_key(identity)) is same
 
 
-def test_a_cell_that_another_program_is_at_work_on_waits_behind_the_others(project):
-    """Its run keeps the right to its name; a second attempt takes it from the first."""
+def test_a_cell_that_another_program_trains_is_not_claimed_by_a_first_attempt(project):
+    """The other program may still publish its run. A second attempt takes the claim from the first."""
     from paragen.common import files
     from paragen.recipes.run import Cell
-    from paragen.sweep import sweep
+    from paragen.sweep.jobs import Job, claim_runs
 
     cell = Cell("Toy", "tiny", 4, (project.pretrain, project.finetune))
     mark = project.run_folder("finetune").with_name(f".{project.run_folder('finetune').name}.attempt")
     with files.lock(files.beside(project.run_folder("finetune"), "lock")):
-        assert not sweep.claim(sweep.Job(cell, "new", 1, False)) and not mark.exists()
-        assert sweep.claim(sweep.Job(cell, "second", 2, False)) and mark.read_text() == "second"
-    assert sweep.claim(sweep.Job(cell, "new", 1, False)) and mark.read_text() == "new"
+        assert not claim_runs(Job(cell, "new", 1, False)) and not mark.exists()
+        assert claim_runs(Job(cell, "second", 2, False)) and mark.read_text() == "second"
+    assert claim_runs(Job(cell, "new", 1, False)) and mark.read_text() == "new"
 
 
 @pytest.mark.parametrize(
@@ -393,18 +393,18 @@ def test_a_cell_that_another_program_is_at_work_on_waits_behind_the_others(proje
         ([{"CPU": 8}], {"DEVICES": "0,2"}, "DEVICES=0,2: there is no GPU here"),
     ],
 )
-def test_a_sweep_has_as_many_slots_as_its_machines_can_hold(monkeypatch, machines, settings, outcome):
-    """What no machine can hold is an error, not a wait without end. The machines are only told of."""
+def test_slots_are_counted_over_machines_and_impossible_requests_are_refused(monkeypatch, machines, settings, outcome):
+    """A request that no machine can fulfil is an error, not an endless wait. The machines are made up."""
     from types import SimpleNamespace
 
     from paragen.common.cli import UserError
-    from paragen.sweep import sweep
+    from paragen.sweep import ray_cluster
 
     for name in ("DEVICES", "GPUS_PER_CELL"):
         monkeypatch.setenv(name, settings.get(name, ""))
     ray = SimpleNamespace(nodes=lambda: [{"Alive": True, "Resources": there} for there in machines])
     if isinstance(outcome, str):
         with pytest.raises(UserError, match=outcome):
-            sweep.choose_devices(ray)
+            ray_cluster.choose_devices(ray)
     else:
-        assert sweep.slots(ray, sweep.choose_devices(ray)) == outcome
+        assert ray_cluster.count_slots(ray, ray_cluster.choose_devices(ray)) == outcome

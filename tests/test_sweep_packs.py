@@ -1,4 +1,4 @@
-"""A sweep with the packed engine: which cells are trained together, and that each of them stands for itself."""
+"""A sweep with the packed engine: which cells are trained together, and that each fails or succeeds alone."""
 
 import json
 import os
@@ -40,7 +40,7 @@ def outcomes_in(output: str) -> dict[tuple[str, str, str], str]:
     return {tuple(line.split()[:3]): line.split(maxsplit=3)[3] for line in lines[start + 1 :]}
 
 
-def test_a_mixed_sweep_packs_what_it_can_and_each_cell_stands_for_itself(repository):
+def test_a_mixed_sweep_packs_what_it_can_and_a_broken_cell_fails_alone(repository):
     """Two datasets, two base models, two ranks: one pair cannot be packed, one is broken, the others are packed."""
     add_to_recipes(repository, "To-y", "tiny-two", "lora_dropout: 0.1")
     add_to_recipes(repository, "To-y", "tiny-one", "template: nonsense")
@@ -66,8 +66,8 @@ def test_a_mixed_sweep_packs_what_it_can_and_each_cell_stands_for_itself(reposit
 
 
 @pytest.mark.slow
-def test_a_base_model_that_turns_out_not_to_be_for_the_engine_is_trained_the_ordinary_way(repository):
-    """GPT-2's layers are no nn.Linear, which only the loaded model tells."""
+def test_cells_whose_loaded_model_cannot_be_packed_are_trained_the_ordinary_way(repository):
+    """GPT-2's layers are not nn.Linear, which only the loaded model shows."""
     shutil.rmtree(repository / "models" / "Tiny-One")
     subprocess.run([PYTHON, ROOT / "tests" / "helpers" / "tiny_models.py", repository / "models", "gpt2"], check=True)
     (repository / "models" / "gpt2").rename(repository / "models" / "Tiny-One")
@@ -88,11 +88,11 @@ def test_a_sweep_can_be_forced_to_either_engine(repository, engine, status, pack
     run = sweep(repository, RANKS="2", MODELS="tiny-one", ENGINE=engine)
     output = run.communicate()[0]
     assert run.returncode == status, output
-    assert ("lora_dropout is 0.1; leave ENGINE away" in outcomes_in(output)["To-y", "tiny-one", "2"]) == packed
+    assert ("lora_dropout is 0.1; omit ENGINE" in outcomes_in(output)["To-y", "tiny-one", "2"]) == packed
     assert ("engine" in manifests(repository)["Other/Tiny-One_lora-rank_2_finetune"]) == packed
 
 
-def test_an_engine_that_is_not_known_is_one_line(repository):
+def test_an_unknown_engine_is_one_error_line(repository):
     run = sweep(repository, RANKS="2", ENGINE="nonsense")
     output = run.communicate()[0]
     assert run.returncode == 1 and "error: ENGINE=nonsense: is not known; stock or packed" in output
@@ -102,7 +102,7 @@ def test_an_engine_that_is_not_known_is_one_line(repository):
 @pytest.mark.alone
 @pytest.mark.slow
 @pytest.mark.parametrize("victims_of", [runs_of, workers_of])
-def test_a_pack_that_is_killed_is_done_again(repository, victims_of):
+def test_a_killed_pack_is_repeated(repository, victims_of):
     """In the middle of its finetune: the training itself, or the worker that started it."""
     run = sweep(repository, RANKS="2 4", MODELS="tiny-one")
     saves = repository / "saves" / CATEGORY
@@ -121,28 +121,28 @@ def test_a_pack_that_is_killed_is_done_again(repository, victims_of):
 @pytest.mark.parametrize(
     ("cells", "slots", "at_once"), [(5, 8, 1), (10, 2, 5), (32, 1, 32), (33, 1, 17), (100, 2, 25), (7, 0, 7)]
 )
-def test_the_cells_of_a_base_are_dealt_out_evenly(cells, slots, at_once):
+def test_cells_of_a_base_model_are_spread_evenly_over_slots(cells, slots, at_once):
     from paragen.sweep import packs
 
     assert packs.share(cells, slots) == at_once
 
 
-def test_plan_says_what_is_packed(repository):
+def test_the_plan_states_how_many_cells_are_packed(repository):
     add_to_recipes(repository, "To-y", "tiny-two", "lora_dropout: 0.1")
     command = [PYTHON, repository / "utils" / "plan.py"]
 
-    def said(**environment: str) -> str:
+    def engine_line(**environment: str) -> str:
         done = subprocess.run(
             command, env={**os.environ, "RANKS": "2 4", **environment}, capture_output=True, text=True
         )
         return next(line for line in done.stdout.splitlines() if line.startswith("engine: "))
 
-    assert said() == "engine: 6 cells packed, of 2 base models, 2 a cell at a time (lora_dropout is 0.1)"
-    assert said(GPUS_PER_CELL="2").startswith("engine: 8 a cell at a time (it trains on one device")
-    assert said(ENGINE="stock").startswith("engine: the ordinary way")
+    assert engine_line() == "engine: 6 cells packed, of 2 base models, 2 a cell at a time (lora_dropout is 0.1)"
+    assert engine_line(GPUS_PER_CELL="2").startswith("engine: 8 a cell at a time (it trains on one device")
+    assert engine_line(ENGINE="stock").startswith("engine: the ordinary way")
 
 
-def test_what_a_pack_trains_is_seen_from_another_shell_and_ctrl_c_leaves_nothing(repository):
+def test_status_shows_a_packs_progress_and_ctrl_c_leaves_no_files(repository):
     """`make status` reads step and loss of each of its runs from that run's staging folder."""
     add_to_recipes(repository, "Other", "tiny-one", "max_steps: 4000")
     add_to_recipes(repository, "Other", "tiny-one", "logging_steps: 1")

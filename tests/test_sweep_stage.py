@@ -1,4 +1,4 @@
-"""A sweep over machines that share no storage: it makes what a plain one makes, and nothing else reaches saves/."""
+"""A sweep over machines that share no storage makes what other sweeps make, and writes nothing else to saves/."""
 
 import json
 import os
@@ -19,18 +19,18 @@ from paragen.common import paths
 from paragen.common.cli import UserError
 from paragen.model import base_models
 from paragen.recipes.run import Cell
-from paragen.sweep import stage
+from paragen.sweep import file_client, file_server
 
 pytestmark = pytest.mark.runs
 
 ROOT = Path(__file__).resolve().parent.parent
 PYTHON = sys.executable
-# A node that sees, at the repository's path, another folder: in a mount namespace of its own, as on another machine.
+# Runs a node that has another folder at the repository's path, as on another machine: in its own mount namespace.
 ELSEWHERE = ["unshare", "--map-root-user", "--mount", "sh", "-c", 'mount --bind "$0" "$1" && shift && exec "$@"']
 
 
 class Cluster:
-    """Ray nodes on loopback: the driver's, without a slot, and others that see a bare copy of the repository."""
+    """Ray nodes on loopback: the driver's, without a slot, and others with a copy of the repository's scripts only."""
 
     def __init__(self, repository: Path, folder: Path, port: int):
         self.repository, self.folder, self.address = repository, folder, f"127.0.0.1:{port}"
@@ -46,8 +46,8 @@ class Cluster:
 
     @staticmethod
     def answers(port: int) -> bool:
-        with socket.socket() as asking:
-            return asking.connect_ex(("127.0.0.1", port)) == 0
+        with socket.socket() as connection:
+            return connection.connect_ex(("127.0.0.1", port)) == 0
 
     def add(self) -> Path:
         """One more node, with one slot; returns its STAGE_DIR."""
@@ -93,8 +93,8 @@ def cluster(repository, tmp_path_factory, monkeypatch):
 
 @pytest.mark.alone
 @pytest.mark.slow
-def test_packs_of_other_machines_come_back_and_a_killed_machine_costs_time_alone(repository, cluster):
-    """Killed in the middle of its pack's finetunes: these cells are done again elsewhere."""
+def test_packs_of_other_machines_come_back_and_those_of_a_killed_one_are_repeated(repository, cluster):
+    """It is killed during its pack's finetunes, which are repeated on another machine."""
     cluster.add()
     kept = cluster.add()
     run = sweep(repository, RANKS="2 4", RAY_ADDRESS=cluster.address, STAGE="1", STAGE_DIR="")
@@ -114,7 +114,7 @@ def test_packs_of_other_machines_come_back_and_a_killed_machine_costs_time_alone
 
 @pytest.mark.alone
 @pytest.mark.slow
-def test_cells_of_other_machines_have_the_same_hashes_and_a_killed_one_costs_time_alone(repository, project, cluster):
+def test_cells_of_other_machines_have_the_same_hashes_also_after_one_was_killed(repository, project, cluster):
     cluster.add()
     kept = cluster.add()
     settings = {"STAGE": "1", "STAGE_DIR": "", "ENGINE": "stock"}  # empty, as make exports it
@@ -148,20 +148,25 @@ def test_cells_of_other_machines_have_the_same_hashes_and_a_killed_one_costs_tim
     assert len(alone) == 2 and alone.items() <= together.items()
 
 
-class Near:
-    """A depot without a cluster: its calls are made at once, and what travels can be spoilt on its way."""
+class LocalServer:
+    """A file server's handle without a cluster: calls run at once, and chunks of some files are damaged on the way."""
 
-    def __init__(self, depot, spoil):
-        self.depot, self.spoil = depot, spoil
+    def __init__(self, server, is_damaged):
+        self.server, self.is_damaged = server, is_damaged
 
     def __getattr__(self, name):
         def remote(*arguments):
-            if name == "write" and self.spoil(arguments[2]):
+            if name == "write" and self.is_damaged(arguments[2]):
                 arguments = (*arguments[:-1], flipped(arguments[-1]))
-            answer = getattr(self.depot, name)(*arguments)
-            return flipped(answer) if name == "read" and self.spoil(arguments[0]) else answer
+            answer = getattr(self.server, name)(*arguments)
+            return flipped(answer) if name == "read" and self.is_damaged(arguments[0]) else answer
 
         return SimpleNamespace(remote=remote)
+
+
+class LocalClient(file_client.FileClient):
+    def result_of(self, future):
+        return future
 
 
 def flipped(data: bytes) -> bytes:
@@ -169,7 +174,7 @@ def flipped(data: bytes) -> bytes:
 
 
 class Place:
-    """The driver's and a node's side of one cell whose runs are complete on the node."""
+    """The driver's side and a node's side of one cell, whose runs are complete on the node."""
 
     def __init__(self, project, tmp_path, monkeypatch, attempt="now"):
         monkeypatch.setattr(paths, "ROOT", project.top)
@@ -180,23 +185,24 @@ class Place:
         self.back = tmp_path / "runs of the node"
         project.saves.rename(self.back)
         project.saves.mkdir()
-        self.depot = stage.Depot("this node")
-        self.spoilt = ""
-        near = Near(self.depot, lambda name: name.endswith(self.spoilt) if self.spoilt else False)
-        self.worker = SimpleNamespace(
-            depot=near, top=tmp_path / "stage", facts=self.depot.facts(), stopping=threading.Event(),
-            get=lambda answer: answer, ask=lambda method, *arguments: getattr(near, method).remote(*arguments),
-        )  # fmt: skip
-        self.worker.top.mkdir()
+        self.server = file_server.FileServer("this node")
+        self.damaged = ""
+        self.client = LocalClient(LocalServer(self.server, self.is_damaged))
+        self.top = tmp_path / "stage"
+        self.top.mkdir()
+        self.downloads = file_client.Downloads(self.client, self.top, self.server.facts()["sweep"], threading.Event())
         self.claim(attempt)
-        self.need = self.depot.begin(self.cell, attempt)
+        self.needed = self.server.open_cell(self.cell, attempt)
+
+    def is_damaged(self, name: str) -> bool:
+        return bool(self.damaged) and name.endswith(self.damaged)
 
     def claim(self, attempt: str) -> None:
         for run in self.cell.runs:
             run.folder.with_name(f".{run.folder.name}.attempt").write_text(attempt)
 
     def send(self, phase: str) -> None:
-        stage.send(self.worker, self.back / self.project.run_folder(phase).name, self.attempt, phase)
+        file_client.send_run(self.client, self.back / self.project.run_folder(phase).name, self.attempt, phase)
 
 
 @pytest.fixture
@@ -204,46 +210,46 @@ def there(collected, tmp_path, monkeypatch) -> Place:
     return Place(collected, tmp_path, monkeypatch)
 
 
-def test_what_a_node_is_given_is_what_the_driver_has(there):
-    """Spoilt on its way, or while it lies there: it is brought again, or refused."""
-    names = {item.name for item in there.need.items}
+def test_a_node_has_the_drivers_files_or_an_error(there):
+    """A file that was damaged in transfer or on the node's disk is downloaded again, or refused."""
+    names = {item.name for item in there.needed.files}
     assert {"data/dataset_info.json", "models/models.yaml", "models/Tiny-Llama/model.safetensors"} <= names
-    there.spoilt = "model.safetensors"
+    there.damaged = "model.safetensors"
     with pytest.raises(UserError, match="other bytes than the driver has"):
-        stage.bring(there.worker, there.need.items, 0)
-    model = there.worker.top / "models" / "Tiny-Llama" / "model.safetensors"
+        there.downloads.fetch(there.needed.files, 0)
+    model = there.top / "models" / "Tiny-Llama" / "model.safetensors"
     assert not model.exists()
-    there.spoilt = ""
-    stage.bring(there.worker, there.need.items, 0)
+    there.damaged = ""
+    there.downloads.fetch(there.needed.files, 0)
     whole, stamp = model.read_bytes(), model.stat()
     model.write_bytes(flipped(whole))
     os.utime(model, ns=(stamp.st_atime_ns, stamp.st_mtime_ns))
-    stage.bring(there.worker, there.need.items, 0)
+    there.downloads.fetch(there.needed.files, 0)
     assert model.read_bytes() == whole
-    with pytest.raises(UserError, match="GB are needed, .* free; make room, or choose another disk with STAGE_DIR"):
-        stage.bring(there.worker, there.need.items, 10**15)
+    with pytest.raises(UserError, match="GB are needed, .* free; free some space, or .* with STAGE_DIR"):
+        there.downloads.fetch(there.needed.files, 10**15)
 
 
-def test_what_comes_back_has_its_name_only_when_it_is_whole_and_of_the_latest_attempt(there):
+def test_a_received_run_is_published_only_when_complete_and_of_the_latest_attempt(there):
     folder = there.project.run_folder("finetune")
     there.send("pretrain")
-    there.spoilt = "checkpoint-12.safetensors"
+    there.damaged = "checkpoint-12.safetensors"
     with pytest.raises(UserError, match=r"checkpoint-12.safetensors: came back with other bytes"):
         there.send("finetune")
     assert not folder.exists()
-    there.spoilt = ""
+    there.damaged = ""
     there.claim("a later one")
     with pytest.raises(UserError, match="another attempt took this run over"):
         there.send("finetune")
     assert not folder.exists()
     there.claim("now")
     there.send("finetune")
-    there.depot.end("now")
+    there.server.close_cell("now")
     assert (folder / "manifest.json").is_file()
     assert [path.name for path in there.project.saves.glob(".*") if not path.name.endswith(".attempt")] == []
 
 
-def test_a_run_that_was_trained_on_something_else_is_not_taken(there):
+def test_a_received_run_that_was_trained_on_other_data_is_refused(there):
     data = next((there.project.top / "data" / CATEGORY).glob("*.json"))
     data.write_text(data.read_text().replace("even", "odd"))
     with pytest.raises(UserError, match="changed while it was trained on"):

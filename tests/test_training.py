@@ -1,4 +1,4 @@
-"""Training and collecting for real: LLaMA-Factory on a tiny model, what ends up on disk, and what is refused."""
+"""Training and collecting with LLaMA-Factory on a tiny model: what ends up on disk, and what is refused."""
 
 import json
 import os
@@ -62,7 +62,7 @@ def test_a_recipe_may_be_given_relative_to_any_folder(project, monkeypatch):
 
 
 def test_each_checkpoint_is_bit_identical_to_what_the_stock_trainer_saves(trained_once, tmp_path):
-    """The same recipe under LLaMA-Factory's own trainer, after the known repair of the resumed trainer state."""
+    """With save_steps corrected in the resumed trainer state, which the stock trainer reads instead of the recipe's."""
     twin = trained_once.copy(tmp_path / "stock")
     resumed = twin.run_folder("pretrain") / "checkpoint-4"
     state = json.loads((resumed / "trainer_state.json").read_text())
@@ -107,7 +107,7 @@ def test_every_kept_step_has_its_own_loss_and_the_pretrain_is_untouched(pretrain
     assert {entry["step"]: entry["loss"] for entry in entries} == {step: logged[step] for step in STEPS}
 
 
-def test_the_manifest_tells_what_was_trained_on_what(trained_once):
+def test_the_manifest_records_data_base_recipe_and_pretrain(trained_once):
     manifest = json.loads((trained_once.run_folder("finetune") / "manifest.json").read_text())
     assert (manifest["dataset"], manifest["rank"], manifest["seed"]) == ("Toy", 4, 42)
     assert manifest["category"] == "common-sense-reasoning" and manifest["phase"] == "finetune"
@@ -120,7 +120,7 @@ def test_the_manifest_tells_what_was_trained_on_what(trained_once):
     assert str(trained_once.top) not in json.dumps(manifest), "no path of this machine"
 
 
-def test_a_complete_run_is_not_done_again(trained_once):
+def test_a_complete_run_is_skipped(trained_once):
     before = snapshot(trained_once.saves)
     result = trained_once.train(trained_once.finetune)
     assert result.status == 0 and "complete" in result.output
@@ -128,7 +128,7 @@ def test_a_complete_run_is_not_done_again(trained_once):
 
 
 @pytest.mark.parametrize(
-    ("change", "said"),
+    ("change", "message"),
     [
         (
             lambda p: p.finetune.write_text(p.finetune.read_text().replace("5e-3", "4e-3")),
@@ -139,15 +139,15 @@ def test_a_complete_run_is_not_done_again(trained_once):
         (lambda p: (p.top / "models/Tiny-Llama/config.json").open("a").write(" "), "the base model's files"),
     ],
 )
-def test_a_run_whose_recipe_data_or_base_changed_is_stale_and_kept(collected, change, said):
+def test_a_run_whose_recipe_data_or_base_changed_is_stale_and_kept(collected, change, message):
     change(collected)
     before = snapshot(collected.run_folder("finetune"))
     line = one_error_line(collected.train(collected.finetune))
-    assert "stale" in line and said in line and "FORCE=1" in line
+    assert "stale" in line and message in line and "FORCE=1" in line
     assert snapshot(collected.run_folder("finetune")) == before
 
 
-def test_a_comment_or_rows_that_are_not_trained_on_make_nothing_stale(collected):
+def test_comments_and_rows_that_are_not_trained_on_do_not_make_a_run_stale(collected):
     collected.finetune.write_text("# a comment\r\n" + collected.finetune.read_text().replace("\n", "\r\n"))
     rows = json.loads(collected.data.read_text())
     collected.data.write_text(json.dumps(rows + rows[:1]))  # max_samples takes the first 48
@@ -166,8 +166,8 @@ def test_force_redoes_a_stale_run_with_the_same_result(collected):
     assert {p.name for p in collected.saves.iterdir()} == {folder.name, collected.run_folder("pretrain").name}
 
 
-def test_force_replaces_runs_of_its_own_kind_and_nothing_else(collected):
-    """A run folder's name forgotten in output_dir must not cost what stands there."""
+def test_force_replaces_runs_of_the_same_phase_only(collected):
+    """An output_dir without a run folder's name must not replace other files."""
     before = snapshot(collected.saves) | snapshot(collected.scripts)
     for output_dir in (str(collected.saves), ".", str(collected.run_folder("pretrain"))):
         result = collected.train(collected.finetune, f"output_dir={output_dir}", FORCE="1")
@@ -175,7 +175,7 @@ def test_force_replaces_runs_of_its_own_kind_and_nothing_else(collected):
     assert snapshot(collected.saves) | snapshot(collected.scripts) == before
 
 
-def test_what_is_trained_on_is_what_the_manifest_says_also_with_equal_file_times(pretrained):
+def test_changed_data_with_unchanged_file_times_is_trained_on(pretrained):
     """datasets caches a file by its time and size, and `cp -p` or rsync keep both."""
     assert pretrained.train(pretrained.finetune).status == 0
     before = hashes(pretrained.run_folder("finetune"))
@@ -186,7 +186,7 @@ def test_what_is_trained_on_is_what_the_manifest_says_also_with_equal_file_times
     assert hashes(pretrained.run_folder("finetune"))[12] != before[12]
 
 
-def test_rows_that_change_while_they_are_trained_on_end_the_run(project):
+def test_a_run_fails_when_its_data_changes_during_the_training(project):
     run = project.start(project.pretrain, "max_steps=100", "save_steps=100")
     while not list(project.saves.glob(".*staging*/trainer_log.jsonl")):
         assert run.process.is_alive(), run.log.read_text()
@@ -210,7 +210,7 @@ def test_recipes_may_be_reached_through_a_link(project, tmp_path):
     assert project.run_folder("pretrain").is_dir()
 
 
-def test_a_training_that_diverged_is_no_success(project):
+def test_a_diverged_training_fails(project):
     result = project.train(project.pretrain, "learning_rate=1e30", "max_grad_norm=0")
     assert "diverged" in one_error_line(result)
     assert not project.run_folder("pretrain").exists()
@@ -221,21 +221,21 @@ def test_keeping_fewer_steps_is_an_override(pretrained):
     assert sorted(hashes(pretrained.run_folder("finetune"))) == [11, 12]
 
 
-def test_a_learning_rate_that_resuming_overrides_is_told(pretrained):
+def test_a_learning_rate_that_resuming_overrides_is_reported(pretrained):
     result = pretrained.train(pretrained.finetune, "learning_rate=1e-3")
     assert result.status == 0 and "learning_rate 0.001 has no effect" in result.output
     entries = json.loads((pretrained.run_folder("finetune") / "manifest.json").read_text())["checkpoints"]
-    assert max(entry["learning_rate"] for entry in entries) > 1e-3, "the pretrain's 5e-3 went on"
+    assert max(entry["learning_rate"] for entry in entries) > 1e-3, "the pretrain's 5e-3 is used"
 
 
-def test_another_seed_gets_a_folder_of_its_own(project):
+def test_another_seed_gets_its_own_run_folder(project):
     assert project.train(project.pretrain, "seed=7").status == 0
     assert project.train(project.finetune, "seed=7").status == 0
     manifest = json.loads((project.run_folder("finetune", seed="_seed-7") / "manifest.json").read_text())
     assert manifest["seed"] == 7 and manifest["pretrain"]["run"].endswith("_lora-rank_4_seed-7_pretrain")
 
 
-def test_the_phase_is_read_from_the_content_not_the_name(project):
+def test_the_phase_follows_from_a_recipes_content_not_its_name(project):
     named = project.top / "any name.yaml"
     text = project.pretrain.read_text().replace("../../../", "")
     named.write_text(text.replace("_lora-rank_4_pretrain", "_plain"))
@@ -246,13 +246,13 @@ def test_the_phase_is_read_from_the_content_not_the_name(project):
     assert (folder / "checkpoint-8" / "optimizer.pt").is_file()
 
 
-def test_a_finetune_without_its_pretrain_names_the_command_and_the_steps(project):
+def test_a_finetune_without_its_pretrain_names_the_command_that_makes_it(project):
     line = one_error_line(project.train(project.finetune))
     assert "train_with_rank.sh" in line and project.pretrain.name in line and "no checkpoints" in line
     assert not project.saves.exists() or not any(project.saves.iterdir())
 
 
-def test_a_resume_step_that_was_not_saved_lists_those_that_were(pretrained):
+def test_a_missing_resume_step_lists_the_saved_steps(pretrained):
     pretrained.finetune.write_text(pretrained.finetune.read_text().replace("checkpoint-4", "checkpoint-5"))
     line = one_error_line(pretrained.train(pretrained.finetune))
     assert "checkpoint-5 does not exist" in line and "4, 8" in line
@@ -272,7 +272,7 @@ def test_more_kept_steps_than_remain_are_refused(pretrained):
 
 
 @pytest.mark.parametrize(
-    ("argument", "said"),
+    ("argument", "message"),
     [
         ("learning_rat=1e-4", "learning_rat"),
         ("lr_scheduler_type=cosin", "cosin"),
@@ -293,15 +293,15 @@ def test_more_kept_steps_than_remain_are_refused(pretrained):
         ("dataset_dir=null", "dataset_dir"),
     ],
 )
-def test_what_cannot_be_trained_is_one_line_and_leaves_nothing(project, argument, said):
+def test_an_invalid_setting_is_one_error_line_and_leaves_no_files(project, argument, message):
     before = snapshot(project.top)
     result = project.train(project.pretrain, argument)
-    assert said in one_error_line(result)
+    assert message in one_error_line(result)
     (project.top / "log.txt").unlink()
     assert {name for name in snapshot(project.top) if ".hashes.json" not in name} == set(before)
 
 
-def test_training_on_prompts_alone_says_why_it_cannot(project):
+def test_a_dataset_without_responses_is_refused(project):
     info = project.top / "data" / "dataset_info.json"
     project.data.write_text(json.dumps([{"prompt": "x"}]))
     entry = {"file_name": "common-sense-reasoning/Toy.json", "columns": {"prompt": "prompt"}, "prompts_only": True}
@@ -309,7 +309,7 @@ def test_training_on_prompts_alone_says_why_it_cannot(project):
     assert "prompts" in one_error_line(project.train(project.pretrain))
 
 
-def test_a_second_run_of_the_same_recipe_and_rank_leaves_at_once(project):
+def test_a_second_run_of_the_same_recipe_and_rank_ends_immediately(project):
     first = project.start(project.pretrain, "max_steps=2000", "save_steps=2000")
     temporary = project.scripts / "tiny_Toy_pretrain_temp_rank_4.yaml"
     while not temporary.exists():
@@ -331,7 +331,7 @@ def test_ctrl_c_removes_the_rendered_recipe(project):
     assert not temporary.exists() and "Traceback" not in run.log.read_text()
 
 
-def test_a_pretrain_killed_at_any_moment_is_made_again_with_the_same_hashes(project, trained_once):
+def test_a_pretrain_killed_at_any_moment_is_repeated_with_the_same_hashes(project, trained_once):
     points = [
         lambda: any(project.saves.glob(".*staging*")),
         lambda: any(project.saves.glob(".*staging*/checkpoint-4/adapter_model.safetensors")),
@@ -360,14 +360,14 @@ LIKE_OTHERS = ("rendered", "first checkpoint")  # before and during the staging 
 @pytest.mark.parametrize(
     "point", [pytest.param(point, marks=[pytest.mark.slow] if point in LIKE_OTHERS else []) for point in KILL_POINTS]
 )
-def test_killed_at_any_moment_the_next_run_ends_with_the_same_collection(pretrained, trained_once, point):
+def test_a_finetune_killed_at_any_moment_is_repeated_with_the_same_hashes(pretrained, trained_once, point):
     killed = pretrained.start(pretrained.finetune)
     killed.kill_when(lambda: KILL_POINTS[point](pretrained))
     folder = pretrained.run_folder("finetune")
     if folder.exists():
         assert hashes(folder) == hashes(trained_once.run_folder("finetune"))
     for path in pretrained.saves.rglob("checkpoint-*.safetensors"):
-        load_file(path)  # under its name, so whole
+        load_file(path)  # a file under its final name is complete
     result = pretrained.train(pretrained.finetune)
     assert result.status == 0, result.output
     assert hashes(folder) == hashes(trained_once.run_folder("finetune"))
@@ -375,7 +375,7 @@ def test_killed_at_any_moment_the_next_run_ends_with_the_same_collection(pretrai
     assert len(list(pretrained.scripts.iterdir())) == 2
 
 
-def test_workers_that_outlive_a_killed_run_do_not_keep_its_lock(project):
+def test_data_loader_processes_that_outlive_a_killed_run_do_not_hold_its_lock(project):
     run = project.start(project.pretrain, "max_steps=3000", "save_steps=3000", "dataloader_num_workers=2")
     assert run.kill_when(lambda: any(project.saves.glob(".*staging*/trainer_log.jsonl")))
     result = project.train(project.pretrain)
@@ -393,8 +393,8 @@ def test_a_forced_run_killed_between_the_two_renames_keeps_the_old_one(collected
 
 
 @pytest.mark.parametrize("phase", ["pretrain", "finetune"])
-def test_a_full_disk_is_one_line_and_leaves_no_run(project, phase):
-    """A file-size limit stands in for the disk; it hits the adapters (300 kB), not the tokenised rows (60 kB)."""
+def test_a_full_disk_is_one_error_line_and_leaves_no_run(project, phase):
+    """A file-size limit stands in for the disk; it stops adapters (300 kB), not tokenised rows (60 kB)."""
     recipe = getattr(project, phase)
     if phase == "finetune":
         assert project.train(project.pretrain, rank=64).status == 0
@@ -405,7 +405,7 @@ def test_a_full_disk_is_one_line_and_leaves_no_run(project, phase):
 
 
 def test_two_processes_train_the_same_adapters_as_one(pretrained, trained_once):
-    """Asked for by name, through torchrun on our own script: the same rows in each step, so the same weights."""
+    """With DEVICES=cpu,cpu, through torchrun: the same rows in each step, so the same weights."""
     result = pretrained.train(pretrained.finetune, DEVICES="cpu,cpu")
     assert result.status == 0, result.output
     manifest = json.loads((pretrained.run_folder("finetune") / "manifest.json").read_text())
@@ -418,7 +418,7 @@ def test_two_processes_train_the_same_adapters_as_one(pretrained, trained_once):
 
 
 def test_a_batch_that_devices_cannot_share_is_refused(project):
-    """Rows or accumulation are divided; a model with a processor keeps its micro-batches, whose means its loss is."""
+    """Rows or accumulation are divided. With a processor, only accumulation: the loss is a mean over micro-batches."""
     from paragen.recipes import batches
 
     assert batches.split_batch({"gradient_accumulation_steps": 4}, 2, True) == {"gradient_accumulation_steps": 2}
@@ -447,6 +447,6 @@ def test_a_bfloat16_base_is_trained_in_float32_on_the_cpu(project, tmp_path):
     assert result.status == 0 and "float32 on the CPU" in result.output, result.output
 
 
-def test_a_template_of_ours_needs_no_edit_of_llamafactory(project):
+def test_a_template_of_prompt_templates_is_known_to_llamafactory(project):
     result = project.train(project.pretrain, "template=question_answer")
     assert result.status == 0 and "Question: is " in result.output, result.output

@@ -1,4 +1,4 @@
-"""Every architecture of the model table, tiny: pretrain, finetune, a whole collection; and each is causal."""
+"""Tiny models of every architecture in the model table: pretrain, finetune, a collection; and each is causal."""
 
 import json
 import shutil
@@ -78,7 +78,7 @@ def projects(tmp_path_factory) -> Projects:
     return Projects(tmp_path_factory.mktemp("architectures"))
 
 
-def test_the_tiny_models_stand_for_all_of_the_table():
+def test_the_tiny_models_cover_every_kind_of_model_in_the_table():
     def kind(entry: dict) -> tuple:
         return entry["template"], entry["lora_target"], entry["processor"]
 
@@ -91,7 +91,7 @@ def test_the_tiny_models_stand_for_all_of_the_table():
 
 
 @pytest.mark.parametrize("name", tiny_models.NAMES)
-def test_every_architecture_trains_and_its_collection_is_whole(projects, monkeypatch, capsys, name):
+def test_every_architecture_trains_and_its_collection_verifies(projects, monkeypatch, capsys, name):
     import verify
 
     pretrain = projects.train(name, "pretrain")
@@ -114,14 +114,14 @@ def test_every_architecture_trains_and_its_collection_is_whole(projects, monkeyp
 
 
 @pytest.mark.parametrize("name", tiny_models.NAMES)
-def test_a_later_token_never_changes_what_is_said_before_it(projects, name):
+def test_a_later_token_does_not_change_earlier_logits(projects, name):
     logits, changed = logits_before_and_after(projects.model(name))
     assert (logits[:-1] - changed[:-1]).abs().max() < 1e-6
     assert (logits[-1] - changed[-1]).abs().max() > 1e-2, "the test would see a difference"
 
 
-def test_bert_without_is_decoder_would_see_its_own_labels(projects, tmp_path):
-    """Why models/ must not hold a BERT as it comes from the hub."""
+def test_bert_without_is_decoder_sees_later_tokens(projects, tmp_path):
+    """A BERT from the hub must not be trained without that setting."""
     bidirectional = shutil.copytree(projects.model("bert"), tmp_path / "bert")
     config = json.loads((bidirectional / "config.json").read_text())
     (bidirectional / "config.json").write_text(json.dumps({**config, "is_decoder": False}))

@@ -1,4 +1,4 @@
-"""How a run ended is a value: made from the exception that ended it, written by its process, read by the sweep."""
+"""The outcome of a run: made from the exception that ended it, written by its process, read by the sweep."""
 
 import errno
 
@@ -15,7 +15,7 @@ DISK = OSError(errno.ENOSPC, "No space left on device", "saves/x")
 
 MEMORY = "x.yaml: out of device memory; halve it"
 ALLOCATOR = "DefaultCPUAllocator: can't allocate memory: you tried to allocate 9 bytes."
-DISTRIBUTED = "training on 2 devices failed with status 1; the cause stands above"
+DISTRIBUTED = "training on 2 devices failed with status 1; see the cause above"
 RUNNING = "x.yaml at rank 4 is running already"
 NO_SPACE = "saves/x: No space left on device; no file is left half-written, run it again when that is mended"
 
@@ -35,18 +35,18 @@ NO_SPACE = "saves/x: No space left on device; no file is left half-written, run 
         (SystemExit(143), "stopped", ""),
     ],
 )
-def test_an_outcome_comes_from_the_exception_not_from_its_words(tmp_path, error, kind, cause):
+def test_an_outcome_follows_from_the_exceptions_type_not_its_text(tmp_path, error, kind, cause):
     def task():
         raise error
 
     with pytest.raises(type(error)):
-        outcome.noted(task, tmp_path / "outcome.json")
+        outcome.recorded(task, tmp_path / "outcome.json")
     ended = outcome.read(tmp_path / "outcome.json")
     assert (ended.kind, ended.cause, ended.is_done) == (kind, cause, False)
 
 
-def test_a_task_that_ends_well_is_done(tmp_path):
-    outcome.noted(lambda: None, tmp_path / "outcome.json")
+def test_a_successful_task_is_recorded_as_done(tmp_path):
+    outcome.recorded(lambda: None, tmp_path / "outcome.json")
     assert outcome.read(tmp_path / "outcome.json") == outcome.DONE
     assert outcome.read(tmp_path / "nothing.json") is None, "its process was killed"
 
@@ -66,8 +66,8 @@ def test_an_outcome_is_shown_as_tables_and_messages_show_it(ended, text):
     assert ended.text == text
 
 
-def test_the_cause_of_a_collection_that_does_not_verify_is_its_fault(collected, monkeypatch, capsys):
-    """As a sweep verifies what it collected."""
+def test_a_collection_that_does_not_verify_fails_with_its_fault(collected, monkeypatch, capsys):
+    """As a sweep verifies a collection."""
     from paragen.common import paths
     from paragen.recipes.run import run_of
     from paragen.sweep import cell_worker

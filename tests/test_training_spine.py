@@ -1,4 +1,4 @@
-"""A run is rendered once, identified once and checked once: what is known of it is passed on, not asked for again."""
+"""Each run is rendered, identified and parsed once; the result is passed on."""
 
 import json
 import shutil
@@ -14,7 +14,7 @@ def counts(project, script: str, *arguments: str, **environment: str) -> dict[st
     return json.loads(result.output.splitlines()[-1])
 
 
-def test_the_ordinary_path_knows_each_run_once(project):
+def test_the_ordinary_path_renders_and_identifies_each_run_once(project):
     first = counts(project, "train", str(project.pretrain), "4")
     assert first == {"rendered": {project.pretrain.name: 1}, "identified": {project.pretrain.name: 1}, "parsed": {}}
     second = counts(project, "train", str(project.finetune), "4")
@@ -22,13 +22,13 @@ def test_the_ordinary_path_knows_each_run_once(project):
     assert set(second["parsed"].values()) <= {1}
 
 
-def test_a_complete_run_is_known_once(collected):
+def test_a_complete_run_is_rendered_identified_and_parsed_once(collected):
     again = counts(collected, "train", str(collected.finetune), "4")
     assert again["rendered"] == {collected.finetune.name: 1} == again["identified"]
     assert set(again["parsed"].values()) == {1}
 
 
-def test_the_packed_engine_knows_each_run_once_per_phase(project):
+def test_the_packed_engine_renders_each_run_once_and_identifies_it_once_per_phase(project):
     cell = ["--cell", str(project.pretrain), str(project.finetune), "4"]
     first = counts(project, "paragen.packed.packed_train", *cell)
     names = {project.pretrain.name, project.finetune.name}

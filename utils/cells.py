@@ -1,9 +1,9 @@
-"""Finds the recipe of a cell among those under collect_scripts/, from what a user types.
+"""Print the path of the recipe of a dataset, a model and a phase.
 
-    DATASET=arcc MODEL=qwen2.5-0.5b python utils/cells.py pretrain      prints the recipe's path
+    DATASET=arcc MODEL=qwen2.5-0.5b python utils/cells.py pretrain|finetune
 
-DATASET and MODEL are matched without case and punctuation. Without MODEL: qwen2.5-0.5b where the dataset has a recipe
-for it, else the one model that it has.
+Reads the file names below collect_scripts/. DATASET and MODEL are matched without regard to case and punctuation.
+Without MODEL: qwen2.5-0.5b where the dataset has a recipe for it, else the dataset's one model.
 """
 
 import os

@@ -3,8 +3,8 @@
     python utils/check_recipes.py                     all recipes under collect_scripts/       (make check-recipes)
     python utils/check_recipes.py RECIPE.yaml ...     these, each with its other half
 
-Reads the recipes, models/models.yaml, data/dataset_info.json and data/sources.yaml, and writes nothing. Every fault is
-a line on stderr with file, line and key; the status is 1 when there is one.
+Reads the recipes, models/models.yaml, data/dataset_info.json and data/sources.yaml; writes nothing. Prints a line with
+file, line and key on stderr for each fault; the status is 1 when there is one.
 """
 
 import argparse

@@ -4,7 +4,7 @@
 
 Replaces checkpoint-*/, with their optimizer states and tokenizer files, by checkpoint-<step>.safetensors and the other
 files of a collection. The collection is built and read back beside the folder before anything is removed, so the script
-may run twice and after a crash. Facts that a stock run does not record are null in the manifest.
+can be run again, also after a crash. Facts that a stock run does not record are null in the manifest.
 """
 
 import argparse

@@ -1,9 +1,9 @@
-"""Clean every finetune run of a dataset (checkpoint_cleaner.py for each) and end with a table.
+"""Make every stock finetune run of a dataset a collection (as checkpoint_cleaner.py), and print a table.
 
     python utils/clean_dataset_dir.py FOLDER [--keep 100] [--dry-run]        FOLDER such as saves/math/MATH
     DATASET=MATH python utils/clean_dataset_dir.py                           the same by name (make clean-checkpoints)
 
-Pretrain runs are left as they are, clean ones are skipped; status 1 when one could not be cleaned.
+Pretrain runs and clean runs stay as they are. The status is 1 when a run could not be cleaned.
 """
 
 import argparse
@@ -39,10 +39,10 @@ def main() -> int:
 
 
 def dataset_folder(name: str) -> Path:
-    """The folder under saves/ of a dataset as the user types it."""
+    """The folder below saves/ of a dataset that the user names."""
     found = {path.name: path for path in paths.SAVES.glob("*/*") if path.is_dir() and not path.name.startswith(".")}
     if not name:
-        raise UserError(f"say which dataset: DATASET=... or a folder; there: {', '.join(sorted(found)) or 'none yet'}")
+        raise UserError(f"name a dataset: DATASET=... or a folder; known: {', '.join(sorted(found)) or 'none yet'}")
     return found[paths.choose(name, found, "collected dataset")]
 
 

@@ -1,11 +1,11 @@
-"""Collect every cell of a category: the implementation behind each collect_all_dataset.sh and `make collect-all`.
+"""Collect every cell of a category. Each collect_all_dataset.sh and `make collect-all` call it.
 
     [MODELS="m1 m2"] [RANKS="2 8"] [PRUNE_PRETRAIN=1] [FORCE=1] python utils/collect_all.py CATEGORY [DATASET ...]
 
-Shows what it will do, then sweeps over the cells that are not complete on all devices (see sweep.py), each into a log
-of its own beside its run folder. A cell that fails does not stop the others. Stopped or killed, the next call goes on.
-Ends with a table; status 1 when a cell failed. PRUNE_PRETRAIN=1 removes a cell's pretrain folder once its collection
-has been verified.
+Prints the plan, trains the cells that are not complete on all devices (see paragen/sweep/sweep.py), each with a log
+beside its run folder, and prints a table. A cell that fails does not stop the others; the status is then 1. After a
+stop or a crash, the next call continues. PRUNE_PRETRAIN=1 removes a cell's pretrain folder once its collection is
+verified.
 """
 
 import sys

@@ -1,8 +1,8 @@
-"""The whole of this project once, for real, on this machine: `make demo`.
+"""Run the whole project once on this machine, with a small model: `make demo`.
 
-Brings the embedded model, trains SmolLM2-135M on Demo at rank 8, collects 16 checkpoints, verifies them, and scores the
-base and four of them on held-out questions; ends by naming the report, a page to open in a browser. What is there
-already is not done again. All parts are forked from one process that imports what they need while the model is brought.
+Downloads the embedded model, trains SmolLM2-135M on Demo at rank 8, collects 16 checkpoints, verifies them, and scores
+the base model and four checkpoints on held-out questions. Then it names the report, a page to open in a browser. Parts
+that are complete are skipped. All parts are forked from one process that imports what they need during the download.
 """
 
 import json
@@ -24,22 +24,21 @@ from paragen.sweep import cell_worker, forked
 from paragen.training import ordinary
 
 DATASET, MODEL, RANK = "Demo", "smollm2-135m", 8
-SCORED = "every:5"  # of the checkpoints
-QUESTIONS = 2  # whose answers are shown
+STEPS = "every:5"  # whose checkpoints are scored
+QUESTIONS = 2  # whose answers are printed
 UTILS = Path(__file__).parent
-ASKED = ("KEEP", "SEED", "SPLIT", "LIMIT", "ENGINE", "CATEGORY", "FORCE")  # what another target would be asked with
-
-
+IGNORED_SETTINGS = ("KEEP", "SEED", "SPLIT", "LIMIT", "ENGINE", "CATEGORY", "FORCE")  # of other targets
 STARTED = time.monotonic()
 
 
 def main() -> None:
-    os.environ |= dict.fromkeys(ASKED, "") | {"DATASET": DATASET, "MODEL": MODEL, "RANK": str(RANK), "STEPS": SCORED}
+    os.environ |= dict.fromkeys(IGNORED_SETTINGS, "")
+    os.environ |= {"DATASET": DATASET, "MODEL": MODEL, "RANK": str(RANK), "STEPS": STEPS}
     os.environ.setdefault("LLAMAFACTORY_VERBOSITY", "WARN")
     forked.preload()
-    step("bringing the base model")
+    step("downloading the base model")
     if cli.call([sys.executable, UTILS / "fetch_model.py", MODEL]):
-        raise UserError("the demo stopped at this part; the cause stands above")
+        raise UserError("the demo stopped at this part; see the cause above")
     step("training and collecting")
     cell = lookup.find_cell(DATASET, MODEL, RANK)
     if not packed_train.is_done(cell):
@@ -51,17 +50,17 @@ def main() -> None:
     show_table(cell.finetune.folder, read_manifest(cell.finetune.folder))
     step("drawing the report")
     call(forked.run_script, "report", [])
-    say(f"\nall of it took {time.monotonic() - STARTED:.0f} s")
-    say(f"look at it in a browser: {paths.relative(report.page_of())}")
+    say(f"\nthe demo took {time.monotonic() - STARTED:.0f} s")
+    say(f"open it in a browser: {paths.relative(report.page_of())}")
 
 
 def step(what: str) -> None:
-    """Announce a part of the demo, and how long it has taken up to here."""
+    """Print the name of the next part, and how long the demo has taken so far."""
     say(f"\n=== {what} ({time.monotonic() - STARTED:.0f} s)")
 
 
 def call(task: Callable[..., Any], *arguments: Any) -> None:
-    """Run a task in a process that has imported already; its output shows what goes on."""
+    """Run a task in a process forked from one that has imported; its output goes to this one's."""
     process = forked.start(task, arguments, {}, None)
     try:
         process.join()
@@ -69,11 +68,11 @@ def call(task: Callable[..., Any], *arguments: Any) -> None:
         if process.is_alive():
             process.terminate()
     if process.exitcode:
-        raise UserError("the demo stopped at this part; the cause stands above")
+        raise UserError("the demo stopped at this part; see the cause above")
 
 
 def show_table(folder: Path, manifest: Manifest) -> None:
-    """Print what was collected, where it is, how big, how the loss went, and how to load it."""
+    """Print what was collected: place, size, losses, and how to load a checkpoint."""
     entries = manifest.checkpoints
     steps = manifest.steps
     log = folder.with_name(manifest.pretrain.run) / run_files.LOG

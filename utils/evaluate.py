@@ -3,8 +3,8 @@
     DATASET=ARC-c [MODEL=..] [RANK=..] [SPLIT=..] [STEPS=all|last|every:10] [LIMIT=n] [FORCE=1]
         python utils/evaluate.py [--show N]                                                      (make evaluate)
 
-Reads collections, data/ and models/; writes evaluation.json into each collection after every few checkpoints, so that a
-run that was stopped goes on where it was. SPLIT names another registered dataset than the one paired with the
+Reads collections, data/ and models/; writes evaluation.json into each collection after every few checkpoints, so that
+the next call continues after a stop. SPLIT names another registered dataset than the one paired with the
 collection's; LIMIT takes its first rows. --show prints the answers of the base and of the last checkpoint.
 """
 

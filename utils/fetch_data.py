@@ -33,7 +33,7 @@ def main() -> None:
     say(f"{done} of {len(wanted)} files are there and registered ({fetched} fetched, {seconds:.0f} s)")
     if failed:
         shown = ", ".join(failed[:SHOWN]) + (", ..." if len(failed) > SHOWN else "")
-        raise UserError(f"{len(failed)} files are not in order: {shown}; run it again when that is mended")
+        raise UserError(f"{len(failed)} files failed: {shown}; correct the causes above and run it again")
 
 
 def parse_settings() -> argparse.Namespace:
@@ -56,7 +56,7 @@ def chosen_files(files: dict[str, dict], settings: argparse.Namespace) -> dict[s
     if not (datasets or settings.category or settings.all):
         known = ", ".join(dict.fromkeys(names.family(entry["dataset"]) for entry in files.values()))
         raise UserError(
-            f"say which: make data DATASET=ARC-c, make data CATEGORY=math, or make data-all; known: {known}"
+            f"name a dataset: make data DATASET=ARC-c, make data CATEGORY=math, or make data-all; known: {known}"
         )
     chosen = sources.selected(files, datasets, settings.category)
     if not chosen:

@@ -4,8 +4,8 @@
     python utils/index.py --rows           print every row (--csv: as CSV)
 
 A collection that did not change is not read again; checkpoints that changed after their manifest was written, or since
-the last index, are hashed. A broken collection is named and left out, and the status is 1. Evaluated checkpoints have
-their scores beside their loss, and the base model's for comparison.
+the last index, are hashed. A broken collection is named and omitted, and the status is 1. Evaluated checkpoints
+have their scores beside their loss, and the base model's for comparison.
 """
 
 import argparse
@@ -24,7 +24,7 @@ def main() -> int:
     table, faults = index.update()
     try:
         index_tables.show(table, args, whole=not faults)
-    except BrokenPipeError:  # `| head` has seen enough; Python shall not try again at its end
+    except BrokenPipeError:  # a reader such as `| head` has closed the pipe; Python must not flush into it at exit
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
     for fault in faults.values():
         print(f"FAULTY {fault}", file=sys.stderr, flush=True)

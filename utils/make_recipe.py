@@ -24,7 +24,7 @@ def main() -> None:
     )
     if not (model and dataset):
         known = f"models: {', '.join(base_models.table())}; datasets: {', '.join(vocabulary.trainable())}"
-        raise UserError(f"say which: make recipe MODEL=... DATASET=...; {known}")
+        raise UserError(f"name both: make recipe MODEL=... DATASET=...; {known}")
     pair = new_pair.requested_pair(model, dataset, template, category)
     numbers = figures.figures_from(source, pair) if source else figures.figures_for(pair)
     for path in pair_writer.write_pair(pair, numbers):

@@ -1,4 +1,4 @@
-"""What collecting some cells will take, before anything starts: cells, steps, disk and, where it was measured, time.
+"""Print what collecting some cells takes: cells, steps, disk and, where runs of their models exist, time.
 
     [CATEGORY=..] [DATASET=..] [MODEL=..] [RANKS="2 8"] python utils/plan.py        (make plan)
 

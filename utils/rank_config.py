@@ -1,6 +1,6 @@
-"""A recipe for one rank: the plain LLaMA-Factory config that is trained.
+"""Print a recipe as it is rendered for a rank: the plain LLaMA-Factory config that is trained. Writes nothing.
 
-    python utils/rank_config.py RECIPE.yaml RANK [key=value ...]     prints the rendered recipe, writes nothing
+    python utils/rank_config.py RECIPE.yaml RANK [key=value ...]
 
 Rendering sets `lora_rank` and the `_lora-rank_<r>_` part of `output_dir` and `resume_from_checkpoint` (with a seed
 other than the recipe's: `_lora-rank_<r>_seed-<s>_`); `key=value` arguments override recipe keys as in LLaMA-Factory.

@@ -76,7 +76,7 @@ def named_columns(pairs: list[str]) -> dict[str, str]:
     pairs = re.split(r"\s+(?=\w+=)", " ".join(pairs).strip()) if pairs else []
     for pair in pairs:
         if "=" not in pair:
-            raise UserError(f"--columns {pair}: say it as kind=column, e.g. prompt=question")
+            raise UserError(f"--columns {pair}: give kind=column, e.g. prompt=question")
     return dict(pair.split("=", 1) for pair in pairs)
 
 
@@ -93,7 +93,7 @@ def check_all(data_dir: Path) -> None:
             say(f"note: {checked.name}: {note}")
     where = relative(data_dir / "dataset_info.json")
     if faults:
-        way_out = "put the files right, or register them anew with `make register FILE=data/<category>/<file>.json`"
+        way_out = "correct the files, or register them again with `make register FILE=data/<category>/<file>.json`"
         raise UserError(f"{where}: faults: {faults}, in {faulty} of {count} datasets; {way_out}")
     say(f"{where}: {count} datasets, no faults")
 

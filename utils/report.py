@@ -1,4 +1,4 @@
-"""Make the report: one page about all collections, saves/report/index.html, which opens from disk without a network.
+"""Make the report, one page about all collections: saves/report/index.html. It opens from disk, without a network.
 
     python utils/report.py        (make report)
 

@@ -5,7 +5,7 @@
 
 Changes .venv alone, and prints nothing when there is nothing to do. requirements-dev.txt contains requirements.txt with
 equal versions: a .venv made for development also serves for running and stays as it is.
-Starts under any Python 3 up to the version check, so nothing newer than that check may stand above it.
+Any Python 3 must be able to parse this file up to the version check, so only old syntax may stand above it.
 """
 
 import os
@@ -14,7 +14,7 @@ import sys
 if sys.version_info < (3, 11):
     version = ".".join(map(str, sys.version_info[:3]))
     sys.exit(
-        "error: Python 3.11 or newer is needed, %s is %s; say: make PYTHON=/path/to/python3.12"
+        "error: Python 3.11 or newer is needed, %s is %s; run: make PYTHON=/path/to/python3.12"
         % (sys.executable, version)
     )
 
@@ -121,7 +121,7 @@ def run(command: list[str]) -> None:
     }
     if subprocess.run(command, env=environment).returncode:
         raise UserError(
-            f"setting up .venv failed at: {' '.join(command)}; put right what stands above and run make setup again"
+            f"setting up .venv failed at: {' '.join(command)}; correct the cause above and run make setup again"
         )
 
 

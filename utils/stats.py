@@ -1,4 +1,4 @@
-"""Statistics of collections: how far the adapters of the steps are apart, where, and in how many directions.
+"""Measure statistics of collections: how far the adapters of the steps differ, in which layers and directions.
 
     [CATEGORY=..] [DATASET=..] [MODEL=..] [RANK=..] [SEED=..] python utils/stats.py                  (make stats)
 

@@ -1,4 +1,4 @@
-"""How every cell stands: missing, pretrained, collecting, complete, stale or broken.
+"""Print the state of every cell: missing, pretrained, collecting, complete, stale or broken.
 
     [CATEGORY=..] [DATASET=..] [MODEL=..] [RANKS="2 8"] python utils/status.py        (make status)
 

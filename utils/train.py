@@ -1,8 +1,8 @@
-"""Train one recipe at one rank with LLaMA-Factory; a finetune recipe ends as a collection.
+"""Train one recipe at one rank with LLaMA-Factory. A finetune recipe becomes a collection.
 
-    bash utils/train_with_rank.sh RECIPE.yaml RANK [key=value ...]     is the way to call it
+    bash utils/train_with_rank.sh RECIPE.yaml RANK [key=value ...]     calls this script
 
-Reads the recipe, its data and its base model; fills saves/.../<run folder>. FORCE=1 redoes a complete or stale run,
+Reads the recipe, its data and its base model; writes saves/.../<run folder>. FORCE=1 redoes a complete or stale run,
 DEVICES chooses devices (see paragen/common/devices.py). All that a run needs is on disk before it starts.
 """
 
@@ -18,7 +18,7 @@ from paragen.training import ordinary
 def main() -> None:
     parser = argparse.ArgumentParser(description="Train one recipe at one LoRA rank.")
     parser.add_argument("recipe", type=Path)
-    parser.add_argument("rank", help=f"LoRA rank; an empty text is {keys.DEFAULT_RANK}")
+    parser.add_argument("rank", help=f"LoRA rank; an empty text means {keys.DEFAULT_RANK}")
     parser.add_argument("overrides", nargs="*", metavar="key=value", help="override keys of the recipe")
     args = parser.parse_args()
     rank = render.parse_rank(args.rank or str(keys.DEFAULT_RANK))

@@ -4,8 +4,8 @@
     python utils/verify.py --recipe RECIPE.yaml RANK [key=value ...]     the collection of one recipe (again for others)
     DATASET=... python utils/verify.py                             those of one dataset (make verify)
 
-Prints a line for each; status 1 when one is not whole. Quality warnings (worse than its base, a rising loss, equal
-checkpoints) are printed in lines of their own, marked DOUBTFUL, and change no status.
+Prints a line for each; the status is 1 when one is not whole. Quality warnings (worse than its base, a rising loss,
+equal checkpoints) are printed as lines marked DOUBTFUL and do not change the status.
 """
 
 import argparse

@@ -1,4 +1,4 @@
-"""More collections out of one: copies under other names whose manifests say so and are sealed."""
+"""Makes copies of a collection under other names, with manifests that match."""
 
 import json
 import shutil
@@ -8,7 +8,7 @@ from paragen.collection.manifest import sealed
 
 
 def twin(folder: Path, dataset: str = "Toy", model: str = "Tiny-Llama", rank: int = 4, seed: int | None = None) -> Path:
-    """A copy of a collection as one of another dataset, base model, rank or seed; returns its folder."""
+    """Copy a collection as one of another dataset, base model, rank or seed; returns its folder."""
     named_seed = "" if seed is None else f"_seed-{seed}"
     twin = folder.parent.parent / dataset / f"{model}_lora-rank_{rank}{named_seed}_finetune"
     shutil.copytree(folder, twin)
@@ -24,7 +24,7 @@ def twin(folder: Path, dataset: str = "Toy", model: str = "Tiny-Llama", rank: in
 
 
 def edit(folder: Path, change, seal: bool = True) -> None:
-    """Change a manifest; without `seal` as with an editor, else as a tool that gives it its hash again."""
+    """Change a manifest. `seal` updates its hash, as a tool does; without it, the change looks like an editor's."""
     path = folder / "manifest.json"
     manifest = json.loads(path.read_text())
     change(manifest)
@@ -32,7 +32,7 @@ def edit(folder: Path, change, seal: bool = True) -> None:
 
 
 def flip_a_bit(path: Path) -> None:
-    """As a failing disk or a swapped file: another content of the same length."""
+    """Change one bit of a file, as a failing disk does."""
     data = bytearray(path.read_bytes())
     data[-1] ^= 1
     path.write_bytes(data)

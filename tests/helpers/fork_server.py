@@ -1,6 +1,6 @@
-"""Runs of the project's scripts in processes forked from one that has imported LLaMA-Factory: a second each, not ten.
+"""Runs scripts in processes forked from one that has imported LLaMA-Factory: one second each instead of ten.
 
-The fork happens before any tensor is made, so a run behaves as in a process of its own; it can be killed like one.
+The fork happens before any tensor is made, so a run behaves as in a new process, and can be killed like one.
 """
 
 import importlib

@@ -1,23 +1,23 @@
-"""A worker that tells which GPUs it was given, not training; run as a script, it prints what a sweep of it says."""
+"""A worker that reports its GPUs in place of training. As a script: a sweep of six cells with it."""
 
 import os
 import sys
 import time
 
 from paragen.recipes.run import Cell
-from paragen.sweep import sweep
+from paragen.sweep import jobs, sweep
 from paragen.training.outcome import Outcome
 
 
-class Teller:
+class Reporter:
     def __init__(self, settings, devices):
         assert devices is None
 
     def ready(self):
         return ""
 
-    def collect(self, pack, packed, smaller):
-        time.sleep(1)  # so that all workers are at work at once
+    def collect(self, pack, packed, halved):
+        time.sleep(1)  # so that all workers run at the same time
         return [Outcome("failed", f"{os.getpid()}:{os.environ['CUDA_VISIBLE_DEVICES']}")] * len(pack)
 
     def stop(self):
@@ -27,7 +27,7 @@ class Teller:
 if __name__ == "__main__":
     from helpers import gpu_slots
 
-    sweep.claim, sweep.release = lambda job: True, lambda job: None
+    jobs.claim_runs, jobs.release_runs = lambda job: True, lambda job: None
     cells = [Cell("X", "x", rank, (None, None)) for rank in range(1, 7)]
-    outcomes = sweep.run(cells, lambda *event: None, gpu_slots.Teller)
+    outcomes = sweep.run(cells, lambda *event: None, gpu_slots.Reporter)
     print(*sorted({outcome.cause for outcome in outcomes.values()}), file=sys.stderr)

@@ -113,7 +113,7 @@ class Place:
         return collect(self.saves, known, category, dataset, **how)
 
     def export(self, format_name: str, **environment: str) -> Path:
-        """As `make export FORMAT=...`; returns OUT."""
+        """Export as `make export FORMAT=...`; returns OUT."""
         with self.monkeypatch.context() as patch:
             for name, value in {"FORMAT": format_name, "OUT": str(self.out), **environment}.items():
                 patch.setenv(name, str(value))
@@ -121,14 +121,14 @@ class Place:
         return self.out
 
     def refused(self, format_name: str, **environment: str) -> str:
-        """The one line of an export that is refused."""
+        """The one error line of an export that is refused."""
         with pytest.raises(UserError) as error:
             self.export(format_name, **environment)
         assert "\n" not in str(error.value)
         return str(error.value)
 
     def start(self, format_name: str, limit: int | None = None, **environment: str) -> subprocess.Popen:
-        """The same in a process of its own, from another folder; no file may get more bytes than `limit`."""
+        """Start an export in a new process, from another folder; files are limited to `limit` bytes."""
         code = (
             "import sys, pathlib, resource, signal; sys.path.insert(0, sys.argv[1])\n"
             "from paragen.common import cli, paths\n"

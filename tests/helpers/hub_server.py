@@ -1,7 +1,7 @@
 """A hub on 127.0.0.1: the part of the Hugging Face hub's HTTP protocol that a download needs, over a real socket.
 
 Large files are redirected to a second host name (as to the hub's CDN). It can hold or drop a connection in the middle
-of a file, and it notes each request with the bytes that it sent.
+of a file, and it records each request with the bytes that it sent.
 """
 
 import hashlib
@@ -24,7 +24,7 @@ class Repository:
     private: bool = False  # not there for those without a token
     license: str = "mit"
     commit: str = COMMIT
-    told_sizes: dict[str, int] = field(default_factory=dict)  # sizes that the listing tells instead of the real ones
+    told_sizes: dict[str, int] = field(default_factory=dict)  # sizes that the listing gives instead of the real ones
     told_hashes: dict[str, str] = field(default_factory=dict)
 
 
@@ -65,7 +65,7 @@ class Hub:
         return [r for r in self.requests if r.method == method and r.path.endswith(f"/{name}") and r.sent]
 
     def sent(self, name: str) -> int:
-        """Bytes of one file that went out."""
+        """How many bytes of a file were sent."""
         return sum(request.sent for request in self.of(name))
 
 
@@ -159,7 +159,7 @@ class Handler(BaseHTTPRequestHandler):
         self.end_headers()
 
     def send_content(self, path: str, data: bytes, headers: dict[str, str]) -> None:
-        """A file's content, from the byte that is asked for."""
+        """Send a file's content, from the requested byte on."""
         start = int(found[1]) if (found := re.fullmatch(r"bytes=(\d+)-", self.noted.range or "")) else 0
         self.send_response(206 if start else 200)
         if start:

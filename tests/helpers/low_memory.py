@@ -1,7 +1,7 @@
-"""The packed engine on a device with little memory: `fork_server.start("helpers.low_memory", ...)`; SCARCE says how.
+"""The packed engine on a device with little memory: `fork_server.start("helpers.low_memory", ...)`.
 
-SCARCE=room:N       the memory module sees only as much memory as N cells need
-SCARCE=prepare:N    torch runs out of memory while a pack of more than N cells is made ready
+LOW_MEMORY=room:N       the memory module finds only as much free memory as N cells need
+LOW_MEMORY=prepare:N    torch runs out of memory while a pack of more than N cells is prepared
 """
 
 import os
@@ -16,7 +16,7 @@ def main() -> int:
     from paragen.packed import memory
     from paragen.packed.engine import Engine
 
-    kind, number = os.environ["SCARCE"].split(":")
+    kind, number = os.environ["LOW_MEMORY"].split(":")
     if kind == "room":
 
         def free_bytes(device: torch.device) -> float:
@@ -25,7 +25,7 @@ def main() -> int:
         real = memory.count_that_fit
 
         def count_that_fit(model, dtype, adapters, steps):
-            """Gives what N of the adapters need by the real measurement, and asks it again."""
+            """Set the free memory to what N adapters need by the real measurement, and count again with it."""
             largest = [max(each, key=memory.token_count) for each in steps]
             per_token, beside = memory.measure_step(model, dtype, adapters[0], largest[0])
             need = [

@@ -46,7 +46,7 @@ class Scene:
         dtype: torch.dtype = torch.float64, fused: bool | None = None, device: str = "cpu",
     ):  # fmt: skip
         self.folder, self.config, self.dtype, self.device = folder, config or {}, dtype, device
-        self.said: dict[tuple[int, ...], list[int]] = {}
+        self.answers: dict[tuple[int, ...], list[int]] = {}
         settings = {"r": 4, "lora_alpha": 6, "target_modules": "all-linear", "task_type": "CAUSAL_LM"} | (lora or {})
         self.model = self.fresh()
         self.peft = get_peft_model(self.fresh(), LoraConfig(**settings)).eval()
@@ -69,8 +69,8 @@ class Scene:
             setattr(config.get_text_config(), key, value)
         return auto.from_pretrained(self.folder, config=config, dtype=self.dtype).eval().to(self.device)
 
-    def scorer(self, asked: list[Question]) -> Scorer:
-        return Scorer(self.stacked, asked, STOPS, 0)
+    def scorer(self, questions: list[Question]) -> Scorer:
+        return Scorer(self.stacked, questions, STOPS, 0)
 
     def factors(self, *numbers: int) -> Factors:
         """The factors of some adapters, all by default."""
@@ -92,7 +92,7 @@ class Scene:
                 yield self.peft
 
     def likelihoods(self, number: int, question: Question) -> tuple[list[float], float]:
-        """The log-likelihood of each option's text and the loss of the right response, each by a pass of its own."""
+        """The log-likelihood of each option's text and the loss of the right response, each in its own forward pass."""
         with self.by_peft(number) as model:
             texts = [
                 log_likelihood(model, question.tokens, option.tokens[: option.text_length])
@@ -102,14 +102,16 @@ class Scene:
 
     def greedy(self, number: int, prompt: list[int], most: int = LONGEST) -> list[int]:
         """An adapter's answer by transformers' greedy generation, with the token that ends it."""
-        if (number, most, *prompt) in self.said:
-            return self.said[number, most, *prompt]
+        if (number, most, *prompt) in self.answers:
+            return self.answers[number, most, *prompt]
         settings = GenerationConfig(do_sample=False, max_new_tokens=most, eos_token_id=STOPS, pad_token_id=0)
         tokens = torch.tensor([prompt], device=self.device)
         with self.by_peft(number) as model:
-            said = model.generate(input_ids=tokens, attention_mask=torch.ones_like(tokens), generation_config=settings)
-        self.said[number, most, *prompt] = said[0, len(prompt) :].tolist()
-        return self.said[number, most, *prompt]
+            answer = model.generate(
+                input_ids=tokens, attention_mask=torch.ones_like(tokens), generation_config=settings
+            )
+        self.answers[number, most, *prompt] = answer[0, len(prompt) :].tolist()
+        return self.answers[number, most, *prompt]
 
     def questions_for(self, prompts: list[list[int]], seed: int = 0) -> list[Question]:
         """Questions with these prompts whose options are often what one of the adapters generates.
@@ -118,8 +120,8 @@ class Scene:
         """
         some, found = random.Random(seed), []
         for place, prompt in enumerate(prompts):
-            said = [token for token in self.greedy(place % len(self.adapters), prompt) if token not in STOPS]
-            first = [*said[: some.randint(1, 5)], *(some.choices(WORDS) if place % 4 == 3 or not said else [])]
+            answer = [token for token in self.greedy(place % len(self.adapters), prompt) if token not in STOPS]
+            first = [*answer[: some.randint(1, 5)], *(some.choices(WORDS) if place % 4 == 3 or not answer else [])]
             second = [*first[:-1], next(word for word in WORDS if word != first[-1])]
             others = [some.choices(WORDS, k=some.randint(1, 6)) for _ in range(some.randint(0, 3))]
             others = [other for other in others if other[0] not in (first[0], second[0])]
@@ -130,7 +132,7 @@ class Scene:
 
 
 def question(prompt: list[int], options: list[list[int]], right: int = 0) -> Question:
-    """A question out of tokens."""
+    """A question made of tokens."""
     continuations = [
         questions.Continuation(f"[{place}]", [*option, *ENDS], len(option)) for place, option in enumerate(options)
     ]
@@ -144,8 +146,8 @@ def prompts(lengths: list[int], shared: int = 0, seed: int = 0) -> list[list[int
     return [[*beginning, *some.choices(WORDS, k=length)] for length in lengths]
 
 
-def log_likelihood(model: nn.Module, prompt: list[int], said: list[int]) -> float:
-    """The log-likelihood of a response to a prompt, by one plain pass over both."""
-    tokens = torch.tensor([[*prompt, *said]], device=model.device)
+def log_likelihood(model: nn.Module, prompt: list[int], response: list[int]) -> float:
+    """The log-likelihood of a response to a prompt, by one forward pass over both."""
+    tokens = torch.tensor([[*prompt, *response]], device=model.device)
     logits = model(input_ids=tokens).logits[0, len(prompt) - 1 : -1].double()
     return float(logits.log_softmax(-1).gather(1, tokens[0, len(prompt) :, None]).sum())

@@ -39,7 +39,7 @@ class Cell(NamedTuple):
     overrides: tuple[str, ...] = ()
 
     def arguments(self) -> list[str]:
-        """As packed_train.py takes it."""
+        """The command line arguments of packed_train.py for this cell."""
         return ["--cell", str(self.pretrain), str(self.finetune), str(self.rank), *self.overrides]
 
 
@@ -105,14 +105,14 @@ class Packable:
         return self.saves / dataset / f"{MODEL}_lora-rank_{rank}{seed}_{phase}"
 
     def start(self, *cells: Cell, **environment: str) -> fork_server.Run:
-        """Start utils/packed_train.py on cells; ENGINE=packed unless told otherwise, so that nothing falls back."""
+        """Start packed_train.py on cells, with ENGINE=packed unless overridden, so that nothing falls back."""
         arguments = [text for cell in cells for text in cell.arguments()]
         return fork_server.start(
             "paragen.packed.packed_train", arguments, {"ENGINE": "packed", **environment}, self.top / "packed.txt"
         )
 
     def packed(self, *cells: Cell, **environment: str) -> fork_server.Result:
-        """The same to its end."""
+        """Run packed_train.py on cells to its end."""
         return self.start(*cells, **environment).wait()
 
     def ordinary(self, cell: Cell, *phases: str, **environment: str) -> fork_server.Result:
@@ -140,7 +140,7 @@ class Packable:
         return (self.top / "saves").rename(self.top / name) / CATEGORY
 
     def left_over(self) -> list[str]:
-        """What no run may leave: hidden entries beside run folders, rendered recipes."""
+        """Files that no run may leave: hidden entries beside run folders, rendered recipes."""
         hidden = [path.name for path in self.saves.glob("*/.*")]
         return hidden + [path.name for path in self.top.glob("collect_scripts/*/*/*_temp_*")]
 

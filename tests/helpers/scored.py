@@ -10,7 +10,7 @@ RISING = {"base": 0.4, 5: 0.5, 6: 0.7, 7: 0.6}
 
 
 def score(value: float | None, loss: float = 0.5, width: float = 0.1) -> dict[str, Any]:
-    """A score with intervals of `width` to either side; no `value`: the metric is the loss."""
+    """A score with an interval of `width` on either side. Without `value`, the metric is the loss."""
     interval = None if value is None else [max(0.0, value - width), min(1.0, value + width)]
     return {
         "score": value, "interval": interval, "unparsed": 0, "loss": loss,
@@ -19,7 +19,7 @@ def score(value: float | None, loss: float = 0.5, width: float = 0.1) -> dict[st
 
 
 def evaluated(figures: dict, metric: str = "choice", losses: dict | None = None, **changed) -> dict[str, Any]:
-    """An evaluation from figures by step, and the `base`; of the metric `loss` they are losses."""
+    """An evaluation from figures by step and for `base`. For the metric `loss` they are losses."""
     is_loss, losses = metric == "loss", losses or {}
     made = {
         key: score(None, value) if is_loss else score(value, losses.get(key, 0.5)) for key, value in figures.items()

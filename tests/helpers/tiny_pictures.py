@@ -26,8 +26,8 @@ def rows(count: int = 16) -> list[dict]:
     found = []
     for number in range(count):
         images = [f"{PICTURES}/{number}.png", f"{PICTURES}/0.png"][: 2 if number % 4 == 3 else 1]
-        asked = {"from": "human", "value": "<image>" * len(images) + "which colour?"}
-        found.append({"conversations": [asked, {"from": "gpt", "value": COLOURS[number % 4]}], "images": images})
+        question = {"from": "human", "value": "<image>" * len(images) + "which colour?"}
+        found.append({"conversations": [question, {"from": "gpt", "value": COLOURS[number % 4]}], "images": images})
     return found
 
 

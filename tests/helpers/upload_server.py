@@ -17,7 +17,7 @@ USER, WRITES, READS = "user", "hf_writes", "hf_reads"  # an account, its token, 
 
 
 class UploadHub(Hub):
-    """`with UploadHub() as hub:` starts without repositories. What went wrong on purpose: see `answers`."""
+    """`with UploadHub() as hub:` starts without repositories. `answers` holds the errors that a test requests."""
 
     def __init__(self, repositories: dict[str, Repository] | None = None):
         super().__init__(repositories or {}, UploadHandler)
@@ -85,7 +85,7 @@ class UploadHandler(Handler):
         return self.send_json("{}")
 
     def body(self) -> bytes:
-        """The request's content, whole."""
+        """The whole body of the request."""
         if self.headers["Content-Length"] is not None:
             return self.rfile.read(int(self.headers["Content-Length"]))
         content = b""
@@ -96,36 +96,36 @@ class UploadHandler(Handler):
         return content
 
     def wrong(self, path: str) -> bool:
-        """Answer as a test told to."""
+        """Answer as a test configured it."""
         for pattern, status, message in self.hub.answers:
             if re.fullmatch(pattern, path):
                 self.send_json({"error": message, "errors": [{"message": message}]}, status)
                 return True
         return False
 
-    def create(self, asked: dict) -> None:
-        name = f"{asked['organization'] or USER}/{asked['name']}"
-        if asked["organization"] not in (None, USER):
+    def create(self, requested: dict) -> None:
+        name = f"{requested['organization'] or USER}/{requested['name']}"
+        if requested["organization"] not in (None, USER):
             return self.refuse(403, None, f"You don't have the rights to create a repository under {name}")
         url = {"url": f"{self.hub.url}/datasets/{name}"}
         if name in self.hub.repositories:
             return self.send_json(url, 409)
         first = {".gitattributes": b"*.safetensors filter=lfs\n"}
-        self.hub.repositories[name] = Repository(first, private=asked.get("visibility") == "private")
+        self.hub.repositories[name] = Repository(first, private=requested.get("visibility") == "private")
         return self.send_json(url)
 
-    def answer_modes(self, repository: Repository, asked: list[dict]) -> None:
-        """For each file: how it is to be sent, and the hash of the one that is there."""
+    def answer_modes(self, repository: Repository, requested: list[dict]) -> None:
+        """For each file: how it must be sent, and the hash of the existing one."""
         there = {path: self.listed(repository, path) for path in repository.files}
         told = []
-        for path in (file["path"] for file in asked):
+        for path in (file["path"] for file in requested):
             _, _, blob, lfs = there.get(path, (None, None, None, None))
             mode = "lfs" if is_large(path) else "regular"
             told.append({"path": path, "uploadMode": mode, "shouldIgnore": False, "oid": lfs["oid"] if lfs else blob})
         self.send_json({"files": told})
 
     def answer_batch(self, objects: list[dict]) -> None:
-        """For each large file: where to send it, unless it is here."""
+        """For each large file: where to send it, unless it exists."""
         told = [{"oid": file["oid"], "size": file["size"]} for file in objects]
         for file in told:
             if file["oid"] not in self.hub.stored:

@@ -113,7 +113,7 @@ def place_of(manifest: Manifest, name: str) -> Path:
 
 def _exists_already(folder: Path, manifest: Manifest, small: dict[str, bytes]) -> bool:
     """Whether the collection exists and is whole. Raises UserError where something else does, unless FORCE=1."""
-    if not folder.exists() or run_identity.force_asked():
+    if not folder.exists() or run_identity.force_requested():
         return False
     name, way_out = paths.relative(folder), "FORCE=1 replaces it by the archive's"
     there = read_manifest(folder)

@@ -76,7 +76,7 @@ def make_part(
 def is_there(out: Path, name: str, source: dict[str, Any]) -> bool:
     """Whether a part exists, made from `source`, with all its files at their sizes; never with FORCE=1."""
     there = read_record(out).get(name)
-    if there is None or there["source"] != source or there["files"] is None or run_identity.force_asked():
+    if there is None or there["source"] != source or there["files"] is None or run_identity.force_requested():
         return False
     return there["files"] == sizes_of(out / name)
 

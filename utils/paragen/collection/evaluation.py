@@ -178,7 +178,9 @@ def import_scores(folder: Path, manifest: Manifest, incoming: bytes | None) -> N
     Raises UserError where that would lose scores that were measured here, unless FORCE=1.
     """
     path, here = folder / FILE, bytes_in(folder)
-    if incoming is not None and adds_scores(incoming, here, manifest, paths.relative(path), run_identity.force_asked()):
+    if incoming is not None and adds_scores(
+        incoming, here, manifest, paths.relative(path), run_identity.force_requested()
+    ):
         files.write_atomically(path, incoming)
         say(f"scores imported: {paths.relative(path)}")
 

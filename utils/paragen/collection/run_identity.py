@@ -223,6 +223,6 @@ def check_resumable(checkpoint: Path, rank: int, how_to_make: str) -> None:
         )
 
 
-def force_asked() -> bool:
+def force_requested() -> bool:
     """Whether the user set FORCE=1: make again what is complete or stale."""
     return cli.is_on("FORCE")

@@ -85,7 +85,7 @@ def check_may_replace(path: Path, rows: int, dataset: str) -> None:
     """Raise UserError unless FORCE=1 is set and the name to keep the present file under is free."""
     if os.path.lexists(aside(path)):
         raise UserError(f"{paths.relative(aside(path))}: is there already; move it away, then run it again")
-    if not run_identity.force_asked():
+    if not run_identity.force_requested():
         raise UserError(
             f"{paths.relative(path)}: holds other prompts than the {rows} that {dataset} was trained on; FORCE=1 "
             f"puts them there and keeps it as {aside(path).name}, or take another OUT"

@@ -1,7 +1,4 @@
-"""Trains ready members in packs, keeps their books, and completes their runs.
-
-Imported by packed_train.py.
-"""
+"""Trains runs in packs: logs and saves for each of them, and completes it."""
 
 import math
 import time
@@ -22,28 +19,28 @@ from paragen.packed.frozen_base import FrozenBase, PackedRun
 from paragen.packed.layers import NotPackable
 from paragen.training import attempts, collector, completion
 
-EVERY = 10  # seconds between lines of progress
+PROGRESS_SECONDS = 10  # between two lines of progress
 
 
 def train_all(base: FrozenBase, ready: list[tuple[Any, Any, PackedRun]]) -> Iterator[tuple[Any, Any, Any]]:
-    """Train members in as few packs as memory allows.
+    """Train runs in as few packs as memory allows.
 
     Args:
-        base: their model.
-        ready: (cell, run, member); the first two are handed back.
+        base: their base model.
+        ready: (cell, run, member), where `member` is the run as `base` prepared it; cell and run are yielded unchanged.
 
-    Yields (cell, run, outcome) for each: None when its run is complete, a UserError, or why it is NotPackable.
+    Yields (cell, run, result) for each. The result is None for a complete run, else the UserError or NotPackable.
     """
     waiting = list(ready)
     limit = len(waiting)
     while waiting:
         step_batches = [list(member.schedule.step_batches()) for _, _, member in waiting]
         members = [member for _, _, member in waiting[:limit]]
-        if base.model.device.type == "cpu":  # which says nothing when there is too little, but kills
-            limit = fitting(base, members, step_batches)
+        if base.model.device.type == "cpu":  # too little memory kills the process there, without an exception
+            limit = count_fitting(base, members, step_batches)
         else:
             limit = memory.count_within_host_memory([member.adapter for member in members])
-        pack = ready_pack(base, members[:limit], step_batches[:limit])
+        pack = make_pack(base, members[:limit], step_batches[:limit])
         devices.free_memory()
         if isinstance(pack, NotPackable):
             yield from ((cell, run, pack) for cell, run, _ in waiting)
@@ -53,7 +50,7 @@ def train_all(base: FrozenBase, ready: list[tuple[Any, Any, PackedRun]]) -> Iter
             limit = len(waiting)
             continue
         if pack is None:
-            limit = min(limit - 1, fitting(base, members, step_batches))
+            limit = min(limit - 1, count_fitting(base, members, step_batches))
             continue
         count = len(pack.members)
         with pack:
@@ -65,26 +62,26 @@ def train_all(base: FrozenBase, ready: list[tuple[Any, Any, PackedRun]]) -> Iter
         tried, waiting = waiting[:count], waiting[count:]
         limit = min(limit, len(waiting))
         if not whole:
-            say("  a cell diverged, which may have spoilt the others: they are trained again in smaller packs")
-            again, failed = begun_again(base, tried)
+            say("  a cell diverged, which may have changed the others: they are trained again in smaller packs")
+            again, failed = prepare_again(base, tried)
             yield from failed
             waiting, limit = again + waiting, -(-count // 2)
 
 
-def ready_pack(
+def make_pack(
     base: FrozenBase, members: list[PackedRun], step_batches: list[list[list[Row]]]
 ) -> "Pack | NotPackable | None":
-    """A pack ready to train; why it cannot be; or None where it does not fit into memory."""
+    """A pack that is ready to train; a NotPackable; or None where it does not fit into memory."""
     try:
         return Pack(base, members, step_batches)
-    except NotPackable as why:
-        return why
+    except NotPackable as error:
+        return error
     except torch.OutOfMemoryError:
-        return None  # what it took is free only now, as the error holds it
+        return None  # the error holds the memory until this handler ends
 
 
-def begun_again(base: FrozenBase, tried: list[tuple[Any, Any, PackedRun]]) -> tuple[list, list]:
-    """Members, with cell and run, as they were before training; and (cell, run, error) where that fails."""
+def prepare_again(base: FrozenBase, tried: list[tuple[Any, Any, PackedRun]]) -> tuple[list, list]:
+    """Prepare trained runs anew, as before their training; returns them, and (cell, run, error) where that fails."""
     again, failed = [], []
     for cell, run, member in tried:
         attempt = member.schedule.attempt
@@ -97,8 +94,8 @@ def begun_again(base: FrozenBase, tried: list[tuple[Any, Any, PackedRun]]) -> tu
     return again, failed
 
 
-def fitting(base: FrozenBase, members: list[PackedRun], step_batches: list[list[list[Row]]]) -> int:
-    """How many of the members, from the first on, fit into memory together."""
+def count_fitting(base: FrozenBase, members: list[PackedRun], step_batches: list[list[list[Row]]]) -> int:
+    """How many members, counted from the first one, fit into memory together."""
     if len(members) == 1:
         return 1
     steps = [[Step([rows]) for rows in each] for each in step_batches[: len(members)]]
@@ -111,12 +108,14 @@ def fitting(base: FrozenBase, members: list[PackedRun], step_batches: list[list[
 
 
 class Pack:
-    """Members that are trained together.
+    """Runs that are trained together. A context manager: its end unloads the adapters from the base model.
 
     Args:
-        step_batches: the rows of each of a member's steps.
+        base: the base model.
+        members: the runs.
+        step_batches: for each member, for each of its steps, the rows.
 
-    Raises torch.OutOfMemoryError where they do not fit. Use it as a context, which gives the model back.
+    Raises torch.OutOfMemoryError where they do not fit into memory.
     """
 
     def __init__(self, base: FrozenBase, members: list[PackedRun], step_batches: list[list[list[Row]]]):
@@ -125,7 +124,7 @@ class Pack:
         loads = [sum(len(row.tokens) for rows in each for row in rows) / len(self.steps) for each in step_batches]
         self.engine = Engine(base.model, [member.adapter for member in members], base.dtype, loads)
         self.threads: ThreadPoolExecutor = checkpoint_writer.threads()
-        self.shown: list[dict[int, dict[str, float]]] = [{} for _ in members]
+        self.logged: list[dict[int, dict[str, float]]] = [{} for _ in members]
         self.saving: list[list[Future]] = [[] for _ in members]
         self.unsaved: dict[tuple[int, int], tuple[Tensor, dict[str, Tensor]]] = {}
         try:
@@ -153,62 +152,62 @@ class Pack:
         self.engine.close()
 
     def train(self) -> bool:
-        """Train all steps; what is to be kept is on disk or on its way there afterwards.
+        """Train all steps, and write or queue what is saved.
 
-        Returns False, at once, where values are not finite in a pack of several: the products that leave other
-        adapters out multiply them by zero, which a value that is not finite survives. Alone, an adapter may diverge.
+        Returns False, immediately, where a value is not finite in a pack of several. The stacked products multiply the
+        other adapters' values by zero, and a value that is not finite stays so. An adapter alone may diverge.
         """
-        began = said = time.monotonic()
+        began = printed = time.monotonic()
         for member in self.members:
             member.log.begin()
         phase = self.members[0].schedule.attempt.run.phase
         say(f"{phase} of {len(self.members)} cells, packed, {len(self.steps)} steps")
-        for number, losses in self.engine.train(self.steps, self._keep):
+        for number, losses in self.engine.train(self.steps, self._save_step):
             if len(self.members) > 1 and not all(map(math.isfinite, losses)):
                 return False
-            for who, member in enumerate(self.members):
-                self._note(who, member, number, losses[who])
-            if time.monotonic() - said > EVERY:
-                said = time.monotonic()
-                rate = 1000 * (said - began) / (number + 1)
+            for index, member in enumerate(self.members):
+                self._log_loss(index, member, number, losses[index])
+            if time.monotonic() - printed > PROGRESS_SECONDS:
+                printed = time.monotonic()
+                rate = 1000 * (printed - began) / (number + 1)
                 say(f"  step {number + 1} of {len(self.steps)}, {rate:.0f} ms each, mean loss {mean_of(losses):.4f}")
         return len(self.members) == 1 or all(bool(vector.isfinite().all()) for vector in self.engine.vectors)
 
-    def _keep(self, number: int) -> None:
-        """Queue what is kept of the adapters after a step."""
-        for who, (member, writer) in enumerate(zip(self.members, self.writers, strict=True)):
+    def _save_step(self, number: int) -> None:
+        """Queue what is saved of each adapter after a step."""
+        for index, (member, writer) in enumerate(zip(self.members, self.writers, strict=True)):
             step = member.schedule.first + number
             if member.schedule.is_collected(step):
                 writer.take(step)
             if step in member.schedule.saved:
-                moments = {name: value.detach().cpu().clone() for name, value in self.engine.moments_of(who).items()}
-                self.unsaved[who, step] = self.engine.vectors[who].detach().cpu().clone(), moments
+                moments = {name: value.detach().cpu().clone() for name, value in self.engine.moments_of(index).items()}
+                self.unsaved[index, step] = self.engine.vectors[index].detach().cpu().clone(), moments
 
-    def _note(self, who: int, member: PackedRun, number: int, loss: float) -> None:
-        """Take the loss of a member's step, and save the checkpoint that waited for it."""
+    def _log_loss(self, index: int, member: PackedRun, number: int, loss: float) -> None:
+        """Log the loss of a member's step, and save the checkpoint that waits for it."""
         schedule = member.schedule
         step = schedule.first + number
         if step > schedule.last:
             return
-        if shown := member.log.add(loss):
-            self.shown[who][step] = shown
-        if (who, step) in self.unsaved:
+        if logged := member.log.add(loss):
+            self.logged[index][step] = logged
+        if (index, step) in self.unsaved:
             write = stock_checkpoint.prepare_save(
-                schedule, member.adapter, *self.unsaved.pop((who, step)), member.config
+                schedule, member.adapter, *self.unsaved.pop((index, step)), member.config
             )
-            self.saving[who].append(self.threads.submit(write))
+            self.saving[index].append(self.threads.submit(write))
 
-    def complete(self, who: int) -> UserError | None:
-        """Make a member's run whole and give it its name; what is wrong with it, if anything."""
-        member, writer = self.members[who], self.writers[who]
+    def complete(self, index: int) -> UserError | None:
+        """Complete a member's run and publish it; returns the error where that fails."""
+        member, writer = self.members[index], self.writers[index]
         attempt = member.schedule.attempt
         member.log.finish()
         try:
-            for saving in self.saving[who]:
+            for saving in self.saving[index]:
                 saving.result()
             if writer is not None:
                 written = writer.written()
-                records = {step: self.shown[who][step] | record for step, record in written.items()}
+                records = {step: self.logged[index][step] | record for step, record in written.items()}
                 collector.write_collected(attempt.staging, records)
             facts = {
                 "device": devices.describe(),
@@ -228,6 +227,6 @@ class Pack:
 
 
 def mean_of(losses: list[float]) -> float:
-    """The mean of the losses of those that still train."""
+    """The mean loss of the members that are still training."""
     present = [loss for loss in losses if loss]
     return sum(present) / max(1, len(present))

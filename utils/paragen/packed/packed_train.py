@@ -1,13 +1,13 @@
-"""Train the adapters of many cells at once on one copy of their base model; each ends as a run of its own.
+"""Train the adapters of many cells at once on one copy of their base model; each becomes a run of its own.
 
     python -m paragen.packed.packed_train --cell PRETRAIN.yaml FINETUNE.yaml RANK [key=value ...] [--cell ...]
 
-Does both phases of each cell, in the run folders, files and manifests of the ordinary path; what is complete is not
-done again. A run that the packed engine cannot do is trained the ordinary way, and one line says why (ENGINE=packed
-makes that an error). FORCE=1 redoes complete or stale runs, DEVICES=0 names the device.
+Trains both phases of each cell, with the run folders, files and manifests of the ordinary path. Complete runs are
+skipped. A run that cannot be packed is trained the ordinary way, after a line that names the reason; with ENGINE=packed
+that is an error. FORCE=1 redoes complete or stale runs, DEVICES=0 names the device.
 
-For programs that call it: --results FILE takes a line of JSON per cell as soon as its outcome is known (see
-`read_results`), and --leave leaves the cells that cannot be packed to the caller.
+For programs that call it: --results FILE gets a line of JSON per cell as soon as its outcome is known (see
+`read_results`), and --leave skips the cells that cannot be packed.
 """
 
 import argparse
@@ -32,17 +32,17 @@ from paragen.training.outcome import DONE, Outcome
 
 def main() -> int:
     parser = argparse.ArgumentParser(description="Train the adapters of many cells at once.")
-    parser.add_argument("--results", type=Path, help="a file that takes a line of JSON with each cell's outcome")
-    parser.add_argument("--leave", action="store_true", help="leave cells that cannot be packed to the caller")
+    parser.add_argument("--results", type=Path, help="a file that gets a line of JSON with each cell's outcome")
+    parser.add_argument("--leave", action="store_true", help="skip cells that cannot be packed")
     parser.add_argument("--cell", nargs="+", action="append", required=True, metavar="PRETRAIN FINETUNE RANK key=value")
     args = parser.parse_args()
     chosen = [cell_of(*given) for given in args.cell]
-    tell = results_writer(args.results, chosen) if args.results else lambda cell, ended: None
-    return 1 if collect(chosen, tell, args.leave) else 0
+    report = results_writer(args.results, chosen) if args.results else lambda cell, ended: None
+    return 1 if collect(chosen, report, packed_only=args.leave) else 0
 
 
 def cell_of(pretrain: str, finetune: str = "", rank: str = "", *overrides: str) -> Cell:
-    """The cell that command line arguments name, see `arguments_of`."""
+    """The cell that the arguments of one --cell name (see `arguments_of`)."""
     if not rank:
         raise UserError("--cell needs a pretrain recipe, a finetune recipe and a rank")
     recipes = Path(pretrain), Path(finetune)
@@ -57,7 +57,7 @@ def arguments_of(cell: Cell) -> list[str]:
 
 
 def results_writer(path: Path, cells: list[Cell]) -> Callable[[Cell, Outcome], None]:
-    """What appends a cell's outcome to a file that `read_results` reads."""
+    """A function that appends a cell's outcome to a file that `read_results` reads."""
 
     def write(cell: Cell, ended: Outcome) -> None:
         with open(path, "a", encoding="utf-8") as file:
@@ -67,9 +67,9 @@ def results_writer(path: Path, cells: list[Cell]) -> Callable[[Cell, Outcome], N
 
 
 def read_results(path: Path) -> dict[int, Outcome]:
-    """The outcomes in a file of --results, by the cell's place; without the line that a killed process did not finish.
+    """The outcomes in a file of --results, by the cell's place on the command line.
 
-    `not_packable` is a cell that was left to the ordinary path.
+    A cell with the outcome `not_packable` was skipped. A last line that a killed process did not finish is ignored.
     """
     lines = path.read_text(encoding="utf-8").splitlines(keepends=True) if path.is_file() else []
     read = [json.loads(line) for line in lines if line.endswith("\n")]
@@ -77,16 +77,16 @@ def read_results(path: Path) -> dict[int, Outcome]:
 
 
 def collect(
-    chosen: list[Cell], tell: Callable[[Cell, Outcome], None] = lambda cell, ended: None, leave: bool = False
+    chosen: list[Cell], report: Callable[[Cell, Outcome], None] = lambda cell, ended: None, packed_only: bool = False
 ) -> list[Cell]:
-    """Make cells collections.
+    """Train cells, so that each becomes a collection.
 
     Args:
         chosen: the cells, each once.
-        tell: called with each cell and its outcome, as soon as that is known.
-        leave: do not train what cannot be packed.
+        report: called with each cell and its outcome, as soon as that is known.
+        packed_only: skip cells that cannot be packed, in place of training them the ordinary way.
 
-    Returns those that failed, each after a line that says why.
+    Returns the cells that failed. For each, a line with the cause was printed.
     """
     by_base: dict[tuple, list[Cell]] = {}
     failed = []
@@ -96,23 +96,24 @@ def collect(
         except UserError as error:
             failed.append(cell)
             cli.complain(str(error))
-            tell(cell, outcome.outcome_of(error))
+            report(cell, outcome.outcome_of(error))
     wanted = devices.choose()
     devices.pin(wanted)
     for members in by_base.values():
-        failed += Pack(members, wanted, tell, leave).collect()
+        failed += CellGroup(members, wanted, report, packed_only).collect()
         devices.free_memory()
     return failed
 
 
 def is_done(cell: Cell) -> bool:
-    """Whether the collection is complete and its pretrain, where it is still there, is the recipe's."""
+    """Whether a cell's collection is complete and its pretrain run, where it still exists, is up to date."""
     return pretrain_snapshot(cell) is None
 
 
 def pretrain_snapshot(cell: Cell) -> Snapshot | None:
-    """The snapshot with which a cell's pretrain begins, or None where the cell is done."""
-    pretrain, finetune = cell.runs  # both rendered first: a mistake in a recipe is named before a missing model
+    """The snapshot of a cell's pretrain run; None where the cell is done."""
+    # both are rendered first, so that a mistake in a recipe is reported before a missing model
+    pretrain, finetune = cell.runs
     snapshot = run_identity.snapshot_of(pretrain)
     if (finetune.folder / paths.MANIFEST).is_file():
         states = [discovery.state_of(finetune.folder, run_identity.identity_of(finetune)).name]
@@ -123,27 +124,29 @@ def pretrain_snapshot(cell: Cell) -> Snapshot | None:
 
 
 def base_key(run: Run) -> tuple:
-    """Runs with the same key can share a base model."""
+    """A key that is equal for runs that can share a base model."""
     return str(run.base), bool(run.config.get("bf16")), str(run.config.get("lora_target", "all"))
 
 
-class Pack:
-    """Cells that share a base model.
+class CellGroup:
+    """Cells that share a base model, which is loaded once.
 
     Args:
-        cells: what is requested.
+        cells: the requested cells.
         wanted: the device, as devices.choose gives it, already pinned.
-        tell, leave: as for `collect`.
+        report, packed_only: as for `collect`.
     """
 
-    def __init__(self, cells: list[Cell], wanted: list[str], tell: Callable[[Cell, Outcome], None], leave: bool):
-        self.cells, self.wanted, self.tell, self.leave = cells, wanted, tell, leave
+    def __init__(
+        self, cells: list[Cell], wanted: list[str], report: Callable[[Cell, Outcome], None], packed_only: bool
+    ):
+        self.cells, self.wanted, self.report, self.packed_only = cells, wanted, report, packed_only
         self.ended: dict[Cell, Outcome] = {}
-        self.ordinary: list[tuple[Cell, Run]] = []  # what is left to the ordinary path in this phase
+        self.ordinary: list[tuple[Cell, Run]] = []  # runs of this phase that cannot be packed
         self.base: Any = None
 
     def collect(self) -> list[Cell]:
-        """Do both phases; the cells that failed."""
+        """Train both phases; returns the cells that failed."""
         for phase in paths.PHASES:
             self._phase(phase)
         for cell in [cell for cell in self.cells if cell not in self.ended]:
@@ -152,70 +155,70 @@ class Pack:
 
     def _end(self, cell: Cell, ended: Outcome) -> None:
         self.ended[cell] = ended
-        self.tell(cell, ended)
+        self.report(cell, ended)
 
-    def _fall_back(self, cell: Cell, run: Run, why: str) -> None:
-        """Leave a run to the ordinary path; raises UserError where ENGINE=packed forbids that."""
-        engines.say_fallback(run, why)
-        if self.leave:
-            self._end(cell, Outcome("not_packable", why))
+    def _fall_back(self, cell: Cell, run: Run, reason: str) -> None:
+        """Queue a run for the ordinary path, or skip its cell. Raises UserError where ENGINE=packed forbids that."""
+        engines.announce_fallback(run, reason)
+        if self.packed_only:
+            self._end(cell, Outcome("not_packable", reason))
         else:
             self.ordinary.append((cell, run))
 
     def _phase(self, phase: str) -> None:
         self.ordinary = []
         with contextlib.ExitStack() as stack:
-            begun = []
+            started = []
             for cell in [cell for cell in self.cells if cell not in self.ended]:
                 with self._one_cell(cell):
                     run, snapshot = self._next(cell, phase)
                     attempt = stack.enter_context(attempts.begin(run, snapshot)) if snapshot else None
                     if attempt is None:
                         continue
-                    if why := engines.why_not_packed(run, self.wanted):
-                        self._fall_back(cell, run, why)
+                    if reason := engines.why_not_packed(run, self.wanted):
+                        self._fall_back(cell, run, reason)
                     else:
-                        begun.append((cell, run, attempt))
-            if begun:
-                self._train(begun)
+                        started.append((cell, run, attempt))
+            if started:
+                self._train(started)
             devices.free_memory()
         for cell, run in self.ordinary:
             with self._one_cell(cell):
                 script = ["bash", paths.UTILS / "train_with_rank.sh", run.recipe, cell.rank, *run.overrides]
                 if status := cli.call(script):
-                    raise UserError(f"{run}: failed with status {status}; the cause stands above")
+                    raise UserError(f"{run}: failed with status {status}; see the cause above")
 
     @staticmethod
     def _next(cell: Cell, phase: str) -> tuple[Run, Snapshot | None]:
-        """A cell's run of a phase, and its snapshot; None where nothing of the cell is left to do."""
+        """A cell's run of a phase, and its snapshot or, where the cell is done, None."""
         if phase == "finetune":
             return cell.finetune, run_identity.snapshot_of(cell.finetune)
-        forced = run_identity.force_asked()
+        forced = run_identity.force_requested()
         return cell.pretrain, run_identity.snapshot_of(cell.pretrain) if forced else pretrain_snapshot(cell)
 
     @contextlib.contextmanager
     def _one_cell(self, cell: Cell) -> Iterator[None]:
-        """What goes wrong in the body ends this cell alone."""
+        """Print a UserError of the body, and end this cell alone with it."""
         try:
             yield
         except UserError as error:
             cli.complain(str(error))
             self._end(cell, outcome.outcome_of(error))
 
-    def _train(self, begun: list[tuple[Cell, Run, Attempt]]) -> None:
-        """Train the attempts, in as few packs as memory allows."""
+    def _train(self, started: list[tuple[Cell, Run, Attempt]]) -> None:
+        """Train attempts in as few packs as memory allows."""
         os.environ.setdefault("LLAMAFACTORY_VERBOSITY", "WARN")
         os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
-        from paragen.packed import frozen_base, loop  # import LLaMA-Factory: after the devices are pinned
+        from paragen.packed import frozen_base, loop  # they import LLaMA-Factory: after the devices are pinned
 
         self.base = self.base or frozen_base.FrozenBase(self.wanted)
         ready = []
-        for cell, run, attempt in begun:
+        for cell, run, attempt in started:
             with self._one_cell(cell):
                 try:
                     ready.append((cell, run, self.base.admit(attempt)))
-                except frozen_base.NotPackable as why:
-                    self._fall_back(cell, run, str(why))
+                except frozen_base.NotPackable as error:
+                    self._fall_back(cell, run, str(error))
                 except frozen_base.OutOfMemory:
                     self._fall_back(cell, run, "its model does not fit into memory beside what the comparison needs")
         for cell, run, ended in loop.train_all(self.base, ready):

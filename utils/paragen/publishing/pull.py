@@ -220,7 +220,7 @@ def same_data(file: str, sha256: str) -> bool:
         return False
     if files.sha256_of(path) == sha256:
         return True
-    if not run_identity.force_asked():
+    if not run_identity.force_requested():
         raise UserError(f"{paths.relative(path)}: is there with other rows; move it away, or FORCE=1 replaces it")
     return False
 
@@ -228,7 +228,7 @@ def same_data(file: str, sha256: str) -> bool:
 def require_registrable(name: str, entry: dict[str, Any]) -> None:
     """Raise UserError when `name` is registered with another entry here, unless FORCE=1."""
     old = dataset_info.read_info(paths.DATA).get(name)
-    if old is None or run_identity.force_asked() or same_entry(old, entry):
+    if old is None or run_identity.force_requested() or same_entry(old, entry):
         return
     where = paths.relative(paths.DATA / "dataset_info.json")
     raise UserError(f"{where}: {name!r} is registered in another way; rename it there, or FORCE=1 replaces it")
@@ -255,7 +255,7 @@ def fetch_data(source: Source, file: str, sha256: str) -> None:
 def register(name: str, entry: dict[str, Any]) -> None:
     """Put an entry into dataset_info.json unless an equal one is there."""
     if not same_entry(dataset_info.read_info(paths.DATA).get(name), entry):
-        say(f"{name}: {registration.store(name, entry, run_identity.force_asked(), paths.DATA)}")
+        say(f"{name}: {registration.store(name, entry, run_identity.force_requested(), paths.DATA)}")
 
 
 # ---------------------------------------------------------------------------------------------------------- into saves/
@@ -275,7 +275,7 @@ def is_here(name: str, mark: dict[str, Any]) -> bool:
     if fault is None:
         say(f"there already: {paths.relative(folder)}")
         return True
-    if not run_identity.force_asked():
+    if not run_identity.force_requested():
         raise UserError(f"{paths.relative(folder)}: is there, but {fault}; move it away, or FORCE=1 replaces it")
     return False
 
@@ -342,7 +342,7 @@ def fetch_scores(source: Source, name: str, mark: dict[str, Any], layout: str) -
             f"{source.repository}: {name} has other scores than its {paths.INDEX} names; nothing was written"
         )
     folder = paths.SAVES / name
-    label, force = paths.relative(folder / evaluation.FILE), run_identity.force_asked()
+    label, force = paths.relative(folder / evaluation.FILE), run_identity.force_requested()
     evaluation.adds_scores(data, evaluation.bytes_in(folder), require_manifest(folder), label, force)
     return data
 

@@ -1,6 +1,6 @@
-"""Finds recipes and cells among those under collect_scripts/, from what a user types.
+"""Finds the recipes and cells below collect_scripts/ that a user names.
 
-Names are matched without case and punctuation.
+Names are matched without regard to case and punctuation.
 """
 
 import os
@@ -13,7 +13,7 @@ from paragen.recipes import render
 from paragen.recipes.run import Cell
 
 DEFAULT_MODEL = "qwen2.5-0.5b"
-RANKS = (2, 4, 8, 16, 64)  # of a sweep
+RANKS = (2, 4, 8, 16, 64)  # that a sweep collects by default
 
 
 def recipes(scripts: Path | None = None) -> dict[tuple[str, str, str], Path]:
@@ -27,17 +27,17 @@ def recipes(scripts: Path | None = None) -> dict[tuple[str, str, str], Path]:
                 key = (dataset, path.name.removesuffix(ending), phase)
                 if key in found:
                     raise UserError(
-                        f"{path}: the same recipe stands at {found[key]}; a dataset belongs to one category"
+                        f"{path}: the same recipe exists as {found[key]}; a dataset belongs to one category"
                     )
                 found[key] = path
     return found
 
 
 def find(dataset: str, model: str | None, phase: str, scripts: Path | None = None) -> Path:
-    """The recipe that is meant.
+    """The recipe that a user names.
 
-    Without `model`: DEFAULT_MODEL where the dataset has a recipe for it, else its one model. Raises UserError listing
-    the right values when there is none.
+    Without `model`: DEFAULT_MODEL where the dataset has a recipe for it, else its one model. Raises UserError with
+    the known names when there is none.
     """
     known = recipes(scripts)
     return known[(*_names(known, dataset, model, phase), phase)]
@@ -46,17 +46,17 @@ def find(dataset: str, model: str | None, phase: str, scripts: Path | None = Non
 def find_cell(
     dataset: str, model: str | None, rank: int, overrides: tuple[str, ...] = (), keep: tuple[str, ...] = ()
 ) -> Cell:
-    """The cell of the recipes that are meant, as for `find`. `keep`: overrides of the finetune alone."""
+    """The cell that a user names (as for `find`). `keep`: overrides of the finetune only."""
     known = recipes()
     pretrain, finetune = (_names(known, dataset, model, phase) for phase in paths.PHASES)
     return Cell(*finetune, rank, (known[*pretrain, "pretrain"], known[*finetune, "finetune"]), overrides, keep)
 
 
 def _names(known: dict[tuple[str, str, str], Path], dataset: str, model: str | None, phase: str) -> tuple[str, str]:
-    """The dataset and the model that are meant, spelled as in the recipes' names."""
+    """The named dataset and model, spelled as in the recipes' file names."""
     if not dataset:
         names = ", ".join(sorted({key[0] for key in known}))
-        raise UserError(f"say which dataset: make {phase} DATASET=...; known: {names}")
+        raise UserError(f"name a dataset: make {phase} DATASET=...; known: {names}")
     dataset = paths.choose(dataset, {key[0] for key in known}, "dataset")
     models = {key[1] for key in known if key[0] == dataset and key[2] == phase}
     if model:
@@ -65,14 +65,17 @@ def _names(known: dict[tuple[str, str, str], Path], dataset: str, model: str | N
         return dataset, DEFAULT_MODEL
     if len(models) == 1:
         return dataset, models.pop()
-    raise UserError(f"say which model of {dataset}: MODEL=...; known: {', '.join(sorted(models)) or 'none yet'}")
+    raise UserError(f"name a model of {dataset}: MODEL=...; known: {', '.join(sorted(models)) or 'none yet'}")
 
 
 def chosen_cells(category: str, datasets: Iterable[str]) -> list[Cell]:
-    """The cells of a category (empty: all) and of some datasets (none: all), for MODELS or MODEL and RANKS.
+    """The cells that a user selects; those that share a base model are adjacent.
 
-    Names are matched without case and punctuation. Cells that share a base model stand together. Raises UserError for a
-    value that is not known, listing the right ones.
+    Args:
+        category: its name; an empty text selects all.
+        datasets: their names; none selects all.
+
+    MODELS or MODEL selects models, RANKS ranks. Raises UserError with the known names for an unknown one.
     """
     pairs = pairs_in(category)
     names = {dataset for dataset, _ in pairs}
@@ -90,7 +93,7 @@ def chosen_cells(category: str, datasets: Iterable[str]) -> list[Cell]:
 
 
 def pairs_in(category: str) -> dict[tuple[str, str], tuple[Path, Path]]:
-    """The recipe pairs (pretrain, finetune) of a category, by (dataset, model); all categories' where none is named."""
+    """The recipe pairs (pretrain, finetune) of a category, by (dataset, model); of all categories where it is empty."""
     if category:
         category = paths.choose(category, paths.CATEGORIES, "category")
     known = {key: path for key, path in recipes().items() if category in ("", path.parent.parent.name)}
@@ -100,5 +103,5 @@ def pairs_in(category: str) -> dict[tuple[str, str], tuple[Path, Path]]:
         if phase == "pretrain" and (dataset, model, "finetune") in known
     }
     if not pairs:
-        raise UserError(f"collect_scripts/{category or '*'}: no pair of recipes there yet")
+        raise UserError(f"collect_scripts/{category or '*'}: no pair of recipes exists yet")
     return pairs

@@ -1,6 +1,4 @@
-"""A recipe for one rank: the plain LLaMA-Factory config that is trained.
-
-    python utils/rank_config.py RECIPE.yaml RANK [key=value ...]     prints the rendered recipe, writes nothing
+"""Renders a recipe at a rank: the result is the plain LLaMA-Factory config that is trained.
 
 Rendering sets `lora_rank` and the `_lora-rank_<r>_` part of `output_dir` and `resume_from_checkpoint` (with a seed
 other than the recipe's: `_lora-rank_<r>_seed-<s>_`); `key=value` arguments override recipe keys as in LLaMA-Factory.
@@ -20,7 +18,7 @@ from paragen.recipes import keys
 
 
 def parse_rank(text: str) -> int:
-    """A LoRA rank as typed; raises UserError unless it is a positive whole number."""
+    """A LoRA rank from text. Raises UserError unless it is a positive whole number."""
     if not re.fullmatch(r"[0-9]{1,6}", str(text)) or int(text) == 0:
         raise UserError(f"rank {text!r} is not a positive whole number")
     return int(text)
@@ -29,7 +27,7 @@ def parse_rank(text: str) -> int:
 def load(recipe: Path) -> dict:
     """The recipe's keys and values, read as LLaMA-Factory reads them (OmegaConf: `5e-5` is a number).
 
-    Raises UserError with file and line for what is no YAML mapping with text keys.
+    Raises UserError with file and line unless it is a YAML mapping with text keys.
     """
     try:
         config = OmegaConf.to_container(OmegaConf.load(recipe), resolve=True)
@@ -57,7 +55,7 @@ def render(recipe: Path, rank: int, overrides: list[str] = ()) -> dict:
         rank: LoRA rank, positive.
         overrides: `key=value` texts; a value is read as YAML (`bf16=false`, `learning_rate=1e-4`).
 
-    Raises UserError naming file, line, key and value when the recipe cannot be trained as it stands.
+    Raises UserError with file, line, key and value when the recipe cannot be trained.
     """
     own = load(recipe)
     _check_own_ranks(recipe, own)
@@ -65,7 +63,7 @@ def render(recipe: Path, rank: int, overrides: list[str] = ()) -> dict:
     config = {**own, **given}
     _check_keys(recipe, config)
     if given.get("lora_rank", rank) != rank:
-        raise UserError(f"lora_rank={given['lora_rank']} contradicts rank {rank}; leave the override away")
+        raise UserError(f"lora_rank={given['lora_rank']} contradicts rank {rank}; omit the override")
 
     own_seed = own.get("seed", keys.OMITTED_SEED)
     seed = config.get("seed", keys.OMITTED_SEED)
@@ -77,35 +75,35 @@ def render(recipe: Path, rank: int, overrides: list[str] = ()) -> dict:
         if key not in given:
             config[key] = paths.with_rank(value, rank, seed if seed != own_seed else None)
         elif (paths.rank_in(value) or (rank,))[0] != rank:
-            raise UserError(f"{key}={value} names rank {paths.rank_in(value)[0]}, but the rank asked for is {rank}")
+            raise UserError(f"{key}={value} names rank {paths.rank_in(value)[0]}, but the requested rank is {rank}")
     return config
 
 
 def phase_of(config: dict) -> str:
-    """`finetune` for a recipe that collects (it resumes from a checkpoint and saves every step), else `pretrain`."""
+    """`finetune` for a recipe that collects (resumes from a checkpoint and saves every step), else `pretrain`."""
     return "finetune" if config.get("resume_from_checkpoint") and config.get("save_steps") == 1 else "pretrain"
 
 
 def run_folder(recipe: Path, config: dict) -> Path:
-    """The absolute path of the run folder that a rendered recipe fills; of a link (to a larger disk), its target."""
+    """The absolute path of a rendered recipe's run folder. For a link (to a larger disk), it is the link's target."""
     folder = resolve(recipe, config["output_dir"])
     return folder.resolve() if folder.is_symlink() else folder
 
 
 def resolve(recipe: Path, path: str) -> Path:
-    """A path of a recipe, relative to the recipe's folder, as an absolute one."""
+    """The absolute path of a path in a recipe, which is relative to the recipe's folder."""
     return Path(os.path.normpath(recipe.parent.resolve() / os.path.expanduser(path)))
 
 
 def temporary_path(recipe: Path, config: dict) -> Path:
-    """Where the rendered recipe lies while it is trained: `<recipe>_temp_rank_<rank>.yaml`, beside the recipe."""
+    """The path of the rendered recipe during the training: `<recipe>_temp_rank_<rank>.yaml`, beside the recipe."""
     named = paths.rank_in(config["output_dir"])
     seed = f"_seed-{named[1]}" if named and named[1] is not None else ""
     return recipe.absolute().with_name(f"{recipe.stem}_temp_rank_{config['lora_rank']}{seed}.yaml")
 
 
 def dump(config: dict) -> str:
-    """A rendered recipe as YAML text that every YAML reader takes for the same values."""
+    """A rendered recipe as YAML text that every YAML parser reads as the same values."""
     return yaml.safe_dump(config, sort_keys=False, allow_unicode=True, width=1000)
 
 
@@ -120,26 +118,27 @@ def _parse_overrides(overrides: list[str]) -> dict:
 
 
 def _check_own_ranks(recipe: Path, own: dict) -> None:
-    """Refuse a recipe whose `lora_rank` and paths contradict each other: run under stock it would be filed wrongly."""
+    """Raise UserError where `lora_rank` contradicts the paths: stock LLaMA-Factory would fill the wrong folder."""
     rank = own.get("lora_rank", keys.OMITTED_RANK)
     if not isinstance(rank, int) or isinstance(rank, bool) or rank < 1:
         raise UserError(f"{recipe}:{line_of(recipe, 'lora_rank')}: lora_rank {rank!r} is not a positive whole number")
     for key in keys.RUN_PATHS:
         named = paths.rank_in(own[key]) if isinstance(own.get(key), str) else None
         if named and named[0] != rank:
-            said = f"lora_rank is {rank}" if "lora_rank" in own else f"lora_rank is not set (so {keys.OMITTED_RANK})"
-            raise UserError(f"{recipe}:{line_of(recipe, key)}: {key} names rank {named[0]} but {said}; make them agree")
+            found = f"lora_rank is {rank}" if "lora_rank" in own else f"lora_rank is not set (so {keys.OMITTED_RANK})"
+            place = f"{recipe}:{line_of(recipe, key)}"
+            raise UserError(f"{place}: {key} names rank {named[0]} but {found}; make them agree")
         seed = own.get("seed", keys.OMITTED_SEED)
         if named and named[1] not in (None, seed):
             raise UserError(f"{recipe}:{line_of(recipe, key)}: {key} names seed {named[1]} but seed is {seed}")
 
 
 def _check_keys(recipe: Path, config: dict) -> None:
-    """Refuse what would train something else than a LoRA adapter into a run folder."""
+    """Raise UserError for settings with which the run is not a LoRA adapter in a run folder."""
 
-    def refuse(key: str, why: str) -> None:
+    def refuse(key: str, reason: str) -> None:
         line = line_of(recipe, key)
-        raise UserError(f"{recipe}{f':{line}' if line else ''}: {key} {why}")
+        raise UserError(f"{recipe}{f':{line}' if line else ''}: {key} {reason}")
 
     for key in keys.REQUIRED:
         value = config.get(key)
@@ -152,9 +151,9 @@ def _check_keys(recipe: Path, config: dict) -> None:
         refuse("finetuning_type", f"{config['finetuning_type']!r} has no rank: only lora can be collected")
     if config.get("do_train") is not True:
         refuse("do_train", "is not true, so nothing would be trained")
-    for key, why in keys.REFUSED.items():
+    for key, reason in keys.REFUSED.items():
         if config.get(key):
-            refuse(key, why)
+            refuse(key, reason)
     for key in config:
         if key.endswith("_token") and config[key]:
             refuse(key, "is no place for a token; log in with .venv/bin/hf auth login, or set HF_TOKEN")
@@ -173,7 +172,7 @@ def _check_keys(recipe: Path, config: dict) -> None:
 
 
 def line_of(recipe: Path, key: str) -> int | None:
-    """The line (from 1) at which a recipe sets a key, or None."""
+    """The line (from 1) on which a recipe sets a key, or None."""
     with open(recipe, encoding="utf-8") as file:
         root = yaml.compose(file, Loader=yaml.SafeLoader)
     if not isinstance(root, yaml.MappingNode):

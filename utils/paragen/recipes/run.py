@@ -1,4 +1,4 @@
-"""What is asked for, rendered once and passed on: a Run (one phase of a training) and a Cell (a pair of them)."""
+"""What is trained, rendered once and passed on: a Run (one phase) and a Cell (a pretrain and a finetune run)."""
 
 from dataclasses import dataclass, field
 from functools import cached_property
@@ -22,20 +22,20 @@ class Run:
     config: dict[str, Any] = field(compare=False, repr=False)  # the rendered recipe; its paths are relative to `recipe`
     phase: str = field(compare=False)  # one of paths.PHASES
     seed: int = field(compare=False)
-    folder: Path = field(compare=False)  # the run folder, absolute; of a link, its target
+    folder: Path = field(compare=False)  # the run folder, absolute; for a link, its target
     base: Path = field(compare=False)  # the base model's folder, absolute
-    resumed: Path | None = field(compare=False)  # the checkpoint folder that it resumes from, absolute
+    resumed: Path | None = field(compare=False)  # the checkpoint folder from which it resumes, absolute
 
     def __str__(self) -> str:
         return f"{paths.relative(self.recipe)} at rank {self.rank}"
 
     @property
     def collects(self) -> bool:
-        """Whether it ends as a collection."""
+        """Whether it becomes a collection."""
         return self.phase == "finetune"
 
     def resolve(self, path: str) -> Path:
-        """A path of the recipe as an absolute one."""
+        """The absolute path of a path in the recipe."""
         return render.resolve(self.recipe, path)
 
 
@@ -47,7 +47,7 @@ def run_of(recipe: Path, rank: int, overrides: tuple[str, ...] = ()) -> Run:
         rank: LoRA rank.
         overrides: `key=value` texts, as for `render.render`.
 
-    Raises UserError when the recipe cannot be trained as it stands.
+    Raises UserError when the recipe cannot be trained.
     """
     config = render.render(recipe, rank, list(overrides))
     resumed = config.get("resume_from_checkpoint")
@@ -66,9 +66,9 @@ def run_of(recipe: Path, rank: int, overrides: tuple[str, ...] = ()) -> Run:
 
 @dataclass(frozen=True)
 class Cell:
-    """What is collected together: the two recipes of a dataset and a model, at a rank.
+    """The two recipes of a dataset and a model, at a rank: they make one collection.
 
-    Each recipe is rendered when its run is first needed and then kept, whatever becomes of the recipe meanwhile.
+    Each recipe is rendered when its run is first needed. Later changes of the recipe's file have no effect.
     """
 
     dataset: str
@@ -83,7 +83,7 @@ class Cell:
 
     @cached_property
     def pretrain(self) -> Run:
-        """The run that reaches a good region. Raises UserError for a broken recipe."""
+        """The run that trains the adapter to a good region. Raises UserError for a broken recipe."""
         return run_of(self.recipes[0], self.rank, self.overrides)
 
     @cached_property
@@ -93,5 +93,5 @@ class Cell:
 
     @property
     def runs(self) -> tuple[Run, Run]:
-        """Both, in the order in which they are trained. Raises UserError for a broken recipe."""
+        """Both runs, in the order in which they are trained. Raises UserError for a broken recipe."""
         return self.pretrain, self.finetune

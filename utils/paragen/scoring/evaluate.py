@@ -135,7 +135,7 @@ def entry_for(plan: Plan, entries: list[dict[str, Any]]) -> dict[str, Any]:
         "engine": ENGINE, "dtype": None, "device": None, "versions": {}, "base": None, "checkpoints": [],
     }  # fmt: skip
     old = next((one for one in entries if rows_key(one) == rows_key(new)), None)
-    if old is None or run_identity.force_asked():
+    if old is None or run_identity.force_requested():
         return new
     if changed := list_changes(old, new):
         raise UserError(f"{plan}: its scores are stale, changed since: {', '.join(changed)}; FORCE=1 scores again")

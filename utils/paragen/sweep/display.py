@@ -1,6 +1,6 @@
-"""What a sweep shows while it runs: one live table on a terminal, plain lines elsewhere.
+"""Shows a sweep while it runs: a live table on a terminal, plain lines elsewhere.
 
-Imported by collect_all.py. What runs is read from the run folders, as `make status` does from any other shell.
+The progress of runs is read from their staging folders, as `make status` does from another shell.
 """
 
 import sys
@@ -11,16 +11,16 @@ from paragen.common import paths
 from paragen.common.cli import say
 from paragen.recipes.run import Cell
 from paragen.sweep import cell_worker
-from paragen.sweep.cell_worker import Outcome
-from paragen.sweep.sweep import Job
+from paragen.sweep.jobs import Job
 from paragen.training import status
+from paragen.training.outcome import Outcome
 
 
 class Display:
-    """Use it as a context; pass `report` to sweep.run.
+    """A context manager; pass its `report` to sweep.run.
 
     Args:
-        total: how many cells there are to do.
+        total: the number of cells in the sweep.
     """
 
     def __init__(self, total: int):
@@ -42,24 +42,24 @@ class Display:
         if self.live:
             self.live.stop()
 
-    def report(self, what: str, job: Job | None, outcome: Outcome | None) -> None:
-        """Take note of what happened (see sweep.run)."""
-        if what == "tick":
+    def report(self, event: str, job: Job | None, outcome: Outcome | None) -> None:
+        """Show an event (see sweep.run)."""
+        if event == "tick":
             return
-        if what == "waiting":
+        if event == "waiting":
             self.say(
-                "nothing can start: no device is free, other programs are at work on what is left, or no machine of "
+                "nothing can start: no device is free, other programs train the remaining cells, or no machine of "
                 f"the cluster has {sys.executable}"
             )
             return
-        if what == "started":
+        if event == "started":
             self.running.append(job.cell)
             log = paths.relative(cell_worker.log_of(job.cell))
             self.say(f"started{' again' if job.number > 1 else ''}: {job.cell}, log in {log}")
             return
         if job.cell in self.running:
             self.running.remove(job.cell)
-        if what == "again":
+        if event == "again":
             head = "alone now" if outcome.kind == "not_packable" else "will try again"
             self.say(f"{head}: {job.cell}: {outcome.text}")
             return
@@ -70,19 +70,19 @@ class Display:
         )
 
     def left(self) -> timedelta:
-        """About how long the rest takes, going by the cells that are done."""
+        """Estimated time for the remaining cells, from those that are done."""
         elapsed = time.monotonic() - self.started
         return timedelta(seconds=round(elapsed / max(1, self.finished) * (self.total - self.finished)))
 
     def say(self, line: str) -> None:
-        """Print a line that stays, above the live table where there is one."""
+        """Print a line, above the live table where there is one."""
         if self.live:
             self.live.console.print(line, markup=False, highlight=False, soft_wrap=True)
         else:
             say(line)
 
     def table(self):
-        """The live table: what runs, with its step, loss and remaining time."""
+        """The live table: the running cells with step, loss and remaining time."""
         from rich.table import Table
 
         left = f", {self.left()} left" if self.finished else ""

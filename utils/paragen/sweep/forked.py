@@ -1,8 +1,8 @@
-"""Tasks in processes forked from one that has imported what training needs.
+"""Runs tasks in processes forked from one that has imported what training needs.
 
-A fork starts in a second where a process of its own imports for ten; it is otherwise like one: the fork happens before
-any tensor or device is touched, so nothing that a run changes (LLaMA-Factory's templates, patched classes, memory)
-reaches the next, and it can be killed alone. It ends when the process that started it ends.
+A forked process starts in one second instead of the ten that the imports take. Otherwise it is like a new process: the
+fork happens before any tensor is made or device used, so nothing that one run changes (LLaMA-Factory's templates,
+patched classes, memory) reaches the next. It can be killed alone, and ends when the process that started it ends.
 """
 
 import multiprocessing
@@ -16,41 +16,45 @@ from typing import Any
 from paragen.common import cli, devices, paths
 from paragen.training import outcome
 
-# LLaMA-Factory itself asks for the devices when it is imported, which would spoil a later fork on a machine with a GPU;
-# what takes the time is below it.
-BELOW = [
+# LLaMA-Factory queries the devices when it is imported, which would break later forks on a machine with a GPU. The
+# libraries below it take most of the time.
+PRELOADED = [
     "torch", "datasets", "matplotlib.pyplot", "omegaconf", "peft", "safetensors.torch", "torchaudio", "av",
     "transformers.trainer", "transformers.trainer_seq2seq", "trl",
 ]  # fmt: skip
-LOST = 255  # exit code, as multiprocessing gives it, of a process whose end nobody saw: the one it is forked from died
+LOST_EXIT_CODE = 255  # multiprocessing's, for a process whose fork server died, so that its real code is not known
 
 context = multiprocessing.get_context("forkserver")
 
 
 def preload() -> None:
-    """Start the process that the others are forked from; it imports while this one goes on."""
-    above = [] if devices.nvidia_driver() else ["llamafactory.train.tuner"]
-    context.set_forkserver_preload([*BELOW, *above])
+    """Start the process that others are forked from. It imports in the background."""
+    also = [] if devices.nvidia_driver() else ["llamafactory.train.tuner"]
+    context.set_forkserver_preload([*PRELOADED, *also])
     multiprocessing.forkserver.ensure_running()
 
 
 def start(
-    task: Callable[..., Any], arguments: tuple, environment: dict[str, str], log: Path | None, note: Path | None = None
+    task: Callable[..., Any],
+    arguments: tuple,
+    environment: dict[str, str],
+    log: Path | None,
+    outcome_file: Path | None = None,
 ) -> ForkServerProcess:
     """Start a task in a forked process.
 
     Args:
         task: a function at the top of a module.
-        environment: variables to set beside those of the forked process.
-        log: where its output is appended; None: it goes where this one's goes.
-        note: the file that gets its Outcome.
+        environment: variables to set in addition to those of the process that is forked.
+        log: the file to which its output is appended; None: this process's output.
+        outcome_file: the file to which its Outcome is written; None: it is not written.
 
-    Returns the process; its `exitcode` is the status as a script would have it, negative for a signal.
+    Returns the process. Its `exitcode` is a script's status, or negative for a signal.
     """
-    process = context.Process(target=_run, args=(task, arguments, environment, log, note, os.getcwd()))
+    process = context.Process(target=_run, args=(task, arguments, environment, log, outcome_file, os.getcwd()))
     main = sys.modules["__main__"]
     kept = {name: getattr(main, name, None) for name in ("__file__", "__spec__")}
-    main.__file__ = main.__spec__ = None  # the child would else import the calling script again
+    main.__file__ = main.__spec__ = None  # otherwise the child imports the calling script again
     try:
         process.start()
     finally:
@@ -59,15 +63,15 @@ def start(
 
 
 def run_script(name: str, arguments: list[str]) -> int | None:
-    """The `main` of utils/<name>.py as if called from a shell; a task."""
+    """A task: run the `main` of utils/<name>.py with command line arguments."""
     sys.path.insert(0, str(paths.UTILS))
     sys.argv = [f"{name}.py", *arguments]
     return __import__(name).main()
 
 
 def _run(
-    task: Callable[..., Any], arguments: tuple, environment: dict[str, str], log: Path | None, note: Path | None,
-    folder: str,
+    task: Callable[..., Any], arguments: tuple, environment: dict[str, str], log: Path | None,
+    outcome_file: Path | None, folder: str,
 ) -> None:  # fmt: skip
     cli.end_with_parent()
     os.setpgid(0, 0)
@@ -78,4 +82,4 @@ def _run(
     os.environ.update(environment)
     os.chdir(folder)
     multiprocessing.set_start_method("fork", force=True)  # for data loaders, as in a process of its own on Linux
-    cli.run(lambda: outcome.noted(lambda: task(*arguments), note) if note else task(*arguments))
+    cli.run(lambda: outcome.recorded(lambda: task(*arguments), outcome_file) if outcome_file else task(*arguments))

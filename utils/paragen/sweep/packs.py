@@ -1,7 +1,7 @@
-"""Which cells of a sweep the packed engine trains together, and how many at once.
+"""Which cells of a sweep the packed engine trains together, and how many in one pack.
 
-Imported by sweep.py and plan.py. Cells that share a base model are dealt out evenly over the slots, so that every
-device has work; what the packed engine cannot train is given out cell by cell.
+Cells that share a base model are spread evenly over the slots, so that every device has work. Cells that cannot be
+packed are trained one by one.
 """
 
 import os
@@ -12,56 +12,57 @@ from paragen.packed import packed_train
 from paragen.recipes.run import Cell
 from paragen.training import engines
 
-MOST = 32  # cells in a pack; memory may allow fewer, which packed_train.py finds out
+MOST = 32  # cells in a pack; the packed engine makes it smaller where memory requires that
 
 
 def gpus_per_cell() -> int:
     """How many GPUs train one cell (GPUS_PER_CELL, default 1)."""
-    asked = os.environ.get("GPUS_PER_CELL") or "1"
-    if not asked.isdigit() or asked == "0":
-        raise UserError(f"GPUS_PER_CELL={asked}: is not a positive whole number")
-    return int(asked)
+    requested = os.environ.get("GPUS_PER_CELL") or "1"
+    if not requested.isdigit() or requested == "0":
+        raise UserError(f"GPUS_PER_CELL={requested}: is not a positive whole number")
+    return int(requested)
 
 
-def kind_of(cell: Cell) -> tuple | None:
-    """Cells of the same kind can be packed; None: this one is trained the ordinary way.
+def pack_key(cell: Cell) -> tuple | None:
+    """A key that is equal for cells that can be packed together; None for a cell that is trained the ordinary way.
 
-    A cell that ENGINE=packed forces on the engine, but that is not for it, is a kind of its own: the engine says why.
+    A cell that cannot be packed while ENGINE=packed requests it has a key of its own: the packed engine refuses it and
+    names the reason.
     """
-    if engines.asked() == "stock":
+    if engines.requested_engine() == "stock":
         return None
-    why, kind = judge(cell)
-    if why is None:
-        return kind
-    return ("refused", str(cell)) if engines.asked() == "packed" else None
+    reason, key = packability(cell)
+    if reason is None:
+        return key
+    return ("refused", str(cell)) if engines.requested_engine() == "packed" else None
 
 
-def judge(cell: Cell) -> tuple[str | None, tuple]:
-    """(why a cell cannot be packed or None, what it must have in common with others to be packed with them)."""
+def packability(cell: Cell) -> tuple[str | None, tuple]:
+    """(why a cell cannot be packed, or None; the key that it shares with the cells of its pack)."""
     try:
         for run in cell.runs:
-            if why := engines.why_not_packed(run, ["a device"] * gpus_per_cell()):
-                return why, ()
+            if reason := engines.why_not_packed(run, ["a device"] * gpus_per_cell()):
+                return reason, ()
         return None, packed_train.base_key(cell.pretrain)
     except (UserError, KeyError):
         return "its recipe is broken", ()
 
 
 def share(count: int, slots: int) -> int:
-    """How many of `count` cells of a kind go to a slot at once: as few rounds as MOST allows, all packs alike."""
+    """How many of `count` cells with one key go into a pack: as few rounds as MOST allows, all packs of equal size."""
     slots = max(1, slots)
     rounds = -(-count // (slots * MOST))
     return max(1, -(-count // (slots * rounds))) if rounds else 1
 
 
-def say_line(cells: Iterable[Cell]) -> str:
-    """What is trained together and what alone, in one line."""
-    if engines.asked() == "stock":
-        return "engine: the ordinary way, a cell at a time, as ENGINE=stock asks"
-    judged = [judge(cell) for cell in cells]
-    together = [kind for why, kind in judged if why is None]
-    alone = [why for why, _ in judged if why is not None]
-    parts = [f"{len(together)} cells packed, of {len(set(together))} base models"] if together else []
+def engine_line(cells: Iterable[Cell]) -> str:
+    """One line that states how many cells are packed and how many are trained one by one."""
+    if engines.requested_engine() == "stock":
+        return "engine: the ordinary way, a cell at a time, as ENGINE=stock requests"
+    found = [packability(cell) for cell in cells]
+    packed = [key for reason, key in found if reason is None]
+    alone = [reason for reason, _ in found if reason is not None]
+    parts = [f"{len(packed)} cells packed, of {len(set(packed))} base models"] if packed else []
     reasons = "; ".join(dict.fromkeys(alone))
     parts += [f"{len(alone)} a cell at a time ({reasons})"] if alone else []
     return f"engine: {', '.join(parts)}"

@@ -1,9 +1,4 @@
-"""What collecting some cells will take, before anything starts: cells, steps, disk and, where it was measured, time.
-
-    [CATEGORY=..] [DATASET=..] [MODEL=..] [RANKS="2 8"] python utils/plan.py        (make plan)
-
-Reads recipes, run folders and their manifests; writes nothing. Too little disk is an error.
-"""
+"""Estimates what collecting some cells takes: steps, disk and, from the runs that exist, time. Writes nothing."""
 
 import shutil
 from datetime import timedelta
@@ -18,13 +13,13 @@ from paragen.recipes.run import Cell
 from paragen.sweep import packs
 from paragen.training import status
 
-PRETRAIN_FACTOR = 4  # a resumable checkpoint: the adapter and the optimizer's two moments; the last may stand twice
+PRETRAIN_FACTOR = 4  # adapters per pretrain: the adapter, the optimizer's two moments, and the last one perhaps twice
 
 
 def show(chosen: list[Cell]) -> list[Cell]:
-    """Say what will be done and return the cells with something to do. Raises UserError when the disk is too small."""
+    """Print the plan and return the cells with something to do. Raises UserError when the disk is too small."""
     states = {cell: status.state_of(cell)[0] for cell in chosen}
-    forced = run_identity.force_asked()
+    forced = run_identity.force_requested()
     to_do = [cell for cell, state in states.items() if forced or state != "complete"]
     counts = {state: list(states.values()).count(state) for state in dict.fromkeys(states.values())}
     say(f"{len(chosen)} cells: " + ", ".join(f"{count} {state}" for state, count in counts.items()))
@@ -33,13 +28,13 @@ def show(chosen: list[Cell]) -> list[Cell]:
         rows = [row_of(cell, states[cell], rates) for cell in to_do]
         cli.print_table(("to do", "model", "rank", "state", "steps", "MB", "time"), rows)
         say(time_line(to_do, rates))
-        say(packs.say_line(to_do))
+        say(packs.engine_line(to_do))
     check_disk(sum(bytes_of(cell) for cell in to_do if states[cell] != "broken"))
     return to_do
 
 
 def row_of(cell: Cell, state: str, rates: dict[tuple[str, str], float]) -> tuple[str, ...]:
-    """A cell as a line of the plan."""
+    """A cell's row in the plan's table."""
     seconds = seconds_of(cell, rates)
     steps = " + ".join(str(count) for count in steps_of(cell).values()) if state != "broken" else "?"
     size = f"{bytes_of(cell) / 1e6:.0f}" if state != "broken" else "?"
@@ -58,32 +53,29 @@ def steps_of(cell: Cell) -> dict[str, int]:
 
 
 def measured_rates() -> dict[tuple[str, str], float]:
-    """Seconds per step, start-up and all, by (base model's folder, phase): the median over the runs there are.
+    """Seconds per step by (base model's folder name, phase): the median over the existing runs, start-up included.
 
-    The time of a pack is shared by its cells.
+    The time of a pack is divided by the number of its cells.
     """
     found: dict[tuple[str, str], list[float]] = {}
     for path in paths.SAVES.glob("*/*/*/manifest.json"):
         try:
             manifest = read_manifest(path.parent)
         except UserError:
-            continue  # another program's, or broken
+            continue  # broken, or another program's
         if not (manifest and manifest.attempt and manifest.total_steps and manifest.base_name):
-            continue  # made from a stock run, whose manifest does not know how long it took
-        took = manifest.attempt.finished - manifest.attempt.started
+            continue  # made from a stock run, whose time is not known
+        duration = manifest.attempt.finished - manifest.attempt.started
         steps = manifest.total_steps - (manifest.pretrain.step if manifest.pretrain else 0)
         if steps > 0:
             found.setdefault((manifest.base_name, manifest.phase), []).append(
-                took.total_seconds() / steps / (manifest.packed_with or 1)
+                duration.total_seconds() / steps / (manifest.packed_with or 1)
             )
     return {key: median(values) for key, values in found.items()}
 
 
 def seconds_of(cell: Cell, rates: dict[tuple[str, str], float]) -> float | None:
-    """About how long a cell takes, seconds; None where that is not known.
-
-    Its model was not measured yet, or its recipe is broken or says no max_steps.
-    """
+    """Estimated seconds of a cell; None where its model has no run yet, or its recipe is broken or lacks max_steps."""
     try:
         base = cell.finetune.base.name
         steps = steps_of(cell)
@@ -95,16 +87,16 @@ def seconds_of(cell: Cell, rates: dict[tuple[str, str], float]) -> float | None:
 
 
 def time_line(to_do: list[Cell], rates: dict[tuple[str, str], float]) -> str:
-    """What is known of the whole time, in one line."""
+    """One line on the estimated time of all cells."""
     known = [seconds for cell in to_do if (seconds := seconds_of(cell, rates)) is not None]
     if not known:
         return "time: not known before a first run of these models"
-    text = f"time: about {timedelta(seconds=round(sum(known)))} on one device, by the runs that are there"
-    return text if len(known) == len(to_do) else f"{text} ({len(to_do) - len(known)} cells are not known)"
+    text = f"time: about {timedelta(seconds=round(sum(known)))} on one device, estimated from existing runs"
+    return text if len(known) == len(to_do) else f"{text} ({len(to_do) - len(known)} cells not included)"
 
 
 def check_disk(needed: int) -> None:
-    """Say how much disk is needed and free; raises UserError where it is too little."""
+    """Print how much disk is needed and free. Raises UserError where it is too little."""
     existing = next(folder for folder in (paths.SAVES, *paths.SAVES.parents) if folder.is_dir())
     free = shutil.disk_usage(existing).free
     say(f"disk: about {needed / 1e9:.1f} GB needed, {free / 1e9:.1f} GB free")
@@ -115,7 +107,7 @@ def check_disk(needed: int) -> None:
 
 
 def bytes_of(cell: Cell) -> int:
-    """About how many bytes a cell's collection and pretrain will take; 0 where the base model is not there yet."""
+    """Estimated bytes of a cell's collection and pretrain; 0 where the base model does not exist yet."""
     run = cell.finetune
     if not run.base.is_dir():
         return 0

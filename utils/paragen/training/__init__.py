@@ -1,4 +1,4 @@
-"""LLaMA-Factory's trainer with our callbacks; attempts and staging folders; which engine trains a run.
+"""Training with LLaMA-Factory and our callbacks: attempts, staging folders, outcomes, the choice of the engine.
 
 May import: collection and the rooms below it.
 """

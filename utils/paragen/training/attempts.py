@@ -1,4 +1,4 @@
-"""One try at a run: whether it is needed, its lock, its staging folder, and whether it is still the one that counts."""
+"""An attempt at a run: whether it is needed, its lock, its staging folder, and whether it may be published."""
 
 import contextlib
 import os
@@ -18,12 +18,12 @@ from paragen.recipes import render
 from paragen.recipes.run import Run
 from paragen.training.outcome import AlreadyRunning
 
-FULL = 2**20  # bytes free on a disk that counts as full
+FULL_DISK_BYTES = 2**20  # a disk with fewer free bytes counts as full
 
 
 @dataclass(frozen=True)
 class Attempt:
-    """One try at a run: the staging folder becomes its run folder."""
+    """An attempt at a run. Its staging folder becomes the run folder."""
 
     run: Run
     snapshot: Snapshot
@@ -33,17 +33,17 @@ class Attempt:
 
     @property
     def identity(self) -> dict[str, Any]:
-        """What the run is trained from, see run_identity."""
+        """What the run is trained from (see run_identity.py)."""
         return self.snapshot.identity
 
 
 @contextlib.contextmanager
 def begin(run: Run, snapshot: Snapshot) -> Iterator[Attempt | None]:
-    """An attempt at a run while the body trains it; None where the run is complete.
+    """Begin an attempt at a run, which the body trains; yields None where the run is complete.
 
-    Holds the run's lock and the rendered recipe beside the recipe; removes what is left of the staging folder. Raises
-    AlreadyRunning when another process trains the run, UserError when something else stands in its place or its
-    pretrain is missing.
+    While the body runs, the run is locked and the rendered recipe lies beside the recipe. Afterwards the staging folder
+    is removed where it was not published. Raises AlreadyRunning when another process trains the run, UserError when its
+    run folder is stale or holds something else, or when its pretrain is missing.
     """
     with contextlib.ExitStack() as stack:
         try:
@@ -62,7 +62,7 @@ def begin(run: Run, snapshot: Snapshot) -> Iterator[Attempt | None]:
 
 @contextlib.contextmanager
 def rendered(run: Run) -> Iterator[Path]:
-    """The rendered recipe beside the recipe while the body runs. It is its own lock; raises files.Busy."""
+    """Write the rendered recipe beside the recipe until the body ends. The file is also a lock: raises files.Busy."""
     path = render.temporary_path(run.recipe, run.config)
     with files.lock(path) as handle:
         os.ftruncate(handle, 0)
@@ -71,12 +71,12 @@ def rendered(run: Run) -> Iterator[Path]:
 
 
 def is_complete(run: Run, identity: dict[str, Any]) -> bool:
-    """Whether a run is complete as requested, which is then printed.
+    """Whether a run is complete as requested; if so, prints that.
 
-    Raises UserError where a stale run or something else stands in its place. FORCE=1 replaces runs of this phase alone.
+    Raises UserError where the run folder is stale or holds something else. FORCE=1 replaces runs of this phase only.
     """
     folder, name = run.folder, paths.relative(run.folder)
-    forced = run_identity.force_asked()
+    forced = run_identity.force_requested()
     if forced and (folder / paths.MANIFEST).is_file() and folder.name.endswith(f"_{run.phase}"):
         return False
     state = discovery.state_of(folder, identity)
@@ -100,7 +100,7 @@ def is_complete(run: Run, identity: dict[str, Any]) -> bool:
 
 
 def check_pretrain(run: Run) -> None:
-    """Raise UserError where the checkpoint that a run resumes from is missing, naming the command that makes it."""
+    """Raise UserError, with the command that makes it, where the checkpoint that a run resumes from is missing."""
     if run.resumed is None:
         return
     pretrain = run.recipe.with_name(run.recipe.name.replace("_finetune", "_pretrain"))
@@ -113,17 +113,18 @@ def check_pretrain(run: Run) -> None:
 
 @contextlib.contextmanager
 def staged(run: Run, snapshot: Snapshot) -> Iterator[Attempt]:
-    """A new attempt at a run with a staging folder of its own, which is removed afterwards if it is still there."""
+    """A new attempt at a run, with a staging folder that is removed afterwards where it was not published."""
     attempt, started = secrets.token_hex(4), now()
     staging = files.beside(run.folder, f"staging-{attempt}")
     if not run.collects and run.resumed is not None:
-        rhythm = run.config.get("save_steps")
-        say(f"save_steps is {rhythm}, not 1: this run resumes and trains on, but collects nothing")
+        save_steps = run.config.get("save_steps")
+        say(f"save_steps is {save_steps}, not 1: this run resumes its checkpoint, but collects nothing")
     staging.mkdir(parents=True)
     try:
         yield Attempt(run, snapshot, staging, attempt, started)
     except RuntimeError as error:
-        if shutil.disk_usage(run.folder.parent).free < FULL:  # torch.save says "unexpected pos" and hides the cause
+        # on a full disk, torch.save raises "unexpected pos" without the cause
+        if shutil.disk_usage(run.folder.parent).free < FULL_DISK_BYTES:
             raise UserError(
                 f"{paths.relative(run.folder.parent)}: the disk is full; free some space and run it again"
             ) from error
@@ -133,9 +134,11 @@ def staged(run: Run, snapshot: Snapshot) -> Iterator[Attempt]:
 
 
 def check_claim(folder: Path, attempt: str | None = None) -> None:
-    """Raise UserError when a sweep gave this run to another attempt because this one was thought dead.
+    """Raise UserError when a sweep gave this run to another attempt, because it took this one for dead.
 
-    `attempt` is the id of this one (default: as the sweep set it for this process; a pack has an id per cell).
+    Args:
+        folder: the run folder.
+        attempt: the id of this attempt; default: PARAGEN_ATTEMPT, which a sweep sets (for a pack, an id per cell).
     """
     mine, latest = attempt or os.environ.get("PARAGEN_ATTEMPT"), files.beside(folder, "attempt")
     if mine and (not latest.is_file() or latest.read_text() not in mine.split(",")):
@@ -143,12 +146,12 @@ def check_claim(folder: Path, attempt: str | None = None) -> None:
 
 
 def drop_claim(folder: Path) -> None:
-    """Forget that a sweep gave this run to this attempt: it is whole. A sweep that is killed now leaves no claim."""
+    """Remove the claim of this attempt on a complete run, so that a sweep that is killed later leaves none."""
     mine, claim = os.environ.get("PARAGEN_ATTEMPT"), files.beside(folder, "attempt")
     if mine and claim.is_file() and claim.read_text() in mine.split(","):
         claim.unlink()
 
 
 def now() -> str:
-    """The time as the manifest has it: UTC, to the second."""
+    """The time in the manifest's form: ISO 8601, UTC, seconds."""
     return datetime.now(UTC).isoformat(timespec="seconds")

@@ -1,7 +1,7 @@
-"""The trainer callbacks: one keeps the recipe's rules in a resumed run, one collects the last N adapters.
+"""The trainer callbacks: one applies the recipe's settings to a resumed run, one collects the last N adapters.
 
-Imported by train_worker.py. Writes checkpoint-<step>.safetensors, adapter_config.json and collected.json into the run's
-staging folder while training goes on.
+Writes checkpoint-<step>.safetensors, adapter_config.json and collected.json into the run's staging folder during the
+training.
 """
 
 import hashlib
@@ -19,30 +19,31 @@ from paragen.common import files, safetensors_header
 from paragen.common.cli import UserError, say
 from paragen.dataset import pictures
 
-IN_FLIGHT = 2  # copies of the adapter in memory: one being written, one being filled or waiting
+BUFFERS = 2  # copies of the adapter in memory: one being written, one being filled or waiting
 
 
 def check_window(keep: int | None, resumed_step: int, max_steps: int) -> None:
-    """Refuse a recipe whose last N steps reach back behind the step it resumes from.
+    """Raise UserError for a recipe that trains fewer steps than it keeps.
 
     Args:
-        keep: N, the number of adapters to keep (None: every step's).
-        resumed_step, max_steps: the step before the first trained one, and the last one.
+        keep: the number of adapters to keep (None: every step's).
+        resumed_step: the step of the resumed checkpoint.
+        max_steps: the last step.
     """
     steps = max(0, max_steps - resumed_step)
     if steps == 0 or (keep and keep > steps):
-        asked = f"{keep} kept steps" if keep else "at least one step"
+        wanted = f"{keep} kept steps" if keep else "at least one step"
         raise UserError(
-            f"save_total_limit asks for {asked}, but only {steps} remain between the resumed step {resumed_step} and "
+            f"save_total_limit requests {wanted}, but only {steps} remain between the resumed step {resumed_step} and "
             f"the last one, {max_steps}; set max_steps to {resumed_step + (keep or 1)} or more, or keep fewer (KEEP)"
         )
 
 
 class Rules(TrainerCallback):
-    """Lets the recipe's own logging and saving rhythm count in a resumed run, and sees what only the trainer knows.
+    """Applies the recipe's logging and saving intervals to a resumed run, and records facts that only the trainer has.
 
-    transformers replaces the whole trainer state by the one stored with the checkpoint, so that the rhythm and the log
-    history of the pretrain would go on. `facts` is filled in the main process alone.
+    On resuming, transformers replaces the whole trainer state by the one in the checkpoint. Without this callback, the
+    pretrain's intervals and log history would continue. `facts` is filled in the main process only.
     """
 
     def __init__(self):
@@ -55,14 +56,20 @@ class Rules(TrainerCallback):
         state.log_history = []
         pictures.check_not_cut(train_dataloader.dataset, train_dataloader.collate_fn)
         if state.is_world_process_zero:
-            going_on_with = getattr(lr_scheduler, "base_lrs", [args.learning_rate])[0]
-            if going_on_with != args.learning_rate:
-                say(f"learning_rate {args.learning_rate} has no effect: the resumed pretrain's {going_on_with} goes on")
+            resumed_rate = getattr(lr_scheduler, "base_lrs", [args.learning_rate])[0]
+            if resumed_rate != args.learning_rate:
+                say(f"learning_rate {args.learning_rate} has no effect: the resumed pretrain's {resumed_rate} is used")
             self.facts = facts_of(args, len(train_dataloader.dataset), state.max_steps)
 
 
 def facts_of(args: TrainingArguments, rows: int, steps: int) -> dict[str, Any]:
-    """What the manifest says of a training: `rows` are trained on, `steps` is its last step."""
+    """What a manifest records of a training.
+
+    Args:
+        args: the trainer's arguments.
+        rows: how many rows are trained on.
+        steps: the last step.
+    """
     return {
         "processes": args.world_size,
         "precision": "bfloat16" if args.bf16 else "float16" if args.fp16 else "float32",
@@ -76,13 +83,12 @@ def facts_of(args: TrainingArguments, rows: int, steps: int) -> dict[str, Any]:
 class Collector(TrainerCallback):
     """Writes the adapter after each of the last `keep` optimizer steps.
 
-    The training thread only copies the adapter (a few MB) out of the way, straight into the bytes of the file to be;
-    hashing and writing happen in one thread of its own. At most IN_FLIGHT copies exist. An error in that thread ends
-    the training at its next step.
+    The training thread only copies the adapter (a few MB) into a buffer that has the layout of the file. A thread of
+    its own hashes and writes. At most BUFFERS copies exist. An error in that thread ends the training at its next step.
 
     Args:
-        folder: where the checkpoints go; it exists.
-        keep: how many of the last steps are kept, None for all.
+        folder: an existing folder for the checkpoints.
+        keep: how many of the last steps are kept; None: all.
     """
 
     def __init__(self, folder: Path, keep: int | None):
@@ -102,17 +108,17 @@ class Collector(TrainerCallback):
         adapter = getattr(model, "module", model)
         if not isinstance(adapter, PeftModel):
             raise UserError("a collection holds LoRA adapters, but this recipe trains no PEFT model")
-        # These share the parameters' memory, which the optimizer updates in place, so one look-up serves all steps.
+        # These tensors share the parameters' memory, which the optimizer updates in place, so they serve all steps.
         live = get_peft_model_state_dict(adapter)
         save_config(adapter.peft_config["default"], self.folder)
-        for _ in range(IN_FLIGHT):
+        for _ in range(BUFFERS):
             self.free.put(PinnedBuffer(live))
         self.writer = threading.Thread(target=self._write_all, name="collector", daemon=True)
         self.writer.start()
 
     def on_step_end(self, args, state, control, **kwargs):
         if state.global_step >= self.first - 1:
-            control.should_log = True  # each kept step gets a loss of its own, not a mean that reaches back further
+            control.should_log = True  # each kept step gets its own loss, not a mean over several steps
         if state.global_step >= self.first and self.writer is not None:
             buffer = self._free_buffer()
             buffer.fill()
@@ -133,13 +139,13 @@ class Collector(TrainerCallback):
         write_collected(self.folder, {step: record for step, record in self.records.items() if step >= self.first})
 
     def close(self) -> None:
-        """Let the writer finish what it has and end; nothing is written after this, also when the training failed."""
+        """Wait until the writer has written what it has; nothing is written afterwards, even after a failure."""
         if self.writer is not None:
             self.full.put(None)
             self.writer.join()
 
     def _free_buffer(self) -> "PinnedBuffer":
-        """A buffer that is not being written; waits for one, and raises what went wrong in the writer."""
+        """A buffer that is not in use; waits for one. Raises the error of a failed write."""
         while True:
             if self.error is not None:
                 raise self.error
@@ -156,17 +162,17 @@ class Collector(TrainerCallback):
                 files.write(self.folder / f"checkpoint-{step}.safetensors", data)
                 self.records.setdefault(step, {}).update(bytes=len(data), sha256=hashlib.sha256(data).hexdigest())
                 self.free.put(buffer)
-        except BaseException as error:  # handed to the training thread, which raises it
+        except BaseException as error:  # the training thread raises it
             self.error = error
 
 
 def write_collected(folder: Path, records: dict[int, dict[str, Any]]) -> None:
-    """collected.json, which train.finish_finetune reads: what is known of each kept checkpoint, by step."""
+    """Write collected.json, which completion.py reads: loss, learning rate, size and hash of each kept step."""
     files.write_json(folder / "collected.json", [{"step": step, **record} for step, record in sorted(records.items())])
 
 
 def layout_of(tensors: dict[str, torch.Tensor]) -> tuple[bytes, list[str]]:
-    """How the safetensors library lays out a checkpoint file: the bytes before its data, the keys in their order."""
+    """The layout that the safetensors library gives a checkpoint file: its header bytes, its keys in file order."""
     layout = save({key: tensor.detach().cpu() for key, tensor in tensors.items()}, {"format": "pt"})
     header = safetensors_header.header_in(layout)
     entries = safetensors_header.tensors_in(header)
@@ -174,15 +180,15 @@ def layout_of(tensors: dict[str, torch.Tensor]) -> tuple[bytes, list[str]]:
 
 
 class PinnedBuffer:
-    """The bytes of a safetensors file whose tensors can be filled in again and again; pinned memory beside a GPU.
+    """The bytes of a safetensors file whose tensors can be replaced many times; with a GPU, in pinned memory.
 
-    The safetensors library lays the file out once; filling joins the tensors into its data, so that a checkpoint is
-    serialised by the one copy that it needs anyway. From a CUDA device that is one kernel and one transfer into pinned
-    memory, which do not hold up the host; work queued later on the device's stream (the next optimizer step) cannot
-    change what is copied.
+    The safetensors library lays out the file once. Filling concatenates the tensors into the file's data, so that
+    serialising costs no more than the copy that is needed anyway. From a CUDA device this is one kernel and one
+    transfer into pinned memory. The host does not wait for them, and work queued later on the device's stream (the next
+    optimizer step) cannot change what is copied.
 
     Args:
-        tensors: by name; of any dtype, contiguous, all on one device. Filling reads them as they are then.
+        tensors: by name; of any dtype, contiguous, all on one device. `fill` reads their present values.
     """
 
     def __init__(self, tensors: dict[str, torch.Tensor]):
@@ -197,7 +203,7 @@ class PinnedBuffer:
         self.filled = torch.cuda.Event() if on_cuda else None
 
     def fill(self) -> None:
-        """Take the tensors' present values; on a CUDA device this returns before the copies are done."""
+        """Copy the tensors' present values; on a CUDA device this returns before the copies are done."""
         if self.filled is None:
             torch.cat(self.sources, out=self.data)
         else:
@@ -206,17 +212,17 @@ class PinnedBuffer:
             self.filled.record()
 
     def content(self) -> memoryview:
-        """The file's bytes, once the copies are done; valid until the next filling."""
+        """The file's bytes, once the copies are done; valid until the next `fill`."""
         if self.filled is not None:
             self.filled.synchronize()
         return memoryview(self.bytes.numpy())
 
 
 def save_config(config: PeftConfig, folder: Path) -> None:
-    """PEFT's adapter_config.json for a checkpoint with these settings, as its own `save_pretrained` writes it."""
-    trained_for = config.inference_mode
+    """Write adapter_config.json as PEFT's `save_pretrained` writes it for a checkpoint."""
+    inference_mode = config.inference_mode
     config.inference_mode = True
     try:
         config.save_pretrained(str(folder))
     finally:
-        config.inference_mode = trained_for
+        config.inference_mode = inference_mode

@@ -1,4 +1,4 @@
-"""A trained staging folder becomes a run folder: checked, tidied, its manifest written last."""
+"""Turns a trained staging folder into a run folder: checks it, removes extra files, and writes the manifest last."""
 
 import json
 from pathlib import Path
@@ -13,13 +13,14 @@ from paragen.training.attempts import Attempt
 
 
 def complete(attempt: Attempt, facts: dict[str, Any]) -> None:
-    """Make a trained staging folder whole and give it the run folder's name.
+    """Complete a trained staging folder and publish it as the run folder.
 
     Args:
-        facts: what the training is known by: device, precision, rows, steps (see collector.facts_of).
+        attempt: the attempt whose training ended.
+        facts: what the manifest records of the training: device, precision, rows, steps (see collector.facts_of).
 
-    Raises UserError when checkpoints are missing or not finite, when the data changed meanwhile, or when a sweep gave
-    the run to another attempt.
+    Raises UserError when checkpoints are missing or not finite, when the data changed during the training, or when a
+    sweep gave the run to another attempt.
     """
     staging, run = attempt.staging, attempt.run
     facts = facts | attempt_facts(attempt.id, attempt.started, attempts.now())
@@ -31,7 +32,7 @@ def complete(attempt: Attempt, facts: dict[str, Any]) -> None:
         raise UserError(f"{'; '.join(changed)}: changed while it was trained on; run it again")
     manifest = new_manifest(run.folder, run.phase, run.rank, attempt.identity, checkpoints, facts)
     if run.collects:
-        files.sync_tree(staging)  # a collection's files are not synced one by one while it trains
+        files.sync_tree(staging)  # a collection's files are not synced one by one during the training
     write_manifest(staging, manifest)
     attempts.check_claim(run.folder)
     files.publish_folder(staging, run.folder)
@@ -39,7 +40,7 @@ def complete(attempt: Attempt, facts: dict[str, Any]) -> None:
 
 
 def check_last(staging: Path) -> None:
-    """Raise unless the last collected checkpoint is the adapter that LLaMA-Factory itself saved at its end."""
+    """Raise RuntimeError unless the last checkpoint equals the adapter that LLaMA-Factory saved at the end."""
     entries = json.loads((staging / "collected.json").read_bytes())
     last = staging / run_files.checkpoint_name(entries[-1]["step"]) if entries else None
     if last and not finishing.same_tensors(last, staging / paths.ADAPTER):
@@ -47,7 +48,7 @@ def check_last(staging: Path) -> None:
 
 
 def finish_finetune(attempt: Attempt) -> list[CheckpointEntry]:
-    """Make a staging folder a collection, all but its manifest; the entries of its checkpoints."""
+    """Make a staging folder a collection that lacks only its manifest; returns the entries of its checkpoints."""
     staging, folder = attempt.staging, attempt.run.folder
     entries = [CheckpointEntry(**entry) for entry in json.loads((staging / "collected.json").read_bytes())]
     kept = attempt.identity["recipe"].get("save_total_limit")
@@ -65,7 +66,7 @@ def finish_finetune(attempt: Attempt) -> list[CheckpointEntry]:
 
 
 def finish_pretrain(attempt: Attempt) -> list[CheckpointEntry]:
-    """Tidy a staging folder down to resumable checkpoints, log and picture; the entries of its checkpoints."""
+    """Reduce a staging folder to resumable checkpoints, log and loss picture; returns the checkpoints' entries."""
     staging, folder = attempt.staging, attempt.run.folder
     saved = sorted((p for p in staging.iterdir() if paths.CHECKPOINT.fullmatch(p.name)), key=run_identity.step_of)
     if not saved:

@@ -1,7 +1,6 @@
 """Which engine trains a run: the packed one, or the ordinary path through LLaMA-Factory's own loop.
 
-A recipe that says anything the packed engine does not know for
-sure is left to the ordinary path: it is never trained differently.
+A recipe with any setting that the packed engine does not support exactly is trained the ordinary way.
 """
 
 import os
@@ -14,8 +13,8 @@ from paragen.recipes.run import Run
 ENGINES = ("stock", "packed")
 
 
-def asked() -> str | None:
-    """The engine that ENGINE forces, or None. Raises UserError for one that is not known."""
+def requested_engine() -> str | None:
+    """The engine that ENGINE requests, or None. Raises UserError for an unknown one."""
     name = os.environ.get("ENGINE") or None
     if name not in (None, *ENGINES):
         raise UserError(f"ENGINE={name}: is not known; {' or '.join(ENGINES)}")
@@ -25,7 +24,7 @@ def asked() -> str | None:
 def why_not_packed(run: Run, devices: list[str]) -> str | None:
     """Why the packed engine cannot train a run on some devices, or None where it can.
 
-    What only the model itself tells (its layers, its attention, dropout) is seen when it is loaded.
+    Properties of the model itself (its layers, its attention, dropout) are checked later, when it is loaded.
     """
     for key, value in run.config.items():
         if key in keys.PACKED:
@@ -42,9 +41,9 @@ def why_not_packed(run: Run, devices: list[str]) -> str | None:
     return None
 
 
-def say_fallback(run: Run, why: str) -> None:
-    """One line that tells why the ordinary path runs; with ENGINE=packed that is an error."""
-    text = f"{run}: not for the packed engine: {why}"
-    if asked() == "packed":
-        raise UserError(f"{text}; leave ENGINE away to train it the ordinary way")
+def announce_fallback(run: Run, reason: str) -> None:
+    """Print why a run is trained the ordinary way. Raises UserError where ENGINE=packed forbids that."""
+    text = f"{run}: not for the packed engine: {reason}"
+    if requested_engine() == "packed":
+        raise UserError(f"{text}; omit ENGINE to train it the ordinary way")
     say(f"{text}; it is trained the ordinary way")

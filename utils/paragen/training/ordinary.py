@@ -1,4 +1,4 @@
-"""The ordinary path: one run through LLaMA-Factory's own trainer, on one device or several."""
+"""The ordinary path: trains one run with LLaMA-Factory's own trainer, on one device or several."""
 
 import json
 import os
@@ -18,13 +18,14 @@ from paragen.training.attempts import Attempt
 
 
 def train(run: Run, halved: bool = False) -> None:
-    """Train a run, unless it is complete: into a staging folder beside the run folder, which gets its name when whole.
+    """Train a run, unless it is complete. The files go into a staging folder, which becomes the run folder at the end.
 
     Args:
-        halved: take half the rows at a time and accumulate twice as often, where that is the same objective.
+        run: the run.
+        halved: train with half the rows at a time and accumulate twice as often, where that is the same objective.
 
     Raises AlreadyRunning, OutOfMemory, DistributedFailure (see outcome.py), or UserError for anything else that the
-    user can put right.
+    user can correct.
     """
     snapshot = run_identity.snapshot_of(run)
     with attempts.begin(run, snapshot) as attempt:
@@ -47,7 +48,7 @@ def train(run: Run, halved: bool = False) -> None:
 
 
 def job_of(attempt: Attempt, wanted: list[str]) -> dict[str, Any]:
-    """What `process.train` is given. `wanted`: the devices."""
+    """The argument of `process.train` for an attempt on the devices `wanted`."""
     key = run_identity.tokens_key(attempt.identity) if os.environ.get("PARAGEN_TOKENS") else None
     return {
         "recipe": str(attempt.run.recipe),
@@ -61,9 +62,9 @@ def job_of(attempt: Attempt, wanted: list[str]) -> dict[str, Any]:
 
 
 def train_distributed(job: dict[str, Any], count: int) -> None:
-    """Run the job in one process per device, through torchrun on process.py; they end with this process.
+    """Train a job in one process per device, started by torchrun; they end with this process.
 
-    Raises DistributedFailure when one of them failed.
+    Raises DistributedFailure when one of them fails.
     """
     staging = Path(job["staging"])
     files.write_json(staging / "job.json", job)
@@ -76,7 +77,7 @@ def train_distributed(job: dict[str, Any], count: int) -> None:
         child.terminate()
         child.wait()
     if status:
-        message = f"training on {count} devices failed with status {status}; the cause stands above"
+        message = f"training on {count} devices failed with status {status}; see the cause above"
         ended = [found for path in staging.glob("outcome-*.json") if (found := outcome.read(path))]
         known = [found for found in ended if found.kind not in ("done", "stopped")]
         raise outcome.DistributedFailure(message, known[0] if known else outcome.Outcome("failed", message))

@@ -1,4 +1,4 @@
-"""How a run ended, as a value: written as JSON by the process that ran it, read by the one that started it."""
+"""How a run ended, as a value. The process that ran it writes it as JSON; the one that started it reads it."""
 
 import json
 import sys
@@ -18,18 +18,18 @@ class Outcome:
     """How a run, or all of a cell, ended."""
 
     kind: Kind
-    cause: str = ""  # why, in one line; empty for `done`
-    log: str = ""  # the log that shows more, relative to the repository
+    cause: str = ""  # one line; empty for `done`
+    log: str = ""  # the log file, relative to the repository
     seconds: float = 0.0
 
     @property
     def is_done(self) -> bool:
-        """Whether all that was requested is on disk and whole."""
+        """Whether everything requested is complete on disk."""
         return self.kind == "done"
 
     @property
     def text(self) -> str:
-        """The outcome of a cell as tables and messages show it."""
+        """The outcome as tables and messages show it."""
         if self.kind in ("done", "stopped"):
             return {"done": "collected", "stopped": "stopped"}[self.kind]
         shown = f"{self.cause} (log: {self.log})" if self.log else self.cause
@@ -45,11 +45,11 @@ class AlreadyRunning(UserError):
 
 
 class OutOfMemory(UserError):
-    """The device, or this machine, has too little memory for a run."""
+    """The device or this machine has too little memory for a run."""
 
 
 class DistributedFailure(UserError):
-    """Training on several devices failed; `outcome` is that of a process that knew why."""
+    """Training on several devices failed; `outcome` is that of the process that recorded a cause."""
 
     def __init__(self, message: str, outcome: Outcome):
         super().__init__(message)
@@ -57,7 +57,7 @@ class DistributedFailure(UserError):
 
 
 def outcome_of(error: BaseException) -> Outcome:
-    """How a run ended that an exception ended."""
+    """The outcome of a run that ended with this exception."""
     if isinstance(error, DistributedFailure):
         return error.outcome
     if isinstance(error, AlreadyRunning):
@@ -74,20 +74,20 @@ def outcome_of(error: BaseException) -> Outcome:
 
 
 def is_out_of_memory(error: BaseException) -> bool:
-    """Whether an exception of PyTorch or the kernel means too little memory; some name it in their text alone."""
+    """Whether an exception means too little memory. PyTorch's CPU allocator states it in its text only."""
     torch = sys.modules.get("torch")
     if isinstance(error, MemoryError) or (torch is not None and isinstance(error, torch.OutOfMemoryError)):
         return True
-    return isinstance(error, RuntimeError) and "can't allocate memory" in str(error)  # PyTorch's CPU allocator
+    return isinstance(error, RuntimeError) and "can't allocate memory" in str(error)
 
 
 def one_line(error: BaseException) -> str:
-    """An unforeseen exception in one line; its traceback is printed elsewhere."""
+    """An unexpected exception in one line, without its traceback."""
     return " ".join(f"{type(error).__name__}: {error}".split())
 
 
-def noted(task: Callable[[], None], path: Path) -> None:
-    """Run a task and write its Outcome to `path`; an exception is noted and passed on."""
+def recorded(task: Callable[[], None], path: Path) -> None:
+    """Run a task and write its Outcome to `path`; an exception is recorded and raised again."""
     try:
         task()
     except BaseException as error:
@@ -102,7 +102,7 @@ def write(path: Path, outcome: Outcome) -> None:
 
 
 def read(path: Path) -> Outcome | None:
-    """The outcome in a file; None where the process that was to write it did not get so far."""
+    """The outcome in a file; None where the process ended without writing it."""
     try:
         return Outcome(**json.loads(path.read_bytes()))
     except FileNotFoundError:

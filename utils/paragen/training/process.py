@@ -1,8 +1,8 @@
-"""The training process itself: real LLaMA-Factory, called through its Python entry with our templates and callbacks.
+"""The training process: calls LLaMA-Factory through its Python entry point, with our templates and callbacks.
 
-`ordinary.train` calls `train` in its own process for one device; for several, torchrun runs this module once each:
+For one device, `ordinary.train` calls `train` in its own process. For several, torchrun runs this module once for each:
     python -m torch.distributed.run ... --module paragen.training.process JOB.json
-Leaves in the staging folder what LLaMA-Factory leaves, the collected checkpoints, and facts.json.
+Writes LLaMA-Factory's own files, the collected checkpoints and facts.json into the staging folder.
 """
 
 import errno
@@ -21,7 +21,7 @@ from paragen.model import base_models
 from paragen.recipes import keys, render
 from paragen.training import outcome
 
-# What a wrong recipe, model or data file makes LLaMA-Factory and the libraries below it raise before the first step.
+# Exceptions that LLaMA-Factory and its libraries raise before the first step for a wrong recipe, model or data file.
 SETTINGS_ERRORS = (
     ValueError,
     TypeError,
@@ -36,15 +36,15 @@ SETTINGS_ERRORS = (
 
 
 def train(job: dict) -> None:
-    """Run one job.
+    """Train one job.
 
     Args:
         job: `recipe` (absolute path; its paths are relative to its folder), `config` (the rendered recipe), `phase`,
             `staging` (absolute path of an existing empty folder), `devices` (as devices.choose gives them, already
-            pinned), `pictures` (whether a dataset has some) and `tokens` (the folder of its tokenised rows in the
+            pinned), `pictures` (whether a dataset has some) and `tokens` (the folder for its tokenised rows in the
             sweep's cache, which is filled where it is missing; or None).
 
-    Raises UserError for what the recipe asks and LLaMA-Factory or this machine cannot do.
+    Raises UserError for a recipe that LLaMA-Factory or this machine cannot train.
     """
     os.environ.setdefault("LLAMAFACTORY_VERBOSITY", "WARN")
     os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
@@ -56,7 +56,7 @@ def train(job: dict) -> None:
     recipe, config, staging = Path(job["recipe"]), job["config"], Path(job["staging"])
     os.chdir(recipe.parent)
     if job["devices"][:1] == ["cpu"] and len(job["devices"]) > 1:
-        # accelerate calls the device of a CPU process cpu:0, cpu:1, ...; torch.load, on resuming, knows only cpu
+        # accelerate names the devices of CPU processes cpu:0, cpu:1, ...; torch.load, on resuming, knows only cpu
         torch.serialization.register_package(
             priority=30,
             tagger=lambda storage: None,
@@ -72,7 +72,7 @@ def train(job: dict) -> None:
     try:
         run_exp(arguments, [rules, collector] if collector else [rules])
     except BaseException as error:
-        print(file=sys.stderr, flush=True)  # what is said next does not go on in the progress bar's line
+        print(file=sys.stderr, flush=True)  # the next message starts a new line after the progress bar
         if outcome.is_out_of_memory(error):
             raise outcome.OutOfMemory(
                 f"{recipe}: out of device memory; halve per_device_train_batch_size and double "
@@ -91,14 +91,14 @@ def train(job: dict) -> None:
 
 
 def arguments_of(job: dict) -> dict:
-    """A job's recipe as LLaMA-Factory's arguments: absolute paths, the staging folder, what the devices demand."""
+    """LLaMA-Factory's arguments for a job: the recipe with absolute paths, staging folder and device settings."""
     recipe, config, staging = Path(job["recipe"]), job["config"], Path(job["staging"])
     arguments = {**config, **devices.settings(job["devices"]), "output_dir": str(staging), "plot_loss": False}
     for key in keys.READ_PATHS:
         if arguments.get(key):
             arguments[key] = str(render.resolve(recipe, arguments[key]))
-    # datasets knows a file by its time and size, and tokenised rows by their text without their pictures; a cache of
-    # this run's own cannot give it rows or pictures of another day
+    # The datasets library caches a file by its time and size, and tokenised rows by their text without their pictures.
+    # With a cache of this run's own it cannot return outdated rows or pictures.
     arguments["cache_dir"] = str(staging / "cache")
     if job["tokens"]:
         arguments["tokenized_path"] = job["tokens"] if Path(job["tokens"]).is_dir() else str(staging / "tokens")
@@ -107,19 +107,19 @@ def arguments_of(job: dict) -> dict:
     return arguments
 
 
-def keep_tokens(made: Path, kept: Path) -> None:
-    """Give tokenised rows their place in the cache, unless another run was faster."""
-    kept.parent.mkdir(parents=True, exist_ok=True)
-    files.sync_tree(made)
+def keep_tokens(tokens: Path, cached: Path) -> None:
+    """Move tokenised rows into the sweep's cache, unless another run has done so."""
+    cached.parent.mkdir(parents=True, exist_ok=True)
+    files.sync_tree(tokens)
     try:
-        made.rename(kept)
+        tokens.rename(cached)
     except OSError as error:
         if error.errno not in (errno.ENOTEMPTY, errno.EEXIST):
             raise
 
 
 def refusal(recipe: Path, error: BaseException) -> UserError:
-    """What LLaMA-Factory or a library below it objected to before the first step, as one line."""
+    """An exception of LLaMA-Factory or its libraries before the first step, as an error in one line."""
     where = traceback.extract_tb(error.__traceback__)[-1] if error.__traceback__ else None
     place = f" ({Path(where.filename).name}:{where.lineno})" if where else ""
     return UserError(
@@ -128,7 +128,7 @@ def refusal(recipe: Path, error: BaseException) -> UserError:
 
 
 def check_arguments(recipe: Path, arguments: dict) -> None:
-    """Let LLaMA-Factory read the arguments before anything is loaded; its objection becomes one line."""
+    """Have LLaMA-Factory parse the arguments before anything is loaded. Raises UserError where it refuses them."""
     from llamafactory.hparams import get_train_args
 
     try:
@@ -138,36 +138,36 @@ def check_arguments(recipe: Path, arguments: dict) -> None:
 
 
 def check_template(recipe: Path, arguments: dict, has_pictures: bool) -> None:
-    """Refuse a template that is not known, or that does not go with the data or the model as to pictures."""
+    """Raise UserError for an unknown template, and where template, data and model do not agree about pictures."""
     from llamafactory.data import TEMPLATES
 
     template = arguments.get("template")
     if template is None:
         return
     if template not in TEMPLATES:
-        near = sorted(name for name in TEMPLATES if name.startswith(str(template)[:2]))
+        similar = sorted(name for name in TEMPLATES if name.startswith(str(template)[:2]))
         raise UserError(
             f"{recipe}: template {template!r} is not known to LLaMA-Factory nor in utils/prompt_templates.py"
-            f"{'; near ones: ' + ', '.join(near) if near else ''}"
+            f"{'; similar ones: ' + ', '.join(similar) if similar else ''}"
         )
     takes_pictures = TEMPLATES[template].mm_plugin.image_token is not None
     if has_pictures and not takes_pictures:
         raise UserError(
-            f"{recipe}: template {template!r} takes no pictures, but the data have some; one such is qwen2_vl"
+            f"{recipe}: template {template!r} takes no pictures, but the data has some; use another, such as qwen2_vl"
         )
     model = render.resolve(recipe, arguments["model_name_or_path"])
     if takes_pictures and not base_models.has_processor(model):
         raise UserError(
             f"{recipe}: template {template!r} is for models that read pictures, but {paths.relative(model)} has no "
-            "preprocessor_config.json; bring the whole model, or use the template of its text-only kin"
+            "preprocessor_config.json; download the whole model, or use the template of its text-only variant"
         )
 
 
 def main() -> None:
-    """One process of several: train the job in the file that the command line names, and note how that ended."""
+    """One process of several: train the job in the file on the command line, and record the outcome."""
     job = json.loads(Path(sys.argv[1]).read_bytes())
     devices.pin(job["devices"])
-    outcome.noted(lambda: train(job), Path(job["staging"], f"outcome-{os.environ['RANK']}.json"))
+    outcome.recorded(lambda: train(job), Path(job["staging"], f"outcome-{os.environ['RANK']}.json"))
 
 
 if __name__ == "__main__":

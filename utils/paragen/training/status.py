@@ -1,4 +1,4 @@
-"""How a cell stands: missing, pretrained, collecting, complete, stale or broken. Writes nothing."""
+"""The state of a cell: missing, pretrained, collecting, complete, stale or broken. Writes nothing."""
 
 import json
 
@@ -9,7 +9,7 @@ from paragen.recipes.run import Cell
 
 
 def state_of(cell: Cell) -> tuple[str, str]:
-    """How a cell stands and, where there is more to say, why: (state, reason)."""
+    """(the state of a cell; for collecting, stale and broken ones the details, else an empty text)."""
     try:
         pretrain, finetune = cell.runs
         if any(files.is_held(files.beside(run.folder, "lock")) for run in cell.runs):
@@ -25,7 +25,7 @@ def state_of(cell: Cell) -> tuple[str, str]:
 
 
 def progress_of(cell: Cell) -> str:
-    """How far the run in progress of a cell is, from the log in its staging folder; empty where there is none yet."""
+    """The progress of a cell's present run, from the log in its staging folder; empty where there is none."""
     for run in cell.runs:
         for staging in files.companions(run.folder, "staging-"):
             try:
@@ -34,5 +34,5 @@ def progress_of(cell: Cell) -> str:
                 left = f", {last['remaining_time']} left" if "remaining_time" in last else ""
                 return f"{run.phase} step {last['current_steps']} of {last['total_steps']}{loss}{left}"
             except (OSError, IndexError, ValueError, KeyError):
-                return f"{run.phase} starting"  # no whole line yet, or it ended just now
+                return f"{run.phase} starting"  # no complete line yet, or the run ended meanwhile
     return ""

@@ -1,0 +1,128 @@
+"""Ray for a sweep: starting or joining it, the devices it has, and the settings that its workers get."""
+
+import os
+import shlex
+import signal
+import sys
+from pathlib import Path
+from typing import Any
+
+import psutil
+
+from paragen.common import devices, paths
+from paragen.common.cli import UserError
+from paragen.sweep import packs
+
+# The user's environment variables that every run gets, on whichever machine it runs.
+SETTINGS = (
+    "FORCE", "PRUNE_PRETRAIN", "STAGE_DIR", "OMP_NUM_THREADS", "LLAMAFACTORY_VERBOSITY", "HF_HUB_OFFLINE",
+    "ENGINE",
+)  # fmt: skip
+
+
+def start_ray(ray: Any) -> None:
+    """Join the cluster at RAY_ADDRESS, or start Ray on this machine until `ray.shutdown()`."""
+    address = os.environ.get("RAY_ADDRESS")
+    python_path = os.pathsep.join(filter(None, (str(paths.UTILS), os.environ.get("PYTHONPATH"))))
+    requested = os.environ.get("DEVICES", "")
+    cpus = devices.cpu_cores() if devices.nvidia_driver() and requested != "cpu" else cpu_slots()
+    # "local": without it, Ray joins any cluster that it finds on this machine
+    own = {"address": "local", "include_dashboard": False, "num_cpus": cpus, "object_store_memory": 10**8}
+    if requested and requested != "cpu":
+        if "cpu" in requested:
+            raise UserError(f"DEVICES={requested}: a sweep trains each cell on one CPU slot; set DEVICES=cpu")
+        if address:
+            raise UserError(f"DEVICES={requested}: a cluster's workers take the GPUs that Ray gives them; omit DEVICES")
+        os.environ["CUDA_VISIBLE_DEVICES"] = ",".join(devices.choose())  # Ray then sees these GPUs alone
+    handler = signal.getsignal(signal.SIGTERM)
+    try:
+        ray.init(
+            **({"address": address} if address else own),
+            log_to_driver=False,
+            logging_level="error",
+            # Ray puts the interpreter's path into a shell command without quoting it
+            runtime_env={
+                "env_vars": {"PYTHONPATH": python_path, **settings()},
+                "py_executable": shlex.quote(sys.executable),
+            },
+        )
+    except (ConnectionError, RuntimeError, ValueError) as error:
+        what = f"RAY_ADDRESS={address}: cannot be joined" if address else "Ray cannot be started on this machine"
+        raise UserError(f"{what}: {' '.join(str(error).split())[:300]}") from None
+    signal.signal(signal.SIGTERM, handler)  # Ray's own handler kills the runs before they can clean up
+
+
+def use_ray_token() -> None:
+    """Have Ray authenticate with the user's token, where there is one and a cluster is named.
+
+    `ray start` does so on its own, `ray.init(address)` does not.
+    """
+    if os.environ.get("RAY_ADDRESS") and "RAY_AUTH_MODE" not in os.environ and has_ray_token():
+        os.environ["RAY_AUTH_MODE"] = "token"
+
+
+def has_ray_token() -> bool:
+    """Whether this user has a token for Ray clusters, in the places where Ray looks for it."""
+    named = os.environ.get("RAY_AUTH_TOKEN") or os.environ.get("RAY_AUTH_TOKEN_PATH")
+    return bool(named) or (Path.home() / ".ray" / "auth_token").is_file()
+
+
+def settings() -> dict[str, str]:
+    """The environment variables that every run gets."""
+    per_slot = {
+        "OMP_NUM_THREADS": str(max(1, devices.cpu_cores() // cpu_slots())),
+        "PARAGEN_CPU_SLOTS": str(cpu_slots()),
+    }
+    threads = {} if devices.nvidia_driver() else per_slot
+    tokens = {"PARAGEN_TOKENS": str(paths.SAVES / ".tokens")}
+    # make exports unset variables as empty ones, which must not hide what is set on a node
+    return threads | tokens | {name: os.environ[name] for name in SETTINGS if os.environ.get(name)}
+
+
+def cpu_slots() -> int:
+    """How many cells train at the same time on this machine's CPU: one per core, with 8 GB of memory for each.
+
+    On a Mac it is one: torch uses its GPU, which Ray does not know.
+    """
+    return 1 if sys.platform == "darwin" else max(1, min(devices.cpu_cores(), psutil.virtual_memory().total >> 33))
+
+
+def choose_devices(ray: Any) -> bool:
+    """Whether this sweep trains on CPUs: because DEVICES=cpu requests it, or because there is no GPU.
+
+    The choice holds for the whole sweep: when the last node with a GPU is lost, cells wait for another one. Raises
+    UserError where requested devices do not exist.
+    """
+    requested, count = os.environ.get("DEVICES", ""), packs.gpus_per_cell()
+    gpus = [int(resources.get("GPU", 0)) for resources in node_resources(ray)]
+    on_cpu = requested == "cpu" or not any(gpus)
+    if on_cpu and requested not in ("", "cpu"):
+        raise UserError(f"DEVICES={requested}: there is no GPU here; omit DEVICES, or set DEVICES=cpu")
+    if on_cpu and count > 1:
+        raise UserError(f"GPUS_PER_CELL={count}: there is no GPU to train on; omit it")
+    if not on_cpu and max(gpus) < count:
+        raise UserError(f"GPUS_PER_CELL={count}: no machine has so many GPUs, the largest has {max(gpus)}")
+    return on_cpu
+
+
+def node_resources(ray: Any) -> list[dict[str, float]]:
+    """The resources (CPU, GPU, ...) of each node that is alive."""
+    return [node["Resources"] for node in ray.nodes() if node["Alive"]]
+
+
+def count_slots(ray: Any, on_cpu: bool) -> int:
+    """How many cells the cluster can train at the same time now; the GPUs of one cell are on one node."""
+    nodes = node_resources(ray)
+    if on_cpu:
+        return sum(int(resources.get("CPU", 0)) for resources in nodes)
+    gpus = packs.gpus_per_cell()
+    return sum(min(int(resources.get("CPU", 0)), int(resources.get("GPU", 0)) // gpus) for resources in nodes)
+
+
+def new_worker(ray: Any, worker_class: type, on_cpu: bool) -> Any:
+    """A new slot: a Ray actor that sees its own devices alone."""
+    if on_cpu:
+        actor = ray.remote(num_cpus=1, num_gpus=0, max_concurrency=2, max_restarts=0)(worker_class)
+        return actor.remote(settings(), "" if sys.platform == "darwin" else "cpu")
+    actor = ray.remote(num_cpus=1, num_gpus=packs.gpus_per_cell(), max_concurrency=2, max_restarts=0)(worker_class)
+    return actor.remote(settings(), None)
