@@ -1,13 +1,7 @@
 """Statistics of collections: how far the adapters of the steps are apart, where, and in how many directions.
 
-    [CATEGORY=..] [DATASET=..] [MODEL=..] [RANK=..] [SEED=..] python utils/stats.py                  (make stats)
-
-Reads collections, writes saves/stats/<category>/<dataset>/<run folder>/ and prints a table per collection:
-    stats.parquet           a row per factor tensor and a row per layer's update; COLUMNS describes each column
-    importance.safetensors  a float32 scalar per layer, and per factor tensor: Drag-and-Drop LLMs' loss weight
-    steps.safetensors       per step: sketch, norm and change of each layer's update; ARRAYS describes each
-    stats.json              what it was made from; the layers in the order of the arrays
-Measured once, and again when the collection or METHOD changed (FORCE=1: always). An update is B·A times PEFT's scaling.
+The files of a collection's statistics (utils/stats.py lists them) are made once, and again when the collection or
+METHOD changed. An update is B·A times PEFT's scaling.
 
 Importance of a layer (or of one factor) = m / M, with m the mean over its entries of the standard deviation across the
 steps, and M that mean over the entries of all layers. The deviation is the population's, of factors that were first

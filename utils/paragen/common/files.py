@@ -54,6 +54,15 @@ def write_json(path: Path, value: Any) -> None:
     write_atomically(path, (json.dumps(value, indent=2, ensure_ascii=False) + "\n").encode())
 
 
+def read_cache(path: Path) -> dict[str, Any]:
+    """The JSON object in a cache file; empty where that is missing or broken, which only costs work again."""
+    try:
+        cache = json.loads(path.read_bytes())
+    except (OSError, ValueError):
+        return {}
+    return cache if isinstance(cache, dict) else {}
+
+
 def sync_folder(folder: Path) -> None:
     """Flush the names in `folder` (creations, renames, removals) to disk, so that they survive a power cut."""
     sync(folder)
