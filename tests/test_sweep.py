@@ -327,6 +327,7 @@ def test_an_unreadable_recipe_fails_its_cell_only(repository):
     assert len(list(repository.glob(f"saves/{CATEGORY}/To-y/Tiny-Two*_finetune/manifest.json"))) == 1
 
 
+@pytest.mark.slow
 def test_a_terminated_sweep_cleans_up_and_exits_with_143(repository):
     run = sweep(repository, slots=1, RANKS="4")
     saves = repository / "saves" / CATEGORY

@@ -40,6 +40,7 @@ def outcomes_in(output: str) -> dict[tuple[str, str, str], str]:
     return {tuple(line.split()[:3]): line.split(maxsplit=3)[3] for line in lines[start + 1 :]}
 
 
+@pytest.mark.slow
 def test_a_mixed_sweep_packs_what_it_can_and_a_broken_cell_fails_alone(repository):
     """Two datasets, two base models, two ranks: one pair cannot be packed, one is broken, the others are packed."""
     add_to_recipes(repository, "To-y", "tiny-two", "lora_dropout: 0.1")

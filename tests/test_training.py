@@ -5,6 +5,7 @@ import os
 import shutil
 import signal
 import subprocess
+import time
 from pathlib import Path
 
 import pytest
@@ -190,6 +191,7 @@ def test_a_run_fails_when_its_data_changes_during_the_training(project):
     run = project.start(project.pretrain, "max_steps=100", "save_steps=100")
     while not list(project.saves.glob(".*staging*/trainer_log.jsonl")):
         assert run.process.is_alive(), run.log.read_text()
+        time.sleep(0.05)
     project.data.write_text(project.data.read_text().replace("[A]", "[C]"))
     assert "changed while it was trained on" in one_error_line(run.wait())
     assert not project.run_folder("pretrain").exists()
@@ -314,13 +316,14 @@ def test_a_second_run_of_the_same_recipe_and_rank_ends_immediately(project):
     temporary = project.scripts / "tiny_Toy_pretrain_temp_rank_4.yaml"
     while not temporary.exists():
         assert first.process.is_alive(), first.log.read_text()
+        time.sleep(0.05)
     log = project.top / "second.txt"
     second = fork_server.start("train", [str(project.pretrain), "4"], {}, log).wait()
     assert "is running already" in one_error_line(second)
     assert temporary.exists() and first.process.is_alive()
     assert first.kill_when(lambda: True, signal.SIGTERM)
     assert first.process.exitcode == 143
-    assert not temporary.exists() and not any(project.saves.iterdir()), "a stopped run leaves nothing behind"
+    assert not temporary.exists() and not list(project.saves.iterdir()), "a stopped run leaves nothing behind"
 
 
 def test_ctrl_c_removes_the_rendered_recipe(project):

@@ -90,7 +90,12 @@ def test_the_tiny_models_cover_every_kind_of_model_in_the_table():
     assert {kind(entry) for entry in table.values()} == {kind(table[name]) for name in tiny_models.NAMES}
 
 
-@pytest.mark.parametrize("name", tiny_models.NAMES)
+QUICK = ("bert", "gpt2", "qwen2.5-vl-3b")  # without a chat template, without nn.Linear, with a processor
+
+
+@pytest.mark.parametrize(
+    "name", [pytest.param(name, marks=() if name in QUICK else pytest.mark.slow) for name in tiny_models.NAMES]
+)
 def test_every_architecture_trains_and_its_collection_verifies(projects, monkeypatch, capsys, name):
     import verify
 
