@@ -54,7 +54,7 @@ def main() -> None:
 
 def make_repository(top: Path, cells: int) -> Path:
     """A copy of this repository's scripts with recipe pairs for tiny models: six ranks per dataset and model."""
-    import tiny
+    from helpers import tiny
 
     shutil.copytree(ROOT / "utils", top / "utils", ignore=shutil.ignore_patterns("__pycache__"))
     for name in ("Makefile", "requirements.in", "requirements.txt"):

@@ -112,7 +112,8 @@ def packed(noted: dict[str, Any], arguments: list[str]) -> None:
         began = time.time()
         whole = plain_train(pack)
         noted["packs"].append({
-            "phase": pack.members[0].schedule.attempt.run.phase, "began": began, "ended": time.time(), "known": [*known],
+            "phase": pack.members[0].schedule.attempt.run.phase, "began": began, "ended": time.time(),
+            "known": [*known],
             "ranks": [member.adapter.rank for member in pack.members], "peak_GB": peak_gb(),
             "work": [work_of(step.rows[who] for step in pack.steps) for who in range(len(pack.members))],
         })  # fmt: skip

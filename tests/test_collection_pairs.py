@@ -406,13 +406,15 @@ def test_a_workers_own_number_changes_nothing(project):
 
 
 def test_the_example_of_the_readme_runs(collected):
-    """README's example, on this tiny collection standing where the demo's would."""
+    """README's example, on this tiny collection instead of the demo's, in a folder with modules of the user's own."""
     blocks = re.findall(r"```python\n(.*?)```", (ROOT / "README.md").read_text(encoding="utf-8"), re.DOTALL)
     (example,) = [block for block in blocks if "from pairs import Pairs" in block]
     top = collected.top
     shutil.copytree(ROOT / "utils", top / "utils", ignore=shutil.ignore_patterns("__pycache__"))
     shutil.copy(ROOT / "models" / "models.yaml", top / "models" / "models.yaml")
     example = example.replace("Demo", "Toy").replace("rank=8", "rank=4")
+    for name in ("model", "dataset", "common", "training", "collection", "packed"):
+        (top / f"{name}.py").write_text("raise SystemExit('a module of the user was imported')\n")
     environment = {**os.environ, "PYTHONPATH": "utils"}
     for command in (["utils/index.py"], ["-c", example]):
         result = subprocess.run([PYTHON, *command], cwd=top, env=environment, capture_output=True, text=True)

@@ -255,3 +255,14 @@ def test_a_received_run_that_was_trained_on_other_data_is_refused(there):
     with pytest.raises(UserError, match="changed while it was trained on"):
         there.send("pretrain")
     assert not there.project.run_folder("pretrain").exists()
+
+
+def test_a_node_with_another_room_is_not_the_drivers_version(tmp_path, monkeypatch):
+    """Nodes compare one hash over scripts and rooms before they train for a driver."""
+    room = tmp_path / "paragen" / "training" / "collector.py"
+    room.parent.mkdir(parents=True)
+    room.write_text("one = 1\n")
+    monkeypatch.setattr(file_server, "UTILS", tmp_path)
+    before = file_server.code_hash()
+    room.write_text("one = 2\n")
+    assert file_server.code_hash() != before

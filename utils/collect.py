@@ -56,7 +56,8 @@ def split_cells(chosen: list[Cell]) -> tuple[list[Cell], list[Cell]]:
 
     Raises UserError where none can be collected.
     """
-    to_do, errors = [], {}
+    to_do: list[Cell] = []
+    errors: dict[Cell, UserError] = {}
     for cell in chosen:
         try:
             if run_identity.force_requested() or not packed_train.is_done(cell):
@@ -65,8 +66,8 @@ def split_cells(chosen: list[Cell]) -> tuple[list[Cell], list[Cell]]:
             errors[cell] = error
     if len(errors) == len(chosen):
         raise errors[chosen[0]]
-    for error in errors.values():
-        cli.complain(str(error))
+    for obstacle in errors.values():
+        cli.complain(str(obstacle))
     return to_do, list(errors)
 
 

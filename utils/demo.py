@@ -15,7 +15,7 @@ from typing import Any
 
 from paragen.analysis import report
 from paragen.collection import run_files
-from paragen.collection.manifest import Manifest, read_manifest
+from paragen.collection.manifest import Manifest, require_manifest
 from paragen.common import cli, files, paths
 from paragen.common.cli import UserError, say
 from paragen.packed import packed_train
@@ -47,7 +47,7 @@ def main() -> None:
     call(cell_worker.verify_runs, [cell.finetune])
     step("scoring the base model and four checkpoints on held-out questions")
     call(forked.run_script, "evaluate", ["--show", str(QUESTIONS)])
-    show_table(cell.finetune.folder, read_manifest(cell.finetune.folder))
+    show_table(cell.finetune.folder, require_manifest(cell.finetune.folder))
     step("drawing the report")
     call(forked.run_script, "report", [])
     say(f"\nthe demo took {time.monotonic() - STARTED:.0f} s")
@@ -75,6 +75,8 @@ def show_table(folder: Path, manifest: Manifest) -> None:
     """Print what was collected: place, size, losses, and how to load a checkpoint."""
     entries = manifest.checkpoints
     steps = manifest.steps
+    assert manifest.pretrain is not None  # its recipe resumes one
+    losses = [entry.loss for entry in entries if entry.loss is not None]
     log = folder.with_name(manifest.pretrain.run) / run_files.LOG
     first = json.loads(log.read_text().splitlines()[0]) if log.is_file() else {}
     table = {
@@ -83,7 +85,7 @@ def show_table(folder: Path, manifest: Manifest) -> None:
         "in": paths.relative(folder),
         "size": f"{files.size_of(folder.iterdir()) / 1e6:.1f} MB, {entries[0].bytes / 1e6:.1f} MB each",
         "loss": f"{first.get('loss', entries[0].loss):.3f} first, {entries[-1].loss:.3f} last, "
-        f"{sum(entry.loss for entry in entries) / len(entries):.3f} mean of the kept steps",
+        f"{sum(losses) / len(losses):.3f} mean of the kept steps",
     }
     print()
     for name, value in table.items():

@@ -36,10 +36,11 @@ def canonical(a: torch.Tensor, b: torch.Tensor) -> tuple[torch.Tensor, torch.Ten
     B·A by the noise that was removed.
     """
     if a.dim() == 2:  # a single product is computed by another kernel than a batch of one, and differs in the last bit
-        return tuple(values[0] for values in canonical(a[None], b[None]))
+        batch_a, batch_b = canonical(a[None], b[None])
+        return batch_a[0], batch_b[0]
     if len(a) > 1:
-        new_a, new_b = zip(*one_by_one(canonical, a, b), strict=True)
-        return torch.cat(new_a), torch.cat(new_b)
+        found = one_by_one(canonical, a, b)
+        return torch.cat([new_a for new_a, _ in found]), torch.cat([new_b for _, new_b in found])
     rank = a.shape[-2]
     q_b, r_b = torch.linalg.qr(b.double())
     q_a, r_a = torch.linalg.qr(a.double().mT)

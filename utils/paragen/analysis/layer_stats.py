@@ -4,6 +4,7 @@ Plain functions on float64 tensors. A is steps x r x inputs, B is steps x output
 """
 
 import hashlib
+from dataclasses import dataclass
 from typing import Any, NamedTuple
 
 import torch
@@ -14,7 +15,8 @@ from paragen.collection import lora_config
 SKETCH_SIDE = 32  # a sketch has SKETCH_SIDE x SKETCH_SIDE numbers
 
 
-class Moments(NamedTuple):
+@dataclass(frozen=True)
+class Moments:
     """Mean and sum of squared deviations of each entry over the steps seen so far."""
 
     count: int
@@ -156,7 +158,8 @@ def add_steps(running: Running, a: torch.Tensor, b: torch.Tensor) -> tuple[Runni
 def totals(running: Running) -> dict[str, torch.Tensor]:
     """The statistics of a layer after all steps, for A and B each: the mean over the entries of their mean (`mean`), of
     their deviation (`std`), and of their deviation when standardised within each step (`standardised_std`)."""
-    raw, standard = running.moments[:2], running.moments[2:]
+    seen = [moments for moments in running.moments if moments is not None]  # after a step, all of them
+    raw, standard = seen[:2], seen[2:]
     return {
         "mean": torch.stack([one.mean.mean() for one in raw]),
         "std": torch.stack([deviation(one).mean() for one in raw]),

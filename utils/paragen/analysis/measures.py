@@ -1,13 +1,7 @@
 """Statistics of collections: how far the adapters of the steps are apart, where, and in how many directions.
 
-    [CATEGORY=..] [DATASET=..] [MODEL=..] [RANK=..] [SEED=..] python utils/stats.py                  (make stats)
-
-Reads collections, writes saves/stats/<category>/<dataset>/<run folder>/ and prints a table per collection:
-    stats.parquet           a row per factor tensor and a row per layer's update; COLUMNS describes each column
-    importance.safetensors  a float32 scalar per layer, and per factor tensor: Drag-and-Drop LLMs' loss weight
-    steps.safetensors       per step: sketch, norm and change of each layer's update; ARRAYS describes each
-    stats.json              what it was made from; the layers in the order of the arrays
-Measured once, and again when the collection or METHOD changed (FORCE=1: always). An update is B·A times PEFT's scaling.
+The files of a collection's statistics (utils/stats.py lists them) are made once, and again when the collection or
+METHOD changed. An update is B·A times PEFT's scaling.
 
 Importance of a layer (or of one factor) = m / M, with m the mean over its entries of the standard deviation across the
 steps, and M that mean over the entries of all layers. The deviation is the population's, of factors that were first
@@ -139,7 +133,8 @@ def measure(
     """
     layout = checkpoints.layout_of(next(checkpoints.open_all(folder, entries[:1])))
     layers = checkpoints.layers_of(layout)
-    shapes = [(layout[f"{layer}.lora_B.weight"][0], *layout[f"{layer}.lora_A.weight"][::-1]) for layer in layers]
+    factors = [(layout[f"{layer}.lora_A.weight"], layout[f"{layer}.lora_B.weight"]) for layer in layers]
+    shapes = [(b[0], a[1], a[0]) for a, b in factors]
     kept = {name: torch.zeros(len(layers), len(entries), dtype=torch.float64) for name in PER_LAYER}
     kept |= {name: torch.zeros(len(layers), 2, len(entries), dtype=torch.float64) for name in PER_FACTOR}
     totals = {name: torch.zeros(len(layers), 2, dtype=torch.float64) for name in TOTALS}
@@ -166,7 +161,8 @@ def measure(
 
 def groups_of(shapes: list[tuple[int, int, int]], budget: int) -> list[list[int]]:
     """The layers' numbers in groups whose running sums take at most `budget` bytes; a group has at least one layer."""
-    groups, used = [[]], 0
+    groups: list[list[int]] = [[]]
+    used = 0
     for number, (outputs, inputs, rank) in enumerate(shapes):
         size = 8 * (outputs + inputs) * (9 * rank + ls.SKETCH_SIDE)  # 4 moments of 2, the step before, projections
         if groups[-1] and used + size > budget:

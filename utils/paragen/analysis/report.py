@@ -57,7 +57,8 @@ def gather(saves: Path) -> dict[str, Any]:
     table, faults = index.update(saves)
     names = [folder.relative_to(saves.absolute()).as_posix() for folder in discovery.find_collections([saves])]
     states = cell_states(table)
-    found, faulty = [], []
+    found: list[dict[str, Any]] = []
+    faulty: list[str] = []
     for name in names:
         state, reason = states["by_folder"].get(saves.absolute() / name, ("complete", ""))
         row = None
@@ -122,7 +123,8 @@ def described(saves: Path, name: str, state: str, reason: str, total: int) -> di
         raise UserError(f"{paths.relative(folder)}: is gone")
     entries, base_model = manifest.checkpoints, manifest.base_name
     losses = [entry.loss for entry in entries if entry.loss is not None]
-    pictures, shown = {"curve": report_data.curve(folder, manifest)}, None
+    pictures: dict[str, Any] = {"curve": report_data.curve(folder, manifest)}
+    shown = None
     evaluated = evaluation.shown(evaluation.read(folder, manifest))
     if evaluated:
         pictures["scores"] = report_data.scores(evaluated, len(entries))

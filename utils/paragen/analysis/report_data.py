@@ -31,7 +31,8 @@ def curve(folder: Path, manifest: Manifest) -> dict[str, Any]:
     kept step), `resumed` (step or None), `notes` (what is omitted, and why) and `label`. A run without a log has the
     figures of its manifest.
     """
-    entries, notes = manifest.checkpoints, []
+    entries = manifest.checkpoints
+    notes: list[str] = []
     kept = [entries[0].step, entries[-1].step]
     rows = read_log(folder / run_files.LOG, notes)
     if not rows:
@@ -86,7 +87,8 @@ def is_same_pretrain(folder: Path, pretrain: ResumedPretrain) -> bool:
 def read_log(path: Path, notes: list[str]) -> list[tuple[int, float | None, float | None]]:
     """Step, loss and learning rate of each logged step of a trainer_log.jsonl; a note on unreadable lines is
     added to `notes`."""
-    rows, broken = [], 0
+    rows: list[tuple[int, float | None, float | None]] = []
+    broken = 0
     if not path.is_file():
         return rows
     for line in path.read_text(encoding="utf-8", errors="replace").splitlines():
@@ -130,7 +132,9 @@ def scores(shown: dict[str, Any], kept: int) -> dict[str, Any]:
         return {**titles, "label": f"No figure of {shown['split']} is known"}
     base, _ = evaluation.figure_of(shown, shown["base"])
     steps, values, spans = zip(*points, strict=True)
-    best = steps.index(evaluation.best_of(shown)["step"])
+    best_score = evaluation.best_of(shown)
+    assert best_score is not None  # since there are points
+    best = steps.index(best_score["step"])
     about = "the base model was not evaluated" if base is None else f"the base model {base:#.3g}"
     course = f"{values[0]:#.3g} at step {steps[0]}"
     if len(steps) > 1:

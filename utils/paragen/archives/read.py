@@ -9,8 +9,9 @@ import json
 import os
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, NamedTuple
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
@@ -27,7 +28,8 @@ HEAD = 512  # bytes at the front: the safetensors header, padded with spaces as 
 LEVEL = 1  # zstd's, for what is written; 3, 6 and 9 change its size by -1 to +4 % and take two to six times as long
 
 
-class Opened(NamedTuple):
+@dataclass(frozen=True)
+class Opened:
     """An archive whose seal was checked; its blocks are checked as they are read."""
 
     path: Path

@@ -16,7 +16,7 @@ CHUNK_BYTES = 1 << 20  # read at once from a file that is hashed
 GIT_LFS_POINTER = b"version https://git-lfs.github.com/spec/"  # how a file begins that Git LFS did not download
 
 
-def write_atomically(path: Path, *parts: bytes | memoryview) -> None:
+def write_atomically(path: Path, *parts: bytes | bytearray | memoryview) -> None:
     """Write `parts`, one after the other, to `path`. No reader ever sees an incomplete file, not even after a crash."""
     path = Path(path)
     temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
@@ -32,7 +32,7 @@ def write_atomically(path: Path, *parts: bytes | memoryview) -> None:
     sync_folder(path.parent)
 
 
-def write(path: Path, *parts: bytes | memoryview) -> None:
+def write(path: Path, *parts: bytes | bytearray | memoryview) -> None:
     """Write `parts`, one behind the other, to `path` in a staging folder, which `sync_tree` makes durable later."""
     with open(path, "wb") as file:
         file.writelines(parts)
@@ -52,6 +52,15 @@ def remove_unfinished(path: Path) -> None:
 def write_json(path: Path, value: Any) -> None:
     """Write `value` to `path` as indented JSON, atomically."""
     write_atomically(path, (json.dumps(value, indent=2, ensure_ascii=False) + "\n").encode())
+
+
+def read_cache(path: Path) -> dict[str, Any]:
+    """The JSON object in a cache file; empty where that is missing or broken, which only costs work again."""
+    try:
+        cache = json.loads(path.read_bytes())
+    except (OSError, ValueError):
+        return {}
+    return cache if isinstance(cache, dict) else {}
 
 
 def sync_folder(folder: Path) -> None:

@@ -60,7 +60,7 @@ class Fault(str):
 def hashes_of(names: Iterable[str], media: Path) -> dict[str, str]:
     """The SHA-256 of each picture below `media`, or a Fault. A file that did not change is not read again."""
     top = Path(os.path.realpath(media))
-    cache = _read_cache(top / CACHE)
+    cache = files.read_cache(top / CACHE)
     found: dict[str, str] = {}
     unread = {}
     for name in sorted(names):
@@ -139,15 +139,6 @@ def check_not_cut(dataset: Any, collator: Any) -> None:
             f"cutoff_len {longest} cuts pictures short in {len(cut)} rows, first in row {cut[0]}; "
             "raise cutoff_len, or lower image_max_pixels"
         )
-
-
-def _read_cache(path: Path) -> dict[str, list]:
-    """The remembered pictures; a missing or broken cache only costs reading the files again."""
-    try:
-        cache = json.loads(path.read_bytes())
-    except (OSError, ValueError):
-        return {}
-    return cache if isinstance(cache, dict) else {}
 
 
 def _write_cache(path: Path, cache: dict[str, list]) -> None:

@@ -11,6 +11,7 @@ Tasks are named as its scripts name them: common_sense_reasoning, and coding, ma
 model, rank or seed, so an export holds one of each. Drag-and-Drop's scripts cast to bfloat16 themselves.
 """
 
+import functools
 import re
 from collections.abc import Sequence
 from pathlib import Path
@@ -40,7 +41,12 @@ PREFIXES = {
     "multimodal": "vllm",
 }
 # The models and ranks that it has a tokenizer for, by hidden size, width of the MLP and number of layers.
-TOKENIZERS = {(896, 4864, 24): 8, (1536, 8960, 28): 16, (3584, 18944, 28): 16, (2048, 11008, 36): 16}
+TOKENIZERS: dict[tuple[int | None, ...], int] = {
+    (896, 4864, 24): 8,
+    (1536, 8960, 28): 16,
+    (3584, 18944, 28): 16,
+    (2048, 11008, 36): 16,
+}
 # A text layer below a vision-language model is named `model.language_model.layers` by transformers 5,
 # `language_model.model.layers` by some older ones; Drag-and-Drop reads the number where a text model has it.
 KEY = re.compile(
@@ -90,9 +96,7 @@ def export(chosen: list[Chosen], out: Path, dtype: str | None) -> None:
     sizes = [checkpoint_copies.bytes_of(entry, one.stored, dtype) for one in missing for entry in steps_of(one)]
     derived.check_room(out / "data", sum(sizes))  # which may be a link to a larger disk
     for one, stays in zip(plan, kept, strict=True):
-        derived.make_part(
-            out, one.folder, sources[one.folder], lambda staging, one=one: write_steps(one, staging, dtype)
-        )
+        derived.make_part(out, one.folder, sources[one.folder], functools.partial(write_steps, one, dtype=dtype))
         for name in one.prompt_files:
             if name not in stays:
                 dnd_prompts.write(one.chosen, out, name)
@@ -107,7 +111,7 @@ def check_one_of_each(chosen: list[Chosen]) -> None:
             f"FORMAT=dnd holds one model and rank, not {listed(f'{name} rank {rank}' for name, rank in found)}; "
             "choose with MODEL=.. RANK=.., and an OUT for each"
         )
-    seeds = sorted({one.manifest.seed for one in chosen} - {None})
+    seeds = sorted({one.manifest.seed for one in chosen if one.manifest.seed is not None})
     if len(seeds) > 1:
         raise UserError(f"FORMAT=dnd holds one seed, not {listed(seeds)}; choose with SEED=.., and an OUT for each")
     bases = {one.manifest.base_model and one.manifest.base_model.sha256: one.name for one in chosen}
@@ -250,9 +254,11 @@ def print_notes(plan: list[Planned], out: Path) -> None:
 
 def figures_of(task: str) -> tuple[int, int]:
     """real_length and num_texts in the scripts of a task, or else of the first task of its kind."""
-    return TASKS.get(task) or next(
-        figures for name, figures in TASKS.items() if name.startswith(re.match("coding|math|vllm", task)[0])
-    )
+    if task in TASKS:
+        return TASKS[task]
+    kind = re.match("coding|math|vllm", task)
+    assert kind is not None  # `task_of` makes no other names
+    return next(figures for name, figures in TASKS.items() if name.startswith(kind[0]))
 
 
 def print_tokenizer_note(one: Planned) -> None:

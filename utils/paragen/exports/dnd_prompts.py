@@ -45,6 +45,7 @@ def write(chosen: Chosen, out: Path, name: str) -> None:
         rows = rows_of(chosen.manifest)
         staging.write_bytes(json.dumps(rows, ensure_ascii=False, indent=1).encode())
 
+    assert chosen.manifest.data is not None  # `kept` lists the files of a collection that does not know its rows
     data = [{"name": part.name, "rows_sha256": part.rows_sha256} for part in chosen.manifest.data]
     derived.make_part(out, name, {"format": "dnd", "data": data}, make)
 
@@ -61,7 +62,7 @@ def kept(chosen: Chosen, names: list[str], out: Path) -> list[str]:
     """
     record, stay = derived.read_record(out), []
     known = chosen.manifest.data is not None
-    ours = [prompt_in(row) for row in rows_of(chosen.manifest)] if known else None
+    ours = [prompt_in(row) for row in rows_of(chosen.manifest)] if known else []
     for name in names:
         path = out / name
         if not known and not path.is_file():

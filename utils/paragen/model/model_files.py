@@ -128,7 +128,7 @@ def hash_of(folder: Path, members: list[Path]) -> str:
 def hashes_of(folder: Path, members: list[Path]) -> dict[str, str]:
     """The SHA-256, hexadecimal, of some files of a folder, by name. Unchanged files (size, times) are not reread."""
     cache_file = folder.parent / HASH_CACHE
-    cache = _read_cache(cache_file)
+    cache = files.read_cache(cache_file)
     hashes, read = {}, False
     for path in members:
         stat = path.stat()
@@ -140,12 +140,3 @@ def hashes_of(folder: Path, members: list[Path]) -> dict[str, str]:
         kept = {key: value for key, value in cache.items() if os.path.exists(key.split("|")[0])}
         files.write_json(cache_file, kept)
     return hashes
-
-
-def _read_cache(path: Path) -> dict[str, str]:
-    """The remembered hashes; a missing or broken cache only costs reading the files again."""
-    try:
-        cache = json.loads(path.read_bytes())
-    except (FileNotFoundError, ValueError):
-        return {}
-    return cache if isinstance(cache, dict) else {}

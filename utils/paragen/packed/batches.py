@@ -62,7 +62,8 @@ def choose_buckets(shapes: list[Shape], count: int) -> list[Shape]:
     """
     by_size = sorted(shapes)
     ends = sorted({-(-len(by_size) * part // count) - 1 for part in range(1, count + 1)})
-    chosen, start = [], 0
+    chosen: list[Shape] = []
+    start = 0
     for end in ends:
         part = by_size[start : end + 1]
         shape = Shape(*(max(values) for values in zip(*part, strict=True)))
@@ -89,7 +90,7 @@ def lay_out(step: Step, groups: AdapterGroups, shape: Shape) -> dict[str, np.nda
     adapter's losses are 1 / n, where n is the number of labelled tokens that LLaMA-Factory's trainer divides by.
     """
     size, adapters = shape.tokens * groups.count, len(step.rows)
-    out = {
+    out: dict[str, np.ndarray] = {
         "tokens": np.zeros(size, np.int64),
         "positions": np.zeros(size, np.int64),
         "adapter": np.full(size, adapters, np.int64),

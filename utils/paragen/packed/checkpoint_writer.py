@@ -63,7 +63,7 @@ class Writer:
         """Queue the writing of the adapter as it is after the work queued so far; returns before that is done."""
         buffer = self._free_buffer()
         filled = None
-        if self.on_cuda:
+        if self.on_device is not None and self.stream is not None:  # on a CUDA device
             if self.copied is not None:
                 torch.cuda.current_stream().wait_event(self.copied)
             self._copy_upright(self.on_device)
@@ -85,8 +85,8 @@ class Writer:
     def _free_buffer(self) -> Tensor:
         """A buffer that is not in use; waits for one. Raises the error of a failed write."""
         for record in self.records.values():
-            if record.done() and record.exception():
-                raise record.exception()
+            if record.done() and (error := record.exception()):
+                raise error
         if self.allocated < BUFFERS and self.free.empty():
             self.allocated += 1
             return torch.empty(self.vector.shape, pin_memory=self.on_cuda)
@@ -96,8 +96,9 @@ class Writer:
         try:
             if filled is not None:
                 filled.synchronize()
-            values = memoryview(buffer.numpy()).cast("B")
-            parts = [self.head, *(values[4 * start : 4 * end] for start, end in map(self.spans.get, self.order))]
+            values = buffer.numpy().data.cast("B")
+            spans = [self.spans[name] for name in self.order]
+            parts: list[bytes | memoryview] = [self.head, *(values[4 * start : 4 * end] for start, end in spans)]
             digest = hashlib.sha256()
             for part in parts:
                 digest.update(part)

@@ -9,6 +9,7 @@ from collections.abc import Callable, Iterator
 
 import torch
 from torch import Tensor, nn
+from transformers import PreTrainedModel
 
 from paragen.packed import layers
 from paragen.packed.adapter import Adapter
@@ -32,7 +33,9 @@ class Engine:
     `adapters`. Raises NotPackable where the model cannot be packed. Call `close` to give the model its layers back.
     """
 
-    def __init__(self, model: nn.Module, adapters: list[Adapter], dtype: torch.dtype, loads: list[float] | None = None):
+    def __init__(
+        self, model: PreTrainedModel, adapters: list[Adapter], dtype: torch.dtype, loads: list[float] | None = None
+    ):
         self.model, self.adapters, self.dtype = model, adapters, dtype
         self.device = model.device
         self.on_cuda = self.device.type == "cuda"

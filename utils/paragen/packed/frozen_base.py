@@ -6,7 +6,7 @@ seeds.
 
 import copy
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, cast
 
 import torch
 from llamafactory.data import get_dataset, get_template_and_fix_tokenizer
@@ -16,7 +16,7 @@ from llamafactory.model.adapter import init_adapter
 from peft import LoraConfig, PeftModel
 from peft.tuners.lora import LoraLayer
 from torch import Tensor, nn
-from transformers import set_seed
+from transformers import PreTrainedModel, set_seed
 
 import prompt_templates
 from paragen.collection import run_identity
@@ -65,13 +65,13 @@ class FrozenBase:
 
     def __init__(self, wanted: list[str]):
         self.wanted = wanted
-        self.model: nn.Module | None = None
+        self.model: PreTrainedModel | None = None
         self.tokenizer: Any = None  # of the run admitted last; runs differ in what their templates add to it
         self.refused: NotPackable | None = None  # why the model cannot be packed, once that is known
         self.dtype = torch.float32
         self.layers: list[str] = []  # the adapted layers
         self.initial_adapters: dict[tuple, InitialAdapter] = {}
-        self.rows: dict[str, list[Row]] = {}
+        self.rows: dict[str | None, list[Row]] = {}  # by the key of the data and settings; None where there is none
 
     def admit(self, attempt: Attempt) -> PackedRun:
         """Prepare a run.
@@ -177,12 +177,14 @@ class FrozenBase:
 
 def initial_adapter_of(adapted: PeftModel) -> InitialAdapter:
     """The adapter of a PEFT model, copied to the CPU. Raises NotPackable where its layers have different scalings."""
-    factors, scaling = {}, set()
+    factors: dict[str, tuple[Tensor, Tensor]] = {}
+    scaling: set[float] = set()
     for name, module in adapted.base_model.model.named_modules():
         if isinstance(module, LoraLayer):
-            pair = module.lora_A["default"].weight, module.lora_B["default"].weight
-            factors[name] = tuple(weight.detach().to("cpu", torch.float32, copy=True) for weight in pair)
+            pair = (cast(nn.Linear, half["default"]) for half in (module.lora_A, module.lora_B))
+            a, b = (linear.weight.detach().to("cpu", torch.float32, copy=True) for linear in pair)
+            factors[name] = a, b
             scaling.add(module.scaling["default"])
     if len(scaling) != 1:
         raise NotPackable("its layers are scaled differently")
-    return InitialAdapter(adapted.peft_config["default"], factors, scaling.pop())
+    return InitialAdapter(cast(LoraConfig, adapted.peft_config["default"]), factors, scaling.pop())

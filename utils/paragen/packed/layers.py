@@ -8,12 +8,12 @@ token does not grow with the number of adapters.
 
 from collections.abc import Iterable
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, cast
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
-from transformers import AttentionInterface
+from transformers import AttentionInterface, PreTrainedModel
 
 from paragen.packed.model import replace_submodule
 
@@ -97,7 +97,7 @@ class StepContext:
         for adapter, scale in enumerate(scaling):
             self.scales[adapter, groups.place_of(adapter)[1]] = scale
         self.mask: Tensor | None = None  # [groups, tokens per group, width] float32
-        self.batch: Batch | None = None
+        self.batch: Batch  # of the current step, see begin_step
 
     def begin_step(self, batch: Batch) -> None:
         """Set the step's batch and its mask: a token has its adapter's scaling at that adapter's ranks, else 0."""
@@ -107,9 +107,11 @@ class StepContext:
 
     def adapter_slices(self) -> list[tuple[slice, int, slice, float]]:
         """For each adapter with rows in this step: its tokens, its group, its rows in the stack, its scaling."""
+        spans = self.batch.spans
+        assert spans is not None  # only such batches have their adapters multiplied one after another
         return [
             (slice(*span), *self.groups.place_of(adapter), self.scaling[adapter])
-            for adapter, span in enumerate(self.batch.spans)
+            for adapter, span in enumerate(spans)
             if span[0] < span[1]
         ]
 
@@ -265,7 +267,7 @@ def attend_within_rows(
         raise NotPackable(f"its attention uses {used}")
     if not (getattr(module, "is_causal", True) if is_causal is None else is_causal):
         raise NotPackable("its attention is not causal")
-    batch = module.step_context.batch
+    batch = cast(StepContext, module.step_context).batch
     length = batch.row_length
     rows = [_as_rows(heads, batch) for heads in (query, key, value)]
     window = None
@@ -274,12 +276,15 @@ def attend_within_rows(
         window = (place[:, None] >= place) & (place[:, None] - place < sliding_window)
         sharing = query.shape[1] // key.shape[1]  # with a mask, only kernels for equal numbers of heads are fast
         rows[1:] = [heads.repeat_interleave(sharing, dim=1) for heads in rows[1:]]
+    queries, keys, values = rows
     out = F.scaled_dot_product_attention(
-        *rows,
+        queries,
+        keys,
+        values,
         attn_mask=window,
         is_causal=window is None,
         scale=scaling,
-        enable_gqa=rows[0].shape[1] != rows[1].shape[1],
+        enable_gqa=queries.shape[1] != keys.shape[1],
     )
     out = out.transpose(1, 2).reshape(-1, out.shape[1] * out.shape[3])
     tokens = _Rearranged.apply(out, batch.to_tokens, batch.to_rows)
@@ -304,7 +309,7 @@ class _NextTokenLoss(torch.autograd.Function):
     """
 
     @staticmethod
-    def forward(ctx: Any, hidden: Tensor, head: nn.Module, targets: Tensor) -> Tensor:
+    def forward(ctx: Any, hidden: Tensor, head: nn.Linear, targets: Tensor) -> Tensor:
         rows = max(1, CHUNK_LOGITS // head.weight.shape[0])
         losses, gradients = [], []
         for chunk, chunk_targets in zip(hidden.split(rows), targets.split(rows), strict=True):
@@ -322,7 +327,9 @@ class _NextTokenLoss(torch.autograd.Function):
         return gradient * weights[:, None].to(gradient.dtype), None, None
 
 
-def attach(model: nn.Module, names: Iterable[str], context: StepContext, dtype: torch.dtype) -> dict[str, PackedLinear]:
+def attach(
+    model: PreTrainedModel, names: Iterable[str], context: StepContext, dtype: torch.dtype
+) -> dict[str, PackedLinear]:
     """Replace linear layers of a model by packed ones and its attention by attend_within_rows.
 
     Args:
@@ -348,12 +355,12 @@ def attach(model: nn.Module, names: Iterable[str], context: StepContext, dtype: 
         detach(model, packed)
         raise
     for module in model.modules():
-        module.step_context = context
+        vars(module)["step_context"] = context
     model.set_attn_implementation(ATTENTION)
     return packed
 
 
-def detach(model: nn.Module, packed: dict[str, PackedLinear]) -> None:
+def detach(model: PreTrainedModel, packed: dict[str, PackedLinear]) -> None:
     """Put the plain layers back. The attention function stays replaced."""
     for name, layer in packed.items():
         replace_submodule(model, name, layer.base)
@@ -361,7 +368,7 @@ def detach(model: nn.Module, packed: dict[str, PackedLinear]) -> None:
         vars(module).pop("step_context", None)
 
 
-def token_losses(model: nn.Module, batch: Batch, context: StepContext) -> Tensor:
+def token_losses(model: PreTrainedModel, batch: Batch, context: StepContext) -> Tensor:
     """The cross-entropy of each token with a loss, [P] float32, differentiable by the packed factors.
 
     Args:

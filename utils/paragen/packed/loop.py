@@ -33,6 +33,7 @@ def train_all(base: FrozenBase, ready: list[tuple[Any, Any, PackedRun]]) -> Iter
     """
     waiting = list(ready)
     limit = len(waiting)
+    assert base.model is not None  # the first run that was admitted has loaded it
     while waiting:
         step_batches = [list(member.schedule.step_batches()) for _, _, member in waiting]
         members = [member for _, _, member in waiting[:limit]]
@@ -98,6 +99,7 @@ def count_fitting(base: FrozenBase, members: list[PackedRun], step_batches: list
     """How many members, counted from the first one, fit into memory together."""
     if len(members) == 1:
         return 1
+    assert base.model is not None  # see train_all
     steps = [[Step([rows]) for rows in each] for each in step_batches[: len(members)]]
     try:
         return memory.count_that_fit(base.model, base.dtype, [member.adapter for member in members], steps)
@@ -119,6 +121,7 @@ class Pack:
     """
 
     def __init__(self, base: FrozenBase, members: list[PackedRun], step_batches: list[list[list[Row]]]):
+        assert base.model is not None  # see train_all
         self.members = members
         self.steps = [Step([rows or [] for rows in each]) for each in zip_longest(*step_batches)]
         loads = [sum(len(row.tokens) for rows in each for row in rows) / len(self.steps) for each in step_batches]
@@ -178,6 +181,7 @@ class Pack:
         for index, (member, writer) in enumerate(zip(self.members, self.writers, strict=True)):
             step = member.schedule.first + number
             if member.schedule.is_collected(step):
+                assert writer is not None  # every run that collects has one
                 writer.take(step)
             if step in member.schedule.saved:
                 moments = {name: value.detach().cpu().clone() for name, value in self.engine.moments_of(index).items()}

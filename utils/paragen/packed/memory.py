@@ -2,7 +2,7 @@
 
 import psutil
 import torch
-from torch import nn
+from transformers import PreTrainedModel
 
 from paragen.common import devices
 from paragen.packed.adapter import Adapter
@@ -17,7 +17,7 @@ HOST_BYTES = 24
 STACK_COPIES = 2  # of an adapter in the layers' stacks: the factors and their gradients
 
 
-def count_that_fit(model: nn.Module, dtype: torch.dtype, adapters: list[Adapter], steps: list[list[Step]]) -> int:
+def count_that_fit(model: PreTrainedModel, dtype: torch.dtype, adapters: list[Adapter], steps: list[list[Step]]) -> int:
     """How many of the adapters, from the first on, fit on the device together; at least 1.
 
     Args:
@@ -51,7 +51,7 @@ def token_count(step: Step) -> int:
     return sum(len(row.tokens) for rows in step.rows for row in rows)
 
 
-def measure_step(model: nn.Module, dtype: torch.dtype, adapter: Adapter, step: Step) -> tuple[float, float]:
+def measure_step(model: PreTrainedModel, dtype: torch.dtype, adapter: Adapter, step: Step) -> tuple[float, float]:
     """The memory of a step as (bytes per token, further bytes), from two steps of different size.
 
     Args:

@@ -5,6 +5,7 @@ from peft import PeftModel
 from peft.tuners.lora import Linear as LoraLinear
 from peft.tuners.lora import LoraLayer
 from torch import Tensor, nn
+from transformers import PreTrainedModel
 
 from paragen.packed.adapter import Adapter
 from paragen.packed.batches import IGNORED, Row, Step
@@ -94,7 +95,7 @@ def peft_gradient(adapted: PeftModel, rows: list[Row], dtype: torch.dtype) -> tu
 
 
 def check_against_peft(
-    model: nn.Module, factors: dict[str, tuple[Tensor, Tensor]], scaling: float, rows: list[Row],
+    model: PreTrainedModel, factors: dict[str, tuple[Tensor, Tensor]], scaling: float, rows: list[Row],
     expected: tuple[float, Tensor], dtype: torch.dtype,
 ) -> None:  # fmt: skip
     """Raise NotPackable unless the packed layers have PEFT's loss and gradient, within TOLERANCE.

@@ -110,5 +110,5 @@ class StaticBatch:
         """Queue the copies of a step's layout into the batch; returns before they are complete."""
         numbers = np.concatenate([array.reshape(-1) for name, array in arrays.items() if name != "weights"])
         for target, values in ((self.numbers, numbers), (self.weights, arrays["weights"])):
-            values = torch.from_numpy(values)
-            target.copy_(values.pin_memory() if target.is_cuda else values, non_blocking=True)
+            source = torch.from_numpy(values)
+            target.copy_(source.pin_memory() if target.is_cuda else source, non_blocking=True)

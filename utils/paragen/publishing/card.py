@@ -78,7 +78,7 @@ def metadata_of(repository: str, rows: int, data: list[dict], bases: list[dict],
     known = sorted(
         {licenses.spelled(part["license"]) for part in [*data, *bases]} | ({"unknown"} if unknown else set())
     )
-    extra = {}
+    extra: dict[str, Any] = {}
     if len(known) > 1 or known[0] in licenses.CUSTOM:
         extra = {"license_name": "-and-".join(known), "license_link": "README.md#on-what"}
     return DatasetCardData(

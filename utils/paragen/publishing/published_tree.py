@@ -180,7 +180,7 @@ def archived(tree: Path, item: index.Chosen, record: dict[str, Any]) -> dict[str
         os.replace(part, folder / part.name)
     files.sync_folder(folder)
     files.remove_folder(staging)
-    kept = {f"{Path(item.name).parent}/{part.name}": size_of(folder / part.name) for part in parts}
+    kept = {f"{Path(item.name).parent}/{part.name}": (folder / part.name).stat().st_size for part in parts}
     record[item.name] = {"source": source, "files": kept, "written": written(tree, kept)}
     files.write_json(tree / RECORD, record)
     return kept

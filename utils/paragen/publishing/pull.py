@@ -55,6 +55,7 @@ def pull(repository: str, revision: str | None, staging: Path) -> "pa.Table":
     from huggingface_hub import HfApi
 
     info = HfApi().dataset_info(repository, revision=revision, files_metadata=True)
+    assert info.sha is not None  # the hub names the commit of every revision
     source = Source(repository, info.sha, {file.rfilename: file for file in info.siblings or []}, staging)
     table, marks = read_index(source)
     table = index.selected(table, index.requested_filters())
@@ -142,7 +143,8 @@ def marks_faults(marks: dict[str, Any], names: set[str]) -> list[str]:
                     last in published_tree.OTHER_FILES or run_files.CHECKPOINT_FILE.fullmatch(last)
                 )
             else:
-                right = PART.fullmatch(file) is not None and PART.fullmatch(file)[1] == name
+                part = PART.fullmatch(file)
+                right = part is not None and part[1] == name
             if not right:
                 faults.append(f"{file!r} is no file of {name}")
     for file in marks["data"]:
@@ -268,8 +270,10 @@ def is_here(name: str, mark: dict[str, Any]) -> bool:
         return False
     try:
         manifest = read_manifest(folder)
-        same = manifest is not None and manifest.sha256 == mark["sha256"]
-        fault = next(iter(verification.faults_of(folder, manifest)), None) if same else "is another collection"
+        if manifest is None or manifest.sha256 != mark["sha256"]:
+            fault: str | None = "is another collection"
+        else:
+            fault = next(iter(verification.faults_of(folder, manifest)), None)
     except UserError as error:
         fault = str(error)
     if fault is None:

@@ -18,7 +18,7 @@ RANKS = (2, 4, 8, 16, 64)  # that a sweep collects by default
 
 def recipes(scripts: Path | None = None) -> dict[tuple[str, str, str], Path]:
     """All collect_scripts/<category>/<dataset>/<model>_<dataset>_<phase>.yaml, by (dataset, model, phase)."""
-    found = {}
+    found: dict[tuple[str, str, str], Path] = {}
     for path in sorted((scripts or paths.SCRIPTS).glob("*/*/*.yaml")):
         dataset = path.parent.name
         for phase in paths.PHASES:

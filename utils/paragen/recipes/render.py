@@ -6,6 +6,7 @@ other than the recipe's: `_lora-rank_<r>_seed-<s>_`); `key=value` arguments over
 
 import os
 import re
+from collections.abc import Sequence
 from pathlib import Path
 
 import yaml
@@ -37,7 +38,8 @@ def load(recipe: Path) -> dict:
         raise UserError(f"{recipe}: is a folder; give a recipe, such as <model>_<dataset>_pretrain.yaml") from None
     except yaml.MarkedYAMLError as error:
         mark = error.problem_mark or error.context_mark
-        raise UserError(f"{recipe}:{mark.line + 1}: not valid YAML: {error.problem or error.context}") from None
+        place = f"{recipe}:{mark.line + 1}" if mark else str(recipe)
+        raise UserError(f"{place}: not valid YAML: {error.problem or error.context}") from None
     except (yaml.YAMLError, UnicodeDecodeError, OmegaConfBaseException, OSError) as error:
         if isinstance(error, PermissionError):
             raise
@@ -47,7 +49,7 @@ def load(recipe: Path) -> dict:
     return config
 
 
-def render(recipe: Path, rank: int, overrides: list[str] = ()) -> dict:
+def render(recipe: Path, rank: int, overrides: Sequence[str] = ()) -> dict:
     """What is trained: the recipe with the overrides, for this rank.
 
     Args:
@@ -74,8 +76,8 @@ def render(recipe: Path, rank: int, overrides: list[str] = ()) -> dict:
             continue
         if key not in given:
             config[key] = paths.with_rank(value, rank, seed if seed != own_seed else None)
-        elif (paths.rank_in(value) or (rank,))[0] != rank:
-            raise UserError(f"{key}={value} names rank {paths.rank_in(value)[0]}, but the requested rank is {rank}")
+        elif (named := paths.rank_in(value)) and named[0] != rank:
+            raise UserError(f"{key}={value} names rank {named[0]}, but the requested rank is {rank}")
     return config
 
 
@@ -107,14 +109,16 @@ def dump(config: dict) -> str:
     return yaml.safe_dump(config, sort_keys=False, allow_unicode=True, width=1000)
 
 
-def _parse_overrides(overrides: list[str]) -> dict:
+def _parse_overrides(overrides: Sequence[str]) -> dict:
     for text in overrides:
         if not re.match(r"[A-Za-z_]\w*=", text):
             raise UserError(f"{text!r} is not key=value; recipe keys are overridden like learning_rate=1e-4")
     try:
-        return OmegaConf.to_container(OmegaConf.from_cli(list(overrides)), resolve=True)
+        given = OmegaConf.to_container(OmegaConf.from_cli(list(overrides)), resolve=True)
     except (OmegaConfBaseException, yaml.YAMLError) as error:
         raise UserError(f"{' '.join(overrides)}: {str(error).splitlines()[0]}") from None
+    assert isinstance(given, dict)  # as from_cli makes a mapping of its keys
+    return given
 
 
 def _check_own_ranks(recipe: Path, own: dict) -> None:

@@ -7,11 +7,11 @@ The attention here reads both without copies.
 import copy
 import sys
 from collections.abc import Callable
-from typing import Any
+from typing import Any, cast
 
 import torch
 from torch import Tensor, nn
-from transformers import AttentionInterface, AttentionMaskInterface, DynamicCache
+from transformers import AttentionInterface, AttentionMaskInterface, DynamicCache, PreTrainedModel
 from transformers.cache_utils import DynamicLayer
 from transformers.integrations.sdpa_attention import repeat_kv, sdpa_attention_forward
 from transformers.masking_utils import sdpa_mask
@@ -20,10 +20,11 @@ from paragen.common.cli import UserError
 from paragen.packed.model import text_config
 
 SHARED = "shared_sdpa"  # the name under which transformers finds shared_attention
+PREFIX = "prefix"  # the attribute of the rows' keys that holds the keys and values of the shared prefix
 WORD_BITS = 64  # tokens of a mask in one int64
 
 
-def enable_shared_attention(model: nn.Module) -> None:
+def enable_shared_attention(model: PreTrainedModel) -> None:
     """Let a model use shared_attention, if it uses PyTorch's scaled_dot_product_attention."""
     if text_config(model)._attn_implementation == "sdpa":
         AttentionInterface.register(SHARED, shared_attention)
@@ -31,26 +32,27 @@ def enable_shared_attention(model: nn.Module) -> None:
         model.set_attn_implementation(SHARED)
 
 
-def disable_shared_attention(model: nn.Module) -> None:
+def disable_shared_attention(model: PreTrainedModel) -> None:
     """Undo `enable_shared_attention`."""
     if has_shared_attention(model):
         model.set_attn_implementation("sdpa")
 
 
-def has_shared_attention(model: nn.Module) -> bool:
+def has_shared_attention(model: PreTrainedModel) -> bool:
     """Whether a model uses shared_attention."""
     return text_config(model)._attn_implementation == SHARED
 
 
-def rotate_rows_as_one(model: nn.Module) -> None:
+def rotate_rows_as_one(model: PreTrainedModel) -> None:
     """Wrap the rotary positions of a model on an NVIDIA GPU in `as_one_row`, where they are Liger's."""
     if model.device.type != "cuda":
         return
     from liger_kernel.transformers.rope import liger_rotary_pos_emb
 
     modeling = sys.modules[type(model).__module__]
-    if getattr(modeling, "apply_rotary_pos_emb", None) is liger_rotary_pos_emb:
-        modeling.apply_rotary_pos_emb = as_one_row(liger_rotary_pos_emb)
+    rotate = getattr(modeling, "apply_rotary_pos_emb", None)
+    if rotate is liger_rotary_pos_emb:
+        vars(modeling)["apply_rotary_pos_emb"] = as_one_row(rotate)
 
 
 def as_one_row(rotate: Callable[..., tuple[Tensor, Tensor]]) -> Callable[..., tuple[Tensor, Tensor]]:
@@ -80,20 +82,21 @@ def as_one_row(rotate: Callable[..., tuple[Tensor, Tensor]]) -> Callable[..., tu
 class PrefixLayer(DynamicLayer):
     """A layer's cache that holds the keys and values of the shared prefix, [adapters, heads, prefix, width].
 
-    The cache returns the rows' own keys and values alone; shared_attention finds the prefix at `keys.prefix`.
+    The cache returns the rows' own keys and values alone; shared_attention finds the prefix at their PREFIX.
     """
 
     def __init__(self, layer: DynamicLayer):
         super().__init__()
+        assert layer.keys is not None and layer.values is not None  # the prefix has gone through the model
         self.keys, self.values, self.is_initialized = layer.keys.contiguous(), layer.values.contiguous(), True
 
     def update(self, key_states: Tensor, value_states: Tensor, *_: Any, **__: Any) -> tuple[Tensor, Tensor]:
         """The rows' own keys and values; the keys carry the prefix."""
-        key_states.prefix = self.keys, self.values
+        setattr(key_states, PREFIX, (self.keys, self.values))
         return key_states, value_states
 
 
-def cache_after_prefix(model: nn.Module, prefix_cache: DynamicCache, rows: int) -> DynamicCache:
+def cache_after_prefix(model: PreTrainedModel, prefix_cache: DynamicCache, rows: int) -> DynamicCache:
     """A cache for `rows` rows of each adapter that follow its prefix.
 
     Args:
@@ -102,7 +105,7 @@ def cache_after_prefix(model: nn.Module, prefix_cache: DynamicCache, rows: int) 
     """
     cache = copy.copy(prefix_cache)
     if has_shared_attention(model):
-        cache.layers = [PrefixLayer(layer) for layer in prefix_cache.layers]
+        cache.layers = [PrefixLayer(cast(DynamicLayer, layer)) for layer in prefix_cache.layers]
     else:
         cache.layers = [copy.copy(layer) for layer in prefix_cache.layers]  # repeating creates new tensors
         cache.batch_repeat_interleave(rows)
@@ -124,7 +127,7 @@ def shared_attention(
     """
     if attention_mask is None or attention_mask.dtype is not torch.int64:
         return sdpa_attention_forward(module, query, key, value, attention_mask, **more)
-    prefix, scale = getattr(key, "prefix", None), more.get("scaling") or query.shape[-1] ** -0.5
+    prefix, scale = getattr(key, PREFIX, None), more.get("scaling") or query.shape[-1] ** -0.5
     if query.device.type == "cuda":
         from paragen.scoring import kernels
 
@@ -150,7 +153,9 @@ def plain_attention(
     return y.transpose(1, 2).contiguous()
 
 
-def mask_for(model: nn.Module, mask: Tensor, window_mask: Tensor | None, count: int = 1) -> Tensor | dict[str, Tensor]:
+def mask_for(
+    model: PreTrainedModel, mask: Tensor, window_mask: Tensor | None, count: int = 1
+) -> Tensor | dict[str, Tensor]:
     """Masks as the model takes them; by type of layer, where it has more than one.
 
     Args:
@@ -183,7 +188,7 @@ def unpack_mask(words: Tensor) -> Tensor:
     return (parts >> torch.arange(8, dtype=torch.uint8, device=words.device) & 1).bool().flatten(-2)
 
 
-def additive_mask(model: nn.Module, mask: Tensor, count: int) -> Tensor:
+def additive_mask(model: PreTrainedModel, mask: Tensor, count: int) -> Tensor:
     """A mask as the term that is added to attention scores, [count * rows, 1, length, keys], in the model's dtype.
 
     Without it, PyTorch would convert the bool mask in each layer.
@@ -197,7 +202,7 @@ def key_head_count(config: Any) -> int:
     return getattr(config, "num_key_value_heads", None) or config.num_attention_heads
 
 
-def window_for(model: nn.Module, longest: int) -> int | None:
+def window_for(model: PreTrainedModel, longest: int) -> int | None:
     """The size of a model's sliding window in tokens; None where no row of `longest` tokens is longer than it.
 
     Raises UserError where a row is longer and the model has layers of unknown types.
@@ -213,6 +218,6 @@ def window_for(model: nn.Module, longest: int) -> int | None:
     return window
 
 
-def layer_types_of(model: nn.Module) -> set[str]:
+def layer_types_of(model: PreTrainedModel) -> set[str]:
     """The attention types of a model's layers."""
     return set(getattr(text_config(model), "layer_types", None) or ["sliding_attention"])

@@ -8,7 +8,7 @@ from typing import Any
 import torch
 from llamafactory.hparams import ModelArguments, get_infer_args
 from llamafactory.model import load_config, load_model, load_tokenizer
-from torch import nn
+from transformers import PreTrainedModel
 from transformers.utils.logging import disable_progress_bar
 
 import prompt_templates
@@ -35,7 +35,7 @@ class BaseModel:
     `key` is equal for recipes that can share a model; `dtype` is what the model computes in.
     """
 
-    def __init__(self, recipe: dict[str, Any], folder: Path, loaded: nn.Module | None = None):
+    def __init__(self, recipe: dict[str, Any], folder: Path, loaded: PreTrainedModel | None = None):
         prompt_templates.register()
         self.folder, self.key, self.dtype = folder, base_key(recipe, folder), dtype_of(recipe)
         texts = {key: value for key, value in recipe.items() if key in keys.TEXT}
@@ -48,7 +48,7 @@ class BaseModel:
         self.loaded = loaded
 
     @property
-    def model(self) -> nn.Module:
+    def model(self) -> PreTrainedModel:
         """The model, which is loaded at the first access."""
         if self.loaded is None:
             tokenizer = self.tokenizer_module["tokenizer"]
@@ -68,7 +68,7 @@ class BaseModel:
         if not hasattr(self.model, "paragen_fused"):
             use_fused_kernels(self.model)
             attention.rotate_rows_as_one(self.model)
-            self.model.paragen_fused = True
+            vars(self.model)["paragen_fused"] = True
 
 
 def base_for(manifest: Manifest, loaded: BaseModel | None) -> BaseModel:
@@ -81,8 +81,9 @@ def base_for(manifest: Manifest, loaded: BaseModel | None) -> BaseModel:
     Raises UserError where the model is not on disk, or is not the one that the collection was trained on.
     """
     recipe, folder = manifest.recipe or {}, folder_of(manifest)
-    same = loaded is not None and loaded.key == base_key(recipe, folder)
-    return BaseModel(recipe, folder, loaded.loaded if same else None)
+    if loaded is not None and loaded.key == base_key(recipe, folder):
+        return BaseModel(recipe, folder, loaded.loaded)
+    return BaseModel(recipe, folder)
 
 
 def base_key(recipe: dict[str, Any], folder: Path) -> tuple:

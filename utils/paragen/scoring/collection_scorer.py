@@ -1,9 +1,10 @@
 """Scores a collection's base model and checkpoints on a split, in groups that go through the model together."""
 
 import contextlib
+import functools
 import gc
 import sys
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Generator, Iterator
 from concurrent.futures import Future, ThreadPoolExecutor
 from typing import NamedTuple
 
@@ -112,13 +113,13 @@ class CollectionScorer:
         if pending:
             yield self._finish_groups(scorer, pending)
 
-    def _begin_groups(self, scorer: Scorer, steps: list[int]) -> Iterator[PendingGroup]:
+    def _begin_groups(self, scorer: Scorer, steps: list[int]) -> Generator[PendingGroup, None, None]:
         """Groups of steps, each as soon as its forward passes have been queued; the next one is read meanwhile."""
         parts = [steps[start : start + GROUP_SIZE] for start in range(0, len(steps), GROUP_SIZE)]
         with ThreadPoolExecutor(2) as executor, short_switch_interval():
             ready = self.reader.stack_ahead(executor, parts[0])
             for part, following in zip(parts, [*parts[1:], None], strict=True):
-                stacked = retry_with_free_memory(ready, lambda part=part: self.reader.stack(part))
+                stacked = retry_with_free_memory(ready, functools.partial(self.reader.stack, part))
                 if following is not None:
                     ready = self.reader.stack_ahead(executor, following)
                 yield PendingGroup(part, stacked, executor.submit(scorer.finish, scorer.begin(stacked)))

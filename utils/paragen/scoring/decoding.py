@@ -9,6 +9,7 @@ from contextlib import contextmanager
 
 import torch
 from torch import Tensor, nn
+from transformers import PreTrainedModel
 from transformers.cache_utils import Cache, StaticLayer
 
 from paragen.common import devices
@@ -21,7 +22,7 @@ CHECK_EVERY = 4  # tokens between two checks whether all answers have ended
 
 
 def generate_greedily(
-    model: nn.Module, prompts: list[list[int]], max_new_tokens: int, stops: list[int], pad: int
+    model: PreTrainedModel, prompts: list[list[int]], max_new_tokens: int, stops: list[int], pad: int
 ) -> list[list[int]]:
     """Generate an answer to each prompt.
 
@@ -46,12 +47,12 @@ def generate_greedily(
     return rows.generated.tolist()
 
 
-def supports(model: nn.Module) -> bool:
+def supports(model: PreTrainedModel) -> bool:
     """Whether `generate_greedily` works for a model: it uses our masks, and its step needs no synchronisation."""
     return attention.has_shared_attention(model) and not positions_depend_on_batch(model)
 
 
-def max_cache_tokens(model: nn.Module) -> int:
+def max_cache_tokens(model: PreTrainedModel) -> int:
     """How many tokens' keys and values fit into half of the device's free memory."""
     config = text_config(model)
     width = getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads
@@ -77,7 +78,7 @@ class GeneratedRows:
     `generated` is [rows, max_new_tokens] int64, NO_TOKEN where nothing has been generated yet.
     """
 
-    def __init__(self, model: nn.Module, prompts: list[list[int]], max_new_tokens: int, pad: int):
+    def __init__(self, model: PreTrainedModel, prompts: list[list[int]], max_new_tokens: int, pad: int):
         self.model, device = model, model.device
         lengths = torch.tensor([len(prompt) for prompt in prompts], device=device)[:, None]
         self.longest = max(map(len, prompts))
@@ -133,7 +134,7 @@ class GeneratedRows:
 
 
 @contextmanager
-def logits_only_at(model: nn.Module, places: Tensor) -> Iterator[None]:
+def logits_only_at(model: PreTrainedModel, places: Tensor) -> Iterator[None]:
     """While the body runs, the model computes logits at these places alone and returns [1, places, vocabulary].
 
     What the model does after its output layer (scaling, capping) applies to them.

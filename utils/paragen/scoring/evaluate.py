@@ -104,7 +104,8 @@ def score(plan: Plan, base: "BaseModel | None", show: int) -> "BaseModel | None"
 
             base = base_model.base_for(manifest, base)
             entry |= provenance_of(plan, base, entry)
-            started, shown = time.monotonic(), {}
+            started = time.monotonic()
+            shown: dict[int, CheckpointScore] = {}
             scorer = collection_scorer.CollectionScorer(plan.chosen, base, plan.split, plan.metric)
             for scores in unless_replaced(plan, scorer.scores(wanted)):
                 add_scores(entry, scores)

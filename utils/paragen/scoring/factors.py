@@ -1,6 +1,7 @@
 """The LoRA factors of several checkpoints, stacked on the device."""
 
-from typing import Any, NamedTuple
+from dataclasses import dataclass
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -9,7 +10,8 @@ from paragen.collection.checkpoints import PEFT_PREFIX
 from paragen.common.cli import UserError
 
 
-class Factors(NamedTuple):
+@dataclass(frozen=True)
+class Factors:
     """The factors of n adapters by layer, on the device and in the dtype that the layers compute in."""
 
     a: dict[str, Tensor]  # [n, in, rank]
@@ -23,21 +25,23 @@ class Factors(NamedTuple):
     @property
     def nbytes(self) -> int:
         """The memory that the factors take."""
-        return sum(tensor.nbytes for half in self for tensor in half.values())
+        return sum(tensor.nbytes for half in (self.a, self.b) for tensor in half.values())
 
     def select(self, adapters: list[int]) -> "Factors":
         """The factors of some of the adapters, by number."""
         if adapters == [*range(self.count)]:
             return self
         which = torch.tensor(adapters, device=next(iter(self.a.values())).device)
-        return Factors(*({name: tensor.index_select(0, which) for name, tensor in half.items()} for half in self))
+        return Factors(
+            *({name: tensor.index_select(0, which) for name, tensor in half.items()} for half in (self.a, self.b))
+        )
 
 
 def concatenate(groups: list[Factors]) -> Factors:
     """The adapters of several groups as one group."""
     if len(groups) == 1:
         return groups[0]
-    halves = zip(*groups, strict=True)
+    halves = [group.a for group in groups], [group.b for group in groups]
     return Factors(*({name: torch.cat([one[name] for one in half]) for name in half[0]} for half in halves))
 
 

@@ -1,5 +1,7 @@
 """Greedy answers of several adapters to questions of their own, in batches that all adapters share equally."""
 
+from typing import Any, cast
+
 import torch
 from transformers import GenerationConfig
 
@@ -89,10 +91,10 @@ class AnswerGenerator:
             use_cache=True,
         )  # fmt: skip
         device = self.model.device
-        rows = self.model.generate(
+        generated = cast(Any, self.model).generate(  # which PreTrainedModel itself lacks
             input_ids=tokens.to(device), attention_mask=mask.to(device), generation_config=settings
         )
-        return [before_stop(row, self.stops) for row in rows[:, longest:].tolist()]
+        return [before_stop(row, self.stops) for row in generated[:, longest:].tolist()]
 
 
 def before_stop(tokens: list[int], stops: list[int]) -> list[int]:

@@ -59,7 +59,7 @@ def _gated(
     INNER: tl.constexpr, RANK: tl.constexpr, PADDED: tl.constexpr, ROW_BLOCK: tl.constexpr,
     COLUMN_BLOCK: tl.constexpr,
 ):  # fmt: skip
-    """ROW_BLOCK rows of gate_block adapter, COLUMN_BLOCK columns result_at a time."""
+    """ROW_BLOCK rows of an adapter, COLUMN_BLOCK columns at a time."""
     adapter = tl.program_id(1).to(tl.int64)
     first = tl.program_id(0) * ROW_BLOCK
     begin = adapter * rows + first  # only this needs int64; all others are offsets from it
@@ -110,7 +110,7 @@ def reduce_logits(logits: Tensor) -> tuple[Tensor, Tensor]:
 
 @triton.jit
 def _reduce_logits(logits, totals, best, VOCABULARY: tl.constexpr, LOGIT_BLOCK: tl.constexpr):
-    """One row, LOGIT_BLOCK logits block_place a time."""
+    """One row, LOGIT_BLOCK logits at a time."""
     row = tl.program_id(0).to(tl.int64)
     largest = tl.full((), -3.0e38, tl.float32)  # finite, so that logits that are all -inf give no NaN
     total = tl.zeros((), tl.float32)

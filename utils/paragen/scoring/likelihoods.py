@@ -69,12 +69,13 @@ class LikelihoodPasses:
 
     def run(self, factors: Factors) -> PendingScores:
         """Queue the passes for some adapters; the host does not wait for a GPU."""
-        results, arrived = [], None
+        results: list[tuple[PackedBatch, Tensor, Tensor]] = []
+        arrived = None
         with self.stacked.using(factors):
             prefix_cache = self._prefix_cache(factors.count)
             for batch in self._batches(factors.count):
-                both = self._pass(batch, factors.count, prefix_cache)
-                results.append((batch, *(one.to("cpu", non_blocking=True) for one in both)))
+                edges, best = self._pass(batch, factors.count, prefix_cache)
+                results.append((batch, edges.to("cpu", non_blocking=True), best.to("cpu", non_blocking=True)))
         if self.device.type == "cuda":
             arrived = torch.cuda.Event()
             arrived.record()
@@ -84,16 +85,16 @@ class LikelihoodPasses:
         """Wait for results that are pending; returns them by adapter, by question."""
         if pending.arrived is not None:
             pending.arrived.synchronize()
-        found: list[list[QuestionResult | None]] = [[None] * len(self.questions) for _ in range(pending.adapter_count)]
-        for batch, log_probabilities, best_tokens in pending.results:
-            log_probabilities, best_tokens = log_probabilities.tolist(), best_tokens.tolist()
+        found: list[dict[int, QuestionResult]] = [{} for _ in range(pending.adapter_count)]  # by question
+        for batch, *both in pending.results:
+            log_probabilities, best_tokens = (one.tolist() for one in both)
             for adapter in range(pending.adapter_count):
                 for row, number in enumerate(batch.numbers):
                     first = batch.first_edge[row]
                     best = {node: best_tokens[adapter][at] for node, at in batch.logits_of[row].items()}
                     edges = log_probabilities[adapter][first : first + len(self.trees[number].edges)]
                     found[adapter][number] = self._result(number, edges, best)
-        return found
+        return [[results[number] for number in range(len(self.questions))] for results in found]
 
     def _result(self, number: int, edges: list[float], best: dict[int, int]) -> QuestionResult:
         """The result of a question from the log-probability of each edge and the most likely token after each node."""
@@ -114,7 +115,8 @@ class LikelihoodPasses:
             return None, True
         texts = {tuple(one.tokens[: one.text_length]): number for number, one in enumerate(question.continuations)}
         nodes = {step: node for node, step in enumerate(zip(tree.parents, tree.tokens, strict=True))}
-        at, generated = START, ()
+        at = START
+        generated: tuple[int, ...] = ()
         while True:
             token = best[at]
             generated = (*generated, token)
@@ -134,10 +136,7 @@ class LikelihoodPasses:
             max_logits = self.max_logits // self.config.vocab_size // count
             parts = option_trees.make_batches(self.lengths, self.token_limit // count, logit_counts, max_logits)
             packed = [option_trees.pack_questions(part, self.questions, self.trees, len(self.prefix)) for part in parts]
-            self.batches[key] = [
-                PackedBatch(*(field.to(self.device) if isinstance(field, Tensor) else field for field in batch))
-                for batch in packed
-            ]
+            self.batches[key] = [batch.to(self.device) for batch in packed]
         return self.batches[key]
 
     def _prefix_cache(self, count: int) -> DynamicCache | None:

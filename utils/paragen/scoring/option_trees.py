@@ -6,7 +6,7 @@ generated answer. A single response is a tree without branches. The prefix that 
 prompt, is left to a pass of its own.
 """
 
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import numpy as np
 import torch
@@ -47,6 +47,13 @@ class PackedBatch(NamedTuple):
     edges: Tensor  # [edges, 2] int64: (the number of the logits, the token)
     logits_of: list[dict[int, int]]  # of each row, the number of the logits by node
     first_edge: list[int]  # of each row, the number of its first edge
+
+    def to(self, device: torch.device) -> "PackedBatch":
+        """The batch with its tensors on a device."""
+        moved: dict[str, Any] = {
+            name: field.to(device) for name, field in self._asdict().items() if isinstance(field, Tensor)
+        }
+        return self._replace(**moved)
 
 
 def build_tree(question: Question) -> OptionTree:
@@ -130,7 +137,10 @@ def pack_questions(numbers: list[int], questions: list[Question], trees: list[Op
     length = max(row_length(questions[number], trees[number], prefix) for number in numbers)
     tokens, positions, visible_until = np.zeros((3, len(numbers), length), np.int64)
     visible_until[:] = np.arange(1, length + 1)  # padding sees itself
-    logit_places, edges, logits_of, first_edge = [], [], [], []
+    logit_places: list[int] = []
+    edges: list[tuple[int, int]] = []
+    logits_of: list[dict[int, int]] = []
+    first_edge: list[int] = []
     for row, number in enumerate(numbers):
         prompt, tree = questions[number].tokens[prefix:], trees[number]
         size, end = len(prompt), len(prompt) + len(tree.tokens)
@@ -174,6 +184,7 @@ def tree_mask(batch: PackedBatch, prefix: int) -> Tensor:
     It attends to the shared prefix, to its prompt up to itself, and to its ancestors in the tree. Only for a batch with
     `visible_until`.
     """
+    assert batch.visible_until is not None  # a plain causal batch has no mask
     at = torch.arange(batch.tokens.shape[1], device=batch.tokens.device)
     own = (at <= at[:, None]) & (at[:, None] < batch.visible_until[:, None, :])
     return nn.functional.pad(own, (prefix, 0), value=True)[:, None]

@@ -4,7 +4,8 @@ from pathlib import Path
 
 import torch
 from peft import LoraConfig, PeftModel, set_peft_model_state_dict
-from torch import Tensor, nn
+from torch import Tensor
+from transformers import PreTrainedModel
 
 from paragen.common.cli import UserError
 from paragen.packed.model import unload_adapter
@@ -34,7 +35,7 @@ def _length(question: Question) -> int:
 
 
 def peft_losses(
-    model: nn.Module, folder: Path, tensors: dict[str, Tensor], questions: list[Question]
+    model: PreTrainedModel, folder: Path, tensors: dict[str, Tensor], questions: list[Question]
 ) -> list[list[float]]:
     """What PEFT computes for some questions: the negative log-likelihood of each right response, in nats.
 
@@ -46,7 +47,7 @@ def peft_losses(
 
     Returns two lists, for the base model and for the checkpoint.
     """
-    config = LoraConfig.from_pretrained(folder)
+    config = LoraConfig.from_pretrained(str(folder))
     config.inference_mode = True
     adapted = PeftModel(model, config)
     set_peft_model_state_dict(adapted, tensors)
@@ -93,7 +94,7 @@ def check_answers(scorer: Scorer, factors: Factors, dtype: torch.dtype) -> None:
                 raise _wrong_scores(off, "the forward pass behind the same tokens")
 
 
-def plain_loss(model: nn.Module, question: Question) -> float:
+def plain_loss(model: PreTrainedModel | PeftModel, question: Question) -> float:
     """The negative log-likelihood of a question's right response in nats, by the model's plain forward pass."""
     response = question.continuations[question.right].tokens
     logits = plain_logits(model, question.tokens, response)
@@ -101,7 +102,7 @@ def plain_loss(model: nn.Module, question: Question) -> float:
     return -float(chosen.double().sum())
 
 
-def greedy_gap(model: nn.Module, prompt: list[int], answer: list[int]) -> float:
+def greedy_gap(model: PreTrainedModel, prompt: list[int], answer: list[int]) -> float:
     """The largest difference, in nats, between the most likely token of a plain forward pass and an answer's token.
 
     Differences between logits above LARGE_LOGIT are scaled down, because so large logits are rounded more coarsely.
@@ -112,7 +113,7 @@ def greedy_gap(model: nn.Module, prompt: list[int], answer: list[int]) -> float:
     return float((off / (likeliest.abs() / LARGE_LOGIT).clamp(min=1)).amax())
 
 
-def plain_logits(model: nn.Module, prompt: list[int], response: list[int]) -> Tensor:
+def plain_logits(model: PreTrainedModel | PeftModel, prompt: list[int], response: list[int]) -> Tensor:
     """The logits that predict each token of a response, by a plain forward pass: [tokens, vocabulary] float32."""
     with torch.inference_mode():
         logits = model(input_ids=torch.tensor([prompt + response], device=model.device)).logits

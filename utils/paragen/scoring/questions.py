@@ -96,7 +96,7 @@ def fault_of(row: dict[str, Any], entry: dict[str, Any]) -> str | None:
     """
     columns, tags = dataset_info.columns_of(entry), dataset_info.tags_of(entry)
     if "messages" in columns:
-        messages = row.get(columns["messages"])
+        messages: Any = row.get(columns["messages"])
         fault = row_faults.messages_fault(messages, tags) or row_faults.messages_gap(messages, tags, False)
     else:
         fault = row_faults.alpaca_fault(row, columns)
@@ -207,7 +207,8 @@ class CachingTokenizer:
     """A tokenizer that encodes each text once: prompts recur with each option, system prompts with each row."""
 
     def __init__(self, tokenizer: Any):
-        self.tokenizer, self.cache = tokenizer, {}
+        self.tokenizer = tokenizer
+        self.cache: dict[tuple, list[int]] = {}
 
     def encode(self, text: str, **more: Any) -> list[int]:
         key = text, *more.items()

@@ -8,9 +8,11 @@ checkpoints.
 
 from collections.abc import Iterator
 from contextlib import contextmanager
+from typing import Any, Protocol, cast
 
 import torch
 from torch import Tensor, nn
+from transformers import PreTrainedModel
 from transformers.activations import SiLUActivation
 
 from paragen.collection.checkpoints import PEFT_PREFIX
@@ -35,14 +37,16 @@ class SharedInputGroup:
     def __init__(self, layers: "list[StackedLinear]"):
         self.layers, self.left = layers, 0  # left: how many layers have not yet read the current input
         self.a: Tensor | None = None  # the layers' first factors side by side, [n, in, sum of ranks]
-        self.x = self.hidden = None  # the current input and its product with `a`
+        self.x: Tensor | None = None  # the current input
+        self.hidden: Tensor | None = None  # its product with `a`
         for layer in layers:
             layer.input_group = self
 
     def set_factors(self) -> None:
         """Join the layers' current factors."""
-        self.a = torch.cat([layer.a for layer in self.layers], 2)
-        self.ranks = [layer.a.shape[2] for layer in self.layers]
+        factors = [layer.a for layer in self.layers if layer.a is not None]  # all layers have them by now
+        self.a = torch.cat(factors, 2)
+        self.ranks = [factor.shape[2] for factor in factors]
 
     def remove_factors(self) -> None:
         """Release the factors and the current input."""
@@ -50,7 +54,8 @@ class SharedInputGroup:
 
     def apply_first(self, layer: "StackedLinear", x: Tensor) -> Tensor:
         """What `apply_first_factors` returns for one of the layers. An input is kept until all layers have read it."""
-        if self.x is not x:
+        if self.x is not x or self.hidden is None:
+            assert self.a is not None  # a layer calls this only while it has factors
             self.x, self.hidden, self.left = x, apply_first_factors(x, self.a), len(self.layers)
         part = self.hidden.split(self.ranks, 2)[self.layers.index(layer)]
         self.left -= 1
@@ -73,7 +78,7 @@ class StackedLinear(nn.Module):
 
     def __init__(self, base: nn.Module):
         super().__init__()
-        self.base = base
+        self.base: Any = base  # an nn.Linear where `is_plain`
         self.is_plain = type(base) is nn.Linear
         self.a: Tensor | None = None
         self.b: Tensor | None = None
@@ -81,7 +86,7 @@ class StackedLinear(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         """x: [n * rows, ..., in]; returns [n * rows, ..., out]."""
-        if self.a is None:
+        if self.a is None or self.b is None:
             return self.base(x)
         group = self.input_group
         hidden = apply_first_factors(x, self.a) if group is None else group.apply_first(self, x)
@@ -97,14 +102,24 @@ class StackedLinear(nn.Module):
         return y.addmm_(rows, self.base.weight.t()).view(*x.shape[:-1], -1)
 
 
+class GatedBlock(Protocol):
+    """A block for which `is_gated_block`."""
+
+    gate_proj: StackedLinear
+    up_proj: StackedLinear
+    down_proj: StackedLinear
+
+    def __call__(self, x: Tensor) -> Tensor: ...
+
+
 class StackedGated(nn.Module):
     """A block of gate, up and down projection whose activation applies the factors (see `gated`).
 
     Args:
-        block: a block for which `is_gated_block`.
+        block: the block.
     """
 
-    def __init__(self, block: nn.Module):
+    def __init__(self, block: GatedBlock):
         super().__init__()
         self.block = block
         self.inputs = SharedInputGroup([block.gate_proj, block.up_proj])
@@ -115,6 +130,8 @@ class StackedGated(nn.Module):
         rows = x.reshape(-1, x.shape[-1])
         if down.a is None or not is_gated_faster(rows, *down.a.shape[1:]):
             return self.block(x)
+        assert self.inputs.a is not None and gate.b is not None  # as `down` has its factors,
+        assert up.b is not None and down.b is not None  # all three have them
         inner = gate.base(rows)
         hidden = gated(inner, up.base(rows), apply_first_factors(x, self.inputs.a), gate.b, up.b, down.a)
         y = torch.bmm(hidden, down.b).view(len(rows), -1)
@@ -156,19 +173,21 @@ def is_gated_block(block: nn.Module) -> bool:
     parts = dict(block.named_children())
     if parts.keys() != {"gate_proj", "up_proj", "down_proj", "act_fn"} or type(parts.pop("act_fn")) not in SILU:
         return False
-    if not all(isinstance(part, StackedLinear) and part.is_plain and part.base.bias is None for part in parts.values()):
+    in_order = [parts[name] for name in ("gate_proj", "up_proj", "down_proj")]
+    plain = [part for part in in_order if isinstance(part, StackedLinear) and part.is_plain and part.base.bias is None]
+    if len(plain) < len(parts):
         return False
-    gate, up, down = (parts[name].base for name in ("gate_proj", "up_proj", "down_proj"))
+    gate, up, down = (part.base for part in plain)
     with torch.inference_mode():
         x = torch.linspace(-3, 3, gate.in_features, device=gate.weight.device, dtype=gate.weight.dtype)
-        result, plain = block(x[None]), down(nn.functional.silu(gate(x[None])) * up(x[None]))
-        return bool((result - plain).norm() <= 0.02 * plain.norm())
+        result, expected = block(x[None]), down(nn.functional.silu(gate(x[None])) * up(x[None]))
+        return bool((result - expected).norm() <= 0.02 * expected.norm())
 
 
 def attention_inputs_in(block: nn.Module) -> list[StackedLinear]:
     """The adapted plain layers among ATTENTION_INPUTS; none where the widths of their inputs differ."""
-    layers = [getattr(block, child, None) for child in ATTENTION_INPUTS]
-    layers = [layer for layer in layers if isinstance(layer, StackedLinear) and layer.is_plain]
+    children = [getattr(block, child, None) for child in ATTENTION_INPUTS]
+    layers = [layer for layer in children if isinstance(layer, StackedLinear) and layer.is_plain]
     return layers if len({layer.base.in_features for layer in layers}) == 1 else []
 
 
@@ -184,7 +203,7 @@ class StackedModel:
     Raises UserError where the model lacks one of the layers.
     """
 
-    def __init__(self, model: nn.Module, layers: list[str], fused: bool | None = None):
+    def __init__(self, model: PreTrainedModel, layers: list[str], fused: bool | None = None):
         self.model = model
         self.layers: dict[str, StackedLinear] = {}
         self.gated: dict[str, StackedGated] = {}
@@ -204,7 +223,7 @@ class StackedModel:
         for name in dict.fromkeys(name.rpartition(".")[0] for name in self.layers):
             block = self.model.get_submodule(name)
             if is_gated_block(block):
-                self.gated[name] = StackedGated(block)
+                self.gated[name] = StackedGated(cast(GatedBlock, block))
                 replace_submodule(self.model, name, self.gated[name])
                 self.input_groups.append(self.gated[name].inputs)
             elif len(layers := attention_inputs_in(block)) > 1:
@@ -230,6 +249,6 @@ class StackedModel:
         """Give the model its own layers back."""
         attention.disable_shared_attention(self.model)
         for name, block in self.gated.items():
-            replace_submodule(self.model, name, block.block)
+            replace_submodule(self.model, name, cast(nn.Module, block.block))
         for name, layer in self.layers.items():
             replace_submodule(self.model, name, layer.base)

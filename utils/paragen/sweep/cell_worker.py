@@ -12,7 +12,7 @@ import threading
 import time
 from collections.abc import Callable
 from dataclasses import replace
-from multiprocessing import Process
+from multiprocessing.context import ForkServerProcess
 from pathlib import Path
 
 from paragen.collection import run_identity, verify
@@ -36,7 +36,7 @@ class CellWorker:
     def __init__(self, settings: dict[str, str], devices: str | None):
         own = os.environ.get("CUDA_VISIBLE_DEVICES", "") if devices is None else devices
         self.settings = {**settings, "DEVICES": own}
-        self.process: Process | None = None
+        self.process: ForkServerProcess | None = None
         self.stopping = threading.Event()
         os.environ.update(self.settings)
         forked.preload()
@@ -164,11 +164,11 @@ class CellWorker:
         """Run a task once in a process of its own; returns its outcome with the log's name."""
         with tempfile.TemporaryDirectory(prefix="paragen-") as folder:
             outcome_file = Path(folder, "outcome.json")
-            self.process = forked.start(task, arguments, settings, log, outcome_file)
+            self.process = process = forked.start(task, arguments, settings, log, outcome_file)
             if self.stopping.is_set():  # was set during the start, which can take as long as the imports
-                self.process.terminate()
-            self.process.join()
-            code = self.process.exitcode
+                process.terminate()
+            process.join()
+            code = process.exitcode
             ended = outcome_of_signal(code) or outcome.read(outcome_file) or outcome_of_exit(code)
             return ended if ended.is_done else replace(ended, log=paths.relative(log))
 

@@ -52,11 +52,13 @@ class Display:
                 f"the cluster has {sys.executable}"
             )
             return
+        assert job is not None  # every other event is about a job
         if event == "started":
             self.running.append(job.cell)
             log = paths.relative(cell_worker.log_of(job.cell))
             self.say(f"started{' again' if job.number > 1 else ''}: {job.cell}, log in {log}")
             return
+        assert outcome is not None  # `again` and `done` come with one
         if job.cell in self.running:
             self.running.remove(job.cell)
         if event == "again":

@@ -6,6 +6,7 @@ patched classes, memory) reaches the next. It can be killed alone, and ends when
 """
 
 import multiprocessing
+import multiprocessing.forkserver
 import os
 import sys
 from collections.abc import Callable

@@ -13,7 +13,7 @@ from typing import Any
 import torch
 from peft import PeftConfig, PeftModel, get_peft_model_state_dict
 from safetensors.torch import save
-from transformers import TrainerCallback, TrainingArguments
+from transformers import TrainerCallback, TrainerControl, TrainerState, TrainingArguments
 
 from paragen.common import files, safetensors_header
 from paragen.common.cli import UserError, say
@@ -46,11 +46,14 @@ class Rules(TrainerCallback):
     pretrain's intervals and log history would continue. `facts` is filled in the main process only.
     """
 
-    def __init__(self):
+    def __init__(self) -> None:
         self.facts: dict[str, Any] = {}
         self.began = False
 
-    def on_train_begin(self, args, state, control, lr_scheduler=None, train_dataloader=None, **kwargs):
+    def on_train_begin(
+        self, args: TrainingArguments, state: TrainerState, control: TrainerControl,
+        lr_scheduler: Any = None, train_dataloader: Any = None, **kwargs: Any,
+    ) -> None:  # fmt: skip
         self.began = True
         state.compute_steps(args, state.max_steps)
         state.log_history = []
@@ -100,7 +103,9 @@ class Collector(TrainerCallback):
         self.error: BaseException | None = None
         self.writer: threading.Thread | None = None
 
-    def on_train_begin(self, args, state, control, model=None, **kwargs):
+    def on_train_begin(
+        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, model: Any = None, **kwargs: Any
+    ) -> None:
         check_window(self.keep, state.global_step, state.max_steps)
         self.first = state.max_steps - (self.keep or state.max_steps - state.global_step) + 1
         if not state.is_world_process_zero:
@@ -116,7 +121,9 @@ class Collector(TrainerCallback):
         self.writer = threading.Thread(target=self._write_all, name="collector", daemon=True)
         self.writer.start()
 
-    def on_step_end(self, args, state, control, **kwargs):
+    def on_step_end(
+        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
+    ) -> TrainerControl:
         if state.global_step >= self.first - 1:
             control.should_log = True  # each kept step gets its own loss, not a mean over several steps
         if state.global_step >= self.first and self.writer is not None:
@@ -125,12 +132,17 @@ class Collector(TrainerCallback):
             self.full.put((state.global_step, buffer))
         return control
 
-    def on_log(self, args, state, control, logs=None, **kwargs):
-        if "loss" in (logs or {}):
+    def on_log(
+        self, args: TrainingArguments, state: TrainerState, control: TrainerControl,
+        logs: dict[str, Any] | None = None, **kwargs: Any,
+    ) -> None:  # fmt: skip
+        if logs and "loss" in logs:
             record = self.records.setdefault(state.global_step, {})
             record.update(loss=logs["loss"], learning_rate=logs["learning_rate"])
 
-    def on_train_end(self, args, state, control, **kwargs):
+    def on_train_end(
+        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
+    ) -> None:
         if self.writer is None:
             return
         self.close()
@@ -204,7 +216,7 @@ class PinnedBuffer:
 
     def fill(self) -> None:
         """Copy the tensors' present values; on a CUDA device this returns before the copies are done."""
-        if self.filled is None:
+        if self.filled is None or self.on_device is None:
             torch.cat(self.sources, out=self.data)
         else:
             torch.cat(self.sources, out=self.on_device)
@@ -215,7 +227,7 @@ class PinnedBuffer:
         """The file's bytes, once the copies are done; valid until the next `fill`."""
         if self.filled is not None:
             self.filled.synchronize()
-        return memoryview(self.bytes.numpy())
+        return self.bytes.numpy().data
 
 
 def save_config(config: PeftConfig, folder: Path) -> None:

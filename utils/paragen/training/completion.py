@@ -81,8 +81,9 @@ def finish_pretrain(attempt: Attempt) -> list[CheckpointEntry]:
         finishing.set_base_name(checkpoint / paths.ADAPTER_CONFIG, attempt.identity["base_model"])
         step = run_identity.step_of(checkpoint)
         log = logged.get(step, {})
-        size, sha256 = files.size_of(checkpoint.iterdir()), run_identity.pretrain_of(checkpoint)["sha256"]
-        entries.append(CheckpointEntry(step, log.get("loss"), log.get("lr"), size, sha256))
+        size, identity = files.size_of(checkpoint.iterdir()), run_identity.pretrain_of(checkpoint)
+        assert identity is not None  # `step_of` has read its trainer_state.json
+        entries.append(CheckpointEntry(step, log.get("loss"), log.get("lr"), size, identity["sha256"]))
     finishing.draw_loss(staging, folder.name)
     finishing.tidy(staging, {*(p.name for p in saved), run_files.LOG, run_files.PICTURE})
     return entries
