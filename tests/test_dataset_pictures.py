@@ -14,8 +14,6 @@ from paragen.common.cli import UserError
 from paragen.dataset import pictures
 from paragen.recipes.run import run_of
 
-pytestmark = pytest.mark.runs
-
 NAME = "qwen2.5-vl-3b"
 
 

@@ -59,7 +59,10 @@ for number in (0, 1, 2):
         break
 hub.sendmsg([len(request).to_bytes(4, "big")], [(socket.SOL_SOCKET, socket.SCM_RIGHTS, array.array("i", files))])
 hub.sendall(request)
-child, started = int.from_bytes(hub.recv(4), "big"), True
+child = int.from_bytes(hub.recv(4), "big")
+if not child:  # the process that forks is gone; 0 would stand for this one's whole group
+    os._exit(255)
+started = True
 for number in received:
     os.kill(child, number)
 for number in files:
