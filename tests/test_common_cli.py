@@ -40,3 +40,25 @@ def test_ctrl_c_that_the_shell_ignores_stays_ignored():
     command = ["bash", "-c", ignored, script, ROOT / "utils", str(int(signal.SIGINT)), "itself"]
     ended = subprocess.run(command, capture_output=True, text=True)
     assert (ended.returncode, ended.stdout) == (0, "went on\n"), ended.stderr
+
+
+def test_a_signal_whose_exception_is_lost_still_ends_a_long_loop():
+    """As one that arrives in a finalizer; training loops check between two steps."""
+    script = """
+import os, sys
+sys.path.insert(0, sys.argv[1])
+from paragen.common import cli
+
+def main():
+    try:
+        os.kill(os.getpid(), 15)
+    except SystemExit:
+        pass  # lost
+    for _ in range(3):
+        print("a step")
+        cli.check_stopped()
+
+cli.run(main)
+"""
+    ended = subprocess.run([sys.executable, "-c", script, ROOT / "utils"], capture_output=True, text=True)
+    assert (ended.returncode, ended.stdout) == (143, "a step\n"), ended.stderr

@@ -23,6 +23,9 @@ STOP_SECONDS = 20  # that a stopped script has to clean up
 STORAGE_ERRORS = {errno.ENOSPC, errno.EDQUOT, errno.EROFS, errno.EACCES, errno.EPERM, errno.EFBIG}
 
 
+_received: list[int] = []  # signals to stop that this process got, see `run`
+
+
 class UserError(Exception):
     """Something the user can correct. Its text is one line: the file, the value and the way out."""
 
@@ -57,13 +60,12 @@ def run(main: Callable[[], int | None]) -> None:
     and SIGHUP (a lost terminal) run every `finally` and end in status 130, 143 and 129. Any other exception is a bug
     and keeps its traceback.
     """
-    received: list[int] = []
+    received = _received
+    received.clear()
 
     def stop(number: int, _frame: FrameType | None) -> None:
         received.append(number)
-        if number == signal.SIGINT:
-            raise KeyboardInterrupt
-        sys.exit(128 + number)
+        _stop(number)
 
     for number in (signal.SIGTERM, signal.SIGHUP, signal.SIGINT):
         if number != signal.SIGINT or signal.getsignal(number) is not signal.SIG_IGN:  # a shell's background jobs
@@ -84,6 +86,22 @@ def run(main: Callable[[], int | None]) -> None:
         if fault is None:
             raise
         fail(fault)
+
+
+def _stop(number: int) -> NoReturn:
+    """Unwind as the signal `number` demands."""
+    if number == signal.SIGINT:
+        raise KeyboardInterrupt
+    sys.exit(128 + number)
+
+
+def check_stopped() -> None:
+    """Unwind if a signal to stop has come; for long loops, to call between two steps.
+
+    The exception that a signal raises is lost where it happens to arrive in a finalizer or a library's own handler.
+    """
+    if _received:
+        _stop(_received[0])
 
 
 def call(

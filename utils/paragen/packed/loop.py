@@ -166,6 +166,7 @@ class Pack:
         phase = self.members[0].schedule.attempt.run.phase
         say(f"{phase} of {len(self.members)} cells, packed, {len(self.steps)} steps")
         for number, losses in self.engine.train(self.steps, self._save_step):
+            cli.check_stopped()
             if len(self.members) > 1 and not all(map(math.isfinite, losses)):
                 return False
             for index, member in enumerate(self.members):

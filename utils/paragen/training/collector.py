@@ -15,7 +15,7 @@ from peft import PeftConfig, PeftModel, get_peft_model_state_dict
 from safetensors.torch import save
 from transformers import TrainerCallback, TrainerControl, TrainerState, TrainingArguments
 
-from paragen.common import files, safetensors_header
+from paragen.common import cli, files, safetensors_header
 from paragen.common.cli import UserError, say
 from paragen.dataset import pictures
 
@@ -63,6 +63,12 @@ class Rules(TrainerCallback):
             if resumed_rate != args.learning_rate:
                 say(f"learning_rate {args.learning_rate} has no effect: the resumed pretrain's {resumed_rate} is used")
             self.facts = facts_of(args, len(train_dataloader.dataset), state.max_steps)
+
+    def on_step_end(
+        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
+    ) -> TrainerControl:
+        cli.check_stopped()
+        return control
 
 
 def facts_of(args: TrainingArguments, rows: int, steps: int) -> dict[str, Any]:
