@@ -22,6 +22,8 @@ from safetensors.torch import load_file
 
 from pairs import Pairs
 
+pytestmark = pytest.mark.runs
+
 ROOT = Path(__file__).resolve().parent.parent
 STORED = Path(__file__).resolve().parent / "collected_before"
 TOY = "saves/common-sense-reasoning/Toy"

@@ -9,6 +9,8 @@ from pathlib import Path
 
 import pytest
 
+pytestmark = pytest.mark.runs
+
 ROOT = Path(__file__).resolve().parent.parent
 TARGETS = ["setup", "lock", "model", "register", "check-data", "pretrain", "finetune", "collect", "clean-checkpoints"]
 TARGETS += ["plan", "index", "export", "import", "stats", "report", "publish", "pull"]

@@ -10,6 +10,8 @@ from pathlib import Path
 
 import pytest
 
+pytestmark = pytest.mark.runs
+
 ROOT = Path(__file__).resolve().parent.parent
 COMMON = ROOT / "utils" / "paragen" / "common"  # all that setting up needs
 RUNNING, DEVELOPMENT = "requirements.txt", "requirements-dev.txt"
