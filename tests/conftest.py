@@ -181,6 +181,8 @@ def trained_place(place, trained_once) -> handmade.Place:
 
 def pytest_configure(config):
     config.addinivalue_line("markers", "slow: takes minutes; `make test-all` runs it, `make test` does not")
-    config.addinivalue_line("markers", "runs: waits for processes such as trainings; `make test` has a pytest for these")
+    config.addinivalue_line(
+        "markers", "runs: waits for processes such as trainings; `make test` has a pytest for these"
+    )
     config.addinivalue_line("markers", "alone: kills what runs; `make test-all` has nothing beside it")
     config.addinivalue_line("markers", "gpu: needs an NVIDIA GPU; `make test-gpu` runs it")

@@ -24,7 +24,8 @@ from paragen.collection.manifest import read_manifest, sealed
 from paragen.common import files, paths
 
 CHROMIUM, DRIVER = Path("/usr/bin/chromium"), Path("/usr/bin/chromedriver")
-EVIL = "</script><script>document.title='owned'</script><img src=x onerror=\"document.title='owned'\">'&amp;"
+EVIL = "<img src=x onerror=\"document.title='owned'\"><script>document.title='owned'<b>'&amp;"  # may be a folder's name
+CLOSING = "</script><script>document.title='owned'</script>"  # may stand where a manifest has free text
 RUN = "Tiny-Llama_lora-rank_4_finetune"
 
 
@@ -47,8 +48,8 @@ def project(trained_once, tmp_path_factory):
     """Collections of three datasets and two models, and one of each kind that is not whole."""
     project = trained_once.copy(tmp_path_factory.mktemp("report") / "my project")
     twin(project, "math/GSM8K/Tiny-Llama_lora-rank_16_finetune", dataset="GSM8K", category="math", rank=16)
-    other = {"name": 'Other <i>"model"</i>', "hub_id": None, "revision": None, "sha256": "0"}
-    twin(project, f"math/Odd 'quoted' & <b>/{RUN}", dataset=EVIL, category="math", base_model=other)
+    other = {"name": 'Other <i>"model"', "hub_id": None, "revision": None, "sha256": "0" * 64}
+    twin(project, f"math/Odd 'quoted' & <b>/{RUN}", dataset=EVIL, category="math", base_model=other, device=CLOSING)
     manifest = read_manifest(project.run_folder("finetune"))
     silent = [entry | {"loss": None, "learning_rate": None} for entry in manifest.content["checkpoints"]]
     unknown = dict.fromkeys(("recipe", "data", "pretrain", "seed", "base_model"))
@@ -341,6 +342,7 @@ def test_names_cannot_become_markup_or_script(browser):
     assert drawn(browser, "#opened .plot")
     assert drawn(browser, "#map ~ .pictures .plot")
     assert EVIL in article.find_element(By.TAG_NAME, "h3").text
+    assert CLOSING in article.text
     assert EVIL in find(browser, "#legend").text
     assert browser.title == "ParaGen-Dataset: report"
     assert not browser.find_elements(By.CSS_SELECTOR, "img, td b, h4 i, article b")

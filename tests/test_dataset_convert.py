@@ -17,8 +17,6 @@ import pyarrow.parquet
 import pytest
 from helpers.forked_python import PYTHON
 
-pytestmark = pytest.mark.runs
-
 ROOT = Path(__file__).resolve().parent.parent
 SCRIPT = ROOT / "utils" / "register_dataset.py"
 
