@@ -5,6 +5,7 @@ from dataclasses import replace
 
 import numpy as np
 import pytest
+import torch
 from helpers import fork_server, packed_project
 
 from paragen.common.cli import UserError
@@ -277,3 +278,16 @@ def test_a_packed_cell_equals_the_ordinary_paths(trained_once, tmp_path):
     packed_project.assert_same_adapters(project.top / "saves", theirs)
     manifest = json.loads((project.run_folder("finetune") / "manifest.json").read_text())
     assert (manifest["engine"], manifest["packed_with"]) == ("packed", 1)
+
+
+def test_a_loaded_model_whose_layers_cannot_be_packed_is_refused(every_model):
+    """GPT-2's layers are not nn.Linear, which only the loaded model shows."""
+    from peft import LoraConfig, get_peft_model
+    from transformers import AutoModelForCausalLM
+
+    from paragen.packed import layers, peft_comparison
+
+    model = AutoModelForCausalLM.from_pretrained(every_model / "gpt2", attn_pdrop=0.0, embd_pdrop=0.0, resid_pdrop=0.0)
+    adapted = get_peft_model(model, LoraConfig(target_modules=["c_attn"], task_type="CAUSAL_LM"))
+    with pytest.raises(layers.NotPackable, match="is not a linear layer with plain LoRA"):
+        peft_comparison.check_packable(adapted, torch.float32)

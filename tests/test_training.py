@@ -357,7 +357,7 @@ KILL_POINTS = {
     "manifest": lambda project: any(project.saves.glob(".*staging*/manifest.json")),
     "published": lambda project: project.run_folder("finetune").exists(),
 }
-LIKE_OTHERS = ("rendered", "first checkpoint")  # before and during the staging of files, as "staging"
+LIKE_OTHERS = ("rendered", "first checkpoint", "collected")  # as "staging", "half a file" and "manifest"
 
 
 @pytest.mark.parametrize(

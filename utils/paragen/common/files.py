@@ -16,26 +16,25 @@ CHUNK_BYTES = 1 << 20  # read at once from a file that is hashed
 GIT_LFS_POINTER = b"version https://git-lfs.github.com/spec/"  # how a file begins that Git LFS did not download
 
 
-def write_atomically(path: Path, *parts: bytes | bytearray | memoryview) -> None:
-    """Write `parts`, one after the other, to `path`. No reader ever sees an incomplete file, not even after a crash."""
+def write_atomically(path: Path, *parts: bytes | bytearray | memoryview, durable: bool = True) -> None:
+    """Write `parts`, one after the other, to `path`. No reader ever sees an incomplete file, not even after a crash.
+
+    Without `durable` a power cut may lose the file: for a staging folder, whose files `sync_tree` syncs at the end.
+    """
     path = Path(path)
     temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
     try:
         with open(temporary, "wb") as file:
             file.writelines(parts)
-            file.flush()
-            os.fsync(file.fileno())
+            if durable:
+                file.flush()
+                os.fsync(file.fileno())
         os.replace(temporary, path)
     except BaseException:
         temporary.unlink(missing_ok=True)
         raise
-    sync_folder(path.parent)
-
-
-def write(path: Path, *parts: bytes | bytearray | memoryview) -> None:
-    """Write `parts`, one behind the other, to `path` in a staging folder, which `sync_tree` makes durable later."""
-    with open(path, "wb") as file:
-        file.writelines(parts)
+    if durable:
+        sync_folder(path.parent)
 
 
 def unfinished(path: Path) -> list[Path]:

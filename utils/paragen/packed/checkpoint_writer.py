@@ -102,7 +102,7 @@ class Writer:
             digest = hashlib.sha256()
             for part in parts:
                 digest.update(part)
-            files.write(self.folder / run_files.checkpoint_name(step), *parts)
+            files.write_atomically(self.folder / run_files.checkpoint_name(step), *parts, durable=False)
             return {"bytes": sum(map(len, parts)), "sha256": digest.hexdigest()}
         finally:
             self.free.put(buffer)

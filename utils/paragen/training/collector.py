@@ -177,7 +177,7 @@ class Collector(TrainerCallback):
             while (item := self.full.get()) is not None:
                 step, buffer = item
                 data = buffer.content()
-                files.write(self.folder / f"checkpoint-{step}.safetensors", data)
+                files.write_atomically(self.folder / f"checkpoint-{step}.safetensors", data, durable=False)
                 self.records.setdefault(step, {}).update(bytes=len(data), sha256=hashlib.sha256(data).hexdigest())
                 self.free.put(buffer)
         except BaseException as error:  # the training thread raises it
