@@ -26,7 +26,6 @@ from paragen.training import ordinary
 DATASET, MODEL, RANK = "Demo", "smollm2-135m", 8
 STEPS = "every:5"  # whose checkpoints are scored
 QUESTIONS = 2  # whose answers are printed
-UTILS = Path(__file__).parent
 IGNORED_SETTINGS = ("KEEP", "SEED", "SPLIT", "LIMIT", "ENGINE", "CATEGORY", "FORCE")  # of other targets
 STARTED = time.monotonic()
 
@@ -37,7 +36,7 @@ def main() -> None:
     os.environ.setdefault("LLAMAFACTORY_VERBOSITY", "WARN")
     forked.preload()
     step("downloading the base model")
-    if cli.call([sys.executable, UTILS / "fetch_model.py", MODEL]):
+    if cli.call([sys.executable, paths.UTILS / "fetch_model.py", MODEL]):
         raise UserError("the demo stopped at this part; see the cause above")
     step("training and collecting")
     cell = lookup.find_cell(DATASET, MODEL, RANK)
