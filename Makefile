@@ -13,30 +13,33 @@ SET_UP := $(PYTHON) utils/setup_env.py
 endif
 CODE := utils tests bench
 
-# What a user sets on the command line reaches the scripts through the environment.
-export DATASET MODEL MODELS RANK RANKS KEEP SEED FORCE DEVICES PRUNE_PRETRAIN FILE NAME CATEGORY MAP ACCEPT HELD_OUT FROM TEMPLATE \
-	FORMAT OUT DTYPE STEPS REPO PRIVATE DRY_RUN RAW REVISION ALLOW_UNKNOWN_LICENSE STAGE STAGE_DIR ENGINE SPLIT LIMIT
+# The variables on make's command line, which make hands to the scripts: utils/settings.py refuses those that a target
+# does not take. Variables of the environment are not checked, as nobody may have typed them.
+MAKE_SETTINGS := $(sort $(foreach name,$(.VARIABLES),$(if $(filter command,$(firstword $(origin $(name)))),$(name))))
+export MAKE_SETTINGS
+CHECK := $(PYTHON) utils/settings.py check $(or $(MAKECMDGOALS),help)
 
 .DEFAULT_GOAL := help
 .PHONY: help setup setup-dev lock model data data-all register check-data recipe check-recipes pretrain finetune collect \
 	collect-all plan status verify clean-checkpoints index export import evaluate stats report publish pull demo test \
 	test-all test-gpu test-runs test-others lint format
 
-help:  ## list the targets
-	@awk -F ':.*## ' '/^##@/ {print "\n" substr($$0, 5)} /^[a-z-]+:.*## / {printf "  make %-18s %s\n", $$1, $$2}' Makefile
-	@printf '\nSettings: DATASET=ARC-c MODEL=smollm2-135m RANK=8 (default 8) KEEP=n SEED=n FORCE=1 DEVICES=0,1 ENGINE=packed|stock\n'
-	@printf 'PY=python3 runs a target with a Python of yours and sets nothing up; PYTHON=python3.12 makes .venv\n'
+help:  ## list the targets; FOR=collect explains one and its settings
+	@$(CHECK)
+	@if [ -n "$$FOR" ]; then exec $(PYTHON) utils/settings.py explain "$$FOR"; fi; \
+	awk -F ':.*## ' '/^##@/ {print "\n" substr($$0, 5)} /^[a-z-]+:.*## / {printf "  make %-18s %s\n", $$1, $$2}' Makefile; \
+	printf '\nmake help FOR=collect explains a target and its settings, such as DATASET=ARC-c RANK=8\n'
 
 ##@ Start here
 demo: setup  ## everything once, for real: model, training, 16 checkpoints, verification, scores (minutes)
 	@$(PY) utils/demo.py
 
 test: setup-dev  ## run the quick tests, before a commit (minutes)
-	@$(MAKE) --no-print-directory -j 2 test-runs test-others SPEED="not slow"
+	@SPEED="not slow" $(MAKE) --no-print-directory -j 2 test-runs test-others
 
 test-all: setup-dev  ## run all of them, some with the embedded model, before a release
 	@$(PY) utils/fetch_model.py smollm2-135m
-	@$(MAKE) --no-print-directory -j 2 test-runs test-others SPEED="not alone"
+	@SPEED="not alone" $(MAKE) --no-print-directory -j 2 test-runs test-others
 	@$(PY) -m pytest -q -m alone tests
 
 test-runs: WHICH := runs
@@ -49,21 +52,20 @@ test-gpu: setup-dev  ## run the tests that need an NVIDIA GPU, on it
 
 ##@ Prepare
 setup:  ## make .venv from requirements.txt; every target does this first, unless PY=python3 names a Python
+	@$(CHECK)
 	@$(SET_UP)
 
 model: setup  ## download a base model: MODEL=qwen2.5-0.5b, or any of the hub: MODEL=org/name
-	@$(PY) utils/fetch_model.py "$$MODEL"
+	@$(PY) utils/fetch_model.py
 
 data: setup  ## download prepared datasets and register them: DATASET=ARC-c, or CATEGORY=math
-	@$(PY) utils/fetch_data.py $${DATASET:+"$$DATASET"} $${CATEGORY:+--category "$$CATEGORY"}
+	@$(PY) utils/fetch_data.py
 
 data-all: setup  ## download all prepared datasets of all categories
 	@$(PY) utils/fetch_data.py --all
 
 register: setup  ## register your own: FILE=data/math/X.json, or FILE=X.csv CATEGORY=math [NAME=X] [MAP="prompt=question"]
-	@set -f; $(PY) utils/register_dataset.py $${FILE:+"$$FILE"} $${NAME:+--name "$$NAME"} $${CATEGORY:+--category "$$CATEGORY"} \
-		$${MAP:+--columns "$$MAP"} $${ACCEPT:+--accept-rows $$ACCEPT} $${HELD_OUT:+--held-out "$$HELD_OUT"} \
-		$(if $(filter-out 0,$(PROMPTS_ONLY)),--prompts-only) $(if $(filter-out 0,$(REPLACE)),--replace)
+	@$(PY) utils/register_dataset.py
 
 check-data: setup  ## check every dataset in data/dataset_info.json
 	@$(PY) utils/register_dataset.py --check
@@ -72,35 +74,33 @@ recipe: setup  ## write a new pair of recipes to edit: DATASET=X MODEL=gpt2 [FRO
 	@$(PY) utils/make_recipe.py
 
 check-recipes: setup  ## check every recipe, or FILE and its other half: names, keys, templates, the pair's agreement
-	@$(PY) utils/check_recipes.py $${FILE:+"$$FILE"}
+	@$(PY) utils/check_recipes.py
 
 ##@ Train and collect
-pretrain: setup  ## train the adapter to a good region: DATASET=ARC-c RANK=8
-	@recipe=$$($(PY) utils/cells.py pretrain) && \
-		exec bash utils/train_with_rank.sh "$$recipe" "$$RANK" $${SEED:+"seed=$$SEED"}
+pretrain: setup  ## train the adapter to a good region: DATASET=ARC-c [RANK=8]
+	@exec $(PY) utils/collect.py pretrain
 
-finetune: setup  ## go on from the pretrain and collect the last checkpoints: DATASET=ARC-c RANK=8 [KEEP=n]
-	@recipe=$$($(PY) utils/cells.py finetune) && \
-		exec bash utils/train_with_rank.sh "$$recipe" "$$RANK" $${SEED:+"seed=$$SEED"} $${KEEP:+"save_total_limit=$$KEEP"}
+finetune: setup  ## go on from the pretrain and collect the last checkpoints: DATASET=ARC-c [RANK=8] [KEEP=n]
+	@exec $(PY) utils/collect.py finetune
 
-collect: setup  ## pretrain if it is missing, finetune, verify: DATASET=ARC-c RANK=8, or RANKS="2 4 8 16 64" at once
+collect: setup  ## pretrain if it is missing, finetune, verify: DATASET=ARC-c [RANK="2 4 8 16 64"]
 	@exec $(PY) utils/collect.py
 
-collect-all: setup  ## collect all of a category: CATEGORY=math [DATASET="MATH Mu-Math"] [MODELS=..] [RANKS="2 8"]
-	@$(PY) utils/collect_all.py "$$CATEGORY" $$DATASET
+collect-all: setup  ## collect all of a category: CATEGORY=math [DATASET="MATH Mu-Math"] [MODEL=..] [RANK="2 8"]
+	@$(PY) utils/collect_all.py
 
-plan: setup  ## what that would take: cells, steps, disk, time [CATEGORY=..] [DATASET=..] [MODELS=..] [RANKS="2 8"]
+plan: setup  ## what that would take: cells, steps, disk, time [CATEGORY=..] [DATASET=..] [MODEL=..] [RANK="2 8"]
 	@$(PY) utils/plan.py
 
 ##@ Look after what was collected
-status: setup  ## how every cell stands [CATEGORY=..] [DATASET=..] [MODEL=..] [RANKS="2 8"]
+status: setup  ## how every cell stands [CATEGORY=..] [DATASET=..] [MODEL=..] [RANK="2 8"] [ALL=1]
 	@$(PY) utils/status.py
 
-verify: setup  ## re-read every collection, or DATASET's: hashes, shapes, steps, values, PEFT
+verify: setup  ## re-read every collection, or those selected: hashes, shapes, steps, values, PEFT
 	@$(PY) utils/verify.py
 
 clean-checkpoints: setup  ## make DATASET's stock LLaMA-Factory runs collections [KEEP=n]
-	@$(PY) utils/clean_dataset_dir.py $${KEEP:+--keep "$$KEEP"}
+	@$(PY) utils/clean_dataset_dir.py
 
 ##@ Use what was collected
 index: setup  ## one table over all collections: saves/index.parquet
@@ -119,7 +119,7 @@ report: setup  ## a page to look at all of it, offline: saves/report/index.html
 	@$(PY) utils/report.py
 
 import: setup  ## unpack archived collections into saves/: FILE=x.archive, or a folder of them
-	@$(PY) utils/import_archive.py "$$FILE"
+	@$(PY) utils/import_archive.py
 
 publish: setup  ## put collections on the Hugging Face hub: REPO=user/name [PRIVATE=1] [DRY_RUN=1] [RAW=1] [DATASET=..] ...
 	@exec $(PY) utils/publish.py
@@ -129,6 +129,7 @@ pull: setup  ## download published collections into saves/ and data/: REPO=user/
 
 ##@ Work on this repository
 setup-dev:  ## make .venv from requirements-dev.txt, which adds what tests and linting need
+	@$(CHECK)
 	@$(SET_UP) --dev
 
 lint: setup-dev  ## check style, format and types

@@ -34,4 +34,4 @@ def test_the_value_of_an_omitted_key_is_llamafactorys(key, value):
 
 def test_the_help_names_the_default_rank():
     help_text = subprocess.run(["make"], cwd=ROOT, capture_output=True, text=True, check=True).stdout
-    assert f"(default {keys.DEFAULT_RANK})" in help_text
+    assert f"(default {settings.DEFAULT_RANK})" in help_text

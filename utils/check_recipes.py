@@ -7,18 +7,18 @@ Reads the recipes, models/models.yaml, data/dataset_info.json and data/sources.y
 file, line and key on stderr for each fault; the status is 1 when there is one.
 """
 
-import argparse
 from pathlib import Path
 
-from paragen.common import cli
+from paragen.common import cli, settings
 from paragen.common.cli import UserError, say
 from paragen.recipes import check, recipe_file
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = cli.ArgumentParser(description=__doc__)
     parser.add_argument("recipes", nargs="*", type=Path, metavar="RECIPE.yaml")
-    chosen = [path.absolute().parent.resolve() / path.name for path in parser.parse_args().recipes]
+    named = parser.parse_args().recipes or [Path(name) for name in [settings.text("FILE")] if name]
+    chosen = [path.absolute().parent.resolve() / path.name for path in named]
     chosen += [half for half in map(recipe_file.other_half, chosen) if half.is_file()]
     recipes = sorted(set(chosen)) or recipe_file.all_recipes()
     messages, faulty = check.check(recipes)

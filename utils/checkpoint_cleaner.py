@@ -7,7 +7,6 @@ files of a collection. The collection is built and read back beside the folder b
 can be run again, also after a crash. Facts that a stock run does not record are null in the manifest.
 """
 
-import argparse
 from pathlib import Path
 
 from paragen.collection import stock_runs
@@ -16,7 +15,7 @@ from paragen.common.cli import say
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description="Make a stock LLaMA-Factory finetune run a collection.")
+    parser = cli.ArgumentParser(description="Make a stock LLaMA-Factory finetune run a collection.")
     parser.add_argument("run_folder", type=Path)
     stock_runs.add_options(parser)
     args = parser.parse_args()

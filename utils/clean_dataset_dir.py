@@ -1,30 +1,25 @@
 """Make every stock finetune run of a dataset a collection (as checkpoint_cleaner.py), and print a table.
 
     python utils/clean_dataset_dir.py FOLDER [--keep 100] [--dry-run]        FOLDER such as saves/math/MATH
-    DATASET=MATH python utils/clean_dataset_dir.py                           the same by name (make clean-checkpoints)
+    DATASET=MATH [MODEL=..] [RANK=..] ... python utils/clean_dataset_dir.py  the same by name (make clean-checkpoints)
 
 Pretrain runs and clean runs stay as they are. The status is 1 when a run could not be cleaned.
 """
 
-import argparse
-import os
 from pathlib import Path
 
-from paragen.collection import stock_runs
-from paragen.common import cli, paths
+from paragen.collection import selection, stock_runs
+from paragen.common import cli, paths, settings
 from paragen.common.cli import UserError
 
 
 def main() -> int:
-    parser = argparse.ArgumentParser(description="Make every stock finetune run of a dataset a collection.")
+    parser = cli.ArgumentParser(description="Make every stock finetune run of a dataset a collection.")
     parser.add_argument("folder", type=Path, nargs="?", help="the dataset's folder under saves/")
     stock_runs.add_options(parser)
     args = parser.parse_args()
-    folder = args.folder or dataset_folder(os.environ.get("DATASET", ""))
-    if not folder.is_dir():
-        raise UserError(f"{folder}: no such folder")
     rows, failed = [], 0
-    for run in sorted(path for path in folder.iterdir() if path.is_dir() and not path.name.startswith(".")):
+    for run in requested_runs(args.folder):
         if run.name.endswith("_pretrain"):
             rows.append((run.name, "pretrain, left alone", "", ""))
             continue
@@ -38,12 +33,20 @@ def main() -> int:
     return 1 if failed else 0
 
 
-def dataset_folder(name: str) -> Path:
-    """The folder below saves/ of a dataset that the user names."""
-    found = {path.name: path for path in paths.SAVES.glob("*/*") if path.is_dir() and not path.name.startswith(".")}
-    if not name:
-        raise UserError(f"name a dataset: DATASET=... or a folder; known: {', '.join(sorted(found)) or 'none yet'}")
-    return found[paths.choose(name, found, "collected dataset")]
+def requested_runs(folder: Path | None) -> list[Path]:
+    """The run folders in a folder, or those that CATEGORY, DATASET, MODEL, RANK and SEED select; sorted.
+
+    Raises UserError where there is no such folder, and where neither a folder nor a dataset is named.
+    """
+    if folder is not None:
+        if not folder.is_dir():
+            raise UserError(f"{folder}: no such folder")
+        return sorted(path for path in folder.iterdir() if path.is_dir() and not path.name.startswith("."))
+    found = sorted(path for category in paths.CATEGORIES for path in paths.SAVES.glob(f"{category}/*/[!.]*"))
+    if not settings.values("DATASET"):
+        known = ", ".join(sorted({run.parent.name for run in found})) or "none yet"
+        raise UserError(f"name a dataset: make clean-checkpoints DATASET=..., or a folder; known: {known}")
+    return selection.selected_folders([run for run in found if run.is_dir()])
 
 
 if __name__ == "__main__":

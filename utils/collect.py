@@ -1,54 +1,56 @@
-"""Collect a cell, or several ranks at once: pretrain where it is missing, finetune, verify.
+"""Train the cells that a user names: a pretrain, a finetune, or both with a verification.
 
-    DATASET=ARC-c [MODEL=..] [RANK=8] [KEEP=..] [SEED=..] [FORCE=1] [DEVICES=..] python utils/collect.py
-    DATASET=ARC-c RANKS="2 4 8 16 64" [ENGINE=packed|stock] ... python utils/collect.py        (make collect)
+    DATASET=ARC-c [MODEL=..] [RANK=8] [SEED=..] [FORCE=1] [DEVICES=..] [KEEP=..] python utils/collect.py  (make collect)
+    DATASET=ARC-c RANK="2 4 8 16 64" [ENGINE=packed|stock] ... python utils/collect.py
+    ... python utils/collect.py pretrain|finetune                                      (make pretrain, make finetune)
 
-RANK is trained by train_with_rank.sh, phase by phase; RANKS are trained by packed_train.py, all at once. ENGINE=packed
-and ENGINE=stock force one of the two. Complete runs are skipped, so that a call after a crash continues where the last
-one ended. A complete collection needs no pretrain folder, but one that exists must be up to date.
+One rank is trained by train_with_rank.sh, phase by phase; several are trained by the packed engine, all at once.
+ENGINE=packed and ENGINE=stock force one of the two. Complete runs are skipped, so that a call after a crash continues
+where the last one ended. A complete collection needs no pretrain folder, but one that exists must be up to date.
 """
 
-import os
 import sys
 import tempfile
 from pathlib import Path
 
 from paragen.collection import run_identity
-from paragen.common import cli, paths
+from paragen.common import cli, paths, settings
 from paragen.common.cli import UserError
 from paragen.packed import packed_train
-from paragen.recipes import keys, lookup, render
+from paragen.recipes import lookup
 from paragen.recipes.run import Cell
 from paragen.training import engines
 
 
 def main() -> int:
-    dataset, model, name = os.environ.get("DATASET", ""), os.environ.get("MODEL"), engines.requested_engine()
-    ranks = requested_ranks()
-    seed = (f"seed={value}",) if (value := os.environ.get("SEED")) else ()
-    keep = (f"save_total_limit={value}",) if (value := os.environ.get("KEEP")) else ()
-    chosen = [lookup.find_cell(dataset, model, rank, seed, keep) for rank in ranks]
-    to_do, failed = split_cells(chosen)
-    if name == "packed" or (name is None and os.environ.get("RANKS", "").split()):
-        failed += train_packed(to_do) if to_do else []
+    phases = requested_phases(sys.argv[1:])
+    target = phases[0] if len(phases) == 1 else "collect"
+    chosen = lookup.requested_cells(target, phases)
+    to_do, failed = (chosen, []) if len(phases) == 1 else split_cells(chosen)
+    if engines.requested_engine() == "packed" or (
+        engines.requested_engine() is None and len(settings.values("RANK")) > 1
+    ):
+        failed += train_packed(to_do, phases) if to_do else []
     else:
         for cell in to_do:
-            if status := train_ordinary(cell):
+            if status := train_ordinary(cell, phases):
                 if len(chosen) == 1 or status != 1:  # stopped or killed: the others do not start
                     return status
                 failed.append(cell)
-    status = verify([cell for cell in chosen if cell not in failed])
+    status = verify([cell for cell in chosen if cell not in failed]) if target == "collect" else 0
     for cell in failed:
-        cli.complain(f"{cell.recipes[1].stem} at rank {cell.rank}: is not collected; see the cause above")
+        what = "is not collected" if target == "collect" else f"the {target} did not end well"
+        cli.complain(f"{cell}: {what}; see the cause above")
     return 1 if failed else status
 
 
-def requested_ranks() -> list[int]:
-    """The ranks in RANK or RANKS, each once. Raises UserError where both are set, or where one is not a rank."""
-    one, several = os.environ.get("RANK"), os.environ.get("RANKS", "").split()
-    if one and several:
-        raise UserError(f"RANK={one} and RANKS={' '.join(several)}: give one of the two")
-    return list(dict.fromkeys(render.parse_rank(rank) for rank in several or [one or str(keys.DEFAULT_RANK)]))
+def requested_phases(arguments: list[str]) -> tuple[str, ...]:
+    """The phases that the command line names. Raises UserError for other arguments."""
+    if not arguments:
+        return paths.PHASES
+    if len(arguments) > 1 or arguments[0] not in paths.PHASES:
+        raise UserError(f"usage: DATASET=... collect.py [{'|'.join(paths.PHASES)}]")
+    return (arguments[0],)
 
 
 def split_cells(chosen: list[Cell]) -> tuple[list[Cell], list[Cell]]:
@@ -71,20 +73,21 @@ def split_cells(chosen: list[Cell]) -> tuple[list[Cell], list[Cell]]:
     return to_do, list(errors)
 
 
-def train_ordinary(cell: Cell) -> int:
-    """Train both phases of a cell, one after the other; returns the status of the first that failed, else 0."""
-    for run in cell.runs:
+def train_ordinary(cell: Cell, phases: tuple[str, ...]) -> int:
+    """Train phases of a cell, one after the other; returns the status of the first that failed, else 0."""
+    for phase in phases:
+        run = cell.run(phase)
         if status := cli.call(["bash", paths.UTILS / "train_with_rank.sh", run.recipe, run.rank, *run.overrides]):
             return status
     return 0
 
 
-def train_packed(chosen: list[Cell]) -> list[Cell]:
-    """Train cells in one process of the packed engine; returns those that are not collections afterwards."""
+def train_packed(chosen: list[Cell], phases: tuple[str, ...]) -> list[Cell]:
+    """Train cells in one process of the packed engine; returns those of which a phase failed."""
     with tempfile.TemporaryDirectory(prefix="paragen-") as folder:
         results = Path(folder, "results")
         named = [argument for cell in chosen for argument in packed_train.arguments_of(cell)]
-        command = [sys.executable, "-m", packed_train.__name__, *named, "--results", results]
+        command = [sys.executable, "-m", packed_train.__name__, *named, "--phases", *phases, "--results", results]
         status = cli.call(command, cli.environment_for_modules())
         found = packed_train.read_results(results)
     if status < 0:

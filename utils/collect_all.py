@@ -1,6 +1,7 @@
 """Collect every cell of a category. Each collect_all_dataset.sh and `make collect-all` call it.
 
-    [MODELS="m1 m2"] [RANKS="2 8"] [PRUNE_PRETRAIN=1] [FORCE=1] python utils/collect_all.py CATEGORY [DATASET ...]
+    [MODEL="m1 m2"] [RANK="2 8"] [SEED=..] [KEEP=..] [PRUNE_PRETRAIN=1] [FORCE=1] ...
+        python utils/collect_all.py CATEGORY [DATASET ...]       (make collect-all: CATEGORY= and DATASET= name both)
 
 Prints the plan, trains the cells that are not complete on all devices (see paragen/sweep/sweep.py), each with a log
 beside its run folder, and prints a table. A cell that fails does not stop the others; the status is then 1. After a
@@ -8,9 +9,10 @@ stop or a crash, the next call continues. PRUNE_PRETRAIN=1 removes a cell's pret
 verified.
 """
 
+import os
 import sys
 
-from paragen.common import cli
+from paragen.common import cli, paths, settings
 from paragen.common.cli import UserError, say
 from paragen.recipes import lookup
 from paragen.sweep import plan, sweep
@@ -18,9 +20,12 @@ from paragen.sweep.display import Display
 
 
 def main() -> int:
-    if len(sys.argv) < 2:
-        raise UserError("usage: collect_all.py CATEGORY [DATASET ...]")
-    chosen = lookup.chosen_cells(sys.argv[1], sys.argv[2:])
+    if sys.argv[1:]:
+        os.environ |= {"CATEGORY": sys.argv[1], "DATASET": " ".join(map(paths.loose, sys.argv[2:]))}
+    if not settings.text("CATEGORY"):
+        known = ", ".join(paths.CATEGORIES)
+        raise UserError(f"name a category: make collect-all CATEGORY=..., one of {known}, or CATEGORY=all")
+    chosen = lookup.chosen_cells()
     to_do = plan.show(chosen)
     outcomes = {}
     if to_do:

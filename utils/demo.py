@@ -26,7 +26,17 @@ from paragen.training import ordinary
 DATASET, MODEL, RANK = "Demo", "smollm2-135m", 8
 STEPS = "every:5"  # whose checkpoints are scored
 QUESTIONS = 2  # whose answers are printed
-IGNORED_SETTINGS = ("KEEP", "SEED", "SPLIT", "LIMIT", "ENGINE", "CATEGORY", "FORCE")  # of other targets
+IGNORED_SETTINGS = (
+    "MODELS",
+    "RANKS",
+    "KEEP",
+    "SEED",
+    "SPLIT",
+    "LIMIT",
+    "ENGINE",
+    "CATEGORY",
+    "FORCE",
+)  # of other targets
 STARTED = time.monotonic()
 
 

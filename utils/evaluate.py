@@ -8,8 +8,6 @@ the next call continues after a stop. SPLIT names another registered dataset tha
 collection's; LIMIT takes its first rows. --show prints the answers of the base and of the last checkpoint.
 """
 
-import argparse
-
 from paragen.collection import index
 from paragen.common import cli, devices
 from paragen.common.cli import UserError
@@ -17,7 +15,7 @@ from paragen.scoring import evaluate
 
 
 def main() -> int:
-    parser = argparse.ArgumentParser(description="Score collections on held-out prompts.")
+    parser = cli.ArgumentParser(description="Score collections on held-out prompts.")
     parser.add_argument("--show", type=int, default=0, metavar="N", help="print the answers to the first N questions")
     args = parser.parse_args()
     evaluate.check_requested()

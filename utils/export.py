@@ -9,29 +9,24 @@ OUT/export.json records what each part was made from.
 """
 
 import importlib
-import os
 from pathlib import Path
 
 from paragen.collection import index
-from paragen.common import cli, paths
+from paragen.common import cli, paths, settings
 from paragen.common.cli import UserError
-
-FORMATS = ("dnd", "peft", "canonical", "archive")  # modules of paragen.exports, imported when requested
-DTYPES = ("float32", "bfloat16", "float16")
 
 
 def main() -> None:
-    requested = os.environ.get("FORMAT", "")
-    if not requested:
-        raise UserError(f"name a format: make export FORMAT=...; known: {', '.join(FORMATS)}")
-    format_name = paths.choose(requested, FORMATS, "format")
-    dtype = os.environ.get("DTYPE") or None
-    if dtype is not None:
-        dtype = paths.choose(dtype, DTYPES, "dtype")
-    if os.environ.get("STEPS") and format_name != "peft":
-        raise UserError(f"STEPS={os.environ['STEPS']}: only FORMAT=peft selects steps; omit it")
-    out = out_folder(os.environ.get("OUT") or str(paths.SAVES / "exports" / format_name))
-    importlib.import_module(f"paragen.exports.{format_name}").export(index.chosen(), out, dtype)
+    format_name, dtype, steps = (settings.text(name) for name in ("FORMAT", "DTYPE", "STEPS"))
+    if not format_name:
+        raise UserError(
+            f"name a format: make export FORMAT=...; known: {', '.join(settings.SETTINGS['FORMAT'].choices)}"
+        )
+    if steps and format_name != "peft":
+        raise UserError(f"STEPS={steps}: only FORMAT=peft selects steps; omit it")
+    out = out_folder(settings.text("OUT") or str(paths.SAVES / "exports" / format_name))
+    # a format is a module of paragen.exports, imported when it is requested
+    importlib.import_module(f"paragen.exports.{format_name}").export(index.chosen(), out, dtype or None)
 
 
 def out_folder(name: str) -> Path:

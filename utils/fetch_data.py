@@ -12,7 +12,7 @@ import argparse
 import os
 from pathlib import Path
 
-from paragen.common import cli
+from paragen.common import cli, settings
 from paragen.common.cli import UserError, run, say
 from paragen.common.paths import CATEGORIES, DATA
 from paragen.dataset import download, file_sources, names, sources
@@ -21,14 +21,14 @@ SHOWN = 5  # failed files that the last line names
 
 
 def main() -> None:
-    settings = parse_settings()
-    table = sources.table(settings.table or settings.data_dir / "sources.yaml")
-    wanted = chosen_files(table["files"], settings)
-    base = settings.source or os.environ.get(file_sources.SOURCE_VARIABLE) or file_sources.UPSTREAM.format_map(table)
-    force = settings.force or cli.is_on("FORCE")
+    args = parse_settings()
+    table = sources.table(args.table or args.data_dir / "sources.yaml")
+    wanted = chosen_files(table["files"], args)
+    base = args.source or os.environ.get(file_sources.SOURCE_VARIABLE) or file_sources.UPSTREAM.format_map(table)
+    force = args.force or settings.switch("FORCE")
     if len(wanted) > 1:
         say(f"{len(wanted)} files from {base}")
-    failed, fetched, seconds = download.download_all(wanted, base, force, settings.tries, settings.data_dir)
+    failed, fetched, seconds = download.download_all(wanted, base, force, args.tries, args.data_dir)
     done = len(wanted) - len(failed)
     say(f"{done} of {len(wanted)} files are there and registered ({fetched} fetched, {seconds:.0f} s)")
     if failed:
@@ -37,10 +37,15 @@ def main() -> None:
 
 
 def parse_settings() -> argparse.Namespace:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = cli.ArgumentParser(description=__doc__)
     add, variable, tries = parser.add_argument, file_sources.SOURCE_VARIABLE, file_sources.TRIES
-    add("dataset", nargs="*", help="datasets, e.g. ARC-c: its training set and its test split")
-    add("--category", help=f"all of one: {', '.join(CATEGORIES)}")
+    add(
+        "dataset",
+        nargs="*",
+        default=settings.values("DATASET"),
+        help="datasets, e.g. ARC-c: its training set and its test split",
+    )
+    add("--category", default=settings.category() or None, help=f"all of one: {', '.join(CATEGORIES)}")
     add("--all", action="store_true", help="all of all categories")
     add("--source", help=f"an http(s) address or a folder; default: ${variable}, else upstream")
     add("--force", action="store_true", help="overwrite files that have other content")
@@ -50,17 +55,19 @@ def parse_settings() -> argparse.Namespace:
     return parser.parse_args()
 
 
-def chosen_files(files: dict[str, dict], settings: argparse.Namespace) -> dict[str, dict]:
+def chosen_files(files: dict[str, dict], args: argparse.Namespace) -> dict[str, dict]:
     """The mappings of the files that the settings choose. Raises UserError when they choose none."""
-    datasets = [name for typed in settings.dataset for name in typed.split()]
-    if not (datasets or settings.category or settings.all):
+    datasets, category = [name for typed in args.dataset for name in typed.split()], args.category
+    if args.all:
+        datasets, category = [], None
+    if not (datasets or category or args.all):
         known = ", ".join(dict.fromkeys(names.family(entry["dataset"]) for entry in files.values()))
         raise UserError(
             f"name a dataset: make data DATASET=ARC-c, make data CATEGORY=math, or make data-all; known: {known}"
         )
-    chosen = sources.selected(files, datasets, settings.category)
+    chosen = sources.selected(files, datasets, category)
     if not chosen:
-        raise UserError(f"{settings.category}: holds none of {', '.join(datasets)}; omit CATEGORY=")
+        raise UserError(f"{category}: holds none of {', '.join(datasets)}; omit CATEGORY")
     return {name: files[name] for name in chosen}
 
 

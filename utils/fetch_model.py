@@ -7,16 +7,21 @@ tag or branch of it as org/name@revision), or a folder put under models/ by hand
 or `hf auth login` the account. An interrupted download is resumed. A second call only checks what is there.
 """
 
-import argparse
-
-from paragen.common import cli, files, paths
+from paragen.common import cli, files, paths, settings
 from paragen.model import base_models, download, embedded
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description="Download a base model into models/, or check one that is there.")
-    parser.add_argument("model", help="a short name (" + ", ".join(base_models.table()) + "), or org/name on the hub")
-    entry = download.requested_entry(parser.parse_args().model)
+    parser = cli.ArgumentParser(description="Download a base model into models/, or check one that is there.")
+    what = "short names (" + ", ".join(base_models.table()) + "), or org/name on the hub; default: MODEL"
+    parser.add_argument("models", nargs="*", help=what)
+    for name in parser.parse_args().models or settings.values("MODEL") or [""]:
+        fetch(name)
+
+
+def fetch(name: str) -> None:
+    """Download one model, or check the one that is there, and print what it is."""
+    entry = download.requested_entry(name)
     folder = paths.MODELS / entry["folder"]
     waiting = f"another process is downloading {folder.name}; waiting for it ..."
     with files.lock(files.beside(folder, "lock"), waiting=waiting):

@@ -8,17 +8,16 @@ stays, and gets the archive's scores if it has fewer. Another collection stays, 
 The archives are not changed.
 """
 
-import os
 import sys
 from pathlib import Path
 
 from paragen.archives import archive
-from paragen.common import cli, paths
+from paragen.common import cli, paths, settings
 from paragen.common.cli import UserError
 
 
 def main() -> int:
-    given = sys.argv[1:] or [os.environ.get("FILE", "")]
+    given = sys.argv[1:] or [settings.text("FILE")]
     if given == [""]:
         raise UserError(f"name an archive: make import FILE=x{archive.SUFFIX}, or a folder of them")
     faults = 0

@@ -1,27 +1,28 @@
 """One table over all collections: saves/index.parquet, a row per checkpoint.
 
-    python utils/index.py                  update it and print a line    per collection        (make index)
+    python utils/index.py                  update it and print a line per collection           (make index)
     python utils/index.py --rows           print every row (--csv: as CSV)
 
 A collection that did not change is not read again; checkpoints that changed after their manifest was written, or since
 the last index, are hashed. A broken collection is named and omitted, and the status is 1. Evaluated checkpoints
-have their scores beside their loss, and the base model's for comparison.
+have their scores beside their loss, and the base model's for comparison. CATEGORY, DATASET, MODEL, RANK and SEED
+choose what is printed; the table always holds all.
 """
 
-import argparse
 import os
 import sys
 
-from paragen.collection import index, index_tables
+from paragen.collection import index, index_tables, selection
 from paragen.common import cli
 
 
 def main() -> int:
-    parser = argparse.ArgumentParser(description="Index all collections.")
+    parser = cli.ArgumentParser(description="Index all collections.")
     parser.add_argument("--rows", action="store_true", help="print every checkpoint")
     parser.add_argument("--csv", action="store_true", help="print every checkpoint as CSV")
     args = parser.parse_args()
     table, faults = index.update()
+    table = index.selected(table, selection.requested_filters())
     try:
         index_tables.show(table, args, whole=not faults)
     except BrokenPipeError:  # a reader such as `| head` has closed the pipe; Python must not flush into it at exit

@@ -10,26 +10,25 @@ Reads collect_scripts/figures.yaml, models/, data/dataset_info.json and data/sou
 collect_scripts/<category>/<dataset>/<model>_<dataset>_{pretrain,finetune}.yaml, never over an existing one.
 """
 
-import os
+import itertools
 
-from paragen.common import cli, paths
+from paragen.common import cli, paths, settings
 from paragen.common.cli import UserError, say
 from paragen.model import base_models
 from paragen.recipes import figures, new_pair, pair_writer, vocabulary
 
 
 def main() -> None:
-    model, dataset, source, template, category = (
-        os.environ.get(name, "") for name in ("MODEL", "DATASET", "FROM", "TEMPLATE", "CATEGORY")
-    )
-    if not (model and dataset):
+    models, datasets, source = settings.values("MODEL"), settings.values("DATASET"), settings.text("FROM")
+    if not (models and datasets):
         known = f"models: {', '.join(base_models.table())}; datasets: {', '.join(vocabulary.trainable())}"
         raise UserError(f"name both: make recipe MODEL=... DATASET=...; {known}")
-    pair = new_pair.requested_pair(model, dataset, template, category)
-    numbers = figures.figures_from(source, pair) if source else figures.figures_for(pair)
-    for path in pair_writer.write_pair(pair, numbers):
-        say(paths.relative(path))
-    say("look at both, then: make check-recipes; " + pair_writer.command("collect", pair, numbers["lora_rank"]))
+    for model, dataset in itertools.product(models, datasets):
+        pair = new_pair.requested_pair(model, dataset, settings.text("TEMPLATE"), settings.category())
+        numbers = figures.figures_from(source, pair) if source else figures.figures_for(pair)
+        for path in pair_writer.write_pair(pair, numbers):
+            say(paths.relative(path))
+        say("look at both, then: make check-recipes; " + pair_writer.command("collect", pair, numbers["lora_rank"]))
 
 
 if __name__ == "__main__":

@@ -9,18 +9,16 @@ Collections that do not verify are refused, as are data and base models of unkno
 RAW=1 publishes the collections' folders in place of archives.
 """
 
-import os
-
 from paragen.collection import index
-from paragen.common import cli, files, paths
+from paragen.common import cli, files, paths, settings
 from paragen.common.cli import say
 from paragen.hub import errors, transfer
 from paragen.publishing import card, published_tree, upload
 
 
 def main() -> None:
-    repository = errors.repository_of(os.environ.get("REPO", ""), "make publish")
-    raw, private, dry = (cli.is_on(name) for name in ("RAW", "PRIVATE", "DRY_RUN"))
+    repository = errors.repository_of(settings.text("REPO"), "make publish")
+    raw, private, dry = (settings.switch(name) for name in ("RAW", "PRIVATE", "DRY_RUN"))
     if not dry:
         transfer.allow_hub()
         errors.translated(repository, None, upload.require_account, uploads=True)

@@ -9,17 +9,15 @@ the published scores unless that would lose some. Another collection or data fil
 are replaced only with FORCE=1. An interrupted download is resumed by the next call.
 """
 
-import os
-
 from paragen.collection import index, index_tables
-from paragen.common import cli, files, paths
+from paragen.common import cli, files, paths, settings
 from paragen.hub import errors, transfer
 from paragen.publishing import pull
 
 
 def main() -> None:
-    repository = errors.repository_of(os.environ.get("REPO", ""), "make pull")
-    revision = os.environ.get("REVISION") or None
+    repository = errors.repository_of(settings.text("REPO"), "make pull")
+    revision = settings.text("REVISION") or None
     transfer.allow_hub()
     staging = paths.SAVES / "publish" / f"pull--{repository.replace('/', '--')}"
     with files.lock(files.beside(staging, "lock"), waiting=f"another process is pulling {repository}; waiting ..."):

@@ -6,7 +6,6 @@ Rendering sets `lora_rank` and the `_lora-rank_<r>_` part of `output_dir` and `r
 other than the recipe's: `_lora-rank_<r>_seed-<s>_`); `key=value` arguments override recipe keys as in LLaMA-Factory.
 """
 
-import argparse
 from pathlib import Path
 
 from paragen.common import cli
@@ -14,7 +13,7 @@ from paragen.recipes import render
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description="Print a recipe as it would be trained at a rank.")
+    parser = cli.ArgumentParser(description="Print a recipe as it would be trained at a rank.")
     parser.add_argument("recipe", type=Path)
     parser.add_argument("rank")
     parser.add_argument("overrides", nargs="*", metavar="key=value")

@@ -5,23 +5,14 @@
 
 Changes .venv alone, and prints nothing when there is nothing to do. requirements-dev.txt contains requirements.txt with
 equal versions: a .venv made for development also serves for running and stays as it is.
-Any Python 3 must be able to parse this file up to the version check, so only old syntax may stand above it.
+Any Python 3 must be able to parse this file: `paragen` then refuses those that are too old.
 """
 
 import os
-import sys
-
-if sys.version_info < (3, 11):
-    version = ".".join(map(str, sys.version_info[:3]))
-    sys.exit(
-        "error: Python 3.11 or newer is needed, %s is %s; run: make PYTHON=/path/to/python3.12"
-        % (sys.executable, version)
-    )
-
-import argparse
 import re
 import shutil
 import subprocess
+import sys
 from pathlib import Path
 
 from paragen.common import cli, files
@@ -37,7 +28,7 @@ DEVELOPMENT = ROOT / "requirements-dev.txt"
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description="Make .venv hold what this repository's locks name.")
+    parser = cli.ArgumentParser(description="Make .venv hold what this repository's locks name.")
     parser.add_argument("--dev", action="store_true", help="also install what tests and linting need")
     lock = DEVELOPMENT if parser.parse_args().dev else RUNNING
     if is_ready(lock):

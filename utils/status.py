@@ -1,11 +1,9 @@
 """Print the state of every cell: missing, pretrained, collecting, complete, stale or broken.
 
-    [CATEGORY=..] [DATASET=..] [MODEL=..] [RANKS="2 8"] python utils/status.py        (make status)
+    [CATEGORY=..] [DATASET=..] [MODEL=..] [RANK="2 8"] [SEED=..] python utils/status.py        (make status)
 
 Reads recipes, run folders and their manifests; writes nothing. A cell is a dataset, a model and a rank.
 """
-
-import os
 
 from paragen.common import cli
 from paragen.common.cli import say
@@ -14,7 +12,7 @@ from paragen.training import status
 
 
 def main() -> None:
-    chosen = lookup.chosen_cells(os.environ.get("CATEGORY", ""), os.environ.get("DATASET", "").split())
+    chosen = lookup.chosen_cells()
     by_pair: dict[tuple[str, str], dict[int, str]] = {}
     reasons: list[str] = []
     for cell in chosen:

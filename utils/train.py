@@ -6,22 +6,21 @@ Reads the recipe, its data and its base model; writes saves/.../<run folder>. FO
 DEVICES chooses devices (see paragen/common/devices.py). All that a run needs is on disk before it starts.
 """
 
-import argparse
 from pathlib import Path
 
-from paragen.common import cli
-from paragen.recipes import keys, render
+from paragen.common import cli, settings
+from paragen.recipes import render
 from paragen.recipes.run import run_of
 from paragen.training import ordinary
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description="Train one recipe at one LoRA rank.")
+    parser = cli.ArgumentParser(description="Train one recipe at one LoRA rank.")
     parser.add_argument("recipe", type=Path)
-    parser.add_argument("rank", help=f"LoRA rank; an empty text means {keys.DEFAULT_RANK}")
+    parser.add_argument("rank", help=f"LoRA rank; an empty text means {settings.DEFAULT_RANK}")
     parser.add_argument("overrides", nargs="*", metavar="key=value", help="override keys of the recipe")
     args = parser.parse_args()
-    rank = render.parse_rank(args.rank or str(keys.DEFAULT_RANK))
+    rank = render.parse_rank(args.rank or str(settings.DEFAULT_RANK))
     ordinary.train(run_of(args.recipe, rank, tuple(args.overrides)))
 
 

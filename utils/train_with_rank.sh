@@ -6,5 +6,5 @@
 set -euo pipefail
 
 utils=$(cd "$(dirname "${BASH_SOURCE[0]}")" && pwd)
-make --no-print-directory -C "$utils/.." setup
+MAKEFLAGS= make --no-print-directory -C "$utils/.." setup
 exec ${PY:-"$utils/../.venv/bin/python"} "$utils/train.py" "$@"

@@ -2,17 +2,15 @@
 
     python utils/verify.py [FOLDER ...]                            all collections below the folders (default: saves/)
     python utils/verify.py --recipe RECIPE.yaml RANK [key=value ...]     the collection of one recipe (again for others)
-    DATASET=... python utils/verify.py                             those of one dataset (make verify)
+    [CATEGORY=..] [DATASET=..] [MODEL=..] [RANK=..] [SEED=..] python utils/verify.py     those selected (make verify)
 
 Prints a line for each; the status is 1 when one is not whole. Quality warnings (worse than its base, a rising loss,
 equal checkpoints) are printed as lines marked DOUBTFUL and do not change the status.
 """
 
-import argparse
-import os
 from pathlib import Path
 
-from paragen.collection import discovery
+from paragen.collection import discovery, selection
 from paragen.collection.verify import verify
 from paragen.common import cli, paths
 from paragen.common.cli import UserError, say
@@ -21,7 +19,7 @@ from paragen.recipes.run import run_of
 
 
 def main() -> int:
-    parser = argparse.ArgumentParser(description="Verify collections on disk.")
+    parser = cli.ArgumentParser(description="Verify collections on disk.")
     parser.add_argument(
         "--recipe", nargs="+", action="append", metavar=("RECIPE", "RANK"), help="verify the collection of this recipe"
     )
@@ -31,7 +29,7 @@ def main() -> int:
     if args.recipe:
         found = [of_recipe(*given) for given in args.recipe]
     else:
-        found = [(folder, None) for folder in requested_folders(args.folders, os.environ.get("DATASET", ""))]
+        found = [(folder, None) for folder in requested_folders(args.folders)]
     if not found:
         say("no collections yet")
         return 0
@@ -47,16 +45,13 @@ def of_recipe(recipe: str, rank: str = "", *overrides: str) -> tuple[Path, Path]
     return run.folder, run.base
 
 
-def requested_folders(folders: list[Path], dataset: str) -> list[Path]:
-    """The finetune run folders below some folders, or those of a dataset."""
+def requested_folders(folders: list[Path]) -> list[Path]:
+    """The collections below some folders, or those that CATEGORY, DATASET, MODEL, RANK and SEED select."""
     for folder in folders:
         if not folder.is_dir():
             raise UserError(f"{folder}: no such folder")
     found = discovery.find_collections(folders or [paths.SAVES])
-    if dataset:
-        name = paths.choose(dataset, {folder.parent.name for folder in found}, "collected dataset")
-        found = [folder for folder in found if folder.parent.name == name]
-    return found
+    return found if folders else selection.selected_folders(found)
 
 
 if __name__ == "__main__":

@@ -16,7 +16,7 @@ from typing import TYPE_CHECKING, Any
 from paragen.analysis import report_data
 from paragen.collection import checkpoints, discovery, evaluation, index
 from paragen.collection.manifest import read_manifest
-from paragen.common import files, paths
+from paragen.common import files, paths, settings
 from paragen.common.cli import UserError
 from paragen.model import base_models
 from paragen.recipes import lookup
@@ -99,7 +99,7 @@ def cell_states(table: "pa.Table") -> dict[str, Any]:
     except UserError:  # no recipes: the collections are all there is
         pairs = {}
     for (dataset, model), (pretrain, finetune) in sorted(pairs.items()):
-        for rank in sorted({*lookup.RANKS, *collected.get((dataset, model), ())}):
+        for rank in sorted({*settings.SWEEP_RANKS, *collected.get((dataset, model), ())}):
             cell = Cell(dataset, model, rank, (pretrain, finetune))
             state, reason = status.state_of(cell)
             try:

@@ -8,18 +8,16 @@ import hashlib
 import json
 import math
 import os
-import re
 import sys
 from dataclasses import asdict
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NamedTuple
 
-from paragen.collection import checkpoints, discovery, evaluation
+from paragen.collection import checkpoints, discovery, evaluation, selection
 from paragen.collection.manifest import Manifest, read_manifest, require_manifest
 from paragen.common import files, paths
 from paragen.common.cli import UserError
 from paragen.model import base_models
-from paragen.recipes import render
 
 if TYPE_CHECKING:
     import pyarrow as pa
@@ -294,9 +292,9 @@ def chosen(saves: Path | None = None) -> list[Chosen]:
     """
     saves = saves or paths.SAVES
     table, faults = update(saves)
-    wanted = requested_filters()
+    wanted = selection.requested_filters()
     for name, fault in faults.items():
-        if concerns(name, wanted):
+        if selection.may_fit(selection.place_of(name), wanted):
             raise UserError(fault)
     names = sorted(set(selected(table, wanted)["collection"].to_pylist()))
     if not names:
@@ -306,22 +304,8 @@ def chosen(saves: Path | None = None) -> list[Chosen]:
     return [Chosen(name, saves / name, require_manifest(saves / name)) for name in names]
 
 
-def requested_filters() -> dict[str, list[str]]:
-    """The values of CATEGORY, DATASET, MODEL, RANK and SEED in the environment, by column; no value selects all."""
-    wanted = {
-        name: os.environ.get(name.upper(), "").split() for name in ("category", "dataset", "model", "rank", "seed")
-    }
-    wanted["model"] = wanted["model"] or os.environ.get("MODELS", "").split()
-    wanted["rank"] = wanted["rank"] or os.environ.get("RANKS", "").split()
-    wanted["rank"] = [str(render.parse_rank(value)) for value in wanted["rank"]]
-    for value in wanted["seed"]:
-        if not re.fullmatch(r"[0-9]{1,18}", value):
-            raise UserError(f"SEED {value!r} is not a whole number")
-    return wanted
-
-
 def selected(table: "pa.Table", wanted: dict[str, list[str]]) -> "pa.Table":
-    """The rows of an index that match `requested_filters()`. Raises UserError for a name that no row has."""
+    """The rows of an index that match `selection.requested_filters()`. Raises UserError for a name that no row has."""
     import pyarrow as pa
     import pyarrow.compute as pc
 
@@ -335,22 +319,3 @@ def selected(table: "pa.Table", wanted: dict[str, list[str]]) -> "pa.Table":
             values = pa.array([int(value) for value in wanted[name]], table.schema.field(name).type)
             table = table.filter(pc.is_in(table[name], values))
     return table
-
-
-def concerns(name: str, wanted: dict[str, list[str]]) -> bool:
-    """Whether a collection whose manifest cannot be read may be among those selected, judged by its path."""
-    parts = name.split("/")
-    *_, rank = [None, *paths.RANK_PART.finditer(parts[-1])]
-    if len(parts) != 3 or not rank:
-        return True
-    held = {
-        "category": parts[0],
-        "dataset": parts[1],
-        "model": base_models.short_name(Path(parts[-1][: rank.start()])),
-        "rank": rank[1],
-        "seed": rank[2],
-    }
-    return all(
-        not wanted[key] or value is None or paths.loose(value) in map(paths.loose, wanted[key])
-        for key, value in held.items()
-    )

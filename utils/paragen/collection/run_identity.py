@@ -13,7 +13,7 @@ from typing import Any, NamedTuple
 
 import prompt_templates
 from paragen.collection.manifest import read_manifest
-from paragen.common import cli, files, paths
+from paragen.common import files, paths, settings
 from paragen.common.cli import UserError
 from paragen.dataset import dataset_info, pictures
 from paragen.model import base_models, model_files
@@ -225,4 +225,4 @@ def check_resumable(checkpoint: Path, rank: int, how_to_make: str) -> None:
 
 def force_requested() -> bool:
     """Whether the user set FORCE=1: make again what is complete or stale."""
-    return cli.is_on("FORCE")
+    return settings.switch("FORCE")

@@ -16,7 +16,7 @@ from typing import Any, NamedTuple
 
 from paragen.collection import finishing, run_files, verification
 from paragen.collection.manifest import CheckpointEntry, new_manifest, read_manifest, write_manifest
-from paragen.common import files, paths
+from paragen.common import files, paths, settings
 from paragen.common.cli import UserError
 from paragen.model import base_models
 
@@ -34,8 +34,10 @@ class Outcome(NamedTuple):
 
 def add_options(parser: argparse.ArgumentParser) -> None:
     """Add the options that cleaning one folder and cleaning many share."""
-    parser.add_argument("--keep", type=int, default=DEFAULT_KEEP, help="keep the newest N steps (default: %(default)s)")
-    parser.add_argument("--dry-run", action="store_true", help="only show what would be freed")
+    keep = settings.number("KEEP") or DEFAULT_KEEP
+    parser.add_argument("--keep", type=int, default=keep, help="keep the newest N steps (default: %(default)s)")
+    dry = settings.switch("DRY_RUN")
+    parser.add_argument("--dry-run", action="store_true", default=dry, help="only show what would be freed")
 
 
 def clean(folder: Path, keep: int = DEFAULT_KEEP, dry_run: bool = False) -> Outcome:

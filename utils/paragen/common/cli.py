@@ -3,6 +3,7 @@
 The last line of each script is `cli.run(main)`.
 """
 
+import argparse
 import ctypes
 import errno
 import os
@@ -26,6 +27,16 @@ STORAGE_ERRORS = {errno.ENOSPC, errno.EDQUOT, errno.EROFS, errno.EACCES, errno.E
 _received: list[int] = []  # signals to stop that this process got, see `run`
 
 
+class ArgumentParser(argparse.ArgumentParser):
+    """argparse's, whose complaints are one line like all others."""
+
+    def __init__(self, description: str | None = None):
+        super().__init__(description=description, formatter_class=argparse.RawDescriptionHelpFormatter)
+
+    def error(self, message: str) -> NoReturn:
+        raise UserError(f"{message}; `{self.prog} --help` says what it takes")
+
+
 class UserError(Exception):
     """Something the user can correct. Its text is one line: the file, the value and the way out."""
 
@@ -33,11 +44,6 @@ class UserError(Exception):
 def say(line: str) -> None:
     """Print one line of progress without delay, also when the output is a pipe."""
     print(line, flush=True)
-
-
-def is_on(name: str) -> bool:
-    """Whether an environment variable that is a switch, such as FORCE, is on: set, and not 0."""
-    return os.environ.get(name, "") not in ("", "0")
 
 
 def end_with_parent() -> None:

@@ -1,5 +1,6 @@
 """The repository's folders, and how run folders and checkpoints are named."""
 
+import difflib
 import os
 import re
 from collections.abc import Iterable
@@ -53,7 +54,16 @@ def choose(name: str, choices: Iterable[str], what: str) -> str:
     if len(found) == 1:
         return found[0]
     known = ", ".join(choices) or "none yet"
-    raise UserError(f"{what} {name!r} is {'ambiguous' if found else 'not known'}; known: {known}")
+    raise UserError(
+        f"{what} {name!r} is {'ambiguous' if found else 'not known'}{nearest(name, choices)}; known: {known}"
+    )
+
+
+def nearest(typed: str, known: Iterable[str]) -> str:
+    """`; did you mean X?` for the known name nearest to what a user typed; an empty text where none is near."""
+    names = {loose(name): name for name in sorted(known, reverse=True)}
+    found = difflib.get_close_matches(loose(typed), names, 1)
+    return f"; did you mean {names[found[0]]}?" if found else ""
 
 
 def rank_in(path: str) -> tuple[int, int | None] | None:

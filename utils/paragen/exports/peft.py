@@ -11,7 +11,6 @@ the reason where an engine will refuse one. STEPS=every:10 takes every tenth che
 """
 
 import json
-import os
 import re
 from collections.abc import Sequence
 from pathlib import Path
@@ -20,7 +19,7 @@ from typing import Any, NamedTuple
 from paragen.collection import checkpoints, derived, evaluation
 from paragen.collection.index import Chosen
 from paragen.collection.manifest import BaseModel, CheckpointEntry
-from paragen.common import paths
+from paragen.common import paths, settings
 from paragen.common.cli import UserError, say
 from paragen.exports import checkpoint_copies
 
@@ -52,7 +51,7 @@ def export(chosen: list[Chosen], out: Path, dtype: str | None) -> None:
 
     Raises UserError, before anything is written, for a value of STEPS that is not known and for too little disk.
     """
-    steps = os.environ.get("STEPS") or "all"
+    steps = settings.text("STEPS") or "all"
     plan = [planned(one, steps) for one in chosen]
     missing = [one for one in plan if not derived.is_there(out, one.chosen.name, source_of(one, dtype))]
     for one in missing:

@@ -2,15 +2,14 @@
 
     python -m paragen.packed.packed_train --cell PRETRAIN.yaml FINETUNE.yaml RANK [key=value ...] [--cell ...]
 
-Trains both phases of each cell, with the run folders, files and manifests of the ordinary path. Complete runs are
-skipped. A run that cannot be packed is trained the ordinary way, after a line that names the reason; with ENGINE=packed
-that is an error. FORCE=1 redoes complete or stale runs, DEVICES=0 names the device.
+Trains both phases of each cell, or one (--phases pretrain), with the run folders, files and manifests of the ordinary
+path. Complete runs are skipped. A run that cannot be packed is trained the ordinary way, after a line that names the
+reason; with ENGINE=packed that is an error. FORCE=1 redoes complete or stale runs, DEVICES=0 names the device.
 
 For programs that call it: --results FILE gets a line of JSON per cell as soon as its outcome is known (see
 `read_results`), and --leave skips the cells that cannot be packed.
 """
 
-import argparse
 import contextlib
 import json
 import os
@@ -31,14 +30,15 @@ from paragen.training.outcome import DONE, Outcome
 
 
 def main() -> int:
-    parser = argparse.ArgumentParser(description="Train the adapters of many cells at once.")
+    parser = cli.ArgumentParser(description="Train the adapters of many cells at once.")
     parser.add_argument("--results", type=Path, help="a file that gets a line of JSON with each cell's outcome")
     parser.add_argument("--leave", action="store_true", help="skip cells that cannot be packed")
     parser.add_argument("--cell", nargs="+", action="append", required=True, metavar="PRETRAIN FINETUNE RANK key=value")
+    parser.add_argument("--phases", nargs="+", choices=paths.PHASES, default=paths.PHASES, help="train these alone")
     args = parser.parse_args()
     chosen = [cell_of(*given) for given in args.cell]
     report = results_writer(args.results, chosen) if args.results else lambda cell, ended: None
-    return 1 if collect(chosen, report, packed_only=args.leave) else 0
+    return 1 if collect(chosen, report, args.leave, tuple(args.phases)) else 0
 
 
 def cell_of(pretrain: str, finetune: str = "", rank: str = "", *overrides: str) -> Cell:
@@ -77,7 +77,10 @@ def read_results(path: Path) -> dict[int, Outcome]:
 
 
 def collect(
-    chosen: list[Cell], report: Callable[[Cell, Outcome], None] = lambda cell, ended: None, packed_only: bool = False
+    chosen: list[Cell],
+    report: Callable[[Cell, Outcome], None] = lambda cell, ended: None,
+    packed_only: bool = False,
+    phases: tuple[str, ...] = paths.PHASES,
 ) -> list[Cell]:
     """Train cells, so that each becomes a collection.
 
@@ -85,6 +88,7 @@ def collect(
         chosen: the cells, each once.
         report: called with each cell and its outcome, as soon as that is known.
         packed_only: skip cells that cannot be packed, in place of training them the ordinary way.
+        phases: the phases to train, one or both.
 
     Returns the cells that failed. For each, a line with the cause was printed.
     """
@@ -92,7 +96,7 @@ def collect(
     failed = []
     for cell in chosen:
         try:
-            by_base.setdefault(base_key(cell.pretrain), []).append(cell)
+            by_base.setdefault(base_key(cell.run(phases[0])), []).append(cell)
         except UserError as error:
             failed.append(cell)
             cli.complain(str(error))
@@ -100,7 +104,7 @@ def collect(
     wanted = devices.choose()
     devices.pin(wanted)
     for members in by_base.values():
-        failed += CellGroup(members, wanted, report, packed_only).collect()
+        failed += CellGroup(members, wanted, report, packed_only, phases).collect()
         devices.free_memory()
     return failed
 
@@ -134,20 +138,26 @@ class CellGroup:
     Args:
         cells: the requested cells.
         wanted: the device, as devices.choose gives it, already pinned.
-        report, packed_only: as for `collect`.
+        report, packed_only, phases: as for `collect`.
     """
 
     def __init__(
-        self, cells: list[Cell], wanted: list[str], report: Callable[[Cell, Outcome], None], packed_only: bool
+        self,
+        cells: list[Cell],
+        wanted: list[str],
+        report: Callable[[Cell, Outcome], None],
+        packed_only: bool,
+        phases: tuple[str, ...],
     ):
         self.cells, self.wanted, self.report, self.packed_only = cells, wanted, report, packed_only
+        self.phases = phases
         self.ended: dict[Cell, Outcome] = {}
         self.ordinary: list[tuple[Cell, Run]] = []  # runs of this phase that cannot be packed
         self.base: Any = None
 
     def collect(self) -> list[Cell]:
-        """Train both phases; returns the cells that failed."""
-        for phase in paths.PHASES:
+        """Train the phases; returns the cells that failed."""
+        for phase in self.phases:
             self._phase(phase)
         for cell in [cell for cell in self.cells if cell not in self.ended]:
             self._end(cell, DONE)
@@ -188,13 +198,11 @@ class CellGroup:
                 if status := cli.call(script):
                     raise UserError(f"{run}: failed with status {status}; see the cause above")
 
-    @staticmethod
-    def _next(cell: Cell, phase: str) -> tuple[Run, Snapshot | None]:
+    def _next(self, cell: Cell, phase: str) -> tuple[Run, Snapshot | None]:
         """A cell's run of a phase, and its snapshot or, where the cell is done, None."""
-        if phase == "finetune":
-            return cell.finetune, run_identity.snapshot_of(cell.finetune)
-        forced = run_identity.force_requested()
-        return cell.pretrain, run_identity.snapshot_of(cell.pretrain) if forced else pretrain_snapshot(cell)
+        if phase == "pretrain" and len(self.phases) > 1 and not run_identity.force_requested():
+            return cell.pretrain, pretrain_snapshot(cell)
+        return cell.run(phase), run_identity.snapshot_of(cell.run(phase))
 
     @contextlib.contextmanager
     def _one_cell(self, cell: Cell) -> Iterator[None]:

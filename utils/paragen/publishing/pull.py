@@ -16,7 +16,7 @@ from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NamedTuple
 
-from paragen.collection import evaluation, index, run_files, run_identity, verification
+from paragen.collection import evaluation, index, run_files, run_identity, selection, verification
 from paragen.collection.manifest import read_manifest, require_manifest
 from paragen.common import files, paths
 from paragen.common.cli import UserError, say
@@ -42,7 +42,7 @@ class Source(NamedTuple):
 
 
 def pull(repository: str, revision: str | None, staging: Path) -> "pa.Table":
-    """Download the selected collections of a repository (see index.requested_filters).
+    """Download the selected collections of a repository (see selection.requested_filters).
 
     Args:
         repository: user/name.
@@ -58,7 +58,7 @@ def pull(repository: str, revision: str | None, staging: Path) -> "pa.Table":
     assert info.sha is not None  # the hub names the commit of every revision
     source = Source(repository, info.sha, {file.rfilename: file for file in info.siblings or []}, staging)
     table, marks = read_index(source)
-    table = index.selected(table, index.requested_filters())
+    table = index.selected(table, selection.requested_filters())
     if not table.num_rows:
         raise UserError(f"{repository}: has no collection that fits the selection")
     names = sorted(set(table["collection"].to_pylist()))

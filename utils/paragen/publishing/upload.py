@@ -6,7 +6,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from paragen.collection import index, verification
-from paragen.common import cli, paths
+from paragen.common import cli, paths, settings
 from paragen.common.cli import UserError, say
 from paragen.hub import errors, transfer
 from paragen.publishing import licenses, published_tree
@@ -39,7 +39,7 @@ def check_publishable(chosen: list[index.Chosen], tree: Path, raw: bool) -> None
             base = paths.MODELS / (item.manifest.base_name or "unknown")
             if not faults and (base / "config.json").is_file():
                 faults += verification.peft_faults(item.folder, item.manifest.steps[-1], base)
-        if not cli.is_on("ALLOW_UNKNOWN_LICENSE"):
+        if not settings.switch("ALLOW_UNKNOWN_LICENSE"):
             hint = "or publish it as unknown with ALLOW_UNKNOWN_LICENSE=1"
             faults += [f"{fault}, {hint}" for fault in licenses.unknown(item.manifest, paths.DATA, paths.MODELS)]
         for fault in faults:
@@ -99,7 +99,7 @@ def upload(repository: str, tree: Path, private: bool) -> None:
         raise UserError(f"{repository}: is public already; make it private in its settings, or omit PRIVATE")
     ours = published_tree.files_of(tree)
     foreign = sorted({file.rfilename for file in info.siblings or []} - {*ours, ".gitattributes"})
-    if foreign and not cli.is_on("FORCE"):
+    if foreign and not settings.switch("FORCE"):
         raise UserError(
             f"{repository}: holds {len(foreign)} files that are not in this selection, such as {foreign[0]}; "
             f"select their collections, too, name another REPO, or: {FORCE_HINT}"

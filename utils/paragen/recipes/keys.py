@@ -4,8 +4,6 @@ Recipes use LLaMA-Factory's own keys. What this repository knows about single ke
 the names and types of all keys are read from LLaMA-Factory's source (vocabulary.py).
 """
 
-DEFAULT_RANK = 8  # the LoRA rank that is trained where the user gives none (RANK=)
-
 # What LLaMA-Factory and transformers use for a key that a recipe omits.
 OMITTED_SEED = 42
 OMITTED_RANK = 8

@@ -25,6 +25,13 @@ def parse_rank(text: str) -> int:
     return int(text)
 
 
+def parse_seed(text: str) -> int:
+    """A seed from text. Raises UserError unless it is a whole number."""
+    if not re.fullmatch(r"[0-9]{1,18}", text):
+        raise UserError(f"seed {text!r} is not a whole number")
+    return int(text)
+
+
 def load(recipe: Path) -> dict:
     """The recipe's keys and values, read as LLaMA-Factory reads them (OmegaConf: `5e-5` is a number).
 

@@ -91,6 +91,10 @@ class Cell:
         """The run that collects. Raises UserError for a broken recipe."""
         return run_of(self.recipes[1], self.rank, self.overrides + self.finetune_overrides)
 
+    def run(self, phase: str) -> Run:
+        """The run of a phase. Raises UserError for a broken recipe."""
+        return self.pretrain if phase == "pretrain" else self.finetune
+
     @property
     def runs(self) -> tuple[Run, Run]:
         """Both runs, in the order in which they are trained. Raises UserError for a broken recipe."""

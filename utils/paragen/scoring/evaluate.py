@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 from paragen.collection import evaluation, prompts, run_identity
 from paragen.collection.index import Chosen
 from paragen.collection.manifest import read_manifest
-from paragen.common import cli, devices, files
+from paragen.common import cli, devices, files, settings
 from paragen.common.cli import UserError, say
 from paragen.exports import peft
 from paragen.scoring import answers, questions
@@ -42,23 +42,15 @@ class Plan(NamedTuple):
 
 def check_requested() -> None:
     """Raise UserError for values of LIMIT, STEPS or SPLIT with which no collection can be scored."""
-    requested_limit()
+    settings.number("LIMIT")
     peft.selected([], requested_steps())
-    if split := os.environ.get("SPLIT"):
+    if split := settings.text("SPLIT"):
         prompts.registered(split)
 
 
 def requested_steps() -> str:
     """Which checkpoints STEPS requests."""
-    return os.environ.get("STEPS") or "all"
-
-
-def requested_limit() -> int | None:
-    """LIMIT as a number, None where it is not set. Raises UserError where it is not a positive number."""
-    value = os.environ.get("LIMIT") or None
-    if value is not None and (not value.isdecimal() or int(value) == 0):
-        raise UserError(f"LIMIT={value}: is not a number of rows from 1 up")
-    return value and int(value)
+    return settings.text("STEPS") or "all"
 
 
 def plan_for(chosen: Chosen) -> Plan:
@@ -69,7 +61,7 @@ def plan_for(chosen: Chosen) -> Plan:
             f"{chosen.name}: its manifest has no recipe (it was made from a stock run), so it is unknown how it reads "
             "text; collect it here to score it"
         )
-    split, limit = questions.split_for(manifest, os.environ.get("SPLIT", "")), requested_limit()
+    split, limit = questions.split_for(manifest, settings.text("SPLIT")), settings.number("LIMIT")
     metric = answers.metric_of(split.texts)
     if limit is not None and limit >= len(split.rows):
         limit = None

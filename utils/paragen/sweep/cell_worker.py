@@ -16,7 +16,7 @@ from multiprocessing.context import ForkServerProcess
 from pathlib import Path
 
 from paragen.collection import run_identity, verify
-from paragen.common import cli, files, paths
+from paragen.common import files, paths, settings
 from paragen.common.cli import UserError
 from paragen.packed import packed_train
 from paragen.recipes.run import Cell, Run
@@ -90,7 +90,7 @@ class CellWorker:
             if not ended.is_done:
                 return ended
         self.run_completed(cell, cell.finetune)
-        if cli.is_on("PRUNE_PRETRAIN"):
+        if settings.switch("PRUNE_PRETRAIN"):
             prune(cell.pretrain.folder)
         return DONE
 

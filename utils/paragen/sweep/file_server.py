@@ -13,7 +13,7 @@ from pathlib import Path
 from typing import NamedTuple
 
 from paragen.collection import run_files, run_identity
-from paragen.common import cli, files, paths
+from paragen.common import files, paths, settings
 from paragen.common.cli import UserError
 from paragen.model import model_files
 from paragen.recipes.run import Cell, Run
@@ -171,7 +171,7 @@ class FileServer:
             raise UserError(f"{'; '.join(changed)}: changed while it was trained on; run it again")
         attempts.check_claim(folder, attempt)
         files.publish_folder(staging, folder)
-        if phase == "finetune" and cli.is_on("PRUNE_PRETRAIN"):
+        if phase == "finetune" and settings.switch("PRUNE_PRETRAIN"):
             files.remove_folder(opened.cell.pretrain.folder)
 
     def close_cell(self, attempt: str) -> None:

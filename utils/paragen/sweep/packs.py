@@ -4,9 +4,9 @@ Cells that share a base model are spread evenly over the slots, so that every de
 packed are trained one by one.
 """
 
-import os
 from collections.abc import Iterable
 
+from paragen.common import settings
 from paragen.common.cli import UserError
 from paragen.packed import packed_train
 from paragen.recipes.run import Cell
@@ -17,10 +17,7 @@ MOST = 32  # cells in a pack; the packed engine makes it smaller where memory re
 
 def gpus_per_cell() -> int:
     """How many GPUs train one cell (GPUS_PER_CELL, default 1)."""
-    requested = os.environ.get("GPUS_PER_CELL") or "1"
-    if not requested.isdigit() or requested == "0":
-        raise UserError(f"GPUS_PER_CELL={requested}: is not a positive whole number")
-    return int(requested)
+    return settings.number("GPUS_PER_CELL") or 1
 
 
 def pack_key(cell: Cell) -> tuple | None:

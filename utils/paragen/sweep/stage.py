@@ -13,7 +13,7 @@ from collections.abc import Iterator
 from dataclasses import replace
 from typing import Any
 
-from paragen.common import cli, files
+from paragen.common import cli, files, settings
 from paragen.common.cli import UserError
 from paragen.recipes.run import Cell, Run
 from paragen.sweep import cell_worker, file_client, stage_folder
@@ -28,7 +28,7 @@ REPORT_SECONDS = 2  # between two reports of a run's progress
 
 def is_requested() -> bool:
     """Whether the user set STAGE=1. Raises UserError where the driver is not on a node of the cluster."""
-    if not cli.is_on("STAGE"):
+    if not settings.switch("STAGE"):
         return False
     address = os.environ.get("RAY_ADDRESS", "")
     if address.startswith("ray://"):
@@ -147,7 +147,7 @@ class StagedWorker(CellWorker):
         if not self.elsewhere:
             return
         attempt, needed = self.attempts[cell]
-        if not run.collects and (needed.has_pretrain or cli.is_on("PRUNE_PRETRAIN")):
+        if not run.collects and (needed.has_pretrain or settings.switch("PRUNE_PRETRAIN")):
             return
         try:
             file_client.send_run(self.client, run.folder, attempt, run.phase)

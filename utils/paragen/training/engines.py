@@ -3,22 +3,16 @@
 A recipe with any setting that the packed engine does not support exactly is trained the ordinary way.
 """
 
-import os
-
+from paragen.common import settings
 from paragen.common.cli import UserError, say
 from paragen.model import base_models
 from paragen.recipes import keys
 from paragen.recipes.run import Run
 
-ENGINES = ("stock", "packed")
-
 
 def requested_engine() -> str | None:
-    """The engine that ENGINE requests, or None. Raises UserError for an unknown one."""
-    name = os.environ.get("ENGINE") or None
-    if name not in (None, *ENGINES):
-        raise UserError(f"ENGINE={name}: is not known; {' or '.join(ENGINES)}")
-    return name
+    """The engine that ENGINE requests, `packed` or `stock`, or None. Raises UserError for an unknown one."""
+    return settings.text("ENGINE") or None
 
 
 def why_not_packed(run: Run, devices: list[str]) -> str | None:

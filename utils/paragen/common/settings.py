@@ -1,0 +1,221 @@
+"""The settings of the make targets: one table of names, meanings and defaults, and the functions that read them.
+
+A setting is an environment variable such as RANK. What a user types after `make` becomes one, too. `TARGETS` says which
+target takes which; a setting means the same in all of them. Standard library only: it is read before .venv exists.
+"""
+
+import os
+import re
+from typing import NamedTuple
+
+from paragen.common import paths
+from paragen.common.cli import UserError
+
+DEFAULT_MODEL = "qwen2.5-0.5b"  # where a dataset has several
+DEFAULT_RANK = 8  # of one cell
+SWEEP_RANKS = (2, 4, 8, 16, 64)  # of a sweep
+YES, NO = ("1", "yes", "true", "on"), ("", "0", "no", "false", "off")
+
+
+class Setting(NamedTuple):
+    """What a setting means and which values it may have."""
+
+    help: str
+    kind: str = "text"  # text; `values`: one or several texts; `numbers`; `number`: one; `switch`: yes or no
+    choices: tuple[str, ...] = ()
+
+
+SETTINGS = {
+    "CATEGORY": Setting("coding, common-sense-reasoning, math, multimodal, or all"),
+    "DATASET": Setting("one or several datasets; case and punctuation do not matter", "values"),
+    "MODEL": Setting("one or several models; MODELS means the same", "values"),
+    "RANK": Setting("one or several LoRA ranks; RANKS means the same", "numbers"),
+    "SEED": Setting("one or several seeds", "numbers"),
+    "KEEP": Setting("how many of the last steps are kept", "number"),
+    "ENGINE": Setting("packed: many adapters together; stock: one by one", choices=("packed", "stock")),
+    "DEVICES": Setting("GPUs such as 0,1, or cpu"),
+    "GPUS_PER_CELL": Setting("GPUs that train a cell together", "number"),
+    "FORCE": Setting("do again what is complete; replace what is other", "switch"),
+    "PRUNE_PRETRAIN": Setting("remove each pretrain run once its collection is verified", "switch"),
+    "STAGE": Setting("send data and models to nodes that share no storage", "switch"),
+    "STAGE_DIR": Setting("the folder on such a node"),
+    "FILE": Setting("the file or folder to read"),
+    "NAME": Setting("the name to register"),
+    "MAP": Setting('columns, such as "prompt=question response=answer"'),
+    "ACCEPT": Setting("numbers of rows that may lack a text or an answer", "numbers"),
+    "HELD_OUT": Setting("how many of the last rows are for scoring", "number"),
+    "PROMPTS_ONLY": Setting("the rows have no responses", "switch"),
+    "REPLACE": Setting("register a name for another file", "switch"),
+    "FROM": Setting("the pair whose figures are taken: a model, a dataset, or DATASET/MODEL"),
+    "TEMPLATE": Setting("the prompt template"),
+    "SPLIT": Setting("another registered dataset to score on"),
+    "STEPS": Setting("all, last, or every:10"),
+    "LIMIT": Setting("score on the first rows alone", "number"),
+    "FORMAT": Setting("the format to write", choices=("dnd", "peft", "canonical", "archive")),
+    "OUT": Setting("the folder to write"),
+    "DTYPE": Setting("the dtype to write", choices=("float32", "bfloat16", "float16")),
+    "REPO": Setting("a dataset repository of the hub: user/name"),
+    "REVISION": Setting("a commit, tag or branch of it"),
+    "PRIVATE": Setting("make a new repository private", "switch"),
+    "RAW": Setting("publish folders in place of archives", "switch"),
+    "ALLOW_UNKNOWN_LICENSE": Setting("publish data and models of unknown licence", "switch"),
+    "DRY_RUN": Setting("say what would be done, and do nothing", "switch"),
+    "ALL": Setting("also show what is missing", "switch"),
+    "JSON": Setting("print JSON for programs", "switch"),
+    "FOR": Setting("the target to explain"),
+    "PY": Setting("the Python that runs the target; nothing is set up"),
+    "PYTHON": Setting("the Python that makes .venv"),
+}
+PLURALS = {"MODELS": "MODEL", "RANKS": "RANK"}
+EVERYWHERE = ("PY", "PYTHON")
+# Variables of other programs that may stand on make's command line.
+FOREIGN = re.compile(
+    "(HF|RAY|OMP|MKL|KMP|GOMP|CUDA|NCCL|TORCH|PYTORCH|TRITON|TRANSFORMERS|TOKENIZERS|LLAMAFACTORY|PARAGEN|PYTHON|PIP|UV"
+    "|MAKE|LC|XDG)[A-Z0-9_]*|SHELL|HOME|PATH|LANG|TMPDIR|CI|([A-Z]+_PROXY|[a-z]+_proxy)"
+)
+SWEEP = " ".join(map(str, SWEEP_RANKS))
+
+
+def _takes(names: str, **defaults: object) -> dict[str, str]:
+    """The settings that a target takes, in the order of `names`, each with its default as text."""
+    return {name: str(defaults.get(name, "")) for name in names.split()}
+
+
+SELECTION = "CATEGORY DATASET MODEL RANK SEED"
+_TRAINING = f"{SELECTION} ENGINE DEVICES FORCE"
+_CELLS = {"MODEL": f"{DEFAULT_MODEL}, or the dataset's only one", "RANK": DEFAULT_RANK, "SEED": "the recipe's"}
+_SWEEP = {"RANK": SWEEP, "SEED": "the recipe's", "KEEP": "the recipe's"}
+TARGETS: dict[str, dict[str, str]] = {
+    "help": _takes("FOR"),
+    "demo": _takes("DEVICES"),
+    "model": _takes("MODEL"),
+    "data": _takes("CATEGORY DATASET FORCE"),
+    "data-all": _takes("FORCE"),
+    "register": _takes("FILE NAME CATEGORY MAP ACCEPT HELD_OUT PROMPTS_ONLY REPLACE"),
+    "check-data": {},
+    "recipe": _takes("CATEGORY DATASET MODEL FROM TEMPLATE"),
+    "check-recipes": _takes("FILE"),
+    "pretrain": _takes(_TRAINING, **_CELLS),
+    "finetune": _takes(f"{_TRAINING} KEEP", **_CELLS, KEEP="the recipe's"),
+    "collect": _takes(f"{_TRAINING} KEEP", **_CELLS, KEEP="the recipe's"),
+    "collect-all": _takes(f"{_TRAINING} KEEP GPUS_PER_CELL PRUNE_PRETRAIN STAGE STAGE_DIR", **_SWEEP, GPUS_PER_CELL=1),
+    "plan": _takes(f"{SELECTION} KEEP ENGINE DEVICES FORCE JSON", **_SWEEP),
+    "status": _takes(f"{SELECTION} KEEP ALL JSON", **_SWEEP),
+    "verify": _takes(f"{SELECTION} JSON"),
+    "clean-checkpoints": _takes(f"{SELECTION} KEEP DRY_RUN", KEEP="all"),
+    "disk": _takes("JSON"),
+    "clean-up": _takes("DRY_RUN"),
+    "index": _takes(SELECTION),
+    "export": _takes(f"{SELECTION} FORMAT OUT DTYPE STEPS FORCE", OUT="saves/exports/<format>", STEPS="all"),
+    "import": _takes("FILE FORCE"),
+    "evaluate": _takes(f"{SELECTION} SPLIT STEPS LIMIT DEVICES FORCE", STEPS="all"),
+    "stats": _takes(f"{SELECTION} FORCE"),
+    "report": _takes(SELECTION),
+    "publish": _takes(f"{SELECTION} REPO PRIVATE RAW DRY_RUN ALLOW_UNKNOWN_LICENSE FORCE"),
+    "pull": _takes(f"{SELECTION} REPO REVISION FORCE"),
+    "setup": {}, "setup-dev": {}, "test": {}, "test-all": {}, "test-gpu": {}, "lint": {}, "format": {}, "lock": {},
+}  # fmt: skip
+
+
+def text(name: str) -> str:
+    """The value of a setting; an empty text where it is unset. Raises UserError for a value that is no choice of it."""
+    value = os.environ.get(name, "").strip()
+    choices = SETTINGS[name].choices
+    if value and choices and value.lower() not in choices:
+        raise UserError(
+            f"{name}={value}: is not known{paths.nearest(value, choices)}; {name} is {' or '.join(choices)}"
+        )
+    return value.lower() if choices else value
+
+
+def switch(name: str) -> bool:
+    """Whether a switch such as FORCE is on. Raises UserError where its value is neither yes nor no."""
+    value = os.environ.get(name, "").strip()
+    if value.lower() in (*YES, *NO):
+        return value.lower() in YES
+    raise UserError(f"{name}={value}: is neither yes nor no; write {name}=1 or {name}=0")
+
+
+def number(name: str) -> int | None:
+    """The whole number of a setting, None where it is unset. Raises UserError where it is none, or less than 1."""
+    value = text(name)
+    if value and not re.fullmatch(r"[1-9][0-9]{0,17}", value):
+        raise UserError(f"{name}={value}: is not a whole number from 1 on")
+    return int(value) if value else None
+
+
+def values(name: str) -> list[str]:
+    """The blank-separated values of a setting or of its plural, each once.
+
+    Raises UserError where both are set. What stands on make's command line goes before a variable of the environment.
+    """
+    spelled = [name, *(plural for plural, single in PLURALS.items() if single == name)]
+    given = {
+        each: os.environ[each].split() for each in spelled if os.environ.get(each, "").strip() and not _alien(each)
+    }
+    typed = {each: found for each, found in given.items() if each in typed_names()}
+    given = typed or given
+    if len(given) > 1:
+        both = " and ".join(f"{each}={' '.join(found)}" for each, found in given.items())
+        raise UserError(f"{both}: they mean the same; give one of them")
+    return list(dict.fromkeys(value for found in given.values() for value in found))
+
+
+def category() -> str:
+    """The category that CATEGORY names, an empty text for all of them. Raises UserError for an unknown one."""
+    value = text("CATEGORY")
+    found = paths.choose(value, (*paths.CATEGORIES, "all"), "category") if value else "all"
+    return "" if found == "all" else found
+
+
+def typed_names() -> list[str]:
+    """The variables that stand on make's command line, which the Makefile passes on."""
+    return os.environ.get("MAKE_SETTINGS", "").split()
+
+
+def _alien(name: str) -> bool:
+    """Whether RANK is another program's: torchrun and other launchers export the rank of a process."""
+    return name == "RANK" and "WORLD_SIZE" in os.environ and name not in typed_names()
+
+
+def check(targets: list[str]) -> None:
+    """Check what stands on make's command line against the table.
+
+    Raises UserError for a variable that none of the targets takes, and for a value that its setting cannot have.
+    """
+    taken = {name for target in targets for name in [*TARGETS.get(target, {}), *EVERYWHERE]}
+    known = taken | {plural for plural, single in PLURALS.items() if single in taken}
+    called = " ".join(["make", *targets])
+    for name in typed_names():
+        if name in known:
+            _check_value(name)
+        elif name in SETTINGS or name in PLURALS:
+            way = f"it takes {', '.join(sorted(taken - {*EVERYWHERE}))}" if taken - {*EVERYWHERE} else "it takes none"
+            raise UserError(f"{called}: does not take the setting {name}; {way}")
+        elif not FOREIGN.fullmatch(name):
+            near = paths.nearest(name, [*known, *SETTINGS])
+            raise UserError(f"{called}: there is no setting {name}{near} (make help FOR={targets[0]} lists them)")
+
+
+def _check_value(name: str) -> None:
+    """Raise UserError where the value of a setting cannot be one."""
+    single = PLURALS.get(name, name)
+    kind = SETTINGS[single].kind
+    {"switch": switch, "number": number, "values": values, "numbers": values, "text": text}[kind](single)
+
+
+def lines(target: str) -> list[str]:
+    """A line per setting of a target: its name, its default, what it means. Raises UserError for an unknown target."""
+    if target not in TARGETS:
+        raise UserError(f"FOR={target}: there is no such target{paths.nearest(target, list(TARGETS))}; make lists them")
+    rows = [(name, default, SETTINGS[name].help) for name, default in TARGETS[target].items()]
+    return [f"  {name:<22} {means}{f' (default: {default})' if default else ''}" for name, default, means in rows]
+
+
+def table() -> list[str]:
+    """All settings as a Markdown table, for the README: name, meaning, the targets that take it."""
+    head = ["| setting | what it means | targets |", "| --- | --- | --- |"]
+    users = {name: [target for target, takes in TARGETS.items() if name in takes] for name in SETTINGS}
+    return head + [
+        f"| `{name}` | {setting.help} | {', '.join(users[name]) or 'all'} |" for name, setting in SETTINGS.items()
+    ]
