@@ -93,7 +93,7 @@ plan: setup  ## what that would take: cells, steps, disk, time [CATEGORY=..] [DA
 	@$(PY) utils/plan.py
 
 ##@ Look after what was collected
-status: setup  ## how every cell stands [CATEGORY=..] [DATASET=..] [MODEL=..] [RANK="2 8"] [ALL=1]
+status: setup  ## how every cell stands [CATEGORY=..] [DATASET=..] [MODEL=..] [RANK="2 8"]
 	@$(PY) utils/status.py
 
 verify: setup  ## re-read every collection, or those selected: hashes, shapes, steps, values, PEFT

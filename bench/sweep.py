@@ -88,7 +88,7 @@ def environment() -> dict[str, str]:
     """Of every run. What is measured is the sweep, so that both train a cell at a time unless ENGINE says otherwise."""
     engine = os.environ.get("ENGINE") or "stock"
     ranks = " ".join(map(str, RANKS))
-    return {**os.environ, "DEVICES": "cpu", "OMP_NUM_THREADS": "1", "RANKS": ranks, "ENGINE": engine}
+    return {**os.environ, "DEVICES": "cpu", "OMP_NUM_THREADS": "1", "RANK": ranks, "ENGINE": engine}
 
 
 def process_per_phase(top: Path) -> float:
@@ -197,7 +197,7 @@ def no_op(top: Path, count: int) -> float:
         "import bench_sweep as bench\nfrom dataclasses import replace\n"
         "from paragen.recipes import lookup\nfrom paragen.sweep import sweep\n"
         "cells = [replace(cell, rank=rank) "
-        "for cell in lookup.chosen_cells('', [])[:1] for rank in range(1, %d)]\n"
+        "for cell in lookup.chosen_cells()[:1] for rank in range(1, %d)]\n"
         "times = []\n"
         "sweep.run(cells, lambda *event: times.append(time.monotonic()), bench.NoOp)\n"
         "print((times[-1] - times[0]) / len(cells))"

@@ -70,15 +70,8 @@ def test_a_peak_is_told_for_known_devices_alone():
 @pytest.mark.slow
 def test_evaluate_measures_a_tiny_model(tmp_path):
     out = tmp_path / "raw numbers.json"
-    command = [
-        PYTHON,
-        ROOT / "bench" / "evaluate.py",
-        "--tiny",
-        "--baseline-checkpoints",
-        "1",
-        "--out",
-        out,
-    ]
+    # not one of the forked ones, which may not start processes of their own
+    command = [sys.executable, ROOT / "bench" / "evaluate.py", "--tiny", "--baseline-checkpoints", "1", "--out", out]
     done = subprocess.run([str(word) for word in command], capture_output=True, text=True)
     assert done.returncode == 0, done.stderr
     found = json.loads(out.read_text())

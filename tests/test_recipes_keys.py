@@ -1,10 +1,8 @@
 """The groups of recipe keys: every key in them is LLaMA-Factory's, and the defaults are the ones that it uses."""
 
 import ast
-import subprocess
 
 import pytest
-from conftest import ROOT
 
 from paragen.recipes import keys, vocabulary
 
@@ -30,8 +28,3 @@ def test_the_value_of_an_omitted_key_is_llamafactorys(key, value):
     (field,) = [field for name, field in vocabulary._fields() if name == key]
     given = {option.arg: option.value for option in getattr(field.value, "keywords", [])}
     assert ast.literal_eval(given.get("default", field.value)) == value
-
-
-def test_the_help_names_the_default_rank():
-    help_text = subprocess.run(["make"], cwd=ROOT, capture_output=True, text=True, check=True).stdout
-    assert f"(default {settings.DEFAULT_RANK})" in help_text

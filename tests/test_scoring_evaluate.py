@@ -450,8 +450,8 @@ def folder(project: Project) -> Path:
         (None, {"DATASET": "Tay"}, "dataset 'Tay' is not known; known: Toy"),
         (None, {"RANK": "64"}, "no collection fits RANK=64"),
         (None, {"SPLIT": "nothing"}, "registered dataset 'nothing' is not known; known: Toy, Toy_test"),
-        (None, {"LIMIT": "0"}, "LIMIT=0: is not a number of rows from 1 up"),
-        (None, {"LIMIT": "abc"}, "LIMIT=abc: is not a number of rows from 1 up"),
+        (None, {"LIMIT": "0"}, "LIMIT=0: is not a whole number from 1 on"),
+        (None, {"LIMIT": "abc"}, "LIMIT=abc: is not a whole number from 1 on"),
         (None, {"STEPS": "every:0"}, "STEPS=every:0: is not known; known: all, last, every:<n>"),
         (
             lambda p: register(p, "Toy_test", [{"prompt": "?"}], columns={"prompt": "prompt"}, prompts_only=True),

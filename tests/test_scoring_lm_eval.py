@@ -2,6 +2,7 @@
 
 import random
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any, NamedTuple
 
 import datasets
@@ -124,7 +125,7 @@ def test_a_real_model_has_the_harness_s_likelihoods_and_accuracy():
     folder = base_models.local_folder(paths.MODELS / base_models.table()["smollm2-135m"]["folder"])
     base = base_model.BaseModel({"template": "smollm2", "stage": "sft", "finetuning_type": "lora"}, folder)
     encoder = Encoder(base.tokenizer_module, base.data_args, base.max_tokens)
-    split = questions.split_for({"data": None}, "Demo_test")
+    split = questions.split_for(SimpleNamespace(data=None), "Demo_test")
     assert answers.metric_of(split.rows) == "choice"
     asked = encoder.questions(split, "choice")
     with torch.inference_mode():

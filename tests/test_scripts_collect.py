@@ -67,7 +67,7 @@ def test_a_rank_that_cannot_be_collected_does_not_stop_the_others_and_is_named_l
     done = make(repository, "RANKS=2 4", f"ENGINE={engine}")
     assert done.returncode != 0 and "Traceback" not in done.stderr
     assert "has no manifest.json" in errors_in(done)[0] and "Tiny-One_lora-rank_2_pretrain" in errors_in(done)[0]
-    assert errors_in(done)[-1].startswith("error: tiny-one_To-y_finetune at rank 2: is not collected")
+    assert errors_in(done)[-1].startswith("error: To-y tiny-one rank 2: is not collected")
     assert list(collections(repository)) == ["Tiny-One_lora-rank_4_finetune"]
     assert done.stdout.count("whole ") == 1 and (in_the_way / "note.txt").read_text() == "mine"
 
@@ -75,10 +75,10 @@ def test_a_rank_that_cannot_be_collected_does_not_stop_the_others_and_is_named_l
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
-        (["RANK=2", "RANKS=4 8"], "RANK=2 and RANKS=4 8: give one of the two"),
+        (["RANK=2", "RANKS=4 8"], "RANK=2 and RANKS=4 8: they mean the same; give one of them"),
         (["RANKS=4 x"], "rank 'x' is not a positive whole number"),
-        (["RANKS=4 8", "ENGINE=nonsense"], "ENGINE=nonsense: is not known; stock or packed"),
-        (["RANK=4", "ENGINE=fast"], "ENGINE=fast: is not known; stock or packed"),
+        (["RANKS=4 8", "ENGINE=nonsense"], "ENGINE=nonsense: is not known; ENGINE is packed or stock"),
+        (["RANK=4", "ENGINE=fast"], "ENGINE=fast: is not known; ENGINE is packed or stock"),
         (["RANKS=4 8", "SEED=x"], "seed 'x' is not a whole number"),
     ],
 )

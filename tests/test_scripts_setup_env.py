@@ -19,7 +19,8 @@ RUNNING, DEVELOPMENT = "requirements.txt", "requirements-dev.txt"
 
 def make_repository(top: Path) -> Path:
     """A repository whose locks are empty, so that setting it up needs no network."""
-    for path in [ROOT / "utils" / "setup_env.py", *(ROOT / "utils" / "paragen").glob("*.py"), *COMMON.glob("*.py")]:
+    scripts = [ROOT / "utils" / name for name in ("setup_env.py", "settings.py")]
+    for path in [*scripts, *(ROOT / "utils" / "paragen").glob("*.py"), *COMMON.glob("*.py")]:
         copy = top / path.relative_to(ROOT)
         copy.parent.mkdir(parents=True, exist_ok=True)
         shutil.copy(path, copy)
@@ -196,7 +197,8 @@ def test_the_next_setup_completes_a_development_setup_that_was_killed(ready):
 def test_an_old_python_prints_the_command_to_use(repository):
     fake = repository / "python3.9"
     code = (
-        "import sys; sys.version_info = (3, 9, 1, 'final', 0); sys.argv = sys.argv[1:]; exec(open(sys.argv[0]).read())"
+        "import os, sys; sys.version_info = (3, 9, 1, 'final', 0); sys.argv = sys.argv[1:]; "
+        "sys.path.insert(0, os.path.dirname(sys.argv[0])); exec(open(sys.argv[0]).read())"
     )
     fake.write_text(f'#!/bin/sh\nexec "{sys.executable}" -c "{code}" "$@"\n')
     fake.chmod(0o755)

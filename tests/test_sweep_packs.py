@@ -96,7 +96,7 @@ def test_a_sweep_can_be_forced_to_either_engine(repository, engine, status, pack
 def test_an_unknown_engine_is_one_error_line(repository):
     run = sweep(repository, RANKS="2", ENGINE="nonsense")
     output = run.communicate()[0]
-    assert run.returncode == 1 and "error: ENGINE=nonsense: is not known; stock or packed" in output
+    assert run.returncode == 1 and "error: ENGINE=nonsense: is not known; ENGINE is packed or stock" in output
     assert "Traceback" not in output and not (repository / "saves").exists()
 
 

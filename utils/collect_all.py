@@ -21,7 +21,7 @@ from paragen.sweep.display import Display
 
 def main() -> int:
     if sys.argv[1:]:
-        os.environ |= {"CATEGORY": sys.argv[1], "DATASET": " ".join(map(paths.loose, sys.argv[2:]))}
+        os.environ |= {"CATEGORY": sys.argv[1], "DATASET": " ".join("".join(name.split()) for name in sys.argv[2:])}
     if not settings.text("CATEGORY"):
         known = ", ".join(paths.CATEGORIES)
         raise UserError(f"name a category: make collect-all CATEGORY=..., one of {known}, or CATEGORY=all")

@@ -1,7 +1,7 @@
 #!/usr/bin/env bash
 # Collect a category on a Slurm allocation: one Ray node per Slurm node, a worker per GPU, the sweep on the first node.
 #   sbatch --nodes=4 --gpus-per-node=8 --cpus-per-gpu=8 --time=12:00:00 utils/slurm_sweep.sh CATEGORY [DATASET ...]
-#   MODELS="qwen2.5-0.5b" RANKS="4 8" sbatch --nodes=2 --gpus-per-node=8 --cpus-per-gpu=8 utils/slurm_sweep.sh math
+#   MODEL="qwen2.5-0.5b" RANK="4 8" sbatch --nodes=2 --gpus-per-node=8 --cpus-per-gpu=8 utils/slurm_sweep.sh math
 # The repository, with data, models and .venv, must lie on storage that all nodes share (make setup on the login node).
 # PY=python3 in the environment of sbatch names another Python, which each node has; .venv is then not needed.
 # A requeued or resubmitted job continues. A node that joins later gets cells then; those of a lost node are repeated.

@@ -33,8 +33,8 @@ def train_all(base: FrozenBase, ready: list[tuple[Any, Any, PackedRun]]) -> Iter
     """
     waiting = list(ready)
     limit = len(waiting)
-    assert base.model is not None  # the first run that was admitted has loaded it
     while waiting:
+        assert base.model is not None  # the first run that was admitted has loaded it
         step_batches = [list(member.schedule.step_batches()) for _, _, member in waiting]
         members = [member for _, _, member in waiting[:limit]]
         if base.model.device.type == "cpu":  # too little memory kills the process there, without an exception

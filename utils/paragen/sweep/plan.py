@@ -102,7 +102,7 @@ def check_disk(needed: int) -> None:
     say(f"disk: about {needed / 1e9:.1f} GB needed, {free / 1e9:.1f} GB free")
     if needed > free:
         raise UserError(
-            f"saves/: {(needed - free) / 1e9:.1f} GB are missing; free some space, or name fewer RANKS or MODELS"
+            f"saves/: {(needed - free) / 1e9:.1f} GB are missing; free some space, or choose fewer with RANK or MODEL"
         )
 
 
