@@ -12,6 +12,7 @@ from pathlib import Path
 import pytest
 from conftest import CATEGORY, ROOT, Project
 from helpers import copies, fork_server, handmade
+from helpers.forked_python import PYTHON
 
 from paragen.collection import evaluation, prompts
 from paragen.collection.manifest import read_manifest
@@ -173,6 +174,33 @@ def test_base_and_all_checkpoints_are_scored_on_the_test_split(scored_once):
         assert score["loss_interval"][0] < score["loss"] < score["loss_interval"][1]
     losses = [score["loss"] for score in scores_of(one).values()]
     assert losses == sorted(losses, reverse=True) and len(set(losses)) == 7, "training on such rows helps"
+
+
+@pytest.fixture
+def stored_in_bfloat16(tmp_path) -> Path:
+    """A base model whose file has another dtype than a CPU computes in; as a GPU does with SmolLM2's float32."""
+    folder = tmp_path / "models" / "Tiny-Llama"
+    subprocess.run([PYTHON, ROOT / "tests" / "helpers" / "tiny.py", folder, "bfloat16"], check=True)
+    return folder
+
+
+def test_a_base_has_the_dtype_that_is_computed_in(stored_in_bfloat16):
+    from paragen.scoring import base_model
+
+    base = base_model.BaseModel({"template": "qwen", "stage": "sft", "finetuning_type": "lora"}, stored_in_bfloat16)
+    assert {parameter.dtype for parameter in base.model.parameters()} == {base.dtype}
+    assert base.dtype is not base.model.config.dtype
+
+
+@pytest.mark.slow
+def test_a_base_stored_in_another_dtype_is_scored(tmp_path, stored_in_bfloat16):
+    project = Project(tmp_path / "my project", stored_in_bfloat16)
+    for recipe in (project.pretrain, project.finetune):
+        result = project.train(recipe)
+        assert result.status == 0, result.output
+    register(project, "Toy_test", choices())
+    shutil.copy(ROOT / "models" / "models.yaml", project.top / "models")
+    assert evaluated(project)["dtype"] == "float32"
 
 
 def test_a_table_tells_how_good_base_best_and_last_checkpoint_are(scored_once):

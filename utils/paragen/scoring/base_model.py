@@ -55,6 +55,8 @@ class BaseModel:
             if not os.isatty(2):
                 disable_progress_bar()
             self.loaded = load_model(tokenizer, self.model_args, self.finetuning_args, False)
+            for parameter in self.loaded.parameters():  # LLaMA-Factory keeps the dtype in which the file stores them
+                parameter.data = parameter.data.to(self.dtype)
         return self.loaded
 
     @property
