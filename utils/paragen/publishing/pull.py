@@ -52,6 +52,8 @@ def pull(repository: str, revision: str | None, staging: Path) -> "pa.Table":
     Returns the repository's index rows of them. Raises UserError, with nothing written, for all that FORCE=1 would
     overwrite.
     """
+    import pyarrow as pa
+    import pyarrow.compute as pc
     from huggingface_hub import HfApi
 
     info = HfApi().dataset_info(repository, revision=revision, files_metadata=True)
@@ -62,6 +64,7 @@ def pull(repository: str, revision: str | None, staging: Path) -> "pa.Table":
     if not table.num_rows:
         raise UserError(f"{repository}: has no collection that fits the selection")
     folders = places_of(table, marks)
+    table = table.filter(pc.is_in(table["collection"], pa.array(list(folders))))
     entries = data_entries(source, table, marks)
     used = sorted({entry["file_name"] for entry in entries.values()})
     new_data = {file: marks["data"][file] for file in used if not same_data(file, marks["data"][file])}
