@@ -8,12 +8,12 @@ logs, models, data, and what is made from collections stay, as does everything t
 
 from paragen.collection import clean_up
 from paragen.collection.disk_usage import size_text
-from paragen.common import cli, files, paths
+from paragen.common import cli, files, paths, settings
 from paragen.common.cli import say
 
 
 def main() -> int:
-    if cli.is_on("DRY_RUN"):
+    if settings.switch("DRY_RUN"):
         found = clean_up.find()
         for one in found.left_overs:
             say(f"would delete: {described(one)}")

@@ -11,7 +11,7 @@ import shutil
 
 from paragen.collection import clean_up, disk_usage
 from paragen.collection.disk_usage import size_text
-from paragen.common import cli, paths
+from paragen.common import cli, paths, settings
 from paragen.common.cli import say
 
 
@@ -19,7 +19,7 @@ def main() -> None:
     found = clean_up.find()
     usage = disk_usage.measure(found)
     free = shutil.disk_usage(paths.ROOT).free
-    if cli.is_on("JSON"):
+    if settings.switch("JSON"):
         print_json(usage, found, free)
         return
     total = sum(use.bytes for use in usage.kinds.values())
