@@ -28,7 +28,7 @@ KINDS = {
     RUNNING: "keep",
     OTHER: "not known",
     ARRIVING: "make model, make data, make pull go on with them",
-    MODELS: "make model",
+    MODELS: "make model, except for your own",
     DATA: "make data, except for your own",
     ENVIRONMENT: "make setup",
 }  # fmt: skip
