@@ -493,7 +493,7 @@ def test_collections_are_selected_by_what_a_user_types(saves, folder, monkeypatc
         ({"MODEL": "gpt2"}, "collected model 'gpt2' is not known; known: tiny-llama"),
         ({"RANK": "3"}, "no collection fits RANK=3"),
         ({"RANK": "three"}, "rank 'three' is not a positive whole number"),
-        ({"SEED": "x"}, "SEED 'x' is not a whole number"),
+        ({"SEED": "x"}, "seed 'x' is not a whole number"),
         ({"SEED": "9" * 30}, "is not a whole number"),
     ],
 )
