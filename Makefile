@@ -21,7 +21,7 @@ CHECK := $(PYTHON) utils/settings.py check $(or $(MAKECMDGOALS),help)
 
 .DEFAULT_GOAL := help
 .PHONY: help setup setup-dev lock model data data-all register check-data recipe check-recipes pretrain finetune collect \
-	collect-all plan status verify clean-checkpoints index export import evaluate stats report publish pull demo test \
+	collect-all plan status verify clean-checkpoints disk clean-up index export import evaluate stats report publish pull demo test \
 	test-all test-gpu test-runs test-others lint format
 
 help:  ## list the targets; FOR=collect explains one and its settings
@@ -101,6 +101,12 @@ verify: setup  ## re-read every collection, or those selected: hashes, shapes, s
 
 clean-checkpoints: setup  ## make DATASET's stock LLaMA-Factory runs collections [KEEP=n]
 	@$(PY) utils/clean_dataset_dir.py
+
+disk: setup  ## what collections, models and all else take on the disk, and what of it can go
+	@$(PY) utils/disk.py
+
+clean-up: setup  ## delete what killed runs left, and the rows that sweeps tokenised: DRY_RUN=1 lists it
+	@$(PY) utils/clean_up.py
 
 ##@ Use what was collected
 index: setup  ## one table over all collections: saves/index.parquet

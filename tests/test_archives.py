@@ -260,6 +260,56 @@ def test_what_is_there_is_kept_unless_forced(synthetic, tmp_path, monkeypatch, c
     assert not left_overs(tmp_path / "saves")
 
 
+@pytest.mark.parametrize("place", ["math/Toy/renamed", "Math/To_y/" + RUN, "by hand", "math/Other/" + RUN])
+def test_a_collection_that_is_at_another_place_is_known_by_its_manifest(
+    synthetic, tmp_path, monkeypatch, capsys, place
+):
+    monkeypatch.setattr(paths, "SAVES", tmp_path / "saves")
+    monkeypatch.setattr(paths, "ROOT", tmp_path)
+    monkeypatch.delenv("FORCE", raising=False)
+    other = make_collection(paths.SAVES / "math" / "Another" / RUN, 3)
+    folder = paths.SAVES / place
+    shutil.copytree(synthetic, folder)
+    scored.write(synthetic, scored.evaluated(FEW))
+    (path,) = archived(synthetic, tmp_path / "x.archive")
+    monkeypatch.setattr(sys, "argv", ["import_archive.py", str(path)])
+
+    def collections() -> list[Path]:
+        return discovery.find_collections([paths.SAVES])
+
+    there = collections()
+    assert import_archive.main() == 0
+    out = capsys.readouterr().out
+    assert f"there already: saves/{place}\n" in out and "scores imported: saves/" in out
+    assert collections() == there and figures_in(folder) == FEW
+
+    flip(folder / "checkpoint-9.safetensors", 400)
+    assert import_archive.main() == 1
+    told = capsys.readouterr().err
+    assert f"saves/{place}: is there already, but checkpoint-9.safetensors does not have its recorded sha256" in told
+    monkeypatch.setenv("FORCE", "1")
+    assert import_archive.main() == 0
+    assert collections() == there and same_folders(synthetic, folder)
+    assert len(list(other.glob("*.safetensors"))) == 3 and not left_overs(paths.SAVES)
+
+
+def test_of_two_copies_the_one_at_its_place_gets_the_scores(synthetic, tmp_path):
+    saves = tmp_path / "saves"
+    for place in ("a", f"math/Toy/{RUN}"):
+        shutil.copytree(synthetic, saves / place)
+    scored.write(synthetic, scored.evaluated(FEW))
+    assert archive.restore(archived(synthetic, tmp_path / "x.archive"), saves) == saves / "math" / "Toy" / RUN
+    assert not (saves / "a" / "evaluation.json").exists()
+
+
+def test_a_collection_that_a_crash_left_between_two_renames_is_found(synthetic, tmp_path):
+    saves = tmp_path / "saves"
+    moved = saves / "elsewhere" / RUN
+    shutil.copytree(synthetic, moved.with_name(f".{RUN}.old"))
+    assert archive.restore(archived(synthetic, tmp_path / "x.archive"), saves) == moved
+    assert same_folders(synthetic, moved) and not left_overs(saves)
+
+
 def test_a_strangers_names_do_not_leave_saves(tmp_path):
     for number, names in enumerate((
         {"run": "../../../evil_finetune"},

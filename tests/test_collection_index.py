@@ -6,6 +6,7 @@ import json
 import math
 import multiprocessing
 import os
+import re
 import shutil
 import subprocess
 from dataclasses import asdict
@@ -19,7 +20,7 @@ from helpers.copies import edit, flip_a_bit, twin
 from helpers.forked_python import PYTHON
 
 import index as index_script
-from paragen.collection import checkpoints, index, index_tables
+from paragen.collection import checkpoints, copies, index, index_tables
 from paragen.collection.manifest import read_manifest
 from paragen.common import paths
 from paragen.common.cli import UserError
@@ -209,8 +210,88 @@ def test_a_copied_or_hard_linked_collection_is_accepted(saves, folder, tmp_path)
     assert index.update(saves)[1] == {}
     shutil.move(saves, tmp_path / "moved")
     shutil.copytree(tmp_path / "moved", saves)
-    assert index.load(saves).num_rows == 12
+    assert index.load(saves).num_rows == 6
     assert index.update(saves)[1] == {}
+
+
+# Several copies of one collection
+
+
+@pytest.fixture
+def copy(saves, folder) -> Path:
+    """A second copy in a folder of another name, which comes first by its path."""
+    return Path(shutil.copytree(folder, saves / "a folder" / "renamed"))
+
+
+def notes(err: str) -> list[str]:
+    return [line for line in err.splitlines() if line.startswith("note: ")]
+
+
+def test_of_two_copies_the_one_at_its_manifests_place_counts(saves, folder, copy, monkeypatch, capsys):
+    for _ in range(2):
+        status, out, err = make_index(monkeypatch, capsys)
+        assert (status, out.count("Toy")) == (0, 1)
+        note = f"{paths.relative(copy)}: a second copy of {paths.relative(folder)}, which alone counts"
+        assert notes(err) == [f"note: {note}; remove one of both"]
+    assert names_in(index.load(saves)) == [NAME]
+    assert index.copies_in(saves) == {"a folder/renamed": NAME}
+    assert capsys.readouterr().err == "", "the index knows the copy"
+    assert [one.name for one in index.chosen(saves)] == [NAME]
+
+
+def test_of_two_copies_elsewhere_the_first_counts(saves, folder, copy, capsys):
+    folder.rename(saves / "b folder")
+    assert names_in(index.update(saves)[0]) == ["a folder/renamed"]
+    assert "b folder: a second copy of" in capsys.readouterr().err
+
+
+def test_of_a_broken_and_a_whole_copy_the_whole_one_counts(saves, folder, copy):
+    index.update(saves)
+    (folder / STEP).unlink()
+    table, faults = index.update(saves)
+    assert names_in(table) == ["a folder/renamed"] and list(faults) == [NAME]
+
+
+def test_a_copy_takes_the_place_of_one_that_is_gone(saves, folder, copy, capsys):
+    index.update(saves)
+    shutil.rmtree(folder)
+    with pytest.raises(UserError, match=f"older than {NAME}; run: make index"):
+        index.load(saves)
+    capsys.readouterr()
+    assert names_in(index.update(saves)[0]) == names_in(index.load(saves)) == ["a folder/renamed"]
+    assert notes(capsys.readouterr().err) == [] and index.copies_in(saves) == {}
+
+
+def test_a_copy_that_is_gone_or_became_another_collection_leaves_the_index_usable(saves, folder, copy, capsys):
+    index.update(saves)
+    edit(copy, lambda manifest: manifest.update(seed=7))
+    capsys.readouterr()
+    assert names_in(index.load(saves)) == [NAME]
+    assert "does not have a folder/renamed" in capsys.readouterr().err
+    assert names_in(index.update(saves)[0]) == ["a folder/renamed", NAME]
+    shutil.rmtree(copy)
+    index.update(saves)
+    shutil.copytree(folder, copy)
+    index.update(saves)
+    shutil.rmtree(copy)
+    capsys.readouterr()
+    assert names_in(index.load(saves)) == [NAME] and capsys.readouterr().err == ""
+
+
+def test_an_index_from_before_that_has_both_copies_is_made_again(saves, folder, copy, monkeypatch):
+    with monkeypatch.context() as patch:
+        patch.setattr(copies, "mark", lambda *_: None)
+        assert index.update(saves)[0].num_rows == 12
+    both = f"has a folder/renamed and {NAME}, copies of one collection; run: make index"
+    with pytest.raises(UserError, match=re.escape(both)):
+        index.load(saves)
+    assert index.update(saves)[0].num_rows == index.load(saves).num_rows == 6
+
+
+def test_a_link_to_a_collection_is_no_second_copy(saves, folder, capsys):
+    (saves / "a link").symlink_to(folder.parent)
+    assert names_in(index.update(saves)[0]) == [NAME]
+    assert notes(capsys.readouterr().err) == []
 
 
 @pytest.mark.parametrize(
@@ -412,7 +493,7 @@ def test_collections_are_selected_by_what_a_user_types(saves, folder, monkeypatc
         ({"MODEL": "gpt2"}, "collected model 'gpt2' is not known; known: tiny-llama"),
         ({"RANK": "3"}, "no collection fits RANK=3"),
         ({"RANK": "three"}, "rank 'three' is not a positive whole number"),
-        ({"SEED": "x"}, "SEED 'x' is not a whole number"),
+        ({"SEED": "x"}, "seed 'x' is not a whole number"),
         ({"SEED": "9" * 30}, "is not a whole number"),
     ],
 )

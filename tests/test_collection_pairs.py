@@ -162,6 +162,14 @@ def test_a_checkpoint_of_mixed_dtypes_comes_back_to_the_bit(project, folder):
     assert all(back[key].dtype == stored[key].dtype and torch.equal(back[key], stored[key]) for key in stored)
 
 
+def test_a_second_copy_of_a_collection_adds_no_pairs(project, folder):
+    shutil.copytree(folder, folder.parents[2] / "elsewhere" / folder.name)
+    index.update()
+    pairs = Pairs(prompts=0)
+    assert len(pairs) == 6
+    assert {row["collection"] for _, _, row in pairs} == {folder.relative_to(folder.parents[2]).as_posix()}
+
+
 def test_filters_on_any_column(mixed):
     def steps(**filters):
         return sorted({(row["dataset"], row["model"], row["rank"]) for _, _, row in Pairs(prompts=0, **filters)})

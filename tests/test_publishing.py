@@ -19,7 +19,7 @@ from helpers.upload_server import READS, USER, WRITES, UploadHub
 
 import publish
 import pull
-from paragen.collection import index
+from paragen.collection import copies, index
 from paragen.collection.manifest import BaseModel, sealed
 from paragen.common import files, paths
 from paragen.common.cli import UserError
@@ -537,6 +537,49 @@ def test_what_is_there_is_replaced_only_with_force(licensed, empty, run, hub):
     assert not list((empty / "data" / CATEGORY).iterdir())
     run(pull, empty, FORCE="1")
     assert hashes(empty / "saves" / NAME) == hashes(licensed / "saves" / NAME)
+
+
+@pytest.mark.parametrize("kind", LAYOUTS)
+def test_a_collection_that_is_at_another_place_is_not_downloaded_again(licensed, empty, run, hub, kind):
+    figures = {"base": 0.4, 7: 0.5}
+    label(licensed, figures)
+    run(publish, licensed, **layout(kind))
+    moved = empty / "saves" / "common_sense_reasoning" / "Toy" / "renamed"
+    shutil.copytree(licensed / "saves" / NAME, moved)
+    whole = hashes(moved)
+    (moved / "evaluation.json").unlink()
+    out = run(pull, empty)
+    assert f"there already: {paths.relative(moved)}" in out and "scores imported" in out
+    assert hashes(moved) == whole and not (empty / "saves" / CATEGORY).exists()
+    assert index.load(empty / "saves").num_rows == len(manifest_of(licensed)["checkpoints"])
+
+    flip(moved / "checkpoint-8.safetensors")
+    with pytest.raises(UserError, match=r"renamed: is there, but checkpoint-8\.safetensors does not have"):
+        run(pull, empty)
+    run(pull, empty, FORCE="1")
+    assert hashes(moved) == whole and not (empty / "saves" / CATEGORY).exists()
+
+
+@pytest.mark.parametrize("kind", LAYOUTS)
+def test_a_collection_whose_folder_was_renamed_is_published_and_comes_back(licensed, empty, run, hub, kind):
+    """Its manifest keeps the name under which it was trained."""
+    named = licensed / "saves" / NAME
+    renamed = named.rename(named.with_name("my_finetune"))
+    run(publish, licensed, **layout(kind))
+    run(pull, empty)
+    assert hashes(empty / "saves" / CATEGORY / "Toy" / "my_finetune") == hashes(renamed)
+    assert index.load(empty / "saves").num_rows == len(list(renamed.glob("*.safetensors")))
+    assert "there already" in run(pull, empty)
+
+
+def test_of_a_collection_that_a_repository_has_twice_one_comes(licensed, empty, run, hub, monkeypatch):
+    """As repositories may have that were published before the index left second copies out."""
+    shutil.copytree(licensed / "saves" / NAME, licensed / "saves" / CATEGORY / "Toy" / "A_finetune")
+    with monkeypatch.context() as patch:
+        patch.setattr(copies, "mark", lambda *_: None)
+        run(publish, licensed, RAW="1")
+    run(pull, empty)
+    assert [path.name for path in (empty / "saves" / CATEGORY / "Toy").iterdir()] == ["A_finetune"]
 
 
 FEW, MORE, OTHER = ({"base": 0.4, 7: 0.5}, {"base": 0.4, 7: 0.5, 8: 0.7}, {"base": 0.4, 7: 0.6})

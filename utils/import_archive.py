@@ -3,9 +3,9 @@
     python utils/import_archive.py X.archive          one collection                               (make import FILE=..)
     python utils/import_archive.py FOLDER             all archives below a folder, parts of a collection together
 
-Each goes to saves/<category>/<dataset>/<run folder>/, which its manifest names. Where the same collection exists, it
-stays, and gets the archive's scores if it has fewer. Another collection stays, too, and is an error, unless FORCE=1.
-The archives are not changed.
+Each goes to saves/<category>/<dataset>/<run folder>/, which its manifest names. Where the same collection exists, at
+whatever place below saves/, it stays there, and gets the archive's scores if it has fewer. Another collection stays,
+too, and is an error, unless FORCE=1. The archives are not changed.
 """
 
 import sys

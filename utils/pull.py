@@ -4,9 +4,9 @@
                                                                                                             (make pull)
 
 Reads a repository that `make publish` made: its index first, then the files of the selected collections. Every file is
-checked against the hub's hash, the index and the collection's manifest. A collection that exists here stays, and gets
-the published scores unless that would lose some. Another collection or data file of the same name, and other scores,
-are replaced only with FORCE=1. An interrupted download is resumed by the next call.
+checked against the hub's hash, the index and the collection's manifest. A collection that exists here, at whatever
+place, stays, and gets the published scores unless that would lose some. Another collection or data file of the same
+name, and other scores, are replaced only with FORCE=1. An interrupted download is resumed by the next call.
 """
 
 from paragen.collection import index, index_tables

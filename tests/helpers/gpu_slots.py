@@ -4,6 +4,7 @@ import os
 import sys
 import time
 
+from paragen.collection import clean_up
 from paragen.recipes.run import Cell
 from paragen.sweep import jobs, sweep
 from paragen.training.outcome import Outcome
@@ -29,5 +30,7 @@ if __name__ == "__main__":
 
     jobs.claim_runs, jobs.release_runs = lambda job: True, lambda job: None
     cells = [Cell("X", "x", rank, (None, None)) for rank in range(1, 7)]
-    outcomes = sweep.run(cells, lambda *event: None, gpu_slots.Reporter)
+    locked = []  # whether `make clean-up` sees that a sweep is at work
+    outcomes = sweep.run(cells, lambda *event: locked.append(bool(clean_up.locks_in_use())), gpu_slots.Reporter)
+    assert locked and all(locked)
     print(*sorted({outcome.cause for outcome in outcomes.values()}), file=sys.stderr)

@@ -18,7 +18,7 @@ from pathlib import Path
 
 from paragen.archives.read import FORMAT, load_step, manifest_in, opened, read_all, read_files, steps_of
 from paragen.archives.write import SUFFIX, converted, write
-from paragen.collection import evaluation, run_files, run_identity, verification
+from paragen.collection import copies, evaluation, run_files, run_identity, verification
 from paragen.collection.manifest import CheckpointEntry, Manifest, read_manifest, require_manifest
 from paragen.common import files, paths
 from paragen.common.cli import UserError, say
@@ -53,9 +53,9 @@ def restore(archives: list[Path], saves: Path) -> Path:
         archives: the archives of one collection, in any order.
         saves: the folder in which `<category>/<dataset>/<run folder>/` is made, as the manifest names them.
 
-    Returns the collection's folder. Where the same collection exists and is whole, it stays, and gets the archive's
-    evaluation.json unless that would lose a score. Raises UserError, with nothing changed, when a part is damaged or
-    missing, or when its folder holds something else (FORCE=1 replaces that).
+    Returns the collection's folder. Where the same collection exists anywhere below `saves` and is whole, it stays
+    there, and gets the archive's evaluation.json unless that would lose a score. Raises UserError, with nothing
+    changed, when a part is damaged or missing, or when its folder holds something else (FORCE=1 replaces that).
     """
     manifest = manifest_in(archives[0])
     for path in archives:
@@ -73,7 +73,8 @@ def restore(archives: list[Path], saves: Path) -> Path:
         raise UserError(f"{paths.relative(archives[0])}: holds {foreign[0]!r}, which belongs to no collection")
     if scores := _fullest_scores(archives, manifest):
         small[evaluation.FILE] = scores
-    folder = saves / place_of(manifest, paths.relative(archives[0]))
+    place = saves / place_of(manifest, paths.relative(archives[0]))
+    folder = copies.find(saves, [manifest.sha256]).get(manifest.sha256, place)
     folder = folder.resolve() if folder.is_symlink() else folder
     try:
         with files.lock(files.beside(folder, "lock")):
@@ -100,15 +101,14 @@ def place_of(manifest: Manifest, name: str) -> Path:
 
     Raises UserError, calling the manifest `name`, for a pretrain run, and where saves/ keeps something else there.
     """
-    category, parts = manifest.category, [manifest.dataset, manifest.run]
-    for part in parts:
+    for part in (manifest.dataset, manifest.run):
         if len(part.encode()) > LONGEST_NAME or part == paths.INDEX:
             raise UserError(f"{name}: its manifest names the folder {part!r}, which saves/ cannot have")
-    if category is None and manifest.dataset in (*paths.CATEGORIES, *paths.DERIVED):
+    if manifest.category is None and manifest.dataset in (*paths.CATEGORIES, *paths.DERIVED):
         raise UserError(f"{name}: its manifest names no category and the dataset {manifest.dataset!r}")
     if manifest.phase != "finetune":
         raise UserError(f"{name}: holds a {manifest.phase} run, not a collection")
-    return Path(*([category] if category else []), *parts)
+    return Path(copies.named_place(manifest))
 
 
 def _exists_already(folder: Path, manifest: Manifest, small: dict[str, bytes]) -> bool:

@@ -1,7 +1,7 @@
 """The index of all collections: saves/index.parquet, a row per checkpoint; and the selection of collections by it.
 
 A collection that did not change since the last index is not read again. Checkpoints that changed after their manifest
-was written, or since the last index, are hashed.
+was written, or since the last index, are hashed. Of several copies of one collection (copies.py), the index has one.
 """
 
 import hashlib
@@ -13,7 +13,7 @@ from dataclasses import asdict
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NamedTuple
 
-from paragen.collection import checkpoints, discovery, evaluation, selection
+from paragen.collection import checkpoints, copies, discovery, evaluation, selection
 from paragen.collection.manifest import Manifest, read_manifest, require_manifest
 from paragen.common import files, paths
 from paragen.common.cli import UserError
@@ -48,14 +48,15 @@ class Chosen(NamedTuple):
 def update(saves: Path | None = None) -> "tuple[pa.Table, dict[str, str]]":
     """Update the index from the collections below `saves`, and write it if it changed.
 
-    Returns (the table, by name the fault of each collection that is not in it, a line).
+    A second copy of a collection is named on stderr. Returns (the table, by name the fault of each collection that is
+    broken, a line).
     """
     import pyarrow as pa
 
     saves = saves or paths.SAVES
     old, known = read(saves)
     places = places_of(old)
-    tables, seen, faults = [], {}, {}
+    parts, seen, faults = {}, {}, {}
     for folder in discovery.find_collections([saves]) if saves.is_dir() else []:
         name = folder.relative_to(saves.absolute()).as_posix()
         try:
@@ -70,14 +71,22 @@ def update(saves: Path | None = None) -> "tuple[pa.Table, dict[str, str]]":
         except UserError as error:
             faults[name] = str(error)
             continue
-        tables.append(part)
+        parts[name] = part
         seen[name] = {
             "stamp": stamp, "sha256": seal, "files": found, "scores": {"stamp": scores, "sha256": scores_sha256},
         }  # fmt: skip
+    copies.mark(saves, seen)
+    tables = [part for name, part in parts.items() if copies.COPY_OF not in seen[name]]
     table = pa.concat_tables(tables).combine_chunks() if tables else schema().empty_table()
     if seen != known or (not seen and saves.is_dir()):
         write(saves, table, seen)
     return table, faults
+
+
+def copies_in(saves: Path | None = None) -> dict[str, str]:
+    """The second copies that the index on disk leaves out: by name, the name of the collection that it has."""
+    _, known = read(saves or paths.SAVES)
+    return {name: mark[copies.COPY_OF] for name, mark in known.items() if copies.COPY_OF in mark}
 
 
 def places_of(table: "pa.Table") -> dict[str, tuple[int, int]]:
@@ -98,7 +107,7 @@ def schema() -> "pa.Schema":
 
 def read(saves: Path) -> "tuple[pa.Table, dict[str, dict]]":
     """The index on disk, and by collection what its rows were read from: the manifest's `stamp` and `sha256`, and those
-    of its `scores`.
+    of its `scores`; for a second copy, which has no rows, also copies.COPY_OF.
 
     Both are empty where there is no index, or one of another format, damaged or edited: it can be made again.
     """
@@ -255,10 +264,14 @@ def load_sealed(saves: Path | None = None) -> "tuple[pa.Table, dict[str, str]]":
     if not known:
         why = "there are no collections in it" if (saves / paths.INDEX).exists() else "there is no index yet"
         raise UserError(f"{label}: {why}, or it is broken; run: make index")
-    if stale := sorted(name for name, mark in known.items() if is_stale(saves / name, mark)):
+    copied = {name for name, mark in known.items() if copies.COPY_OF in mark}
+    if stale := sorted(name for name in known.keys() - copied if is_stale(saves / name, known[name])):
         raise UserError(f"{label}: older than {listed(stale)}; run: make index")
+    if twice := copies.alike({name: known[name] for name in known.keys() - copied}):
+        raise UserError(f"{label}: has {' and '.join(twice[0][:2])}, copies of one collection; run: make index")
     there = {folder.relative_to(saves.absolute()).as_posix() for folder in discovery.find_collections([saves])}
-    if new := sorted(there - known.keys()):
+    same = {name for name in there & copied if not is_stale(saves / name, known[name])}
+    if new := sorted(there - (known.keys() - copied) - same):
         print(f"{label}: does not have {listed(new)} (make index adds it or names the reason)", file=sys.stderr)
     return table, {name: mark["sha256"] for name, mark in known.items()}
 

@@ -8,6 +8,7 @@ import json
 import os
 import shutil
 import socket
+import tempfile
 from collections.abc import Iterable, Iterator
 from pathlib import Path
 from typing import Any
@@ -185,6 +186,19 @@ def is_held(path: Path) -> bool:
     except PermissionError:
         pass
     return True
+
+
+PROCESS_LOCK = "paragen.lock"  # in a process's own temporary folder
+
+
+@contextlib.contextmanager
+def process_folder() -> Iterator[Path]:
+    """A temporary folder for this process until the body ends.
+
+    It holds a lock inside, by which `make clean-up` tells it from the folder of a killed process.
+    """
+    with tempfile.TemporaryDirectory(prefix="paragen-") as name, lock(Path(name, PROCESS_LOCK)):
+        yield Path(name)
 
 
 def beside(folder: Path, kind: str) -> Path:

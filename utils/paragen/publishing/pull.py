@@ -1,8 +1,8 @@
 """Downloads published collections into saves/ and their prompts into data/, and verifies them.
 
 Every file is checked against the hub's hash, the repository's index and the collection's manifest. A collection that
-exists here stays, and gets the published scores unless that would lose some. Another collection or data file of the
-same name is replaced only with FORCE=1. An interrupted download is resumed by the next call.
+exists here, at whatever place, stays, and gets the published scores unless that would lose some. Another collection or
+data file of the same name is replaced only with FORCE=1. An interrupted download is resumed by the next call.
 """
 
 import contextlib
@@ -16,7 +16,7 @@ from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NamedTuple
 
-from paragen.collection import evaluation, index, run_files, run_identity, selection, verification
+from paragen.collection import copies, evaluation, index, run_files, run_identity, selection, verification
 from paragen.collection.manifest import read_manifest, require_manifest
 from paragen.common import files, paths
 from paragen.common.cli import UserError, say
@@ -52,6 +52,8 @@ def pull(repository: str, revision: str | None, staging: Path) -> "pa.Table":
     Returns the repository's index rows of them. Raises UserError, with nothing written, for all that FORCE=1 would
     overwrite.
     """
+    import pyarrow as pa
+    import pyarrow.compute as pc
     from huggingface_hub import HfApi
 
     info = HfApi().dataset_info(repository, revision=revision, files_metadata=True)
@@ -61,30 +63,32 @@ def pull(repository: str, revision: str | None, staging: Path) -> "pa.Table":
     table = index.selected(table, selection.requested_filters())
     if not table.num_rows:
         raise UserError(f"{repository}: has no collection that fits the selection")
-    names = sorted(set(table["collection"].to_pylist()))
+    folders = places_of(table, marks)
+    table = table.filter(pc.is_in(table["collection"], pa.array(list(folders))))
     entries = data_entries(source, table, marks)
     used = sorted({entry["file_name"] for entry in entries.values()})
     new_data = {file: marks["data"][file] for file in used if not same_data(file, marks["data"][file])}
     for name, entry in entries.items():
         require_registrable(name, entry)
-    wanted = {name: marks["collections"][name] for name in names if not is_here(name, marks["collections"][name])}
+    found = {name: marks["collections"][name] for name in folders}
+    wanted = {name: mark for name, mark in found.items() if not is_here(folders[name], mark)}
     check_disk(source, wanted, table)
     scores = {
-        name: fetch_scores(source, name, marks["collections"][name], marks["layout"])
-        for name in names
-        if name not in wanted and lacks_scores(name, marks["collections"][name])
+        name: fetch_scores(source, name, folders[name], mark, marks["layout"])
+        for name, mark in found.items()
+        if name not in wanted and lacks_scores(folders[name], mark)
     }
     for file, sha256 in new_data.items():
         fetch_data(source, file, sha256)
     for name, entry in entries.items():
         register(name, entry)
     for name, data in scores.items():
-        with locked(paths.SAVES / name):
-            evaluation.import_scores(paths.SAVES / name, require_manifest(paths.SAVES / name), data)
+        with locked(folders[name]):
+            evaluation.import_scores(folders[name], require_manifest(folders[name]), data)
     for name, mark in wanted.items():
         say(f"fetching {name}")
         fetch(source, [f"{published_tree.COLLECTIONS}/{file}" for file in mark["files"]])
-        restore(source, name, mark, marks["layout"], table)
+        restore(source, name, folders[name], mark, marks["layout"], table)
     return table
 
 
@@ -263,9 +267,19 @@ def register(name: str, entry: dict[str, Any]) -> None:
 # ---------------------------------------------------------------------------------------------------------- into saves/
 
 
-def is_here(name: str, mark: dict[str, Any]) -> bool:
+def places_of(table: "pa.Table", marks: dict[str, Any]) -> dict[str, Path]:
+    """The folder here of each selected collection, by its name: where it is already, else the place of that name.
+
+    Of collections that a repository has several times, under different names, only the first is returned.
+    """
+    names = sorted(set(table["collection"].to_pylist()))
+    by_sha256 = {marks["collections"][name]["sha256"]: name for name in reversed(names)}
+    here = copies.find(paths.SAVES, by_sha256)
+    return {by_sha256[sha256]: here.get(sha256, paths.SAVES / by_sha256[sha256]) for sha256 in reversed(by_sha256)}
+
+
+def is_here(folder: Path, mark: dict[str, Any]) -> bool:
     """Whether a collection exists here and is whole. Raises UserError when another one does, unless FORCE=1."""
-    folder = paths.SAVES / name
     if not folder.exists():
         return False
     try:
@@ -284,8 +298,8 @@ def is_here(name: str, mark: dict[str, Any]) -> bool:
     return False
 
 
-def restore(source: Source, name: str, mark: dict[str, Any], layout: str, table: "pa.Table") -> None:
-    """Move a downloaded collection into saves/ once it is verified against the index."""
+def restore(source: Source, name: str, target: Path, mark: dict[str, Any], layout: str, table: "pa.Table") -> None:
+    """Move a downloaded collection to its folder `target` once it is verified against the index."""
     saves = source.staging / "restored"
     files.remove_folder(saves)
     fetched = [source.staging / published_tree.COLLECTIONS / file for file in mark["files"]]
@@ -298,7 +312,6 @@ def restore(source: Source, name: str, mark: dict[str, Any], layout: str, table:
             raise UserError(f"{name} {fault}")
     except UserError as error:
         raise UserError(f"{source.repository}: {error}; it was not kept") from None
-    target = paths.SAVES / name
     target.parent.mkdir(parents=True, exist_ok=True)
     for path in folder.iterdir():
         with open(path, "rb") as file:
@@ -321,13 +334,13 @@ def locked(folder: Path) -> Iterator[None]:
         raise UserError(f"{paths.relative(folder)}: is being trained right now; run it again later") from None
 
 
-def lacks_scores(name: str, mark: dict[str, Any]) -> bool:
+def lacks_scores(folder: Path, mark: dict[str, Any]) -> bool:
     """Whether a collection that exists here was published with other scores than it has."""
-    return "labels" in mark and evaluation.sha256_in(paths.SAVES / name) != mark["labels"]
+    return "labels" in mark and evaluation.sha256_in(folder) != mark["labels"]
 
 
-def fetch_scores(source: Source, name: str, mark: dict[str, Any], layout: str) -> bytes:
-    """Download the evaluation.json of a collection that exists here; of an archive, one part is downloaded for it.
+def fetch_scores(source: Source, name: str, folder: Path, mark: dict[str, Any], layout: str) -> bytes:
+    """Download the evaluation.json of a collection that exists in `folder`; of an archive, one part is downloaded.
 
     Raises UserError where it is not the one that the index names, or would replace scores that were measured here.
     """
@@ -345,7 +358,6 @@ def fetch_scores(source: Source, name: str, mark: dict[str, Any], layout: str) -
         raise UserError(
             f"{source.repository}: {name} has other scores than its {paths.INDEX} names; nothing was written"
         )
-    folder = paths.SAVES / name
     label, force = paths.relative(folder / evaluation.FILE), run_identity.force_requested()
     evaluation.adds_scores(data, evaluation.bytes_in(folder), require_manifest(folder), label, force)
     return data
@@ -361,10 +373,7 @@ def unpacked(source: Source, name: str, layout: str, fetched: list[Path], saves:
         return folder
     from paragen.archives import archive
 
-    manifest = archive.manifest_in(fetched[0])
-    if [manifest.category, manifest.dataset, manifest.run] != name.split("/"):
-        raise UserError(f"{fetched[0].name} is the archive of another collection")
-    return archive.restore(fetched, saves)
+    return archive.restore(fetched, saves)  # `fault_of` compares its hash; the folder may have been renamed
 
 
 def fault_of(folder: Path, name: str, mark: dict[str, Any], table: "pa.Table") -> str | None:

@@ -7,7 +7,6 @@ pack's training goes to the log of its first cell.
 
 import contextlib
 import os
-import tempfile
 import threading
 import time
 from collections.abc import Callable
@@ -143,8 +142,8 @@ class CellWorker:
 
     def _run_packed(self, cells: list[Cell], settings: dict[str, str], log: Path) -> tuple[Outcome, dict[int, Outcome]]:
         """Train cells with the packed engine; returns the outcome of the process, and that of each cell that ended."""
-        with tempfile.TemporaryDirectory(prefix="paragen-") as folder:
-            results = Path(folder, "results")
+        with files.process_folder() as folder:
+            results = folder / "results"
             return self._fork(train_packed, (cells, results), settings, log), packed_train.read_results(results)
 
     def run_completed(self, cell: Cell, run: Run) -> None:
@@ -162,8 +161,8 @@ class CellWorker:
 
     def _fork(self, task: Callable[..., None], arguments: tuple, settings: dict[str, str], log: Path) -> Outcome:
         """Run a task once in a process of its own; returns its outcome with the log's name."""
-        with tempfile.TemporaryDirectory(prefix="paragen-") as folder:
-            outcome_file = Path(folder, "outcome.json")
+        with files.process_folder() as folder:
+            outcome_file = folder / "outcome.json"
             self.process = process = forked.start(task, arguments, settings, log, outcome_file)
             if self.stopping.is_set():  # was set during the start, which can take as long as the imports
                 process.terminate()

@@ -74,7 +74,7 @@ def settings() -> dict[str, str]:
         "PARAGEN_CPU_SLOTS": str(cpu_slots()),
     }
     threads = {} if devices.nvidia_driver() else per_slot
-    tokens = {"PARAGEN_TOKENS": str(paths.SAVES / ".tokens")}
+    tokens = {"PARAGEN_TOKENS": str(paths.SAVES / paths.TOKENS)}
     # make exports unset variables as empty ones, which must not hide what is set on a node
     return threads | tokens | {name: os.environ[name] for name in SETTINGS if os.environ.get(name)}
 

@@ -13,7 +13,7 @@ from collections.abc import Iterator
 from dataclasses import replace
 from typing import Any
 
-from paragen.common import cli, files, settings
+from paragen.common import cli, files, paths, settings
 from paragen.common.cli import UserError
 from paragen.recipes.run import Cell, Run
 from paragen.sweep import cell_worker, file_client, stage_folder
@@ -67,7 +67,7 @@ class StagedWorker(CellWorker):
         self.top = stage_folder.parent_folder(settings) / facts["key"]
         self.attempts: dict[Cell, tuple[str, FileManifest]] = {}  # of the cells that are being trained
         if self.elsewhere:
-            settings |= {"PARAGEN_TOP": str(self.top), "PARAGEN_TOKENS": str(self.top / "saves" / ".tokens")}
+            settings |= {"PARAGEN_TOP": str(self.top), "PARAGEN_TOKENS": str(self.top / "saves" / paths.TOKENS)}
         super().__init__(settings, devices)
         self.downloads = Downloads(self.client, self.top, facts["sweep"], self.stopping)
 

@@ -10,12 +10,13 @@ All nodes of a cluster see this repository at the same path. With STAGE=1 they n
 (see stage.py).
 """
 
+import secrets
 import time
 from collections import Counter, deque
 from collections.abc import Callable, Iterable
 from typing import Any
 
-from paragen.common import paths
+from paragen.common import files, paths
 from paragen.common.cli import UserError
 from paragen.recipes.run import Cell
 from paragen.sweep import cell_worker, jobs, packs, ray_cluster, stage
@@ -53,8 +54,9 @@ def run(cells: Iterable[Cell], report: Report, worker_class: type = CellWorker) 
     server = stage.start_file_server(ray) if staged else None
     sweep = Sweep(ray, cells, report, stage.StagedWorker if staged else worker_class, on_cpu)
     try:
-        while sweep.waiting or sweep.running:
-            sweep.step()
+        with files.lock(paths.SAVES / f".sweep-{secrets.token_hex(4)}.lock"):  # `make clean-up` respects it
+            while sweep.waiting or sweep.running:
+                sweep.step()
     except BaseException:
         sweep.stop()
         raise
