@@ -16,7 +16,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parent.parent / "utils"))
 
 import numpy as np
 
-from paragen.analysis import report, report_data
+from paragen.analysis import report, report_cells, report_data
 from paragen.common import cli
 
 MODELS = {"qwen2.5-0.5b": "Qwen2.5-0.5B-Instruct", "smollm2-135m": "SmolLM2-135M-Instruct", "gpt2": "gpt2"}
@@ -49,15 +49,18 @@ def facts_of(count: int, steps: int, layers: int) -> dict:
     rows = [made_up(number, steps, layers, count * steps) for number in range(count)]
     pairs = {}
     for row in rows:
-        pair = pairs.setdefault((row["dataset"], row["model"]), {**row, "bytes": 0, "cells": {}})
+        pair = pairs.setdefault((row["dataset"], row["model"]), {**row, "seed": None, "bytes": 0, "cells": {}})
         pair["bytes"] += row["bytes"]
-        pair["cells"][row["rank"]] = {key: row[key] for key in ("state", "reason", "bytes", "id")}
+        pair["cells"][row["rank"]] = {key: row[key] for key in ("state", "reason", "bytes", "id", "anchor")}
     return {
         "collections": rows,
         "pairs": list(pairs.values()),
+        "no_pairs": "",
         "ranks": list(RANKS),
         "map": report.checkpoint_map(rows),
         "totals": report.totals(rows, list(pairs.values())),
+        "balance": report_cells.balance(rows, list(pairs.values())),
+        "selection": None,
         "faults": [],
     }
 
@@ -86,6 +89,7 @@ def made_up(number: int, steps: int, layers: int, total: int) -> dict:
         "state": "stale" if number % 17 == 3 else "complete",
         "reason": "learning_rate (0.0001 -> 0.0002)" if number % 17 == 3 else "",
         "kept": steps, "first": 100, "last": 99 + steps, "loss": sum(loss) / steps,
+        "scores": None,
         "bytes": steps * rank * 2_200_000, "each": rank * 2_200_000,
         "rows": 1119, "device": "cuda", "precision": "bfloat16",
         "file": f'"saves/{name}/checkpoint-{99 + steps}.safetensors"',

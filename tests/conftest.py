@@ -166,6 +166,18 @@ def repository(tmp_path, model_folder) -> Path:
     return top
 
 
+@pytest.fixture(scope="session")
+def chromium(tmp_path_factory):
+    """A browser, for all tests that look at a page; skips them where there is none, but fails where CI is set."""
+    from helpers import chromium
+
+    if not chromium.is_installed():
+        (pytest.fail if os.environ.get("CI") else pytest.skip)("Chromium and chromedriver are not installed")
+    browser = chromium.start(tmp_path_factory.mktemp("chromium"))
+    yield browser
+    browser.quit()
+
+
 @pytest.fixture
 def place(tmp_path, monkeypatch) -> handmade.Place:
     """A saves/ and a data/ for handmade collections, which every script of this process takes for its own."""

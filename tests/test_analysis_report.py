@@ -3,7 +3,6 @@
 import base64
 import io
 import json
-import os
 import shutil
 import socket
 from dataclasses import replace
@@ -12,18 +11,15 @@ from pathlib import Path
 import numpy as np
 import pytest
 from helpers import scored
+from helpers.chromium import colours, drawn, find, head, opened, shown, size, typed, wait
 from PIL import Image
-from selenium import webdriver
-from selenium.webdriver.chrome.service import Service
 from selenium.webdriver.common.by import By
 from selenium.webdriver.common.keys import Keys
-from selenium.webdriver.support.wait import WebDriverWait
 
 from paragen.analysis import report, report_data
 from paragen.collection.manifest import read_manifest, sealed
 from paragen.common import files, paths
 
-CHROMIUM, DRIVER = Path("/usr/bin/chromium"), Path("/usr/bin/chromedriver")
 EVIL = "<img src=x onerror=\"document.title='owned'\"><script>document.title='owned'<b>'&amp;"  # may be a folder's name
 CLOSING = "</script><script>document.title='owned'</script>"  # may stand where a manifest has free text
 RUN = "Tiny-Llama_lora-rank_4_finetune"
@@ -70,24 +66,6 @@ def page(project) -> Path:
     return report.make()
 
 
-@pytest.fixture(scope="module")
-def chromium(tmp_path_factory):
-    if not (CHROMIUM.exists() and DRIVER.exists()):
-        (pytest.fail if os.environ.get("CI") else pytest.skip)("Chromium and chromedriver are not installed")
-    options = webdriver.ChromeOptions()
-    options.binary_location = str(CHROMIUM)
-    for argument in (
-        "--headless", "--no-sandbox", "--disable-gpu", "--disable-quic", "--no-first-run", "--disable-sync",
-        "--disable-background-networking", "--disable-component-update",
-        f"--user-data-dir={tmp_path_factory.mktemp('chromium')}",
-    ):  # fmt: skip
-        options.add_argument(argument)
-    options.set_capability("goog:loggingPrefs", {"browser": "ALL", "performance": "ALL"})
-    browser = webdriver.Chrome(options=options, service=Service(executable_path=str(DRIVER)))
-    yield browser
-    browser.quit()
-
-
 @pytest.fixture
 def browser(chromium, page):
     """The page, fresh, 1280 pixels wide, in light colours; at the end it has no errors and asked no network."""
@@ -104,71 +82,29 @@ def browser(chromium, page):
     assert [url for url in asked if not url.startswith(("file:", "data:", "blob:"))] == []
 
 
-def size(browser, width: int) -> None:
-    metrics = {"width": width, "height": 900, "deviceScaleFactor": 1, "mobile": width < 600}
-    browser.execute_cdp_cmd("Emulation.setDeviceMetricsOverride", metrics)
-
-
-def colours(browser, scheme: str) -> None:
-    features = [{"name": "prefers-color-scheme", "value": scheme}]
-    browser.execute_cdp_cmd("Emulation.setEmulatedMedia", {"features": features})
-
-
-def find(browser, selector: str):
-    return browser.find_element(By.CSS_SELECTOR, selector)
-
-
-def shown(browser, table: str = "collection-table", column: int = 1) -> list[str]:
-    """The texts of a column, of the rows that are to be seen, from above."""
-    cells = browser.find_elements(By.CSS_SELECTOR, f"#{table} tbody tr:not([hidden]) > :nth-child({column})")
-    return [cell.get_attribute("textContent").strip() for cell in cells]
-
-
-def wait(browser, what):
-    return WebDriverWait(browser, 20).until(lambda _: what())
-
-
-def drawn(browser, selector: str) -> bool:
-    """Scroll pictures into view; whether all are there, drawn."""
-    pictures = browser.find_elements(By.CSS_SELECTOR, selector)
-    for picture in pictures:
-        browser.execute_script("arguments[0].scrollIntoView()", picture)
-        wait(browser, lambda picture=picture: picture.find_elements(By.CSS_SELECTOR, ".main-svg .subplot"))
-    return bool(pictures)
-
-
-def opened(browser, dataset: str = "Toy"):
-    """Open a collection by its name in the table; the article."""
-    names = browser.find_elements(By.CSS_SELECTOR, "#collection-table .open")
-    next(name for name in names if name.text == dataset).click()
-    return wait(browser, lambda: find(browser, "#opened article"))
-
-
 def test_the_table_is_sorted_with_mouse_and_keyboard_and_filtered(browser):
-    rank = find(browser, "#collection-table th:nth-child(3)")
+    rank = head(browser, "Rank")
     rank.find_element(By.TAG_NAME, "button").click()
     assert rank.get_attribute("aria-sort") == "ascending"
-    assert shown(browser, column=3)[0] == "4" and shown(browser, column=3)[-1] == "16"
+    assert shown(browser, "Rank")[0] == "4" and shown(browser, "Rank")[-1] == "16"
     rank.find_element(By.TAG_NAME, "button").send_keys(Keys.ENTER)
     assert rank.get_attribute("aria-sort") == "descending"
-    assert shown(browser, column=3)[0] == "16"
-    box = find(browser, "input[data-for=collection-table]")
-    box.send_keys("gsm rank 16")
+    assert shown(browser, "Rank")[0] == "16"
+    typed(browser, "gsm rank 16")
     assert shown(browser) == ["GSM8K"]
     assert find(browser, ".count[data-for=collection-table]").text == "1 of 6"
-    box.clear()
-    box.send_keys(" ")
+    typed(browser, "")
     find(browser, "select[data-for=collection-table] option:last-child").click()
-    assert set(shown(browser, column=4)) == {"broken"}
+    assert set(shown(browser, "Status")) == {"broken"}
     assert shown(browser) == ["Half", "Edited"] or shown(browser) == ["Edited", "Half"]
 
 
 def test_unknown_figures_come_last_in_both_directions(browser):
-    loss = find(browser, "#collection-table th:nth-child(7) button")
+    loss = head(browser, "Mean loss").find_element(By.TAG_NAME, "button")
     for _ in range(2):
         loss.click()
-        assert shown(browser, column=7)[-3:] == ["", "", ""]
-        assert all(shown(browser, column=7)[:-3])
+        assert shown(browser, "Mean loss")[-3:] == ["", "", ""]
+        assert all(shown(browser, "Mean loss")[:-3])
 
 
 def test_a_collection_is_opened_with_its_pictures_and_closed(browser, tmp_path):
@@ -200,13 +136,13 @@ def shades(png: bytes, colour: tuple[int, int, int]) -> int:
 
 
 def test_a_cell_of_the_grid_opens_its_collection(browser):
-    assert shown(browser, "cell-table") == ["Toy"]
-    ranks = [head.text for head in browser.find_elements(By.CSS_SELECTOR, "#cell-table th[data-kind=number]")]
+    assert shown(browser, table="cell-table") == ["Toy"]
+    ranks = [rank.text for rank in browser.find_elements(By.CSS_SELECTOR, "#cell-table th[data-rank]")]
     assert ranks == ["Rank 2", "Rank 4", "Rank 8", "Rank 16", "Rank 64"]
-    assert shown(browser, "cell-table", 3) == ["missing"]
-    assert shown(browser, "cell-table", 4)[0].startswith("complete")
+    assert shown(browser, "Rank 2", "cell-table") == ["missing"]
+    assert shown(browser, "Rank 4", "cell-table")[0].startswith("complete")
     find(browser, "#cell-table .open").click()
-    assert find(browser, "#opened h3").text == "Toy, Tiny-Llama, rank 4"
+    assert wait(browser, lambda: find(browser, "#opened h3")).text == "Toy, Tiny-Llama, rank 4"
 
 
 def test_the_map_is_coloured_by_what_is_chosen(browser):
@@ -303,14 +239,11 @@ def test_the_metric_loss_is_the_test_loss_and_what_was_not_evaluated_looks_as_be
 
 def test_scores_stand_in_the_table_where_something_was_evaluated(chromium, evaluated_page, page):
     chromium.get(evaluated_page.as_uri())
-    heads = [head.text for head in chromium.find_elements(By.CSS_SELECTOR, "#collection-table thead button")]
-    at = heads.index("Base score") + 1
-    assert heads[at - 1 : at + 2] == ["Base score", "Last score", "Best score"]
-    cells = list(zip(*(shown(chromium, column=column) for column in (1, at, at + 1, at + 2)), strict=True))
-    assert sorted(cells) == [
-        ("Loss", "2.5000 loss", "1.2500 loss", "1.2500 loss"),
-        ("Toy", "0.4000", "0.6250", "0.7500"),
-        ("Unscored", "", "", ""),
+    columns = ("Dataset", "Base score", "Last score", "Best score", "Scored rows")
+    assert sorted(zip(*(shown(chromium, column) for column in columns), strict=True)) == [
+        ("Loss", "2.5000 loss", "1.2500 loss", "1.2500 loss", "100"),
+        ("Toy", "0.4000", "0.6250", "0.7500", "100"),
+        ("Unscored", "", "", "", ""),
     ]
     assert "Base score" not in page.read_text()
 
@@ -376,7 +309,7 @@ def test_a_page_without_collections_or_recipes_is_a_page(tmp_path, monkeypatch):
     monkeypatch.setattr(paths, "SCRIPTS", tmp_path / "none")
     (tmp_path / "saves").mkdir()
     text = report.make(tmp_path / "saves").read_text()
-    assert "Nothing is collected yet" in text and "There are no recipes" in text
+    assert "Nothing is collected yet" in text and "There are no cells: collect_scripts/*: no pair of recipes" in text
 
 
 def test_a_changed_checkpoint_makes_its_collection_broken(collected, monkeypatch, capsys):

@@ -9,11 +9,10 @@
   const css = (name) => getComputedStyle(document.documentElement).getPropertyValue("--" + name).trim();
 
   // ---- tables
-  function sortBy(header) {
+  function sortBy(header, up = header.getAttribute("aria-sort") !== "ascending") {
     const table = header.closest("table");
     const place = [...header.parentNode.children].indexOf(header);
     const numbers = header.dataset.kind === "number";
-    const up = header.getAttribute("aria-sort") !== "ascending";
     const value = (row) => {
       const cell = row.children[place];
       const text = cell.dataset.v ?? cell.textContent.trim();
@@ -28,19 +27,68 @@
     all("thead th", table).forEach((other) => other.setAttribute("aria-sort", "none"));
     header.setAttribute("aria-sort", up ? "ascending" : "descending");
     table.tBodies[0].append(...rows.map(([, row]) => row));
+    sorter(table.id).value = place;
+  }
+
+  function turn(id) {
+    const sorted = document.querySelector(`#${id} thead [aria-sort]:not([aria-sort=none])`);
+    sortBy(sorted ?? document.querySelector(`#${id} thead th`));
+  }
+
+  const sorter = (id) => document.querySelector(`select[data-sort=${id}]`); // for columns that a small screen folds
+  function fillSorter(select) {
+    const heads = all("thead th", document.getElementById(select.dataset.sort));
+    select.append(new Option("…", ""), ...heads.map((head, place) => new Option(head.textContent.trim(), place)));
+    select.options[0].disabled = true;
+  }
+
+  // What is typed into a filter: the numbers behind `rank` and behind `seed`, and the other words.
+  function termsOf(typed) {
+    const terms = { rank: [], seed: [], words: [] };
+    let key = null;
+    for (const word of typed.toLowerCase().split(/[\s=:,]+/).filter(Boolean)) {
+      const keyed = /^(rank|seed)s?[-_]?([0-9]*)$/.exec(word);
+      const number = keyed ? keyed[2] : /^[0-9]+$/.test(word) && word;
+      key = keyed ? keyed[1] : number ? key : null;
+      if (key && number) terms[key].push(String(Number(number)));
+      else if (!key) terms.words.push(word);
+    }
+    return terms;
+  }
+
+  // Whether a row fits: a number is a whole rank, seed or word of its names, another word a part of them.
+  function fits(row, { rank, seed, words }) {
+    const text = row.dataset.text.toLowerCase();
+    const whole = [row.dataset.rank, row.dataset.seed, ...text.split(/\s+/)];
+    return words.every((word) => (/^[0-9]+$/.test(word) ? whole.includes(word) : text.includes(word)))
+      && (!seed.length || seed.includes(row.dataset.seed))
+      && (!rank.length || row.dataset.rank === undefined || rank.includes(row.dataset.rank));
   }
 
   function filter(id) {
     const table = document.getElementById(id);
-    const words = document.querySelector(`input[data-for=${id}]`).value.toLowerCase().split(/\s+/).filter(Boolean);
+    const terms = termsOf(document.querySelector(`input[data-for=${id}]`).value);
     const state = document.querySelector(`select[data-for=${id}]`)?.value;
     const rows = all("tbody tr", table);
-    for (const row of rows) {
-      const text = (row.textContent + " " + (row.dataset.text ?? "")).toLowerCase();
-      row.hidden = !words.every((word) => text.includes(word)) || Boolean(state && row.dataset.state !== state);
+    const columns = all("th[data-rank]", table); // where a rank is a column, it is the columns that are filtered
+    const isOut = (column) => terms.rank.length > 0 && !terms.rank.includes(column.dataset.rank);
+    const isEmpty = columns.length > 0 && columns.every(isOut);
+    for (const row of rows) row.hidden = isEmpty || !fits(row, terms) || Boolean(state && row.dataset.state !== state);
+    for (const column of columns) {
+      const place = [...column.parentNode.children].indexOf(column);
+      for (const row of table.rows) row.children[place].hidden = !isEmpty && isOut(column);
     }
     const left = rows.filter((row) => !row.hidden).length;
     document.querySelector(`.count[data-for=${id}]`).textContent = `${left} of ${rows.length}`;
+    document.querySelector(`.hint[data-for=${id}]`).hidden = left > 0;
+  }
+
+  function clear(id) {
+    const box = document.querySelector(`input[data-for=${id}]`);
+    box.value = "";
+    all(`select[data-for=${id}]`).forEach((select) => { select.value = ""; });
+    filter(id);
+    return box;
   }
 
   // ---- opening a collection
@@ -65,11 +113,41 @@
     });
     article.remove();
     mark(id, false);
-    document.querySelector(`#collection-table [data-open="${id}"]`).focus();
+    const link = linkOf(id);
+    if (link.hash === location.hash) history.replaceState(null, "", location.pathname + location.search);
+    link.focus({ preventScroll: link.closest("tr").hidden });
   }
 
-  function mark(id, isOpen) {
-    document.querySelector(`#collection-table [data-open="${id}"]`).setAttribute("aria-expanded", isOpen);
+  const linkOf = (id) => document.querySelector(`#collection-table [data-open="${id}"]`);
+  const mark = (id, isOpen) => linkOf(id).setAttribute("aria-expanded", isOpen);
+
+  // Opens the collection that the page's address names behind its `#`, also where the filter hides its row.
+  const rowsByName = new Map(all("#collection-table tbody tr").map((row) => [row.dataset.name, row]));
+  function follow() {
+    const lost = document.getElementById("lost");
+    const name = nameIn(location.hash);
+    const row = rowsByName.get(name);
+    if (lost) {
+      lost.hidden = !name || Boolean(row) || document.getElementById(name) !== null;
+      lost.textContent = `This page has no collection ${name}.`;
+      if (!lost.hidden) lost.scrollIntoView({ block: "center" });
+    }
+    const link = row?.querySelector("[data-open]");
+    if (link) open(link.dataset.open);
+    else if (row) { // broken: there is nothing to open but its remark
+      clear("collection-table");
+      row.scrollIntoView({ block: "center" });
+      row.querySelector("th").focus({ preventScroll: true });
+    }
+  }
+
+  function nameIn(hash) {
+    const written = hash.slice(1).replace(/^saves\//, "").replace(/\/$/, "");
+    try {
+      return decodeURIComponent(written);
+    } catch { // a name with a % that a user did not encode
+      return written;
+    }
   }
 
   async function copy(button) {
@@ -187,7 +265,8 @@
       zmin: low, zmax: high, hoverongaps: false, xgap: 0,
       text: rows.map((row, place) => row.map((byte, at) => `${plain(layers[place])}<br>${names[at]}: ${said(byte)}`)),
       hovertemplate: "%{text}<extra></extra>",
-      colorbar: { thickness: 10, outlinewidth: 0, tickvals: bar,
+      colorbar: { title: { text: "relative change", side: "right", font: { size: 12 } }, thickness: 10, outlinewidth: 0,
+        tickvals: bar,
         ticktext: bar.map((power) => (10 ** power).toPrecision(ticks.length > 1 ? 1 : 2).replace("e", " e")) },
     }], layout({
       xaxis: axis({ title: text("optimizer step"), showgrid: false, ...ticksOf(steps) }),
@@ -282,16 +361,23 @@
 
   // ---- what the user does
   document.addEventListener("click", ({ target }) => {
+    const link = target.closest("a[data-open]"); // its new address opens it, unless the page has that address already
+    if (link && link.hash === location.hash) follow();
     const button = target.closest("button");
     if (!button) return;
     if (button.closest("thead")) sortBy(button.closest("th"));
-    else if (button.dataset.open) open(button.dataset.open);
+    else if (button.dataset.turn) turn(button.dataset.turn);
+    else if (button.dataset.clear) clear(button.dataset.clear).focus();
     else if (button.dataset.close) close(button.dataset.close);
     else if (button.dataset.copy) copy(button);
   });
   for (const event of ["input", "change"]) {
     document.addEventListener(event, ({ target }) => target.dataset.for && filter(target.dataset.for));
   }
+  document.addEventListener("change", ({ target }) => {
+    if (target.dataset.sort) sortBy(all("thead th", document.getElementById(target.dataset.sort))[target.value], true);
+  });
+  addEventListener("hashchange", follow);
   chooser?.addEventListener("change", () => {
     drawLegend();
     drawn.forEach((kind, element) => kind === "map" && draw(element));
@@ -301,5 +387,8 @@
     drawn.forEach((_, element) => draw(element));
   });
   if (chooser) drawLegend();
+  all("select[data-sort]").forEach(fillSorter);
+  all("input[data-for]").forEach((box) => filter(box.dataset.for)); // a browser may have kept what was typed
   all("main .plot").forEach((element) => coming.observe(element));
+  follow();
 })();

@@ -13,19 +13,15 @@ import urllib.parse
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from paragen.analysis import report_data
-from paragen.collection import checkpoints, discovery, evaluation, index
+from paragen.analysis import report_cells, report_data
+from paragen.collection import checkpoints, evaluation, index, selection
 from paragen.collection.manifest import read_manifest
-from paragen.common import files, paths, settings
+from paragen.common import files, paths
 from paragen.common.cli import UserError
 from paragen.model import base_models
-from paragen.recipes import lookup
-from paragen.recipes.run import Cell
-from paragen.training import status
 
 if TYPE_CHECKING:
     import numpy as np
-    import pyarrow as pa
 
 TEMPLATE, SCRIPT = "report.html", "report.js"
 STATES = ("complete", "stale", "broken", "collecting", "pretrained", "missing")
@@ -49,66 +45,63 @@ def page_of(saves: Path | None = None) -> Path:
 
 
 def gather(saves: Path) -> dict[str, Any]:
-    """All facts of the page, as plain values.
+    """All facts of the page, as plain values, of the collections and cells that CATEGORY, DATASET, MODEL, RANK and SEED
+    select (unset ones select all).
 
     Returns `collections` (a dict each: its row of the table, and `pictures`), `pairs` (the rows of the grid: a recipe
-    pair and its cells by rank), `ranks`, `map` (a panel per base model), `totals`, `faults` (lines).
+    pair and its cells by rank), `no_pairs` (why there are none), `ranks`, `map` (a panel per base model), `totals`,
+    `balance` (a sentence on collections and cells), `selection` (the settings and how many collections there are in
+    all, or None), `faults` (lines).
+
+    Raises UserError for a name that no collection has, and where none is selected.
     """
+    wanted = selection.requested_filters()
     table, faults = index.update(saves)
-    names = [folder.relative_to(saves.absolute()).as_posix() for folder in discovery.find_collections([saves])]
-    states = cell_states(table)
-    found: list[dict[str, Any]] = []
-    faulty: list[str] = []
-    for name in names:
-        state, reason = states["by_folder"].get(saves.absolute() / name, ("complete", ""))
-        row = None
-        if name not in faults:
-            try:
-                row = described(saves, name, state, reason, table.num_rows)
-            except UserError as error:
-                faults[name] = str(error)
-        if row is None:
-            row = described_broken(saves, name, faults[name])
-        if row["state"] == "broken":
-            faulty.append(row["reason"])
-        found.append({"id": len(found), **row})
-    pairs = grid(states["cells"], {saves / row["name"]: row for row in found})
+    whole = index.selected(table, wanted, faults)
+    broken = {name for name in faults if selection.may_fit(selection.place_of(name), wanted)}
+    names = sorted(broken.union(whole["collection"].to_pylist()))
+    if any(wanted.values()) and not names:
+        raise index.none_fits(saves, wanted)
+    states, no_pairs = report_cells.states_of([saves / name for name in names], wanted)
+    cells = {one.folder: (one.state, one.reason) for one in states if one.folder}
+    outside = ("complete", "" if no_pairs else report_cells.OUTSIDE)
+    rows = [
+        row_of(saves, name, cells.get(report_cells.real_place(saves / name), outside), faults.get(name), whole.num_rows)
+        for name in names
+    ]
+    found = [{"id": number, **row} for number, row in enumerate(sorted(rows, key=report_data.in_order))]
+    pairs = report_cells.grid(states, {report_cells.real_place(saves / row["name"]): row for row in found})
+    given = selection.settings_of(wanted)
+    everything = len(faults.keys() | set(table["collection"].to_pylist()))
     return {
         "collections": found,
         "pairs": pairs,
+        "no_pairs": no_pairs,
         "ranks": sorted({rank for pair in pairs for rank in pair["cells"]}),
         "map": checkpoint_map(found),
         "totals": totals(found, pairs),
-        "faults": faulty,
+        "balance": report_cells.balance(found, pairs),
+        "selection": {"settings": given, "of": everything} if given else None,
+        "faults": [row["reason"] for row in found if row["state"] == "broken"],
     }
 
 
-def cell_states(table: "pa.Table") -> dict[str, Any]:
-    """The cells of all recipe pairs, at the usual ranks and those that were collected, and the state of each.
+def row_of(saves: Path, name: str, cell: tuple[str, str], fault: str | None, total: int) -> dict[str, Any]:
+    """The row and the pictures of one collection, whole or broken.
 
-    Returns `cells`, a list of (category, cell, run folder or None, state, reason), and `by_folder`, (state, reason) by
-    the cell's run folder.
+    Args:
+        saves: the folder that `name` is relative to.
+        name: the collection.
+        cell: the state and the reason of its cell.
+        fault: why it is not in the index, None where it is.
+        total: the number of checkpoints of all selected collections.
     """
-    collected: dict[tuple, set[int]] = {}
-    keys = ("dataset", "model", "rank")
-    for dataset, model, rank in zip(*(table[key].to_pylist() for key in keys), strict=True):
-        collected.setdefault((dataset, model), set()).add(rank)
-    found, by_folder = [], {}
-    try:
-        pairs = lookup.pairs_in("")
-    except UserError:  # no recipes: the collections are all there is
-        pairs = {}
-    for (dataset, model), (pretrain, finetune) in sorted(pairs.items()):
-        for rank in sorted({*settings.SWEEP_RANKS, *collected.get((dataset, model), ())}):
-            cell = Cell(dataset, model, rank, (pretrain, finetune))
-            state, reason = status.state_of(cell)
-            try:
-                folder = cell.finetune.folder
-                by_folder[folder] = (state, reason)
-            except UserError:  # a recipe that cannot be rendered; the reason says so
-                folder = None
-            found.append((finetune.parent.parent.name, cell, folder, state, reason))
-    return {"cells": found, "by_folder": by_folder}
+    if fault is None:
+        try:
+            return described(saves, name, *cell, total)
+        except UserError as error:
+            fault = str(error)
+    return described_broken(saves, name, fault)
 
 
 def described(saves: Path, name: str, state: str, reason: str, total: int) -> dict[str, Any]:
@@ -187,14 +180,16 @@ def statistics(chosen: index.Chosen) -> "tuple[str, list[str], np.ndarray, np.nd
 def named(name: str) -> dict[str, Any]:
     """The facts that a collection's path alone gives."""
     parts = name.split("/")
-    held = paths.rank_in(name) or (None, None)
+    rank, seed = paths.rank_in(name) or (None, None)
     return {
         "name": name,
         "href": "../" + urllib.parse.quote(name) + "/",
+        "anchor": urllib.parse.quote(name),
         "category": parts[0] if len(parts) > 2 else "?",
         "dataset": parts[-2] if len(parts) > 1 else "?",
-        "rank": held[0],
-        "seed": held[1],
+        "model": selection.place_of(name).model or parts[-1].split("_lora-rank_")[0],
+        "rank": rank,
+        "seed": seed,
     }
 
 
@@ -205,7 +200,6 @@ def described_broken(saves: Path, name: str, fault: str) -> dict[str, Any]:
     found = [path for path in folder.rglob("*") if path.is_file()] if folder.is_dir() else []
     return {
         **named(name),
-        "model": name.rsplit("/", 1)[-1].split("_lora-rank_")[0],
         "base_model": None,
         "state": "collecting" if running else "broken",
         "reason": "is being made now" if running else report_data.without_places(fault, saves),
@@ -218,25 +212,6 @@ def described_broken(saves: Path, name: str, fault: str) -> dict[str, Any]:
         "pictures": {},
         "sketch": None,
     }
-
-
-def grid(states: list[tuple], by_folder: dict[Path, dict]) -> list[dict[str, Any]]:
-    """The rows of the grid, by descending size: category, dataset, model, bytes, cells by rank."""
-    rows: dict[tuple, dict] = {}
-    for category, cell, folder, state, reason in states:
-        key = (cell.dataset, cell.model)
-        row = rows.setdefault(
-            key, {"category": category, "dataset": cell.dataset, "model": cell.model, "bytes": 0, "cells": {}}
-        )
-        there = by_folder.get(folder)
-        row["cells"][cell.rank] = {
-            "state": there["state"] if there else state,
-            "reason": there["reason"] if there else report_data.without_places(reason, paths.SAVES),
-            "bytes": there["bytes"] if there else 0,
-            "id": there["id"] if there else None,
-        }
-        row["bytes"] += there["bytes"] if there else 0
-    return sorted(rows.values(), key=lambda row: (-row["bytes"], row["category"], row["dataset"], row["model"]))
 
 
 def checkpoint_map(found: list[dict]) -> list[dict[str, Any]]:

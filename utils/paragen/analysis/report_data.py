@@ -142,7 +142,7 @@ def scores(shown: dict[str, Any], kept: int) -> dict[str, Any]:
             f"from {course} to {values[-1]:#.3g} at step {steps[-1]}, best {values[best]:#.3g} at step {steps[best]}"
         )
     label = (
-        f"{title} {course}; {about}; {shown['rows']:,} rows of {shown['split']}, "
+        f"{title} {course}; {about}; {rows_of(shown)}, "
         f"{evaluation.METRICS[shown['metric']]}; {len(points)} of {kept} checkpoints evaluated"
     )
     label += ", with 95 % confidence intervals" if any(spans) else ""
@@ -158,10 +158,22 @@ def scores(shown: dict[str, Any], kept: int) -> dict[str, Any]:
     }
 
 
-def scores_in_table(shown: dict[str, Any]) -> dict[str, float | str | None]:
-    """An evaluation in the table of collections: `metric`, and `base`, `last` and `best`, numbers or None."""
+def scores_in_table(shown: dict[str, Any]) -> dict[str, Any]:
+    """An evaluation in the table of collections: `metric`; `base`, `last` and `best`, numbers or None; `rows`, how many
+    were scored; `marks`, what makes the scores incomparable with others: a text each."""
     whose = {"base": shown["base"], "last": shown["checkpoints"][-1], "best": evaluation.best_of(shown)}
-    return {"metric": shown["metric"]} | {key: evaluation.figure_of(shown, score)[0] for key, score in whose.items()}
+    marks = [f"LIMIT={shown['limit']}"] if shown["limit"] is not None else []
+    marks += [] if shown["paired"] else [f"rows of {shown['split']}"]
+    figures = {key: evaluation.figure_of(shown, score)[0] for key, score in whose.items()}
+    return {"metric": shown["metric"], **figures, "rows": shown["rows"], "marks": marks}
+
+
+def rows_of(shown: dict[str, Any]) -> str:
+    """The rows that an evaluation scored: `1,172 rows of ARC-c_test`, and whether they are all and of its dataset."""
+    some = "" if shown["limit"] is None else "the first "
+    limited = "" if shown["limit"] is None else f" (LIMIT={shown['limit']})"
+    own = "" if shown["paired"] else ", not held out from its own dataset"
+    return f"{some}{shown['rows']:,} rows of {shown['split']}{limited}{own}"
 
 
 def short(value: float | None) -> float | None:
@@ -340,6 +352,19 @@ def panel(base_model: str, points: list[tuple[int, int]], sketch: "np.ndarray", 
         "label": f"{summary}; the first two principal components hold {percent(shares[0])} and {percent(shares[1])} "
         "of the variance",
     }
+
+
+def in_order(row: dict[str, Any]) -> tuple:
+    """A sort key for rows of tables: category, dataset, model, rank, seed and name; numbers in names as numbers, and
+    what is not known first."""
+    names = tuple(_natural(row[key]) for key in ("category", "dataset", "model"))
+    numbers = tuple(-1 if row.get(key) is None else row[key] for key in ("rank", "seed"))
+    return (*names, *numbers, _natural(row.get("name", "")))
+
+
+def _natural(text: str) -> list[str | int]:
+    parts = re.split(r"([0-9]+)", text.lower())
+    return [int(part) if place % 2 else part for place, part in enumerate(parts)]
 
 
 def megabytes(size: float) -> str:

@@ -9,6 +9,7 @@ import json
 import math
 import os
 import sys
+from collections.abc import Iterable
 from dataclasses import asdict
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NamedTuple
@@ -311,19 +312,28 @@ def chosen(saves: Path | None = None) -> list[Chosen]:
             raise UserError(fault)
     names = sorted(set(selected(table, wanted)["collection"].to_pylist()))
     if not names:
-        given = " ".join(f"{name.upper()}={' '.join(values)}" for name, values in wanted.items() if values)
-        what = f"no collection fits {given}" if given else "no collections yet"
-        raise UserError(f"{paths.relative(saves)}: {what}; make index lists those there are")
+        raise none_fits(saves, wanted)
     return [Chosen(name, saves / name, require_manifest(saves / name)) for name in names]
 
 
-def selected(table: "pa.Table", wanted: dict[str, list[str]]) -> "pa.Table":
-    """The rows of an index that match `selection.requested_filters()`. Raises UserError for a name that no row has."""
+def none_fits(saves: Path, wanted: dict[str, list[str]]) -> UserError:
+    """The error of a selection that no collection below `saves` fits."""
+    given = selection.settings_of(wanted)
+    what = f"no collection fits {given}" if given else "no collections yet"
+    return UserError(f"{paths.relative(saves)}: {what}; make index lists those there are")
+
+
+def selected(table: "pa.Table", wanted: dict[str, list[str]], broken: Iterable[str] = ()) -> "pa.Table":
+    """The rows of an index that match `selection.requested_filters()`.
+
+    Raises UserError for a name that no row has, and no path of a collection in `broken` either.
+    """
     import pyarrow as pa
     import pyarrow.compute as pc
 
+    unread = [selection.place_of(path) for path in broken]
     for name in ("category", "dataset", "model"):
-        known = {value for value in table[name].to_pylist() if value}
+        known = {value for value in [*table[name].to_pylist(), *(getattr(place, name) for place in unread)] if value}
         values = [paths.choose(value, known, f"collected {name}") for value in wanted[name]]
         if values:
             table = table.filter(pc.is_in(table[name], pa.array(values)))

@@ -1,5 +1,6 @@
 """Selects run folders by CATEGORY, DATASET, MODEL, RANK and SEED: also those whose manifest cannot be read."""
 
+import shlex
 from pathlib import Path
 from typing import NamedTuple
 
@@ -49,6 +50,11 @@ def requested_filters() -> dict[str, list[str]]:
     }
 
 
+def settings_of(wanted: dict[str, list[str]]) -> str:
+    """`requested_filters()` as a user types them: `DATASET=ARC-c RANK='2 8'`; empty where nothing is selected."""
+    return " ".join(f"{name.upper()}={shlex.quote(' '.join(values))}" for name, values in wanted.items() if values)
+
+
 def may_fit(place: Place, wanted: dict[str, list[str]]) -> bool:
     """Whether a run folder may be one of those selected; what its path does not say fits everything."""
     return all(
@@ -77,7 +83,7 @@ def selected_folders(found: list[Path]) -> list[Path]:
         known = {value for place in places.values() if (value := getattr(place, name))}
         wanted[name] = [paths.choose(value, known, f"collected {name}") for value in wanted[name]]
     chosen = [folder for folder, place in places.items() if may_fit(place, wanted)]
-    given = " ".join(f"{name.upper()}={' '.join(values)}" for name, values in wanted.items() if values)
+    given = settings_of(wanted)
     if given and not chosen:
         raise UserError(f"{paths.relative(paths.SAVES)}: no collection fits {given}; make status lists those there are")
     return chosen
