@@ -124,13 +124,14 @@ def grid(states: list[CellState], by_folder: dict[str, dict]) -> list[dict[str, 
 
 
 def balance(found: list[dict], pairs: list[dict]) -> str:
-    """How the numbers of collections and of complete cells go together, in a sentence; empty without collections."""
-    if not found:
+    """How many of the whole collections belong to cells, and how these stand, in a sentence; empty without any."""
+    whole = [row for row in found if row["kept"]]
+    if not whole:
         return ""
     inside = {cell["id"] for pair in pairs for cell in pair["cells"].values()}
-    states = Counter(row["state"] for row in found if row["id"] in inside)
-    outside = sum(row["id"] not in inside for row in found)
-    parts = [f"{count:,} {state}" for state, count in states.items()]
-    texts = [f"{sum(states.values()):,} belong to cells ({', '.join(parts)})"] if parts else []
-    texts += [f"{outside:,} to none, since no pair of recipes here makes them"] if outside else []
-    return f"Of {len(found):,} collections, {' and '.join(texts)}."
+    states = Counter(row["state"] for row in whole if row["id"] in inside)
+    outside = sum(row["id"] not in inside for row in whole)
+    parts = [f"{count:,} {state}" for state, count in sorted(states.items())]
+    texts = [f"in cells {sum(states.values()):,} ({', '.join(parts)})"] if parts else []
+    texts += [f"outside of cells {outside:,}, since no pair of recipes here makes them"] if outside else []
+    return f"Collections: {'; '.join(texts)}."
