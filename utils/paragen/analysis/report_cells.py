@@ -52,11 +52,13 @@ def states_of(found: list[Path], wanted: dict[str, list[str]]) -> tuple[list[Cel
         category = recipes[1].parent.parent.name
         if not selection.may_fit(selection.Place(category, dataset, None, None, None), wanted):
             continue
-        models, key = names_of(Cell(dataset, model, settings.SWEEP_RANKS[0], recipes))
+        first = Cell(dataset, model, settings.SWEEP_RANKS[0], recipes)
+        models, key = names_of(first)
         if any(selection.may_fit(selection.Place(None, None, name, None, None), wanted) for name in models):
             for rank, seed in places_of(collected.get(key, set()), wanted):
                 overrides = () if seed is None else (f"seed={seed}",)
-                states.append(state_of(category, Cell(dataset, model, rank, recipes, overrides), seed))
+                cell = Cell(dataset, model, rank, recipes, overrides)
+                states.append(state_of(category, first if cell == first else cell, seed))  # `first` is rendered already
     return states, ""
 
 
