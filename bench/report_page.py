@@ -89,7 +89,7 @@ def made_up(number: int, steps: int, layers: int, total: int) -> dict:
         "state": "stale" if number % 17 == 3 else "complete",
         "reason": "learning_rate (0.0001 -> 0.0002)" if number % 17 == 3 else "",
         "kept": steps, "first": 100, "last": 99 + steps, "loss": sum(loss) / steps,
-        "scores": None,
+        "scores": None, "data_warnings": [],
         "bytes": steps * rank * 2_200_000, "each": rank * 2_200_000,
         "rows": 1119, "device": "cuda", "precision": "bfloat16",
         "file": f'"saves/{name}/checkpoint-{99 + steps}.safetensors"',

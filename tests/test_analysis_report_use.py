@@ -339,6 +339,24 @@ def test_a_run_folder_that_is_a_link_belongs_to_its_cell(collected, tmp_path, mo
     assert facts["pairs"][0]["cells"][4]["id"] == 0
 
 
+def test_a_second_copy_is_named_in_the_remark_of_the_one_that_counts(collected, monkeypatch, capsys):
+    for name in ("SAVES", "DATA", "MODELS"):
+        monkeypatch.setattr(paths, name, collected.top / name.lower())
+    monkeypatch.setattr(paths, "SCRIPTS", collected.top / "collect_scripts")
+    folder = collected.run_folder("finetune")
+    shutil.copytree(folder, paths.SAVES / "a folder" / "renamed")
+    (paths.SAVES / "a folder" / "linked_finetune").symlink_to(folder)
+    facts = report.gather(paths.SAVES)
+    assert [(row["dataset"], row["state"], row["reason"]) for row in facts["collections"]] == [
+        ("Toy", "complete", "saves/a folder/renamed is a second copy of it")
+    ]  # fmt: skip
+    assert facts["pairs"][0]["cells"][4]["id"] == 0 and facts["balance"] == "Collections: in cells 1 (1 complete)."
+    folder.rename(paths.SAVES / "a folder" / "moved_finetune")  # now none is where the recipes have it
+    [row] = report.gather(paths.SAVES)["collections"]
+    assert row["name"] == "a folder/moved_finetune" and "a folder/renamed is a second copy of it" in row["reason"]
+    assert row["reason"].startswith("belongs to no cell")
+
+
 def test_the_measurement_of_the_page_renders_one():
     sys.path.append(str(Path(__file__).resolve().parent.parent / "bench"))
     import report_page

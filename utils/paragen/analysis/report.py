@@ -65,12 +65,16 @@ def gather(saves: Path) -> dict[str, Any]:
     states, no_pairs = report_cells.states_of([saves / name for name in names], wanted)
     cells = {one.folder: (one.state, one.reason) for one in states if one.folder}
     outside = ("complete", "" if no_pairs else report_cells.OUTSIDE)
-    rows = [
-        row_of(saves, name, cells.get(report_cells.real_place(saves / name), outside), faults.get(name), whole.num_rows)
-        for name in names
-    ]
+    copies = copies_of(saves, names)
+    rows = []
+    for name in names:
+        cell = next((cells[place] for place in copies[name].values() if place in cells), outside)
+        row = row_of(saves, name, cell, faults.get(name), whole.num_rows)
+        notes = [f"saves/{copy} is a second copy of it" for copy in copies[name] if copy != name]
+        row["reason"] = "; ".join(filter(None, [row["reason"], *notes]))
+        rows.append(row)
     found = [{"id": number, **row} for number, row in enumerate(sorted(rows, key=report_data.in_order))]
-    pairs = report_cells.grid(states, {report_cells.real_place(saves / row["name"]): row for row in found})
+    pairs = report_cells.grid(states, {place: row for row in found for place in copies[row["name"]].values()})
     given = selection.settings_of(wanted)
     everything = len(faults.keys() | set(table["collection"].to_pylist()))
     return {
@@ -84,6 +88,16 @@ def gather(saves: Path) -> dict[str, Any]:
         "selection": {"settings": given, "of": everything} if given else None,
         "faults": [row["reason"] for row in found if row["state"] == "broken"],
     }
+
+
+def copies_of(saves: Path, names: list[str]) -> dict[str, dict[str, str]]:
+    """For each collection, the real paths of it and of its second copies, which the index leaves out, by name."""
+    copies = {name: {name: report_cells.real_place(saves / name)} for name in names}
+    for copy, kept in sorted(index.copies_in(saves).items()):
+        place = report_cells.real_place(saves / copy)
+        if kept in copies and place not in copies[kept].values():  # a link to the collection is no second copy
+            copies[kept][copy] = place
+    return copies
 
 
 def row_of(saves: Path, name: str, cell: tuple[str, str], fault: str | None, total: int) -> dict[str, Any]:
