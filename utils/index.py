@@ -22,7 +22,7 @@ def main() -> int:
     parser.add_argument("--csv", action="store_true", help="print every checkpoint as CSV")
     args = parser.parse_args()
     table, faults = index.update()
-    table = index.selected(table, selection.requested_filters())
+    table = index.selected(table, selection.requested_filters(), faults)
     try:
         index_tables.show(table, args, whole=not faults)
     except BrokenPipeError:  # a reader such as `| head` has closed the pipe; Python must not flush into it at exit
