@@ -4,20 +4,18 @@ An identity is a JSON object with the sections recipe, data, base_model, tokeniz
 hashes, no paths of this machine.
 """
 
-import ast
 import json
 import re
 from importlib.metadata import version
 from pathlib import Path
 from typing import Any, NamedTuple
 
-import prompt_templates
 from paragen.collection.manifest import read_manifest
 from paragen.common import files, paths, settings
 from paragen.common.cli import UserError
 from paragen.dataset import dataset_info, pictures
 from paragen.model import base_models, model_files
-from paragen.recipes import keys
+from paragen.recipes import keys, templates
 from paragen.recipes.run import Run
 
 # The files that a checkpoint folder needs to be resumed; each of them changes the training that follows.
@@ -63,7 +61,7 @@ def identity_of(run: Run) -> dict[str, Any]:
     base, config = base_models.local_folder(run.base), run.config
     trained = {key: value for key, value in config.items() if key not in keys.NOT_TRAINED}
     recipe_keys = {"seed": keys.OMITTED_SEED, **trained}
-    if template_hash := hash_of_template(config.get("template")):
+    if template_hash := templates.hash_of(config.get("template")):
         recipe_keys["template_sha256"] = template_hash
     return {
         "recipe": dict(sorted(recipe_keys.items())),
@@ -85,16 +83,6 @@ def tokens_key(identity: dict) -> str | None:
     recipe = {key: value for key, value in identity["recipe"].items() if key not in keys.NOT_TOKENISED}
     versions = {name: version(name) for name in ("llamafactory", "transformers", "tokenizers", "datasets")}
     return files.sha256_of_value([recipe, identity["data"], identity["tokenizer"], versions])
-
-
-def hash_of_template(name: str | None) -> str | None:
-    """The hash of a template's definition in prompt_templates.py; None for LLaMA-Factory's own templates."""
-    for node in ast.walk(ast.parse(Path(prompt_templates.__file__).read_text(encoding="utf-8"))):
-        if isinstance(node, ast.Call) and getattr(node.func, "id", "") == "register_template":
-            arguments = {keyword.arg: keyword.value for keyword in node.keywords}
-            if getattr(arguments.get("name"), "value", None) == name and name is not None:
-                return files.sha256_of_value(ast.dump(node))
-    return None
 
 
 def pretrain_of(checkpoint: Path | None) -> dict | None:

@@ -37,7 +37,7 @@ def model_faults(recipe: Recipe) -> Iterator[Fault]:
             way_out = f"{recipe.short} is models/{wanted}" if wanted else f"models/{folder.name} is {short}"
             yield "model_name_or_path", f"is models/{folder.name}, but the file's name says {recipe.short}; {way_out}"
     template = recipe.config.get("template")
-    known = vocabulary.stock_templates() | vocabulary.our_templates()
+    known = vocabulary.known_templates()
     if template is not None and template not in known:
         near = ", ".join(difflib.get_close_matches(str(template), known, 3)) or "see LLaMA-Factory's data/template.py"
         yield "template", f"{template!r} is neither LLaMA-Factory's nor in utils/prompt_templates.py; near: {near}"

@@ -96,7 +96,7 @@ def choose_dataset(typed: str) -> str:
 
 def choose_template(short: str, typed: str | None) -> str:
     """The template that a user means. Raises UserError with those of similar names when none is given or known."""
-    known = sorted(vocabulary.stock_templates() | vocabulary.our_templates())
+    known = sorted(vocabulary.known_templates())
     if typed in known:
         return typed
     loose = [name for name in known if paths.loose(name) == paths.loose(typed or "")]

@@ -13,8 +13,8 @@ from pathlib import Path
 from paragen.common import paths
 from paragen.common.cli import UserError
 from paragen.dataset import dataset_info, sources
+from paragen.recipes import templates
 
-OUR_TEMPLATES = paths.UTILS / "prompt_templates.py"
 ARGUMENT_FILES = (
     ("llamafactory", "hparams/model_args.py"),
     ("llamafactory", "hparams/data_args.py"),
@@ -72,8 +72,19 @@ def stock_templates() -> frozenset[str]:
 
 @cache
 def our_templates() -> frozenset[str]:
-    """The names of the prompt templates that this repository adds, in utils/prompt_templates.py."""
-    return frozenset(_registered(OUR_TEMPLATES))
+    """The names of the prompt templates that this repository adds, in utils/prompt_templates.py.
+
+    Raises UserError where that file cannot be run, or names a template as LLaMA-Factory does.
+    """
+    ours = frozenset(templates.recorded())
+    if taken := sorted(ours & stock_templates()):
+        raise UserError(f"{templates.FILE}: template {taken[0]!r} is one of LLaMA-Factory's; give yours another name")
+    return ours
+
+
+def known_templates() -> frozenset[str]:
+    """The names of all prompt templates that a recipe may name: LLaMA-Factory's and ours."""
+    return stock_templates() | our_templates()
 
 
 def _registered(path: Path) -> set[str]:
