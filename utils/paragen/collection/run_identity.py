@@ -68,7 +68,7 @@ def identity_of(run: Run) -> dict[str, Any]:
         "data": [_data_of(name.strip(), run) for name in config["dataset"].split(",")],
         "base_model": base_models.identity_of(base),
         "tokenizer": {"sha256": model_files.hash_of(base, model_files.tokenizer_files(base))},
-        "pretrain": pretrain_of(run.resumed),
+        "pretrain": pretrain_of(run.resumed) or _named_pretrain(run.resumed),
     }
 
 
@@ -93,6 +93,14 @@ def pretrain_of(checkpoint: Path | None) -> dict | None:
     sha256 = files.sha256_of_value({path.name: files.sha256_of(path) for path in resumed})
     _check_against_manifest(checkpoint, sha256)
     return {"run": checkpoint.parent.name, "step": step_of(checkpoint), "sha256": sha256}
+
+
+def _named_pretrain(checkpoint: Path | None) -> dict | None:
+    """Run and step of a checkpoint that is gone, from its path."""
+    if checkpoint is None:
+        return None
+    named = paths.CHECKPOINT.fullmatch(checkpoint.name)
+    return {"run": checkpoint.parent.name, "step": int(named[1]) if named else None, "sha256": None}
 
 
 def is_resumed(name: str) -> bool:
@@ -121,12 +129,24 @@ def changes(old: dict, new: dict) -> list[str]:
     for section, what in (("base_model", "the base model"), ("tokenizer", "the tokenizer")):
         if old[section] is not None and old[section].get("sha256") not in (None, new[section]["sha256"]):
             found.append(f"{what}'s files")
-    if old["pretrain"] is not None and new["pretrain"] is not None and old["pretrain"].get("sha256") is not None:
-        if old["pretrain"]["step"] != new["pretrain"]["step"]:
-            found.append(f"the resumed step ({old['pretrain']['step']} -> {new['pretrain']['step']})")
-        elif old["pretrain"]["sha256"] != new["pretrain"]["sha256"]:
-            found.append(f"the pretrain checkpoint {new['pretrain']['run']}/checkpoint-{new['pretrain']['step']}")
-    return found
+    return found + resumed_changes(old, new)
+
+
+def resumed_changes(old: dict, new: dict) -> list[str]:
+    """The differences between the checkpoints that two runs resume from, as `changes` has them.
+
+    A checkpoint that is gone, as after PRUNE_PRETRAIN=1, is compared by its run and step.
+    """
+    before, after = old["pretrain"], new["pretrain"]
+    if before is None or after is None or before.get("sha256") is None:
+        return []
+    if after["sha256"] is None and before["run"] != after["run"]:
+        return [f"the resumed run ({before['run']} -> {after['run']}, which does not exist)"]
+    if before["step"] != after["step"]:
+        return [f"the resumed step ({before['step']} -> {after['step']})"]
+    if after["sha256"] not in (None, before["sha256"]):
+        return [f"the pretrain checkpoint {after['run']}/checkpoint-{after['step']}"]
+    return []
 
 
 def _data_of(name: str, run: Run) -> dict[str, Any]:

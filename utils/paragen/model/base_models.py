@@ -1,6 +1,7 @@
 """The base models: their short names, their folders under models/, where they come from, and what identifies them."""
 
 import re
+import shlex
 from functools import cache
 from pathlib import Path
 from typing import Any
@@ -95,7 +96,7 @@ def local_folder(folder: Path) -> Path:
     if model_files.needs_decoder(config):
         raise UserError(
             f"{name}/config.json: is_decoder is not true, so this {config['model_type']} would see the tokens that it "
-            f"is to predict; correct it with: make model MODEL={short_name(folder)}"
+            f"is to predict; correct it with: make model MODEL={paths.typed(short_name(folder))}"
         )
     return folder
 
@@ -103,7 +104,7 @@ def local_folder(folder: Path) -> Path:
 def how_to_get(folder: Path) -> str:
     """The command that downloads the model of a folder."""
     hub_id = source_of(folder).get("hub_id")
-    return f"make model MODEL={short_names().get(folder.name) or hub_id or f'<org>/{folder.name}'}"
+    return f"make model MODEL={short_names().get(folder.name) or hub_id or f'<org>/{shlex.quote(folder.name)}'}"
 
 
 def identity_of(folder: Path) -> dict[str, str | None]:

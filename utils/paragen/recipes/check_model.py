@@ -41,9 +41,16 @@ def model_faults(recipe: Recipe) -> Iterator[Fault]:
     if template is not None and template not in known:
         near = ", ".join(difflib.get_close_matches(str(template), known, 3)) or "see LLaMA-Factory's data/template.py"
         yield "template", f"{template!r} is neither LLaMA-Factory's nor in utils/prompt_templates.py; near: {near}"
-    entry = table.get(by_folder.get(folder.name, "")) if folder else None
-    for text in target_faults(recipe.config.get("lora_target", "all"), folder, entry):
+    meant = meant_folder(recipe)
+    entry = table.get(by_folder.get(meant.name, "")) if meant else None
+    for text in target_faults(recipe.config.get("lora_target", "all"), meant, entry):
         yield "lora_target", text
+
+
+def meant_folder(recipe: Recipe) -> Path | None:
+    """The folder of the model that a recipe is for: the one that its file's name says, else the one that it names."""
+    entry = base_models.table().get(recipe.short)
+    return paths.MODELS / entry["folder"] if entry else recipe.resolved("model_name_or_path")
 
 
 def target_faults(target: Any, folder: Path | None, entry: dict[str, Any] | None) -> Iterator[str]:

@@ -16,6 +16,7 @@ from paragen.common import files, paths
 from paragen.common.cli import UserError, say
 from paragen.recipes import render
 from paragen.recipes.run import Run
+from paragen.training import overrides
 from paragen.training.outcome import AlreadyRunning
 
 FULL_DISK_BYTES = 2**20  # a disk with fewer free bytes counts as full
@@ -43,8 +44,9 @@ def begin(run: Run, snapshot: Snapshot) -> Iterator[Attempt | None]:
 
     While the body runs, the run is locked and the rendered recipe lies beside the recipe. Afterwards the staging folder
     is removed where it was not published. Raises AlreadyRunning when another process trains the run, UserError when its
-    run folder is stale or holds something else, or when its pretrain is missing.
+    run folder is stale or holds something else, when its pretrain is missing, or when an override has no effect.
     """
+    overrides.check(run)
     with contextlib.ExitStack() as stack:
         try:
             stack.enter_context(files.lock(files.beside(run.folder, "lock")))
@@ -86,6 +88,8 @@ def is_complete(run: Run, identity: dict[str, Any]) -> bool:
         )
     if state.manifest is not None and forced:
         return False
+    if state.manifest is not None and run_identity.resumed_changes(state.manifest.identity, identity):
+        check_pretrain(run)
     if state.name == "stale":
         changed = "; ".join(state.changed)
         raise UserError(f"{name} is stale, changed since: {changed}; FORCE=1 redoes it, keeping the old one until then")
