@@ -223,7 +223,7 @@ FAULTS = [
 def test_a_planted_fault_is_named_with_file_line_and_key(clone, name, old, new, key, said):
     recipe = pair_in(clone, name)
     edit(recipe, old, new)
-    messages, _ = check.check([recipe, recipe_file.other_half(recipe)])
+    messages = check.check([recipe, recipe_file.other_half(recipe)]).messages
     told = [message for message in messages if f": {key}" in message and said in message]
     assert told, messages
     file, _, number = told[0].split(": ")[0].partition(":")  # FILE:LINE: KEY: ...

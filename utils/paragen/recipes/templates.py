@@ -77,7 +77,8 @@ def recorded() -> dict[str, Call]:
         _recorded.clear()
         if isinstance(error, UserError):
             raise
-        raise UserError(f"{FILE}{_line_of(error)}: {type(error).__name__}: {error}; correct it") from None
+        text = error.msg if isinstance(error, SyntaxError) else str(error)
+        raise UserError(f"{FILE}{_line_of(error)}: {type(error).__name__}: {text}; correct it") from None
     return dict(_recorded)
 
 
