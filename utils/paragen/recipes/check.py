@@ -98,13 +98,13 @@ def dataset_faults(recipe: Recipe) -> Iterator[Fault]:
         yield "dataset_dir", f"is {recipe.config.get('dataset_dir')!r}; the datasets are in data/: ../../../data"
     if not isinstance(dataset, str) or not dataset:
         return
+    if dataset in vocabulary.test_splits():
+        yield "dataset", f"{dataset!r} {vocabulary.TEST_SPLIT}"
+        return
     registered = dataset_info.read_info().get(dataset)
     if registered is None and dataset not in vocabulary.listed():
         way_out = f"make register FILE=data/<category>/{shlex.quote(f'{dataset}.json')}"
         yield "dataset", f"{dataset!r} is neither registered nor listed in data/sources.yaml; {way_out}"
-        return
-    if dataset in vocabulary.test_splits():
-        yield "dataset", f"{dataset!r} {vocabulary.TEST_SPLIT}"
         return
     if dataset not in vocabulary.trainable():
         yield "dataset", f"{dataset!r} holds prompts only and cannot be trained on"

@@ -92,7 +92,8 @@ def choose_dataset(typed: str) -> str:
     if not any(paths.loose(name) == paths.loose(typed) for name in known):
         file = shlex.quote(f"{typed}.json")
         way_out = f"register it: make register FILE=data/<category>/{file}"
-        raise UserError(f"dataset {typed!r} is not known; {way_out}; known: {', '.join(known)}")
+        near = paths.nearest(typed, known)
+        raise UserError(f"dataset {typed!r} is not known{near}; {way_out}; known: {', '.join(known)}")
     name = paths.choose(typed, known, "dataset")
     if not names.is_dataset_name(name):
         raise UserError(

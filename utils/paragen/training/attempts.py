@@ -3,6 +3,7 @@
 import contextlib
 import os
 import secrets
+import shlex
 import shutil
 from collections.abc import Iterator
 from dataclasses import dataclass
@@ -108,8 +109,12 @@ def check_pretrain(run: Run) -> None:
     if run.resumed is None:
         return
     pretrain = run.recipe.with_name(run.recipe.name.replace("_finetune", "_pretrain"))
-    script = paths.relative(paths.ROOT / "utils" / "train_with_rank.sh")
-    named = paths.relative(pretrain) if pretrain.is_file() and pretrain != run.recipe else "<the pretrain recipe>"
+    script = shlex.quote(paths.relative(paths.UTILS / "train_with_rank.sh"))
+    named = (
+        shlex.quote(paths.relative(pretrain))
+        if pretrain.is_file() and pretrain != run.recipe
+        else "<the pretrain recipe>"
+    )
     ranked = paths.rank_in(run.config["resume_from_checkpoint"])
     seed = f" seed={ranked[1]}" if ranked and ranked[1] is not None else ""
     run_identity.check_resumable(run.resumed, run.rank, f"bash {script} {named} {run.rank}{seed}")
