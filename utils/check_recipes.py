@@ -8,6 +8,7 @@ file, line and key on stderr for each fault; the status is 1 when there is one. 
 first row of the dataset is rendered with the recipe's template; of the recipes that were named it is also printed.
 """
 
+import shlex
 from pathlib import Path
 
 from paragen.common import cli, paths, settings
@@ -31,8 +32,8 @@ def main() -> None:
     if chosen:
         show_rows(report)
     if report.missing:
-        ways = ", ".join(f"make model MODEL={paths.typed(name)}" for name in report.missing)
-        say(f"no row rendered for models that are not in models/: {ways}")
+        models = shlex.quote(" ".join("".join(name.split()) for name in report.missing))
+        say(f"no row was rendered with models that are not in models/: make model MODEL={models}")
     if report.messages:
         raise UserError(f"faults: {len(report.messages)}, in {report.faulty} of {len(recipes)} recipes")
     say(f"{len(recipes)} recipes, no faults")
