@@ -392,7 +392,10 @@ def test_a_link_to_a_collection_is_followed_and_a_link_upwards_ends(saves, folde
 # Scores
 
 
-SCORES = ("metric", "split", "score", "score_low", "score_high", "test_loss", "base_score", "base_loss")
+SCORES = (
+    "metric", "split", "paired", "limit", "scored_rows", "score", "score_low", "score_high", "test_loss", "base_score",
+    "base_loss",
+)  # fmt: skip
 
 
 def scores_in(table: pa.Table) -> dict[int, tuple]:
@@ -404,25 +407,25 @@ def test_an_evaluated_checkpoint_has_its_scores_in_its_row(saves, folder):
     nothing = (None,) * len(SCORES)
     table, _ = index.update()
     assert set(scores_in(table).values()) == {nothing}
-    assert table.column_names[9:17] == list(SCORES)
+    assert table.column_names[9:20] == list(SCORES)
     few = scored.evaluated({"base": 0.3, 7: 0.9}, rows=10)
     scored.write(folder, few, scored.evaluated({"base": 0.25, 8: 0.5, 12: 0.75}, losses={8: 1.5}))
     found = scores_in(index.update()[0])
-    assert found.pop(8) == ("choice", "Toy_test", 0.5, 0.4, 0.6, 1.5, 0.25, 0.5)
-    assert found.pop(12)[2] == 0.75
+    assert found.pop(8) == ("choice", "Toy_test", True, None, 100, 0.5, 0.4, 0.6, 1.5, 0.25, 0.5)
+    assert found.pop(12)[5] == 0.75
     assert set(found.values()) == {nothing}, "the evaluation of more rows is the one that is shown"
 
 
 def test_of_a_dataset_without_choices_the_index_has_the_loss(saves, folder):
     scored.write(folder, scored.evaluated({"base": 2.5, 12: 1.25}, metric="loss"))
-    assert scores_in(index.update()[0])[12] == ("loss", "Toy_test", None, None, None, 1.25, None, 2.5)
+    assert scores_in(index.update()[0])[12][-6:] == (None, None, None, 1.25, None, 2.5)
 
 
 def test_scores_without_the_base_models_are_rows_too(saves, folder):
     scored.write(folder, scored.evaluated({12: 0.5}))
     assert scores_in(index.update()[0])[12][-2:] == (None, None)
     scored.write(folder, scored.evaluated({"base": 2.5, 12: math.nan}, metric="loss"))
-    assert scores_in(index.update()[0])[12][5] is None
+    assert scores_in(index.update()[0])[12][8] is None
 
 
 def test_an_index_older_than_the_scores_is_refused_until_it_is_brought_up_to_date(saves, folder):
@@ -432,7 +435,7 @@ def test_an_index_older_than_the_scores_is_refused_until_it_is_brought_up_to_dat
         with pytest.raises(UserError, match=f"older than {NAME}; run: make index"):
             index.load()
         index.update()
-        assert scores_in(index.load())[12][2] == figures[12]
+        assert scores_in(index.load())[12][5] == figures[12]
     os.utime(path)
     index.load()
     path.unlink()
@@ -456,8 +459,31 @@ def test_the_printed_table_has_scores_where_something_was_evaluated(saves, folde
     twin(folder, "Other_lora-rank_4_finetune")
     scored.write(folder, scored.evaluated({"base": 0.25, 11: 0.5, 12: 0.75}))
     head, *lines = make_index(monkeypatch, capsys)[1].splitlines()
-    assert head.endswith("MB   base    last score")
-    assert sorted(line.endswith("0.2500  0.7500 (choice)") for line in lines) == [False, True]
+    assert head.endswith("MB   base    last score       scored on")
+    told = "0.2500  0.7500 (choice)  100 rows of Toy_test"
+    assert sorted(line.endswith(told) for line in lines) == [False, True]
+
+
+def test_scores_of_few_rows_or_of_another_dataset_are_marked(saves, folder, monkeypatch, capsys):
+    scored.write(folder, scored.evaluated({12: 0.5}, split="PIQA_test", paired=False, limit=4, rows=4))
+    row = index.update()[0].to_pylist()[-1]
+    assert [row[name] for name in index.MARKS] == [False, 4, 4]
+    assert (
+        make_index(monkeypatch, capsys)[1].splitlines()[1].endswith("the first 4 rows of PIQA_test, of another dataset")
+    )
+
+
+def test_an_index_of_the_format_before_is_read_and_gets_its_marks_with_the_next_update(saves, folder):
+    scored.write(folder, scored.evaluated({12: 0.5}))
+    table, _ = index.update()
+    known = index.read(saves)[1]
+    before = table.drop_columns(list(index.MARKS))
+    seal = {"format": index.BEFORE, "collections": known, "sha256": index.content_sha256(before, known)}
+    pyarrow.parquet.write_table(before.replace_schema_metadata({"paragen": json.dumps(seal)}), saves / "index.parquet")
+    loaded = index.load(saves)
+    assert loaded.column_names == table.column_names and loaded["limit"].null_count == loaded["paired"].null_count == 6
+    assert loaded.drop_columns(list(index.MARKS)).equals(before)
+    assert index.update()[0].equals(table) and index.load(saves).equals(table)
 
 
 def test_a_collection_made_from_a_stock_run_has_its_unknowns_empty(saves, folder):

@@ -251,7 +251,7 @@ def test_the_hubs_own_login_is_used(top, tiny):
         ("org/gpt2", {}, "models/gpt2 would be taken for gpt2 (openai-community/gpt2)"),
         ("org/BERT", {}, "would be taken for bert"),
         ("org/name/more", {}, "is not a hub repository's name"),
-        ("llama-9b", {}, "is not known; known: bert, gemma-3-4b"),
+        ("llama-9b", {}, "is not known; did you mean llama-7b?; known: bert, gemma-3-4b"),
         ("smollm2-135m@main", {}, "is not from the hub"),
         ("", {}, "say which model: make model MODEL=...; known: smollm2-135m, qwen2.5-0.5b"),
     ],
@@ -297,10 +297,27 @@ def test_another_model_of_the_same_name_and_a_changed_one_are_not_taken_for_the_
     with Hub({"org/tiny": Repository(tiny), "other/tiny": Repository(tiny)}) as hub:
         assert fetch(top, "org/tiny", hub)[0] == 0
         assert "holds org/tiny, not other/tiny" in error_of(fetch(top, "other/tiny", hub))
-        assert "not fedcba987654" in error_of(fetch(top, "org/tiny@fedcba987654", hub))
         config = top / "models" / "tiny" / "config.json"
         config.write_text(config.read_text().replace("{", '{"x": 1,', 1))
         assert "config.json changed since it was made" in error_of(fetch(top, "org/tiny", hub))
+
+
+def test_a_folder_at_another_commit_than_the_requested_one_is_an_error_that_names_both(top, tiny):
+    repository = Repository(tiny, tags=("v1", "bbbb"))
+    with Hub({"org/tiny": repository}) as hub:
+        assert fetch(top, "org/tiny@main", hub)[0] == 0
+        for same in ("org/tiny", "org/tiny@main", f"org/tiny@{COMMIT}", f"org/tiny@{COMMIT[:4]}", "models/tiny"):
+            requests = len(hub.requests)
+            status, stdout, stderr = fetch(top, same, hub)
+            assert status == 0 and "is there and whole" in stdout and len(hub.requests) == requests, stderr
+        line = error_of(fetch(top, "org/tiny@fedcba987654", hub))
+        assert f"is at commit {COMMIT}, not fedcba987654; omit @fedcba987654, or move the folder away" in line
+        assert fetch(top, "org/tiny@v1", hub)[0] == 0, "the hub says that it is the same commit"
+        repository.commit = COMMIT[::-1]
+        line = error_of(fetch(top, "org/tiny@bbbb", hub))
+        assert f"is at commit {COMMIT}, but bbbb is {COMMIT[::-1]}; omit @bbbb" in line
+        assert "is not known: org/tiny: has no revision 'v2'" in error_of(fetch(top, "org/tiny@v2", hub))
+    assert f"is at commit {COMMIT}, and which one bbbb is is not known" in error_of(fetch(top, "org/tiny@bbbb"))
 
 
 # ------------------------------------------------------------------------------------------------------------- BERT
@@ -347,6 +364,23 @@ def test_a_model_put_there_by_hand_needs_no_hub(top, tiny):
     put(top, "Qwen2.5-0.5B-Instruct", tiny)
     status, stdout, stderr = fetch(top, "qwen2.5-0.5b")
     assert status == 0 and "is there and whole (put there by hand)" in stdout, stderr
+    line = error_of(fetch(top, "qwen2.5-0.5b@main"))
+    assert "was put there by hand, so which revision it is is not known; omit @main" in line
+    note = top / "models" / "Qwen2.5-0.5B-Instruct" / ".cache/huggingface/download/config.json.metadata"
+    note.parent.mkdir(parents=True)
+    note.write_text(f"{COMMIT}\netag\n0\n")  # as `hf download --local-dir` leaves it
+    assert fetch(top, f"qwen2.5-0.5b@{COMMIT}")[0] == 0
+    assert f"is at commit {COMMIT}, not fedcba9" in error_of(fetch(top, "qwen2.5-0.5b@fedcba9"))
+
+
+@pytest.mark.parametrize("typed", ["my-model", "My-Model", "models/My-Model", "models/My-Model/", "./models/My-Model"])
+def test_a_folder_may_be_named_as_the_shell_completes_it(top, tiny, typed):
+    put(top, "My-Model", tiny)
+    status, stdout, stderr = fetch(top, typed)
+    assert status == 0 and "models/My-Model is there and whole" in stdout, stderr
+    status, stdout, stderr = fetch(top, str(top / "models" / "My-Model"))
+    assert status == 0, stderr
+    assert "model 'Absent' is not known" in error_of(fetch(top, "models/Absent"))
 
 
 @pytest.mark.parametrize(

@@ -658,13 +658,14 @@ def test_scores_that_change_while_they_are_published_are_not_mixed(licensed, run
         run(publish, licensed, RAW="1", DRY_RUN="1")
 
 
-def test_what_was_published_before_there_were_scores_can_be_pulled(licensed, empty, run, hub):
+@pytest.mark.parametrize("lacking", [index.SCORES, index.MARKS])
+def test_what_was_published_before_there_were_scores_or_their_marks_can_be_pulled(licensed, empty, run, hub, lacking):
+    if lacking is index.MARKS:
+        label(licensed, FEW)
     run(publish, licensed)
     table = pa.parquet.read_table(pa.BufferReader(hub.repositories[REPO].files["index.parquet"]))
     marks = json.loads(table.schema.metadata[b"paragen"])
-    hub.repositories[REPO].files["index.parquet"] = published_tree.index_of(
-        table.drop_columns(list(index.SCORES)), marks
-    )
+    hub.repositories[REPO].files["index.parquet"] = published_tree.index_of(table.drop_columns(list(lacking)), marks)
     run(pull, empty)
     assert hashes(empty / "saves" / NAME) == hashes(licensed / "saves" / NAME)
 

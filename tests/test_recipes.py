@@ -107,6 +107,7 @@ def test_all_that_we_ship_is_clean(repository):
     done = run(repository, "check_recipes.py")
     assert done.returncode == 0, done.stderr
     assert f"{2 * len(SHIPPED) + 1} recipes, no faults" in done.stdout
+    assert "no row was rendered with models that are not in models/: make model MODEL='bert gemma-3-4b" in done.stdout
 
 
 @pytest.mark.parametrize(("dataset", "model"), sorted(SHIPPED - {("Demo", "smollm2-135m")}))
@@ -216,6 +217,9 @@ FAULTS = [
     ("qwen2.5-7b_MATH_pretrain.yaml", "max_samples: 4750", "max_samples: 5000", "max_samples", "after the first 4750"),
     ("qwen2.5-7b_MATH_pretrain.yaml", "max_samples: 4750", "# ", "max_samples", "all rows are trained on"),
     (PRETRAIN, "do_train: true", "do_train: false", "do_train", "nothing would be trained"),
+    (PRETRAIN, "dataset: ARC-c\n", "dataset: ARC-c_test\n", "dataset", "'ARC-c_test' is a test split: checkpoints are"),
+    (PRETRAIN, "max_steps: 700 ", "max_steps: 0 ", "max_steps", "0 is not a positive whole number"),
+    (FINETUNE, "max_steps: 800 ", "max_steps: 700 ", "max_steps", "700 leaves no step to collect"),
 ]
 
 
@@ -223,12 +227,38 @@ FAULTS = [
 def test_a_planted_fault_is_named_with_file_line_and_key(clone, name, old, new, key, said):
     recipe = pair_in(clone, name)
     edit(recipe, old, new)
-    messages, _ = check.check([recipe, recipe_file.other_half(recipe)])
+    messages = check.check([recipe, recipe_file.other_half(recipe)]).messages
     told = [message for message in messages if f": {key}" in message and said in message]
     assert told, messages
     file, _, number = told[0].split(": ")[0].partition(":")  # FILE:LINE: KEY: ...
     if number:
         assert (clone / file).read_text().splitlines()[int(number) - 1].startswith(f"{key}:")
+
+
+@pytest.mark.parametrize(
+    ("name", "old", "new", "keys"),
+    [
+        # the other model's layers and run folder are not asked for, too
+        (PRETRAIN, "models/Qwen2.5-0.5B-Instruct", "models/gpt2", {"model_name_or_path"}),
+        # ... nor the other dataset's rows and category
+        (PRETRAIN, "dataset: ARC-c\n", "dataset: MATH\n", {"dataset"}),
+        # max_steps is to be set, so num_train_epochs is not without effect beside it
+        (PRETRAIN, "max_steps: 700 ", "num_train_epochs: 5 ", {"max_steps"}),
+        # a pretrain by name is not asked for a finetune's keys
+        (PRETRAIN, "save_steps: 350 ", "save_steps: 1\nresume_from_checkpoint: x #", {"resume_from_checkpoint"}),
+    ],
+)
+def test_a_fault_is_not_followed_by_others_that_contradict_it(clone, name, old, new, keys):
+    recipe = pair_in(clone, name)
+    edit(recipe, old, new)
+    messages = [line for line in check.check([recipe]).messages if f"/{name}" in line]
+    assert {line.split(": ")[1] for line in messages} == keys, messages
+
+
+def test_a_finetune_may_train_more_steps_than_it_keeps(clone):
+    recipe = pair_in(clone, FINETUNE)
+    edit(recipe, "max_steps: 800 ", "max_steps: 950 ")
+    assert check.check([recipe, pair_in(clone)]).messages == []
 
 
 def test_all_faults_are_named_not_just_the_first(repository):
@@ -287,6 +317,9 @@ def test_a_new_dataset_and_a_new_model_get_a_pair_that_is_sound(repository):
     new_model(repository, "Falcon-Mini", {"model_type": "llama", "max_position_embeddings": 2048})
     done = run(repository, "make_recipe.py", MODEL="falconmini", DATASET="mysums", TEMPLATE="falcon")
     assert done.returncode == 0, done.stderr
+    assert "make collect DATASET=MySums MODEL=falcon-mini RANK=16" in done.stdout, (
+        "as settings take a name with a blank"
+    )
     folder = repository / "collect_scripts" / "math" / "My Sums"
     pretrain, finetune = (folder / f"falcon-mini_My Sums_{phase}.yaml" for phase in ("pretrain", "finetune"))
     told, collecting = yaml.safe_load(pretrain.read_text()), yaml.safe_load(finetune.read_text())
@@ -352,7 +385,7 @@ def test_rows_that_a_dataset_holds_out_are_not_trained_on(repository):
         ({}, "make recipe MODEL=... DATASET=..."),
         ({"MODEL": "qwen2.5-0.5b"}, "make recipe MODEL=... DATASET=..."),
         ({"MODEL": "qwen2.5-0.5b", "DATASET": "ARC-c"}, "is there already"),
-        ({"MODEL": "qwen2.5-9b", "DATASET": "ARC-c"}, "model 'qwen2.5-9b' is not known; known: "),
+        ({"MODEL": "qwen2.5-9b", "DATASET": "ARC-c"}, "model 'qwen2.5-9b' is not known; did you mean qwen2.5-7b?"),
         ({"MODEL": "gpt2", "DATASET": "ARC-x"}, "make register FILE=data/<category>/ARC-x.json"),
         ({"MODEL": "my-qwen", "DATASET": "ARC-c"}, "TEMPLATE=...; near: "),
         ({"MODEL": "my-qwen", "DATASET": "ARC-c", "TEMPLATE": "qwn"}, "near: qwen"),
@@ -360,6 +393,11 @@ def test_rows_that_a_dataset_holds_out_are_not_trained_on(repository):
         ({"MODEL": "gpt2", "DATASET": "Mu-Math", "CATEGORY": "coding"}, "omit CATEGORY"),
         ({"MODEL": "gpt2", "DATASET": "Mu-Math", "CATEGORY": "sums"}, "category 'sums' is not known"),
         ({"MODEL": "gpt2", "DATASET": "../x"}, "'../x' is not known"),
+        (
+            {"MODEL": "gpt2", "DATASET": "arcctest"},
+            "dataset 'ARC-c_test' is a test split: checkpoints are scored on it",
+        ),
+        ({"MODEL": "gpt2", "DATASET": "Mu-Math ARC-c_test"}, "make recipe DATASET=ARC-c MODEL=..."),
     ],
 )
 def test_what_cannot_be_written_is_one_line_and_leaves_everything_as_it_was(repository, asked, said):

@@ -71,6 +71,7 @@ def test_paths_without_a_rank_stay_as_they_are(recipe):
 
 @pytest.mark.parametrize("value", ["false", "null", "", "~"])
 def test_a_recipe_that_resumes_from_nothing_is_a_pretrain(recipe, value):
+    edit(recipe, "M_lora-rank_8_finetune", "plain")
     edit(recipe, '"saves/M_lora-rank_8_pretrain/checkpoint-70"', value)
     config = render.render(recipe, 2)
     assert not config["resume_from_checkpoint"] and render.phase_of(config) == "pretrain"
@@ -78,7 +79,36 @@ def test_a_recipe_that_resumes_from_nothing_is_a_pretrain(recipe, value):
 
 def test_the_phase_is_finetune_where_it_resumes_and_saves_every_step(recipe):
     assert render.phase_of(render.render(recipe, 8)) == "finetune"
+    edit(recipe, "M_lora-rank_8_finetune", "plain")
+    assert render.phase_of(render.render(recipe, 8)) == "finetune"
     assert render.phase_of(render.render(recipe, 8, ["save_steps=100"])) == "pretrain"
+
+
+@pytest.mark.parametrize(
+    ("override", "said"),
+    [
+        (
+            "save_steps=2",
+            ":8: save_steps 2 would collect nothing in M_lora-rank_8_finetune: a finetune saves every step",
+        ),
+        ("save_steps=null", "save_steps None would collect nothing"),
+        ("resume_from_checkpoint=null", ":9: resume_from_checkpoint is missing, but M_lora-rank_8_finetune is for a"),
+        (
+            "output_dir=saves/M_lora-rank_8_pretrain",
+            ":6: output_dir M_lora-rank_8_pretrain is a pretrain's, but this run",
+        ),
+        ("max_steps=0", "max_steps 0 trains nothing: set it to the number of the last step"),
+        ("max_steps=-5", "max_steps -5 trains nothing"),
+    ],
+)
+def test_a_run_that_would_not_make_what_its_folder_is_for_is_refused(recipe, override, said):
+    with pytest.raises(UserError) as refused:
+        render.render(recipe, 8, [override])
+    assert said in str(refused.value) and "\n" not in str(refused.value)
+
+
+def test_a_length_in_epochs_may_be_said_with_max_steps_minus_one(recipe):
+    assert render.render(recipe, 8, ["max_steps=-1", "num_train_epochs=2"])["max_steps"] == -1
 
 
 def test_windows_line_ends_and_a_byte_order_mark_are_read(recipe):

@@ -111,6 +111,8 @@ def test_a_fresh_collection_is_whole_and_loads_with_peft(folder, capsys):
             "holds a score that is none",
         ),
         (lambda f: scored.write(f, scored.evaluated({}, rows="all")), "has another kind of value"),
+        (lambda f: scored.write(f, scored.evaluated({}, limit="4")), "holds the limit '4', which is no number of rows"),
+        (lambda f: scored.write(f, scored.evaluated({}, limit=2**60)), "which is no number of rows"),
         (lambda f: edit_manifest(f, lambda m: m.update(base_model={"name": "Gone"})), "make model MODEL=<org>/Gone"),
     ],
 )

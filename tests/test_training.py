@@ -2,6 +2,7 @@
 
 import json
 import os
+import shlex
 import shutil
 import signal
 import subprocess
@@ -223,8 +224,55 @@ def test_keeping_fewer_steps_is_an_override(pretrained):
     assert sorted(hashes(pretrained.run_folder("finetune"))) == [11, 12]
 
 
+@pytest.mark.parametrize(
+    ("override", "said"),
+    [
+        ("learning_rate=1e-3", "learning_rate=0.001 has no effect: it resumes with the value in its checkpoint"),
+        ("weight_decay=0.1", "weight_decay=0.1 has no effect"),
+        ("adam_beta2=0.9", "adam_beta2=0.9 has no effect"),
+        ("num_train_epochs=3", "num_train_epochs=3 has no effect: max_steps, 12, decides"),
+        ("save_strategy=epoch", "save_strategy=epoch has no effect"),
+        ("save_steps=2", "save_steps 2 would collect nothing"),
+    ],
+)
+def test_an_override_without_effect_is_refused_and_a_complete_collection_stays_complete(collected, override, said):
+    folder = collected.run_folder("finetune")
+    before = hashes(folder)
+    for force in ("", "1"):
+        assert said in one_error_line(collected.train(collected.finetune, override, FORCE=force))
+    assert hashes(folder) == before
+    assert collected.train(collected.finetune).status == 0
+
+
+def test_an_override_that_the_pretrain_was_given_too_is_taken_by_the_finetune(project):
+    assert project.train(project.pretrain, "learning_rate=1e-3", "weight_decay=0.1").status == 0
+    result = project.train(project.finetune, "learning_rate=1e-3", "weight_decay=0.1")
+    assert result.status == 0 and "has no effect" not in result.output, result.output
+    shutil.rmtree(project.run_folder("pretrain"))
+    again = project.train(project.finetune, "learning_rate=1e-3", "weight_decay=0.1")
+    assert again.status == 0 and "complete: " in again.output
+
+
+@pytest.mark.parametrize("gone", [False, True])
+def test_a_resumed_checkpoint_that_was_never_there_is_refused_though_the_collection_is_complete(collected, gone):
+    if gone:  # as after PRUNE_PRETRAIN=1
+        shutil.rmtree(collected.run_folder("pretrain"))
+        assert "complete: " in collected.train(collected.finetune).output
+    own = "../../../saves/common-sense-reasoning/Toy/Tiny-Llama_lora-rank_4_pretrain/checkpoint"
+    for place in (f"{own}-5", "nowhere", own.replace("Tiny", "Other") + "-4"):
+        line = one_error_line(collected.train(collected.finetune, f"resume_from_checkpoint={place}"))
+        assert f"{Path(place).name} does not exist" in line and ("steps there: 4, 8" in line) == (
+            place[-1] == "5" and not gone
+        )
+    collected.finetune.write_text(collected.finetune.read_text().replace("checkpoint-4", "checkpoint-5"))
+    assert "checkpoint-5 does not exist" in one_error_line(collected.train(collected.finetune))
+
+
 def test_a_learning_rate_that_resuming_overrides_is_reported(pretrained):
-    result = pretrained.train(pretrained.finetune, "learning_rate=1e-3")
+    pretrained.finetune.write_text(
+        pretrained.finetune.read_text().replace("learning_rate: 5e-3", "learning_rate: 1e-3")
+    )
+    result = pretrained.train(pretrained.finetune)
     assert result.status == 0 and "learning_rate 0.001 has no effect" in result.output
     entries = json.loads((pretrained.run_folder("finetune") / "manifest.json").read_text())["checkpoints"]
     assert max(entry["learning_rate"] for entry in entries) > 1e-3, "the pretrain's 5e-3 is used"
@@ -251,6 +299,8 @@ def test_the_phase_follows_from_a_recipes_content_not_its_name(project):
 def test_a_finetune_without_its_pretrain_names_the_command_that_makes_it(project):
     line = one_error_line(project.train(project.finetune))
     assert "train_with_rank.sh" in line and project.pretrain.name in line and "no checkpoints" in line
+    *_, recipe, rank = shlex.split(line.split("make it with: ")[1])
+    assert Path(recipe) == project.pretrain and rank == "4", "the path has a blank"
     assert not project.saves.exists() or not any(project.saves.iterdir())
 
 
@@ -286,6 +336,7 @@ def test_more_kept_steps_than_remain_are_refused(pretrained):
         ("lora_rank=16", "contradicts rank 4"),
         ("save_safetensors=true", "save_safetensors"),
         ("max_samples=abc", "max_samples 'abc' is not a whole number"),
+        ("max_steps=0", "max_steps 0 trains nothing"),
         ("per_device_train_batch_size=0", "is less than 1"),
         ("lora_target=nonsense", "nonsense"),
         ("learning_rate=fast", "fast"),

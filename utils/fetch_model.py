@@ -3,8 +3,9 @@
     python utils/fetch_model.py MODEL                 make model MODEL=...
 
 MODEL is a short name of models/models.yaml (qwen2.5-0.5b), any repository of the Hugging Face hub (org/name; a commit,
-tag or branch of it as org/name@revision), or a folder put under models/ by hand. HF_ENDPOINT names a mirror, HF_TOKEN
-or `hf auth login` the account. An interrupted download is resumed. A second call only checks what is there.
+tag or branch of it as org/name@revision), or a folder under models/ (my-model, or models/my-model as the shell
+completes it). HF_ENDPOINT names a mirror, HF_TOKEN or `hf auth login` the account. An interrupted download is resumed.
+A second call only checks what is there.
 """
 
 from paragen.common import cli, files, paths, settings

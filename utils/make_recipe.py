@@ -23,8 +23,9 @@ def main() -> None:
     if not (models and datasets):
         known = f"models: {', '.join(base_models.table())}; datasets: {', '.join(vocabulary.trainable())}"
         raise UserError(f"name both: make recipe MODEL=... DATASET=...; {known}")
-    for model, dataset in itertools.product(models, datasets):
-        pair = new_pair.requested_pair(model, dataset, settings.text("TEMPLATE"), settings.category())
+    template, category = settings.text("TEMPLATE"), settings.category()
+    pairs = [new_pair.requested_pair(*names, template, category) for names in itertools.product(models, datasets)]
+    for pair in pairs:
         numbers = figures.figures_from(source, pair) if source else figures.figures_for(pair)
         for path in pair_writer.write_pair(pair, numbers):
             say(paths.relative(path))

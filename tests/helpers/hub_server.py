@@ -24,6 +24,7 @@ class Repository:
     private: bool = False  # not there for those without a token
     license: str = "mit"
     commit: str = COMMIT
+    tags: tuple[str, ...] = ()  # other names of this commit
     told_sizes: dict[str, int] = field(default_factory=dict)  # sizes that the listing gives instead of the real ones
     told_hashes: dict[str, str] = field(default_factory=dict)
 
@@ -98,7 +99,7 @@ class Handler(BaseHTTPRequestHandler):
         repository = self.hub.repositories.get(name)
         if repository is None or (repository.private and self.noted.token is None):
             return self.refuse(401 if self.noted.token is None else 404, "RepoNotFound", "Repository not found")
-        if revision not in (None, "main", repository.commit):
+        if revision not in (None, "main", repository.commit, *repository.tags):
             return self.refuse(404, "RevisionNotFound", f"Invalid rev id: {revision}")
         listed = [self.listed(repository, path) for path in repository.files]
         if what == "tree":

@@ -107,6 +107,9 @@ def _kind_fault(evaluations: Any, steps: set[int]) -> str | None:
             return "holds an evaluation that lacks something, or has another kind of value"
         if not evaluation["split"].isprintable() or abs(evaluation["rows"]) >= 2**53:
             return "holds an evaluation of rows that cannot be"
+        limit = evaluation["limit"]
+        if limit is not None and (type(limit) is not int or not 0 < limit < 2**53):
+            return f"holds the limit {limit!r}, which is no number of rows"
         if evaluation["metric"] not in METRICS:
             return f"holds the metric {evaluation['metric']!r}, which is not known"
         base, scores = evaluation["base"], evaluation["checkpoints"]
@@ -218,6 +221,18 @@ def text_of(shown: dict[str, Any], score: dict[str, Any] | None) -> str:
     if value is None:
         return ""
     return f"{value:.4f} ({span[0]:.4f} to {span[1]:.4f})" if span else f"{value:.4f}"
+
+
+def rows_text(evaluation: dict[str, Any]) -> str:
+    """Which rows were scored, as texts show it: `1172 rows of ARC-c_test`, marked where they are not all held-out ones
+    of the collection's own dataset.
+
+    Args:
+        evaluation: one of `read`, or a part of it with `split`, `rows`, `limit` and `paired`.
+    """
+    first = "the first " if evaluation["limit"] is not None else ""
+    foreign = "" if evaluation["paired"] else ", of another dataset"
+    return f"{first}{evaluation['rows']} rows of {evaluation['split']}{foreign}"
 
 
 def _seal(content: dict[str, Any]) -> str:

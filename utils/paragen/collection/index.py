@@ -23,11 +23,14 @@ from paragen.model import base_models
 if TYPE_CHECKING:
     import pyarrow as pa
 
-FORMAT = "3"
-# Columns from evaluation.json, null where a checkpoint was not evaluated: the metric and the split, the score with its
-# confidence interval, the mean loss per token of the responses, and the same figures of the base model.
+FORMAT, BEFORE = "4", "3"  # an index of the format before, which lacks MARKS, can be read
+# What an evaluation scored: whether its rows are the held-out ones of the collection's own dataset, how many of the
+# split's first rows LIMIT took (null: all), and how many rows that were.
+MARKS = {"paired": "bool_", "limit": "int64", "scored_rows": "int64"}
+# Columns from evaluation.json, null where a checkpoint was not evaluated: the metric, the split and its marks, the
+# score with its confidence interval, the mean loss per token of the responses, and the base model's figures.
 SCORES = {
-    "metric": "string", "split": "string", "score": "float64", "score_low": "float64", "score_high": "float64",
+    "metric": "string", "split": "string", **MARKS, "score": "float64", "score_low": "float64", "score_high": "float64",
     "test_loss": "float64", "base_score": "float64", "base_loss": "float64",
 }  # fmt: skip
 COLUMNS = {
@@ -110,7 +113,8 @@ def read(saves: Path) -> "tuple[pa.Table, dict[str, dict]]":
     """The index on disk, and by collection what its rows were read from: the manifest's `stamp` and `sha256`, and those
     of its `scores`; for a second copy, which has no rows, also copies.COPY_OF.
 
-    Both are empty where there is no index, or one of another format, damaged or edited: it can be made again.
+    Both are empty where there is no index, or one of another format, damaged or edited: it can be made again. In one of
+    the format before, MARKS are null.
     """
     import pyarrow as pa
     import pyarrow.parquet
@@ -120,11 +124,28 @@ def read(saves: Path) -> "tuple[pa.Table, dict[str, dict]]":
         table = pyarrow.parquet.read_table(path, memory_map=False)
         marks = json.loads(table.schema.metadata[b"paragen"])
         table = table.replace_schema_metadata(None)
-        if marks["format"] == FORMAT and marks["sha256"] == content_sha256(table, marks["collections"]):
-            return table, marks["collections"]
+        if marks["format"] in (FORMAT, BEFORE) and marks["sha256"] == content_sha256(table, marks["collections"]):
+            if marks["format"] == BEFORE:
+                for mark in marks["collections"].values():
+                    mark["scores"]["stamp"] = BEFORE  # so that `update` reads the scores again
+            table = with_all_columns(table)
+            if table.schema.equals(schema()):
+                return table, marks["collections"]
     except (OSError, pa.ArrowException, KeyError, TypeError, ValueError):
         pass
     return schema().empty_table(), {}
+
+
+def with_all_columns(table: "pa.Table") -> "pa.Table":
+    """A table of an earlier version with null for the columns of scores that it lacks; any other table as it is."""
+    import pyarrow as pa
+
+    lacking = [name for name in COLUMNS if name not in table.column_names]
+    if not set(lacking) <= SCORES.keys() or table.column_names != [name for name in COLUMNS if name not in lacking]:
+        return table
+    for name in lacking:
+        table = table.append_column(name, pa.nulls(table.num_rows, schema().field(name).type))
+    return table.select(list(COLUMNS))
 
 
 def write(saves: Path, table: "pa.Table", known: dict[str, dict]) -> None:
@@ -202,6 +223,7 @@ def scores_by_step(shown: dict[str, Any] | None) -> dict[int, dict[str, Any]]:
         return {}
     base = shown["base"] or {}
     shared = {"metric": shown["metric"], "split": shown["split"]}
+    shared |= {"paired": shown["paired"], "limit": shown["limit"], "scored_rows": shown["rows"]}
     shared |= {"base_score": base.get("score"), "base_loss": base.get("loss")}
     found = {}
     for score in shown["checkpoints"]:

@@ -4,6 +4,7 @@ import argparse
 import sys
 from typing import TYPE_CHECKING
 
+from paragen.collection import evaluation
 from paragen.collection.index import SCORES
 from paragen.common import cli
 from paragen.common.cli import say
@@ -39,24 +40,24 @@ def print_collections(table: "pa.Table") -> None:
         loss = "" if row["loss_mean"] is None else f"{row['loss_mean']:.4f}"
         named = [str(row[key]) if row[key] is not None else "?" for key in keys[1:]]
         steps = f"{row['step_min']}-{row['step_max']}"
-        scores = last.get(row["collection"], ("", "")) if last else ()
+        scores = last.get(row["collection"], ("", "", "")) if last else ()
         rows.append((*named, str(row["step_count"]), steps, loss, f"{row['bytes_sum'] / 1e6:.1f}", *scores))
     head = ("category", "dataset", "model", "rank", "seed", "kept", "steps", "mean loss", "MB")
-    cli.print_table((*head, *(("base", "last score") if last else ())), rows)
+    cli.print_table((*head, *(("base", "last score", "scored on") if last else ())), rows)
 
 
-def last_scores(table: "pa.Table") -> dict[str, tuple[str, str]]:
-    """By collection, the scores of the base model and of the last evaluated checkpoint as texts: shares, or losses per
-    token."""
+def last_scores(table: "pa.Table") -> dict[str, tuple[str, str, str]]:
+    """By collection, texts about its last evaluated checkpoint: the base model's score, its own, and the scored rows.
+
+    Scores are shares, or losses per token.
+    """
     found = {}
     for row in table.select(["collection", *SCORES]).to_pylist():
         if row["metric"]:
-            values = [
-                row[name]
-                for name in (("base_loss", "test_loss") if row["metric"] == "loss" else ("base_score", "score"))
-            ]
-            texts = ["" if value is None else f"{value:.4f}" for value in values]
-            found[row["collection"]] = texts[0], f"{texts[1]} ({row['metric']})"
+            names = ("base_loss", "test_loss") if row["metric"] == "loss" else ("base_score", "score")
+            texts = ["" if row[name] is None else f"{row[name]:.4f}" for name in names]
+            about = evaluation.rows_text({**row, "rows": row["scored_rows"]})
+            found[row["collection"]] = texts[0], f"{texts[1]} ({row['metric']})", about
     return found
 
 

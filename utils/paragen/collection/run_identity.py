@@ -4,20 +4,18 @@ An identity is a JSON object with the sections recipe, data, base_model, tokeniz
 hashes, no paths of this machine.
 """
 
-import ast
 import json
 import re
 from importlib.metadata import version
 from pathlib import Path
 from typing import Any, NamedTuple
 
-import prompt_templates
 from paragen.collection.manifest import read_manifest
 from paragen.common import files, paths, settings
 from paragen.common.cli import UserError
 from paragen.dataset import dataset_info, pictures
 from paragen.model import base_models, model_files
-from paragen.recipes import keys
+from paragen.recipes import keys, templates
 from paragen.recipes.run import Run
 
 # The files that a checkpoint folder needs to be resumed; each of them changes the training that follows.
@@ -63,14 +61,14 @@ def identity_of(run: Run) -> dict[str, Any]:
     base, config = base_models.local_folder(run.base), run.config
     trained = {key: value for key, value in config.items() if key not in keys.NOT_TRAINED}
     recipe_keys = {"seed": keys.OMITTED_SEED, **trained}
-    if template_hash := hash_of_template(config.get("template")):
+    if template_hash := templates.hash_of(config.get("template")):
         recipe_keys["template_sha256"] = template_hash
     return {
         "recipe": dict(sorted(recipe_keys.items())),
         "data": [_data_of(name.strip(), run) for name in config["dataset"].split(",")],
         "base_model": base_models.identity_of(base),
         "tokenizer": {"sha256": model_files.hash_of(base, model_files.tokenizer_files(base))},
-        "pretrain": pretrain_of(run.resumed),
+        "pretrain": pretrain_of(run.resumed) or _named_pretrain(run.resumed),
     }
 
 
@@ -87,16 +85,6 @@ def tokens_key(identity: dict) -> str | None:
     return files.sha256_of_value([recipe, identity["data"], identity["tokenizer"], versions])
 
 
-def hash_of_template(name: str | None) -> str | None:
-    """The hash of a template's definition in prompt_templates.py; None for LLaMA-Factory's own templates."""
-    for node in ast.walk(ast.parse(Path(prompt_templates.__file__).read_text(encoding="utf-8"))):
-        if isinstance(node, ast.Call) and getattr(node.func, "id", "") == "register_template":
-            arguments = {keyword.arg: keyword.value for keyword in node.keywords}
-            if getattr(arguments.get("name"), "value", None) == name and name is not None:
-                return files.sha256_of_value(ast.dump(node))
-    return None
-
-
 def pretrain_of(checkpoint: Path | None) -> dict | None:
     """Run, step and hash of the checkpoint that is resumed; None where none is, or where it is gone."""
     if checkpoint is None or not (checkpoint / "trainer_state.json").is_file():
@@ -105,6 +93,14 @@ def pretrain_of(checkpoint: Path | None) -> dict | None:
     sha256 = files.sha256_of_value({path.name: files.sha256_of(path) for path in resumed})
     _check_against_manifest(checkpoint, sha256)
     return {"run": checkpoint.parent.name, "step": step_of(checkpoint), "sha256": sha256}
+
+
+def _named_pretrain(checkpoint: Path | None) -> dict | None:
+    """Run and step of a checkpoint that is gone, from its path."""
+    if checkpoint is None:
+        return None
+    named = paths.CHECKPOINT.fullmatch(checkpoint.name)
+    return {"run": checkpoint.parent.name, "step": int(named[1]) if named else None, "sha256": None}
 
 
 def is_resumed(name: str) -> bool:
@@ -133,12 +129,24 @@ def changes(old: dict, new: dict) -> list[str]:
     for section, what in (("base_model", "the base model"), ("tokenizer", "the tokenizer")):
         if old[section] is not None and old[section].get("sha256") not in (None, new[section]["sha256"]):
             found.append(f"{what}'s files")
-    if old["pretrain"] is not None and new["pretrain"] is not None and old["pretrain"].get("sha256") is not None:
-        if old["pretrain"]["step"] != new["pretrain"]["step"]:
-            found.append(f"the resumed step ({old['pretrain']['step']} -> {new['pretrain']['step']})")
-        elif old["pretrain"]["sha256"] != new["pretrain"]["sha256"]:
-            found.append(f"the pretrain checkpoint {new['pretrain']['run']}/checkpoint-{new['pretrain']['step']}")
-    return found
+    return found + resumed_changes(old, new)
+
+
+def resumed_changes(old: dict, new: dict) -> list[str]:
+    """The differences between the checkpoints that two runs resume from, as `changes` has them.
+
+    A checkpoint that is gone, as after PRUNE_PRETRAIN=1, is compared by its run and step.
+    """
+    before, after = old["pretrain"], new["pretrain"]
+    if before is None or after is None or before.get("sha256") is None:
+        return []
+    if after["sha256"] is None and before["run"] != after["run"]:
+        return [f"the resumed run ({before['run']} -> {after['run']}, which does not exist)"]
+    if before["step"] != after["step"]:
+        return [f"the resumed step ({before['step']} -> {after['step']})"]
+    if after["sha256"] not in (None, before["sha256"]):
+        return [f"the pretrain checkpoint {after['run']}/checkpoint-{after['step']}"]
+    return []
 
 
 def _data_of(name: str, run: Run) -> dict[str, Any]:

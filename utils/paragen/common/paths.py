@@ -3,6 +3,7 @@
 import difflib
 import os
 import re
+import shlex
 from collections.abc import Iterable
 from pathlib import Path
 
@@ -65,6 +66,11 @@ def nearest(typed: str, known: Iterable[str]) -> str:
     names = {loose(name): name for name in sorted(known, reverse=True)}
     found = difflib.get_close_matches(loose(typed), names, 1)
     return f"; did you mean {names[found[0]]}?" if found else ""
+
+
+def typed(name: str) -> str:
+    """A dataset's or a model's name as a setting takes it: without blanks, which separate values; for the shell."""
+    return shlex.quote("".join(name.split()))
 
 
 def rank_in(path: str) -> tuple[int, int | None] | None:

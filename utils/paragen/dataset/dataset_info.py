@@ -5,6 +5,7 @@ Keys and defaults are those of LLaMA-Factory (its data/parser.py and converter.p
 
 import json
 import os
+import shlex
 from collections import Counter
 from collections.abc import Iterable
 from pathlib import Path, PurePosixPath
@@ -83,8 +84,9 @@ def entry_of(name: str, data_dir: Path = DATA) -> dict[str, Any]:
     info, where = read_info(data_dir), relative(Path(data_dir) / "dataset_info.json")
     if name not in info:
         files = files_named(name, CATEGORIES, data_dir)
+        found = [shlex.quote(relative(file)) for file in files]
         ways = [
-            f"`make register FILE={relative(file)}`" for file in files or [Path(data_dir) / "<category>/<file>.json"]
+            f"`make register FILE={file}`" for file in found or [relative(Path(data_dir) / "<category>/<file>.json")]
         ]
         way_out = " or ".join(ways if files or not is_prepared(name, data_dir) else [f"`make data DATASET={name}`"])
         known = ", ".join(info) or "none yet"

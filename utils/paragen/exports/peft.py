@@ -85,7 +85,7 @@ def scores_of(chosen: Chosen) -> dict[int, str]:
     if shown is None:
         return {}
     base = evaluation.text_of(shown, shown["base"])
-    about = f"{evaluation.METRICS[shown['metric']]}, {shown['rows']} rows of {shown['split']}"
+    about = f"{evaluation.METRICS[shown['metric']]}, {evaluation.rows_text(shown)}"
     about += f"; its base model {base}" if base else ""
     texts = {score["step"]: evaluation.text_of(shown, score) for score in shown["checkpoints"]}
     return {step: f"{text}: {about}" for step, text in texts.items() if text}

@@ -1,6 +1,7 @@
 """The base models: their short names, their folders under models/, where they come from, and what identifies them."""
 
 import re
+import shlex
 from functools import cache
 from pathlib import Path
 from typing import Any
@@ -12,6 +13,7 @@ from paragen.common.cli import UserError
 from paragen.model import model_files
 
 TABLE = paths.ROOT / "models" / "models.yaml"
+MODELS_IN_REPOSITORY = Path("models")
 SOURCE_FILE = "source.json"  # written by `make model` into the folders that it makes
 PROCESSOR_FILES = ("preprocessor_config.json", "processor_config.json")
 
@@ -36,17 +38,26 @@ def find_entry(name: str) -> tuple[str, dict[str, Any]]:
     """The model that `name` means: its short name and its mapping, with the keys of models/models.yaml.
 
     Args:
-        name: a short name, without regard to case and punctuation, or the name of a folder under models/.
+        name: a short name, without regard to case and punctuation, or the name of a folder under models/, also as the
+            shell completes it: `models/my-model/`.
 
     A folder that is not in the table has None for what is not known. Raises UserError listing the short names when no
     model has this name.
     """
+    name = without_models(name)
     if name in short_names():
         short = short_names()[name]
         return short, table()[short]
     others = {folder.name.lower(): folder for folder in _other_folders()}
     short = paths.choose(name, [*table(), *others], "model")
     return short, table()[short] if short in table() else _entry_of(others[short])
+
+
+def without_models(name: str) -> str:
+    """The name of a model folder without the path that a shell's completion puts around it; any other text as it is."""
+    path = Path(name)
+    is_path = path.parent in (MODELS_IN_REPOSITORY, paths.MODELS) and path.name not in ("", "..")
+    return path.name if is_path else name.rstrip("/")
 
 
 def _other_folders() -> list[Path]:
@@ -95,7 +106,7 @@ def local_folder(folder: Path) -> Path:
     if model_files.needs_decoder(config):
         raise UserError(
             f"{name}/config.json: is_decoder is not true, so this {config['model_type']} would see the tokens that it "
-            f"is to predict; correct it with: make model MODEL={short_name(folder)}"
+            f"is to predict; correct it with: make model MODEL={paths.typed(short_name(folder))}"
         )
     return folder
 
@@ -103,7 +114,7 @@ def local_folder(folder: Path) -> Path:
 def how_to_get(folder: Path) -> str:
     """The command that downloads the model of a folder."""
     hub_id = source_of(folder).get("hub_id")
-    return f"make model MODEL={short_names().get(folder.name) or hub_id or f'<org>/{folder.name}'}"
+    return f"make model MODEL={short_names().get(folder.name) or hub_id or f'<org>/{shlex.quote(folder.name)}'}"
 
 
 def identity_of(folder: Path) -> dict[str, str | None]:

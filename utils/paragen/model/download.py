@@ -25,8 +25,8 @@ def requested_entry(text: str) -> dict[str, Any]:
     """The model that a user names, with the keys of models/models.yaml.
 
     Args:
-        text: a short name, the name of a folder under models/, or org/name on the hub; the latter two and a short name
-            of a hub model may end in @revision.
+        text: a short name, a folder under models/ (`my-model` or `models/my-model`), or org/name on the hub; what is of
+            the hub may end in @revision.
 
     A hub repository that the table does not list has only `hub_id`, `revision`, `folder` and `license`. Raises
     UserError naming the models when there is no such one.
@@ -36,6 +36,7 @@ def requested_entry(text: str) -> dict[str, Any]:
         raise UserError(
             f"say which model: make model MODEL=...; known: {', '.join(base_models.table())}; any other: org/name"
         )
+    name = base_models.without_models(name)
     if "/" in name:
         if not errors.REPOSITORY.fullmatch(name) or ".." in name:
             raise UserError(f"model {name!r} is not a hub repository's name; it looks like org/name")
@@ -77,21 +78,43 @@ def check(folder: Path, entry: dict[str, Any]) -> list[str]:
     lines = [f"{name}/config.json: is_decoder is true now"] if model_files.set_decoder(folder) else []
     base_models.local_folder(folder)
     source = base_models.source_of(folder)
+    if source and not {"hub_id", "revision", "sha256"} <= set(source):
+        raise UserError(f"{name}/{base_models.SOURCE_FILE}: make model did not write this; remove it and run it again")
+    if source and entry["hub_id"] and (source["hub_id"] or "").lower() != entry["hub_id"].lower():
+        held = source["hub_id"] or "a model that is not from the hub"
+        raise UserError(f"{name}: holds {held}, not {entry['hub_id']}; move it away and run it again")
+    if entry["revision"]:
+        check_revision(folder, entry)
     if not source:
         return [*lines, f"{name} is there and whole (put there by hand)"]
-    if not {"hub_id", "revision", "sha256"} <= set(source):
-        raise UserError(f"{name}/{base_models.SOURCE_FILE}: make model did not write this; remove it and run it again")
-    if entry["hub_id"] and (source["hub_id"] or "").lower() != entry["hub_id"].lower():
-        raise UserError(f"{name}: holds {source['hub_id']}, not {entry['hub_id']}; move it away and run it again")
-    wanted = entry["revision"]
-    if base_models.is_commit(wanted) and not (source["revision"] or "").startswith(wanted):
-        raise UserError(f"{name}: is at revision {source['revision']}, not {wanted}; move it away and run it again")
     changed = base_models.changed_files(folder)
     if changed or base_models.identity_of(folder)["sha256"] != source["sha256"]:
         raise UserError(
             f"{name}: {', '.join(changed) or 'its files'} changed since it was made; remove the folder and run it again"
         )
     return [*lines, f"{name} is there and whole"]
+
+
+def check_revision(folder: Path, entry: dict[str, Any]) -> None:
+    """Raise UserError, naming both, where a folder is at another commit than the requested revision.
+
+    The hub is asked only for a branch or tag that is not the one with which the folder was downloaded.
+    """
+    name, wanted, commit = paths.relative(folder), entry["revision"], base_models.hub_origin(folder)[1]
+    way_out = f"omit @{wanted}, or move the folder away and run it again"
+    if commit is None:
+        raise UserError(f"{name}: was put there by hand, so which revision it is is not known; {way_out}")
+    if wanted == base_models.source_of(folder).get("requested") or (len(wanted) >= 4 and commit.startswith(wanted)):
+        return
+    if base_models.is_commit(wanted):
+        raise UserError(f"{name}: is at commit {commit}, not {wanted}; {way_out}")
+    set_hub_environment()
+    try:
+        meant = errors.translated(entry["hub_id"], wanted, lambda: look_up(entry)).commit
+    except UserError as error:
+        raise UserError(f"{name}: is at commit {commit}, and which one {wanted} is is not known: {error}") from None
+    if meant != commit:
+        raise UserError(f"{name}: is at commit {commit}, but {wanted} is {meant}; {way_out}")
 
 
 # ------------------------------------------------------------------------------------------------------- from the hub
@@ -228,6 +251,7 @@ def finish(
     files.write_json(staging / base_models.SOURCE_FILE, {
         "hub_id": entry["hub_id"],
         "revision": listing.commit,
+        "requested": entry["revision"],
         "license": listing.license or entry["license"],
         "config_changed": changed,
         "files": model_files.hashes_of(staging, sorted(path for path in staging.iterdir() if path.is_file())),

@@ -18,7 +18,6 @@ from peft.tuners.lora import LoraLayer
 from torch import Tensor, nn
 from transformers import PreTrainedModel, set_seed
 
-import prompt_templates
 from paragen.collection import run_identity
 from paragen.common import cli
 from paragen.packed import peft_comparison, stock_checkpoint
@@ -27,6 +26,7 @@ from paragen.packed.batches import IGNORED, Row
 from paragen.packed.layers import NotPackable
 from paragen.packed.model import unload_adapter, use_fused_kernels
 from paragen.packed.schedule import TrainingLog, TrainingSchedule, rows_of
+from paragen.recipes import templates
 from paragen.training import ordinary, process
 from paragen.training.attempts import Attempt
 
@@ -80,7 +80,7 @@ class FrozenBase:
         """
         job = ordinary.job_of(attempt, self.wanted)
         arguments = process.arguments_of(job) | OVERRIDES
-        prompt_templates.register()
+        templates.register()
         process.check_arguments(attempt.run.recipe, arguments)
         process.check_template(attempt.run.recipe, arguments, job["pictures"])
         try:

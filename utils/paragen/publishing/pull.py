@@ -107,7 +107,7 @@ def read_index(source: Source) -> "tuple[pa.Table, dict[str, Any]]":
         table = pyarrow.parquet.read_table(source.staging / paths.INDEX, memory_map=False)
         marks = json.loads(table.schema.metadata[b"paragen"])
         table = table.replace_schema_metadata(None)
-        table = with_scores(table)
+        table = index.with_all_columns(table)
         if marks["format"] != published_tree.FORMAT or not table.schema.equals(index.schema()):
             raise ValueError(f"of another format than {published_tree.FORMAT}")
         faults = marks_faults(marks, set(table["collection"].to_pylist()))
@@ -118,18 +118,6 @@ def read_index(source: Source) -> "tuple[pa.Table, dict[str, Any]]":
     if faults:
         raise UserError(f"{source.repository}: {paths.INDEX}: {faults[0]}; nothing was written")
     return table, marks
-
-
-def with_scores(table: "pa.Table") -> "pa.Table":
-    """The index with empty SCORES columns where it was published without them."""
-    import pyarrow as pa
-
-    schema = index.schema()
-    if table.column_names != [name for name in index.COLUMNS if name not in index.SCORES]:
-        return table
-    for name in index.SCORES:
-        table = table.append_column(name, pa.nulls(table.num_rows, schema.field(name).type))
-    return table.select(list(index.COLUMNS))
 
 
 def marks_faults(marks: dict[str, Any], names: set[str]) -> list[str]:
@@ -391,5 +379,7 @@ def fault_of(folder: Path, name: str, mark: dict[str, Any], table: "pa.Table") -
     rows, _ = index.rows_of(name, folder)
     if faults:
         return f"is not whole: {faults[0]}"
-    listed = table.filter(pc.field("collection") == name)
-    return None if rows.equals(listed.combine_chunks()) else f"has other checkpoints than {paths.INDEX} lists"
+    listed = table.filter(pc.field("collection") == name).combine_chunks()
+    unknown = [column for column in index.MARKS if listed[column].null_count == listed.num_rows]  # published without
+    same = rows.drop_columns(unknown).equals(listed.drop_columns(unknown))
+    return None if same else f"has other checkpoints than {paths.INDEX} lists"

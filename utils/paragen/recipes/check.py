@@ -3,19 +3,30 @@
 import shlex
 from collections.abc import Iterator
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 from paragen.common import paths
 from paragen.common.cli import UserError
 from paragen.dataset import dataset_info
-from paragen.recipes import keys, render, vocabulary
+from paragen.model import base_models
+from paragen.recipes import keys, render, rendered_row, vocabulary
 from paragen.recipes.check_keys import key_faults, path_faults
-from paragen.recipes.check_model import model_faults
+from paragen.recipes.check_model import meant_folder, model_faults
 from paragen.recipes.recipe_file import Fault, Recipe, is_positive, other_half, read_recipe, resumed_step
+from paragen.recipes.rendered_row import RenderedRow
 
 
-def check(chosen: list[Path]) -> tuple[list[str], int]:
-    """All faults of some recipes, a line each, and the number of recipes with faults."""
+class Report(NamedTuple):
+    """What the check of some recipes found."""
+
+    messages: list[str]  # a line per fault
+    faulty: int  # the number of recipes with faults
+    rows: dict[Path, RenderedRow]  # for recipes without faults whose tokenizer is here: a row as the model reads it
+    missing: list[str]  # the names of models that are not here, so that no row was rendered
+
+
+def check(chosen: list[Path]) -> Report:
+    """Check some recipes: all faults of each, and a rendered row where there are none."""
     messages: list[str] = []
     faulty: set[Path] = set()
     read: dict[Path, Recipe] = {}
@@ -25,15 +36,30 @@ def check(chosen: list[Path]) -> tuple[list[str], int]:
         except UserError as error:
             messages.append(str(error).replace(str(path), paths.relative(path)))
             faulty.add(path)
+    rows: dict[Path, RenderedRow] = {}
+    rendered: dict[tuple, RenderedRow] = {}
+    missing: set[str] = set()
     for recipe in read.values():
         for test in (name_faults, key_faults, model_faults, dataset_faults, path_faults, phase_faults, header_faults):
             recipe.faults += test(recipe)
         recipe.faults += pair_faults(recipe, read)
-        found = [f"{recipe.place(key)}: {text}" for key, text in recipe.faults] or runner_fault(recipe)
+        found = lines_of(recipe, recipe.faults) or runner_fault(recipe)
+        if not found and rendered_row.is_possible(recipe):
+            key = rendered_row.key_of(recipe)
+            row = rendered.get(key) or rendered.setdefault(key, rendered_row.render_row(recipe))
+            found = lines_of(recipe, row.faults)
+            rows[recipe.path] = row
+        elif not found and (folder := recipe.resolved("model_name_or_path")):
+            missing.add(base_models.short_name(folder))
         messages += found
         if found:
             faulty.add(recipe.path)
-    return messages, len(faulty)
+    return Report(messages, len(faulty), rows, sorted(missing))
+
+
+def lines_of(recipe: Recipe, faults: list[Fault]) -> list[str]:
+    """Faults of a recipe as lines."""
+    return [f"{recipe.place(key)}: {text}" for key, text in faults]
 
 
 def runner_fault(recipe: Recipe) -> list[str]:
@@ -59,7 +85,7 @@ def name_faults(recipe: Recipe) -> Iterator[Fault]:
     if recipe.config.get("dataset") != recipe.dataset:
         yield "dataset", f"is {recipe.config.get('dataset')!r}, but the file and its folder say {recipe.dataset!r}"
     rank = recipe.config.get("lora_rank", keys.OMITTED_RANK)
-    folder = recipe.resolved("model_name_or_path")
+    folder = meant_folder(recipe)
     wanted = f"saves/{recipe.category}/{recipe.dataset}/{folder and folder.name}_lora-rank_{rank}_{recipe.phase}"
     if folder and recipe.resolved("output_dir") != paths.ROOT / wanted:
         yield "output_dir", f"is {recipe.config.get('output_dir')!r}; this recipe fills {wanted}"
@@ -72,14 +98,19 @@ def dataset_faults(recipe: Recipe) -> Iterator[Fault]:
         yield "dataset_dir", f"is {recipe.config.get('dataset_dir')!r}; the datasets are in data/: ../../../data"
     if not isinstance(dataset, str) or not dataset:
         return
+    if dataset in vocabulary.test_splits():
+        yield "dataset", f"{dataset!r} {vocabulary.TEST_SPLIT}"
+        return
     registered = dataset_info.read_info().get(dataset)
     if registered is None and dataset not in vocabulary.listed():
-        way_out = f"make register FILE=data/<category>/{dataset}.json"
+        way_out = f"make register FILE=data/<category>/{shlex.quote(f'{dataset}.json')}"
         yield "dataset", f"{dataset!r} is neither registered nor listed in data/sources.yaml; {way_out}"
         return
     if dataset not in vocabulary.trainable():
         yield "dataset", f"{dataset!r} holds prompts only and cannot be trained on"
         return
+    if recipe.dataset and dataset != recipe.dataset:
+        return  # which of the two is meant is not known
     place = vocabulary.category_of(dataset)
     if recipe.category and place and place != recipe.category:
         yield "dataset", f"the data of {dataset} is in {place}, the recipe in {recipe.category}"
@@ -95,13 +126,14 @@ def dataset_faults(recipe: Recipe) -> Iterator[Fault]:
 
 def phase_faults(recipe: Recipe) -> Iterator[Fault]:
     """Keys for saving and resuming that do not fit the phase in the recipe's name."""
-    config, found = recipe.config, render.phase_of(recipe.config)
+    config = recipe.config
     if recipe.phase == "pretrain":
         if config.get("resume_from_checkpoint"):
             yield "resume_from_checkpoint", "a pretrain starts anew; omit it"
         if config.get("save_only_model"):
             yield "save_only_model", "the finetune resumes with the optimizer's state; omit it"
-    if recipe.phase != "finetune" and found != "finetune":
+        return
+    if recipe.phase != "finetune" and render.phase_of(config) != "finetune":
         return
     if not config.get("resume_from_checkpoint"):
         yield "resume_from_checkpoint", "is missing: a finetune resumes from a checkpoint of its pretrain"
@@ -112,9 +144,10 @@ def phase_faults(recipe: Recipe) -> Iterator[Fault]:
     limit, step = config.get("save_total_limit"), resumed_step(recipe)
     if not is_positive(limit):
         yield "save_total_limit", f"{limit!r} is not how many checkpoints are kept"
-    elif step is not None and is_positive(last := config.get("max_steps")) and last != step + limit:
-        right = f"{step + limit} = the resumed step {step} + save_total_limit {limit}"
-        yield "max_steps", f"{last} leaves {last - step} steps to collect; set it to {right}"
+    elif step is not None and is_positive(last := config.get("max_steps")) and last < step + limit:
+        left = f"{last - step} steps" if last > step else "no step"
+        right = f"{step + limit} = the resumed step {step} + save_total_limit {limit}, or more"
+        yield "max_steps", f"{last} leaves {left} to collect; set it to {right}"
 
 
 def header_faults(recipe: Recipe) -> Iterator[Fault]:
@@ -130,7 +163,7 @@ def header_faults(recipe: Recipe) -> Iterator[Fault]:
             words = []
         given = dict(word.split("=", 1) for word in words if "=" in word)
         for key, right in named.items():
-            if right and key in given and given[key] != right:
+            if right and key in given and paths.loose(given[key]) != paths.loose(right):
                 yield "header", f"line {number} says {key}={given[key]}, the recipe is for {right}"
 
 

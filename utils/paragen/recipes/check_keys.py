@@ -33,7 +33,7 @@ def key_faults(recipe: Recipe) -> Iterator[Fault]:
         if recipe.config.get(key) is None:
             why = ": the length in steps (epochs depend on the batch)" if key == "max_steps" else ""
             yield key, f"is missing{why}"
-    if "num_train_epochs" in recipe.config:
+    if "num_train_epochs" in recipe.config and is_positive(recipe.config.get("max_steps")):
         yield "num_train_epochs", "has no effect beside max_steps; omit it"
     if recipe.config.get("max_steps") is not None and not is_positive(recipe.config["max_steps"]):
         yield "max_steps", f"{recipe.config['max_steps']!r} is not a positive whole number"

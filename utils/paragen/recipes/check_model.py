@@ -37,13 +37,20 @@ def model_faults(recipe: Recipe) -> Iterator[Fault]:
             way_out = f"{recipe.short} is models/{wanted}" if wanted else f"models/{folder.name} is {short}"
             yield "model_name_or_path", f"is models/{folder.name}, but the file's name says {recipe.short}; {way_out}"
     template = recipe.config.get("template")
-    known = vocabulary.stock_templates() | vocabulary.our_templates()
+    known = vocabulary.known_templates()
     if template is not None and template not in known:
         near = ", ".join(difflib.get_close_matches(str(template), known, 3)) or "see LLaMA-Factory's data/template.py"
         yield "template", f"{template!r} is neither LLaMA-Factory's nor in utils/prompt_templates.py; near: {near}"
-    entry = table.get(by_folder.get(folder.name, "")) if folder else None
-    for text in target_faults(recipe.config.get("lora_target", "all"), folder, entry):
+    meant = meant_folder(recipe)
+    entry = table.get(by_folder.get(meant.name, "")) if meant else None
+    for text in target_faults(recipe.config.get("lora_target", "all"), meant, entry):
         yield "lora_target", text
+
+
+def meant_folder(recipe: Recipe) -> Path | None:
+    """The folder of the model that a recipe is for: the one that its file's name says, else the one that it names."""
+    entry = base_models.table().get(recipe.short)
+    return paths.MODELS / entry["folder"] if entry else recipe.resolved("model_name_or_path")
 
 
 def target_faults(target: Any, folder: Path | None, entry: dict[str, Any] | None) -> Iterator[str]:

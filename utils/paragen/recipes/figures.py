@@ -5,7 +5,6 @@ They come from collect_scripts/figures.yaml, or from another pair that the user 
 
 import json
 import math
-import shlex
 from pathlib import Path
 from typing import Any
 
@@ -102,7 +101,7 @@ def finish(figures: dict[str, Any], pair: NewPair) -> dict[str, Any]:
         if pair.usable is None:
             raise UserError(
                 f"dataset {pair.dataset!r}: its rows are not known, so neither are the steps of an epoch; "
-                f"download it first: make data DATASET={shlex.quote(pair.dataset)}"
+                f"download it first: make data DATASET={paths.typed(pair.dataset)}"
             )
         per_epoch = steps_per_epoch(min(pair.usable, figures["max_samples"]), figures["pretrain_batch"])
         figures["resume_step"] = max(1, math.ceil(round(figures["epochs"] * per_epoch, 6)))

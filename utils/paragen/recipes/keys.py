@@ -23,6 +23,7 @@ WHOLE_NUMBERS = (
     "gradient_accumulation_steps",
 )  # fmt: skip
 ANY_SIGN = ("seed", "max_steps")  # whole numbers that may be less than 1
+EPOCHS_DECIDE = -1  # the max_steps of a recipe whose length is num_train_epochs
 NUMBERS = ("learning_rate", "num_train_epochs", "lora_alpha", "lora_dropout", "weight_decay", "max_grad_norm")
 
 # ------------------------------------------------------------------------------------------------ what a recipe may use
@@ -64,6 +65,10 @@ BATCH = {"per_device_train_batch_size", "gradient_accumulation_steps"}
 SAVING = {"save_steps", "save_total_limit"}
 ADAPTER = {"lora_rank", "lora_alpha", "lora_target", "use_rslora"}
 MEMORY = {"bf16", "disable_gradient_checkpointing"}
+
+# Keys that a resumed run takes from its checkpoint: they stand in optimizer.pt and scheduler.pt, which transformers
+# loads over what the recipe says. The shape of the schedule and its length are the recipe's.
+HELD_BY_CHECKPOINT = ("learning_rate", "weight_decay", "adam_beta1", "adam_beta2", "adam_epsilon")
 
 # Text keys besides the rows: they decide how a row becomes text and tokens.
 TEXT = ("template", "default_system", "tool_format", "enable_thinking", "preserve_thinking")

@@ -4,6 +4,7 @@ import difflib
 import json
 import os
 import re
+import shlex
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -79,13 +80,20 @@ def requested_pair(model: str, dataset: str, template: str | None = None, catego
 
 
 def choose_dataset(typed: str) -> str:
-    """The trainable dataset that a user means. Raises UserError when there is none, or no folder can have its name."""
+    """The trainable dataset that a user means.
+
+    Raises UserError when there is none, when it is a test split, and when no folder can have its name.
+    """
     known = vocabulary.trainable()
+    for split in vocabulary.test_splits():
+        if paths.loose(split) == paths.loose(typed):
+            way_out = f"make recipe DATASET={paths.typed(names.without_split(split))} MODEL=..."
+            raise UserError(f"dataset {split!r} {vocabulary.TEST_SPLIT}; {way_out}")
     if not any(paths.loose(name) == paths.loose(typed) for name in known):
-        raise UserError(
-            f"dataset {typed!r} is not known; register it: make register FILE=data/<category>/{typed}.json; "
-            f"known: {', '.join(known)}"
-        )
+        file = shlex.quote(f"{typed}.json")
+        way_out = f"register it: make register FILE=data/<category>/{file}"
+        near = paths.nearest(typed, known)
+        raise UserError(f"dataset {typed!r} is not known{near}; {way_out}; known: {', '.join(known)}")
     name = paths.choose(typed, known, "dataset")
     if not names.is_dataset_name(name):
         raise UserError(
@@ -96,7 +104,7 @@ def choose_dataset(typed: str) -> str:
 
 def choose_template(short: str, typed: str | None) -> str:
     """The template that a user means. Raises UserError with those of similar names when none is given or known."""
-    known = sorted(vocabulary.stock_templates() | vocabulary.our_templates())
+    known = sorted(vocabulary.known_templates())
     if typed in known:
         return typed
     loose = [name for name in known if paths.loose(name) == paths.loose(typed or "")]

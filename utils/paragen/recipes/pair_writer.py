@@ -1,6 +1,5 @@
 """Writes the two recipes of a new pair, in the form that all recipes have."""
 
-import shlex
 from pathlib import Path
 from typing import Any
 
@@ -72,8 +71,8 @@ def header(pair: NewPair, figures: dict[str, Any], phase: str) -> str:
         count = f"{figures['keep']} consecutive checkpoints"
         lines = [f"Collect {count} of {pair.folder} on {pair.dataset}, going on from the pretrain's last step."]
     if pair.dataset in vocabulary.listed():
-        lines.append(f"  make data DATASET={shlex.quote(pair.dataset)}")
-    lines.append(f"  make model MODEL={shlex.quote(pair.short)}")
+        lines.append(f"  make data DATASET={paths.typed(pair.dataset)}")
+    lines.append(f"  make model MODEL={paths.typed(pair.short)}")
     lines.append("  " + command("pretrain" if phase == "pretrain" else "collect", pair, figures["lora_rank"]))
     if pair.template in vocabulary.our_templates():
         lines.append(
@@ -86,7 +85,7 @@ def header(pair: NewPair, figures: dict[str, Any], phase: str) -> str:
 
 def command(target: str, pair: NewPair, rank: int) -> str:
     """The make command that runs a target for a pair."""
-    return f"make {target} DATASET={shlex.quote(pair.dataset)} MODEL={shlex.quote(pair.short)} RANK={rank}"
+    return f"make {target} DATASET={paths.typed(pair.dataset)} MODEL={paths.typed(pair.short)} RANK={rank}"
 
 
 def dataset_lines(pair: NewPair, figures: dict[str, Any]) -> list[Line]:

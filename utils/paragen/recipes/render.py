@@ -7,6 +7,7 @@ other than the recipe's: `_lora-rank_<r>_seed-<s>_`); `key=value` arguments over
 import os
 import re
 from collections.abc import Sequence
+from functools import partial
 from pathlib import Path
 
 import yaml
@@ -68,7 +69,7 @@ def render(recipe: Path, rank: int, overrides: Sequence[str] = ()) -> dict:
     """
     own = load(recipe)
     _check_own_ranks(recipe, own)
-    given = _parse_overrides(overrides)
+    given = parse_overrides(overrides)
     config = {**own, **given}
     _check_keys(recipe, config)
     if given.get("lora_rank", rank) != rank:
@@ -85,6 +86,7 @@ def render(recipe: Path, rank: int, overrides: Sequence[str] = ()) -> dict:
             config[key] = paths.with_rank(value, rank, seed if seed != own_seed else None)
         elif (named := paths.rank_in(value)) and named[0] != rank:
             raise UserError(f"{key}={value} names rank {named[0]}, but the requested rank is {rank}")
+    _check_folder(recipe, config)
     return config
 
 
@@ -116,7 +118,8 @@ def dump(config: dict) -> str:
     return yaml.safe_dump(config, sort_keys=False, allow_unicode=True, width=1000)
 
 
-def _parse_overrides(overrides: Sequence[str]) -> dict:
+def parse_overrides(overrides: Sequence[str]) -> dict:
+    """The keys and values of `key=value` texts. Raises UserError for a text of another form."""
     for text in overrides:
         if not re.match(r"[A-Za-z_]\w*=", text):
             raise UserError(f"{text!r} is not key=value; recipe keys are overridden like learning_rate=1e-4")
@@ -144,13 +147,31 @@ def _check_own_ranks(recipe: Path, own: dict) -> None:
             raise UserError(f"{recipe}:{line_of(recipe, key)}: {key} names seed {named[1]} but seed is {seed}")
 
 
+def _check_folder(recipe: Path, config: dict) -> None:
+    """Raise UserError where a run folder's name says another phase than the one that would fill it."""
+    name, phase = Path(config["output_dir"]).name, phase_of(config)
+    if name.endswith("_pretrain") and phase == "finetune":
+        reason = "is a pretrain's, but this run resumes and saves every step: let the folder end in _finetune"
+        _refuse(recipe, "output_dir", f"{name} {reason}")
+    if not name.endswith("_finetune") or phase == "finetune":
+        return
+    if config.get("resume_from_checkpoint"):
+        reason = (
+            f"{config.get('save_steps')!r} would collect nothing in {name}: a finetune saves every step; set it to 1"
+        )
+        _refuse(recipe, "save_steps", reason)
+    reason = f"is missing, but {name} is for a finetune: it resumes from a checkpoint of its pretrain"
+    _refuse(recipe, "resume_from_checkpoint", reason)
+
+
+def _refuse(recipe: Path, key: str, reason: str) -> None:
+    line = line_of(recipe, key)
+    raise UserError(f"{recipe}{f':{line}' if line else ''}: {key} {reason}")
+
+
 def _check_keys(recipe: Path, config: dict) -> None:
     """Raise UserError for settings with which the run is not a LoRA adapter in a run folder."""
-
-    def refuse(key: str, reason: str) -> None:
-        line = line_of(recipe, key)
-        raise UserError(f"{recipe}{f':{line}' if line else ''}: {key} {reason}")
-
+    refuse = partial(_refuse, recipe)
     for key in keys.REQUIRED:
         value = config.get(key)
         if not value or not isinstance(value, str):
@@ -180,6 +201,8 @@ def _check_keys(recipe: Path, config: dict) -> None:
             refuse(key, f"{value!r} is not a whole number")
         if value is not None and value < 1 and key not in keys.ANY_SIGN:
             refuse(key, f"{value} is less than 1")
+    if (steps := config.get("max_steps")) is not None and steps < 1 and steps != keys.EPOCHS_DECIDE:
+        refuse("max_steps", f"{steps} trains nothing: set it to the number of the last step")
 
 
 def line_of(recipe: Path, key: str) -> int | None:

@@ -12,9 +12,10 @@ from pathlib import Path
 
 from paragen.common import paths
 from paragen.common.cli import UserError
-from paragen.dataset import dataset_info, sources
+from paragen.dataset import comparison, dataset_info, sources
+from paragen.recipes import templates
 
-OUR_TEMPLATES = paths.UTILS / "prompt_templates.py"
+TEST_SPLIT = "is a test split: checkpoints are scored on it, and none is trained on it"  # said of those
 ARGUMENT_FILES = (
     ("llamafactory", "hparams/model_args.py"),
     ("llamafactory", "hparams/data_args.py"),
@@ -72,8 +73,19 @@ def stock_templates() -> frozenset[str]:
 
 @cache
 def our_templates() -> frozenset[str]:
-    """The names of the prompt templates that this repository adds, in utils/prompt_templates.py."""
-    return frozenset(_registered(OUR_TEMPLATES))
+    """The names of the prompt templates that this repository adds, in utils/prompt_templates.py.
+
+    Raises UserError where that file cannot be run, or names a template as LLaMA-Factory does.
+    """
+    ours = frozenset(templates.recorded())
+    if taken := sorted(ours & stock_templates()):
+        raise UserError(f"{templates.FILE}: template {taken[0]!r} is one of LLaMA-Factory's; give yours another name")
+    return ours
+
+
+def known_templates() -> frozenset[str]:
+    """The names of all prompt templates that a recipe may name: LLaMA-Factory's and ours."""
+    return stock_templates() | our_templates()
 
 
 def _registered(path: Path) -> set[str]:
@@ -103,14 +115,28 @@ def _syntax_of(path: Path) -> ast.Module:
 @cache
 def listed() -> dict[str, dict]:
     """The training sets that data/sources.yaml lists for `make data`, by the name under which they are registered."""
-    return {entry["dataset"]: entry for entry in sources.table()["files"].values() if entry["kind"] == "train"}
+    return {entry["dataset"]: entry for entry in _prepared().values() if entry["kind"] == "train"}
+
+
+@cache
+def _prepared() -> dict[str, dict]:
+    """The files that data/sources.yaml lists, by name."""
+    return sources.table()["files"]
 
 
 def trainable() -> list[str]:
-    """The names of all datasets that are registered with responses, or listed as training sets."""
+    """The names of all datasets that are registered with responses, or listed as training sets; no test splits."""
     registered = dataset_info.read_info()
-    own = [name for name, entry in registered.items() if not (isinstance(entry, dict) and entry.get("prompts_only"))]
-    return sorted({*own, *listed()})
+    own = {name for name, entry in registered.items() if not (isinstance(entry, dict) and entry.get("prompts_only"))}
+    return sorted({*own, *listed()} - test_splits())
+
+
+def test_splits() -> set[str]:
+    """The names of all datasets, registered or listed, that are for scoring: X_test, X_validation and the like."""
+    files = {entry["dataset"]: name for name, entry in _prepared().items()}
+    registered = dataset_info.read_info()
+    files |= {name: str(entry.get("file_name")) for name, entry in registered.items() if isinstance(entry, dict)}
+    return {name for name, file in files.items() if comparison.is_test(name, Path(file))}
 
 
 def category_of(dataset: str) -> str | None:

@@ -11,14 +11,13 @@ from llamafactory.model import load_config, load_model, load_tokenizer
 from transformers import PreTrainedModel
 from transformers.utils.logging import disable_progress_bar
 
-import prompt_templates
 from paragen.collection import manifest as manifest_records
 from paragen.collection.manifest import Manifest
 from paragen.common import paths
 from paragen.common.cli import UserError
 from paragen.model import base_models, model_files
 from paragen.packed.model import use_fused_kernels
-from paragen.recipes import keys
+from paragen.recipes import keys, templates
 from paragen.scoring import attention
 
 WAY_OUT = "put its files back, or collect again with FORCE=1"
@@ -36,7 +35,7 @@ class BaseModel:
     """
 
     def __init__(self, recipe: dict[str, Any], folder: Path, loaded: PreTrainedModel | None = None):
-        prompt_templates.register()
+        templates.register()
         self.folder, self.key, self.dtype = folder, base_key(recipe, folder), dtype_of(recipe)
         texts = {key: value for key, value in recipe.items() if key in keys.TEXT}
         self.model_args, self.data_args, self.finetuning_args, _ = get_infer_args({

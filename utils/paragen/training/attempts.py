@@ -3,6 +3,7 @@
 import contextlib
 import os
 import secrets
+import shlex
 import shutil
 from collections.abc import Iterator
 from dataclasses import dataclass
@@ -16,6 +17,7 @@ from paragen.common import files, paths
 from paragen.common.cli import UserError, say
 from paragen.recipes import render
 from paragen.recipes.run import Run
+from paragen.training import overrides
 from paragen.training.outcome import AlreadyRunning
 
 FULL_DISK_BYTES = 2**20  # a disk with fewer free bytes counts as full
@@ -43,8 +45,9 @@ def begin(run: Run, snapshot: Snapshot) -> Iterator[Attempt | None]:
 
     While the body runs, the run is locked and the rendered recipe lies beside the recipe. Afterwards the staging folder
     is removed where it was not published. Raises AlreadyRunning when another process trains the run, UserError when its
-    run folder is stale or holds something else, or when its pretrain is missing.
+    run folder is stale or holds something else, when its pretrain is missing, or when an override has no effect.
     """
+    overrides.check(run)
     with contextlib.ExitStack() as stack:
         try:
             stack.enter_context(files.lock(files.beside(run.folder, "lock")))
@@ -86,6 +89,8 @@ def is_complete(run: Run, identity: dict[str, Any]) -> bool:
         )
     if state.manifest is not None and forced:
         return False
+    if state.manifest is not None and run_identity.resumed_changes(state.manifest.identity, identity):
+        check_pretrain(run)
     if state.name == "stale":
         changed = "; ".join(state.changed)
         raise UserError(f"{name} is stale, changed since: {changed}; FORCE=1 redoes it, keeping the old one until then")
@@ -104,8 +109,12 @@ def check_pretrain(run: Run) -> None:
     if run.resumed is None:
         return
     pretrain = run.recipe.with_name(run.recipe.name.replace("_finetune", "_pretrain"))
-    script = paths.relative(paths.ROOT / "utils" / "train_with_rank.sh")
-    named = paths.relative(pretrain) if pretrain.is_file() and pretrain != run.recipe else "<the pretrain recipe>"
+    script = shlex.quote(paths.relative(paths.UTILS / "train_with_rank.sh"))
+    named = (
+        shlex.quote(paths.relative(pretrain))
+        if pretrain.is_file() and pretrain != run.recipe
+        else "<the pretrain recipe>"
+    )
     ranked = paths.rank_in(run.config["resume_from_checkpoint"])
     seed = f" seed={ranked[1]}" if ranked and ranked[1] is not None else ""
     run_identity.check_resumable(run.resumed, run.rank, f"bash {script} {named} {run.rank}{seed}")

@@ -14,11 +14,10 @@ from pathlib import Path
 
 from safetensors import SafetensorError
 
-import prompt_templates
 from paragen.common import cli, devices, files, paths
 from paragen.common.cli import UserError
 from paragen.model import base_models
-from paragen.recipes import keys, render
+from paragen.recipes import keys, render, templates
 from paragen.training import outcome
 
 # Exceptions that LLaMA-Factory and its libraries raise before the first step for a wrong recipe, model or data file.
@@ -64,7 +63,7 @@ def train(job: dict) -> None:
         )
     collects = job["phase"] == "finetune"
     arguments = arguments_of(job)
-    prompt_templates.register()
+    templates.register()
     check_arguments(recipe, arguments)
     check_template(recipe, arguments, job["pictures"])
     rules = Rules()
