@@ -16,7 +16,6 @@ pytestmark = [pytest.mark.slow, pytest.mark.runs]
 NOT_HERE = {  # commands of README that cannot run here, by their beginning, and why
     "make test": "it runs this",
     "make data DATASET=ARC-c": "downloads",
-    "make data-all": "downloads",
     "make model MODEL=qwen2.5-0.5b": "downloads; a tiny random model of that architecture stands in",
     "make model MODEL=org/name": "downloads; a folder under models/ stands in",
     "HF_ENDPOINT=https://hf-mirror.com make model": "downloads",
@@ -40,7 +39,8 @@ def tree(tmp_path_factory) -> Path:
     rows = [{"question": f"{n} plus {n % 7}?", "answer": f"#### {n + n % 7}"} for n in range(80)]
     (top / "data" / "math").mkdir(exist_ok=True)
     (top / "data" / "math" / "GSM8K_train.json").write_text(json.dumps(rows))
-    (top / "MySet.csv").write_text("question,answer\n" + "".join(f"{row['question']},{row['answer']}\n" for row in rows))
+    lines = ["question,answer", *(f"{row['question']},{row['answer']}" for row in rows)]
+    (top / "MySet.csv").write_text("\n".join(lines))
     make_models = ROOT / "tests" / "helpers" / "tiny_models.py"
     subprocess.run([PYTHON, make_models, top / "models", "qwen2.5-0.5b", "llama-7b"], check=True)
     (top / "models" / "qwen2.5-0.5b").rename(top / "models" / "Qwen2.5-0.5B-Instruct")
@@ -53,12 +53,13 @@ def commands() -> list[str]:
     text, found = text_of("README.md"), []
     for block in FENCED.finditer(text):
         if block[2] == "bash":
-            found += [(block.start(), line) for line in block[3].splitlines()]
+            found += [(block.start(), number, line) for number, line in enumerate(block[3].splitlines())]
     for match in re.finditer(r"`((?:[A-Z_]+=\S+ )?make [a-z][^`]*)`", text):
         if match[1] in prose_of("README.md"):
-            found.append((match.start(), match[1]))
-    cleaned = [re.sub(r"\s+#.*", "", command).strip() for _, command in sorted(found)]
-    return list(dict.fromkeys(command for command in cleaned if command and "..." not in command and "<" not in command))
+            found.append((match.start(), 0, match[1]))
+    cleaned = [re.sub(r"\s+#.*", "", command).strip() for *_, command in sorted(found)]
+    whole = [command for command in cleaned if command and "..." not in command and "<" not in command]
+    return list(dict.fromkeys(whole))
 
 
 def test_every_command_is_run_or_named_with_a_reason():
