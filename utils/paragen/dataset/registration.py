@@ -15,7 +15,7 @@ from typing import Any, NamedTuple
 from paragen.common import files
 from paragen.common.cli import UserError
 from paragen.common.paths import CATEGORIES, relative
-from paragen.dataset import comparison, convert, names
+from paragen.dataset import comparison, convert, data_warnings, names
 from paragen.dataset.dataset_info import (
     ACCEPTED_ROWS,
     FOREIGN_KEYS,
@@ -56,13 +56,14 @@ class Registered(NamedTuple):
     rows: int
     entry: dict[str, Any]
     notes: list[str]  # what is no fault but may be a mistake
+    warnings: list[str]  # what is odd about its rows, see data_warnings.py
 
     def lines(self) -> list[str]:
         """The lines to print."""
         only = ", prompts only: not for training" if self.entry.get(PROMPTS_ONLY) else ""
         columns = ", ".join(f"{kind}={column}" for kind, column in columns_of(self.entry).items())
         lines = [f"{self.name}: {self.outcome}: {self.file}, {self.rows} rows{only}", f"columns: {columns}"]
-        return lines + [f"note: {note}" for note in self.notes]
+        return lines + [f"note: {note}" for note in self.notes] + [f"warning: {text}" for text in self.warnings]
 
 
 def register(file: Path, request: Request, data_dir: Path) -> Registered:
@@ -77,7 +78,8 @@ def register(file: Path, request: Request, data_dir: Path) -> Registered:
     entry = sound_entry(rows, file_name, label, request, info, data_dir)
     outcome = store(request.name, entry, request.replace, data_dir)
     notes = comparison.notes_on(request.name, file, rows, entry, info, data_dir)
-    return Registered(request.name, outcome, label, len(rows), entry, notes)
+    warnings = data_warnings.of_dataset(request.name, file, rows, entry, info, data_dir)
+    return Registered(request.name, outcome, label, len(rows), entry, notes, warnings)
 
 
 def register_converted(source: str, target: Path, request: Request, data_dir: Path) -> Registered:

@@ -8,7 +8,7 @@ from paragen.collection import finishing, run_files, run_identity
 from paragen.collection.manifest import CheckpointEntry, attempt_facts, new_manifest, write_manifest
 from paragen.common import files, paths
 from paragen.common.cli import UserError, say
-from paragen.training import attempts
+from paragen.training import attempts, data_notes
 from paragen.training.attempts import Attempt
 
 
@@ -17,14 +17,16 @@ def complete(attempt: Attempt, facts: dict[str, Any]) -> None:
 
     Args:
         attempt: the attempt whose training ended.
-        facts: what the manifest records of the training: device, precision, rows, steps (see collector.facts_of).
+        facts: what the manifest records of the training: device, precision, rows, steps (see collector.facts_of), and
+            as `data_warnings` what was noticed about the tokenised rows.
 
     Raises UserError when checkpoints are missing or not finite, when the data changed during the training, or when a
     sweep gave the run to another attempt.
     """
     staging, run = attempt.staging, attempt.run
     facts = facts | attempt_facts(attempt.id, attempt.started, attempts.now())
-    facts = {"seed": run.seed, **facts}
+    odd = data_notes.warnings_of(run, attempt.identity["data"]) + facts.get("data_warnings", [])
+    facts = {"seed": run.seed, **facts, "data_warnings": odd}
     checkpoints = finish_finetune(attempt) if run.collects else finish_pretrain(attempt)
     if run.collects:
         facts["adapter_config_sha256"] = files.sha256_of(staging / paths.ADAPTER_CONFIG)
