@@ -510,7 +510,9 @@ def test_every_file_of_the_shipped_table_is_registered_in_a_clean_clone(tmp_path
     for name, entry in shipped.items():
         content = there.setdefault(entry["blob"], rows(12, pad=name))
         content = [{"prompt": row["prompt"]} for row in content] if entry["kind"] == "prompts" else content
-        clone.add(name, content, entry["kind"], entry["category"], entry["dataset"], held_out=entry.get("held_out"))
+        clone.add(
+            name, content, entry["kind"], entry["category"], entry["dataset"], held_out=entry.get("held_out") and 1
+        )
     folder = tmp_path / "mirror"
     for path, content in clone.content.items():
         (folder / path).parent.mkdir(parents=True, exist_ok=True)

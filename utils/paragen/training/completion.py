@@ -25,13 +25,13 @@ def complete(attempt: Attempt, facts: dict[str, Any]) -> None:
     """
     staging, run = attempt.staging, attempt.run
     facts = facts | attempt_facts(attempt.id, attempt.started, attempts.now())
-    odd = data_notes.warnings_of(run, attempt.identity["data"]) + facts.get("data_warnings", [])
-    facts = {"seed": run.seed, **facts, "data_warnings": odd}
+    facts = {"seed": run.seed, **facts}
     checkpoints = finish_finetune(attempt) if run.collects else finish_pretrain(attempt)
     if run.collects:
         facts["adapter_config_sha256"] = files.sha256_of(staging / paths.ADAPTER_CONFIG)
     if changed := run_identity.changed_since(run, attempt.snapshot):
         raise UserError(f"{'; '.join(changed)}: changed while it was trained on; run it again")
+    facts["data_warnings"] = data_notes.warnings_of(run, attempt.identity["data"]) + facts.get("data_warnings", [])
     manifest = new_manifest(run.folder, run.phase, run.rank, attempt.identity, checkpoints, facts)
     if run.collects:
         files.sync_tree(staging)  # a collection's files are not synced one by one during the training
