@@ -21,7 +21,7 @@ def notes(recipes: Iterable[Recipe]) -> Iterator[str]:
     Only recipes whose tokenizer and data are on disk are looked at. Counted are the texts of a row without what the
     template adds, so that more rows may be cut. Raises UserError for a tokenizer that cannot be read.
     """
-    seen = set()
+    seen, texts_of = set(), cache(texts_of_dataset)
     for recipe in recipes:
         limit, most = recipe.config.get("cutoff_len", keys.OMITTED_CUTOFF), recipe.config.get("max_samples")
         folder = recipe.resolved("model_name_or_path")
@@ -31,13 +31,12 @@ def notes(recipes: Iterable[Recipe]) -> Iterator[str]:
             if (what := (folder, name, limit, most)) in seen:
                 continue
             seen.add(what)
-            texts = texts_of_dataset(name)[: most if is_positive(most) else None]
+            texts = texts_of(name)[: most if is_positive(most) else None]
             if cut := count_longer(texts, limit, folder / TOKENIZER):
                 counted = data_warnings.share(cut, len(texts))
                 yield f"{recipe.place('cutoff_len')}: {limit} cuts at least {counted} of {name}"
 
 
-@cache
 def texts_of_dataset(name: str) -> tuple[str, ...]:
     """The texts of each row of a dataset, joined; none where its file is not there, or where its rows have faults."""
     info = {known: entry for known, entry in dataset_info.read_info(paths.DATA).items() if known == name}
