@@ -4,6 +4,7 @@ import hashlib
 import json
 import os
 import re
+import shlex
 import shutil
 import signal
 import subprocess
@@ -410,6 +411,18 @@ def test_a_repository_is_named_as_the_hub_names_it(licensed, run, name):
 
 
 # -------------------------------------------------------------------------------------------------------- the upload
+
+
+def test_a_dry_run_ends_with_the_command_that_uploads_just_that(licensed, empty, run, hub):
+    with_twin(licensed)
+    asked = {"DATASET": "toy", "RANKS": "4", "SEED": "42  7", "RAW": "yes", "PRIVATE": "0"}
+    last = run(publish, licensed, DRY_RUN="1", **asked).splitlines()[-1]
+    command = last.partition(": make publish ")[2]
+    assert command == "DATASET=toy RANK=4 SEED='42 7' REPO=user/toy RAW=1"
+    built = hashes(tree_of(licensed))
+    run(publish, licensed, **dict(word.split("=", 1) for word in shlex.split(command)))
+    sent = hub.repositories[REPO].files
+    assert {name for name in built if not name.startswith(".cache")} == sent.keys() - {".gitattributes"}
 
 
 @pytest.mark.parametrize("kind", LAYOUTS)

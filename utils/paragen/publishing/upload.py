@@ -1,6 +1,7 @@
 """Checks which collections may be published, and uploads a repository's tree to the Hugging Face hub."""
 
 import glob
+import shlex
 import sys
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -72,6 +73,19 @@ def place_faults(name: str) -> list[str]:
     if len(parts) != 3 or parts[0] not in paths.CATEGORIES:
         return ["lies elsewhere than saves/<category>/<dataset>/<run folder>: move it there"]
     return []
+
+
+def command() -> str:
+    """The `make publish` that uploads what DRY_RUN=1 built: with all other settings of this call, to be pasted."""
+    given = []
+    for name in settings.TARGETS["publish"]:
+        kind = settings.SETTINGS[name].kind
+        if kind == "switch":
+            value = "1" if settings.switch(name) else ""
+        else:
+            value = settings.text(name) if kind == "text" else " ".join(settings.values(name))
+        given += [f"{name}={shlex.quote(value)}"] if value and name != "DRY_RUN" else []
+    return " ".join(["make publish", *given])
 
 
 def print_tree(tree: Path) -> None:
