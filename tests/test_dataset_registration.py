@@ -276,14 +276,14 @@ def test_registrations_at_once_lose_none(data):
         ([*sums(1, id=1), *sums(1, id="one")], "row 2: the column 'id' holds text, but a number in row 1"),
         (
             [{"Text": "a", "response": "b"}],
-            "no column is plainly the prompt; there are 'Text', 'response'; say --columns",
+            "no column is plainly the prompt; there are 'Text', 'response'; say MAP=",
         ),
         (
             [{"prompt": "a", "text": "b"}],
-            "the rows have no response; there are 'prompt', 'text'; say --columns response=",
+            "the rows have no response; there are 'prompt', 'text'; say MAP=\"response=",
         ),
-        ([{"prompt": "a", "question": "q", "answer": "b"}], "the prompt can be 'prompt' or 'question'; say --columns"),
-        ([{"prompt": "a", "messages": TALK}], "say --columns messages=messages or --columns prompt=prompt"),
+        ([{"prompt": "a", "question": "q", "answer": "b"}], "the prompt can be 'prompt' or 'question'; say MAP="),
+        ([{"prompt": "a", "messages": TALK}], 'say MAP="messages=messages" or MAP="prompt=prompt"'),
     ],
 )
 def test_faulty_rows_are_refused_with_file_row_and_cause(data, rows, cause):
@@ -331,7 +331,7 @@ def test_many_faulty_rows_are_named_in_part_and_counted(data):
     [
         (["prompt=question"], "prompt=question: no row has the column 'question'; there are 'prompt', 'response'"),
         (["promt=prompt"], "alpaca rows have no 'promt' to map; known: prompt, query, response, system, history"),
-        (["prompt"], "give kind=column"),
+        (["prompt"], "write kind=column"),
         (["prompt=prompt", "response=prompt"], "the column 'prompt' is mapped twice"),
     ],
 )
@@ -382,7 +382,7 @@ def test_rows_with_responses_are_no_prompts_only_file(data):
 
 def test_sharegpt_prompts_end_on_the_user(data):
     file = put(data, "coding/A.json", [{"conversations": chat(("human", "a"))}])
-    assert "which leaves no response (--prompts-only is for such files)" in refused(data, file)[0]
+    assert "which leaves no response (PROMPTS_ONLY=1 is for such files)" in refused(data, file)[0]
     assert registered(data, file, "--prompts-only")[0]["A"]["prompts_only"] is True
 
 
@@ -491,9 +491,9 @@ def test_check_lists_every_fault_of_every_entry(data):
         "a test split must differ from its train split",
         "error: Asks: math/Asks.json: response is mapped to 'response', which no row has; there are 'prompt'",
         "error: Marked: the entry has a response column and prompts_only; "
-        "register the file again, with --prompts-only if it has prompts only",
+        "register the file again, with PROMPTS_ONLY=1 if it has prompts only",
         "error: Unmarked: the entry has no response column; "
-        "register the file again, with --prompts-only if it has prompts only",
+        "register the file again, with PROMPTS_ONLY=1 if it has prompts only",
         "error: Bad: coding/Bad.json: row 2: empty prompt (column 'prompt')",
         "error: Bad: coding/Bad.json: row 3: empty response (column 'response')",
         "error: Root: Root.json: does not lie right in data/<category>/; the categories are "

@@ -96,7 +96,7 @@ def register_converted(source: str, target: Path, request: Request, data_dir: Pa
     content = convert.as_json(rows)
     same = target.is_file() and target.read_bytes() == content
     if target.exists() and not same and not request.replace:
-        raise UserError(f"{relative(target)}: is there with other rows; give another --name, or --replace")
+        raise UserError(f"{relative(target)}: is there with other rows; give another NAME, or REPLACE=1")
     if not same:
         target.parent.mkdir(parents=True, exist_ok=True)
         files.write_atomically(target, content)
@@ -135,11 +135,11 @@ def target_of(source: str, category: str | None, stem: str, data_dir: Path) -> P
         inside = folder.name if folder.parent == Path(data_dir).resolve() and folder.name in CATEGORIES else None
     category = category or inside
     if category is None:
-        raise UserError(f"{source}: say which CATEGORY= (--category) it is of: {', '.join(CATEGORIES)}")
+        raise UserError(f"{source}: say which CATEGORY it is of: {', '.join(CATEGORIES)}")
     if category not in CATEGORIES:
         raise UserError(f"unknown category {category!r}; the categories are {', '.join(CATEGORIES)}")
     if not names.is_dataset_name(stem):
-        raise UserError(f"{source}: {stem!r} {names.RULE}; give another --name")
+        raise UserError(f"{source}: {stem!r} {names.RULE}; give another NAME")
     return Path(data_dir) / category / f"{stem}.json"
 
 
@@ -174,7 +174,7 @@ def sound_entry(
     Raises UserError with the first faults of the name, the columns and the rows.
     """
     if not names.is_dataset_name(request.name):
-        raise UserError(f"{label}: {request.name!r} {names.RULE}; give another --name")
+        raise UserError(f"{label}: {request.name!r} {names.RULE}; give another NAME")
     try:
         entry = {"file_name": file_name} | infer_entry(rows, request.columns, request.prompts_only)
     except UserError as error:
@@ -217,7 +217,7 @@ def require_free(name: str, file_name: str, replace: bool, info: dict[str, Any],
     old = info.get(name)
     old_file = old.get("file_name") if isinstance(old, dict) else None
     if name in info and old_file != file_name and not replace:
-        way_out = "give another --name, or --replace to register this file in its place"
+        way_out = "give another NAME, or REPLACE=1 to register this file in its place"
         raise UserError(f"{relative(path)}: {name!r} is already registered for {old_file!r}; {way_out}")
     return old_file
 
