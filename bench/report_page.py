@@ -91,7 +91,7 @@ def made_up(number: int, steps: int, layers: int, total: int) -> dict:
         "kept": steps, "first": 100, "last": 99 + steps, "loss": sum(loss) / steps,
         "scores": None, "data_warnings": [],
         "bytes": steps * rank * 2_200_000, "each": rank * 2_200_000,
-        "rows": 1119, "device": "cuda", "precision": "bfloat16", "data_warnings": [],
+        "rows": 1119, "device": "cuda", "precision": "bfloat16",
         "file": f'"saves/{name}/checkpoint-{99 + steps}.safetensors"',
         "pictures": {
             "curve": {
