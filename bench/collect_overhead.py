@@ -89,7 +89,7 @@ def measure(way: str, base: str, steps: int, rank: int, top: str, result: str) -
     arguments |= {"dataset_dir": str(paths.DATA), **devices.settings(wanted)}
     collector = Collector(out, steps) if way == OURS else None
     turns = make_turns(collector)
-    run_exp(arguments, [Rules(), turns, *([collector] if collector else [])])
+    run_exp(arguments, [Rules(config), turns, *([collector] if collector else [])])
     saved = [path for path in out.rglob("*") if path.is_file() and "checkpoint-" in str(path.relative_to(out))]
     saving_steps = len({path.relative_to(out).parts[0] for path in saved})
     size = sum(path.stat().st_size for path in saved) / saving_steps / 1e6

@@ -30,6 +30,7 @@ WHOLE = sealed({
     "tokenizer": {"sha256": HASH}, "pretrain": {"run": "Tiny_lora-rank_4_pretrain", "step": 4, "sha256": HASH},
     "adapter_config_sha256": HASH, "seed": 42, "device": "cpu", "processes": 1, "precision": "float32",
     "rows_at_a_time": 1, "accumulated": 2, "trained_rows": 8, "total_steps": 6, "engine": "packed", "packed_with": 3,
+    "data_warnings": ["Toy: one answer"],
     "versions": {"torch": "2.0"},
     "attempt": {"id": "a1", "started": "2026-01-01T00:00:00+00:00", "finished": "2026-01-01T00:01:00+00:00"},
     "checkpoints": [
@@ -77,6 +78,7 @@ def test_every_value_has_its_place_in_the_record():
     assert (manifest.base_name, manifest.base_model.hub_id) == ("Tiny", "someone/Tiny")
     assert manifest.attempt.finished - manifest.attempt.started == timedelta(minutes=1)
     assert (manifest.converted.to_dtype, manifest.packed_with) == ("bfloat16", 3)
+    assert manifest.data_warnings == ["Toy: one answer"]
     assert manifest.content == WHOLE
 
 
@@ -88,6 +90,7 @@ def test_an_older_manifest_is_read_and_keys_of_a_later_one_are_kept():
     older = {key: value for key, value in WHOLE.items() if key in needed}
     older |= dict.fromkeys(("recipe", "data", "base_model", "tokenizer", "pretrain", "adapter_config_sha256"))
     manifest = parsed(sealed(older))
+    assert manifest.data_warnings is None
     assert manifest.category is manifest.seed is manifest.attempt is manifest.converted is manifest.base_name is None
     later = sealed({**WHOLE, "new": {"deep": [1]}})
     assert parsed(later).content == later and parsed(later).steps == [5, 6]
@@ -123,6 +126,7 @@ FITS = {  # what of WRONG a key may hold all the same
     "data.0.entry": ("an object",), "base_model.name": ("a text",), "base_model.revision": ("a text",),
     "base_model": ("an object",), "tokenizer": ("an object",), "pretrain.run": ("a text",), "attempt.id": ("a text",),
     "converted.from": ("a text",), "converted.before": ("an object",),
+    "data_warnings": ("a list",), "data_warnings.0": ("a text",),
 }  # fmt: skip
 UNREAD = {"recipe_sha256", "data.0.rows_in_file", "format"}  # `format` is tested beside the others
 

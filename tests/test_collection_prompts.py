@@ -9,7 +9,7 @@ import pytest
 from paragen.collection import prompts
 from paragen.collection.manifest import Manifest, read_manifest
 from paragen.common.cli import UserError
-from paragen.dataset import dataset_info
+from paragen.dataset import dataset_info, row_texts
 
 
 @pytest.fixture
@@ -136,10 +136,10 @@ def test_a_collection_of_two_datasets_has_the_prompts_of_both(manifest, data):
 def test_prompt_and_query_are_joined_and_a_history_comes_before():
     entry = {"columns": {"prompt": "p", "query": "q", "response": "r", "history": "h", "images": "i"}}
     row = {"p": "Add.", "q": "1 2", "r": "3", "i": "a.png"}
-    assert prompts.texts_of(row, entry) == {
+    assert row_texts.texts_of(row, entry) == {
         "system": "", "prompt": "Add.\n1 2", "response": "3", "images": ["a.png"]
     }  # fmt: skip
-    messages = prompts.texts_of({**row, "h": [["hello", "hi"]]}, entry)["messages"]
+    messages = row_texts.texts_of({**row, "h": [["hello", "hi"]]}, entry)["messages"]
     assert [(message["role"], message["content"]) for message in messages] == [
         ("user", "hello"), ("assistant", "hi"), ("user", "Add.\n1 2"), ("assistant", "3")
     ]  # fmt: skip
@@ -148,6 +148,6 @@ def test_prompt_and_query_are_joined_and_a_history_comes_before():
 def test_a_conversation_gives_its_first_question_its_last_answer_and_all_of_it():
     entry = {"formatting": "sharegpt", "columns": {"messages": "conversations"}}
     said = [("system", "be brief"), ("human", "one?"), ("gpt", "1"), ("human", "two?"), ("gpt", "2")]
-    found = prompts.texts_of({"conversations": [{"from": who, "value": text} for who, text in said]}, entry)
+    found = row_texts.texts_of({"conversations": [{"from": who, "value": text} for who, text in said]}, entry)
     assert (found["system"], found["prompt"], found["response"]) == ("be brief", "one?", "2")
     assert [message["role"] for message in found["messages"]] == ["system", "user", "assistant", "user", "assistant"]

@@ -7,6 +7,7 @@ import pytest
 from helpers import scored
 
 import verify
+from paragen.analysis import report
 from paragen.collection import quality_warnings, run_files
 from paragen.collection.manifest import CheckpointEntry, read_manifest, sealed
 
@@ -114,3 +115,22 @@ def test_a_doubt_is_a_line_of_its_own_and_no_fault(collected, monkeypatch, capsy
             f"DOUBTFUL {folder}: the checkpoints of steps 7-8 are equal to each other",
         ]
     assert sorted(path.name for path in folder.iterdir()) == before
+
+
+def test_what_is_odd_about_the_data_comes_from_the_rows_and_else_from_the_manifest(place):
+    rows = [{"prompt": f"{n}?", "response": "[A]", "system": ""} for n in range(20)]
+    folder = place.collect(rows=rows)
+    odd = "A: one answer, '[A]', in 20 of 20 rows (100 %)"
+    assert quality_warnings.about_data(read_manifest(folder)) == [odd], "collected before manifests kept it"
+    cut = "A: cutoff_len 8 is reached by 3 of 20 rows (15.0 %): what is longer is cut off"
+    manifest = folder / "manifest.json"
+    manifest.write_text(json.dumps(sealed({**json.loads(manifest.read_bytes()), "data_warnings": [odd, cut]})))
+    assert quality_warnings.about_data(read_manifest(folder)) == [odd, cut]
+    row = report.described(place.saves, folder.relative_to(place.saves).as_posix(), "complete", "", 3)
+    assert row["data_warnings"] == [odd, cut]
+    file = place.data / "common-sense-reasoning" / "A.json"
+    file.write_text(json.dumps([*rows[:19], rows[0] | {"prompt": "0?"}]))
+    assert quality_warnings.about_data(read_manifest(folder)) == [odd, cut], "other rows than those trained on"
+    file.unlink()
+    assert quality_warnings.about_data(read_manifest(folder)) == [odd, cut]
+    assert quality_warnings.find_warnings(folder, read_manifest(folder)) == [], "of the data, not of the collection"

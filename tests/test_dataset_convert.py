@@ -143,7 +143,7 @@ def test_a_file_in_its_categorys_folder_needs_no_category_and_another_call_chang
     assert "already registered" in registered(data, table)
     assert ((data / "math/T.json").stat().st_mtime_ns, (data / "dataset_info.json").read_bytes()) == before
     table.write_text("question,answer\nq,b\n")
-    assert "T.json: is there with other rows; give another --name, or --replace" in refused(data, table)
+    assert "T.json: is there with other rows; give another NAME, or REPLACE=1" in refused(data, table)
     registered(data, table, "--replace")
     assert rows(data, "math/T.json") == [{"prompt": "q", "response": "b"}]
 
@@ -152,7 +152,7 @@ def test_a_name_of_another_file_and_a_category_that_is_none_are_refused(data, mi
     table = mine("T.csv", "question,answer\nq,a\n")
     registered(data, table, "--category", "math")
     assert "'T' is already registered for 'math/T.json'" in refused(data, table, "--category", "coding")
-    assert "say which CATEGORY= (--category) it is of: coding, " in refused(data, table)
+    assert "say which CATEGORY it is of: coding, " in refused(data, table)
     assert "unknown category 'maths'" in refused(data, table, "--category", "maths")
     assert "'a,b' is no dataset name" in refused(data, table, "--category", "math", "--name", "a,b")
 
@@ -284,4 +284,4 @@ def test_what_the_hub_does_not_have_is_named_in_one_line(data, hub):
     assert "'nope' not found" in refused(data, "hub:me/sums:nope", "--category", "math", **hub)
     assert "hub:me/none: cannot be loaded: " in refused(data, "hub:me/none", "--category", "math", **hub)
     assert "say it as hub:<repo>[:<config>[:<split>]]" in refused(data, "hub:../x", "--category", "math", **hub)
-    assert "say which CATEGORY=" in refused(data, "hub:me/sums", **hub)
+    assert "say which CATEGORY it is of" in refused(data, "hub:me/sums", **hub)

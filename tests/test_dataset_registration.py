@@ -276,14 +276,14 @@ def test_registrations_at_once_lose_none(data):
         ([*sums(1, id=1), *sums(1, id="one")], "row 2: the column 'id' holds text, but a number in row 1"),
         (
             [{"Text": "a", "response": "b"}],
-            "no column is plainly the prompt; there are 'Text', 'response'; say --columns",
+            "no column is plainly the prompt; there are 'Text', 'response'; say MAP=",
         ),
         (
             [{"prompt": "a", "text": "b"}],
-            "the rows have no response; there are 'prompt', 'text'; say --columns response=",
+            "the rows have no response; there are 'prompt', 'text'; say MAP=\"response=",
         ),
-        ([{"prompt": "a", "question": "q", "answer": "b"}], "the prompt can be 'prompt' or 'question'; say --columns"),
-        ([{"prompt": "a", "messages": TALK}], "say --columns messages=messages or --columns prompt=prompt"),
+        ([{"prompt": "a", "question": "q", "answer": "b"}], "the prompt can be 'prompt' or 'question'; say MAP="),
+        ([{"prompt": "a", "messages": TALK}], 'say MAP="messages=messages" or MAP="prompt=prompt"'),
     ],
 )
 def test_faulty_rows_are_refused_with_file_row_and_cause(data, rows, cause):
@@ -331,7 +331,7 @@ def test_many_faulty_rows_are_named_in_part_and_counted(data):
     [
         (["prompt=question"], "prompt=question: no row has the column 'question'; there are 'prompt', 'response'"),
         (["promt=prompt"], "alpaca rows have no 'promt' to map; known: prompt, query, response, system, history"),
-        (["prompt"], "give kind=column"),
+        (["prompt"], "write kind=column"),
         (["prompt=prompt", "response=prompt"], "the column 'prompt' is mapped twice"),
     ],
 )
@@ -382,17 +382,24 @@ def test_rows_with_responses_are_no_prompts_only_file(data):
 
 def test_sharegpt_prompts_end_on_the_user(data):
     file = put(data, "coding/A.json", [{"conversations": chat(("human", "a"))}])
-    assert "which leaves no response (--prompts-only is for such files)" in refused(data, file)[0]
+    assert "which leaves no response (PROMPTS_ONLY=1 is for such files)" in refused(data, file)[0]
     assert registered(data, file, "--prompts-only")[0]["A"]["prompts_only"] is True
 
 
 # Near misses
 
 
-def test_duplicate_rows_are_noted(data):
-    rows = [*sums(4), *sums(2)]
-    _, printed = registered(data, put(data, "math/A.json", [row | {"id": number} for number, row in enumerate(rows)]))
-    assert "note: duplicate rows (2): row 5 repeats row 1, row 6 repeats row 2\n" in printed
+def test_what_is_odd_about_the_rows_is_told_in_a_line_each(data):
+    file = put(data, "math/A_train.json", [*sums(4), *sums(2)])
+    _, printed = registered(data, file)
+    assert "warning: repeated prompts: 2, up to 2 times each, in 4 of 6 rows (66.7 %); row 5 repeats row 1\n" in printed
+    _, printed = registered(data, put(data, "math/A_test.json", sums(1)))
+    assert "warning: prompts that also stand in A: 1 of 1 rows (100 %); row 1 is row 1 there\n" in printed
+    done = call(data, "--check")
+    assert done.returncode == 0 and [line for line in done.stdout.splitlines() if line.startswith("warning: ")] == [
+        "warning: A: repeated prompts: 2, up to 2 times each, in 4 of 6 rows (66.7 %); row 5 repeats row 1",
+        "warning: A_test: prompts that also stand in A: 1 of 1 rows (100 %); row 1 is row 1 there",
+    ]
 
 
 @pytest.mark.parametrize(("first", "second"), [("A_train", "A_test"), ("A_validation", "A_train"), ("A", "A_test")])
@@ -404,7 +411,25 @@ def test_a_test_split_equal_to_its_train_split_is_refused_whichever_comes_first(
 
 def test_a_test_dataset_on_the_train_file_is_refused(data):
     file = put(data, "math/A_train.json", sums())
-    assert "has the same rows as A_train.json" in refused(data, file, "--name", "A_test")[0]
+    told = f"{file}: is a train split by its name, A_test a test split: rename one of them"
+    assert told in refused(data, file, "--name", "A_test")[0]
+    registered(data, file)
+    assert told in refused(data, file, "--name", "A_test")[0]
+    file = put(data, "math/B.json", sums())
+    registered(data, file)
+    assert "B.json: is the file of B, too: a test split must" in refused(data, file, "--name", "B_test")[0]
+
+
+@pytest.mark.parametrize(("file", "name"), [("GSM8K", "GSM8K_test"), ("x", "foo_test"), ("x_test", "x_validation")])
+def test_a_file_is_not_compared_with_itself(data, file, name):
+    file = put(data, f"math/{file}.json", sums())
+    assert name in registered(data, file, "--name", name)[0]
+    _, printed = registered(data, file, "--name", name)
+    assert "nothing to change" in printed
+    assert call(data, "--check").returncode == 0
+    train = put(data, f"math/{name.removesuffix('_test').removesuffix('_validation')}_train.json", sums(4))
+    registered(data, train)
+    assert call(data, "--check").returncode == 0
 
 
 def test_slips_in_names_are_noted(data):
@@ -419,14 +444,13 @@ def test_slips_in_names_are_noted(data):
 # make check-data
 
 
-def test_check_passes_a_sound_manifest_and_notes_duplicates(data):
-    registered(data, put(data, "math/A_train.json", [*sums(), *sums(1)]))
+def test_check_passes_a_sound_manifest(data):
+    registered(data, put(data, "math/A_train.json", sums(id=7)))
     registered(data, put(data, "math/A_test.json", [{"prompt": "a", "response": "b"}]))
     done = call(data, "--check")
     assert done.returncode == 0 and done.stderr == ""
-    assert (
-        "note: A: duplicate rows (1): row 4 repeats row 1\n" in done.stdout and "2 datasets, no faults" in done.stdout
-    )
+    assert done.stdout.splitlines()[0] == "note: A: columns that nothing reads: 'id'"
+    assert done.stdout.splitlines()[1].endswith("dataset_info.json: 2 datasets, no faults")
 
 
 def test_check_lists_every_fault_of_every_entry(data):
@@ -467,9 +491,9 @@ def test_check_lists_every_fault_of_every_entry(data):
         "a test split must differ from its train split",
         "error: Asks: math/Asks.json: response is mapped to 'response', which no row has; there are 'prompt'",
         "error: Marked: the entry has a response column and prompts_only; "
-        "register the file again, with --prompts-only if it has prompts only",
+        "register the file again, with PROMPTS_ONLY=1 if it has prompts only",
         "error: Unmarked: the entry has no response column; "
-        "register the file again, with --prompts-only if it has prompts only",
+        "register the file again, with PROMPTS_ONLY=1 if it has prompts only",
         "error: Bad: coding/Bad.json: row 2: empty prompt (column 'prompt')",
         "error: Bad: coding/Bad.json: row 3: empty response (column 'response')",
         "error: Root: Root.json: does not lie right in data/<category>/; the categories are "

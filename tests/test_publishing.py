@@ -4,6 +4,7 @@ import hashlib
 import json
 import os
 import re
+import shlex
 import shutil
 import signal
 import subprocess
@@ -139,6 +140,14 @@ def remanifest(top: Path, **changes) -> None:
     """Change a manifest as a program that seals it would."""
     changed = sealed({**manifest_of(top), **changes})
     files.write_json(top / "saves" / NAME / "manifest.json", changed)
+
+
+def with_twin(top: Path) -> Path:
+    """A second collection, the same with another seed."""
+    twin = top / "saves" / CATEGORY / "Toy" / RUN.replace("rank_4", "rank_4_seed-7")
+    shutil.copytree(top / "saves" / NAME, twin)
+    files.write_json(twin / "manifest.json", sealed({**manifest_of(top), "seed": 7, "run": twin.name}))
+    return twin
 
 
 # ------------------------------------------------------------------------------------------------------------ the tree
@@ -302,9 +311,12 @@ def test_a_hub_model_is_known_by_its_hub_id_and_not_by_its_folders_name(tmp_path
     assert licenses.of_base(replace(base, hub_id=None), tmp_path)["license"] is None
 
 
-def without_license(top: Path) -> None:
+def without_license(top: Path, name: str = "Toy") -> None:
+    """Take the licence out of a dataset's entry."""
     path = top / "data" / "dataset_info.json"
-    path.write_text(path.read_text().replace("license", "unread"))
+    info = json.loads(path.read_bytes())
+    del info[name]["license"]
+    path.write_text(json.dumps(info))
 
 
 REFUSED = {
@@ -312,7 +324,12 @@ REFUSED = {
     "an edited manifest": (lambda top: flip(top / "saves" / NAME / "manifest.json", 20), "manifest.json", False),
     "a stranger's file": (lambda top: (top / "saves" / NAME / "x.py").write_text("1"), "x.py does not belong", False),
     "changed prompts": (lambda top: flip_row(top), "are not those that Toy was trained on", False),
-    "own data": (without_license, 'write it as "license" into the entry', True),
+    "own data": (
+        without_license,
+        "Toy.json: its licence is not known; write it as \"license\" into the entry 'Toy'",
+        True,
+    ),
+    "a test split": (lambda top: without_license(top, "Toy_test"), "Toy_test.json: its licence is not known", True),
     "a model put there by hand": (lambda top: (top / "models/Tiny-Llama/source.json").unlink(), "base model", True),
     "a stock run": (lambda top: remanifest(top, data=None, recipe=None), "made from a stock run", True),
 }
@@ -338,6 +355,55 @@ def test_what_does_not_verify_or_has_no_known_licence_is_not_published(licensed,
             run(publish, licensed, RAW="1", ALLOW_UNKNOWN_LICENSE="1")
 
 
+def test_a_licence_that_is_not_known_is_named_once_however_many_collections_need_it(licensed, run, hub, capsys):
+    with_twin(licensed)
+    without_license(licensed)
+    with pytest.raises(UserError) as error:
+        run(publish, licensed)
+    told = capsys.readouterr()
+    assert "FAULTY" not in told.err + str(error.value) and "verifying" not in told.out
+    assert str(error.value).count("Toy.json: its licence is not known") == 1 and "licence" not in told.err
+    assert str(error.value).endswith("; or ALLOW_UNKNOWN_LICENSE=1 publishes it as unknown; nothing was published")
+    without_license(licensed, "Toy_test")
+    with pytest.raises(UserError, match="2 licences are not known; ALLOW_UNKNOWN_LICENSE=1 publishes them as unknown"):
+        run(publish, licensed)
+    lines = capsys.readouterr().err.splitlines()
+    assert [line.split(":")[1].rsplit("/")[-1] for line in lines] == ["Toy.json", "Toy_test.json"]
+
+
+def test_several_faults_are_named_once_each_and_counted(licensed, run, hub, capsys):
+    for folder in (licensed / "saves" / NAME, with_twin(licensed)):
+        (folder / "x.py").write_text("1")
+    with pytest.raises(UserError, match="2 faults in 2 of 2 collections; nothing was published"):
+        run(publish, licensed)
+    lines = [line for line in capsys.readouterr().err.splitlines() if line.startswith("FAULTY ")]
+    assert len(lines) == len(set(lines)) == 2 and all("x.py does not belong" in line for line in lines)
+
+
+def test_the_card_says_how_many_rows_a_file_has_and_how_many_were_trained_on(licensed, run):
+    run(publish, licensed, DRY_RUN="1")
+    text = (tree_of(licensed) / "README.md").read_text()
+    assert f"| Toy | `data/{CATEGORY}/Toy.json` | 64 | the first 48 |" in text
+    assert f"| Toy_test | `data/{CATEGORY}/Toy_test.json` | 8 | none: held out |" in text
+    assert card.trained_text({1119, 40}, 1119) == "the first 40 or all"
+
+
+def test_the_card_says_what_is_odd_about_the_data(licensed, run):
+    run(publish, licensed, DRY_RUN="1")
+    text = (tree_of(licensed) / "README.md").read_text()
+    [line] = [line for line in text.splitlines() if line.startswith("- Toy")]
+    assert line.startswith("- Toy_test: repeated prompts: 1, ") and "in 8 of 8 rows (100 %)" in line
+    remanifest(
+        licensed, data_warnings=["Toy: cutoff_len 64 is reached by 2 of 48 rows (4.2 %): what is longer is cut off"]
+    )
+    run(publish, licensed, DRY_RUN="1")
+    text = (tree_of(licensed) / "README.md").read_text()
+    assert [line[:20] for line in text.splitlines() if line.startswith("- Toy")] == [
+        "- Toy: cutoff_len 64",
+        "- Toy_test: repeated",
+    ]
+
+
 @pytest.mark.parametrize("name", ["", "toy", "a/b/c", "user/to y", "../x", "user/--x"])
 def test_a_repository_is_named_as_the_hub_names_it(licensed, run, name):
     with pytest.raises(UserError, match="make publish REPO=user/name"):
@@ -345,6 +411,18 @@ def test_a_repository_is_named_as_the_hub_names_it(licensed, run, name):
 
 
 # -------------------------------------------------------------------------------------------------------- the upload
+
+
+def test_a_dry_run_ends_with_the_command_that_uploads_just_that(licensed, empty, run, hub):
+    with_twin(licensed)
+    asked = {"DATASET": "toy", "RANKS": "4", "SEED": "42  7", "RAW": "yes", "PRIVATE": "0"}
+    last = run(publish, licensed, DRY_RUN="1", **asked).splitlines()[-1]
+    command = last.partition(": make publish ")[2]
+    assert command == "DATASET=toy RANK=4 SEED='42 7' REPO=user/toy RAW=1"
+    built = hashes(tree_of(licensed))
+    run(publish, licensed, **dict(word.split("=", 1) for word in shlex.split(command)))
+    sent = hub.repositories[REPO].files
+    assert {name for name in built if not name.startswith(".cache")} == sent.keys() - {".gitattributes"}
 
 
 @pytest.mark.parametrize("kind", LAYOUTS)
@@ -671,9 +749,7 @@ def test_what_was_published_before_there_were_scores_or_their_marks_can_be_pulle
 
 
 def test_a_selection_brings_that_alone(licensed, empty, run, hub):
-    twin = licensed / "saves" / CATEGORY / "Toy" / RUN.replace("rank_4", "rank_4_seed-7")
-    shutil.copytree(licensed / "saves" / NAME, twin)
-    files.write_json(twin / "manifest.json", sealed({**manifest_of(licensed), "seed": 7, "run": twin.name}))
+    twin = with_twin(licensed)
     run(publish, licensed, RAW="1")
     run(pull, empty, SEED="7")
     assert [path.name for path in (empty / "saves" / CATEGORY / "Toy").iterdir()] == [twin.name]

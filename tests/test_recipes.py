@@ -2,6 +2,7 @@
 
 import json
 import os
+import re
 import shutil
 import subprocess
 from pathlib import Path
@@ -307,6 +308,28 @@ def test_the_layers_of_a_model_that_is_here_are_looked_up_in_its_weights(reposit
     lines = errors_of(run(repository, "check_recipes.py", recipe))
     assert any("'c_attn': models/Tiny-Llama has no such layer" in line for line in lines)
     assert not any("'q_proj'" in line for line in lines[:1])
+
+
+def test_rows_that_a_recipes_cutoff_cuts_are_counted_where_tokenizer_and_data_are_here(repository, model_folder):
+    shutil.copytree(model_folder, repository / "models" / "Tiny-Llama")
+    new_dataset(repository, "Sums", 40)
+    file = repository / "data" / "math" / "Sums.json"
+    rows = json.loads(file.read_text())
+    rows[3]["response"] = "é" * 1100  # two tokens each
+    rows[39]["response"] = "x" * 5000  # is not trained on
+    file.write_text(json.dumps(rows))
+    assert run(repository, "make_recipe.py", MODEL="tiny-llama", DATASET="Sums", TEMPLATE="qwen").returncode == 0
+    recipe = pair_in(repository, "tiny-llama_Sums_pretrain.yaml")
+    for half in (recipe, recipe_file.other_half(recipe)):
+        text = re.sub(r"max_samples: \d+.*|cutoff_len: \d+.*", "", half.read_text())
+        half.write_text(f"{text}max_samples: 38\ncutoff_len: 2048\n")
+    done = run(repository, "check_recipes.py", recipe)
+    assert done.returncode == 0, done.stderr
+    [note] = [line for line in done.stdout.splitlines() if line.startswith("note: ")]
+    assert note.endswith(": cutoff_len: 2048 cuts at least 1 of 38 rows (2.6 %) of Sums"), note
+    for half in (recipe, recipe_file.other_half(recipe)):
+        half.write_text(half.read_text().replace("cutoff_len: 2048", "cutoff_len: 4096"))
+    assert "note: " not in run(repository, "check_recipes.py", recipe).stdout
 
 
 # --- make recipe

@@ -19,6 +19,7 @@ def test_a_group_holds_keys_that_llamafactory_knows(name):
     ("key", "value"),
     [
         ("seed", keys.OMITTED_SEED),
+        ("cutoff_len", keys.OMITTED_CUTOFF),
         ("lora_rank", keys.OMITTED_RANK),
         ("per_device_train_batch_size", keys.OMITTED_BATCH_SIZE),
         ("gradient_accumulation_steps", keys.OMITTED_ACCUMULATION),

@@ -8,9 +8,8 @@ import sys
 import numpy as np
 import pytest
 
-from paragen.collection import prompts
 from paragen.common import paths
-from paragen.dataset import dataset_info
+from paragen.dataset import dataset_info, row_texts
 from paragen.scoring import answers
 
 LETTERS = ["[A]", "[B]", "[C]", "[D]"]
@@ -28,7 +27,7 @@ def listed(*labels: str, response: str = "", mark: str = ":", after: str = "") -
 def test_the_demo_rows_are_choices_of_four_letters():
     info = dataset_info.entry_of("Demo_test", paths.DATA)
     file = dataset_info.data_file("Demo_test", paths.DATA)
-    rows = [prompts.texts_of(entry, info) for entry in json.loads(file.read_text())]
+    rows = [row_texts.texts_of(entry, info) for entry in json.loads(file.read_text())]
     everywhere = answers.distinct_responses(rows)
     assert answers.metric_of(rows) == "choice"
     for demo in rows:

@@ -122,6 +122,36 @@ def test_the_manifest_records_data_base_recipe_and_pretrain(trained_once):
     assert str(trained_once.top) not in json.dumps(manifest), "no path of this machine"
 
 
+def test_what_is_odd_about_the_data_is_printed_once_and_recorded_and_makes_nothing_stale(project):
+    rows = json.loads(project.data.read_text())
+    rows = [row | {"response": "[A]"} for row in rows[:40]] + rows[:8]
+    rows[5]["prompt"] += " so long that it is cut" * 3
+    project.data.write_text(json.dumps(rows))
+    odd = [
+        "Toy: one answer, '[A]', in 44 of 48 rows (91.7 %)",
+        "Toy: repeated prompts: 7, 3 of them with different answers, up to 2 times each, in 14 of 48 rows (29.2 %); "
+        "row 41 repeats row 1",
+    ]
+    result = project.train(project.pretrain, "cutoff_len=80")
+    assert result.status == 0, result.output
+    *told, cut = [line for line in result.output.splitlines() if line.startswith("warning: ")]
+    assert told == [f"warning: {line}" for line in odd]
+    assert cut == "warning: cutoff_len 80 is reached by 1 of 48 rows (2.1 %): what is longer is cut off"
+    result = project.train(project.finetune, "cutoff_len=80")
+    assert result.status == 0 and "warning: " not in result.output, result.output
+    for phase in ("pretrain", "finetune"):
+        manifest = json.loads((project.run_folder(phase) / "manifest.json").read_text())
+        assert [f"warning: {line}" for line in manifest["data_warnings"]] == [*told, cut]
+    info = json.loads((project.top / "data" / "dataset_info.json").read_text())
+    shutil.copy(project.data, project.data.with_name("Toy_test.json"))
+    info["Toy_test"] = {**info["Toy"], "file_name": "common-sense-reasoning/Toy_test.json"}
+    (project.top / "data" / "dataset_info.json").write_text(json.dumps(info))
+    before = snapshot(project.run_folder("finetune"))
+    result = project.train(project.finetune, "cutoff_len=80")
+    assert "complete" in result.output and "warning: " not in result.output
+    assert snapshot(project.run_folder("finetune")) == before
+
+
 def test_a_complete_run_is_skipped(trained_once):
     before = snapshot(trained_once.saves)
     result = trained_once.train(trained_once.finetune)

@@ -6,6 +6,7 @@
 Reads the recipes, models/models.yaml, data/dataset_info.json and data/sources.yaml; writes nothing. Prints a line with
 file, line and key on stderr for each fault; the status is 1 when there is one. Where the model's tokenizer is here, the
 first row of the dataset is rendered with the recipe's template; of the recipes that were named it is also printed.
+Notes tell how many rows `cutoff_len` cuts, where the data is here, too.
 """
 
 import shlex
@@ -13,7 +14,7 @@ from pathlib import Path
 
 from paragen.common import cli, paths, settings
 from paragen.common.cli import UserError, say
-from paragen.recipes import check, recipe_file
+from paragen.recipes import check, cutoff, recipe_file
 from paragen.recipes.rendered_row import RenderedRow
 
 SHOWN = 2000  # characters of a text
@@ -36,6 +37,8 @@ def main() -> None:
         say(f"no row was rendered with models that are not in models/: make model MODEL={models}")
     if report.messages:
         raise UserError(f"faults: {len(report.messages)}, in {report.faulty} of {len(recipes)} recipes")
+    for note in cutoff.notes(map(recipe_file.read_recipe, recipes)):
+        say(f"note: {note}")
     say(f"{len(recipes)} recipes, no faults")
 
 

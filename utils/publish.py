@@ -34,7 +34,7 @@ def main() -> None:
         published_tree.write(tree / "README.md", text.encode())
         upload.print_tree(tree)
         if dry:
-            say(f"{paths.relative(tree)}: this is what `make publish REPO={repository}` would upload")
+            say(f"{paths.relative(tree)}: nothing was uploaded; to upload just this: {upload.command()}")
             return
         errors.translated(repository, None, lambda: upload.upload(repository, tree, private), uploads=True)
 

@@ -115,7 +115,7 @@ def named_columns(pairs: list[str]) -> dict[str, str]:
 
 
 def check_all(data_dir: Path) -> None:
-    """Print all faults and notes, a line each. Raises UserError with the counts when there are faults."""
+    """Print all faults, notes and warnings, a line each. Raises UserError with the counts when there are faults."""
     count = faulty = faults = 0
     for checked in checks.check_all(data_dir):
         count += 1
@@ -125,6 +125,8 @@ def check_all(data_dir: Path) -> None:
             complain(f"{checked.name}: {fault}")
         for note in checked.notes:
             say(f"note: {checked.name}: {note}")
+        for warning in checked.warnings:
+            say(f"warning: {checked.name}: {warning}")
     where = relative(data_dir / "dataset_info.json")
     if faults:
         way_out = "correct the files, or register them again with `make register FILE=data/<category>/<file>.json`"

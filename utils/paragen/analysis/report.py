@@ -14,7 +14,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from paragen.analysis import report_cells, report_data
-from paragen.collection import checkpoints, evaluation, index, selection
+from paragen.collection import checkpoints, evaluation, index, quality_warnings, selection
 from paragen.collection.manifest import read_manifest
 from paragen.common import files, paths
 from paragen.common.cli import UserError
@@ -166,6 +166,7 @@ def described(saves: Path, name: str, state: str, reason: str, total: int) -> di
         "rows": manifest.trained_rows,
         "device": manifest.device,
         "precision": manifest.precision,
+        "data_warnings": quality_warnings.about_data(manifest),
         "pictures": pictures,
         "sketch": shown,
     }

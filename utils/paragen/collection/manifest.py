@@ -143,6 +143,7 @@ class Manifest:
         rows_at_a_time, accumulated: the batch of one process, and the gradient accumulation steps.
         trained_rows, total_steps: rows after conversion, and the number of the last optimizer step.
         engine, packed_with: `packed` and the number of adapters in the pack, where that engine trained it.
+        data_warnings: what is odd about the rows trained on and the test split, a text each; not part of the identity.
         versions: of Python and the packages, by name.
         sha256: of `content` without its key `sha256`.
         content: the JSON object as it stands in manifest.json, to be written or sealed again; do not change it.
@@ -171,6 +172,7 @@ class Manifest:
     total_steps: int | None
     engine: str | None
     packed_with: int | None
+    data_warnings: list[str] | None
     versions: dict[str, str] | None
     attempt: Attempt | None
     converted: Conversion | None
@@ -328,6 +330,7 @@ def check_manifest(content: dict[str, Any], name: str, way_out: str) -> Manifest
             **{key: top.get_optional(key, kinds.COUNT) for key in ("processes", "rows_at_a_time", "accumulated")},
             **{key: top.get_optional(key, kinds.WHOLE) for key in ("trained_rows", "total_steps")},
             packed_with=top.get_optional("packed_with", kinds.COUNT),
+            data_warnings=top.get_optional("data_warnings", kinds.LINES),
             versions=top.get_optional("versions", kinds.TEXTS),
             attempt=top.section("attempt", _attempt_of),
             converted=top.section("converted", _conversion_of),

@@ -68,6 +68,7 @@ TAGS = Kind(
 )
 FORMATTING = Kind(" or ".join(dataset_info.CANDIDATES), lambda value: value in list(dataset_info.CANDIDATES))
 LIST = Kind("a list", lambda value: isinstance(value, list))
+LINES = Kind("a list of texts of one line", lambda value: isinstance(value, list) and all(map(TEXT.fits, value)))
 PHASE = Kind(" or ".join(paths.PHASES), lambda value: value in paths.PHASES)
 CATEGORY = Kind("a category", lambda value: value in paths.CATEGORIES)
 DTYPE = Kind("a dtype", lambda value: value in DTYPES)

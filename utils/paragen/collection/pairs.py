@@ -22,6 +22,7 @@ from paragen.collection.manifest import Manifest, read_manifest
 from paragen.collection.shared_reader import SharedReader
 from paragen.common import paths
 from paragen.common.cli import UserError
+from paragen.dataset import row_texts
 
 TAKEN = ("seed", "split")  # columns of the index whose names are other arguments of Pairs
 
@@ -168,7 +169,7 @@ class Pairs(Dataset):
         for place in generator.choice(total, self.prompts, replace=False).tolist():
             for entry, rows in parts:
                 if place < len(rows):
-                    drawn.append(prompts_module.texts_of(rows[place], entry))
+                    drawn.append(row_texts.texts_of(rows[place], entry))
                     break
                 place -= len(rows)
         return drawn

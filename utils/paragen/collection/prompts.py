@@ -11,7 +11,7 @@ from typing import Any
 from paragen.collection.manifest import Manifest, TrainedData
 from paragen.common import files, paths
 from paragen.common.cli import UserError
-from paragen.dataset import dataset_info, names
+from paragen.dataset import dataset_info, names, row_texts
 
 SPLITS = ("train", "test")
 Part = tuple[dict[str, Any], Sequence[dict[str, Any]]]  # (an entry of dataset_info.json, rows of its file)
@@ -37,7 +37,7 @@ def of_collection(manifest: Manifest, split: str = "train", data_dir: Path | Non
     Raises UserError when the rows are gone, when they changed since the training, or when this split has none. The rows
     of a registered `<name>_test` cannot be compared, since no manifest recorded them.
     """
-    return [texts_of(row, entry) for entry, rows in parts(manifest, split, data_dir) for row in rows]
+    return [row_texts.texts_of(row, entry) for entry, rows in parts(manifest, split, data_dir) for row in rows]
 
 
 def parts(manifest: Manifest, split: str = "train", data_dir: Path | None = None) -> list[Part]:
@@ -110,36 +110,6 @@ def registered(name: str, data_dir: Path | None = None) -> tuple[str, Part]:
     folder = Path(data_dir or paths.DATA).absolute()
     found = paths.choose(name, dataset_info.read_info(folder), "registered dataset")
     return found, (dataset_info.entry_of(found, folder), rows_in(dataset_info.data_file(found, folder)))
-
-
-def texts_of(row: dict[str, Any], entry: dict[str, Any]) -> dict[str, Any]:
-    """The texts of a row, as LLaMA-Factory's data/converter.py reads them: prompt and query are joined by a newline.
-
-    `messages` is there for a conversation, and for a prompt with a history.
-    """
-    columns, tags = dataset_info.columns_of(entry), dataset_info.tags_of(entry)
-    images = dataset_info.pictures_of(row, columns["images"]) if "images" in columns else []
-
-    def text(kind: str) -> Any:
-        return row.get(columns[kind]) if kind in columns else None
-
-    system = text("system") or ""
-    if "messages" not in columns:
-        prompt = "\n".join(filter(None, (text("prompt"), text("query"))))
-        texts = {"system": system, "prompt": prompt, "response": text("response") or "", "images": images}
-        before = text("history") or []
-        turns = [*(one for turn in before for one in turn), prompt, texts["response"]]
-        messages = [{"role": ("user", "assistant")[n % 2], "content": one} for n, one in enumerate(turns)]
-        return texts | ({"messages": messages} if before else {})
-    roles = {tags.get(f"{kind}_tag"): kind for kind in ("user", "assistant", "observation", "function", "system")}
-    messages = [
-        {"role": roles.get(message[tags["role_tag"]]), "content": message[tags["content_tag"]]}
-        for message in row[columns["messages"]]
-    ]
-    system = next((message["content"] for message in messages if message["role"] == "system"), system)
-    prompt = next((message["content"] for message in messages if message["role"] == "user"), "")
-    response = messages[-1]["content"] if messages and messages[-1]["role"] in ("assistant", "function") else ""
-    return {"system": system, "prompt": prompt, "response": response, "images": images, "messages": messages}
 
 
 def rows_in(path: Path) -> list[dict[str, Any]]:

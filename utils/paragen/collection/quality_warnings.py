@@ -10,8 +10,11 @@ from itertools import groupby
 from pathlib import Path
 from typing import Any
 
-from paragen.collection import evaluation
+from paragen.collection import evaluation, prompts
 from paragen.collection.manifest import CheckpointEntry, Manifest
+from paragen.common import paths
+from paragen.common.cli import UserError
+from paragen.dataset import data_warnings
 
 LEVEL = 0.001  # significance level of a rising training loss: one false alarm in a thousand collections
 FEWEST = 7  # losses in each half; with six in each, even a strict rise has a p-value of 1/924, above LEVEL
@@ -24,6 +27,24 @@ def find_warnings(folder: Path, manifest: Manifest) -> list[str]:
     shown = evaluation.shown(evaluation.read(folder, manifest))
     found = [below_base(shown), rising_loss(manifest.checkpoints), rising_test_loss(shown)]
     return [warning for warning in found if warning] + equal_checkpoints(manifest.checkpoints)
+
+
+def about_data(manifest: Manifest, data_dir: Path | None = None) -> list[str]:
+    """What is odd about the data of a collection, `<dataset>: <warning>` each, see dataset/data_warnings.py.
+
+    That is what its manifest recorded and, while the rows are there, what they show now: a test split may have been
+    registered since.
+    """
+    folder, found = Path(data_dir or paths.DATA).absolute(), list(manifest.data_warnings or ())
+    for data in manifest.data or ():
+        try:
+            prompts.trained(data, folder)
+            found += data_warnings.of_trained(data.name, data.file, data.entry, data.rows, folder)
+        except (
+            UserError
+        ):  # the rows are gone or changed, which is for `make publish` to say; the manifest is all there is
+            continue
+    return list(dict.fromkeys(found))
 
 
 def below_base(shown: dict[str, Any] | None) -> str | None:

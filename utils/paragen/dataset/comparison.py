@@ -25,16 +25,25 @@ def is_test(name: str, file: Path) -> bool:
 
 
 def split_faults(name: str, file: Path, rows: list[dict[str, Any]], info: dict[str, Any], data_dir: Path) -> list[str]:
-    """Each test split of this train split, or train split of this test split, that has the same rows."""
-    splits = {path: path.stem for path in sorted(file.parent.glob("*.json"))}
-    splits |= {path: other for other, path in registered_files(info, data_dir).items() if other != name}
-    return [
-        f"has the same rows as {path.name}: a test split must differ from its train split"
-        for path, other in splits.items()
-        if families(other, path) & families(name, file)
-        and is_test(other, path) != is_test(name, file)
-        and same_rows(rows, path)
+    """A train file that is named as a test split, and each test split of this train split, or train split of this test
+    split, that has the same rows."""
+    if names.split_in(file.stem) == "train" and names.split_in(name) not in (None, "train"):
+        return [f"is a train split by its name, {name} a test split: rename one of them"]
+    registered = registered_files(info, data_dir)
+    others = [(other, path) for other, path in registered.items() if other != name]
+    # A file that is not registered has its own name; this one has the name that it is registered under.
+    unnamed = sorted({*file.parent.glob("*.json")} - {*registered.values(), file})
+    equal = [
+        f"is the file of {other}, too" if path == file else f"has the same rows as {path.name}"
+        for other, path in [*others, *((path.stem, path) for path in unnamed)]
+        if is_other_split(other, path, name, file) and same_rows(rows, path)
     ]
+    return [f"{text}: a test split must differ from its train split" for text in dict.fromkeys(equal)]
+
+
+def is_other_split(other: str, path: Path, name: str, file: Path) -> bool:
+    """Whether the dataset `other` is a test split of the train split `name`, or the other way round, by their names."""
+    return bool(families(other, path) & families(name, file)) and is_test(other, path) != is_test(name, file)
 
 
 def families(name: str, file: Path) -> set[str]:
@@ -62,10 +71,6 @@ def notes_on(
     """What is no fault but may be a mistake, in the dataset itself and beside the other ones in `info`."""
     notes = []
     columns = columns_of(entry)
-    repeats = repeated_rows(rows, list(columns.values()))
-    if repeats:
-        shown = ", ".join(f"row {number} repeats row {first}" for number, first in repeats[:3])
-        notes.append(f"duplicate rows ({len(repeats)}): {shown}{', ...' if len(repeats) > 3 else ''}")
     unused = [column for column in columns_in(rows) if column not in columns.values()]
     if unused:
         notes.append(f"columns that nothing reads: {', '.join(map(repr, unused))}")
@@ -83,11 +88,3 @@ def notes_on(
         if same_size and files.sha256_of(path) == files.sha256_of(file):
             notes.append(f"its file is the same as that of {other} ({path.name})")
     return notes
-
-
-def repeated_rows(rows: list[dict[str, Any]], columns: list[str]) -> list[tuple[int, int]]:
-    """(row, the earlier row that it repeats) for all rows that repeat one in these columns."""
-    seen: dict[str, int] = {}
-    read = (as_text([row[column] for column in columns]) for row in rows)
-    firsts = [seen.setdefault(text, number) for number, text in enumerate(read, 1)]
-    return [(number, first) for number, first in enumerate(firsts, 1) if number != first]

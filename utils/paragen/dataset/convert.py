@@ -210,7 +210,7 @@ def add_parts(rows: list[dict[str, Any]], columns: Any) -> None:
         found = [part_of(row, column.split(".")) for row in rows]
         if all(value is None for value in found):
             names = ", ".join(map(repr, present))
-            raise UserError(f"--columns ...={column}: no row has this part of a column; there are {names}")
+            raise UserError(f"MAP ...={column}: no row has this part of a column; there are {names}")
         for row, value in zip(rows, found, strict=True):
             row[column] = value
 

@@ -212,7 +212,7 @@ def entry_faults(entry: Any) -> list[str]:
         faults.append("no column is mapped as prompt")
     elif ("response" in columns) == bool(entry.get(PROMPTS_ONLY)):
         given = "a response column and prompts_only" if "response" in columns else "no response column"
-        faults.append(f"the entry has {given}; register the file again, with --prompts-only if it has prompts only")
+        faults.append(f"the entry has {given}; register the file again, with PROMPTS_ONLY=1 if it has prompts only")
     return faults
 
 

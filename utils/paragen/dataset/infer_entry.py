@@ -22,7 +22,7 @@ def infer_entry(rows: list[dict[str, Any]], named: dict[str, str], prompts_only:
         named: the columns that the user names, e.g. {"prompt": "question"}; an empty name: there is no such column.
         prompts_only: whether the rows have no responses.
 
-    Raises UserError, with the --columns to give, where the names of the columns leave more than one reading.
+    Raises UserError, with the columns to name, where the names of the columns leave more than one reading.
     """
     present = columns_in(rows)
     formatting = infer_formatting(present, named)
@@ -33,13 +33,13 @@ def infer_entry(rows: list[dict[str, Any]], named: dict[str, str], prompts_only:
         return {"formatting": formatting, "columns": columns} | ({} if tags == DEFAULT_TAGS else {"tags": tags}) | mark
     names = ", ".join(map(repr, present))
     if "prompt" not in columns:
-        raise UserError(f"no column is plainly the prompt; there are {names}; say --columns prompt=<column>")
+        raise UserError(f'no column is plainly the prompt; there are {names}; say MAP="prompt=<column>"')
     response = columns.get("response")
     has_responses = response is not None and not all(is_blank(row.get(response)) for row in rows)
     if has_responses and prompts_only:
-        raise UserError(f"the column {response!r} holds responses; register the file without --prompts-only")
+        raise UserError(f"the column {response!r} holds responses; register the file without PROMPTS_ONLY")
     if not has_responses and not prompts_only:
-        way_out = "say --columns response=<column>, or --prompts-only when there are prompts only"
+        way_out = 'say MAP="response=<column>", or PROMPTS_ONLY=1 when there are prompts only'
         raise UserError(f"the rows have no response; there are {names}; {way_out}")
     if prompts_only:
         columns.pop("response", None)
@@ -57,15 +57,15 @@ def infer_columns(present: dict[str, int], named: dict[str, str], formatting: st
             raise UserError(f"row {number}: the name of the column {column!r} is not Unicode text")
     for kind, column in named.items():
         if kind not in known:
-            raise UserError(f"--columns {kind}=: {formatting} rows have no {kind!r} to map; known: {', '.join(known)}")
+            raise UserError(f"MAP {kind}=: {formatting} rows have no {kind!r} to map; known: {', '.join(known)}")
         if column and column not in present:
-            raise UserError(f"--columns {kind}={column}: no row has the column {column!r}; there are {names}")
+            raise UserError(f"MAP {kind}={column}: no row has the column {column!r}; there are {names}")
     columns = {}
     for kind, candidates in known.items():
         free = [column for column in candidates if column in present and column not in named.values()]
         found = [named[kind]] if kind in named else free
         if len(found) > 1:
-            raise UserError(f"the {kind} can be {' or '.join(map(repr, found))}; say --columns {kind}=<one of them>")
+            raise UserError(f'the {kind} can be {" or ".join(map(repr, found))}; say MAP="{kind}=<one of them>"')
         if found and found[0]:
             columns[kind] = found[0]
     return columns
@@ -78,7 +78,7 @@ def infer_formatting(present: Iterable[str], named: dict[str, str]) -> str:
     if "messages" in named or named.get("prompt"):
         return "sharegpt" if named.get("messages") else "alpaca"
     if messages and prompts:
-        choice = f"--columns messages={messages[0]} or --columns prompt={prompts[0]}"
+        choice = f'MAP="messages={messages[0]}" or MAP="prompt={prompts[0]}"'
         raise UserError(f"there are both messages ({messages[0]!r}) and a prompt ({prompts[0]!r}); say {choice}")
     return "sharegpt" if messages else "alpaca"
 

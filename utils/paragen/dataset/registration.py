@@ -15,7 +15,7 @@ from typing import Any, NamedTuple
 from paragen.common import files
 from paragen.common.cli import UserError
 from paragen.common.paths import CATEGORIES, relative
-from paragen.dataset import comparison, convert, names
+from paragen.dataset import comparison, convert, data_warnings, names
 from paragen.dataset.dataset_info import (
     ACCEPTED_ROWS,
     FOREIGN_KEYS,
@@ -56,13 +56,14 @@ class Registered(NamedTuple):
     rows: int
     entry: dict[str, Any]
     notes: list[str]  # what is no fault but may be a mistake
+    warnings: list[str]  # what is odd about its rows, see data_warnings.py
 
     def lines(self) -> list[str]:
         """The lines to print."""
         only = ", prompts only: not for training" if self.entry.get(PROMPTS_ONLY) else ""
         columns = ", ".join(f"{kind}={column}" for kind, column in columns_of(self.entry).items())
         lines = [f"{self.name}: {self.outcome}: {self.file}, {self.rows} rows{only}", f"columns: {columns}"]
-        return lines + [f"note: {note}" for note in self.notes]
+        return lines + [f"note: {note}" for note in self.notes] + [f"warning: {text}" for text in self.warnings]
 
 
 def register(file: Path, request: Request, data_dir: Path) -> Registered:
@@ -77,7 +78,8 @@ def register(file: Path, request: Request, data_dir: Path) -> Registered:
     entry = sound_entry(rows, file_name, label, request, info, data_dir)
     outcome = store(request.name, entry, request.replace, data_dir)
     notes = comparison.notes_on(request.name, file, rows, entry, info, data_dir)
-    return Registered(request.name, outcome, label, len(rows), entry, notes)
+    warnings = data_warnings.of_dataset(request.name, file, rows, entry, info, data_dir)
+    return Registered(request.name, outcome, label, len(rows), entry, notes, warnings)
 
 
 def register_converted(source: str, target: Path, request: Request, data_dir: Path) -> Registered:
@@ -94,7 +96,7 @@ def register_converted(source: str, target: Path, request: Request, data_dir: Pa
     content = convert.as_json(rows)
     same = target.is_file() and target.read_bytes() == content
     if target.exists() and not same and not request.replace:
-        raise UserError(f"{relative(target)}: is there with other rows; give another --name, or --replace")
+        raise UserError(f"{relative(target)}: is there with other rows; give another NAME, or REPLACE=1")
     if not same:
         target.parent.mkdir(parents=True, exist_ok=True)
         files.write_atomically(target, content)
@@ -133,11 +135,11 @@ def target_of(source: str, category: str | None, stem: str, data_dir: Path) -> P
         inside = folder.name if folder.parent == Path(data_dir).resolve() and folder.name in CATEGORIES else None
     category = category or inside
     if category is None:
-        raise UserError(f"{source}: say which CATEGORY= (--category) it is of: {', '.join(CATEGORIES)}")
+        raise UserError(f"{source}: say which CATEGORY it is of: {', '.join(CATEGORIES)}")
     if category not in CATEGORIES:
         raise UserError(f"unknown category {category!r}; the categories are {', '.join(CATEGORIES)}")
     if not names.is_dataset_name(stem):
-        raise UserError(f"{source}: {stem!r} {names.RULE}; give another --name")
+        raise UserError(f"{source}: {stem!r} {names.RULE}; give another NAME")
     return Path(data_dir) / category / f"{stem}.json"
 
 
@@ -172,7 +174,7 @@ def sound_entry(
     Raises UserError with the first faults of the name, the columns and the rows.
     """
     if not names.is_dataset_name(request.name):
-        raise UserError(f"{label}: {request.name!r} {names.RULE}; give another --name")
+        raise UserError(f"{label}: {request.name!r} {names.RULE}; give another NAME")
     try:
         entry = {"file_name": file_name} | infer_entry(rows, request.columns, request.prompts_only)
     except UserError as error:
@@ -215,7 +217,7 @@ def require_free(name: str, file_name: str, replace: bool, info: dict[str, Any],
     old = info.get(name)
     old_file = old.get("file_name") if isinstance(old, dict) else None
     if name in info and old_file != file_name and not replace:
-        way_out = "give another --name, or --replace to register this file in its place"
+        way_out = "give another NAME, or REPLACE=1 to register this file in its place"
         raise UserError(f"{relative(path)}: {name!r} is already registered for {old_file!r}; {way_out}")
     return old_file
 

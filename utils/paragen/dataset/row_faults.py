@@ -124,7 +124,7 @@ def messages_gap(messages: list[dict], tags: dict[str, str], prompts_only: bool)
     if turn == 0:
         return "there are no messages"
     if (turn % 2 == 1) != prompts_only:
-        leaves = "a response" if prompts_only else "no response (--prompts-only is for such files)"
+        leaves = "a response" if prompts_only else "no response (PROMPTS_ONLY=1 is for such files)"
         return f"the last message is from {messages[-1][tags['role_tag']]!r}, which leaves {leaves}"
     return None
 

@@ -27,7 +27,7 @@ from paragen.packed.layers import NotPackable
 from paragen.packed.model import unload_adapter, use_fused_kernels
 from paragen.packed.schedule import TrainingLog, TrainingSchedule, rows_of
 from paragen.recipes import templates
-from paragen.training import ordinary, process
+from paragen.training import data_notes, ordinary, process
 from paragen.training.attempts import Attempt
 
 OutOfMemory = torch.OutOfMemoryError
@@ -116,6 +116,9 @@ class FrozenBase:
             if job["tokens"] and (attempt.staging / "tokens").is_dir():
                 process.keep_tokens(attempt.staging / "tokens", Path(job["tokens"]))
             self.rows[key] = rows_of(data["train_dataset"])
+            if attempt.run.resumed is None:
+                lengths = [len(row.tokens) for row in self.rows[key]]
+                data_notes.announce(data_notes.cut_rows(lengths, attempt.run.config))
         if any((row.labels == IGNORED).all() for row in self.rows[key]):
             raise NotPackable(
                 "a row has nothing to learn, and the mean loss of a step with such rows alone is undefined"

@@ -18,7 +18,7 @@ from transformers.trainer_callback import DefaultFlowCallback
 
 from paragen.packed.batches import Row
 from paragen.packed.layers import NotPackable
-from paragen.training import collector
+from paragen.training import collector, data_notes
 from paragen.training.attempts import Attempt
 
 
@@ -140,7 +140,8 @@ class TrainingSchedule:
 
     def facts(self) -> dict[str, Any]:
         """The training's entries in the manifest."""
-        return collector.facts_of(self.args, len(self.rows), self.last)
+        cut = data_notes.cut_rows([len(row.tokens) for row in self.rows], self.attempt.run.config)
+        return {**collector.facts_of(self.args, len(self.rows), self.last), "data_warnings": cut}
 
 
 class TrainingLog:

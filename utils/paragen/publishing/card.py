@@ -7,10 +7,9 @@ import re
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from paragen.collection import evaluation, index
+from paragen.collection import evaluation, index, prompts, quality_warnings
 from paragen.collection.manifest import TrainedData
 from paragen.common import paths
-from paragen.dataset import dataset_info
 from paragen.publishing import licenses
 
 if TYPE_CHECKING:
@@ -51,6 +50,7 @@ def render(
         scores=(scores := score_rows(chosen, table)),
         metrics={name: evaluation.METRICS[name] for name in sorted({row[5] for row in scores})},
         datasets=data,
+        warnings=sorted({line for item in chosen for line in quality_warnings.about_data(item.manifest, data_dir)}),
         pictures=sorted({part.name for part in parts_of(chosen) if part.pictures}),
         unknown_data=sorted({item.manifest.dataset for item in chosen if item.manifest.data is None}),
         bases=bases,
@@ -104,16 +104,37 @@ def parts_of(chosen: list[index.Chosen]) -> list[TrainedData]:
 
 
 def data_facts(chosen: list[index.Chosen], data_dir: Path) -> list[dict[str, Any]]:
-    """A dict per data file in the tree, test splits included, as licenses.of_data returns it."""
-    found = {}
+    """A dict per data file in the tree, test splits included.
+
+    Each has `name`, `file`, `rows` (how many are in the file), `trained` (how many of its first rows were trained on, a
+    text), and the keys that licenses.of_file returns.
+    """
+    trained: dict[tuple[str, str], set[int]] = {}
     for part in parts_of(chosen):
-        found[part.file] = licenses.of_data(part, data_dir)
+        trained.setdefault((part.name, part.file), set()).add(part.rows)
         if paired := licenses.test_split(part, data_dir):
-            name, entry = paired
-            rows = len(dataset_info.load_rows(Path(data_dir) / entry["file_name"]))
-            known = licenses.of_file(name, entry["file_name"], data_dir)
-            found[entry["file_name"]] = {"name": name, "file": entry["file_name"], "rows": rows, **known}
-    return [found[file] for file in sorted(found)]
+            trained.setdefault((paired[0], paired[1]["file_name"]), set())
+    return [
+        {
+            "name": name,
+            "file": file,
+            "rows": (rows := len(prompts.rows_in(Path(data_dir) / file))),
+            "trained": trained_text(counts, rows),
+            **licenses.of_file(name, file, data_dir),
+        }
+        for (name, file), counts in sorted(trained.items(), key=lambda item: item[0][::-1])
+    ]
+
+
+def trained_text(counts: set[int], rows: int) -> str:
+    """How many of a file's first rows its collections were trained on, as the card says it.
+
+    Args:
+        counts: of each collection; empty for a file that none was trained on.
+        rows: how many the file has.
+    """
+    words = ["all" if count == rows else f"the first {count:,}" for count in sorted(counts)]
+    return " or ".join(words) or "none: held out"
 
 
 def base_facts(chosen: list[index.Chosen], models_dir: Path) -> list[dict[str, Any]]:

@@ -9,23 +9,18 @@ from typing import Any
 
 from paragen.collection.manifest import BaseModel, Manifest, TrainedData
 from paragen.common import files
+from paragen.common.paths import relative
 from paragen.dataset import dataset_info, names, sources
 from paragen.model import base_models
 
 CUSTOM = ("gemma", "llama", "other")  # how licences begin that a user of the data has to read and accept
 
 
-def of_data(data: TrainedData, data_dir: Path) -> dict[str, Any]:
-    """name, file, rows, license, source, citation and language of one dataset of a manifest; None: not known.
+def of_file(name: str, file: str, data_dir: Path) -> dict[str, Any]:
+    """license, source, citation and language of the dataset `name`, whose file is `data_dir`/`file`; None: not known.
 
     A file counts as prepared data by its content, not by its name.
     """
-    known = of_file(data.name, data.file, data_dir)
-    return {"name": data.name, "file": data.file, "rows": data.rows, **known}
-
-
-def of_file(name: str, file: str, data_dir: Path) -> dict[str, Any]:
-    """license, source, citation and language of the dataset `name`, whose file is `data_dir`/`file`."""
     entry = dataset_info.read_info(data_dir).get(name)
     marks = entry if isinstance(entry, dict) and entry.get("file_name") == file else {}
     known = {key: marks.get(key) for key in dataset_info.PROVENANCE}
@@ -63,23 +58,32 @@ def same(entry: dict[str, Any], base: BaseModel) -> bool:
     return base.hub_id is not None and entry["hub_id"].lower() == base.hub_id.lower()
 
 
-def unknown(manifest: Manifest, data_dir: Path, models_dir: Path) -> list[str]:
-    """The data and the base model of a collection whose licences are not known, a phrase each with the way out."""
+def unknown(folder: Path, manifest: Manifest, data_dir: Path, models_dir: Path) -> list[str]:
+    """The data and the base model of a collection whose licences are not known, a phrase each with the way out.
+
+    Args:
+        folder: the collection's.
+        manifest: its manifest.
+        data_dir, models_dir: data/ and models/.
+
+    The registered test split of a dataset counts as data of the collection: it is published with it.
+    """
     found = []
     if manifest.data is None:
-        found.append("what it was trained on is not known (made from a stock run)")
-    for data in manifest.data or ():
-        if not of_data(data, data_dir)["license"]:
+        found.append(f"{relative(folder)}: what it was trained on is not known (made from a stock run)")
+    parts = [(data.name, data.file) for data in manifest.data or ()]
+    paired = [split for data in manifest.data or () if (split := test_split(data, data_dir))]
+    for name, file in [*parts, *((name, entry["file_name"]) for name, entry in paired)]:
+        if not of_file(name, file, data_dir)["license"]:
             found.append(
-                f'the licence of data/{data.file} is not known (write it as "license" into the entry '
-                f"{data.name!r} of data/dataset_info.json)"
+                f'data/{file}: its licence is not known; write it as "license" into the entry {name!r} of '
+                "data/dataset_info.json"
             )
     base = of_base(manifest.base_model, models_dir)
     if not base["license"]:
-        folder = models_dir / (base["name"] or "<unknown>")
+        place = models_dir / (base["name"] or "<unknown>")
         found.append(
-            f"the licence of the base model {base['name'] or 'unknown'} is not known ({base_models.how_to_get(folder)} "
-            "notes it)"
+            f"{relative(place)}: the base model's licence is not known; {base_models.how_to_get(place)} notes it"
         )
     return found
 

@@ -1,6 +1,7 @@
 """Checks which collections may be published, and uploads a repository's tree to the Hugging Face hub."""
 
 import glob
+import shlex
 import sys
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -27,10 +28,12 @@ def rows_of(chosen: list[index.Chosen]) -> "pa.Table":
 def check_publishable(chosen: list[index.Chosen], tree: Path, raw: bool) -> None:
     """Raise UserError unless every collection is whole, lies in a category's folder and has known licences.
 
-    A collection with an unchanged archive in the tree was verified when that was made, and is not read again.
+    A collection with an unchanged archive in the tree was verified when that was made, and is not read again. Where
+    more than one thing is wrong, each is printed, and the error has their number.
     """
+    check_licenses(chosen)
     done = {} if raw else published_tree.read_record(tree) or {}
-    faulty = []
+    found: list[tuple[str, str]] = []
     for item in chosen:
         faults = place_faults(item.name)
         if published_tree.archive_in(tree, item, done) is None:
@@ -39,16 +42,29 @@ def check_publishable(chosen: list[index.Chosen], tree: Path, raw: bool) -> None
             base = paths.MODELS / (item.manifest.base_name or "unknown")
             if not faults and (base / "config.json").is_file():
                 faults += verification.peft_faults(item.folder, item.manifest.steps[-1], base)
-        if not settings.switch("ALLOW_UNKNOWN_LICENSE"):
-            hint = "or publish it as unknown with ALLOW_UNKNOWN_LICENSE=1"
-            faults += [f"{fault}, {hint}" for fault in licenses.unknown(item.manifest, paths.DATA, paths.MODELS)]
-        for fault in faults:
-            print(f"FAULTY {paths.relative(item.folder)}: {fault}", file=sys.stderr, flush=True)
-        if faults:
-            faulty.append(f"{paths.relative(item.folder)}: {faults[0]}")
-    if faulty:
-        more = f" (and {len(faulty) - 1} more collections are faulty)" if len(faulty) > 1 else ""
-        raise UserError(f"{faulty[0]}{more}; nothing was published")
+        found += [(paths.relative(item.folder), fault) for fault in faults]
+    if len(found) == 1:
+        raise UserError(f"{': '.join(found[0])}; nothing was published")
+    for name, fault in found:
+        print(f"FAULTY {name}: {fault}", file=sys.stderr, flush=True)
+    if found:
+        faulty = len({name for name, _ in found})
+        raise UserError(f"{len(found)} faults in {faulty} of {len(chosen)} collections; nothing was published")
+
+
+def check_licenses(chosen: list[index.Chosen]) -> None:
+    """Raise UserError where the licence of data or of a base model is not known, unless ALLOW_UNKNOWN_LICENSE=1."""
+    if settings.switch("ALLOW_UNKNOWN_LICENSE"):
+        return
+    each = [licenses.unknown(item.folder, item.manifest, paths.DATA, paths.MODELS) for item in chosen]
+    found = list(dict.fromkeys(phrase for phrases in each for phrase in phrases))
+    way_out = "ALLOW_UNKNOWN_LICENSE=1 publishes them as unknown; nothing was published"
+    if len(found) == 1:
+        raise UserError(f"{found[0]}; or ALLOW_UNKNOWN_LICENSE=1 publishes it as unknown; nothing was published")
+    for phrase in found:
+        cli.complain(phrase)
+    if found:
+        raise UserError(f"{len(found)} licences are not known; {way_out}")
 
 
 def place_faults(name: str) -> list[str]:
@@ -57,6 +73,19 @@ def place_faults(name: str) -> list[str]:
     if len(parts) != 3 or parts[0] not in paths.CATEGORIES:
         return ["lies elsewhere than saves/<category>/<dataset>/<run folder>: move it there"]
     return []
+
+
+def command() -> str:
+    """The `make publish` that uploads what DRY_RUN=1 built: with all other settings of this call, to be pasted."""
+    given = []
+    for name in settings.TARGETS["publish"]:
+        kind = settings.SETTINGS[name].kind
+        if kind == "switch":
+            value = "1" if settings.switch(name) else ""
+        else:
+            value = settings.text(name) if kind == "text" else " ".join(settings.values(name))
+        given += [f"{name}={shlex.quote(value)}"] if value and name != "DRY_RUN" else []
+    return " ".join(["make publish", *given])
 
 
 def print_tree(tree: Path) -> None:

@@ -7,6 +7,7 @@ the names and types of all keys are read from LLaMA-Factory's source (vocabulary
 # What LLaMA-Factory and transformers use for a key that a recipe omits.
 OMITTED_SEED = 42
 OMITTED_RANK = 8
+OMITTED_CUTOFF = 2048  # cutoff_len, tokens
 OMITTED_BATCH_SIZE = 8  # per_device_train_batch_size
 OMITTED_ACCUMULATION = 1  # gradient_accumulation_steps
 

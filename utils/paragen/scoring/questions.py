@@ -11,7 +11,7 @@ from typing import Any, NamedTuple
 from paragen.collection import prompts
 from paragen.collection.manifest import Manifest
 from paragen.common.cli import UserError
-from paragen.dataset import dataset_info, row_faults
+from paragen.dataset import dataset_info, row_faults, row_texts
 from paragen.scoring import answers
 
 
@@ -53,8 +53,8 @@ class Split(NamedTuple):
 
     @property
     def texts(self) -> list[dict[str, Any]]:
-        """The rows as `prompts.texts_of` reads them."""
-        return [prompts.texts_of(row, entry) for entry, rows in self.parts for row in rows]
+        """The rows as `row_texts.texts_of` reads them."""
+        return [row_texts.texts_of(row, entry) for entry, rows in self.parts for row in rows]
 
     @property
     def responses(self) -> list[str]:
@@ -102,7 +102,7 @@ def fault_of(row: dict[str, Any], entry: dict[str, Any]) -> str | None:
         fault = row_faults.alpaca_fault(row, columns)
     if fault := fault or row_faults.text_fault(row, columns, ("system",)):
         return fault
-    texts = prompts.texts_of(row, entry)
+    texts = row_texts.texts_of(row, entry)
     if texts["images"]:
         return "it has pictures, and only text is scored"
     return "it has no response to score against" if dataset_info.is_blank(texts["response"]) else None
@@ -156,7 +156,7 @@ class Encoder:
         found = []
         for entry, rows in split.parts:
             for row in rows:
-                text = prompts.texts_of(row, entry)
+                text = row_texts.texts_of(row, entry)
                 options = answers.options_of(text, responses) if metric == "choice" else [text["response"]]
                 found.append(self._question(convert_row(row, entry, self.data_args), options, text))
         return found

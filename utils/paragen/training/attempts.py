@@ -17,7 +17,7 @@ from paragen.common import files, paths
 from paragen.common.cli import UserError, say
 from paragen.recipes import render
 from paragen.recipes.run import Run
-from paragen.training import overrides
+from paragen.training import data_notes, overrides
 from paragen.training.outcome import AlreadyRunning
 
 FULL_DISK_BYTES = 2**20  # a disk with fewer free bytes counts as full
@@ -128,6 +128,8 @@ def staged(run: Run, snapshot: Snapshot) -> Iterator[Attempt]:
     if not run.collects and run.resumed is not None:
         save_steps = run.config.get("save_steps")
         say(f"save_steps is {save_steps}, not 1: this run resumes its checkpoint, but collects nothing")
+    if run.resumed is None:  # else its pretrain printed them
+        data_notes.announce(data_notes.warnings_of(run, snapshot.identity["data"]))
     staging.mkdir(parents=True)
     try:
         yield Attempt(run, snapshot, staging, attempt, started)

@@ -18,6 +18,7 @@ from transformers import TrainerCallback, TrainerControl, TrainerState, Training
 from paragen.common import cli, files, safetensors_header
 from paragen.common.cli import UserError, say
 from paragen.dataset import pictures
+from paragen.training import data_notes
 
 BUFFERS = 2  # copies of the adapter in memory: one being written, one being filled or waiting
 
@@ -44,9 +45,13 @@ class Rules(TrainerCallback):
 
     On resuming, transformers replaces the whole trainer state by the one in the checkpoint. Without this callback, the
     pretrain's intervals and log history would continue. `facts` is filled in the main process only.
+
+    Args:
+        config: the rendered recipe.
     """
 
-    def __init__(self) -> None:
+    def __init__(self, config: dict[str, Any]) -> None:
+        self.config = config
         self.facts: dict[str, Any] = {}
         self.began = False
 
@@ -62,7 +67,10 @@ class Rules(TrainerCallback):
             resumed_rate = getattr(lr_scheduler, "base_lrs", [args.learning_rate])[0]
             if resumed_rate != args.learning_rate:
                 say(f"learning_rate {args.learning_rate} has no effect: the resumed pretrain's {resumed_rate} is used")
-            self.facts = facts_of(args, len(train_dataloader.dataset), state.max_steps)
+            lengths = data_notes.lengths_in(train_dataloader.dataset)
+            cut = data_notes.cut_rows(lengths, self.config)
+            data_notes.announce(cut if state.global_step == 0 else [])
+            self.facts = {**facts_of(args, len(lengths), state.max_steps), "data_warnings": cut}
 
     def on_step_end(
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any

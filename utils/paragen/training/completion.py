@@ -8,7 +8,7 @@ from paragen.collection import finishing, run_files, run_identity
 from paragen.collection.manifest import CheckpointEntry, attempt_facts, new_manifest, write_manifest
 from paragen.common import files, paths
 from paragen.common.cli import UserError, say
-from paragen.training import attempts
+from paragen.training import attempts, data_notes
 from paragen.training.attempts import Attempt
 
 
@@ -17,7 +17,8 @@ def complete(attempt: Attempt, facts: dict[str, Any]) -> None:
 
     Args:
         attempt: the attempt whose training ended.
-        facts: what the manifest records of the training: device, precision, rows, steps (see collector.facts_of).
+        facts: what the manifest records of the training: device, precision, rows, steps (see collector.facts_of), and
+            as `data_warnings` what was noticed about the tokenised rows.
 
     Raises UserError when checkpoints are missing or not finite, when the data changed during the training, or when a
     sweep gave the run to another attempt.
@@ -30,6 +31,7 @@ def complete(attempt: Attempt, facts: dict[str, Any]) -> None:
         facts["adapter_config_sha256"] = files.sha256_of(staging / paths.ADAPTER_CONFIG)
     if changed := run_identity.changed_since(run, attempt.snapshot):
         raise UserError(f"{'; '.join(changed)}: changed while it was trained on; run it again")
+    facts["data_warnings"] = data_notes.warnings_of(run, attempt.identity["data"]) + facts.get("data_warnings", [])
     manifest = new_manifest(run.folder, run.phase, run.rank, attempt.identity, checkpoints, facts)
     if run.collects:
         files.sync_tree(staging)  # a collection's files are not synced one by one during the training

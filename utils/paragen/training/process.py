@@ -66,7 +66,7 @@ def train(job: dict) -> None:
     templates.register()
     check_arguments(recipe, arguments)
     check_template(recipe, arguments, job["pictures"])
-    rules = Rules()
+    rules = Rules(config)
     collector = Collector(staging, config.get("save_total_limit")) if collects else None
     try:
         run_exp(arguments, [rules, collector] if collector else [rules])
