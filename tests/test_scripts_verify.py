@@ -63,7 +63,7 @@ def add_key(manifest):
 
 
 def test_a_fresh_collection_is_whole_and_loads_with_peft(folder, capsys):
-    assert verify.verify(folder) == []
+    assert verify.verify(folder).faults == []
     assert "6 checkpoints, steps 7-12" in capsys.readouterr().out
 
 
@@ -118,7 +118,7 @@ def test_a_fresh_collection_is_whole_and_loads_with_peft(folder, capsys):
 )
 def test_damage_to_a_collection_is_named(folder, capsys, damage, message):
     damage(folder)
-    assert verify.verify(folder) != []
+    assert verify.verify(folder).faults != []
     lines = capsys.readouterr().out.splitlines()
     assert any(message in line for line in lines), lines
     assert all(line.startswith("FAULTY") for line in lines)
@@ -127,7 +127,7 @@ def test_damage_to_a_collection_is_named(folder, capsys, damage, message):
 def test_scores_and_leftovers_of_a_killed_evaluation_are_no_faults(folder, capsys):
     scored.write(folder, scored.evaluated({"base": 0.4, 7: 0.5, 12: 0.6}))
     (folder / ".evaluation.json.4711.tmp").write_text("{")
-    assert verify.verify(folder) == []
+    assert verify.verify(folder).faults == []
     assert capsys.readouterr().out.startswith("whole")
 
 
@@ -137,7 +137,7 @@ def test_an_adapter_that_does_not_fit_its_base_model_is_a_fault(folder, capsys):
     (folder / "adapter_config.json").write_text(json.dumps(config))
     sha256 = hashlib.sha256((folder / "adapter_config.json").read_bytes()).hexdigest()
     edit_manifest(folder, lambda manifest: manifest.update(adapter_config_sha256=sha256))
-    assert verify.verify(folder) != []
+    assert verify.verify(folder).faults != []
     assert "PEFT does not" in capsys.readouterr().out
 
 
