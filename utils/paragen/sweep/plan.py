@@ -107,7 +107,7 @@ def row_of(planned: CellPlan) -> tuple[str, ...]:
     return (
         cell.dataset,
         cell.model,
-        str(cell.rank),
+        " ".join((str(cell.rank), *cell.overrides)),
         state.name,
         "?" if steps is None else " + ".join(str(count) for count in steps.values()),
         "?" if size is None else f"{size / 1e6:.0f}",
