@@ -46,7 +46,8 @@ def require(cells: Iterable[Cell], phases: tuple[str, ...] = paths.PHASES) -> No
     for line in lines:
         cli.complain(line)
     if lines:
-        raise UserError(f"nothing was trained, {len(lines)} inputs are missing: bring them, or name other cells")
+        way_out = "bring them, or choose other cells with DATASET and MODEL"
+        raise UserError(f"nothing was trained, {len(lines)} inputs are missing: {way_out}")
 
 
 def _checks_of(run: Run) -> dict[tuple, Callable[[], Any]]:
