@@ -37,9 +37,20 @@ def test_ranks_are_trained_together_and_complete_ones_are_skipped(repository):
         assert [entry["step"] for entry in manifest["checkpoints"]] == [11, 12]
     assert done.stdout.count("whole ") == 2
     again = make(repository, "RANKS=4 2", "SEED=3", "KEEP=2")
-    assert again.returncode == 0 and again.stdout.count("whole ") == 2
-    assert "done: " not in again.stdout and "complete: " not in again.stdout, "nothing was even started"
+    assert again.returncode == 0 and again.stdout.count("complete: ") == 2
+    assert "done: " not in again.stdout and "whole " not in again.stdout, "nothing was trained nor read"
     assert collections(repository) == found
+    broken = repository / "saves" / CATEGORY / "To-y" / "Tiny-One_lora-rank_2_seed-3_finetune"
+    (broken / "checkpoint-11.safetensors").unlink()
+    mended = make(repository, "RANKS=4 2", "SEED=3", "KEEP=2")
+    assert mended.returncode == 0, mended.stdout + mended.stderr
+    assert "checkpoint-11.safetensors is missing; it is made again" in mended.stdout
+    assert (mended.stdout.count("whole "), mended.stdout.count("complete: ")) == (1, 2), "the pretrain is complete too"
+    found_again = collections(repository)
+    assert {name: manifest["checkpoints"] for name, manifest in found_again.items()} == {
+        name: manifest["checkpoints"] for name, manifest in found.items()
+    }
+    found = found_again
     forced = make(repository, "RANKS=4", "SEED=3", "KEEP=2", "FORCE=1")
     assert forced.returncode == 0, forced.stdout + forced.stderr
     new = collections(repository)

@@ -12,7 +12,7 @@ from helpers import scored
 from safetensors.torch import load_file, save_file
 
 import verify
-from paragen.collection import discovery, evaluation
+from paragen.collection import discovery, evaluation, verification
 from paragen.collection.manifest import read_manifest, sealed
 
 STEP = "checkpoint-9.safetensors"
@@ -63,7 +63,7 @@ def add_key(manifest):
 
 
 def test_a_fresh_collection_is_whole_and_loads_with_peft(folder, capsys):
-    assert verify.verify(folder) == []
+    assert verify.verify(folder).faults == []
     assert "6 checkpoints, steps 7-12" in capsys.readouterr().out
 
 
@@ -118,7 +118,7 @@ def test_a_fresh_collection_is_whole_and_loads_with_peft(folder, capsys):
 )
 def test_damage_to_a_collection_is_named(folder, capsys, damage, message):
     damage(folder)
-    assert verify.verify(folder) != []
+    assert verify.verify(folder).faults != []
     lines = capsys.readouterr().out.splitlines()
     assert any(message in line for line in lines), lines
     assert all(line.startswith("FAULTY") for line in lines)
@@ -127,18 +127,43 @@ def test_damage_to_a_collection_is_named(folder, capsys, damage, message):
 def test_scores_and_leftovers_of_a_killed_evaluation_are_no_faults(folder, capsys):
     scored.write(folder, scored.evaluated({"base": 0.4, 7: 0.5, 12: 0.6}))
     (folder / ".evaluation.json.4711.tmp").write_text("{")
-    assert verify.verify(folder) == []
+    assert verify.verify(folder).faults == []
     assert capsys.readouterr().out.startswith("whole")
 
 
 def test_an_adapter_that_does_not_fit_its_base_model_is_a_fault(folder, capsys):
+    """Also after one that fits: what PEFT took once is not taken for what another configuration makes of it."""
+    assert verify.verify(folder).faults == []
     config = json.loads((folder / "adapter_config.json").read_text())
     config["target_modules"] = ["q_proj"]
     (folder / "adapter_config.json").write_text(json.dumps(config))
     sha256 = hashlib.sha256((folder / "adapter_config.json").read_bytes()).hexdigest()
     edit_manifest(folder, lambda manifest: manifest.update(adapter_config_sha256=sha256))
-    assert verify.verify(folder) != []
+    assert verify.verify(folder).faults != []
     assert "PEFT does not" in capsys.readouterr().out
+
+
+def test_collections_with_one_configuration_and_layout_are_loaded_with_peft_once(folder, monkeypatch):
+    loaded = []
+    load = verification._load_with_peft
+    monkeypatch.setattr(verification, "_load_with_peft", lambda *given: loaded.append(given) or load(*given))
+    other = Path(shutil.copytree(folder, folder.with_name("Tiny-Llama_lora-rank_4_seed-7_finetune")))
+    assert verify.verify(folder).faults == [] == verify.verify(other).faults
+    assert len(loaded) == 1
+
+
+def test_json_says_the_same_on_stdout_alone(folder, monkeypatch, capsys):
+    broken = Path(shutil.copytree(folder, folder.with_name("Tiny-Llama_lora-rank_4_seed-7_finetune")))
+    (broken / STEP).unlink()
+    monkeypatch.setenv("JSON", "1")
+    monkeypatch.setattr("sys.argv", ["verify.py", str(folder.parent)])
+    assert verify.main() == 1
+    told = capsys.readouterr()
+    content = json.loads(told.out)
+    assert content["summary"] == {"whole": 1, "faulty": 1} and "FAULTY" in told.err
+    whole, faulty = content["collections"]
+    assert whole["whole"] and whole["steps"] == list(range(7, 13)) and whole["bytes"] > 0 and whole["faults"] == []
+    assert not faulty["whole"] and faulty["faults"] == [f"{STEP} is missing"] and faulty["bytes"] is None
 
 
 def test_all_collections_below_a_folder_are_found_and_hidden_ones_are_not(collected):

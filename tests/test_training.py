@@ -188,6 +188,35 @@ def test_comments_and_rows_that_are_not_trained_on_do_not_make_a_run_stale(colle
     assert "complete" in collected.train(collected.finetune).output
 
 
+@pytest.mark.parametrize("name", ["checkpoint-9.safetensors", "adapter_config.json"])
+def test_a_broken_collection_is_collected_again_and_stays_until_then(collected, name):
+    folder = collected.run_folder("finetune")
+    before = hashes(folder)
+    (folder / name).unlink()
+    left = snapshot(folder)
+    failed = collected.train(collected.finetune, "template=nonsense")
+    assert "stale" in one_error_line(failed) and snapshot(folder) == left, "what is left of it is not of this recipe"
+    (collected.top / "models" / "Tiny-Llama" / "tokenizer.json").rename(collected.top / "tokenizer.json")
+    one_error_line(collected.train(collected.finetune))
+    assert snapshot(folder) == left, "nothing is removed before it is replaced"
+    (collected.top / "tokenizer.json").rename(collected.top / "models" / "Tiny-Llama" / "tokenizer.json")
+    result = collected.train(collected.finetune)
+    assert result.status == 0, result.output
+    assert f"{name} is missing; it is made again, and what is left of it stays until then" in result.output
+    assert hashes(folder) == before
+
+
+def test_a_broken_pretrain_is_trained_again_and_a_finetune_names_what_it_lacks(pretrained, pretrained_once):
+    resumed = pretrained.run_folder("pretrain") / "checkpoint-4"
+    os.truncate(resumed / "optimizer.pt", 100)
+    line = one_error_line(pretrained.train(pretrained.finetune))
+    assert "checkpoint-4 has " in line and line.endswith("train the pretrain recipe again")
+    assert pretrained.train(pretrained.pretrain).status == 0
+    stored = pretrained_once.run_folder("pretrain") / "checkpoint-4" / "adapter_model.safetensors"
+    assert (resumed / "adapter_model.safetensors").read_bytes() == stored.read_bytes()
+    assert pretrained.train(pretrained.finetune).status == 0
+
+
 def test_force_redoes_a_stale_run_with_the_same_result(collected):
     folder = collected.run_folder("finetune")
     before = hashes(folder)

@@ -105,7 +105,7 @@ def test_every_architecture_trains_and_its_collection_verifies(projects, monkeyp
     assert not {name for name in resumable if "token" in name or "processor" in name or "template" in name}
     folder = projects.train(name, "finetune")
     monkeypatch.setattr(verify.paths, "MODELS", projects.top / "models")
-    assert verify.verify(folder) == [], capsys.readouterr().out
+    assert verify.verify(folder).faults == [], capsys.readouterr().out
     others = {"adapter_config.json", "manifest.json", "trainer_log.jsonl", "training_loss.png"}
     assert {path.name for path in folder.iterdir()} == {f"checkpoint-{n}.safetensors" for n in (3, 4, 5)} | others
     manifest = json.loads((folder / "manifest.json").read_text())

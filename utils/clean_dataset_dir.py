@@ -8,7 +8,7 @@ Pretrain runs and clean runs stay as they are. The status is 1 when a run could 
 
 from pathlib import Path
 
-from paragen.collection import selection, stock_runs
+from paragen.collection import discovery, selection, stock_runs
 from paragen.common import cli, paths, settings
 from paragen.common.cli import UserError
 
@@ -42,7 +42,7 @@ def requested_runs(folder: Path | None) -> list[Path]:
         if not folder.is_dir():
             raise UserError(f"{folder}: no such folder")
         return sorted(path for path in folder.iterdir() if path.is_dir() and not path.name.startswith("."))
-    found = sorted(path for category in paths.CATEGORIES for path in paths.SAVES.glob(f"{category}/*/[!.]*"))
+    found = [run for dataset in discovery.dataset_folders(paths.SAVES) for run in sorted(dataset.glob("[!.]*"))]
     if not settings.values("DATASET"):
         known = ", ".join(sorted({run.parent.name for run in found})) or "none yet"
         raise UserError(f"name a dataset: make clean-checkpoints DATASET=..., or a folder; known: {known}")

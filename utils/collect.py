@@ -11,35 +11,33 @@ where the last one ended. A complete collection needs no pretrain folder, but on
 
 import sys
 
-from paragen.collection import run_identity
 from paragen.common import cli, files, paths, settings
 from paragen.common.cli import UserError
 from paragen.packed import packed_train
 from paragen.recipes import lookup
 from paragen.recipes.run import Cell
-from paragen.training import engines
+from paragen.training import engines, inputs, status
 
 
 def main() -> int:
     phases = requested_phases(sys.argv[1:])
     target = phases[0] if len(phases) == 1 else "collect"
-    chosen = lookup.requested_cells(target, phases)
-    to_do, failed = (chosen, []) if len(phases) == 1 else split_cells(chosen)
-    if engines.requested_engine() == "packed" or (
-        engines.requested_engine() is None and len(settings.values("RANK")) > 1
-    ):
+    chosen, engine = lookup.requested_cells(target, phases), engines.requested_engine()
+    to_do, failed = split_cells(chosen, phases)
+    inputs.require(to_do, phases)
+    if engine == "packed" or (engine is None and len(settings.values("RANK")) > 1):
         failed += train_packed(to_do, phases) if to_do else []
     else:
         for cell in to_do:
-            if status := train_ordinary(cell, phases):
-                if len(chosen) == 1 or status != 1:  # stopped or killed: the others do not start
-                    return status
+            if code := train_ordinary(cell, phases):
+                if len(chosen) == 1 or code != 1:  # stopped or killed: the others do not start
+                    return code
                 failed.append(cell)
-    status = verify([cell for cell in chosen if cell not in failed]) if target == "collect" else 0
+    code = verify([cell for cell in to_do if cell not in failed]) if target == "collect" else 0
     for cell in failed:
         what = "is not collected" if target == "collect" else f"the {target} did not end well"
         cli.complain(f"{cell}: {what}; see the cause above")
-    return 1 if failed else status
+    return 1 if failed else code
 
 
 def requested_phases(arguments: list[str]) -> tuple[str, ...]:
@@ -51,16 +49,17 @@ def requested_phases(arguments: list[str]) -> tuple[str, ...]:
     return (arguments[0],)
 
 
-def split_cells(chosen: list[Cell]) -> tuple[list[Cell], list[Cell]]:
-    """The cells with something to do, and those that cannot be collected. For each of these, prints the cause.
+def split_cells(chosen: list[Cell], phases: tuple[str, ...]) -> tuple[list[Cell], list[Cell]]:
+    """The cells with something to do, and those that cannot be trained.
 
-    Raises UserError where none can be collected.
+    Prints a line for each cell that is complete, and the cause for each that cannot be trained. Raises UserError where
+    none can be trained.
     """
     to_do: list[Cell] = []
     errors: dict[Cell, UserError] = {}
     for cell in chosen:
         try:
-            if run_identity.force_requested() or not packed_train.is_done(cell):
+            if not status.is_complete(cell, phases):
                 to_do.append(cell)
         except UserError as error:
             errors[cell] = error
@@ -75,8 +74,8 @@ def train_ordinary(cell: Cell, phases: tuple[str, ...]) -> int:
     """Train phases of a cell, one after the other; returns the status of the first that failed, else 0."""
     for phase in phases:
         run = cell.run(phase)
-        if status := cli.call(["bash", paths.UTILS / "train_with_rank.sh", run.recipe, run.rank, *run.overrides]):
-            return status
+        if code := cli.call(["bash", paths.UTILS / "train_with_rank.sh", run.recipe, run.rank, *run.overrides]):
+            return code
     return 0
 
 
@@ -86,10 +85,10 @@ def train_packed(chosen: list[Cell], phases: tuple[str, ...]) -> list[Cell]:
         results = folder / "results"
         named = [argument for cell in chosen for argument in packed_train.arguments_of(cell)]
         command = [sys.executable, "-m", packed_train.__name__, *named, "--phases", *phases, "--results", results]
-        status = cli.call(command, cli.environment_for_modules())
+        code = cli.call(command, cli.environment_for_modules())
         found = packed_train.read_results(results)
-    if status < 0:
-        cli.complain(f"the training was killed by signal {-status}; run it again, it skips complete runs")
+    if code < 0:
+        cli.complain(f"the training was killed by signal {-code}; run it again, it skips complete runs")
     return [cell for number, cell in enumerate(chosen) if number not in found or not found[number].is_done]
 
 

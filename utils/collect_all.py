@@ -17,6 +17,7 @@ from paragen.common.cli import UserError, say
 from paragen.recipes import lookup
 from paragen.sweep import plan, sweep
 from paragen.sweep.display import Display
+from paragen.training import inputs
 
 
 def main() -> int:
@@ -26,8 +27,11 @@ def main() -> int:
         known = ", ".join(paths.CATEGORIES)
         raise UserError(f"name a category: make collect-all CATEGORY=..., one of {known}, or CATEGORY=all")
     chosen = lookup.chosen_cells()
-    to_do = plan.show(chosen)
-    outcomes = {}
+    planned = plan.make(chosen)
+    plan.show(planned)
+    inputs.require(planned.cells)
+    plan.check_disk(planned)
+    to_do, outcomes = planned.cells, {}
     if to_do:
         with Display(len(to_do)) as display:
             outcomes = sweep.run(to_do, display.report)

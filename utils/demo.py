@@ -18,10 +18,9 @@ from paragen.collection import run_files
 from paragen.collection.manifest import Manifest, require_manifest
 from paragen.common import cli, files, paths
 from paragen.common.cli import UserError, say
-from paragen.packed import packed_train
 from paragen.recipes import lookup
 from paragen.sweep import cell_worker, forked
-from paragen.training import ordinary
+from paragen.training import ordinary, status
 
 DATASET, MODEL, RANK = "Demo", "smollm2-135m", 8
 STEPS = "every:5"  # whose checkpoints are scored
@@ -50,7 +49,7 @@ def main() -> None:
         raise UserError("the demo stopped at this part; see the cause above")
     step("training and collecting")
     cell = lookup.find_cell(DATASET, MODEL, RANK)
-    if not packed_train.is_done(cell):
+    if not status.is_done(cell):
         for run in cell.runs:
             call(ordinary.train, run)
     call(cell_worker.verify_runs, [cell.finetune])

@@ -6,7 +6,6 @@ Reads names and sizes of saves/, models/, data/ and .venv/; writes nothing. JSON
 `make clean-up` would free is a column of its own; it never deletes what the table calls by another name.
 """
 
-import json
 import shutil
 
 from paragen.collection import clean_up, disk_usage
@@ -53,7 +52,7 @@ def print_json(usage: disk_usage.Usage, found: clean_up.Found, free: int) -> Non
         "in_use": [paths.relative(path) for path in found.in_use],
         "links_not_counted": [paths.relative(path) for path in usage.links],
     }
-    print(json.dumps(content, indent=2, ensure_ascii=False))
+    cli.print_json(content)
 
 
 if __name__ == "__main__":

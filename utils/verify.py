@@ -5,14 +5,15 @@
     [CATEGORY=..] [DATASET=..] [MODEL=..] [RANK=..] [SEED=..] python utils/verify.py     those selected (make verify)
 
 Prints a line for each; the status is 1 when one is not whole. Quality warnings (worse than its base, a rising loss,
-equal checkpoints) are printed as lines marked DOUBTFUL and do not change the status.
+equal checkpoints) are printed as lines marked DOUBTFUL and do not change the status. JSON=1 prints the same as a JSON
+document on stdout, and the lines on stderr.
 """
 
 from pathlib import Path
 
 from paragen.collection import discovery, selection
-from paragen.collection.verify import verify
-from paragen.common import cli, paths
+from paragen.collection.verify import content_of, verify
+from paragen.common import cli, paths, settings
 from paragen.common.cli import UserError, say
 from paragen.recipes import render
 from paragen.recipes.run import run_of
@@ -30,11 +31,14 @@ def main() -> int:
         found = [of_recipe(*given) for given in args.recipe]
     else:
         found = [(folder, None) for folder in requested_folders(args.folders)]
-    if not found:
-        say("no collections yet")
-        return 0
-    faults = [verify(folder, base) for folder, base in found]
-    return 1 if any(faults) else 0
+    as_json = settings.switch("JSON")
+    with cli.messages_on_stderr(as_json):
+        if not found:
+            say("no collections yet")
+        verified = [verify(folder, base) for folder, base in found]
+    if as_json:
+        cli.print_json(content_of(verified))
+    return 1 if any(one.faults for one in verified) else 0
 
 
 def of_recipe(recipe: str, rank: str = "", *overrides: str) -> tuple[Path, Path]:

@@ -1,4 +1,4 @@
-"""Runs a script's `main` and prints how often each recipe was rendered, identity taken and manifest parsed, as JSON.
+"""Runs a script's `main` and prints how often recipes were rendered, identities taken and manifests parsed.
 
 fork_server.start("helpers.counting", ["train", RECIPE, RANK], ...)
 """
@@ -15,6 +15,7 @@ from paragen.recipes import render
 COUNTED = {
     "rendered": (render, "render"),
     "identified": (run_identity, "identity_of"),
+    "compared": (run_identity, "quick_identity_of"),
     "parsed": (manifest, "parse_manifest"),
 }
 

@@ -4,10 +4,12 @@ import os
 from pathlib import Path
 from typing import Any, NamedTuple
 
-from paragen.collection import run_identity
+from paragen.collection import presence, run_identity
 from paragen.collection.manifest import Manifest, phase_named_in, read_manifest
 from paragen.collection.run_files import CHECKPOINT_FILE
 from paragen.common import paths
+
+SHOWN = 5  # reasons that a message names
 
 
 def find_collections(tops: list[Path]) -> list[Path]:
@@ -50,24 +52,60 @@ def is_collection(folder: Path, names: list[str]) -> bool:
     return has_checkpoints or phase_named_in(folder) == "finetune"
 
 
+def dataset_folders(saves: Path) -> list[Path]:
+    """The folders of datasets below saves/, sorted: not those of caches, derived files or hidden ones."""
+    categories = sorted(saves.iterdir()) if saves.is_dir() else []
+    return [
+        folder
+        for category in categories
+        if category.is_dir() and not category.name.startswith(".") and category.name not in paths.DERIVED
+        for folder in sorted(category.iterdir())
+        # collect_scripts/test.yaml has its run folders where others have their datasets
+        if folder.is_dir() and not folder.name.startswith(".") and paths.rank_in(folder.name) is None
+    ]
+
+
 class State(NamedTuple):
     """How a run folder compares with the run that a recipe requests.
 
-    `name` is `missing`, `complete`, `stale` (trained from something else), or `unknown` (without a manifest: not made
-    by this project, or a stock run that is not cleaned yet).
+    `name` is `missing`, `complete`, `stale` (trained from something else), `broken` (files are missing or truncated),
+    or `unknown` (without a manifest: not made by this project, or a stock run that is not cleaned yet).
     """
 
     name: str
-    changed: list[str]  # what makes it stale, a phrase each
+    reasons: list[str]  # what makes it stale or broken, a phrase each
     manifest: Manifest | None
+    uncompared: tuple[str, ...] = ()  # what it was trained from and is not on this machine
+
+    @property
+    def reason(self) -> str:
+        """The first few reasons as one text, and how many more there are."""
+        more = len(self.reasons) - SHOWN
+        return "; ".join([*self.reasons[:SHOWN], *([f"and {more} more"] if more > 0 else [])])
 
 
 def state_of(folder: Path, identity: dict[str, Any]) -> State:
-    """Compares a run folder, whether or not it exists, with the identity of the requested run (see run_identity.py)."""
+    """Compares a run folder, whether or not it exists, with the identity of the requested run (see run_identity.py).
+
+    Compares files by names and lengths (presence.py). A broken run is made again, so that what is left of it need not
+    come from the present pretrain; a run that is broken and otherwise stale is stale.
+    """
     if not folder.exists():
         return State("missing", [], None)
     manifest = read_manifest(folder)
     if manifest is None:
         return State("unknown", [], None)
+    faults = presence.faults_of(folder, manifest)
+    if faults and identity["pretrain"]:
+        identity = {**identity, "pretrain": {**identity["pretrain"], "sha256": None}}
     changed = run_identity.changes(manifest.identity, identity)
-    return State("stale" if changed else "complete", changed, manifest)
+    name = "stale" if changed else "broken" if faults else "complete"
+    return State(name, changed or faults, manifest, _absent(manifest, identity))
+
+
+def _absent(manifest: Manifest, identity: dict[str, Any]) -> tuple[str, ...]:
+    """The inputs of a run that are recorded in its manifest, but not in an identity that lacks what is not there."""
+    found = [f"the base model {manifest.base_name}"] if manifest.base_name and identity["base_model"] is None else []
+    if manifest.data and identity["data"] is None:
+        found += [f"the data of {data.name}" for data in manifest.data]
+    return tuple(found)

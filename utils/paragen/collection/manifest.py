@@ -1,7 +1,8 @@
 """manifest.json of a run folder: what was trained, from what, and which checkpoints it made.
 
-A run folder with a manifest.json is complete, one without is not. A manifest carries the SHA-256 of its own content, so
-that an edited one is recognised. `parse_manifest` checks every value once; code that has a `Manifest` relies on it.
+It is written last: a run folder without one is unfinished. `presence.py` compares it with the files that are there. It
+carries the SHA-256 of its own content, so that an edited one is recognised. `parse_manifest` checks every value once;
+code that has a `Manifest` relies on it.
 """
 
 import json

@@ -74,13 +74,13 @@ def rising_loss(entries: Sequence[CheckpointEntry]) -> str | None:
     them, a test of means is not. The median also has to rise by the factor RISE, and fewer than FEWEST losses in a half
     raise no warning.
     """
-    from scipy.stats import mannwhitneyu
-
     losses = [entry.loss for entry in entries if entry.loss is not None]
     half = len(losses) // 2
     first, second = losses[:half], losses[len(losses) - half :]
     if half < FEWEST or not statistics.median(second) > RISE * statistics.median(first):
         return None
+    from scipy.stats import mannwhitneyu  # takes a second to import, and few collections come this far
+
     chance = float(mannwhitneyu(second, first, alternative="greater").pvalue)
     if chance >= LEVEL:
         return None

@@ -5,12 +5,15 @@ hashes, no paths of this machine.
 """
 
 import json
-import re
+from collections.abc import Callable
+from functools import cache
 from importlib.metadata import version
 from pathlib import Path
 from typing import Any, NamedTuple
 
+from paragen.collection import presence, row_hashes, run_files
 from paragen.collection.manifest import read_manifest
+from paragen.collection.row_hashes import RowHashes
 from paragen.common import files, paths, settings
 from paragen.common.cli import UserError
 from paragen.dataset import dataset_info, pictures
@@ -18,8 +21,7 @@ from paragen.model import base_models, model_files
 from paragen.recipes import keys, templates
 from paragen.recipes.run import Run
 
-# The files that a checkpoint folder needs to be resumed; each of them changes the training that follows.
-RESUMED = (paths.ADAPTER, "optimizer.pt", "scheduler.pt", "rng_state.pth", "trainer_state.json")
+NO_MODEL = {"base_model": None, "tokenizer": None}
 
 
 class Snapshot(NamedTuple):
@@ -45,8 +47,8 @@ def changed_since(run: Run, snapshot: Snapshot) -> list[str]:
 
 def _stamps_of(run: Run) -> dict[str, tuple[int, ...]]:
     """The stamps of the files that an identity is taken from, but for pictures."""
-    folder = run.resolve(run.config.get("dataset_dir", "data"))
-    entries = [dataset_info.data_file(name.strip(), folder) for name in run.config["dataset"].split(",")]
+    folder = run.data_dir
+    entries = [dataset_info.data_file(name, folder) for name in run.datasets]
     found = [*entries, folder / "dataset_info.json"]
     for parent in (run.base, run.resumed):
         found += sorted(parent.iterdir()) if parent is not None and parent.is_dir() else []
@@ -54,22 +56,57 @@ def _stamps_of(run: Run) -> dict[str, tuple[int, ...]]:
 
 
 def identity_of(run: Run) -> dict[str, Any]:
-    """What a run is trained from, as a JSON value (see the head of this file).
+    """What a run is trained from, as a JSON value (see the head of this file). Reads all of it.
 
     Raises UserError when the model, the data or the pretrain checkpoint is missing, with the command that makes it.
     """
-    base, config = base_models.local_folder(run.base), run.config
-    trained = {key: value for key, value in config.items() if key not in keys.NOT_TRAINED}
-    recipe_keys = {"seed": keys.OMITTED_SEED, **trained}
-    if template_hash := templates.hash_of(config.get("template")):
-        recipe_keys["template_sha256"] = template_hash
+    base = base_models.local_folder(run.base)
     return {
-        "recipe": dict(sorted(recipe_keys.items())),
-        "data": [_data_of(name.strip(), run) for name in config["dataset"].split(",")],
-        "base_model": base_models.identity_of(base),
-        "tokenizer": {"sha256": model_files.hash_of(base, model_files.tokenizer_files(base))},
+        "recipe": _recipe_of(run),
+        "data": [_data_of(name, run) for name in run.datasets],
+        **_model_of(base),
         "pretrain": pretrain_of(run.resumed) or _named_pretrain(run.resumed),
     }
+
+
+def quick_identity_of(run: Run) -> dict[str, Any]:
+    """The same to compare a finished run with, without reading what did not change since it was read last.
+
+    A pretrain checkpoint is taken for what its manifest records where the names and lengths of its files agree. The
+    section of a model or a dataset that is not there is None: `changes` does not compare it.
+    """
+    has_model = (run.base / "config.json").is_file()
+    data = [_known_data_of(name, run) for name in run.datasets]
+    return {
+        "recipe": _recipe_of(run),
+        "data": None if None in data else data,
+        **(_known_model_of(run.base, _stamps_in(run.base)) if has_model else NO_MODEL),
+        "pretrain": _recorded_pretrain_of(run.resumed) or _named_pretrain(run.resumed),
+    }
+
+
+def _recipe_of(run: Run) -> dict[str, Any]:
+    trained = {key: value for key, value in run.config.items() if key not in keys.NOT_TRAINED}
+    recipe_keys = {"seed": keys.OMITTED_SEED, **trained}
+    if template_hash := templates.hash_of(run.config.get("template")):
+        recipe_keys["template_sha256"] = template_hash
+    return dict(sorted(recipe_keys.items()))
+
+
+def _model_of(base: Path) -> dict[str, Any]:
+    tokenizer = {"sha256": model_files.hash_of(base, model_files.tokenizer_files(base))}
+    return {"base_model": base_models.identity_of(base), "tokenizer": tokenizer}
+
+
+@cache
+def _known_model_of(base: Path, stamps: tuple) -> dict[str, Any]:
+    """`_model_of` a folder whose files have these stamps. Raises UserError where it does not hold a whole model."""
+    return _model_of(base_models.local_folder(base))
+
+
+def _stamps_in(folder: Path) -> tuple:
+    """The stamps of the files in a folder, by name."""
+    return tuple((path.name, files.stamp_of(path.stat())) for path in sorted(folder.iterdir()) if path.is_file())
 
 
 def tokens_key(identity: dict) -> str | None:
@@ -87,9 +124,9 @@ def tokens_key(identity: dict) -> str | None:
 
 def pretrain_of(checkpoint: Path | None) -> dict | None:
     """Run, step and hash of the checkpoint that is resumed; None where none is, or where it is gone."""
-    if checkpoint is None or not (checkpoint / "trainer_state.json").is_file():
+    if checkpoint is None or not (checkpoint / run_files.STATE).is_file():
         return None
-    resumed = sorted(path for path in checkpoint.iterdir() if is_resumed(path.name))
+    resumed = sorted(path for path in checkpoint.iterdir() if run_files.is_resumed(path.name))
     sha256 = files.sha256_of_value({path.name: files.sha256_of(path) for path in resumed})
     _check_against_manifest(checkpoint, sha256)
     return {"run": checkpoint.parent.name, "step": step_of(checkpoint), "sha256": sha256}
@@ -103,14 +140,21 @@ def _named_pretrain(checkpoint: Path | None) -> dict | None:
     return {"run": checkpoint.parent.name, "step": int(named[1]) if named else None, "sha256": None}
 
 
-def is_resumed(name: str) -> bool:
-    """Whether a resumed training reads this file of a checkpoint folder (several processes have an rng_state each)."""
-    return name in RESUMED or re.fullmatch(r"rng_state_\d+\.pth", name) is not None
+def _recorded_pretrain_of(checkpoint: Path | None) -> dict | None:
+    """`pretrain_of`, as the run's manifest recorded it; None also where files are missing or have other lengths."""
+    named = paths.CHECKPOINT.fullmatch(checkpoint.name) if checkpoint is not None else None
+    manifest = read_manifest(checkpoint.parent) if checkpoint is not None and named is not None else None
+    if checkpoint is None or named is None or manifest is None:
+        return pretrain_of(checkpoint)
+    entry = next((entry for entry in manifest.checkpoints if entry.step == int(named[1])), None)
+    if entry is None or presence.checkpoint_faults(checkpoint.parent, entry):
+        return None
+    return {"run": checkpoint.parent.name, "step": entry.step, "sha256": entry.sha256}
 
 
 def step_of(checkpoint: Path) -> int:
     """The optimizer step at which a stock checkpoint folder was saved."""
-    path = checkpoint / "trainer_state.json"
+    path = checkpoint / run_files.STATE
     try:
         return int(json.loads(path.read_bytes())["global_step"])
     except (ValueError, KeyError, TypeError) as error:
@@ -118,16 +162,17 @@ def step_of(checkpoint: Path) -> int:
 
 
 def changes(old: dict, new: dict) -> list[str]:
-    """The differences between two identities, a phrase each; a section that is None in the old one is skipped."""
+    """The differences between two identities, a phrase each; a section that is None in one of them is skipped."""
     found = []
     for key in sorted({*(old["recipe"] or {}), *new["recipe"]}) if old["recipe"] is not None else []:
         before, after = old["recipe"].get(key), new["recipe"].get(key)
         if before != after:
             found.append(f"{key} ({before} -> {after})")
-    if old["data"] is not None and old["data"] != new["data"]:
+    if old["data"] is not None and new["data"] is not None and old["data"] != new["data"]:
         found += _data_changes(old["data"], new["data"])
     for section, what in (("base_model", "the base model"), ("tokenizer", "the tokenizer")):
-        if old[section] is not None and old[section].get("sha256") not in (None, new[section]["sha256"]):
+        before, after = ((identity[section] or {}).get("sha256") for identity in (old, new))
+        if None not in (before, after) and before != after:
             found.append(f"{what}'s files")
     return found + resumed_changes(old, new)
 
@@ -150,25 +195,42 @@ def resumed_changes(old: dict, new: dict) -> list[str]:
 
 
 def _data_of(name: str, run: Run) -> dict[str, Any]:
-    """The section of one dataset: its entry, its file, and the first `max_samples` rows with their pictures."""
-    config, folder = run.config, run.resolve(run.config.get("dataset_dir", "data"))
-    entry = dataset_info.entry_of(name, folder)
+    """The section of one dataset. Raises UserError where it is missing, or cannot be trained on."""
+    entry = dataset_info.entry_of(name, run.data_dir)
+    return _section_of(name, entry, dataset_info.data_file(name, run.data_dir), run, row_hashes.read)
+
+
+def _known_data_of(name: str, run: Run) -> dict[str, Any] | None:
+    """`_data_of` without reading what did not change; None where the dataset is not there."""
+    info = run.data_dir / "dataset_info.json"
+    entry = _known_entry(name, run.data_dir, files.stamp_of(info.stat())) if info.is_file() else None
+    path = run.data_dir / entry["file_name"] if entry else None
+    return _section_of(name, entry, path, run, row_hashes.known) if entry and path and path.is_file() else None
+
+
+@cache
+def _known_entry(name: str, data_dir: Path, _stamp: tuple[int, ...]) -> dict[str, Any] | None:
+    """A dataset's entry in a dataset_info.json with this stamp; None where there is none."""
+    return dataset_info.entry_of(name, data_dir) if name in dataset_info.read_info(data_dir) else None
+
+
+def _section_of(
+    name: str, entry: dict[str, Any], path: Path, run: Run, hashes_of: Callable[[Path, int | None], RowHashes]
+) -> dict[str, Any]:
+    """A dataset's entry, its file, and the first `max_samples` rows with their pictures."""
     dataset_info.require_trainable(name, entry)
     if entry.get("num_samples") is not None:
         raise UserError(f"{name}: num_samples in dataset_info.json draws rows at random; use max_samples in the recipe")
-    path = dataset_info.data_file(name, folder)
-    rows = dataset_info.load_rows(path)
-    used = rows[: config.get("max_samples") or len(rows)]
-    media = run.resolve(config["media_dir"]) if config.get("media_dir") else folder
+    hashes, shown = hashes_of(path, run.config.get("max_samples")), None
+    if "images" in dataset_info.columns_of(entry):
+        media = run.resolve(run.config["media_dir"]) if run.config.get("media_dir") else run.data_dir
+        shown = pictures.identity_of(dataset_info.load_rows(path)[: hashes.rows], entry, path, media)
     return {
         "name": name,
         "file": entry["file_name"],
         "entry": {key: value for key, value in entry.items() if key != "file_name"},
-        "sha256": files.sha256_of(path),
-        "rows_in_file": len(rows),
-        "rows": len(used),
-        "rows_sha256": files.sha256_of_value(used),
-        "pictures": pictures.identity_of(used, entry, path, media),
+        **hashes._asdict(),
+        "pictures": shown,
     }
 
 
@@ -190,12 +252,12 @@ def _check_against_manifest(checkpoint: Path, sha256: str) -> None:
     manifest = read_manifest(checkpoint.parent)
     if manifest is None:
         return
-    recorded = {entry.step: entry.sha256 for entry in manifest.checkpoints}
-    if recorded.get(step_of(checkpoint)) != sha256:
-        raise UserError(
-            f"{paths.relative(checkpoint)}: differs from what its run's manifest.json recorded; "
-            "train the pretrain recipe again with FORCE=1"
-        )
+    entry = next((entry for entry in manifest.checkpoints if entry.step == step_of(checkpoint)), None)
+    if entry is None or entry.sha256 != sha256:
+        faults = presence.checkpoint_faults(checkpoint.parent, entry) if entry else []
+        what = "; ".join(faults) or "differs from what its run's manifest.json recorded"
+        way_out = "train the pretrain recipe again" if faults else "train the pretrain recipe again with FORCE=1"
+        raise UserError(f"{paths.relative(checkpoint)}: {what}; {way_out}")
 
 
 def check_resumable(checkpoint: Path, rank: int, how_to_make: str) -> None:
@@ -217,7 +279,7 @@ def check_resumable(checkpoint: Path, rank: int, how_to_make: str) -> None:
         raise UserError(
             f"resume_from_checkpoint {paths.relative(checkpoint)} does not exist ({there}); make it with: {how_to_make}"
         )
-    missing = [name for name in RESUMED if not (checkpoint / name).is_file() and name != "rng_state.pth"]
+    missing = [name for name in run_files.RESUMED if not (checkpoint / name).is_file() and name != "rng_state.pth"]
     if missing:
         raise UserError(
             f"{paths.relative(checkpoint)}: cannot be resumed, {missing[0]} is missing; "

@@ -21,7 +21,6 @@ from paragen.common.cli import UserError
 from paragen.model import base_models
 
 DEFAULT_KEEP = 100
-STATE = "trainer_state.json"
 
 
 class Outcome(NamedTuple):
@@ -87,7 +86,10 @@ def finished_checkpoints(folder: Path) -> list[Path]:
     checkpoints = [found[step] for step in sorted(found)]
     state = read_state(folder)
     if state is None or state["global_step"] < state["max_steps"]:
-        raise UserError(f"{folder}: the run did not finish ({STATE} of its end is missing); train it to the end first")
+        state_file = run_files.STATE
+        raise UserError(
+            f"{folder}: the run did not finish ({state_file} of its end is missing); train it to the end first"
+        )
     if folder.name.endswith("_pretrain") or not (folder.name.endswith("_finetune") or saved_every_step(state, found)):
         raise UserError(f"{folder}: is no finetune run (its name does not say so and it did not save every step)")
     if max(found) != state["global_step"]:
@@ -110,11 +112,11 @@ def saved_every_step(state: dict, found: dict[int, Path]) -> bool:
 def read_state(folder: Path) -> dict | None:
     """The trainer state in a folder, or None."""
     try:
-        state = json.loads((folder / STATE).read_bytes())
+        state = json.loads((folder / run_files.STATE).read_bytes())
     except FileNotFoundError:
         return None
     except ValueError as error:
-        raise UserError(f"{folder / STATE}: broken: {error}") from None
+        raise UserError(f"{folder / run_files.STATE}: broken: {error}") from None
     return state if isinstance(state, dict) and {"global_step", "max_steps", "log_history"} <= state.keys() else None
 
 

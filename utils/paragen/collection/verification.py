@@ -1,4 +1,4 @@
-"""Reads a whole collection from disk and lists what is wrong with it."""
+"""Reads a whole collection and lists what is wrong with it. `presence.py` compares names and lengths alone."""
 
 import os
 import tempfile
@@ -6,37 +6,33 @@ from collections.abc import Sequence
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
-from paragen.collection import evaluation
+from paragen.collection import evaluation, presence
 from paragen.collection.manifest import CheckpointEntry, Manifest
-from paragen.collection.run_files import BESIDE, OPTIONAL, checkpoint_name
-from paragen.common import devices, files, paths
+from paragen.collection.run_files import BESIDE, checkpoint_name
+from paragen.common import devices, files, paths, safetensors_header
 from paragen.common.cli import UserError
 
 
 def faults_of(folder: Path, manifest: Manifest) -> list[str]:
     """The faults of a collection's files, hashes, steps, keys, shapes, values and evaluation.json, a phrase each."""
-    entries, steps, faults = manifest.checkpoints, manifest.steps, []
+    entries, steps, faults = manifest.checkpoints, manifest.steps, presence.faults_of(folder, manifest)
     expected = {paths.MANIFEST, *BESIDE, *(entry.file_name for entry in entries)}
     half_written = files.unfinished(folder / evaluation.FILE)  # a killed evaluation leaves these; they are no fault
     there = {path.name for path in folder.iterdir() if path not in half_written}
-    faults += [f"{name} is missing" for name in sorted(expected - there - set(OPTIONAL))]
     faults += [f"{name} does not belong here" for name in sorted(there - expected)]
     if manifest.recipe is not None and steps != list(range(steps[0], steps[0] + len(steps))):
         faults.append(f"the steps are not consecutive: {steps}")
     kept = manifest.recipe and manifest.recipe.get("save_total_limit")
     if kept and len(steps) != kept:
         faults.append(f"{len(steps)} checkpoints, but the recipe keeps {kept}")
-    config = folder / paths.ADAPTER_CONFIG
-    if config.name in there and files.sha256_of(config) != manifest.adapter_config_sha256:
-        faults.append(f"{config.name} does not have its recorded sha256")
     try:
         if (scores := evaluation.bytes_in(folder)) is not None:
             evaluation.parse(scores, manifest, evaluation.FILE)
     except UserError as error:
         faults.append(str(error))
-    present = [entry for entry in entries if entry.file_name in there]
-    faults += _checkpoint_faults(folder, present, manifest.rank)
-    return faults
+    sizes = presence.sizes_in(folder)
+    whole = [entry for entry in entries if sizes.get(entry.file_name) == entry.bytes]
+    return faults + _checkpoint_faults(folder, whole, manifest.rank)
 
 
 def _checkpoint_faults(folder: Path, entries: Sequence[CheckpointEntry], rank: int) -> list[str]:
@@ -66,8 +62,6 @@ def _read_checkpoint(path: Path, entry: CheckpointEntry) -> tuple[list[str], dic
     from safetensors import SafetensorError
     from safetensors.torch import load_file
 
-    if path.stat().st_size != entry.bytes:
-        return [f"{path.name} has {path.stat().st_size} bytes, not {entry.bytes}"], None
     if files.sha256_of(path) != entry.sha256:
         return [f"{path.name} does not have its recorded sha256"], None
     try:
@@ -79,8 +73,26 @@ def _read_checkpoint(path: Path, entry: CheckpointEntry) -> tuple[list[str], dic
     return faults, {key: (tuple(tensor.shape), tensor.dtype) for key, tensor in tensors.items()}
 
 
+_loaded: set[tuple[Path, bytes, str]] = set()  # what PEFT loaded without a fault in this process, see `peft_faults`
+
+
 def peft_faults(folder: Path, step: int, base: Path) -> list[str]:
-    """What PEFT reports when it loads one checkpoint onto the base model's structure, without the base's weights."""
+    """What PEFT reports when it loads one checkpoint onto the base model's structure, without the base's weights.
+
+    That depends on adapter_config.json and on the checkpoint's keys, dtypes and shapes, but on no value: collections
+    that are equal in these are loaded once.
+    """
+    layout = safetensors_header.read_tensors(folder / checkpoint_name(step))
+    key = base, (folder / paths.ADAPTER_CONFIG).read_bytes(), files.sha256_of_value(layout)
+    if key in _loaded:
+        return []
+    faults = _load_with_peft(folder, step, base)
+    if not faults:
+        _loaded.add(key)
+    return faults
+
+
+def _load_with_peft(folder: Path, step: int, base: Path) -> list[str]:
     import torch
     from peft import PeftModel, get_peft_model_state_dict
     from safetensors import safe_open

@@ -4,14 +4,16 @@ The last line of each script is `cli.run(main)`.
 """
 
 import argparse
+import contextlib
 import ctypes
 import errno
+import json
 import os
 import re
 import signal
 import subprocess
 import sys
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from types import FrameType
 from typing import IO, Any, NoReturn
@@ -44,6 +46,18 @@ class UserError(Exception):
 def say(line: str) -> None:
     """Print one line of progress without delay, also when the output is a pipe."""
     print(line, flush=True)
+
+
+@contextlib.contextmanager
+def messages_on_stderr(wanted: bool) -> Iterator[None]:
+    """While the body runs, print on stderr what goes to stdout, if `wanted`: stdout is for a JSON document alone."""
+    with contextlib.redirect_stdout(sys.stderr) if wanted else contextlib.nullcontext():
+        yield
+
+
+def print_json(value: Any) -> None:
+    """Print a JSON document."""
+    say(json.dumps(value, indent=2, ensure_ascii=False))
 
 
 def end_with_parent() -> None:

@@ -64,6 +64,12 @@ def weight_files(folder: Path) -> list[Path]:
     return sorted({folder / name for name in shards.values()})
 
 
+def has_weights(folder: Path) -> bool:
+    """Whether a model folder has all its weight files. Raises UserError for a broken index."""
+    found = weight_files(folder)
+    return bool(found) and all(path.is_file() for path in found)
+
+
 def tokenizer_files(folder: Path) -> list[Path]:
     """The files of a model folder that decide how text becomes tokens, sorted."""
     return sorted(path for path in folder.iterdir() if TOKENIZER_FILES.fullmatch(path.name))

@@ -18,13 +18,13 @@ from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
-from paragen.collection import discovery, run_identity
+from paragen.collection import run_identity
 from paragen.collection.run_identity import Snapshot
 from paragen.common import cli, devices, paths
 from paragen.common.cli import UserError
 from paragen.recipes import render
 from paragen.recipes.run import Cell, Run
-from paragen.training import attempts, engines, outcome
+from paragen.training import attempts, engines, outcome, status
 from paragen.training.attempts import Attempt
 from paragen.training.outcome import DONE, Outcome
 
@@ -109,24 +109,6 @@ def collect(
     return failed
 
 
-def is_done(cell: Cell) -> bool:
-    """Whether a cell's collection is complete and its pretrain run, where it still exists, is up to date."""
-    return pretrain_snapshot(cell) is None
-
-
-def pretrain_snapshot(cell: Cell) -> Snapshot | None:
-    """The snapshot of a cell's pretrain run; None where the cell is done."""
-    # both are rendered first, so that a mistake in a recipe is reported before a missing model
-    pretrain, finetune = cell.runs
-    snapshot = run_identity.snapshot_of(pretrain)
-    if (finetune.folder / paths.MANIFEST).is_file():
-        states = [discovery.state_of(finetune.folder, run_identity.identity_of(finetune)).name]
-        states += [discovery.state_of(pretrain.folder, snapshot.identity).name] if states == ["complete"] else []
-        if states in (["complete", "complete"], ["complete", "missing"]):
-            return None
-    return snapshot
-
-
 def base_key(run: Run) -> tuple:
     """A key that is equal for runs that can share a base model."""
     return str(run.base), bool(run.config.get("bf16")), str(run.config.get("lora_target", "all"))
@@ -195,14 +177,15 @@ class CellGroup:
         for cell, run in self.ordinary:
             with self._one_cell(cell):
                 script = ["bash", paths.UTILS / "train_with_rank.sh", run.recipe, cell.rank, *run.overrides]
-                if status := cli.call(script):
-                    raise UserError(f"{run}: failed with status {status}; see the cause above")
+                if code := cli.call(script):
+                    raise UserError(f"{run}: failed with status {code}; see the cause above")
 
     def _next(self, cell: Cell, phase: str) -> tuple[Run, Snapshot | None]:
         """A cell's run of a phase, and its snapshot or, where the cell is done, None."""
-        if phase == "pretrain" and len(self.phases) > 1 and not run_identity.force_requested():
-            return cell.pretrain, pretrain_snapshot(cell)
-        return cell.run(phase), run_identity.snapshot_of(cell.run(phase))
+        run = cell.run(phase)
+        both = phase == "pretrain" and len(self.phases) > 1  # a cell that is done needs no pretrain
+        is_done = both and not run_identity.force_requested() and status.is_done(cell)
+        return run, None if is_done else run_identity.snapshot_of(run)
 
     @contextlib.contextmanager
     def _one_cell(self, cell: Cell) -> Iterator[None]:

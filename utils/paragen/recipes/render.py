@@ -4,10 +4,11 @@ Rendering sets `lora_rank` and the `_lora-rank_<r>_` part of `output_dir` and `r
 other than the recipe's: `_lora-rank_<r>_seed-<s>_`); `key=value` arguments override recipe keys as in LLaMA-Factory.
 """
 
+import copy
 import os
 import re
 from collections.abc import Sequence
-from functools import partial
+from functools import cache, partial
 from pathlib import Path
 
 import yaml
@@ -36,8 +37,14 @@ def parse_seed(text: str) -> int:
 def load(recipe: Path) -> dict:
     """The recipe's keys and values, read as LLaMA-Factory reads them (OmegaConf: `5e-5` is a number).
 
-    Raises UserError with file and line unless it is a YAML mapping with text keys.
+    The same content is parsed once. Raises UserError with file and line unless it is a YAML mapping with text keys.
     """
+    content = recipe.read_bytes() if recipe.is_file() else None
+    return copy.deepcopy(_load(recipe, content))
+
+
+@cache
+def _load(recipe: Path, _content: bytes | None) -> dict:
     try:
         config = OmegaConf.to_container(OmegaConf.load(recipe), resolve=True)
     except FileNotFoundError:
@@ -120,6 +127,8 @@ def dump(config: dict) -> str:
 
 def parse_overrides(overrides: Sequence[str]) -> dict:
     """The keys and values of `key=value` texts. Raises UserError for a text of another form."""
+    if not overrides:
+        return {}  # as OmegaConf would say, a thousand times for a thousand recipes
     for text in overrides:
         if not re.match(r"[A-Za-z_]\w*=", text):
             raise UserError(f"{text!r} is not key=value; recipe keys are overridden like learning_rate=1e-4")

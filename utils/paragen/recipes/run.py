@@ -34,6 +34,16 @@ class Run:
         """Whether it becomes a collection."""
         return self.phase == "finetune"
 
+    @property
+    def datasets(self) -> list[str]:
+        """The names of the datasets that it is trained on."""
+        return [name.strip() for name in self.config["dataset"].split(",")]
+
+    @property
+    def data_dir(self) -> Path:
+        """The folder with dataset_info.json, absolute."""
+        return self.resolve(self.config.get("dataset_dir", "data"))
+
     def resolve(self, path: str) -> Path:
         """The absolute path of a path in the recipe."""
         return render.resolve(self.recipe, path)

@@ -20,7 +20,7 @@ from paragen.common.cli import UserError
 from paragen.packed import packed_train
 from paragen.recipes.run import Cell, Run
 from paragen.sweep import forked
-from paragen.training import engines, ordinary, outcome
+from paragen.training import engines, ordinary, outcome, status
 from paragen.training.outcome import DONE, STOPPED, Outcome
 
 
@@ -71,7 +71,7 @@ class CellWorker:
 
     def _collect(self, cell: Cell, attempt: str, halved: bool, log: Path) -> Outcome:
         for run in cell.runs:
-            if not run_identity.force_requested() and packed_train.is_done(cell):
+            if not run_identity.force_requested() and status.is_done(cell):
                 # removes the lock file of a run that was killed after it had published its collection
                 files.is_free(files.beside(cell.finetune.folder, "lock"))
                 break
@@ -186,9 +186,9 @@ def train_packed(cells: list[Cell], results: Path) -> None:
 
 def verify_runs(runs: list[Run]) -> None:
     """Verify the collections of runs. Raises UserError with the last fault found."""
-    faults = [fault for run in runs for fault in verify.verify(run.folder, run.base)]
-    if faults:
-        raise UserError(faults[-1])
+    lines = [line for run in runs if (found := verify.verify(run.folder, run.base)).faults for line in found.lines]
+    if lines:
+        raise UserError(lines[-1])
 
 
 def log_of(cell: Cell) -> Path:

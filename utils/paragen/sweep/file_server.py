@@ -106,7 +106,7 @@ class FileServer:
         complete = {}
         for run in cell.runs:
             staged_files.check_paths(run)
-            complete[run.phase] = attempts.is_complete(run, run_identity.identity_of(run))
+            complete[run.phase] = attempts.is_complete(run, run_identity.quick_identity_of(run))
         pretrain, finetune = (staged_files.name_of(run, run.recipe) for run in cell.runs)
         if complete["finetune"]:
             return FileManifest([], (pretrain, finetune), complete["pretrain"], 0, True)
@@ -115,7 +115,7 @@ class FileServer:
             wanted |= staged_files.files_of_run(cell.pretrain)
         self.offered |= wanted
         infos = [FileInfo(name, path.stat().st_size, self._hash_of(path)) for name, path in sorted(wanted.items())]
-        return FileManifest(infos, (pretrain, finetune), complete["pretrain"], plan.bytes_of(cell), False)
+        return FileManifest(infos, (pretrain, finetune), complete["pretrain"], plan.bytes_of(cell) or 0, False)
 
     def _hash_of(self, path: Path) -> str:
         if path.name.endswith(".safetensors") and path.parent.parent == paths.MODELS:

@@ -45,6 +45,14 @@ def packability(cell: Cell) -> tuple[str | None, tuple]:
         return "its recipe is broken", ()
 
 
+def is_model_there(cell: Cell) -> bool:
+    """Whether the base model of a cell is there, so that it is known whether the cell can be packed."""
+    try:
+        return (cell.finetune.base / "config.json").is_file()
+    except UserError:  # `packability` says that the recipe is broken
+        return True
+
+
 def share(count: int, slots: int) -> int:
     """How many of `count` cells with one key go into a pack: as few rounds as MOST allows, all packs of equal size."""
     slots = max(1, slots)
@@ -56,10 +64,22 @@ def engine_line(cells: Iterable[Cell]) -> str:
     """One line that states how many cells are packed and how many are trained one by one."""
     if engines.requested_engine() == "stock":
         return "engine: the ordinary way, a cell at a time, as ENGINE=stock requests"
-    found = [packability(cell) for cell in cells]
+    cells = list(cells)
+    found = [packability(cell) for cell in cells if is_model_there(cell)]
     packed = [key for reason, key in found if reason is None]
     alone = [reason for reason, _ in found if reason is not None]
     parts = [f"{len(packed)} cells packed, of {len(set(packed))} base models"] if packed else []
     reasons = "; ".join(dict.fromkeys(alone))
     parts += [f"{len(alone)} a cell at a time ({reasons})"] if alone else []
+    parts += [f"not known for {len(cells) - len(found)} until their model is there"] if len(cells) > len(found) else []
     return f"engine: {', '.join(parts)}"
+
+
+def engine_content(cell: Cell) -> dict[str, str | None]:
+    """The same for one cell as JSON: `engine` (null: not known until its model is there), `why_stock` where it is."""
+    if engines.requested_engine() == "stock":
+        return {"engine": "stock", "why_stock": "ENGINE=stock"}
+    if not is_model_there(cell):
+        return {"engine": None, "why_stock": None}
+    reason = packability(cell)[0]
+    return {"engine": "stock" if reason else "packed", "why_stock": reason}

@@ -1,49 +1,147 @@
-"""Estimates what collecting some cells takes: steps, disk and, from the runs that exist, time. Writes nothing."""
+"""Estimates what collecting some cells takes: steps, disk and, from the runs that exist, time.
+
+What is not known is None: the size of adapters before their base model is there, the time before a first run of it.
+"""
 
 import shutil
+from collections.abc import Iterable
 from datetime import timedelta
+from functools import cache
+from pathlib import Path
 from statistics import median
+from typing import Any, NamedTuple
 
-from paragen.collection import run_identity
+from paragen.collection import discovery, run_identity
 from paragen.collection.manifest import read_manifest
 from paragen.common import cli, paths
 from paragen.common.cli import UserError, say
 from paragen.model import model_files
 from paragen.recipes.run import Cell
 from paragen.sweep import packs
-from paragen.training import status
+from paragen.training import inputs, status
+from paragen.training.status import CellState
 
 PRETRAIN_FACTOR = 4  # adapters per pretrain: the adapter, the optimizer's two moments, and the last one perhaps twice
 
 
-def show(chosen: list[Cell]) -> list[Cell]:
-    """Print the plan and return the cells with something to do. Raises UserError when the disk is too small."""
-    states = {cell: status.state_of(cell)[0] for cell in chosen}
+class CellPlan(NamedTuple):
+    """What collecting one cell takes."""
+
+    cell: Cell
+    state: CellState
+    steps: dict[str, int] | None  # by phase; None for a broken recipe
+    bytes: int | None
+    seconds: float | None  # on one device
+
+
+class Plan(NamedTuple):
+    """What collecting some cells takes."""
+
+    states: dict[Cell, CellState]
+    to_do: list[CellPlan]
+    missing: list[str]  # inputs that are missing, a line each (see inputs.py)
+    free: int  # bytes on the disk of saves/
+
+    @property
+    def cells(self) -> list[Cell]:
+        """The cells with something to do."""
+        return [planned.cell for planned in self.to_do]
+
+    @property
+    def known_bytes(self) -> int:
+        """The bytes of the cells whose size is known."""
+        return sum(planned.bytes or 0 for planned in self.to_do)
+
+
+def make(chosen: Iterable[Cell]) -> Plan:
+    """The plan of collecting some cells: all with FORCE=1, else those that are not complete."""
+    states = status.states_of(chosen)
     forced = run_identity.force_requested()
-    to_do = [cell for cell, state in states.items() if forced or state != "complete"]
-    counts = {state: list(states.values()).count(state) for state in dict.fromkeys(states.values())}
-    say(f"{len(chosen)} cells: " + ", ".join(f"{count} {state}" for state, count in counts.items()))
-    if to_do:
-        rates = measured_rates()
-        rows = [row_of(cell, states[cell], rates) for cell in to_do]
-        cli.print_table(("to do", "model", "rank", "state", "steps", "MB", "time"), rows)
-        say(time_line(to_do, rates))
-        say(packs.engine_line(to_do))
-    check_disk(sum(bytes_of(cell) for cell in to_do if states[cell] != "broken"))
-    return to_do
+    to_do = {cell: state for cell, state in states.items() if forced or state.name != "complete"}
+    rates = measured_rates() if to_do else {}
+    existing = next(folder for folder in (paths.SAVES, *paths.SAVES.parents) if folder.is_dir())
+    return Plan(
+        states,
+        [plan_of(cell, state, rates) for cell, state in to_do.items()],
+        inputs.lines_of(inputs.faults_of(to_do)),
+        shutil.disk_usage(existing).free,
+    )
 
 
-def row_of(cell: Cell, state: str, rates: dict[tuple[str, str], float]) -> tuple[str, ...]:
+def plan_of(cell: Cell, state: CellState, rates: dict[tuple[str, str], float]) -> CellPlan:
+    """The plan of one cell, from the seconds per step that `measured_rates` gives."""
+    try:
+        steps, base = steps_of(cell), cell.finetune.base.name
+        size = bytes_of(cell)
+    except UserError:  # a broken recipe or model; the state says so, or the line on missing inputs does
+        return CellPlan(cell, state, None, None, None)
+    seconds = None
+    if all((base, phase) in rates and count for phase, count in steps.items()):
+        seconds = sum(count * rates[base, phase] for phase, count in steps.items())
+    return CellPlan(cell, state, steps, size, seconds)
+
+
+def show(plan: Plan) -> None:
+    """Print a plan: a row for each cell with something to do, time, engine, missing inputs, disk."""
+    counts = status.count(plan.states.values())
+    say(f"{len(plan.states)} cells: " + ", ".join(f"{number} {state}" for state, number in counts.items()))
+    if plan.to_do:
+        cli.print_table(("to do", "model", "rank", "state", "steps", "MB", "time"), [row_of(one) for one in plan.to_do])
+        say(time_line(plan))
+        say(packs.engine_line(plan.cells))
+    for line in plan.missing:
+        say(f"missing: {line}")
+    say(disk_line(plan))
+
+
+def check_disk(plan: Plan) -> None:
+    """Raise UserError where the disk has too little space for a plan."""
+    if plan.known_bytes > plan.free:
+        lacking = (plan.known_bytes - plan.free) / 1e9
+        raise UserError(f"saves/: {lacking:.1f} GB are missing; free some space, or choose fewer with RANK or MODEL")
+
+
+def row_of(planned: CellPlan) -> tuple[str, ...]:
     """A cell's row in the plan's table."""
-    seconds = seconds_of(cell, rates)
-    steps = " + ".join(str(count) for count in steps_of(cell).values()) if state != "broken" else "?"
-    size = f"{bytes_of(cell) / 1e6:.0f}" if state != "broken" else "?"
-    took = "?" if seconds is None else str(timedelta(seconds=round(seconds)))
-    return cell.dataset, cell.model, str(cell.rank), state, steps, size, took
+    cell, state, steps, size, seconds = planned
+    return (
+        cell.dataset,
+        cell.model,
+        " ".join((str(cell.rank), *cell.overrides)),
+        state.name,
+        "?" if steps is None else " + ".join(str(count) for count in steps.values()),
+        "?" if size is None else f"{size / 1e6:.0f}",
+        "?" if seconds is None else str(timedelta(seconds=round(seconds))),
+    )
+
+
+def content_of(plan: Plan) -> dict[str, Any]:
+    """A plan as a JSON object for programs; what is not known is null."""
+    to_do = [
+        {
+            **status.cell_content(planned.cell),
+            "state": planned.state.name,
+            "reason": planned.state.reason,
+            "steps": planned.steps,
+            "bytes": planned.bytes,
+            "seconds": planned.seconds,
+            **packs.engine_content(planned.cell),
+        }
+        for planned in plan.to_do
+    ]
+    known = [planned.seconds for planned in plan.to_do]
+    return {
+        "summary": status.count(plan.states.values()),
+        "to_do": to_do,
+        "missing_inputs": plan.missing,
+        "bytes": None if any(planned.bytes is None for planned in plan.to_do) else plan.known_bytes,
+        "bytes_free": plan.free,
+        "seconds": None if None in known else sum(known),
+    }
 
 
 def steps_of(cell: Cell) -> dict[str, int]:
-    """The optimizer steps that each phase of a cell trains."""
+    """The optimizer steps that each phase of a cell trains. Raises UserError for a broken recipe."""
     pretrain, finetune = cell.runs
     resumed = paths.CHECKPOINT.fullmatch(finetune.resumed.name) if finetune.resumed else None
     return {
@@ -58,9 +156,12 @@ def measured_rates() -> dict[tuple[str, str], float]:
     The time of a pack is divided by the number of its cells.
     """
     found: dict[tuple[str, str], list[float]] = {}
-    for path in paths.SAVES.glob("*/*/*/manifest.json"):
+    folders = [run for dataset in discovery.dataset_folders(paths.SAVES) for run in dataset.iterdir()]
+    for run in folders:
+        if run.name.startswith("."):
+            continue  # a training in progress, or what is left of one
         try:
-            manifest = read_manifest(path.parent)
+            manifest = read_manifest(run)
         except UserError:
             continue  # broken, or another program's
         if not (manifest and manifest.attempt and manifest.total_steps and manifest.base_name):
@@ -74,42 +175,37 @@ def measured_rates() -> dict[tuple[str, str], float]:
     return {key: median(values) for key, values in found.items()}
 
 
-def seconds_of(cell: Cell, rates: dict[tuple[str, str], float]) -> float | None:
-    """Estimated seconds of a cell; None where its model has no run yet, or its recipe is broken or lacks max_steps."""
-    try:
-        base = cell.finetune.base.name
-        steps = steps_of(cell)
-    except UserError:
-        return None
-    if any((base, phase) not in rates or not count for phase, count in steps.items()):
-        return None
-    return sum(count * rates[base, phase] for phase, count in steps.items())
-
-
-def time_line(to_do: list[Cell], rates: dict[tuple[str, str], float]) -> str:
+def time_line(plan: Plan) -> str:
     """One line on the estimated time of all cells."""
-    known = [seconds for cell in to_do if (seconds := seconds_of(cell, rates)) is not None]
+    known = [planned.seconds for planned in plan.to_do if planned.seconds is not None]
     if not known:
         return "time: not known before a first run of these models"
     text = f"time: about {timedelta(seconds=round(sum(known)))} on one device, estimated from existing runs"
-    return text if len(known) == len(to_do) else f"{text} ({len(to_do) - len(known)} cells not included)"
+    return text if len(known) == len(plan.to_do) else f"{text} ({len(plan.to_do) - len(known)} cells not included)"
 
 
-def check_disk(needed: int) -> None:
-    """Print how much disk is needed and free. Raises UserError where it is too little."""
-    existing = next(folder for folder in (paths.SAVES, *paths.SAVES.parents) if folder.is_dir())
-    free = shutil.disk_usage(existing).free
-    say(f"disk: about {needed / 1e9:.1f} GB needed, {free / 1e9:.1f} GB free")
-    if needed > free:
-        raise UserError(
-            f"saves/: {(needed - free) / 1e9:.1f} GB are missing; free some space, or choose fewer with RANK or MODEL"
-        )
+def disk_line(plan: Plan) -> str:
+    """One line on the disk that all cells need, and how much is free."""
+    unknown = sum(planned.bytes is None for planned in plan.to_do)
+    free = f"{plan.free / 1e9:.1f} GB free"
+    if unknown and unknown == len(plan.to_do):
+        return f"disk: needed is not known until the models are there, {free}"
+    text = f"disk: about {plan.known_bytes / 1e9:.1f} GB needed, {free}"
+    return f"{text} ({unknown} cells not included: not known until their model is there)" if unknown else text
 
 
-def bytes_of(cell: Cell) -> int:
-    """Estimated bytes of a cell's collection and pretrain; 0 where the base model does not exist yet."""
+def bytes_of(cell: Cell) -> int | None:
+    """Estimated bytes of a cell's collection and pretrain; None where its base model is not there.
+
+    Raises UserError for a broken recipe or model.
+    """
     run = cell.finetune
-    if not run.base.is_dir():
-        return 0
-    adapter = model_files.adapter_bytes(run.base, run.rank, run.config.get("lora_target", "all"))
+    if not model_files.has_weights(run.base):
+        return None
+    adapter = run.rank * _bytes_at_rank_1(run.base, run.config.get("lora_target", "all"))
     return adapter * (run.config.get("save_total_limit", 1) + PRETRAIN_FACTOR)
+
+
+@cache
+def _bytes_at_rank_1(base: Path, lora_target: str) -> int:
+    return model_files.adapter_bytes(base, 1, lora_target)

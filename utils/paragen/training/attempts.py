@@ -17,7 +17,7 @@ from paragen.common import files, paths
 from paragen.common.cli import UserError, say
 from paragen.recipes import render
 from paragen.recipes.run import Run
-from paragen.training import data_notes, overrides
+from paragen.training import data_notes, overrides, status
 from paragen.training.outcome import AlreadyRunning
 
 FULL_DISK_BYTES = 2**20  # a disk with fewer free bytes counts as full
@@ -92,15 +92,18 @@ def is_complete(run: Run, identity: dict[str, Any]) -> bool:
     if state.manifest is not None and run_identity.resumed_changes(state.manifest.identity, identity):
         check_pretrain(run)
     if state.name == "stale":
-        changed = "; ".join(state.changed)
-        raise UserError(f"{name} is stale, changed since: {changed}; FORCE=1 redoes it, keeping the old one until then")
+        raise UserError(
+            f"{name} is stale, changed since: {state.reason}; FORCE=1 redoes it, keeping the old one until then"
+        )
     if state.name == "unknown":
         raise UserError(
             f"{name} has no manifest.json: a stock run (utils/checkpoint_cleaner.py makes a finetune one a collection) "
             "or something else; change output_dir or move it away"
         )
+    if state.name == "broken":
+        say(f"broken: {name}: {state.reason}; it is made again, and what is left of it stays until then")
     if state.name == "complete":
-        say(f"complete: {name}")
+        status.say_complete(run)
     return state.name == "complete"
 
 

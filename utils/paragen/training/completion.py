@@ -78,8 +78,7 @@ def finish_pretrain(attempt: Attempt) -> list[CheckpointEntry]:
         logged = {line["current_steps"]: line for line in map(json.loads, file) if "loss" in line}
     entries = []
     for checkpoint in saved:
-        resumed = {path.name for path in checkpoint.iterdir() if run_identity.is_resumed(path.name)}
-        finishing.tidy(checkpoint, {paths.ADAPTER_CONFIG, "scaler.pt", *resumed})
+        finishing.tidy(checkpoint, {path.name for path in checkpoint.iterdir() if run_files.is_kept(path.name)})
         finishing.set_base_name(checkpoint / paths.ADAPTER_CONFIG, attempt.identity["base_model"])
         step = run_identity.step_of(checkpoint)
         log = logged.get(step, {})

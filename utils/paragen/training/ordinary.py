@@ -13,7 +13,7 @@ from paragen.common.cli import say
 from paragen.model import base_models
 from paragen.recipes import batches
 from paragen.recipes.run import Run
-from paragen.training import attempts, completion, outcome
+from paragen.training import attempts, completion, outcome, status
 from paragen.training.attempts import Attempt
 
 
@@ -27,6 +27,8 @@ def train(run: Run, halved: bool = False) -> None:
     Raises AlreadyRunning, OutOfMemory, DistributedFailure (see outcome.py), or UserError for anything else that the
     user can correct.
     """
+    if status.is_run_complete(run):
+        return
     snapshot = run_identity.snapshot_of(run)
     with attempts.begin(run, snapshot) as attempt:
         if attempt is None:

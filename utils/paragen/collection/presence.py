@@ -1,0 +1,56 @@
+"""Compares the files of a run with its manifest by their names and lengths. `verification.py` reads them."""
+
+import os
+from pathlib import Path
+
+from paragen.collection import run_files
+from paragen.collection.manifest import CheckpointEntry, Manifest
+from paragen.common import files, paths
+
+
+def faults_of(folder: Path, manifest: Manifest) -> list[str]:
+    """The files of a run that are missing or have another length than was recorded, a phrase each.
+
+    Files that the manifest does not know are no fault here. The length of adapter_config.json is not recorded, so that
+    this small file is hashed.
+    """
+    if manifest.phase == "finetune":
+        return _collection_faults(folder, manifest)
+    return [fault for entry in manifest.checkpoints for fault in checkpoint_faults(folder, entry)]
+
+
+def checkpoint_faults(run: Path, entry: CheckpointEntry) -> list[str]:
+    """The same for one checkpoint folder of a pretrain run, of which the manifest records the length of all files."""
+    name = run_files.checkpoint_folder(entry.step)
+    sizes = sizes_in(run / name)
+    if not sizes:
+        return [f"{name} is missing"]
+    total = sum(size for file, size in sizes.items() if run_files.is_kept(file))
+    if total == entry.bytes:
+        return []
+    gone = [file for file in run_files.RESUMED if file not in sizes and file != "rng_state.pth"]
+    return [f"{name}/{file} is missing" for file in gone] or [f"{name} has {total} bytes, not {entry.bytes}"]
+
+
+def sizes_in(folder: Path) -> dict[str, int]:
+    """The length of each file in a folder by its name, bytes; empty where there is no such folder."""
+    try:
+        with os.scandir(folder) as entries:
+            return {entry.name: entry.stat().st_size for entry in entries if entry.is_file()}
+    except (FileNotFoundError, NotADirectoryError):
+        return {}
+
+
+def _collection_faults(folder: Path, manifest: Manifest) -> list[str]:
+    sizes = sizes_in(folder)
+    config = paths.ADAPTER_CONFIG
+    faults = [f"{name} is missing" for name in (paths.MANIFEST, config) if name not in sizes]
+    if config in sizes and files.sha256_of(folder / config) != manifest.adapter_config_sha256:
+        faults.append(f"{config} does not have its recorded sha256")
+    for entry in manifest.checkpoints:
+        size = sizes.get(entry.file_name)
+        if size is None:
+            faults.append(f"{entry.file_name} is missing")
+        elif size != entry.bytes:
+            faults.append(f"{entry.file_name} has {size} bytes, not {entry.bytes}")
+    return faults
