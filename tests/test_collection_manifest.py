@@ -28,7 +28,7 @@ WHOLE = sealed({
     }],
     "base_model": {"name": "Tiny", "hub_id": "someone/Tiny", "revision": "abc", "sha256": HASH},
     "tokenizer": {"sha256": HASH}, "pretrain": {"run": "Tiny_lora-rank_4_pretrain", "step": 4, "sha256": HASH},
-    "adapter_config_sha256": HASH, "seed": 42, "device": "cpu", "processes": 1, "precision": "float32",
+    "adapter_config_sha256": HASH, "seed": 42, "device": "cpu", "processes": 1, "threads": 2, "precision": "float32",
     "rows_at_a_time": 1, "accumulated": 2, "trained_rows": 8, "total_steps": 6, "engine": "packed", "packed_with": 3,
     "data_warnings": ["Toy: one answer"],
     "versions": {"torch": "2.0"},

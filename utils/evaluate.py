@@ -20,7 +20,7 @@ def main() -> int:
     args = parser.parse_args()
     evaluate.check_requested()
     chosen = sorted(index.chosen(), key=lambda one: one.manifest.base_name or "")
-    devices.pin(devices.choose()[:1])
+    devices.pin(devices.choose_one())
     base, done = None, []
     for one in chosen:
         try:

@@ -24,6 +24,7 @@ from paragen.dataset import dataset_info
 FORMAT = 2
 PACKAGES = ("llamafactory", "transformers", "peft", "accelerate", "datasets", "torch", "safetensors")
 IDENTITY = ("recipe", "data", "base_model", "tokenizer", "pretrain")  # the sections that run_identity.py makes
+COUNTS = ("processes", "threads", "rows_at_a_time", "accumulated", "packed_with")
 # Keys that every manifest has; all others came later and may be missing.
 KEYS = (
     "phase", "dataset", "run", "rank", *IDENTITY, "adapter_config_sha256", "checkpoints", "sha256",
@@ -140,7 +141,7 @@ class Manifest:
         rank: the LoRA rank.
         recipe: the recipe's keys and values that decide what is trained.
         checkpoints: at least one, in ascending order of their steps.
-        seed, device, processes, precision: of the training.
+        seed, device, processes, threads, precision: of the training; `threads` are the CPU threads of each process.
         rows_at_a_time, accumulated: the batch of one process, and the gradient accumulation steps.
         trained_rows, total_steps: rows after conversion, and the number of the last optimizer step.
         engine, packed_with: `packed` and the number of adapters in the pack, where that engine trained it.
@@ -166,6 +167,7 @@ class Manifest:
     seed: int | None
     device: str | None
     processes: int | None
+    threads: int | None
     precision: str | None
     rows_at_a_time: int | None
     accumulated: int | None
@@ -328,9 +330,8 @@ def check_manifest(content: dict[str, Any], name: str, way_out: str) -> Manifest
             sha256=top.get("sha256", kinds.SHA256),
             seed=top.get_optional("seed", kinds.SEED),
             **{key: top.get_optional(key, kinds.TEXT) for key in ("device", "precision", "engine")},
-            **{key: top.get_optional(key, kinds.COUNT) for key in ("processes", "rows_at_a_time", "accumulated")},
+            **{key: top.get_optional(key, kinds.COUNT) for key in COUNTS},
             **{key: top.get_optional(key, kinds.WHOLE) for key in ("trained_rows", "total_steps")},
-            packed_with=top.get_optional("packed_with", kinds.COUNT),
             data_warnings=top.get_optional("data_warnings", kinds.LINES),
             versions=top.get_optional("versions", kinds.TEXTS),
             attempt=top.section("attempt", _attempt_of),

@@ -30,6 +30,7 @@ context = multiprocessing.get_context("forkserver")
 
 def preload() -> None:
     """Start the process that others are forked from. It imports in the background."""
+    devices.let_threads_sleep()
     also = [] if devices.nvidia_driver() else ["llamafactory.train.tuner"]
     context.set_forkserver_preload([*PRELOADED, *also])
     multiprocessing.forkserver.ensure_running()

@@ -1,0 +1,112 @@
+"""Which devices a run gets, and how many CPU threads: never by what else the machine does."""
+
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+from paragen.common import devices
+from paragen.common.cli import UserError
+
+UTILS = Path(__file__).resolve().parent.parent / "utils"
+UUIDS = ("GPU-8888d744-78e6-8169-4e98-f3bbf6809743", "GPU-11111111-2222-3333-4444-555555555555")
+
+
+@pytest.fixture
+def machine(tmp_path, monkeypatch):
+    """A function that gives this machine some GPUs, as far as nvidia-smi says."""
+
+    def make(count: int) -> None:
+        (tmp_path / "bin").mkdir()
+        program = tmp_path / "bin" / "nvidia-smi"
+        lines = "\n".join(f"{number}, {uuid}" for number, uuid in enumerate(UUIDS[:count]))
+        program.write_text(f"#!/bin/sh\ncat <<'END'\n{lines}\nEND\n")
+        program.chmod(0o755)
+        monkeypatch.setenv("PATH", f"{program.parent}{os.pathsep}{os.environ['PATH']}")
+
+    monkeypatch.delenv("CUDA_VISIBLE_DEVICES", raising=False)
+    return make
+
+
+@pytest.mark.parametrize(
+    ("count", "requested", "message"),
+    [
+        (2, "7", "DEVICES=7: this machine has GPUs 0, 1; name some of them, or set DEVICES=cpu"),
+        (1, "0,1", "DEVICES=0,1: this machine has a single GPU, 0; name it"),
+        (2, "GPU-9999", "this machine has GPUs 0, 1"),
+        (2, "1,0", ""),
+        (2, "GPU-8888d744,GPU-11111111-2222-3333-4444-555555555555", ""),
+        (1, "MIG-4e98-f3bb", ""),
+    ],
+)
+def test_a_gpu_that_is_not_there_is_refused_with_those_that_are(machine, monkeypatch, count, requested, message):
+    machine(count)
+    monkeypatch.setenv("DEVICES", requested)
+    if not message:
+        assert devices.choose() == requested.split(",")
+        return
+    with pytest.raises(UserError) as error:
+        devices.choose()
+    assert message in str(error.value)
+
+
+@pytest.mark.skipif(bool(devices.nvidia_driver()) or Path("/dev/kfd").exists(), reason="this machine has a GPU")
+@pytest.mark.parametrize("requested", ["0,1", "7"])
+def test_gpus_on_a_machine_without_one_are_refused(monkeypatch, requested):
+    monkeypatch.delenv("CUDA_VISIBLE_DEVICES", raising=False)
+    monkeypatch.setenv("DEVICES", requested)
+    for choose in (devices.choose, devices.choose_one):
+        with pytest.raises(UserError, match=f"^DEVICES={requested}: there is no NVIDIA GPU here; omit DEVICES"):
+            choose()
+
+
+def test_work_on_a_single_device_takes_no_several(monkeypatch):
+    monkeypatch.setenv("DEVICES", "cpu,cpu")
+    with pytest.raises(UserError, match="^DEVICES=cpu,cpu: this uses a single device; name one, such as cpu"):
+        devices.choose_one()
+
+
+@pytest.mark.parametrize(
+    ("cores", "processes", "expected"), [(1, 1, 1), (2, 1, 1), (8, 1, 7), (8, 2, 3), (8, 8, 1), (4, 16, 1)]
+)
+def test_a_run_gets_all_cores_but_one_and_processes_share_them(monkeypatch, cores, processes, expected):
+    monkeypatch.delenv("OMP_NUM_THREADS")
+    monkeypatch.setattr(devices, "physical_cores", lambda: cores)
+    assert devices.threads(processes) == expected
+
+
+def test_the_number_of_threads_that_openmp_reads_is_taken(monkeypatch):
+    for value, count in (("3", 3), ("4,2", 4)):
+        monkeypatch.setenv("OMP_NUM_THREADS", value)
+        assert devices.threads(8) == count
+    for value in ("0", "many", "-1"):
+        monkeypatch.setenv("OMP_NUM_THREADS", value)
+        with pytest.raises(UserError, match=f"^OMP_NUM_THREADS={value}: is not a number of threads"):
+            devices.threads()
+
+
+def test_physical_cores_are_among_those_that_the_process_may_use():
+    assert 1 <= devices.physical_cores() <= devices.cpu_cores()
+    if hasattr(os, "sched_setaffinity"):
+        code = "from paragen.common import devices; print(devices.physical_cores())"
+        only = ["taskset", "--cpu-list", str(min(os.sched_getaffinity(0)))]
+        shown = subprocess.run([*only, sys.executable, "-c", code], cwd=UTILS, capture_output=True, text=True)
+        assert shown.stdout == "1\n", shown.stderr
+
+
+def test_waiting_threads_sleep_and_torch_takes_the_number(monkeypatch):
+    import torch
+
+    before = torch.get_num_threads()
+    for name in ("CUDA_VISIBLE_DEVICES", "OMP_WAIT_POLICY"):
+        monkeypatch.setenv(name, "")  # put back afterwards
+        monkeypatch.delenv(name)
+    monkeypatch.setenv("OMP_NUM_THREADS", "3")
+    try:
+        devices.pin(["cpu"])
+        assert torch.get_num_threads() == 3, "although torch was imported before"
+        assert (os.environ["OMP_WAIT_POLICY"], os.environ["CUDA_VISIBLE_DEVICES"]) == ("PASSIVE", "")
+    finally:
+        torch.set_num_threads(before)
