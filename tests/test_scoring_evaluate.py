@@ -475,6 +475,8 @@ def folder(project: Project) -> Path:
     ("change", "environment", "said"),
     [
         (lambda p: shutil.rmtree(p.top / "saves"), {}, "saves: no collections yet"),
+        (None, {"DEVICES": "7"}, "error: DEVICES=7: th"),  # there is no GPU, or this machine has fewer
+        (None, {"DEVICES": "cpu,cpu"}, "error: DEVICES=cpu,cpu: this uses a single device; name one, such as cpu"),
         (None, {"DATASET": "Tay"}, "dataset 'Tay' is not known; known: Toy"),
         (None, {"RANK": "64"}, "no collection fits RANK=64"),
         (None, {"SPLIT": "nothing"}, "registered dataset 'nothing' is not known; known: Toy, Toy_test"),
@@ -559,7 +561,7 @@ def several(ready) -> Project:
 
 
 def test_several_collections_share_a_base_that_is_loaded_once(several):
-    result = evaluate(several, STEPS="last")
+    result = evaluate(several, STEPS="last", LLAMAFACTORY_VERBOSITY="INFO")
     assert result.status == 0, result.output
     assert result.output.count("all params: ") == 1, "what LLaMA-Factory says of a model that it has loaded"
     assert [row[:3] for row in table(result.output)] == [
@@ -575,7 +577,7 @@ def test_several_collections_share_a_base_that_is_loaded_once(several):
 def test_one_that_cannot_be_scored_does_not_stop_the_others(several):
     copies.twin(folder(several), model="Gone")
     unregister(several, "Other_test")
-    result = evaluate(several, STEPS="last")
+    result = evaluate(several, STEPS="last", LLAMAFACTORY_VERBOSITY="INFO")
     errors = [line for line in result.output.splitlines() if line.startswith("error: ")]
     assert result.status == 1 and len(errors) == 2, result.output
     gone, other = (f"error: {NAME}: ".replace(*change) for change in (("Tiny-Llama", "Gone"), ("Toy", "Other")))

@@ -530,6 +530,22 @@ def test_two_processes_train_the_same_adapters_as_one(pretrained, trained_once):
             assert (ours[key] - alone[key]).norm() <= 1e-4 * alone[key].norm() + 1e-8, (step, key)
 
 
+@pytest.mark.slow
+def test_a_failure_of_several_processes_is_one_line_with_its_cause(project):
+    """Each of them finds it, after the import of LLaMA-Factory."""
+    line = one_error_line(project.train(project.pretrain, "template=nonsense", DEVICES="cpu,cpu"))
+    assert "template 'nonsense' is not known" in line
+
+
+def test_several_gpus_on_a_machine_without_one_are_one_error_line(project):
+    from paragen.common import devices
+
+    if devices.nvidia_driver():
+        pytest.skip("this machine has a GPU")
+    line = one_error_line(project.train(project.pretrain, DEVICES="0,1", CUDA_VISIBLE_DEVICES=""))
+    assert line == "error: DEVICES=0,1: there is no NVIDIA GPU here; omit DEVICES, or set DEVICES=cpu"
+
+
 def test_a_batch_that_devices_cannot_share_is_refused(project):
     """Rows or accumulation are divided. With a processor, only accumulation: the loss is a mean over micro-batches."""
     from paragen.recipes import batches
@@ -552,6 +568,36 @@ def test_a_gpu_that_torch_cannot_use_is_an_error_and_not_a_cpu_run(project, tmp_
     assert "470.57.02" in line and "DEVICES=cpu" in line
 
 
+def test_beside_a_busy_process_a_run_has_the_same_threads_and_the_same_bits(pretrained, tmp_path):
+    """Cores that other programs use do not count. The manifest has the number, and another one makes nothing stale."""
+    other = pretrained.copy(tmp_path / "beside a busy process")
+    environment = {"OMP_NUM_THREADS": "2"}
+    assert pretrained.train(pretrained.finetune, **environment).status == 0
+    busy = [subprocess.Popen([PYTHON, "-c", "while True: pass"]) for _ in os.sched_getaffinity(0)]
+    try:
+        result = other.train(other.finetune, **environment)
+    finally:
+        for process in busy:
+            process.kill()
+            process.wait()
+    assert result.status == 0 and "float32 on the CPU, 2 threads" in result.output, result.output
+    alone, beside = pretrained.run_folder("finetune"), other.run_folder("finetune")
+    assert hashes(alone) == hashes(beside) and len(hashes(alone)) == len(STEPS)
+    assert [json.loads((folder / "manifest.json").read_text())["threads"] for folder in (alone, beside)] == [2, 2]
+    assert "complete: " in other.train(other.finetune, OMP_NUM_THREADS="1").output
+
+
+def test_a_run_prints_neither_tokens_nor_advice_that_its_device_cannot_follow(project):
+    """LLaMA-Factory prints its first row's token numbers, and twice recommends a precision that the CPU lacks."""
+    result = project.train(project.pretrain)
+    assert result.status == 0, result.output
+    assert not any(text in result.output for text in ("input_ids", "label_ids", "example:", "mixed precision"))
+    shown = project.train(project.pretrain, FORCE="1", LLAMAFACTORY_VERBOSITY="INFO").output
+    assert "input_ids" in shown and "training example:" in shown and "mixed precision" not in shown
+    line = one_error_line(project.train(project.pretrain, FORCE="1", LLAMAFACTORY_VERBOSITY="loud"))
+    assert line == "error: LLAMAFACTORY_VERBOSITY=LOUD: is not a level; DEBUG, INFO, WARN or ERROR"
+
+
 def test_a_bfloat16_base_is_trained_in_float32_on_the_cpu(project, tmp_path):
     model = project.top / "models" / "Tiny-Llama"
     shutil.rmtree(model)
@@ -561,5 +607,5 @@ def test_a_bfloat16_base_is_trained_in_float32_on_the_cpu(project, tmp_path):
 
 
 def test_a_template_of_prompt_templates_is_known_to_llamafactory(project):
-    result = project.train(project.pretrain, "template=question_answer")
+    result = project.train(project.pretrain, "template=question_answer", LLAMAFACTORY_VERBOSITY="info")
     assert result.status == 0 and "Question: is " in result.output, result.output

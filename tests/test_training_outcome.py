@@ -15,7 +15,6 @@ DISK = OSError(errno.ENOSPC, "No space left on device", "saves/x")
 
 MEMORY = "x.yaml: out of device memory; halve it"
 ALLOCATOR = "DefaultCPUAllocator: can't allocate memory: you tried to allocate 9 bytes."
-DISTRIBUTED = "training on 2 devices failed with status 1; see the cause above"
 RUNNING = "x.yaml at rank 4 is running already"
 NO_SPACE = "saves/x: No space left on device; no file is left half-written, run it again when that is mended"
 
@@ -26,7 +25,7 @@ NO_SPACE = "saves/x: No space left on device; no file is left half-written, run 
         (OutOfMemory(MEMORY), "out_of_memory", MEMORY),
         (torch.OutOfMemoryError("CUDA out of memory"), "out_of_memory", "OutOfMemoryError: CUDA out of memory"),
         (RuntimeError(ALLOCATOR.replace(" to ", " to\n")), "out_of_memory", f"RuntimeError: {ALLOCATOR}"),
-        (DistributedFailure(DISTRIBUTED, CHILD), "out_of_memory", MEMORY),
+        (DistributedFailure(CHILD), "out_of_memory", MEMORY),
         (AlreadyRunning(RUNNING), "running", RUNNING),
         (UserError("x.yaml: out of memory, almost"), "failed", "x.yaml: out of memory, almost"),
         (RuntimeError(RUNNING), "failed", f"RuntimeError: {RUNNING}"),

@@ -27,7 +27,7 @@ from paragen.packed.layers import NotPackable
 from paragen.packed.model import unload_adapter, use_fused_kernels
 from paragen.packed.schedule import TrainingLog, TrainingSchedule, rows_of
 from paragen.recipes import templates
-from paragen.training import data_notes, ordinary, process
+from paragen.training import data_notes, llamafactory_output, ordinary, process, progress
 from paragen.training.attempts import Attempt
 
 OutOfMemory = torch.OutOfMemoryError
@@ -64,6 +64,7 @@ class FrozenBase:
     """
 
     def __init__(self, wanted: list[str]):
+        llamafactory_output.log_examples()
         self.wanted = wanted
         self.model: PreTrainedModel | None = None
         self.tokenizer: Any = None  # of the run admitted last; runs differ in what their templates add to it
@@ -78,13 +79,16 @@ class FrozenBase:
 
         Raises UserError for a mistake in its recipe or data, NotPackable where it cannot be packed.
         """
+        progress.report(attempt.staging, f"tokenising rows{', loading the model' if self.model is None else ''}")
         job = ordinary.job_of(attempt, self.wanted)
         arguments = process.arguments_of(job) | OVERRIDES
         templates.register()
         process.check_arguments(attempt.run.recipe, arguments)
         process.check_template(attempt.run.recipe, arguments, job["pictures"])
         try:
-            return self._admit(attempt, job, arguments)
+            ready = self._admit(attempt, job, arguments)
+            progress.report(attempt.staging, "waiting for its pack")
+            return ready
         except (NotPackable, OutOfMemory):
             raise
         except process.SETTINGS_ERRORS as error:

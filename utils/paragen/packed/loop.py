@@ -17,7 +17,7 @@ from paragen.packed.batches import Row, Step
 from paragen.packed.engine import Engine
 from paragen.packed.frozen_base import FrozenBase, PackedRun
 from paragen.packed.layers import NotPackable
-from paragen.training import attempts, collector, completion
+from paragen.training import attempts, collector, completion, progress
 
 PROGRESS_SECONDS = 10  # between two lines of progress
 
@@ -163,6 +163,7 @@ class Pack:
         began = printed = time.monotonic()
         for member in self.members:
             member.log.begin()
+            progress.report(member.schedule.attempt.staging, "training")
         phase = self.members[0].schedule.attempt.run.phase
         say(f"{phase} of {len(self.members)} cells, packed, {len(self.steps)} steps")
         for number, losses in self.engine.train(self.steps, self._save_step):

@@ -24,7 +24,7 @@ from paragen.common import cli, devices, paths
 from paragen.common.cli import UserError
 from paragen.recipes import render
 from paragen.recipes.run import Cell, Run
-from paragen.training import attempts, engines, outcome, status
+from paragen.training import attempts, engines, llamafactory_output, outcome, progress, status
 from paragen.training.attempts import Attempt
 from paragen.training.outcome import DONE, Outcome
 
@@ -198,8 +198,10 @@ class CellGroup:
 
     def _train(self, started: list[tuple[Cell, Run, Attempt]]) -> None:
         """Train attempts in as few packs as memory allows."""
-        os.environ.setdefault("LLAMAFACTORY_VERBOSITY", "WARN")
+        llamafactory_output.reduce()
         os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
+        for _, _, attempt in started:
+            progress.report(attempt.staging, "importing LLaMA-Factory")
         from paragen.packed import frozen_base, loop  # they import LLaMA-Factory: after the devices are pinned
 
         self.base = self.base or frozen_base.FrozenBase(self.wanted)

@@ -3,7 +3,6 @@
 evaluation.json is written after every few checkpoints, so that an interrupted run continues where it stopped.
 """
 
-import os
 import time
 from collections.abc import Iterator
 from importlib.metadata import version
@@ -17,6 +16,7 @@ from paragen.common.cli import UserError, say
 from paragen.exports import peft
 from paragen.scoring import answers, questions
 from paragen.scoring.questions import Question, Split
+from paragen.training import llamafactory_output
 
 if TYPE_CHECKING:
     from paragen.scoring.base_model import BaseModel
@@ -91,7 +91,7 @@ def score(plan: Plan, base: "BaseModel | None", show: int) -> "BaseModel | None"
                 say(f"scored already: {plan}, {len(plan.steps) - 1} checkpoints{more}")
                 return base
             say(f"scoring {plan}: {entry['rows']} rows, {len(wanted)} of {len(plan.steps)} models")
-            os.environ.setdefault("LLAMAFACTORY_VERBOSITY", "WARN")
+            llamafactory_output.reduce()
             from paragen.scoring import base_model, collection_scorer  # import torch: after the device is pinned
 
             base = base_model.base_for(manifest, base)

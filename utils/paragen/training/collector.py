@@ -18,7 +18,7 @@ from transformers import TrainerCallback, TrainerControl, TrainerState, Training
 from paragen.common import cli, files, safetensors_header
 from paragen.common.cli import UserError, say
 from paragen.dataset import pictures
-from paragen.training import data_notes
+from paragen.training import data_notes, progress
 
 BUFFERS = 2  # copies of the adapter in memory: one being written, one being filled or waiting
 
@@ -60,6 +60,7 @@ class Rules(TrainerCallback):
         lr_scheduler: Any = None, train_dataloader: Any = None, **kwargs: Any,
     ) -> None:  # fmt: skip
         self.began = True
+        progress.report(Path(str(args.output_dir)), "training")
         state.compute_steps(args, state.max_steps)
         state.log_history = []
         pictures.check_not_cut(train_dataloader.dataset, train_dataloader.collate_fn)
@@ -89,6 +90,7 @@ def facts_of(args: TrainingArguments, rows: int, steps: int) -> dict[str, Any]:
     """
     return {
         "processes": args.world_size,
+        "threads": torch.get_num_threads(),
         "precision": "bfloat16" if args.bf16 else "float16" if args.fp16 else "float32",
         "rows_at_a_time": args.per_device_train_batch_size,
         "accumulated": args.gradient_accumulation_steps,

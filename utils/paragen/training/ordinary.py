@@ -64,14 +64,13 @@ def job_of(attempt: Attempt, wanted: list[str]) -> dict[str, Any]:
 
 
 def train_distributed(job: dict[str, Any], count: int) -> None:
-    """Train a job in one process per device, started by torchrun; they end with this process.
+    """Train a job in one process per device (see launch.py); they end with this process.
 
-    Raises DistributedFailure when one of them fails.
+    Raises DistributedFailure, with the cause, when one of them fails.
     """
     staging = Path(job["staging"])
     files.write_json(staging / "job.json", job)
-    launcher = ["-m", "torch.distributed.run", "--standalone", f"--nproc-per-node={count}"]
-    command = [sys.executable, *launcher, "--module", "paragen.training.process", str(staging / "job.json")]
+    command = [sys.executable, "-m", "paragen.training.launch", str(staging / "job.json"), str(count)]
     child = subprocess.Popen(command, env=cli.environment_for_modules(), preexec_fn=cli.end_with_parent)
     try:
         status = child.wait()
@@ -79,7 +78,13 @@ def train_distributed(job: dict[str, Any], count: int) -> None:
         child.terminate()
         child.wait()
     if status:
-        message = f"training on {count} devices failed with status {status}; see the cause above"
         ended = [found for path in staging.glob("outcome-*.json") if (found := outcome.read(path))]
         known = [found for found in ended if found.kind not in ("done", "stopped")]
-        raise outcome.DistributedFailure(message, known[0] if known else outcome.Outcome("failed", message))
+        raise outcome.DistributedFailure(known[0] if known else outcome_of_status(status, count))
+
+
+def outcome_of_status(status: int, count: int) -> outcome.Outcome:
+    """The outcome of a training on several devices, of whose processes none recorded a cause."""
+    if status > 128:
+        return outcome.Outcome("killed", f"a process of the {count} was killed by signal {status - 128}")
+    return outcome.Outcome("failed", f"training on {count} devices failed with status {status}; see the cause above")

@@ -49,10 +49,10 @@ class OutOfMemory(UserError):
 
 
 class DistributedFailure(UserError):
-    """Training on several devices failed; `outcome` is that of the process that recorded a cause."""
+    """Training on several devices failed; `outcome` says how, with the cause."""
 
-    def __init__(self, message: str, outcome: Outcome):
-        super().__init__(message)
+    def __init__(self, outcome: Outcome):
+        super().__init__(outcome.cause)
         self.outcome = outcome
 
 

@@ -1,7 +1,7 @@
 """The training process: calls LLaMA-Factory through its Python entry point, with our templates and callbacks.
 
-For one device, `ordinary.train` calls `train` in its own process. For several, torchrun runs this module once for each:
-    python -m torch.distributed.run ... --module paragen.training.process JOB.json
+For one device, `ordinary.train` calls `train` in its own process. For several, launch.py runs this module for each:
+    python -m paragen.training.launch JOB.json COUNT
 Writes LLaMA-Factory's own files, the collected checkpoints and facts.json into the staging folder.
 """
 
@@ -18,7 +18,7 @@ from paragen.common import cli, devices, files, paths
 from paragen.common.cli import UserError
 from paragen.model import base_models
 from paragen.recipes import keys, render, templates
-from paragen.training import outcome
+from paragen.training import llamafactory_output, outcome, progress
 
 # Exceptions that LLaMA-Factory and its libraries raise before the first step for a wrong recipe, model or data file.
 SETTINGS_ERRORS = (
@@ -45,14 +45,16 @@ def train(job: dict) -> None:
 
     Raises UserError for a recipe that LLaMA-Factory or this machine cannot train.
     """
-    os.environ.setdefault("LLAMAFACTORY_VERBOSITY", "WARN")
+    recipe, config, staging = Path(job["recipe"]), job["config"], Path(job["staging"])
+    progress.report(staging, "importing LLaMA-Factory")
+    llamafactory_output.reduce()
     os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
     import torch
     from llamafactory.train.tuner import run_exp
 
     from paragen.training.collector import Collector, Rules
 
-    recipe, config, staging = Path(job["recipe"]), job["config"], Path(job["staging"])
+    llamafactory_output.log_examples()
     os.chdir(recipe.parent)
     if job["devices"][:1] == ["cpu"] and len(job["devices"]) > 1:
         # accelerate names the devices of CPU processes cpu:0, cpu:1, ...; torch.load, on resuming, knows only cpu
@@ -68,6 +70,7 @@ def train(job: dict) -> None:
     check_template(recipe, arguments, job["pictures"])
     rules = Rules(config)
     collector = Collector(staging, config.get("save_total_limit")) if collects else None
+    progress.report(staging, "tokenising rows, loading the model")
     try:
         run_exp(arguments, [rules, collector] if collector else [rules])
     except BaseException as error:
@@ -92,7 +95,10 @@ def train(job: dict) -> None:
 def arguments_of(job: dict) -> dict:
     """LLaMA-Factory's arguments for a job: the recipe with absolute paths, staging folder and device settings."""
     recipe, config, staging = Path(job["recipe"]), job["config"], Path(job["staging"])
-    arguments = {**config, **devices.settings(job["devices"]), "output_dir": str(staging), "plot_loss": False}
+    required = devices.settings(job["devices"])
+    if required:
+        llamafactory_output.expect_float32()
+    arguments = {**config, **required, "output_dir": str(staging), "plot_loss": False}
     for key in keys.READ_PATHS:
         if arguments.get(key):
             arguments[key] = str(render.resolve(recipe, arguments[key]))
@@ -162,11 +168,20 @@ def check_template(recipe: Path, arguments: dict, has_pictures: bool) -> None:
         )
 
 
-def main() -> None:
-    """One process of several: train the job in the file on the command line, and record the outcome."""
+def main() -> int:
+    """One process of several: train the job in the file on the command line, and record the outcome.
+
+    What the user can correct is printed once, by the process that reads the outcomes.
+    """
     job = json.loads(Path(sys.argv[1]).read_bytes())
     devices.pin(job["devices"])
-    outcome.recorded(lambda: train(job), Path(job["staging"], f"outcome-{os.environ['RANK']}.json"))
+    try:
+        outcome.recorded(lambda: train(job), Path(job["staging"], f"outcome-{os.environ['RANK']}.json"))
+    except Exception as error:
+        if isinstance(error, UserError) or cli.storage_fault(error) is not None:
+            return 1
+        raise
+    return 0
 
 
 if __name__ == "__main__":

@@ -3,17 +3,17 @@
 Files are compared by their names and lengths, and inputs that did not change since they were hashed are not read.
 """
 
-import json
 import shlex
 from collections import Counter
 from collections.abc import Iterable
 from typing import Any, NamedTuple
 
-from paragen.collection import discovery, run_files, run_identity
+from paragen.collection import discovery, run_identity
 from paragen.collection.discovery import State
 from paragen.common import cli, files, paths
 from paragen.common.cli import UserError, say
 from paragen.recipes.run import Cell, Run
+from paragen.training import progress
 
 STATES = ("complete", "collecting", "pretrained", "stale", "broken", "missing")  # in the order of the summary
 
@@ -29,7 +29,7 @@ def state_of(cell: Cell) -> CellState:
     """The state of a cell. The reason of a stale or broken one says what is wrong, and how to mend what is broken."""
     try:
         if any(files.is_held(files.beside(run.folder, "lock")) for run in cell.runs):
-            return CellState("collecting", progress_of(cell))
+            return CellState("collecting", str(progress.progress_of(cell) or ""))
         return compare(cell)
     except UserError as error:
         return CellState("broken", str(error))
@@ -121,20 +121,6 @@ def command_of(cell: Cell) -> str:
 def typed(name: str) -> str:
     """A dataset's or model's name as a user types it: blanks separate names there, and are not needed in one."""
     return shlex.quote(name.replace(" ", ""))
-
-
-def progress_of(cell: Cell) -> str:
-    """The progress of a cell's present run, from the log in its staging folder; empty where there is none."""
-    for run in cell.runs:
-        for staging in files.companions(run.folder, "staging-"):
-            try:
-                last = json.loads((staging / run_files.LOG).read_text(encoding="utf-8").splitlines()[-1])
-                loss = f", loss {last['loss']:.4f}" if "loss" in last else ""
-                left = f", {last['remaining_time']} left" if "remaining_time" in last else ""
-                return f"{run.phase} step {last['current_steps']} of {last['total_steps']}{loss}{left}"
-            except (OSError, IndexError, ValueError, KeyError):
-                return f"{run.phase} starting"  # no complete line yet, or the run ended meanwhile
-    return ""
 
 
 # -------------------------------------------------------------------------------------------------------- of many cells
