@@ -4,8 +4,10 @@ import contextlib
 import json
 import os
 import signal
+import socket
 import subprocess
 import sys
+import threading
 import time
 from pathlib import Path
 
@@ -256,7 +258,35 @@ def test_invalid_devices_are_one_error_line(monkeypatch, settings, message):
     for name, value in settings.items():
         monkeypatch.setenv(name, value)
     with pytest.raises(UserError, match=message):
-        ray_cluster.start_ray(None)
+        ray_cluster.check_settings()
+
+
+def test_a_cluster_that_does_not_answer_is_one_error_line_within_seconds(repository):
+    """Ray itself tries for minutes, without a word."""
+    started = time.monotonic()
+    run = sweep(repository, "toy", RAY_ADDRESS="127.0.0.1:1")
+    output = run.communicate()[0]
+    assert run.returncode == 1 and "Traceback" not in output and "starting" not in output
+    assert "error: RAY_ADDRESS=127.0.0.1:1: cannot be joined: Connection refused; start a cluster there" in output
+    assert time.monotonic() - started < 60, "most of it are the imports on a busy machine"
+
+
+@pytest.mark.parametrize("greeting", [b"SSH-2.0-OpenSSH_9.6\r\n", b""])
+def test_what_answers_and_is_not_ray_is_told_apart(monkeypatch, greeting):
+    from paragen.common.cli import UserError
+    from paragen.sweep import ray_cluster
+
+    monkeypatch.setattr(ray_cluster, "CONNECT_SECONDS", 0.5)
+    with socket.create_server(("127.0.0.1", 0)) as server:
+        address = f"127.0.0.1:{server.getsockname()[1]}"
+        threading.Thread(target=lambda: server.accept()[0].sendall(greeting), daemon=True).start()
+        with pytest.raises(UserError, match=f"^RAY_ADDRESS={address}: cannot be joined: "):
+            ray_cluster.check_reachable(address)
+    for unresolved in ("auto", "local"):
+        ray_cluster.check_reachable(unresolved)
+    for wrong in ("ray://127.0.0.1:1", "127.0.0.1:99999", "no.such.host.invalid:6379"):
+        with pytest.raises(UserError, match=f"^RAY_ADDRESS={wrong}: cannot be joined: "):
+            ray_cluster.check_reachable(wrong)
 
 
 @pytest.mark.parametrize(

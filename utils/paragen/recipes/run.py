@@ -44,6 +44,12 @@ class Run:
         """The folder with dataset_info.json, absolute."""
         return self.resolve(self.config.get("dataset_dir", "data"))
 
+    @property
+    def resumed_step(self) -> int:
+        """The step of the checkpoint from which it resumes; 0 where there is none, or its name has none."""
+        named = paths.CHECKPOINT.fullmatch(self.resumed.name) if self.resumed else None
+        return int(named[1]) if named else 0
+
     def resolve(self, path: str) -> Path:
         """The absolute path of a path in the recipe."""
         return render.resolve(self.recipe, path)

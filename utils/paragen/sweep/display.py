@@ -3,17 +3,21 @@
 The progress of runs is read from their staging folders, as `make status` does from another shell.
 """
 
+import contextlib
+import os
 import sys
 import time
 from datetime import timedelta
+from typing import Any
 
 from paragen.common import paths
 from paragen.common.cli import say
-from paragen.recipes.run import Cell
-from paragen.sweep import cell_worker
+from paragen.recipes.run import Cell, Run
+from paragen.sweep import cell_worker, estimate
 from paragen.sweep.jobs import Job
-from paragen.training import status
+from paragen.training import progress
 from paragen.training.outcome import Outcome
+from paragen.training.progress import Progress
 
 
 class Display:
@@ -25,9 +29,10 @@ class Display:
 
     def __init__(self, total: int):
         self.total, self.finished, self.failed = total, 0, 0
-        self.started = time.monotonic()
-        self.running: list[Cell] = []
-        self.live = None
+        self.took: list[float] = []  # seconds of each finished cell
+        self.running: dict[Cell, float] = {}  # when each started, in seconds since the epoch
+        self.preparing = ""  # what the sweep does while nothing runs
+        self.live: Any = None
         if sys.stdout.isatty():
             from rich.live import Live
 
@@ -46,35 +51,61 @@ class Display:
         """Show an event (see sweep.run)."""
         if event == "tick":
             return
-        if event == "waiting":
-            self.say(
-                "nothing can start: no device is free, other programs train the remaining cells, or no machine of "
-                f"the cluster has {sys.executable}"
-            )
+        if job is None:
+            self.show_preparation(event)
             return
-        assert job is not None  # every other event is about a job
         if event == "started":
-            self.running.append(job.cell)
+            self.running[job.cell] = time.time()
             log = paths.relative(cell_worker.log_of(job.cell))
             self.say(f"started{' again' if job.number > 1 else ''}: {job.cell}, log in {log}")
             return
         assert outcome is not None  # `again` and `done` come with one
-        if job.cell in self.running:
-            self.running.remove(job.cell)
+        self.running.pop(job.cell, None)
         if event == "again":
             head = "alone now" if outcome.kind == "not_packable" else "will try again"
             self.say(f"{head}: {job.cell}: {outcome.text}")
             return
         self.finished += 1
         self.failed += outcome.kind not in ("done", "stopped")
-        self.say(
-            f"[{self.finished}/{self.total}] {outcome.text}: {job.cell} ({outcome.seconds:.0f} s, {self.left()} left)"
-        )
+        self.took += [outcome.seconds] if outcome.is_done else []
+        self.say(f"[{self.finished}/{self.total}] {outcome.text}: {job.cell} ({outcome.seconds:.0f} s{self.left()})")
 
-    def left(self) -> timedelta:
-        """Estimated time for the remaining cells, from those that are done."""
-        elapsed = time.monotonic() - self.started
-        return timedelta(seconds=round(elapsed / max(1, self.finished) * (self.total - self.finished)))
+    def show_preparation(self, event: str) -> None:
+        """Show what happens while no cell runs."""
+        address = os.environ.get("RAY_ADDRESS")
+        self.preparing = {
+            "ray": f"joining the Ray cluster at {address}" if address else "starting Ray",
+            "workers": "starting workers",
+            "waiting": "nothing can start: no device is free, other programs train the remaining cells, or no machine "
+            f"of the cluster has {sys.executable}",
+        }[event]
+        if not self.live or event == "waiting":
+            self.say(self.preparing)
+
+    def left(self) -> str:
+        """The estimated time for the remaining cells, such as `, 0:01:20 left`; empty while nothing is known."""
+        now, running = time.time(), dict(self.running)
+        parts = [(now - began, self.state_of(cell, began)[1]) for cell, began in running.items()]
+        seconds = estimate.seconds_left(parts, self.total - self.finished - len(running), self.took)
+        return "" if seconds is None else f", {timedelta(seconds=round(seconds))} left"
+
+    def state_of(self, cell: Cell, began: float) -> tuple[str, float]:
+        """What a running cell does, and which part of what it trains is done.
+
+        Args:
+            cell: the cell.
+            began: when it started, in seconds since the epoch.
+        """
+        present, (pretrain, finetune) = progress.progress_of(cell), cell.runs
+        if present is None and is_made(finetune, began):
+            return "verifying", 1.0
+        is_pretrained = is_made(pretrain, began)
+        if present is None and is_pretrained:
+            return "pretrained, starting the finetune", estimate.part_done(cell.runs, Progress(finetune))
+        if present is None:
+            return "starting" if self.took else "starting: a worker's first cell waits for its imports", 0.0
+        both = is_pretrained or present.run == pretrain
+        return str(present), estimate.part_done(cell.runs if both else [finetune], present)
 
     def say(self, line: str) -> None:
         """Print a line, above the live table where there is one."""
@@ -87,9 +118,17 @@ class Display:
         """The live table: the running cells with step, loss and remaining time."""
         from rich.table import Table
 
-        left = f", {self.left()} left" if self.finished else ""
-        head = f"{self.finished}/{self.total} done, {len(self.running)} running, {self.failed} failed{left}"
+        doing = f"{len(self.running)} running" if self.running else self.preparing
+        left = self.left() if self.running else ""
+        head = f"{self.finished}/{self.total} done, {doing}, {self.failed} failed{left}"
         table = Table(head, box=None, pad_edge=False)
-        for cell in self.running:
-            table.add_row(f"  {cell}: {status.progress_of(cell) or 'starting'}")
+        for cell, began in dict(self.running).items():
+            table.add_row(f"  {cell}: {self.state_of(cell, began)[0]}")
         return table
+
+
+def is_made(run: Run, since: float) -> bool:
+    """Whether a run became complete since a time, in seconds since the epoch."""
+    with contextlib.suppress(OSError):
+        return (run.folder / paths.MANIFEST).stat().st_mtime >= since
+    return False

@@ -143,10 +143,9 @@ def content_of(plan: Plan) -> dict[str, Any]:
 def steps_of(cell: Cell) -> dict[str, int]:
     """The optimizer steps that each phase of a cell trains. Raises UserError for a broken recipe."""
     pretrain, finetune = cell.runs
-    resumed = paths.CHECKPOINT.fullmatch(finetune.resumed.name) if finetune.resumed else None
     return {
         "pretrain": pretrain.config.get("max_steps", 0),
-        "finetune": max(0, finetune.config.get("max_steps", 0) - (int(resumed[1]) if resumed else 0)),
+        "finetune": max(0, finetune.config.get("max_steps", 0) - finetune.resumed_step),
     }
 
 

@@ -1,8 +1,10 @@
 """Ray for a sweep: starting or joining it, the devices it has, and the settings that its workers get."""
 
 import os
+import re
 import shlex
 import signal
+import socket
 import sys
 from pathlib import Path
 from typing import Any
@@ -15,9 +17,25 @@ from paragen.sweep import packs
 
 # The user's environment variables that every run gets, on whichever machine it runs.
 SETTINGS = (
-    "FORCE", "PRUNE_PRETRAIN", "STAGE_DIR", "OMP_NUM_THREADS", "LLAMAFACTORY_VERBOSITY", "HF_HUB_OFFLINE",
-    "ENGINE",
+    "FORCE", "PRUNE_PRETRAIN", "STAGE_DIR", "OMP_NUM_THREADS", "OMP_WAIT_POLICY", "LLAMAFACTORY_VERBOSITY",
+    "HF_HUB_OFFLINE", "ENGINE",
 )  # fmt: skip
+CONNECT_SECONDS = 5  # that a cluster may take to answer
+GREETING = b"PRI * HTTP/2.0\r\n\r\nSM\r\n\r\n" + bytes([0, 0, 0, 4, 0, 0, 0, 0, 0])  # HTTP/2's, with empty settings
+SETTINGS_FRAME = 4  # its type, the fourth byte of what an HTTP/2 server, such as Ray's, sends first
+
+
+def check_settings() -> None:
+    """Raise UserError for values of DEVICES and RAY_ADDRESS with which no sweep can start."""
+    requested, address = os.environ.get("DEVICES", ""), os.environ.get("RAY_ADDRESS", "")
+    if requested and requested != "cpu":
+        if "cpu" in requested:
+            raise UserError(f"DEVICES={requested}: a sweep trains each cell on one CPU slot; set DEVICES=cpu")
+        if address:
+            raise UserError(f"DEVICES={requested}: a cluster's workers take the GPUs that Ray gives them; omit DEVICES")
+        devices.choose()
+    if address:
+        check_reachable(address)
 
 
 def start_ray(ray: Any) -> None:
@@ -25,14 +43,10 @@ def start_ray(ray: Any) -> None:
     address = os.environ.get("RAY_ADDRESS")
     python_path = os.pathsep.join(filter(None, (str(paths.UTILS), os.environ.get("PYTHONPATH"))))
     requested = os.environ.get("DEVICES", "")
-    cpus = devices.cpu_cores() if devices.nvidia_driver() and requested != "cpu" else cpu_slots()
+    cpus = cpu_slots() if trains_on_cpu() else devices.cpu_cores()
     # "local": without it, Ray joins any cluster that it finds on this machine
     own = {"address": "local", "include_dashboard": False, "num_cpus": cpus, "object_store_memory": 10**8}
     if requested and requested != "cpu":
-        if "cpu" in requested:
-            raise UserError(f"DEVICES={requested}: a sweep trains each cell on one CPU slot; set DEVICES=cpu")
-        if address:
-            raise UserError(f"DEVICES={requested}: a cluster's workers take the GPUs that Ray gives them; omit DEVICES")
         os.environ["CUDA_VISIBLE_DEVICES"] = ",".join(devices.choose())  # Ray then sees these GPUs alone
     handler = signal.getsignal(signal.SIGTERM)
     try:
@@ -52,6 +66,32 @@ def start_ray(ray: Any) -> None:
     signal.signal(signal.SIGTERM, handler)  # Ray's own handler kills the runs before they can clean up
 
 
+def check_reachable(address: str) -> None:
+    """Raise UserError unless a server that speaks Ray's protocol answers at the `host:port` of a cluster.
+
+    Ray itself would try for minutes. Other values, such as `auto`, it looks up at once.
+
+    Args:
+        address: the value of RAY_ADDRESS; `ray://host:port` is checked, too.
+    """
+    found = re.fullmatch(r"(?:ray://)?(.+):(\d+)", address)
+    if not found:
+        return
+    try:
+        with socket.create_connection((found[1].strip("[]"), int(found[2])), timeout=CONNECT_SECONDS) as connection:
+            connection.sendall(GREETING)
+            answer = connection.recv(4)
+        if answer[3:] == bytes([SETTINGS_FRAME]) or os.environ.get("RAY_USE_TLS") == "1":
+            return
+        cause = "what answers there is not Ray"
+    except (OSError, OverflowError) as error:
+        cause = getattr(error, "strerror", None) or str(error)
+    raise UserError(
+        f"RAY_ADDRESS={address}: cannot be joined: {cause}; start a cluster there, or omit RAY_ADDRESS to use this "
+        "machine alone"
+    )
+
+
 def use_ray_token() -> None:
     """Have Ray authenticate with the user's token, where there is one and a cluster is named.
 
@@ -69,14 +109,16 @@ def has_ray_token() -> bool:
 
 def settings() -> dict[str, str]:
     """The environment variables that every run gets."""
-    per_slot = {
-        "OMP_NUM_THREADS": str(max(1, devices.cpu_cores() // cpu_slots())),
-        "PARAGEN_CPU_SLOTS": str(cpu_slots()),
-    }
-    threads = {} if devices.nvidia_driver() else per_slot
+    per_slot = {"OMP_NUM_THREADS": str(devices.threads(cpu_slots())), "PARAGEN_CPU_SLOTS": str(cpu_slots())}
+    threads = per_slot if trains_on_cpu() else {}
     tokens = {"PARAGEN_TOKENS": str(paths.SAVES / paths.TOKENS)}
     # make exports unset variables as empty ones, which must not hide what is set on a node
     return threads | tokens | {name: os.environ[name] for name in SETTINGS if os.environ.get(name)}
+
+
+def trains_on_cpu() -> bool:
+    """Whether this machine's workers train on its CPU: it has no NVIDIA GPU, or DEVICES=cpu requests it."""
+    return os.environ.get("DEVICES") == "cpu" or not devices.nvidia_driver()
 
 
 def cpu_slots() -> int:

@@ -38,17 +38,19 @@ def run(cells: Iterable[Cell], report: Report, worker_class: type = CellWorker) 
     Args:
         cells: in the order in which they start.
         report: called with an event, the job and its outcome. Events: `started`; `again`, when another attempt follows;
-            `done`, also for a cell that cannot start; `tick`, each second; `waiting`, when nothing could start for a
-            while. The last two have no job.
+            `done`, also for a cell that cannot start. Without a job: `ray`, before Ray starts; `workers`, when the
+            first of them start; `tick`, each second; `waiting`, when nothing could start for a while.
         worker_class: what trains the cells: CellWorker, or (to measure the scheduler alone) a class with its methods.
 
     Returns the outcome of each cell. On Ctrl-C and SIGTERM the runs in progress clean up first.
     """
     ray_cluster.use_ray_token()
-    import ray
-
     # wrong settings are reported before anything starts
     staged, _, _ = stage.is_requested(), packs.gpus_per_cell(), engines.requested_engine()
+    ray_cluster.check_settings()
+    report("ray", None, None)
+    import ray
+
     ray_cluster.start_ray(ray)
     on_cpu = ray_cluster.choose_devices(ray)
     server = stage.start_file_server(ray) if staged else None
@@ -117,7 +119,10 @@ class Sweep:
             return
         self.idle = [worker for worker in self.idle if self.is_alive(worker)]
         wanted = min(ray_cluster.count_slots(self.ray, self.on_cpu), len(self.waiting) + len(self.running))
-        for _ in range(wanted - len(self.running) - len(self.idle) - len(self.starting)):
+        new = wanted - len(self.running) - len(self.idle) - len(self.starting)
+        if new > 0 and not (self.running or self.starting):
+            self.report("workers", None, None)
+        for _ in range(new):
             worker = ray_cluster.new_worker(self.ray, self.worker_class, self.on_cpu)
             self.starting[worker.ready.remote()] = worker
         for _ in range(len(self.waiting)):
