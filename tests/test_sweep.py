@@ -373,6 +373,22 @@ def test_a_terminated_sweep_cleans_up_and_exits_with_143(repository):
     assert left_over(repository) == []
 
 
+@pytest.mark.parametrize(("driver", "requested", "shared"), [(None, "", True), ("1", "cpu", True), ("1", "", False)])
+def test_runs_that_share_a_cpu_share_its_cores_and_memory(monkeypatch, driver, requested, shared):
+    """Also with DEVICES=cpu on a machine that has a GPU."""
+    from paragen.common import devices
+    from paragen.sweep import ray_cluster
+
+    monkeypatch.delenv("OMP_NUM_THREADS")
+    monkeypatch.setenv("DEVICES", requested)
+    monkeypatch.setattr(devices, "nvidia_driver", lambda: driver)
+    monkeypatch.setattr(devices, "physical_cores", lambda: 9)
+    monkeypatch.setattr(ray_cluster, "cpu_slots", lambda: 4)
+    given = ray_cluster.settings()
+    found = given.get("OMP_NUM_THREADS"), given.get("PARAGEN_CPU_SLOTS")
+    assert found == (("2", "4") if shared else (None, None))
+
+
 def test_half_the_rows_on_several_devices_is_half_of_each_devices_share():
     """Dividing by the devices must not undo the halving."""
     from paragen.recipes import batches
