@@ -1,8 +1,9 @@
 """Run the whole project once on this machine, with a small model: `make demo`.
 
 Downloads the embedded model, trains SmolLM2-135M on Demo at rank 8, collects 16 checkpoints, verifies them, and scores
-the base model and four checkpoints on held-out questions. Then it names the report, a page to open in a browser. Parts
-that are complete are skipped. All parts are forked from one process that imports what they need during the download.
+the base model and two checkpoints on held-out questions: the base answers at chance, the checkpoints far above it. Then
+it names the report, a page to open in a browser. Parts that are complete are skipped. All parts are forked from one
+process that imports what they need during the download.
 """
 
 import json
@@ -14,7 +15,7 @@ from pathlib import Path
 from typing import Any
 
 from paragen.analysis import report
-from paragen.collection import run_files
+from paragen.collection import evaluation, run_files
 from paragen.collection.manifest import Manifest, require_manifest
 from paragen.common import cli, files, paths
 from paragen.common.cli import UserError, say
@@ -23,7 +24,7 @@ from paragen.sweep import cell_worker, forked
 from paragen.training import ordinary, status
 
 DATASET, MODEL, RANK = "Demo", "smollm2-135m", 8
-STEPS = "every:5"  # whose checkpoints are scored
+STEPS = "every:8"  # whose checkpoints are scored
 QUESTIONS = 2  # whose answers are printed
 IGNORED_SETTINGS = (
     "MODELS",
@@ -53,9 +54,11 @@ def main() -> None:
         for run in cell.runs:
             call(ordinary.train, run)
     call(cell_worker.verify_runs, [cell.finetune])
-    step("scoring the base model and four checkpoints on held-out questions")
+    step("scoring the base model and two checkpoints on held-out questions")
     call(forked.run_script, "evaluate", ["--show", str(QUESTIONS)])
-    show_table(cell.finetune.folder, require_manifest(cell.finetune.folder))
+    manifest = require_manifest(cell.finetune.folder)
+    show_accuracies(cell.finetune.folder, manifest)
+    show_table(cell.finetune.folder, manifest)
     step("drawing the report")
     call(forked.run_script, "report", [])
     say(f"\nthe demo took {time.monotonic() - STARTED:.0f} s")
@@ -77,6 +80,24 @@ def call(task: Callable[..., Any], *arguments: Any) -> None:
             process.terminate()
     if process.exitcode:
         raise UserError("the demo stopped at this part; see the cause above")
+
+
+def show_accuracies(folder: Path, manifest: Manifest) -> None:
+    """Print how many of the held-out questions the base model and the last checkpoint answer rightly."""
+    scored = evaluation.shown(evaluation.read(folder, manifest))
+    assert scored is not None  # the part before scored it
+    last = scored["checkpoints"][-1]
+    rows = [
+        (name, share(score["score"], score["interval"]), share(score["likelihood_score"], score["likelihood_interval"]))
+        for name, score in (("base model", scored["base"]), (f"step {last['step']}", last))
+    ]
+    say(f"\naccuracy on {scored['rows']} held-out questions of two options, with its 95 % interval")
+    cli.print_table(("", "answers as generated", "likeliest options"), rows)
+
+
+def share(value: float, interval: list[float]) -> str:
+    """A share and its interval: `0.870 (0.816 to 0.910)`."""
+    return f"{value:.3f} ({interval[0]:.3f} to {interval[1]:.3f})"
 
 
 def show_table(folder: Path, manifest: Manifest) -> None:
