@@ -5,12 +5,12 @@ import os
 import re
 import shutil
 import subprocess
+import sys
 from collections import Counter
 from pathlib import Path
 
 import pytest
 from helpers import demo_rows
-from helpers.forked_python import PYTHON
 
 from paragen.common import paths
 from paragen.model import base_models
@@ -57,7 +57,7 @@ def test_the_demo_ends_far_above_chance_and_above_the_base(tmp_path):
     folder = base_models.local_folder(paths.MODELS / entry["folder"])
     (top / "models" / entry["folder"]).symlink_to(folder.resolve())
     environment = {**os.environ, "PARAGEN_TOP": str(top), "DEVICES": "cpu"}
-    done = subprocess.run([PYTHON, ROOT / "utils" / "demo.py"], env=environment, capture_output=True, text=True)
+    done = subprocess.run([sys.executable, ROOT / "utils" / "demo.py"], env=environment, capture_output=True, text=True)
     assert done.returncode == 0, done.stderr
     (found,) = top.glob("saves/*/Demo/*_finetune/evaluation.json")
     (scored,) = json.loads(found.read_text())["evaluations"]
