@@ -1,22 +1,27 @@
 """`make report`: what the page shows, in a real browser, of collections that are whole, odd, half or broken."""
 
 import base64
+import contextlib
 import io
 import json
+import os
 import shutil
 import socket
+import sys
 from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
 import pytest
+import torch
 from helpers import scored
 from helpers.chromium import colours, drawn, find, head, opened, shown, size, typed, wait
 from PIL import Image
+from safetensors.torch import load_file, save_file
 from selenium.webdriver.common.by import By
 from selenium.webdriver.common.keys import Keys
 
-from paragen.analysis import report, report_data
+from paragen.analysis import report, report_data, report_statistics
 from paragen.collection.manifest import read_manifest, sealed
 from paragen.common import files, paths
 
@@ -323,6 +328,58 @@ def test_a_changed_checkpoint_makes_its_collection_broken(collected, monkeypatch
     text = report.make().read_text()
     assert "checkpoint-9.safetensors: does not have its recorded sha256" in capsys.readouterr().err
     assert "checkpoint-9.safetensors: does not have its recorded sha256" in text
+
+
+@pytest.fixture
+def own(collected, monkeypatch):
+    """A copy of the project for one test, with all paths in it."""
+    for name in ("SAVES", "DATA", "MODELS"):
+        monkeypatch.setattr(paths, name, collected.top / name.lower())
+    monkeypatch.setattr(paths, "SCRIPTS", collected.top / "collect_scripts")
+    return collected
+
+
+def test_statistics_for_which_no_time_is_left_are_said_and_made_later(own, monkeypatch, capsys):
+    twin(own, f"math/Other/{RUN}", dataset="Other")
+    with monkeypatch.context() as patch:
+        patch.setattr(report_statistics, "SECONDS", 0)
+        text = report.make().read_text()
+    assert "2 of 2 collections have none yet; make stats makes them" in capsys.readouterr().out
+    assert text.count("No pictures of its weights: its statistics are not made yet; make stats makes them") == 2
+    assert not list((own.top / "saves").rglob("stats.parquet"))
+    text = report.make().read_text()
+    out = capsys.readouterr().out
+    assert out.count("statistics: ") == 3 and "none yet" not in out
+    assert "No pictures of its weights" not in text and len(list((own.top / "saves").rglob("stats.parquet"))) == 2
+
+
+def test_an_adapter_of_another_kind_is_a_collection_without_pictures_of_its_weights(own, monkeypatch, capsys):
+    folder = own.run_folder("finetune")
+    entries = []
+    for path in sorted(folder.glob("*.safetensors"), key=lambda path: int(path.stem.split("-")[1])):
+        tensors = load_file(path)
+        save_file(tensors | {"x.lora_magnitude_vector": torch.ones(3)}, path)
+        entries.append({"sha256": files.sha256_of(path), "bytes": path.stat().st_size})
+    content = read_manifest(folder).content["checkpoints"]
+    reseal(folder, checkpoints=[{**old, **new} for old, new in zip(content, entries, strict=True)])
+    text = report.make().read_text()
+    assert "No pictures of its weights: x.lora_magnitude_vector: is no LoRA factor" in text
+    assert "FAULTY" not in capsys.readouterr().err
+
+
+def test_a_terminal_sees_how_far_the_statistics_are(monkeypatch):
+    reader, writer = os.openpty()
+    with open(writer, "w") as terminal, monkeypatch.context() as patch:
+        patch.setenv("TERM", "xterm")
+        patch.setattr(sys, "stdout", terminal)
+        with report_statistics.progress(4_000_000) as advance:
+            advance(1_000_000)
+            advance(2_000_000)
+    seen = b""
+    with contextlib.suppress(OSError), open(reader, "rb", buffering=0) as screen:  # the terminal's end is an error
+        while part := screen.read(1 << 16):
+            seen += part
+    assert b"statistics" in seen and b"3.0/4.0 MB" in seen
 
 
 def test_another_pretrain_is_not_drawn_as_the_one_before(collected):

@@ -79,15 +79,3 @@ def signs_of(vectors: torch.Tensor) -> torch.Tensor:
 def without_noise(s: torch.Tensor, rank: int) -> torch.Tensor:
     """Singular values (... x k, descending) with those of at most rank · 1.2e-7 times the largest set to zero."""
     return torch.where(s > rank * NOISE * s[..., :1], s, 0.0)
-
-
-def singular_values(a: torch.Tensor, b: torch.Tensor) -> torch.Tensor:
-    """The singular values of B·A, n x min(r, inputs, outputs), descending, float64, without noise.
-
-    Args as for `canonical`, with n; each of n the same bits as alone, too.
-    """
-    if len(a) > 1:
-        return torch.cat(one_by_one(singular_values, a, b))
-    r_b = torch.linalg.qr(b.double(), mode="r").R
-    r_a = torch.linalg.qr(a.double().mT, mode="r").R
-    return without_noise(torch.linalg.svdvals(r_b @ r_a.mT), a.shape[-2])

@@ -10,22 +10,23 @@ the importances over all entries is 1; without any variation every importance is
 same per token, which is a block of columns of a factor; here it is per factor and per layer.
 """
 
-from collections.abc import Sequence
-from functools import partial
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
 import torch
 
 from paragen.analysis import layer_stats as ls
-from paragen.collection import checkpoints, derived, index
+from paragen.analysis import step_reader
+from paragen.analysis.stats_files import METHOD
+from paragen.collection import checkpoints, index
 from paragen.collection.manifest import CheckpointEntry
-from paragen.common import cli, files, parallel, paths
+from paragen.common import files, parallel, paths
+from paragen.common.cli import UserError
 
-METHOD = "stats-1"  # to be changed whenever the numbers change
-BUDGET = 512 << 20  # bytes of running sums: layers that do not fit are taken in a further pass over the files
-CHUNK = 256 << 20  # bytes of the steps that are read at once
-MOST_STEPS = 64  # the most files that are open at once
+CPU = torch.device("cpu")
+BUDGET = 2 << 30  # bytes of running sums: layers that do not fit are taken in a further pass over the files
+CHUNK = 1 << 30  # bytes of the steps that are read at once
 COLUMNS = {
     "layer": "the layer's name in PEFT's keys",
     "tensor": "lora_A, lora_B, or update: scaling * B A",
@@ -68,31 +69,11 @@ class Measured(NamedTuple):
     standardised_std: torch.Tensor  # L x 2
 
 
-def update(chosen: list[index.Chosen], out: Path | None = None) -> None:
-    """Measure new and changed collections, below `out` (default: saves/stats), and print a table of each."""
-    for one in chosen:
-        print_table(measured_folder(one, out))
-
-
-def measured_folder(one: index.Chosen, out: Path | None = None, quiet: bool = False) -> Path:
-    """The folder of a collection's statistics below `out` (default: saves/stats), measured unless it is up to date.
-
-    `quiet`: print nothing where it is.
-    """
-    out = out or paths.SAVES / "stats"
-    source = {"format": "stats", "method": METHOD, "manifest": one.manifest.sha256}
-    derived.make_part(out, one.name, source, partial(write, one), done="statistics", quiet=quiet)
-    return out / one.name
-
-
-def write(one: index.Chosen, folder: Path) -> None:
-    """Measure a collection and write its four files to the new `folder`."""
+def write(one: index.Chosen, measured: Measured, folder: Path) -> None:
+    """Write the four files of a collection's statistics to the new `folder`."""
     from safetensors.torch import save
 
     config = checkpoints.adapter_config(one.folder, one.manifest)
-    base = base_model_of(one, config)
-    steps = one.manifest.steps
-    measured = measure(one.folder, one.manifest.checkpoints, config, base)
     by_factor, by_layer = importance_of(measured)
     keys = [f"{layer}.{end}.weight" for layer in measured.layers for end in ("lora_A", "lora_B")]
     weights = dict(zip(measured.layers, by_layer, strict=True)) | dict(zip(keys, by_factor.flatten(), strict=True))
@@ -101,9 +82,18 @@ def write(one: index.Chosen, folder: Path) -> None:
     files.write_atomically(
         folder / "importance.safetensors", save({key: value.float().clone() for key, value in weights.items()})
     )
-    files.write_atomically(folder / "steps.safetensors", save({"steps": torch.tensor(steps), **arrays}))
+    files.write_atomically(folder / "steps.safetensors", save({"steps": torch.tensor(one.manifest.steps), **arrays}))
     write_table(folder / "stats.parquet", measured, by_factor, by_layer)
-    files.write_json(folder / "stats.json", about(one, config, base, measured))
+    files.write_json(folder / "stats.json", about(one, config, base_model_of(one, config), measured))
+
+
+def of_collection(
+    one: index.Chosen, device: torch.device, check: Callable[[], None], advance: Callable[[int], None]
+) -> Measured:
+    """The statistics of a collection; arguments as for `measure`."""
+    config = checkpoints.adapter_config(one.folder, one.manifest)
+    base = base_model_of(one, config)
+    return measure(one.folder, one.manifest.checkpoints, config, base, device, check=check, advance=advance)
 
 
 def base_model_of(one: index.Chosen, config: dict[str, Any]) -> str:
@@ -116,47 +106,70 @@ def measure(
     entries: Sequence[CheckpointEntry],
     config: dict[str, Any],
     base: str,
+    device: torch.device = CPU,
     budget: int = BUDGET,
     chunk: int = CHUNK,
+    check: Callable[[], None] = lambda: None,
+    advance: Callable[[int], None] = lambda size: None,
 ) -> Measured:
-    """One streaming pass over the checkpoints of a collection, each tensor read once.
+    """One streaming pass over the checkpoints of a collection; its layers are shared out to the cores.
 
-    Takes `budget` bytes for the running sums of a group of layers, `chunk` bytes for the steps that are read at once,
-    and, for the results, 8 bytes per step and layer and 8192 per step; nothing else grows with the number of steps.
+    Takes `budget` bytes for the running sums of a group of layers, `chunk` bytes for the steps that are read at once
+    (of the host's memory and the device's), and, for the results, 8 bytes per step and layer and 8192 per step; nothing
+    else grows with the number of steps. A GPU gives what the CPU gives, to the rounding of float32.
 
     Args:
         folder: the collection.
         entries: the checkpoints in its manifest.
         config: the content of its adapter_config.json.
         base: the base model's name.
+        device: the CPU, or a GPU.
         budget, chunk: bytes.
+        check: called before each file and each layer; what it raises ends the measuring.
+        advance: called after each chunk, with the number of bytes that were measured.
     """
-    layout = checkpoints.layout_of(next(checkpoints.open_all(folder, entries[:1])))
+    layout = step_reader.first_layout(folder, entries)
     layers = checkpoints.layers_of(layout)
-    factors = [(layout[f"{layer}.lora_A.weight"], layout[f"{layer}.lora_B.weight"]) for layer in layers]
-    shapes = [(b[0], a[1], a[0]) for a, b in factors]
+    keys = [(f"{layer}.lora_A.weight", f"{layer}.lora_B.weight") for layer in layers]
+    shapes = [(layout[b].shape[0], layout[a].shape[1], layout[a].shape[0]) for a, b in keys]
     kept = {name: torch.zeros(len(layers), len(entries), dtype=torch.float64) for name in PER_LAYER}
     kept |= {name: torch.zeros(len(layers), 2, len(entries), dtype=torch.float64) for name in PER_FACTOR}
     totals = {name: torch.zeros(len(layers), 2, dtype=torch.float64) for name in TOTALS}
     sketch = torch.zeros(len(entries), ls.SKETCH_SIDE**2, dtype=torch.float64)
     for group in groups_of(shapes, budget):
-        begun = parallel.each(lambda number: ls.start_layer(config, base, layers[number], *shapes[number][:2]), group)
-        running = dict(zip(group, begun, strict=True))
-        for part, handles in checkpoints.in_chunks(folder, entries, steps_within(chunk, shapes)):
 
-            def add(number: int, running=running, part=part, handles=handles) -> tuple:
-                a, b = checkpoints.factors_of(folder, entries[part], handles, layers[number])
-                return ls.add_steps(running[number], a, b)
+        def begin(number: int) -> ls.Running:
+            return ls.start_layer(config, base, layers[number], *shapes[number][:2], device)
+
+        running = dict(zip(group, parallel.each(begin, group), strict=True))
+        for steps in step_reader.read(folder, entries, steps_within(chunk, entries), device, check):
+
+            def add(number: int, running=running, steps=steps) -> tuple:
+                check()
+                return ls.add_steps(running[number], *(steps.values(key) for key in keys[number]))
 
             for number, (after, figures) in zip(group, parallel.each(add, group), strict=True):
+                check_finite(folder, entries[steps.part], keys[number], figures["factor_norm"])
                 running[number] = after
-                sketch[part] += figures.pop("sketch")
+                sketch[steps.part] += figures.pop("sketch")
                 for name, values in figures.items():
-                    kept[name][number, ..., part] = values
-        for number in group:
-            for name, values in ls.totals(running[number]).items():
+                    kept[name][number, ..., steps.part] = values
+            advance(sum(entry.bytes for entry in entries[steps.part]) * len(group) // len(layers))
+        in_order = [running[number] for number in group]
+        for number, found in zip(group, parallel.each(ls.totals, in_order), strict=True):
+            for name, values in found.items():
                 totals[name][number] = values
     return Measured(layers, shapes, sketch, **kept, **totals)
+
+
+def check_finite(
+    folder: Path, entries: Sequence[CheckpointEntry], keys: tuple[str, str], factor_norm: torch.Tensor
+) -> None:
+    """Raise UserError naming the checkpoint whose factor has a value that is not finite (factor_norm: 2 x steps)."""
+    for key, norms in zip(keys, factor_norm.isfinite(), strict=True):
+        if not norms.all():
+            path = folder / entries[norms.tolist().index(False)].file_name
+            raise UserError(f"{paths.relative(path)}: {key} holds values that are not finite; collect it again")
 
 
 def groups_of(shapes: list[tuple[int, int, int]], budget: int) -> list[list[int]]:
@@ -164,7 +177,7 @@ def groups_of(shapes: list[tuple[int, int, int]], budget: int) -> list[list[int]
     groups: list[list[int]] = [[]]
     used = 0
     for number, (outputs, inputs, rank) in enumerate(shapes):
-        size = 8 * (outputs + inputs) * (9 * rank + ls.SKETCH_SIDE)  # 4 moments of 2, the step before, projections
+        size = (outputs + inputs) * (ls.STATE_BYTES * rank + 4 * ls.SKETCH_SIDE)
         if groups[-1] and used + size > budget:
             groups.append([])
             used = 0
@@ -173,10 +186,9 @@ def groups_of(shapes: list[tuple[int, int, int]], budget: int) -> list[list[int]
     return groups
 
 
-def steps_within(chunk: int, shapes: list[tuple[int, int, int]]) -> int:
-    """How many steps fit into `chunk` bytes: the open files, and about eight float64 copies of a layer per thread."""
-    sizes = [(outputs + inputs) * rank for outputs, inputs, rank in shapes]
-    return max(1, min(MOST_STEPS, chunk // (parallel.WORKERS * 8 * 8 * max(sizes) + 4 * sum(sizes))))
+def steps_within(chunk: int, entries: Sequence[CheckpointEntry]) -> int:
+    """How many steps fit into `chunk` bytes, at least one; the same on every machine, as the last bits depend on it."""
+    return max(1, chunk // max(entry.bytes for entry in entries))
 
 
 def importance_of(measured: Measured) -> tuple[torch.Tensor, torch.Tensor]:
@@ -248,20 +260,3 @@ def about(one: index.Chosen, config: dict[str, Any], base: str, measured: Measur
         },
         "layers": measured.layers,
     }
-
-
-def print_table(folder: Path) -> None:
-    """Print a collection's statistics by kind of layer."""
-    import pyarrow.parquet
-
-    table = pyarrow.parquet.read_table(folder / "stats.parquet", memory_map=False).to_pylist()
-    kinds: dict[str, list[dict]] = {}
-    for row in table:
-        if row["tensor"] == "update":
-            kinds.setdefault(row["layer"].rsplit(".", 1)[-1], []).append(row)
-    rows = []
-    for kind, found in kinds.items():
-        figures = ("norm_last", "change_mean", "effective_rank_mean", "importance")
-        means = [sum(row[name] for row in found) / len(found) for name in figures]
-        rows.append((kind, str(len(found)), *(f"{mean:.3g}" for mean in means)))
-    cli.print_table(("layers", "count", "norm", "change per step", "effective rank", "importance"), rows)

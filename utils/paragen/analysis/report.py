@@ -1,7 +1,7 @@
 """The report: one page about all collections, saves/report/index.html, which opens from disk without a network.
 
-Reads recipes, manifests, logs and the statistics of each collection (measured where they are missing); writes the
-index, the statistics and the page. A broken collection is marked on the page and named on stderr.
+Reads recipes, manifests, logs and the statistics of each collection (report_statistics.py makes missing ones); writes
+the index, the statistics and the page. A broken collection is marked on the page and named on stderr.
 """
 
 import base64
@@ -11,17 +11,14 @@ import json
 import sys
 import urllib.parse
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
-from paragen.analysis import report_cells, report_data
+from paragen.analysis import report_cells, report_data, report_statistics
 from paragen.collection import checkpoints, evaluation, index, quality_warnings, selection
-from paragen.collection.manifest import read_manifest
+from paragen.collection.manifest import require_manifest
 from paragen.common import files, paths
 from paragen.common.cli import UserError
 from paragen.model import base_models
-
-if TYPE_CHECKING:
-    import numpy as np
 
 TEMPLATE, SCRIPT = "report.html", "report.js"
 STATES = ("complete", "stale", "broken", "collecting", "pretrained", "missing")
@@ -66,10 +63,12 @@ def gather(saves: Path) -> dict[str, Any]:
     cells = {one.folder: (one.state, one.reason) for one in states if one.folder}
     outside = ("complete", "" if no_pairs else report_cells.OUTSIDE)
     copies = copies_of(saves, names)
+    chosen = chosen_of(saves, [name for name in names if name not in faults], faults)
+    without = report_statistics.make_missing(list(chosen.values()), saves / "stats")
     rows = []
     for name in names:
         cell = next((cells[place] for place in copies[name].values() if place in cells), outside)
-        row = row_of(saves, name, cell, faults.get(name), whole.num_rows)
+        row = row_of(saves, name, cell, chosen.get(name) or faults[name], without.get(name), whole.num_rows)
         notes = [f"saves/{copy} is a second copy of it" for copy in copies[name] if copy != name]
         row["reason"] = "; ".join(filter(None, [row["reason"], *notes]))
         rows.append(row)
@@ -100,34 +99,48 @@ def copies_of(saves: Path, names: list[str]) -> dict[str, dict[str, str]]:
     return copies
 
 
-def row_of(saves: Path, name: str, cell: tuple[str, str], fault: str | None, total: int) -> dict[str, Any]:
+def chosen_of(saves: Path, names: list[str], faults: dict[str, str]) -> dict[str, index.Chosen]:
+    """The collections by name; of one that cannot be read, why is added to `faults`."""
+    found = {}
+    for name in names:
+        try:
+            found[name] = index.Chosen(name, saves / name, require_manifest(saves / name))
+        except UserError as error:
+            faults[name] = str(error)
+    return found
+
+
+def row_of(
+    saves: Path, name: str, cell: tuple[str, str], found: index.Chosen | str, without: UserError | None, total: int
+) -> dict[str, Any]:
     """The row and the pictures of one collection, whole or broken.
 
     Args:
         saves: the folder that `name` is relative to.
         name: the collection.
         cell: the state and the reason of its cell.
-        fault: why it is not in the index, None where it is.
+        found: the collection, or why it is not in the index.
+        without: why it has no statistics; None where it has.
         total: the number of checkpoints of all selected collections.
     """
-    if fault is None:
+    fault = found if isinstance(found, str) else ""
+    if isinstance(found, index.Chosen):
         try:
-            return described(saves, name, *cell, total)
+            return described(saves, found, *cell, without, total)
         except UserError as error:
             fault = str(error)
     return described_broken(saves, name, fault)
 
 
-def described(saves: Path, name: str, state: str, reason: str, total: int) -> dict[str, Any]:
+def described(
+    saves: Path, one: index.Chosen, state: str, reason: str, without: UserError | None, total: int
+) -> dict[str, Any]:
     """The row and the pictures of one collection; all collections have `total` checkpoints.
 
-    `sketch` is (steps, sketches) of the checkpoints that the map shows, or None. Raises UserError where its manifest or
-    its files are not as recorded.
+    `sketch` is (steps, sketches) of the checkpoints that the map shows, or None. Raises UserError where its files are
+    not as recorded.
     """
-    folder = saves / name
-    manifest = read_manifest(folder)
-    if manifest is None:
-        raise UserError(f"{paths.relative(folder)}: is gone")
+    name, folder, manifest = one
     entries, base_model = manifest.checkpoints, manifest.base_name
     losses = [entry.loss for entry in entries if entry.loss is not None]
     pictures: dict[str, Any] = {"curve": report_data.curve(folder, manifest)}
@@ -135,16 +148,16 @@ def described(saves: Path, name: str, state: str, reason: str, total: int) -> di
     evaluated = evaluation.shown(evaluation.read(folder, manifest))
     if evaluated:
         pictures["scores"] = report_data.scores(evaluated, len(entries))
-    try:
-        base_model, layers, steps, sketch, change = statistics(index.Chosen(name, folder, manifest))
+    if without is None:
+        base_model, layers, steps, sketch, change = report_statistics.read(saves / "stats" / name)
         pictures["trajectory"] = report_data.trajectory(steps, sketch)
         pictures["heat"] = report_data.heat([checkpoints.short_layer(layer) for layer in layers], steps, change)
         places = report_data.chosen_places(len(steps), total)
         shown = steps[places], sketch[places]
-    except UserError as error:
-        for entry in entries:  # raises if a file differs; otherwise the kind of adapter is not supported
-            checkpoints.verified(folder / entry.file_name, entry.bytes, entry.sha256)
-        pictures["none"] = report_data.without_places(str(error), saves)
+    elif isinstance(without, checkpoints.UnsupportedAdapter) or str(without) == report_statistics.NOT_MADE:
+        pictures["none"] = report_data.without_places(str(without), saves)
+    else:
+        raise without
     return {
         **named(name),
         "category": manifest.category or named(name)["category"],
@@ -170,26 +183,6 @@ def described(saves: Path, name: str, state: str, reason: str, total: int) -> di
         "pictures": pictures,
         "sketch": shown,
     }
-
-
-def statistics(chosen: index.Chosen) -> "tuple[str, list[str], np.ndarray, np.ndarray, np.ndarray]":
-    """The statistics of a collection that the pictures show, measured unless they are up to date.
-
-    Returns the base model's name, layers (names), steps (n,), sketches (n, d), and changes (layers, n): the norm of
-    each layer's update less the one of the step before, over the norm of the update; NaN at the first step.
-    """
-    import numpy as np
-    from safetensors.numpy import load_file
-
-    from paragen.analysis import measures
-
-    folder = measures.measured_folder(chosen, quiet=True)
-    tensors = load_file(folder / "steps.safetensors")
-    about = json.loads((folder / "stats.json").read_bytes())
-    change, norm = (tensors[name].astype(np.float64) for name in ("change", "norm"))
-    relative = np.divide(change, norm, out=np.full(change.shape, np.nan), where=norm > 0)
-    relative[:, 0] = np.nan
-    return about["base_model"], about["layers"], tensors["steps"], tensors["sketch"], relative
 
 
 def named(name: str) -> dict[str, Any]:

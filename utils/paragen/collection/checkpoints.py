@@ -20,7 +20,12 @@ if TYPE_CHECKING:
 
 _verified: dict[str, tuple[tuple, str]] = {}  # the files that were hashed: path -> (its stamp, its sha256)
 
+PIECE = 1 << 20  # bytes that are read and hashed at once, while they are in the processor's cache
 PEFT_PREFIX = "base_model.model."  # what PEFT puts before the names of a model's layers
+
+
+class UnsupportedAdapter(UserError):
+    """An adapter with other tensors than the LoRA factors of linear layers."""
 
 
 def verified(path: Path, size: int, sha256: str) -> Path:
@@ -74,6 +79,29 @@ def read(path: Path, size: int, sha256: str) -> bytes:
     if hashlib.sha256(data).hexdigest() != sha256:
         raise UserError(f"{paths.relative(path)}: does not have its recorded sha256; {_way_out(path)}")
     return data
+
+
+def read_into(path: Path, size: int, sha256: str, buffer: memoryview | None) -> bytes:
+    """Read a checkpoint file once: its tensors into `buffer`, hashed as they come unless the file was hashed before.
+
+    Arguments and errors as for `verified`. Returns the header (JSON text), which tells where in the buffer each tensor
+    is. Without a buffer, the header alone is read, and nothing is hashed.
+    """
+    stamp, known = files.stamp_of(verified_length(path, size)), _verified.get(str(path))
+    with open(path, "rb") as file:
+        length = file.read(8)
+        header = file.read(min(int.from_bytes(length, "little"), size))
+        if buffer is None or known == (stamp, sha256):
+            if buffer is not None:
+                file.readinto(buffer)
+            return header
+        digest = hashlib.sha256(length + header)
+        for start in range(0, size - 8 - len(header), PIECE):
+            piece = buffer[start : min(start + PIECE, size - 8 - len(header))]
+            digest.update(piece[: file.readinto(piece)])
+    _verified[str(path)] = stamp, digest.hexdigest()
+    verified(path, size, sha256)
+    return header
 
 
 def opened(path: Path, size: int, sha256: str) -> Any:
@@ -189,17 +217,19 @@ def layers_of(keys: Iterable[str]) -> list[str]:
 
     A layer `X` has the factors `X.lora_A.weight` (rank x inputs) and `X.lora_B.weight` (outputs x rank).
 
-    Raises UserError for a key that is no such factor (DoRA's magnitudes, embeddings' factors) or has no other half.
+    Raises UnsupportedAdapter for a key that is no such factor (DoRA's magnitudes, embeddings' factors), or a lone half.
     """
     halves: dict[str, set[str]] = {}
     for key in keys:
         layer, _, end = key.rpartition(".lora_")
         if not layer or end not in ("A.weight", "B.weight"):
-            raise UserError(f"{key}: is not a LoRA factor of a linear layer; other adapters are not supported here")
+            raise UnsupportedAdapter(
+                f"{key}: is no LoRA factor of a linear layer; other adapters are not supported here"
+            )
         halves.setdefault(layer, set()).add(end)
     incomplete = [layer for layer, ends in halves.items() if len(ends) < 2]
     if incomplete:
-        raise UserError(f"{incomplete[0]}: has only one of lora_A and lora_B")
+        raise UnsupportedAdapter(f"{incomplete[0]}: has only one of lora_A and lora_B")
     return sorted(halves, key=_by_number)
 
 
