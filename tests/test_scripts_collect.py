@@ -51,6 +51,8 @@ def test_ranks_are_trained_together_and_complete_ones_are_skipped(repository):
         name: manifest["checkpoints"] for name, manifest in found.items()
     }
     found = found_again
+    status = subprocess.run(["make", "status"], cwd=repository, capture_output=True, text=True)
+    assert "rank 2 seed=3  rank 4 seed=3" in status.stdout, "found although nobody named the seed"
     forced = make(repository, "RANKS=4", "SEED=3", "KEEP=2", "FORCE=1")
     assert forced.returncode == 0, forced.stdout + forced.stderr
     new = collections(repository)

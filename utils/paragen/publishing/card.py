@@ -171,7 +171,7 @@ def collection_rows(table: "pa.Table") -> list[dict[str, str]]:
 
 
 def score_rows(chosen: list[index.Chosen], table: "pa.Table") -> list[tuple[str, ...]]:
-    """A row per evaluation for the card: the split, and the scores of the base, the best and the last checkpoint."""
+    """A row per evaluation for the card: the rows, and the scores of the base, the best and the last checkpoint."""
     models = dict(zip(table["collection"].to_pylist(), table["model"].to_pylist(), strict=True))
     rows = []
     for item in chosen:
@@ -182,7 +182,7 @@ def score_rows(chosen: list[index.Chosen], table: "pa.Table") -> list[tuple[str,
             texts = [evaluation.text_of(found, score) for score in (found["base"], best, last)]
             steps = ["", f"step {best['step']}: " if best else "", f"step {last['step']}: "]
             named = (item.manifest.dataset, models[item.name], item.manifest.rank, item.manifest.seed)
-            facts = (*named, found["split"], found["metric"], found["rows"])
+            facts = (*named, evaluation.rows_text(found), found["metric"])
             scores = [step + text if text else None for step, text in zip(steps, texts, strict=True)]
             rows.append(tuple("–" if fact is None else str(fact) for fact in (*facts, *scores)))
     return rows

@@ -94,6 +94,27 @@ def chosen_cells() -> list[Cell]:
     return _at_ranks_and_seeds(chosen, settings.SWEEP_RANKS)
 
 
+def with_collected(cells: list[Cell]) -> list[Cell]:
+    """Cells, and those of the same recipes at other ranks and seeds of which a run folder is there.
+
+    With RANK or SEED the cells are returned as they are: those are all that was requested.
+    """
+    if settings.values("RANK") or settings.values("SEED"):
+        return cells
+    found = dict.fromkeys(cells)
+    for cell in {(cell.dataset, cell.model): cell for cell in cells}.values():
+        try:
+            folders = [run.folder for run in cell.runs]
+        except UserError:
+            continue  # the cells of this recipe, which are in the list, say so
+        for path in sorted(path for parent in {folder.parent for folder in folders} for path in parent.glob("[!.]*")):
+            rank, seed = paths.rank_in(path.name) or (None, None)
+            if rank and any(paths.with_rank(folder.name, rank, seed) == path.name for folder in folders):
+                overrides = () if seed is None else (f"seed={seed}",)
+                found[Cell(cell.dataset, cell.model, rank, cell.recipes, overrides)] = None
+    return sorted(found, key=lambda cell: (cell.model, cell.dataset, cell.overrides, cell.rank))
+
+
 def choose_model(name: str, known: Iterable[str], what: str) -> str:
     """The one of the known short names that a user means; a folder such as models/Qwen2.5-0.5B-Instruct counts, too."""
     folder = Path(name)
