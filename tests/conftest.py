@@ -38,7 +38,6 @@ if not os.environ.get("TEST_GPU"):
     os.environ["DEVICES"] = "cpu"  # the same hashes on a machine with a GPU
 os.environ["OMP_WAIT_POLICY"] = "PASSIVE"  # as runs have it; the process that runs are forked from reads it early
 os.environ["OMP_NUM_THREADS"] = "1"  # tiny tensors; two runs at once then do not fight for two cores
-os.environ.setdefault("LLAMAFACTORY_VERBOSITY", "WARN")  # as our scripts do; LLaMA-Factory reads it once, when imported
 
 from helpers import fork_server, handmade, packed_project, tiny, tiny_models  # noqa: E402
 from helpers.forked_python import PYTHON  # noqa: E402

@@ -158,7 +158,7 @@ def test_two_models_ranks_or_seeds_do_not_share_an_export(place):
 
 def test_two_collections_of_one_dataset_are_named(place):
     place.collect(dataset="A")
-    shutil.copytree(next(place.saves.glob("*/A/*")), place.saves / CATEGORY / "A" / "copy_lora-rank_4_finetune")
+    place.collect(dataset="A", folder="other_lora-rank_4_finetune", steps=(5, 6))
     assert "are both of A" in place.refused("dnd")
 
 

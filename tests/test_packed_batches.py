@@ -62,7 +62,7 @@ def test_several_devices_and_models_with_processors_are_not_packed(packable):
 
 def test_an_unknown_engine_is_refused(monkeypatch):
     monkeypatch.setenv("ENGINE", "fast")
-    with pytest.raises(UserError, match="stock or packed"):
+    with pytest.raises(UserError, match="ENGINE is packed or stock"):
         engines.requested_engine()
     monkeypatch.setenv("ENGINE", "")
     assert engines.requested_engine() is None

@@ -477,7 +477,7 @@ def folder(project: Project) -> Path:
         (lambda p: shutil.rmtree(p.top / "saves"), {}, "saves: no collections yet"),
         (None, {"DEVICES": "7"}, "error: DEVICES=7: th"),  # there is no GPU, or this machine has fewer
         (None, {"DEVICES": "cpu,cpu"}, "error: DEVICES=cpu,cpu: this uses a single device; name one, such as cpu"),
-        (None, {"DATASET": "Tay"}, "dataset 'Tay' is not known; known: Toy"),
+        (None, {"DATASET": "Tay"}, "dataset 'Tay' is not known; did you mean Toy?; known: Toy"),
         (None, {"RANK": "64"}, "no collection fits RANK=64"),
         (None, {"SPLIT": "nothing"}, "registered dataset 'nothing' is not known; known: Toy, Toy_test"),
         (None, {"LIMIT": "0"}, "LIMIT=0: is not a whole number from 1 on"),
