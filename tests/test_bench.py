@@ -23,6 +23,12 @@ def test_packed_says_what_it_measures(part):
     assert done.returncode == 0 and "usage" in done.stdout, done.stderr
 
 
+def test_deterministic_says_what_it_measures():
+    script = ROOT / "bench" / "deterministic.py"
+    done = subprocess.run([PYTHON, script, "--help"], capture_output=True, text=True)
+    assert done.returncode == 0 and "usage" in done.stdout, done.stderr
+
+
 def test_parameters_are_those_of_the_real_model():
     assert base_parameters("qwen2.5-0.5b") == 357_826_560
     assert adapter_parameters("qwen2.5-0.5b", 8) == 4_399_104  # as PEFT counts them for lora_target: all

@@ -29,6 +29,7 @@ WHOLE = sealed({
     "base_model": {"name": "Tiny", "hub_id": "someone/Tiny", "revision": "abc", "sha256": HASH},
     "tokenizer": {"sha256": HASH}, "pretrain": {"run": "Tiny_lora-rank_4_pretrain", "step": 4, "sha256": HASH},
     "adapter_config_sha256": HASH, "seed": 42, "device": "cpu", "processes": 1, "threads": 2, "precision": "float32",
+    "deterministic": True,
     "rows_at_a_time": 1, "accumulated": 2, "trained_rows": 8, "total_steps": 6, "engine": "packed", "packed_with": 3,
     "data_warnings": ["Toy: one answer"],
     "versions": {"torch": "2.0"},
@@ -74,6 +75,7 @@ def test_every_value_has_its_place_in_the_record():
     assert (manifest.phase, manifest.category, manifest.dataset, manifest.rank) == ("finetune", "math", "Toy", 4)
     assert manifest.steps == [5, 6] and manifest.checkpoints[0] == CheckpointEntry(5, 0.5, 0.1, 10, HASH)
     assert manifest.checkpoints[1].file_name == "checkpoint-6.safetensors"
+    assert manifest.deterministic is True
     assert (manifest.data[0].file, manifest.data[0].rows) == ("math/Toy.json", 8)
     assert (manifest.base_name, manifest.base_model.hub_id) == ("Tiny", "someone/Tiny")
     assert manifest.attempt.finished - manifest.attempt.started == timedelta(minutes=1)
@@ -90,7 +92,7 @@ def test_an_older_manifest_is_read_and_keys_of_a_later_one_are_kept():
     older = {key: value for key, value in WHOLE.items() if key in needed}
     older |= dict.fromkeys(("recipe", "data", "base_model", "tokenizer", "pretrain", "adapter_config_sha256"))
     manifest = parsed(sealed(older))
-    assert manifest.data_warnings is None
+    assert manifest.data_warnings is manifest.deterministic is None
     assert manifest.category is manifest.seed is manifest.attempt is manifest.converted is manifest.base_name is None
     later = sealed({**WHOLE, "new": {"deep": [1]}})
     assert parsed(later).content == later and parsed(later).steps == [5, 6]
@@ -126,7 +128,7 @@ FITS = {  # what of WRONG a key may hold all the same
     "data.0.entry": ("an object",), "base_model.name": ("a text",), "base_model.revision": ("a text",),
     "base_model": ("an object",), "tokenizer": ("an object",), "pretrain.run": ("a text",), "attempt.id": ("a text",),
     "converted.from": ("a text",), "converted.before": ("an object",),
-    "data_warnings": ("a list",), "data_warnings.0": ("a text",),
+    "deterministic": ("true",), "data_warnings": ("a list",), "data_warnings.0": ("a text",),
 }  # fmt: skip
 UNREAD = {"recipe_sha256", "data.0.rows_in_file", "format"}  # `format` is tested beside the others
 
@@ -152,6 +154,7 @@ def test_another_kind_of_value_is_refused_and_named(key):
 
 
 HOSTILE = [
+    ("deterministic", 1, "deterministic is 1, not true or false"),
     ("checkpoints.0.step", -3, "checkpoints[0].step is -3, not a whole number from 1 up"),
     ("checkpoints.0.step", 0, "checkpoints[0].step is 0, not a whole number from 1 up"),
     ("checkpoints.0.step", 10**30, "checkpoints[0].step is 1000000000000000000000000000000, not a whole number"),

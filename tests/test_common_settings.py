@@ -166,7 +166,16 @@ def test_no(value, monkeypatch):
     assert settings.switch("FORCE") is False
 
 
-@pytest.mark.parametrize("name", ["FORCE", "REPLACE", "PRUNE_PRETRAIN", "RAW", "PRIVATE", "DRY_RUN"])
+def test_kernels_are_deterministic_unless_switched_off(monkeypatch):
+    for value, expected in (("", True), (" ", True), ("1", True), ("0", False), ("no", False)):
+        monkeypatch.setenv("DETERMINISTIC", value)
+        assert settings.switch("DETERMINISTIC") is expected
+    monkeypatch.delenv("DETERMINISTIC")
+    assert settings.switch("DETERMINISTIC") is True
+    assert all(takes["DETERMINISTIC"] == "1" for takes in settings.TARGETS.values() if "DETERMINISTIC" in takes)
+
+
+@pytest.mark.parametrize("name", ["DETERMINISTIC", "FORCE", "REPLACE", "PRUNE_PRETRAIN", "RAW", "PRIVATE", "DRY_RUN"])
 def test_neither_yes_nor_no_is_refused(name, monkeypatch):
     monkeypatch.setenv(name, "maybe")
     with pytest.raises(UserError, match=f"{name}=maybe: is neither yes nor no"):

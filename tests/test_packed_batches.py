@@ -291,3 +291,41 @@ def test_a_loaded_model_whose_layers_cannot_be_packed_is_refused(every_model):
     adapted = get_peft_model(model, LoraConfig(target_modules=["c_attn"], task_type="CAUSAL_LM"))
     with pytest.raises(layers.NotPackable, match="is not a linear layer with plain LoRA"):
         peft_comparison.check_packable(adapted, torch.float32)
+
+
+def test_a_tokens_place_among_the_losses_is_known():
+    """So that a loss's gradient is gathered, and none is added up."""
+    for roomy in (False, True):
+        step, _, shape, out = laid_out(roomy)
+        real = out["weights"] > 0
+        assert (out["to_losses"][out["predicting"][real]] == np.flatnonzero(real)).all()
+        assert (out["to_losses"] < shape.learned).sum() == real.sum(), "a token without a loss gets no gradient"
+
+
+@pytest.mark.parametrize("stored", ["float32", "bfloat16"])
+def test_a_bfloat16_run_computes_what_peft_does_whatever_dtype_the_base_is_stored_in(every_model, stored):
+    """SmolLM2's file is float32, its recipes say bf16."""
+    from peft import LoraConfig, get_peft_model
+    from transformers import AutoModelForCausalLM
+
+    from paragen.packed import frozen_base, memory, peft_comparison
+    from paragen.packed.engine import Engine
+
+    model = AutoModelForCausalLM.from_pretrained(every_model / "smollm2-135m", dtype=getattr(torch, stored))
+    adapted = get_peft_model(model, LoraConfig(r=4, target_modules="all-linear", task_type="CAUSAL_LM"))
+    for parameter in adapted.parameters():
+        if parameter.requires_grad:
+            parameter.data = parameter.data.float()
+    peft_comparison.check_packable(adapted, torch.bfloat16)
+    first = frozen_base.initial_adapter_of(adapted)
+    rows = [row(40, 9), row(25, 12)]
+    expected = peft_comparison.peft_gradient(adapted, rows, torch.bfloat16)
+    plain = frozen_base.unload_adapter(adapted)
+    peft_comparison.check_against_peft(plain, first.factors, first.scaling, rows, expected, torch.bfloat16)
+    settings = {"betas": (0.9, 0.999), "eps": 1e-8, "weight_decay": 0.0}
+    adapter = peft_comparison.Adapter(first.factors, first.scaling, [0.0], settings, 0.0)
+    engine = Engine(plain, [adapter], torch.bfloat16)
+    copied = sum(map(memory.bytes_of_copies, engine.layers.values()))
+    engine.close()
+    weights = sum(plain.get_submodule(name).weight.numel() for name in first.factors)
+    assert copied == (2 * weights if stored == "float32" else 0), "the base's weights in bfloat16, beside its own"

@@ -61,9 +61,9 @@ class Packable:
         self.info = top / "data" / "dataset_info.json"
         self.info.write_text("{}")
 
-    def data(self, dataset: str, count: int = 13) -> None:
-        """Register a dataset of so many rows of different lengths."""
-        rows = [
+    def data(self, dataset: str, count: int = 13, rows: list[dict] | None = None) -> None:
+        """Register a dataset of so many rows of different lengths, or of these."""
+        rows = rows or [
             {"prompt": f"{dataset} asks " + "for more " * (7 * n % 5), "response": "yes " * (1 + n % 4) + f"{n}"}
             for n in range(count)
         ]

@@ -142,6 +142,7 @@ class Manifest:
         recipe: the recipe's keys and values that decide what is trained.
         checkpoints: at least one, in ascending order of their steps.
         seed, device, processes, threads, precision: of the training; `threads` are the CPU threads of each process.
+        deterministic: whether all kernels were deterministic (see training/deterministic.py).
         rows_at_a_time, accumulated: the batch of one process, and the gradient accumulation steps.
         trained_rows, total_steps: rows after conversion, and the number of the last optimizer step.
         engine, packed_with: `packed` and the number of adapters in the pack, where that engine trained it.
@@ -169,6 +170,7 @@ class Manifest:
     processes: int | None
     threads: int | None
     precision: str | None
+    deterministic: bool | None
     rows_at_a_time: int | None
     accumulated: int | None
     trained_rows: int | None
@@ -331,6 +333,7 @@ def check_manifest(content: dict[str, Any], name: str, way_out: str) -> Manifest
             seed=top.get_optional("seed", kinds.SEED),
             **{key: top.get_optional(key, kinds.TEXT) for key in ("device", "precision", "engine")},
             **{key: top.get_optional(key, kinds.COUNT) for key in COUNTS},
+            deterministic=top.get_optional("deterministic", kinds.YES_OR_NO),
             **{key: top.get_optional(key, kinds.WHOLE) for key in ("trained_rows", "total_steps")},
             data_warnings=top.get_optional("data_warnings", kinds.LINES),
             versions=top.get_optional("versions", kinds.TEXTS),

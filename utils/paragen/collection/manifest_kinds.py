@@ -67,6 +67,7 @@ TAGS = Kind(
     lambda value: NAMES.fits(value) and all(value.get(tag) for tag in dataset_info.REQUIRED_TAGS),
 )
 FORMATTING = Kind(" or ".join(dataset_info.CANDIDATES), lambda value: value in list(dataset_info.CANDIDATES))
+YES_OR_NO = Kind("true or false", lambda value: isinstance(value, bool))
 LIST = Kind("a list", lambda value: isinstance(value, list))
 LINES = Kind("a list of texts of one line", lambda value: isinstance(value, list) and all(map(TEXT.fits, value)))
 PHASE = Kind(" or ".join(paths.PHASES), lambda value: value in paths.PHASES)

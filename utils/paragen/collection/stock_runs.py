@@ -165,8 +165,8 @@ def rebuild(folder: Path, kept: list[Path]) -> Outcome:
         shutil.copyfile(kept[-1] / paths.ADAPTER_CONFIG, staging / paths.ADAPTER_CONFIG)
         finishing.set_base_name(staging / paths.ADAPTER_CONFIG, base)
         identity = {"recipe": None, "data": None, "base_model": base, "tokenizer": None, "pretrain": None}
-        unknown = ("seed", "device", "processes", "threads", "precision", "rows_at_a_time", "accumulated",
-                   "trained_rows", "total_steps", "versions", "attempt")  # fmt: skip
+        unknown = ("seed", "device", "processes", "threads", "precision", "deterministic", "rows_at_a_time",
+                   "accumulated", "trained_rows", "total_steps", "versions", "attempt")  # fmt: skip
         facts = {**dict.fromkeys(unknown), "adapter_config_sha256": files.sha256_of(staging / paths.ADAPTER_CONFIG)}
         manifest = new_manifest(folder, "finetune", adapter["r"], identity, entries, facts)
         write_manifest(staging, manifest)

@@ -14,7 +14,8 @@ from paragen.common.cli import UserError
 DEFAULT_MODEL = "qwen2.5-0.5b"  # where a dataset has several
 DEFAULT_RANK = 8  # of one cell
 SWEEP_RANKS = (2, 4, 8, 16, 64)  # of a sweep
-YES, NO = ("1", "yes", "true", "on"), ("", "0", "no", "false", "off")
+YES, NO = ("1", "yes", "true", "on"), ("0", "no", "false", "off")
+ON_BY_DEFAULT = ("DETERMINISTIC",)  # switches that are on unless they are switched off
 
 
 class Setting(NamedTuple):
@@ -34,6 +35,7 @@ SETTINGS = {
     "KEEP": Setting("how many of the last steps are kept", "number"),
     "ENGINE": Setting("packed: many adapters together; stock: one by one", choices=("packed", "stock")),
     "DEVICES": Setting("GPUs such as 0,1, or cpu"),
+    "DETERMINISTIC": Setting("the same bits each time on the same kind of GPU; 0: the fastest kernels", "switch"),
     "GPUS_PER_CELL": Setting("GPUs that train a cell together", "number"),
     "FORCE": Setting("do again what is complete; replace what is other", "switch"),
     "PRUNE_PRETRAIN": Setting("remove each pretrain run once its collection is verified", "switch"),
@@ -70,7 +72,7 @@ PLURALS = {"MODELS": "MODEL", "RANKS": "RANK"}
 EVERYWHERE = ("PY", "PYTHON")
 # Variables of other programs that may stand on make's command line.
 FOREIGN = re.compile(
-    "(HF|RAY|OMP|MKL|KMP|GOMP|CUDA|NCCL|TORCH|PYTORCH|TRITON|TRANSFORMERS|TOKENIZERS|LLAMAFACTORY|PARAGEN|PYTHON|PIP|UV"
+    "(HF|RAY|OMP|MKL|KMP|GOMP|CUDA|CUBLAS|NCCL|TORCH|PYTORCH|TRITON|TRANSFORMERS|TOKENIZERS|LLAMAFACTORY|PARAGEN|PYTHON|PIP|UV"
     "|MAKE|LC|XDG)[A-Z0-9_]*|SHELL|HOME|PATH|LANG|TMPDIR|CI|([A-Z]+_PROXY|[a-z]+_proxy)"
 )
 SWEEP = " ".join(map(str, SWEEP_RANKS))
@@ -78,11 +80,12 @@ SWEEP = " ".join(map(str, SWEEP_RANKS))
 
 def _takes(names: str, **defaults: object) -> dict[str, str]:
     """The settings that a target takes, in the order of `names`, each with its default as text."""
+    defaults |= dict.fromkeys(ON_BY_DEFAULT, 1)
     return {name: str(defaults.get(name, "")) for name in names.split()}
 
 
 SELECTION = "CATEGORY DATASET MODEL RANK SEED"
-_TRAINING = f"{SELECTION} ENGINE DEVICES FORCE"
+_TRAINING = f"{SELECTION} ENGINE DEVICES DETERMINISTIC FORCE"
 _CELLS = {"MODEL": f"{DEFAULT_MODEL}, or the dataset's only one", "RANK": DEFAULT_RANK, "SEED": "the recipe's"}
 _SWEEP = {"RANK": SWEEP, "SEED": "the recipe's", "KEEP": "the recipe's"}
 TARGETS: dict[str, dict[str, str]] = {
@@ -131,6 +134,8 @@ def text(name: str) -> str:
 def switch(name: str) -> bool:
     """Whether a switch such as FORCE is on. Raises UserError where its value is neither yes nor no."""
     value = os.environ.get(name, "").strip()
+    if not value:
+        return name in ON_BY_DEFAULT
     if value.lower() in (*YES, *NO):
         return value.lower() in YES
     raise UserError(f"{name}={value}: is neither yes nor no; write {name}=1 or {name}=0")

@@ -98,6 +98,7 @@ def lay_out(step: Step, groups: AdapterGroups, shape: Shape) -> dict[str, np.nda
         "to_rows": np.full(shape.rows * shape.row_length, shape.tokens - 1, np.int64),
         "to_tokens": np.full(size, shape.row_length - 1, np.int64),
         "predicting": np.zeros(shape.learned, np.int64),
+        "to_losses": np.full(size, shape.learned, np.int64),
         "targets": np.zeros(shape.learned, np.int64),
         "weights": np.zeros(shape.learned, np.float32),
         "loss_adapter": np.zeros(shape.learned, np.int64),
@@ -116,6 +117,7 @@ def lay_out(step: Step, groups: AdapterGroups, shape: Shape) -> dict[str, np.nda
             predicting = np.flatnonzero(row.labels[1:] != IGNORED)
             losses = slice(learned, learned + len(predicting))
             out["predicting"][losses], out["targets"][losses] = start + predicting, row.labels[1:][predicting]
+            out["to_losses"][start + predicting] = np.arange(losses.start, losses.stop)
             out["weights"][losses], out["loss_adapter"][losses] = 1 / labelled, adapter
             filled[groups.group_of[adapter]] += length
             row_number, learned = row_number + 1, learned + len(predicting)

@@ -16,6 +16,7 @@ from paragen.packed.adapter import Adapter
 from paragen.packed.batches import Step, to_batch
 from paragen.packed.layers import AdapterGroups, Batch, NotPackable, PackedLinear, StepContext
 from paragen.packed.step_runners import EagerRunner, GraphRunner
+from paragen.training import deterministic
 
 MAX_STEPS_AHEAD = 8  # steps that the host may queue before it waits for the device
 
@@ -136,7 +137,7 @@ class Engine:
         except RuntimeError as error:  # of CUDA, at an operation that a graph cannot capture
             if isinstance(error, torch.OutOfMemoryError):
                 raise
-            raise NotPackable(f"its step cannot be captured: {' '.join(str(error).split())[:200]}") from error
+            raise NotPackable(f"its step cannot be captured: {deterministic.one_line(error)}") from error
         return self.runner
 
     def train(self, steps: list[Step], after: Callable[[int], None]) -> Iterator[tuple[int, list[float]]]:

@@ -42,6 +42,7 @@ class Batch:
     to_rows: Tensor  # [R * L] int64, the token at each place of the padded rows
     to_tokens: Tensor  # [N] int64, each token's place in the padded rows
     predicting: Tensor  # [P] int64, the tokens whose next token has a loss
+    to_losses: Tensor  # [N] int64, each token's place among those; P for a token without a loss
     targets: Tensor  # [P] int64, those next tokens
     weights: Tensor  # [P] float32, the factor of each loss in the sum; 0 for padding
     loss_adapter: Tensor  # [P] int64, the adapter of each loss
@@ -302,6 +303,24 @@ def _as_rows(heads: Tensor, batch: Batch) -> Tensor:
     return rows.view(-1, batch.row_length, count, size).transpose(1, 2)
 
 
+class _Predicting(torch.autograd.Function):
+    """The rows of a matrix at some positions; the gradient is gathered by their places, without summing.
+
+    The backward pass of index_select would add up in any order, or sort the positions where the kernels have to be
+    deterministic. Here a row occurs once, except as padding, whose gradient is zero.
+    """
+
+    @staticmethod
+    def forward(ctx: Any, hidden: Tensor, positions: Tensor, places: Tensor) -> Tensor:
+        ctx.places = places
+        return hidden.index_select(0, positions)
+
+    @staticmethod
+    def backward(ctx: Any, gradient: Tensor) -> tuple[Tensor, None, None]:
+        nothing = gradient.new_zeros(1, gradient.shape[1])
+        return torch.cat([gradient, nothing]).index_select(0, ctx.places), None, None
+
+
 class _NextTokenLoss(torch.autograd.Function):
     """Cross-entropy at some positions, the logits in chunks.
 
@@ -376,5 +395,5 @@ def token_losses(model: PreTrainedModel, batch: Batch, context: StepContext) -> 
     """
     context.begin_step(batch)
     out = model.base_model(input_ids=batch.tokens, position_ids=batch.positions, use_cache=False)
-    hidden = out.last_hidden_state[0].index_select(0, batch.predicting)
+    hidden = _Predicting.apply(out.last_hidden_state[0], batch.predicting, batch.to_losses)
     return _NextTokenLoss.apply(hidden, model.get_output_embeddings(), batch.targets)

@@ -8,6 +8,7 @@ from paragen.common import devices
 from paragen.packed.adapter import Adapter
 from paragen.packed.batches import Step, to_batch
 from paragen.packed.engine import Engine
+from paragen.packed.layers import PackedLinear
 
 USABLE = 0.85  # of the free memory; the rest is for what the measurement does not see
 # Bytes per element of an adapter on its device: its value, its gradient, AdamW's two moments, a copy being written ...
@@ -52,7 +53,7 @@ def token_count(step: Step) -> int:
 
 
 def measure_step(model: PreTrainedModel, dtype: torch.dtype, adapter: Adapter, step: Step) -> tuple[float, float]:
-    """The memory of a step as (bytes per token, further bytes), from two steps of different size.
+    """The memory of a pack as (bytes per token, further bytes), from two steps of different size.
 
     Args:
         model, dtype: as for Engine.
@@ -63,11 +64,18 @@ def measure_step(model: PreTrainedModel, dtype: torch.dtype, adapter: Adapter, s
     one_row = Step([step.rows[0][:1]])
     try:
         small, large = bytes_used(engine, one_row), bytes_used(engine, step)
+        copies = sum(map(bytes_of_copies, engine.layers.values()))
     finally:
         engine.close()
     more = token_count(step) - token_count(one_row)
     per_token = (large - small) / more if more > 0 and large > small else large / token_count(step)
-    return per_token, max(0.0, small - per_token * token_count(one_row))
+    return per_token, copies + max(0.0, small - per_token * token_count(one_row))
+
+
+def bytes_of_copies(layer: PackedLinear) -> int:
+    """The memory that a packed layer takes for the base's weights in its own dtype; 0 where they have that dtype."""
+    pairs = ((layer.weight, layer.base.weight), (layer.bias, layer.base.bias))
+    return sum(mine.nbytes for mine, base in pairs if mine is not None and mine is not base)
 
 
 def bytes_used(engine: Engine, step: Step) -> int:

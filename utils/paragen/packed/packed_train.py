@@ -24,7 +24,7 @@ from paragen.common import cli, devices, paths
 from paragen.common.cli import UserError
 from paragen.recipes import render
 from paragen.recipes.run import Cell, Run
-from paragen.training import attempts, engines, llamafactory_output, outcome, progress, status
+from paragen.training import attempts, deterministic, engines, llamafactory_output, outcome, progress, status
 from paragen.training.attempts import Attempt
 from paragen.training.outcome import DONE, Outcome
 
@@ -200,6 +200,7 @@ class CellGroup:
         """Train attempts in as few packs as memory allows."""
         llamafactory_output.reduce()
         os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
+        deterministic.choose_kernels()
         for _, _, attempt in started:
             progress.report(attempt.staging, "importing LLaMA-Factory")
         from paragen.packed import frozen_base, loop  # they import LLaMA-Factory: after the devices are pinned

@@ -12,6 +12,7 @@ from paragen.packed.batches import IGNORED, Row, Step
 from paragen.packed.engine import Engine
 from paragen.packed.layers import NotPackable
 from paragen.packed.model import positions_depend_on_batch
+from paragen.training import deterministic
 
 MAX_TOKENS = 1024  # of a compared row; PEFT's forward pass computes the logits of all tokens
 # Settings of models that change their logits after the output layer.
@@ -115,7 +116,7 @@ def check_against_peft(
     except (RuntimeError, TypeError, IndexError) as error:
         if isinstance(error, torch.OutOfMemoryError):
             raise
-        raise NotPackable(f"the packed layers cannot run this model: {' '.join(str(error).split())[:200]}") from error
+        raise NotPackable(f"the packed layers cannot run this model: {deterministic.one_line(error)}") from error
     finally:
         engine.close()
     ordered = []

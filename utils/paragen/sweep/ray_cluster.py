@@ -18,7 +18,7 @@ from paragen.sweep import packs
 # The user's environment variables that every run gets, on whichever machine it runs.
 SETTINGS = (
     "FORCE", "PRUNE_PRETRAIN", "STAGE_DIR", "OMP_NUM_THREADS", "OMP_WAIT_POLICY", "LLAMAFACTORY_VERBOSITY",
-    "HF_HUB_OFFLINE", "ENGINE",
+    "HF_HUB_OFFLINE", "ENGINE", "DETERMINISTIC",
 )  # fmt: skip
 CONNECT_SECONDS = 5  # that a cluster may take to answer
 GREETING = b"PRI * HTTP/2.0\r\n\r\nSM\r\n\r\n" + bytes([0, 0, 0, 4, 0, 0, 0, 0, 0])  # HTTP/2's, with empty settings

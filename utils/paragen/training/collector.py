@@ -18,7 +18,7 @@ from transformers import TrainerCallback, TrainerControl, TrainerState, Training
 from paragen.common import cli, files, safetensors_header
 from paragen.common.cli import UserError, say
 from paragen.dataset import pictures
-from paragen.training import data_notes, progress
+from paragen.training import data_notes, deterministic, progress
 
 BUFFERS = 2  # copies of the adapter in memory: one being written, one being filled or waiting
 
@@ -92,6 +92,7 @@ def facts_of(args: TrainingArguments, rows: int, steps: int) -> dict[str, Any]:
         "processes": args.world_size,
         "threads": torch.get_num_threads(),
         "precision": "bfloat16" if args.bf16 else "float16" if args.fp16 else "float32",
+        "deterministic": deterministic.are_kernels_deterministic(),
         "rows_at_a_time": args.per_device_train_batch_size,
         "accumulated": args.gradient_accumulation_steps,
         "trained_rows": rows,

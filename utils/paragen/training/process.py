@@ -18,7 +18,7 @@ from paragen.common import cli, devices, files, paths
 from paragen.common.cli import UserError
 from paragen.model import base_models
 from paragen.recipes import keys, render, templates
-from paragen.training import llamafactory_output, outcome, progress
+from paragen.training import deterministic, llamafactory_output, outcome, progress
 
 # Exceptions that LLaMA-Factory and its libraries raise before the first step for a wrong recipe, model or data file.
 SETTINGS_ERRORS = (
@@ -49,6 +49,7 @@ def train(job: dict) -> None:
     progress.report(staging, "importing LLaMA-Factory")
     llamafactory_output.reduce()
     os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
+    deterministic.choose_kernels()
     import torch
     from llamafactory.train.tuner import run_exp
 
@@ -81,6 +82,8 @@ def train(job: dict) -> None:
                 "gradient_accumulation_steps, or set disable_gradient_checkpointing: false"
             ) from None
         if isinstance(error, SETTINGS_ERRORS) and not rules.began and cli.storage_fault(error) is None:
+            raise refusal(recipe, error) from error
+        if deterministic.missing_kernel(error):
             raise refusal(recipe, error) from error
         raise
     finally:
@@ -124,7 +127,9 @@ def keep_tokens(tokens: Path, cached: Path) -> None:
 
 
 def refusal(recipe: Path, error: BaseException) -> UserError:
-    """An exception of LLaMA-Factory or its libraries before the first step, as an error in one line."""
+    """An exception of LLaMA-Factory or its libraries that the recipe or a setting caused, as an error in one line."""
+    if cause := deterministic.missing_kernel(error):
+        return UserError(f"{recipe}: cannot be trained: {cause}")
     where = traceback.extract_tb(error.__traceback__)[-1] if error.__traceback__ else None
     place = f" ({Path(where.filename).name}:{where.lineno})" if where else ""
     return UserError(
