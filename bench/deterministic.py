@@ -45,9 +45,12 @@ def main() -> None:
     import shapes
     import torch
 
+    from paragen.packed.model import use_fused_kernels
+
     device = "cuda" if torch.cuda.is_available() else "cpu"
     model = shapes.random_model(args.shape, device, "bfloat16" if device == "cuda" else "float32")
     model.requires_grad_(False)
+    use_fused_kernels(model)  # as runs do
     pool = packed_grow.Pool(model, args)
     lines = [line for tokens in args.tokens.split(",") for line in measured(pool, int(tokens), args)]
     name = torch.cuda.get_device_name() if device == "cuda" else "CPU"
