@@ -24,7 +24,7 @@ from paragen.common import files, paths
 from paragen.common.cli import UserError
 
 NAMES = {"stats.parquet", "importance.safetensors", "steps.safetensors", "stats.json"}
-CLOSE, CLOSE_IMPORTANCE = 2e-6, 1e-5  # relative: what float32 may lose, as README says
+CLOSE, CLOSE_IMPORTANCE = 3e-6, 1e-5  # relative: what float32 may lose, as README says
 
 
 @pytest.fixture(scope="module")

@@ -62,7 +62,8 @@ class Trained:
     def _start(self, project: packed_project.Packable, how: str, cells: list) -> tuple[Path, subprocess.Popen]:
         command = [sys.executable, str(ROOT / "tests" / "helpers" / "gpu_training.py"), how]
         command += [text for cell in cells for text in cell.arguments()]
-        own = {"PYTHONPATH": str(ROOT / "utils"), "DEVICES": "0", "HF_HUB_OFFLINE": "1", "OMP_NUM_THREADS": "1"}
+        path = os.pathsep.join(filter(None, (str(ROOT / "utils"), os.environ.get("PYTHONPATH"))))
+        own = {"PYTHONPATH": path, "DEVICES": "0", "HF_HUB_OFFLINE": "1", "OMP_NUM_THREADS": "1"}
         environment = {**os.environ, **own, "ENGINE": "" if how == "ordinary" else "packed"}
         log = project.top / "log.txt"
         with open(log, "w") as file:
