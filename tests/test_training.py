@@ -610,3 +610,18 @@ def test_a_bfloat16_base_is_trained_in_float32_on_the_cpu(project, tmp_path):
 def test_a_template_of_prompt_templates_is_known_to_llamafactory(project):
     result = project.train(project.pretrain, "template=question_answer", LLAMAFACTORY_VERBOSITY="info")
     assert result.status == 0 and "Question: is " in result.output, result.output
+
+
+@pytest.mark.parametrize("key", ["bf16", "pure_bf16"])
+def test_a_card_without_bfloat16_is_one_line_with_the_way_out(monkeypatch, key):
+    import torch
+
+    from paragen.common.cli import UserError
+    from paragen.training import process
+
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(torch.cuda, "get_device_name", lambda: "Tesla T4")
+    monkeypatch.setattr(torch.cuda, "is_bf16_supported", lambda including_emulation: including_emulation)
+    with pytest.raises(UserError, match=f"^x.yaml: {key}: true, but Tesla T4 has no bfloat16; write fp16: true in"):
+        process.check_bf16(Path("x.yaml"), {key: True})
+    process.check_bf16(Path("x.yaml"), {"fp16": True, "bf16": False})

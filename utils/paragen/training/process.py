@@ -141,10 +141,21 @@ def check_arguments(recipe: Path, arguments: dict) -> None:
     """Have LLaMA-Factory parse the arguments before anything is loaded. Raises UserError where it refuses them."""
     from llamafactory.hparams import get_train_args
 
+    check_bf16(recipe, arguments)
     try:
         get_train_args(dict(arguments))
     except SETTINGS_ERRORS as error:
         raise refusal(recipe, error) from None
+
+
+def check_bf16(recipe: Path, arguments: dict) -> None:
+    """Raise UserError where the arguments say bf16 and the GPU does not compute in it."""
+    import torch
+
+    key = next((key for key in ("bf16", "pure_bf16") if arguments.get(key)), None)
+    if key and torch.cuda.is_available() and not torch.cuda.is_bf16_supported(including_emulation=False):
+        name = torch.cuda.get_device_name()
+        raise UserError(f"{recipe}: {key}: true, but {name} has no bfloat16; write fp16: true in its place")
 
 
 def check_template(recipe: Path, arguments: dict, has_pictures: bool) -> None:
