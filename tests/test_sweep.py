@@ -194,7 +194,11 @@ def test_a_killed_worker_and_a_killed_run_are_each_tried_again(repository):
         while True:
             assert run.poll() is None, run.communicate()[0]
             complete, victims = len(list(saves.glob("*/*_finetune/manifest.json"))), victims_of(run)
-            if complete >= 2 * number and victims and len(begun_logs(saves)) >= len(victims):
+            again = [
+                saves / log.parent.name / log.name[: -len("_attempt-1.log")] for log in saves.glob("*/*_attempt-1.log")
+            ]
+            enough = complete >= 2 + 5 * len(again) and all((folder / "manifest.json").exists() for folder in again)
+            if enough and len(again) == number - 1 and victims and len(begun_logs(saves)) >= len(victims):
                 break
             time.sleep(0.02)
         os.kill(victims[0], signal.SIGKILL)
@@ -204,6 +208,84 @@ def test_a_killed_worker_and_a_killed_run_are_each_tried_again(repository):
     first = list(saves.glob("*/*_finetune_attempt-1.log"))
     assert len(first) == 2 and all(path.read_text() for path in first), "the logs of the first attempts are kept"
     assert len(list(saves.glob("*/*_finetune/manifest.json"))) == 12 and left_over(repository) == []
+
+
+def kill_server(run: subprocess.Popen, repository: Path, name: str) -> list[int]:
+    """Kill a server of a sweep's own Ray once cells are being trained; returns the processes that there were."""
+    saves = repository / "saves" / CATEGORY
+    servers: list[int] = []
+    while not (servers and list(saves.glob("*/.*staging*")) and runs_of(run)):
+        assert run.poll() is None, run.communicate()[0]
+        time.sleep(0.02)
+        processes = below(run)
+        servers = [number for number, _, command in processes if f"/{name} " in command]
+    os.kill(servers[0], signal.SIGKILL)
+    return [number for number, _, _ in processes]
+
+
+def alive_of(processes: list[int]) -> list[str]:
+    """The command lines of those of some processes that have not ended."""
+    import psutil
+
+    found = []
+    for number in processes:
+        with contextlib.suppress(psutil.Error):
+            process = psutil.Process(number)
+            found += [" ".join(process.cmdline())] if process.status() != psutil.STATUS_ZOMBIE else []
+    return found
+
+
+@pytest.mark.alone
+@pytest.mark.slow
+def test_a_killed_sweep_leaves_no_process_and_the_next_one_completes_it(repository):
+    """The sweep's own process alone: Ray, its workers and the runs end because of it, and hold no device."""
+    run = sweep(repository, slots=1, RANKS="2", MODELS="tiny-one")
+    saves = repository / "saves" / CATEGORY
+    while not (list(saves.glob("*/.*staging*")) and runs_of(run)):
+        assert run.poll() is None, run.communicate()[0]
+        time.sleep(0.02)
+    # Ray's agents, which use no device, end a minute later
+    processes = [number for number, _, command in below(run) if "Agent" not in command]
+    run.kill()
+    run.wait()
+    deadline = time.monotonic() + 30
+    while alive := alive_of(processes):
+        assert time.monotonic() < deadline, alive
+        time.sleep(0.5)
+    following = sweep(repository, slots=1, RANKS="2", MODELS="tiny-one")
+    output = following.communicate()[0]
+    assert following.returncode == 0, output
+    assert len(hashes(repository)) == 4 and left_over(repository) == []
+
+
+@pytest.mark.alone
+@pytest.mark.slow
+@pytest.mark.parametrize("server", ["raylet", "gcs_server"])
+def test_a_sweep_starts_this_machines_ray_again_where_it_died(repository, server):
+    """No other machine will join. What was running is done again, as after the death of a worker."""
+    run = sweep(repository, slots=1, RANKS="2", ENGINE="stock")
+    kill_server(run, repository, server)
+    output = run.communicate(timeout=300)[0]
+    assert run.returncode == 0, output
+    assert "Ray died on this machine: starting it again" in output and "its worker died (RayDied)" in output
+    assert output.count("started again: ") == 1 and len(hashes(repository)) == 8 and left_over(repository) == []
+
+
+@pytest.mark.alone
+@pytest.mark.slow
+@pytest.mark.parametrize("server", ["raylet", "gcs_server"])
+def test_a_sweep_whose_ray_dies_twice_ends_with_one_line_and_leaves_no_process(repository, server):
+    run = sweep(repository, slots=1, RANKS="2", ENGINE="stock")
+    processes = kill_server(run, repository, server)
+    while "Ray died" not in (line := run.stdout.readline()):
+        assert line, "the sweep ended"
+    processes += kill_server(run, repository, server)
+    output = run.communicate(timeout=300)[0]
+    assert run.returncode == 1 and "Traceback" not in output, output
+    (error,) = (line for line in output.splitlines() if line.startswith("error: "))
+    assert error.startswith("error: Ray died twice on this machine, and what was running has been stopped; ")
+    assert alive_of(processes) == [] and left_over(repository) == []
+    assert sweep(repository, slots=1, RANKS="2", MODELS="tiny-one").wait(300) == 0, "the next one goes on"
 
 
 def test_status_shows_a_runs_progress_from_another_shell(repository, project):
@@ -298,6 +380,27 @@ def test_invalid_gpus_per_cell_is_one_error_line(repository, asked, message):
     output = run.communicate()[0]
     assert run.returncode == 1 and f"error: GPUS_PER_CELL={asked}: {message}" in output
     assert "Traceback" not in output
+
+
+def test_a_forked_run_is_stopped_when_the_process_that_started_it_is_killed(tmp_path):
+    """Its parent is the fork server, which lives as long as its children do."""
+    code = (
+        "import time; from pathlib import Path; from paragen.sweep import forked; "
+        "process = forked.start(time.sleep, (60,), {}, Path('log')); print(process.pid, flush=True); process.join()"
+    )
+    environment = {**os.environ, "PYTHONPATH": str(ROOT / "utils")}
+    starter = subprocess.Popen(
+        [sys.executable, "-c", code], cwd=tmp_path, env=environment, stdout=subprocess.PIPE, text=True
+    )
+    number = int(starter.stdout.readline())
+    time.sleep(1)
+    assert alive_of([number]), "it sleeps"
+    starter.kill()
+    starter.wait()
+    deadline = time.monotonic() + 20
+    while alive_of([number]):
+        assert time.monotonic() < deadline
+        time.sleep(0.1)
 
 
 @pytest.fixture

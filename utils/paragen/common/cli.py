@@ -66,6 +66,12 @@ def end_with_parent() -> None:
         ctypes.CDLL(None).prctl(1, signal.SIGTERM)  # PR_SET_PDEATHSIG
 
 
+def adopt_orphans() -> None:
+    """Let processes below this one become its children when their parents die, so that it finds them (Linux)."""
+    if sys.platform == "linux":
+        ctypes.CDLL(None).prctl(36, 1)  # PR_SET_CHILD_SUBREAPER
+
+
 def print_table(head: tuple[str, ...], rows: Sequence[tuple[str, ...]]) -> None:
     """Print a table: the column heads, then the rows, in aligned columns."""
     widths = [max(len(row[column]) for row in [head, *rows]) for column in range(len(head))]

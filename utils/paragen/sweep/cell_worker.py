@@ -168,7 +168,7 @@ class CellWorker:
                 process.terminate()
             process.join()
             code = process.exitcode
-            ended = outcome_of_signal(code) or outcome.read(outcome_file) or outcome_of_exit(code)
+            ended = forked.outcome_of_signal(code) or outcome.read(outcome_file) or outcome_of_exit(code)
             return ended if ended.is_done else replace(ended, log=paths.relative(log))
 
     def stop(self) -> None:
@@ -195,13 +195,6 @@ def log_of(cell: Cell) -> Path:
     """The log file of a cell's output."""
     folder = cell.finetune.folder
     return folder.with_name(f"{folder.name}.log")
-
-
-def outcome_of_signal(code: int | None) -> Outcome | None:
-    """The outcome of a process that a signal ended, from its exit code; None where it ended otherwise."""
-    if code == forked.LOST_EXIT_CODE:
-        return Outcome("killed", "the process that it was forked from died")
-    return Outcome("killed", f"killed by signal {-code}") if code is not None and code < 0 else None
 
 
 def outcome_of_exit(code: int | None) -> Outcome:

@@ -76,10 +76,11 @@ class Display:
         self.preparing = {
             "ray": f"joining the Ray cluster at {address}" if address else "starting Ray",
             "workers": "starting workers",
+            "lost": "Ray died on this machine: starting it again; what was running is done again",
             "waiting": "nothing can start: no device is free, other programs train the remaining cells, or no machine "
             f"of the cluster has {sys.executable}",
         }[event]
-        if not self.live or event == "waiting":
+        if not self.live or event in ("lost", "waiting"):
             self.say(self.preparing)
 
     def left(self) -> str:

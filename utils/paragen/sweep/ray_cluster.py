@@ -18,7 +18,7 @@ from paragen.sweep import packs
 # The user's environment variables that every run gets, on whichever machine it runs.
 SETTINGS = (
     "FORCE", "PRUNE_PRETRAIN", "STAGE_DIR", "OMP_NUM_THREADS", "OMP_WAIT_POLICY", "LLAMAFACTORY_VERBOSITY",
-    "HF_HUB_OFFLINE", "ENGINE", "DETERMINISTIC",
+    "HF_HUB_OFFLINE", "ENGINE", "DETERMINISTIC", "EVALUATE", "SPLIT", "STEPS", "LIMIT",
 )  # fmt: skip
 CONNECT_SECONDS = 5  # that a cluster may take to answer
 GREETING = b"PRI * HTTP/2.0\r\n\r\nSM\r\n\r\n" + bytes([0, 0, 0, 4, 0, 0, 0, 0, 0])  # HTTP/2's, with empty settings
@@ -64,6 +64,18 @@ def start_ray(ray: Any) -> None:
         what = f"RAY_ADDRESS={address}: cannot be joined" if address else "Ray cannot be started on this machine"
         raise UserError(f"{what}: {' '.join(str(error).split())[:300]}") from None
     signal.signal(signal.SIGTERM, handler)  # Ray's own handler kills the runs before they can clean up
+    shorten_messages(ray)
+
+
+def shorten_messages(ray: Any) -> None:
+    """Have Ray print the first line of each of its messages alone: below that of a dead server is its log."""
+    worker = ray._private.worker
+    printed = worker.print_to_stdstream
+
+    def print_first_line(data: dict[str, Any], **options: Any) -> None:
+        printed({**data, "lines": [line.split("\n")[0] for line in data["lines"]]}, **options)
+
+    worker.print_to_stdstream = print_first_line
 
 
 def check_reachable(address: str) -> None:
@@ -129,13 +141,29 @@ def cpu_slots() -> int:
     return 1 if sys.platform == "darwin" else max(1, min(devices.cpu_cores(), psutil.virtual_memory().total >> 33))
 
 
-def choose_devices(ray: Any) -> bool:
+def slots_here() -> int:
+    """How many slots a sweep would have on this machine; at RAY_ADDRESS that is not known: as many as one likes."""
+    if os.environ.get("RAY_ADDRESS"):
+        return sys.maxsize
+    if trains_on_cpu():
+        return 1 if Path("/dev/kfd").exists() else cpu_slots()  # AMD's driver, whose GPU torch takes
+    if os.environ.get("DEVICES"):
+        return len(devices.choose())
+    visible = os.environ.get("CUDA_VISIBLE_DEVICES")
+    return len(devices.nvidia_gpus()) if visible is None else len([gpu for gpu in visible.split(",") if gpu.strip()])
+
+
+def choose_devices(ray: Any, count: int | None = None) -> bool:
     """Whether this sweep trains on CPUs: because DEVICES=cpu requests it, or because there is no GPU.
+
+    Args:
+        ray: the module, initialised.
+        count: the GPUs of a worker (default: GPUS_PER_CELL).
 
     The choice holds for the whole sweep: when the last node with a GPU is lost, cells wait for another one. Raises
     UserError where requested devices do not exist.
     """
-    requested, count = os.environ.get("DEVICES", ""), packs.gpus_per_cell()
+    requested, count = os.environ.get("DEVICES", ""), count or packs.gpus_per_cell()
     gpus = [int(resources.get("GPU", 0)) for resources in node_resources(ray)]
     on_cpu = requested == "cpu" or not any(gpus)
     if on_cpu and requested not in ("", "cpu"):
@@ -152,19 +180,20 @@ def node_resources(ray: Any) -> list[dict[str, float]]:
     return [node["Resources"] for node in ray.nodes() if node["Alive"]]
 
 
-def count_slots(ray: Any, on_cpu: bool) -> int:
-    """How many cells the cluster can train at the same time now; the GPUs of one cell are on one node."""
+def count_slots(ray: Any, on_cpu: bool, count: int | None = None) -> int:
+    """How many workers of `count` GPUs each (default: GPUS_PER_CELL) have room now, each on one node."""
     nodes = node_resources(ray)
     if on_cpu:
         return sum(int(resources.get("CPU", 0)) for resources in nodes)
-    gpus = packs.gpus_per_cell()
+    gpus = count or packs.gpus_per_cell()
     return sum(min(int(resources.get("CPU", 0)), int(resources.get("GPU", 0)) // gpus) for resources in nodes)
 
 
-def new_worker(ray: Any, worker_class: type, on_cpu: bool) -> Any:
-    """A new slot: a Ray actor that sees its own devices alone."""
+def new_worker(ray: Any, worker_class: type, on_cpu: bool, count: int | None = None) -> Any:
+    """A new slot: a Ray actor that sees its own devices alone, `count` GPUs (default: GPUS_PER_CELL) or a CPU core."""
     if on_cpu:
         actor = ray.remote(num_cpus=1, num_gpus=0, max_concurrency=2, max_restarts=0)(worker_class)
         return actor.remote(settings(), "" if sys.platform == "darwin" else "cpu")
-    actor = ray.remote(num_cpus=1, num_gpus=packs.gpus_per_cell(), max_concurrency=2, max_restarts=0)(worker_class)
+    gpus = count or packs.gpus_per_cell()
+    actor = ray.remote(num_cpus=1, num_gpus=gpus, max_concurrency=2, max_restarts=0)(worker_class)
     return actor.remote(settings(), None)
