@@ -6,18 +6,22 @@ import re
 import shutil
 import signal
 import subprocess
+import sys
+import time
 from dataclasses import replace
 from pathlib import Path
 
 import pytest
+import test_sweep
 from conftest import CATEGORY, ROOT, Project
 from helpers import copies, fork_server, handmade
 from helpers.forked_python import PYTHON
 
-from paragen.collection import evaluation, prompts
+from paragen.collection import evaluation, index, prompts
 from paragen.collection.manifest import read_manifest
-from paragen.common import files
+from paragen.common import devices, files, paths
 from paragen.scoring import answers
+from paragen.sweep import shared_scoring
 
 pytestmark = pytest.mark.runs
 
@@ -476,7 +480,6 @@ def folder(project: Project) -> Path:
     [
         (lambda p: shutil.rmtree(p.top / "saves"), {}, "saves: no collections yet"),
         (None, {"DEVICES": "7"}, "error: DEVICES=7: th"),  # there is no GPU, or this machine has fewer
-        (None, {"DEVICES": "cpu,cpu"}, "error: DEVICES=cpu,cpu: this uses a single device; name one, such as cpu"),
         (None, {"DATASET": "Tay"}, "dataset 'Tay' is not known; did you mean Toy?; known: Toy"),
         (None, {"RANK": "64"}, "no collection fits RANK=64"),
         (None, {"SPLIT": "nothing"}, "registered dataset 'nothing' is not known; known: Toy, Toy_test"),
@@ -561,7 +564,7 @@ def several(ready) -> Project:
 
 
 def test_several_collections_share_a_base_that_is_loaded_once(several):
-    result = evaluate(several, STEPS="last", LLAMAFACTORY_VERBOSITY="INFO")
+    result = evaluate(several, STEPS="last", LLAMAFACTORY_VERBOSITY="INFO", CORES="1")
     assert result.status == 0, result.output
     assert result.output.count("all params: ") == 1, "what LLaMA-Factory says of a model that it has loaded"
     assert [row[:3] for row in table(result.output)] == [
@@ -577,13 +580,74 @@ def test_several_collections_share_a_base_that_is_loaded_once(several):
 def test_one_that_cannot_be_scored_does_not_stop_the_others(several):
     copies.twin(folder(several), model="Gone")
     unregister(several, "Other_test")
-    result = evaluate(several, STEPS="last", LLAMAFACTORY_VERBOSITY="INFO")
+    result = evaluate(several, STEPS="last", LLAMAFACTORY_VERBOSITY="INFO", CORES="1")
     errors = [line for line in result.output.splitlines() if line.startswith("error: ")]
     assert result.status == 1 and len(errors) == 2, result.output
     gone, other = (f"error: {NAME}: ".replace(*change) for change in (("Tiny-Llama", "Gone"), ("Toy", "Other")))
     assert errors[0].startswith(f"{gone}models/Gone: no such model folder")
     assert errors[1].startswith(f"{other}Other: has no Other_test")
     assert [row[0] for row in table(result.output)] == [NAME, NAME.replace("rank_4", "rank_8")]
+
+
+def start_shared(project: Project, **environment: str) -> subprocess.Popen:
+    """Evaluate in a new process on all cores: several collections are shared out over them."""
+    if devices.cpu_cores() < 2:
+        pytest.skip("collections are shared out over cores, of which there is one")
+    environment = {**os.environ, "PARAGEN_TOP": str(project.top), "STEPS": "last", **environment}
+    command = [sys.executable, ROOT / "utils" / "evaluate.py"]
+    return subprocess.Popen(
+        command, env=environment, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True, start_new_session=True
+    )
+
+
+def test_several_collections_are_shared_out_over_the_slots_and_get_the_same_scores(several, tmp_path):
+    """One cannot be scored, which does not stop the others. Its fault shows in a worker alone: the model's weights."""
+    alone = several.copy(tmp_path / "alone")
+    broken = copies.twin(folder(several), "Other", rank=16)
+    copies.edit(broken, lambda manifest: manifest["tokenizer"].update(sha256="0" * 64))
+    run = start_shared(several)
+    output = run.communicate(timeout=300)[0]
+    assert run.returncode == 1 and "Traceback" not in output, output
+    (error,) = (line for line in output.splitlines() if line.startswith("error: "))
+    assert "does not have the tokenizer that" in error
+    assert [row[:3] for row in table(output)] == [
+        [f"{CATEGORY}/Other/Tiny-Llama_lora-rank_4_finetune", "Other_test", "4"],
+        [NAME, "Toy_test", "12"],
+        [NAME.replace("rank_4", "rank_8"), "Toy_test", "12"],
+    ]
+    assert f"scoring {NAME} on Toy_test: 12 rows, 2 of 2 models" in output
+    assert re.search(rf"^  {NAME}: 2 of 2 scored, \d+ s$", output, re.MULTILINE), "its line names it"
+    result = evaluate(alone, STEPS="last", CORES="1")
+    assert result.status == 0, result.output
+    for rank in (4, 8):
+        assert evaluations(several, rank=rank) == evaluations(alone, rank=rank)
+    assert left_over(several) == []
+
+
+def test_what_a_sweep_has_just_scored_is_not_scored_again_with_force(scored, monkeypatch, capsys):
+    for name in ("saves", "data"):
+        monkeypatch.setattr(paths, name.upper(), scored.top / name)
+    monkeypatch.setenv("FORCE", "1")
+    monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "")  # as `score_all` sets it
+    before = file_of(scored).stat().st_mtime_ns
+    assert shared_scoring.score_all([index.chosen_at(folder(scored))], scored={NAME}) == 0
+    assert file_of(scored).stat().st_mtime_ns == before and table(capsys.readouterr().out)[-1][:2] == [NAME, "Toy_test"]
+
+
+@pytest.mark.alone
+@pytest.mark.slow
+@pytest.mark.parametrize("victims_of", [test_sweep.runs_of, test_sweep.scorers_of])
+def test_a_killed_scoring_is_repeated(several, victims_of):
+    """The process that scores, or the worker that started it."""
+    run = start_shared(several, STEPS="all")
+    while not (list(several.saves.glob(".*evaluation.lock")) and (victims := victims_of(run))):
+        assert run.poll() is None, run.communicate()[0]
+        time.sleep(0.02)
+    os.kill(victims[0], signal.SIGKILL)
+    output = run.communicate(timeout=300)[0]
+    assert run.returncode == 0 and output.count("will try again: ") == 1, output
+    assert all(len(evaluations(several, rank=rank)[0]["checkpoints"]) == len(STEPS) for rank in (4, 8))
+    assert left_over(several) == []
 
 
 def test_a_wrong_setting_is_said_once_and_not_for_each_collection(several):

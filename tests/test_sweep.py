@@ -162,6 +162,11 @@ def workers_of(run: subprocess.Popen) -> list[int]:
     return [number for number, _, command in below(run) if "ray::CellWorker.collect" in command]
 
 
+def scorers_of(run: subprocess.Popen) -> list[int]:
+    """The workers of `make evaluate` that are scoring a collection."""
+    return [number for number, _, command in below(run) if "ray::ScoreWorker.score" in command]
+
+
 def runs_of(run: subprocess.Popen) -> list[int]:
     """The runs of a sweep: they are forked from the fork server and have its command line."""
     forked = {number: parent for number, parent, command in below(run) if "multiprocessing.forkserver" in command}
@@ -286,6 +291,67 @@ def test_a_sweep_whose_ray_dies_twice_ends_with_one_line_and_leaves_no_process(r
     assert error.startswith("error: Ray died twice on this machine, and what was running has been stopped; ")
     assert alive_of(processes) == [] and left_over(repository) == []
     assert sweep(repository, slots=1, RANKS="2", MODELS="tiny-one").wait(300) == 0, "the next one goes on"
+
+
+@pytest.mark.slow
+def test_a_sweep_scores_what_it_collects_and_what_was_complete(repository):
+    """EVALUATE=1, with a pack. A dataset without held-out rows is collected, and fails for that."""
+    info = repository / "data" / "dataset_info.json"
+    entries = json.loads(info.read_text())
+    rows = [{"prompt": f"Other {n}", "response": "[A]", "system": ""} for n in range(90, 96)]
+    (repository / "data" / CATEGORY / "test.json").write_text(json.dumps(rows))
+    entries["Other_test"] = {**entries["Other"], "file_name": f"{CATEGORY}/test.json"}
+    info.write_text(json.dumps(entries))
+    settings = {"RANKS": "2 4", "MODELS": "tiny-one", "EVALUATE": "1"}
+    run = sweep(repository, slots=1, **settings)
+    output = run.communicate()[0]
+    assert run.returncode == 1 and "Traceback" not in output, output
+    assert output.count("failed: collected, but not scored: To-y: has no To-y_test") >= 2, output
+    scored = list(repository.glob(f"saves/{CATEGORY}/*/*_finetune/evaluation.json"))
+    assert len(hashes(repository)) == 8 and [path.parent.parent.name for path in scored] == ["Other", "Other"]
+    logs = "".join(path.read_text() for path in repository.glob(f"saves/{CATEGORY}/Other/*.log"))
+    assert logs.count("scoring ") == 2 and left_over(repository) == []
+    entries["To-y_test"] = entries["Other_test"]
+    info.write_text(json.dumps(entries))
+    run = sweep(repository, slots=1, **settings)
+    output = run.communicate()[0]
+    assert run.returncode == 0 and "4 complete" in output and output.count("scored already: ") == 2, output
+    assert [line.split()[1] for line in output.splitlines()[-4:]] == ["Other_test"] * 2 + ["To-y_test"] * 2
+    assert len(list(repository.glob(f"saves/{CATEGORY}/*/*_finetune/evaluation.json"))) == 4
+
+
+def test_scoring_does_not_go_with_staged_files(monkeypatch):
+    from paragen.common.cli import UserError
+    from paragen.sweep import stage
+
+    monkeypatch.setenv("STAGE", "1")
+    monkeypatch.setenv("EVALUATE", "1")
+    with pytest.raises(UserError, match="^EVALUATE=1: does not go with STAGE=1; omit it, and run make evaluate after"):
+        stage.is_requested()
+
+
+@pytest.mark.parametrize(
+    ("settings", "driver", "slots"),
+    [
+        ({"RAY_ADDRESS": "auto"}, None, sys.maxsize),
+        ({"DEVICES": "cpu"}, "1", 4),
+        ({"DEVICES": ""}, None, 4),
+        ({"DEVICES": "", "CUDA_VISIBLE_DEVICES": "2,3"}, "1", 2),
+        ({"DEVICES": "1", "CUDA_VISIBLE_DEVICES": "1,2,3"}, "1", 1),
+        ({"DEVICES": ""}, "1", 3),
+    ],
+)
+def test_how_many_slots_there_are_is_known_without_ray(monkeypatch, settings, driver, slots):
+    from paragen.common import devices
+    from paragen.sweep import ray_cluster
+
+    monkeypatch.delenv("RAY_ADDRESS", raising=False)
+    monkeypatch.setattr(devices, "nvidia_driver", lambda: driver)
+    monkeypatch.setattr(devices, "nvidia_gpus", lambda: {"0": "", "1": "", "2": ""})
+    monkeypatch.setattr(ray_cluster, "cpu_slots", lambda: 4)
+    for name, value in settings.items():
+        monkeypatch.setenv(name, value)
+    assert ray_cluster.slots_here() == slots
 
 
 def test_status_shows_a_runs_progress_from_another_shell(repository, project):

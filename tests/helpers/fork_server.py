@@ -57,6 +57,8 @@ def _run(script: str, arguments: list[str], environment: dict[str, str], log: st
     os.dup2(handle, 2)
     os.environ.update({"DEVICES": "cpu", "HF_HUB_OFFLINE": "1", **environment})
     os.chdir(folder)
+    if cores := int(environment.get("CORES", 0)):
+        os.sched_setaffinity(0, sorted(os.sched_getaffinity(0))[:cores])  # as many slots
     multiprocessing.set_start_method("fork", force=True)  # for data loaders, as in a process of its own on Linux
     if limit := int(environment.get("FILE_SIZE_LIMIT", 0)):
         signal.signal(signal.SIGXFSZ, signal.SIG_IGN)  # writing past the limit is then an error, as on a full disk

@@ -338,6 +338,12 @@ def chosen(saves: Path | None = None) -> list[Chosen]:
     return [Chosen(name, saves / name, require_manifest(saves / name)) for name in names]
 
 
+def chosen_at(folder: Path) -> Chosen:
+    """The collection in a folder below saves/. Raises UserError where it is none."""
+    name = folder.absolute().relative_to(paths.SAVES.absolute()).as_posix()
+    return Chosen(name, folder, require_manifest(folder))
+
+
 def none_fits(saves: Path, wanted: dict[str, list[str]]) -> UserError:
     """The error of a selection that no collection below `saves` fits."""
     given = selection.settings_of(wanted)

@@ -56,14 +56,6 @@ def choose() -> list[str]:
     return ["0"] if nvidia_driver() else []
 
 
-def choose_one() -> list[str]:
-    """`choose` for work that uses a single device. Raises UserError where DEVICES names several, too."""
-    chosen = choose()
-    if len(chosen) > 1:
-        raise UserError(f"DEVICES={','.join(chosen)}: this uses a single device; name one, such as {chosen[0]}")
-    return chosen
-
-
 def check_present(gpus: list[str]) -> None:
     """Raise UserError where a GPU does not exist, with those that do.
 

@@ -38,6 +38,7 @@ SETTINGS = {
     "DETERMINISTIC": Setting("the same bits each time on the same kind of GPU; 0: the fastest kernels", "switch"),
     "GPUS_PER_CELL": Setting("GPUs that train a cell together", "number"),
     "FORCE": Setting("do again what is complete; replace what is other", "switch"),
+    "EVALUATE": Setting("score each collection once it is verified, as make evaluate does", "switch"),
     "PRUNE_PRETRAIN": Setting("remove each pretrain run once its collection is verified", "switch"),
     "STAGE": Setting("send data and models to nodes that share no storage", "switch"),
     "STAGE_DIR": Setting("the folder on such a node"),
@@ -101,7 +102,9 @@ TARGETS: dict[str, dict[str, str]] = {
     "pretrain": _takes(_TRAINING, **_CELLS),
     "finetune": _takes(f"{_TRAINING} KEEP", **_CELLS, KEEP="the recipe's"),
     "collect": _takes(f"{_TRAINING} KEEP", **_CELLS, KEEP="the recipe's"),
-    "collect-all": _takes(f"{_TRAINING} KEEP GPUS_PER_CELL PRUNE_PRETRAIN STAGE STAGE_DIR", **_SWEEP, GPUS_PER_CELL=1),
+    "collect-all": _takes(
+        f"{_TRAINING} KEEP GPUS_PER_CELL EVALUATE PRUNE_PRETRAIN STAGE STAGE_DIR", **_SWEEP, GPUS_PER_CELL=1
+    ),
     "plan": _takes(f"{SELECTION} KEEP ENGINE DEVICES FORCE JSON", **_SWEEP),
     "status": _takes(f"{SELECTION} KEEP ALL JSON", **_SWEEP),
     "verify": _takes(f"{SELECTION} JSON"),

@@ -23,6 +23,7 @@ if TYPE_CHECKING:
     from paragen.scoring.checkpoint_scores import CheckpointScore
 
 ENGINE = "packed"  # what computes scores, as evaluation.json names it
+LOCK = "evaluation.lock"  # beside a collection while it is scored
 BASE = evaluation.BASE
 PACKAGES = ("llamafactory", "transformers", "torch", "math-verify")
 
@@ -83,7 +84,7 @@ def score(plan: Plan, base: "BaseModel | None", show: int) -> "BaseModel | None"
     """
     folder, manifest = plan.chosen.folder, plan.chosen.manifest
     try:
-        with files.lock(files.beside(folder, "evaluation.lock")):
+        with files.lock(files.beside(folder, LOCK)):
             entry = entry_for(plan, evaluation.read(folder, manifest))
             wanted = missing_steps(plan, entry)
             if not wanted:
@@ -146,6 +147,12 @@ def missing_steps(plan: Plan, entry: dict[str, Any]) -> list[int]:
     """The requested steps that have no score yet."""
     scored = {one["step"] for one in entry["checkpoints"]} | ({BASE} if entry["base"] else set())
     return [step for step in plan.steps if step not in scored]
+
+
+def has_missing_scores(plan: Plan) -> bool:
+    """Whether a collection's evaluation.json lacks scores of a plan. Raises UserError where they are stale."""
+    entries = evaluation.read(plan.chosen.folder, plan.chosen.manifest)
+    return bool(missing_steps(plan, entry_for(plan, entries)))
 
 
 def provenance_of(plan: Plan, base: "BaseModel", entry: dict[str, Any]) -> dict[str, Any]:

@@ -1,15 +1,15 @@
-"""One slot of a sweep: trains and verifies cells, in processes forked from one that has imported what they need.
+"""One slot of a sweep: trains, verifies and, with EVALUATE=1, scores cells.
 
-It is a Ray actor that lives as long as the sweep. A cell that is trained alone gets a process per phase; the cells of a
-pack are trained together by packed_train.py. Each cell's output goes to a log beside its run folder. The output of a
-pack's training goes to the log of its first cell.
+It is a Ray actor that lives as long as the sweep, and works in processes forked from one that has imported what they
+need. A cell that is trained alone gets a process per phase; the cells of a pack are trained together by
+packed_train.py. Each cell's output goes to a log beside its run folder, that of a pack to the log of its first cell.
 """
 
 import contextlib
 import os
 import threading
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from dataclasses import replace
 from multiprocessing.context import ForkServerProcess
 from pathlib import Path
@@ -20,6 +20,7 @@ from paragen.common.cli import UserError
 from paragen.packed import packed_train
 from paragen.recipes.run import Cell, Run
 from paragen.sweep import forked
+from paragen.sweep.scoring_process import ScoringProcess
 from paragen.training import engines, ordinary, outcome, status
 from paragen.training.outcome import DONE, STOPPED, Outcome
 
@@ -37,6 +38,7 @@ class CellWorker:
         self.settings = {**settings, "DEVICES": own}
         self.process: ForkServerProcess | None = None
         self.stopping = threading.Event()
+        self.scoring = ScoringProcess(self.stopping)
         os.environ.update(self.settings)
         forked.preload()
 
@@ -64,7 +66,8 @@ class CellWorker:
             log = log_of(cell)
             log.parent.mkdir(parents=True, exist_ok=True)
             log.write_bytes(b"")
-            ended = self._collect(cell, attempt, halved, log)
+            with self._scoring_into(log):
+                ended = self._collect(cell, attempt, halved, log)
         except UserError as error:
             ended = outcome.outcome_of(error)
         return replace(ended, seconds=time.monotonic() - started)
@@ -83,12 +86,16 @@ class CellWorker:
         return self._finish(cell, log)
 
     def _finish(self, cell: Cell, log: Path, verified: bool = False) -> Outcome:
-        """Finish a cell whose runs exist: verify its collection, unless that was done, and report the completed run."""
+        """Finish a cell whose runs exist: verify its collection, unless that was done, report the run, and score it."""
         if not verified:
             ended = self._run(verify_runs, ([cell.finetune],), {}, log)
             if not ended.is_done:
                 return ended
         self.run_completed(cell, cell.finetune)
+        if settings.switch("EVALUATE"):
+            ended = self.scoring.score(cell.finetune.folder)
+            if not ended.is_done:
+                return replace(ended, cause=f"collected, but not scored: {ended.cause}", log=paths.relative(log))
         if settings.switch("PRUNE_PRETRAIN"):
             prune(cell.pretrain.folder)
         return DONE
@@ -103,15 +110,22 @@ class CellWorker:
         ended = self._train_together(cells, {"PARAGEN_ATTEMPT": ",".join(attempt for _, attempt in pack)}, logs[0])
         verified = self._verify_together([cell for cell in cells if cell not in ended], logs[0])
         outcomes = []
-        for cell, log in zip(cells, logs, strict=True):
-            try:
-                if (cell.pretrain.folder / paths.MANIFEST).is_file():
-                    self.run_completed(cell, cell.pretrain)
-                result = ended[cell] if cell in ended else self._finish(cell, log, verified)
-            except UserError as error:
-                result = outcome.outcome_of(error)
-            outcomes.append(replace(result, seconds=time.monotonic() - started))
+        with self._scoring_into(logs[0]):
+            for cell, log in zip(cells, logs, strict=True):
+                try:
+                    if (cell.pretrain.folder / paths.MANIFEST).is_file():
+                        self.run_completed(cell, cell.pretrain)
+                    result = ended[cell] if cell in ended else self._finish(cell, log, verified)
+                except UserError as error:
+                    result = outcome.outcome_of(error)
+                outcomes.append(replace(result, seconds=time.monotonic() - started))
         return outcomes
+
+    @contextlib.contextmanager
+    def _scoring_into(self, log: Path) -> Iterator[None]:
+        """While the body runs, `scoring` scores in one process, whose output goes to a log."""
+        with ScoringProcess(self.stopping, log) as self.scoring:
+            yield
 
     def _train_together(self, cells: list[Cell], settings: dict[str, str], log: Path) -> dict[Cell, Outcome]:
         """Train cells in one process; returns the outcomes of those that are not collections afterwards."""
@@ -177,6 +191,7 @@ class CellWorker:
         process = self.process
         if process is not None and process.is_alive():
             process.terminate()
+        self.scoring.stop()
 
 
 def train_packed(cells: list[Cell], results: Path) -> None:

@@ -10,9 +10,10 @@ import time
 from datetime import timedelta
 from typing import Any
 
-from paragen.common import paths
+from paragen.common import files, paths
 from paragen.common.cli import say
 from paragen.recipes.run import Cell, Run
+from paragen.scoring import evaluate
 from paragen.sweep import cell_worker, estimate
 from paragen.sweep.jobs import Job
 from paragen.training import progress
@@ -99,7 +100,8 @@ class Display:
         """
         present, (pretrain, finetune) = progress.progress_of(cell), cell.runs
         if present is None and is_made(finetune, began):
-            return "verifying", 1.0
+            scores = files.is_held(files.beside(finetune.folder, evaluate.LOCK))
+            return "scoring" if scores else "verifying", 1.0
         is_pretrained = is_made(pretrain, began)
         if present is None and is_pretrained:
             return "pretrained, starting the finetune", estimate.part_done(cell.runs, Progress(finetune))
