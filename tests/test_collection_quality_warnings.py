@@ -7,9 +7,10 @@ import pytest
 from helpers import scored
 
 import verify
-from paragen.analysis import report
-from paragen.collection import quality_warnings, run_files
+from paragen.analysis import report, report_statistics
+from paragen.collection import index, quality_warnings, run_files
 from paragen.collection.manifest import CheckpointEntry, read_manifest, sealed
+from paragen.common.cli import UserError
 
 STEPS = range(5, 25)
 
@@ -126,7 +127,8 @@ def test_what_is_odd_about_the_data_comes_from_the_rows_and_else_from_the_manife
     manifest = folder / "manifest.json"
     manifest.write_text(json.dumps(sealed({**json.loads(manifest.read_bytes()), "data_warnings": [odd, cut]})))
     assert quality_warnings.about_data(read_manifest(folder)) == [odd, cut]
-    row = report.described(place.saves, folder.relative_to(place.saves).as_posix(), "complete", "", 3)
+    one = index.Chosen(folder.relative_to(place.saves).as_posix(), folder, read_manifest(folder))
+    row = report.described(place.saves, one, "complete", "", UserError(report_statistics.NOT_MADE), 3)
     assert row["data_warnings"] == [odd, cut]
     file = place.data / "common-sense-reasoning" / "A.json"
     file.write_text(json.dumps([*rows[:19], rows[0] | {"prompt": "0?"}]))
