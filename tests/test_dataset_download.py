@@ -344,7 +344,8 @@ def test_a_server_that_never_answers_is_not_waited_for_file_by_file(upstream):
         upstream.add(f"More{number}.json", rows(1))
     start = time.monotonic()
     errors = failed(upstream, "http://127.0.0.1:9", "--all", "--tries", "3")
-    assert len(errors) == 23 and time.monotonic() - start < 2 * 1.5 + 2
+    assert len(errors) == 23
+    assert time.monotonic() - start < 23 * 1.5, "one after the other they take 69 seconds"
 
 
 @pytest.mark.parametrize(
