@@ -3,7 +3,6 @@
 Files are compared by their names and lengths, and inputs that did not change since they were hashed are not read.
 """
 
-import shlex
 from collections import Counter
 from collections.abc import Iterable
 from typing import Any, NamedTuple
@@ -45,7 +44,7 @@ def compare(cell: Cell) -> CellState:
     pretrain, finetune = cell.runs
     collection = run_state(finetune)
     if collection.name == "unknown":
-        name, way_out = paths.relative(finetune.folder), f"make clean-checkpoints DATASET={typed(cell.dataset)}"
+        name, way_out = paths.relative(finetune.folder), f"make clean-checkpoints DATASET={paths.typed(cell.dataset)}"
         return CellState("broken", f"{name} has no manifest.json; make a collection of a stock run with: {way_out}")
     if collection.name == "stale":
         return CellState("stale", collection.reason)
@@ -113,14 +112,9 @@ def say_complete(run: Run) -> None:
 def command_of(cell: Cell) -> str:
     """The command that collects a cell."""
     given = dict(text.split("=", 1) for text in (*cell.overrides, *cell.finetune_overrides))
-    parts = [f"make collect DATASET={typed(cell.dataset)} MODEL={typed(cell.model)} RANK={cell.rank}"]
+    parts = [f"make collect DATASET={paths.typed(cell.dataset)} MODEL={paths.typed(cell.model)} RANK={cell.rank}"]
     parts += [f"{name}={given[key]}" for key, name in (("seed", "SEED"), ("save_total_limit", "KEEP")) if key in given]
     return " ".join(parts)
-
-
-def typed(name: str) -> str:
-    """A dataset's or model's name as a user types it: blanks separate names there, and are not needed in one."""
-    return shlex.quote(name.replace(" ", ""))
 
 
 # -------------------------------------------------------------------------------------------------------- of many cells
