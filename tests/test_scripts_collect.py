@@ -53,6 +53,8 @@ def test_ranks_are_trained_together_and_complete_ones_are_skipped(repository):
     found = found_again
     status = subprocess.run(["make", "status"], cwd=repository, capture_output=True, text=True)
     assert "rank 2 seed=3  rank 4 seed=3" in status.stdout, "found although nobody named the seed"
+    kept = subprocess.run(["make", "status", "KEEP=2"], cwd=repository, capture_output=True, text=True)
+    assert "2 complete" in kept.stdout and "stale" not in kept.stdout, "the found cells have KEEP, too"
     forced = make(repository, "RANKS=4", "SEED=3", "KEEP=2", "FORCE=1")
     assert forced.returncode == 0, forced.stdout + forced.stderr
     new = collections(repository)

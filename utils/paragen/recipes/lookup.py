@@ -111,7 +111,7 @@ def with_collected(cells: list[Cell]) -> list[Cell]:
             rank, seed = paths.rank_in(path.name) or (None, None)
             if rank and any(paths.with_rank(folder.name, rank, seed) == path.name for folder in folders):
                 overrides = () if seed is None else (f"seed={seed}",)
-                found[Cell(cell.dataset, cell.model, rank, cell.recipes, overrides)] = None
+                found[Cell(cell.dataset, cell.model, rank, cell.recipes, overrides, cell.finetune_overrides)] = None
     return sorted(found, key=lambda cell: (cell.model, cell.dataset, cell.overrides, cell.rank))
 
 
