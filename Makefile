@@ -9,7 +9,7 @@ SET_UP := :
 else
 unexport PY
 PY := .venv/bin/python
-SET_UP := $(PYTHON) utils/setup_env.py
+SET_UP := "$(PYTHON)" utils/setup_env.py
 endif
 CODE := utils tests bench
 
@@ -17,7 +17,7 @@ CODE := utils tests bench
 # does not take. Variables of the environment are not checked, as nobody may have typed them.
 MAKE_SETTINGS := $(sort $(foreach name,$(.VARIABLES),$(if $(filter command,$(firstword $(origin $(name)))),$(name))))
 export MAKE_SETTINGS
-CHECK := $(PYTHON) utils/settings.py check $(or $(MAKECMDGOALS),help)
+CHECK := "$(PYTHON)" utils/settings.py check $(or $(MAKECMDGOALS),help)
 
 .DEFAULT_GOAL := help
 .PHONY: help setup setup-dev lock model data data-all register check-data recipe check-recipes pretrain finetune collect \
@@ -26,7 +26,7 @@ CHECK := $(PYTHON) utils/settings.py check $(or $(MAKECMDGOALS),help)
 
 help:  ## list the targets; FOR=collect explains one and its settings
 	@$(CHECK)
-	@if [ -n "$$FOR" ]; then exec $(PYTHON) utils/settings.py explain "$$FOR"; fi; \
+	@if [ -n "$$FOR" ]; then exec "$(PYTHON)" utils/settings.py explain "$$FOR"; fi; \
 	awk -F ':.*## ' '/^##@/ {print "\n" substr($$0, 5)} /^[a-z-]+:.*## / {printf "  make %-18s %s\n", $$1, $$2}' Makefile; \
 	printf '\nmake help FOR=collect explains a target and its settings, such as DATASET=ARC-c RANK=8\n'
 

@@ -3,6 +3,7 @@
 import json
 import os
 import shutil
+import signal
 import subprocess
 import sys
 from pathlib import Path
@@ -36,6 +37,7 @@ for name in (
     os.environ.pop(name, None)
 if not os.environ.get("TEST_GPU"):
     os.environ["DEVICES"] = "cpu"  # the same hashes on a machine with a GPU
+signal.signal(signal.SIGINT, signal.default_int_handler)  # where the tests run in the background, it is ignored
 os.environ["OMP_WAIT_POLICY"] = "PASSIVE"  # as runs have it; the process that runs are forked from reads it early
 os.environ["OMP_NUM_THREADS"] = "1"  # tiny tensors; two runs at once then do not fight for two cores
 

@@ -36,7 +36,7 @@ def test_a_signal_decides_the_status_whatever_a_library_makes_of_it(number, stat
 def test_ctrl_c_that_the_shell_ignores_stays_ignored():
     """So do shells for what they start in the background."""
     script = SCRIPT.replace("time.sleep(20)", "print('went on')")
-    ignored = f'trap \'\' INT; exec {sys.executable} -c "$0" "$@"'
+    ignored = f'trap \'\' INT; exec "{sys.executable}" -c "$0" "$@"'
     command = ["bash", "-c", ignored, script, ROOT / "utils", str(int(signal.SIGINT)), "itself"]
     ended = subprocess.run(command, capture_output=True, text=True)
     assert (ended.returncode, ended.stdout) == (0, "went on\n"), ended.stderr

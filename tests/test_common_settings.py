@@ -4,11 +4,11 @@ import ast
 import os
 import re
 import subprocess
-import sys
 from pathlib import Path
 
 import pytest
 from conftest import ROOT
+from helpers.forked_python import PLAIN
 
 from paragen.common import settings
 from paragen.common.cli import UserError
@@ -190,7 +190,7 @@ def test_a_number_is_a_whole_one_from_1_on(value, monkeypatch):
 
 
 def make(*arguments: str, **environment: str) -> subprocess.CompletedProcess:
-    command = ["make", *arguments, f"PY={sys.executable}"]
+    command = ["make", *arguments, f"PY={PLAIN}"]
     return subprocess.run(command, cwd=ROOT, env={**os.environ, **environment}, capture_output=True, text=True)
 
 

@@ -4,10 +4,10 @@ import os
 import re
 import shutil
 import subprocess
-import sys
 from pathlib import Path
 
 import pytest
+from helpers.forked_python import PLAIN
 
 pytestmark = pytest.mark.runs
 
@@ -137,13 +137,13 @@ def test_a_target_with_py_runs_that_python_and_sets_nothing_up(repository, targe
 
 
 def test_py_runs_a_target_without_venv(repository):
-    done = make(repository, "check-recipes", f"PY={sys.executable}")
+    done = make(repository, "check-recipes", f"PY={PLAIN}")
     assert done.returncode == 0 and "no faults" in done.stdout, done.stderr
     assert not (repository / ".venv").exists()
 
 
 def test_py_reaches_the_script_that_a_target_calls(repository):
-    done = make(repository, "pretrain", "DATASET=Demo", f"PY={sys.executable}")
+    done = make(repository, "pretrain", "DATASET=Demo", f"PY={PLAIN}")
     assert "make model MODEL=smollm2-135m" in done.stderr and not (repository / ".venv").exists()
 
 
@@ -151,7 +151,7 @@ def test_py_reaches_the_script_that_a_target_calls(repository):
 def test_py_in_the_environment_is_the_python_of_a_shell_script(repository, tmp_path, options):
     """From any folder; a command of several words will do."""
     (recipe,) = repository.glob("collect_scripts/*/Demo/smollm2-135m_*_pretrain.yaml")
-    environment = {**os.environ, "PY": sys.executable + options}
+    environment = {**os.environ, "PY": PLAIN + options}
     for command, said in (
         (["utils/train_with_rank.sh", recipe, "0"], "rank '0' is not a positive whole number"),
         (["collect_scripts/math/collect_all_dataset.sh", "Nothing"], "dataset 'Nothing' is not known"),

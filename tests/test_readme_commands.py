@@ -5,11 +5,10 @@ import os
 import re
 import shutil
 import subprocess
-import sys
 from pathlib import Path
 
 import pytest
-from helpers.forked_python import PYTHON
+from helpers.forked_python import PLAIN, PYTHON
 from test_readmes import FENCED, blocks_of, prose_of, text_of
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -79,7 +78,7 @@ def test_the_commands_run(tree):
             folder = tree / command.removeprefix("cd ")
             continue
         here = tree if command.startswith("make") else folder
-        python = sys.executable if command == "make demo" else PYTHON  # the demo forks
+        python = PLAIN if command == "make demo" else PYTHON  # the demo forks
         own = {**environment, "PY": python}
         done = subprocess.run(["bash", "-c", command], cwd=here, env=own, capture_output=True, text=True)
         if done.returncode:

@@ -4,11 +4,11 @@ import os
 import random
 import signal
 import subprocess
-import sys
 import time
 from pathlib import Path
 
 import pytest
+from helpers.forked_python import PLAIN
 
 pytestmark = pytest.mark.runs
 
@@ -19,7 +19,7 @@ CATEGORY = "common-sense-reasoning"
 def collect_all(repository: Path, *datasets: str, slots: int = 0, **environment: str) -> subprocess.Popen:
     """Start the script of a category; with `slots` on as many cores, so that as many workers import LLaMA-Factory."""
     cores = ["taskset", "--cpu-list", ",".join(map(str, sorted(os.sched_getaffinity(0))[:slots]))] if slots else []
-    environment = {**os.environ, "DEVICES": "cpu", "PY": sys.executable, **environment}
+    environment = {**os.environ, "DEVICES": "cpu", "PY": PLAIN, **environment}
     return subprocess.Popen(
         [*cores, "bash", "collect_all_dataset.sh", *datasets],
         cwd=repository / "collect_scripts" / CATEGORY,

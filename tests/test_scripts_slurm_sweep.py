@@ -3,10 +3,10 @@
 import os
 import socket
 import subprocess
-import sys
 from pathlib import Path
 
 import pytest
+from helpers.forked_python import PLAIN
 
 pytestmark = pytest.mark.runs
 
@@ -35,7 +35,7 @@ def allocation(repository, tmp_path) -> dict[str, str]:
         "SLURM_SUBMIT_DIR": str(repository),
         "DEVICES": "cpu",
         "RANKS": "4",
-        "PY": sys.executable,
+        "PY": PLAIN,
     }
 
 

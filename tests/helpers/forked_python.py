@@ -86,6 +86,9 @@ def make() -> str:
     client.write_text(CLIENT.format(python=sys.executable, names=READ_EARLY, early=early, address=address))
     command.write_text(f'#!/bin/sh\nexec "{sys.executable}" -SE "{client}" "$@"\n')
     command.chmod(0o755)
+    plain = folder / "plain"
+    plain.write_text(f'#!/bin/sh\nexec "{sys.executable}" "$@"\n')
+    plain.chmod(0o755)
     listening = socket.socket(socket.AF_UNIX)
     listening.bind(address)
     listening.listen(64)
@@ -233,3 +236,5 @@ def status_of(first: str, *rest: str) -> int:
 
 
 PYTHON = make() if multiprocessing.parent_process() is None else sys.executable
+# An ordinary Python at a path without blanks, which PY needs, wherever this checkout lies.
+PLAIN = str(Path(PYTHON).with_name("plain")) if multiprocessing.parent_process() is None else sys.executable

@@ -66,7 +66,7 @@ SETTINGS = {
     "ALL": Setting("show the missing cells, too", "switch"),
     "JSON": Setting("print for programs: one JSON object", "switch"),
     "FOR": Setting("the target to explain"),
-    "PY": Setting("the Python that runs the target; nothing is set up"),
+    "PY": Setting("the Python that runs the target, at a path without blanks; nothing is set up"),
     "PYTHON": Setting("the Python that makes .venv"),
 }
 PLURALS = {"MODELS": "MODEL", "RANKS": "RANK"}
