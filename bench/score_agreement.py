@@ -13,7 +13,6 @@ import os
 import subprocess
 import sys
 import tempfile
-import time
 from pathlib import Path
 from typing import Any
 
@@ -29,29 +28,31 @@ def main() -> None:
     if len(sys.argv) > 2:
         return compute(int(sys.argv[1]), sys.argv[2], Path(sys.argv[3]))
     rows = sys.argv[1] if len(sys.argv) > 1 else "200"
-    found = {}
-    for who, where in WAYS if devices.nvidia_driver() else WAYS[:2]:
-        with tempfile.NamedTemporaryFile(suffix=".json") as result:
-            subprocess.run(
-                [sys.executable, __file__, rows, who, result.name], env={**os.environ, "DEVICES": where}, check=True
-            )
-            found[who, where] = json.loads(result.read())
+    found = score_each_way(rows, WAYS if devices.nvidia_driver() else WAYS[:2])
     reference = found[WAYS[0]]
     table = []
     for (who, where), one in found.items():
         for number, name in enumerate(("base", "last")):
-            table.append(
-                (
-                    who,
-                    where,
-                    one["dtype"],
-                    name,
-                    *compare(one["models"][number], reference["models"][number]),
-                    f"{one['seconds']:.0f}",
-                )
-            )
-    head = ("by", "on", "dtype", "model", "loss per token", "off", "worst row", "other option", "its margin", "seconds")
+            columns = compare(one["models"][number], reference["models"][number])
+            table.append((who, where, one["dtype"], name, *columns))
+    head = ("by", "on", "dtype", "model", "loss per token", "off", "worst row", "other option", "its margin")
     cli.print_table(head, table)
+
+
+def score_each_way(rows: str, ways: list[tuple[str, str]]) -> dict[tuple[str, str], dict[str, Any]]:
+    """What `compute` finds in a process per way, all at once."""
+    with tempfile.TemporaryDirectory() as folder:
+        results = {way: Path(folder, "-".join(way)) for way in ways}
+        running = [
+            subprocess.Popen(
+                [sys.executable, __file__, rows, who, results[who, where]],
+                env={"LLAMAFACTORY_VERBOSITY": "WARN", **os.environ, "DEVICES": where},
+            )
+            for who, where in ways
+        ]
+        if any([process.wait() for process in running]):
+            raise cli.UserError("one of the ways failed; see above")
+        return {way: json.loads(result.read_text()) for way, result in results.items()}
 
 
 def compare(found: dict[str, list], reference: dict[str, list]) -> tuple[str, ...]:
@@ -81,11 +82,10 @@ def compute(rows: int, who: str, result: Path) -> None:
     base = base_model.base_for(chosen.manifest, None)
     split = questions.first_rows(questions.split_for(chosen.manifest, ""), rows)
     scorer = CollectionScorer(chosen, base, split, "choice")
-    began = time.monotonic()
     with torch.inference_mode():
         models = by_peft(scorer) if who == "peft" else by_this(scorer)
     dtype = str(base.dtype).removeprefix("torch.")
-    result.write_text(json.dumps({"dtype": dtype, "seconds": time.monotonic() - began, "models": models}))
+    result.write_text(json.dumps({"dtype": dtype, "models": models}))
 
 
 def by_this(scorer: Any) -> list[dict[str, list]]:
@@ -94,7 +94,9 @@ def by_this(scorer: Any) -> list[dict[str, list]]:
 
     scorer.base.use_fused_kernels()
     stacked = StackedModel(scorer.base.model, scorer.reader.layers)
-    found = scorer._scorer(stacked, scorer.questions).score(scorer.reader.stack([evaluation.BASE, scorer.reader.last]))
+    found = scorer.scorer_of(stacked, scorer.questions).score(
+        scorer.reader.stack([evaluation.BASE, scorer.reader.last])
+    )
     return [
         {
             "likelihoods": [one.likelihoods for one in results],

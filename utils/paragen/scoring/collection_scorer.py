@@ -70,12 +70,13 @@ class CollectionScorer:
         self.base.use_fused_kernels()
         stacked = StackedModel(self.base.model, self.reader.layers)
         try:
-            self._check(self._scorer(stacked, compared), expected)
-            yield from self._score_all(self._scorer(stacked, self.questions), steps)
+            self._check(self.scorer_of(stacked, compared), expected)
+            yield from self._score_all(self.scorer_of(stacked, self.questions), steps)
         finally:
             stacked.close()
 
-    def _scorer(self, stacked: StackedModel, questions: list[Question]) -> Scorer:
+    def scorer_of(self, stacked: StackedModel, questions: list[Question]) -> Scorer:
+        """A scorer of some questions for the model with stacked adapters."""
         tokenizer = self.encoder.tokenizer
         return Scorer(stacked, questions, self.encoder.stops, tokenizer.pad_token_id or tokenizer.eos_token_id or 0)
 
