@@ -1,6 +1,7 @@
 """The measurements under bench/ take minutes; what is tested here is that they start, and what they count."""
 
 import json
+import re
 import subprocess
 import sys
 from pathlib import Path
@@ -10,6 +11,8 @@ from helpers.forked_python import PYTHON
 
 sys.path.append(str(Path(__file__).resolve().parent.parent / "bench"))
 
+import every_target
+import score_agreement
 import timed
 from shapes import ROOT, Seen, Work, adapter_parameters, base_parameters, flops, forward_flops, peak_of
 
@@ -23,10 +26,23 @@ def test_packed_says_what_it_measures(part):
     assert done.returncode == 0 and "usage" in done.stdout, done.stderr
 
 
-def test_deterministic_says_what_it_measures():
-    script = ROOT / "bench" / "deterministic.py"
+@pytest.mark.parametrize("name", ["deterministic", "every_target"])
+def test_a_script_of_one_part_says_what_it_measures(name):
+    script = ROOT / "bench" / f"{name}.py"
     done = subprocess.run([PYTHON, script, "--help"], capture_output=True, text=True)
     assert done.returncode == 0 and "usage" in done.stdout, done.stderr
+
+
+def test_every_target_runs_targets_that_there_are():
+    targets = set(re.findall(r"^([a-z-]+):", (ROOT / "Makefile").read_text(), re.MULTILINE))
+    assert {command[0] for command in every_target.commands(["ARC-c"], ["2", "8"], "100")} <= targets
+
+
+def test_another_likeliest_option_is_told_with_the_margin_by_the_reference():
+    reference = {"losses": [2.0, 3.0], "tokens": [1, 2], "likelihoods": [[-1.0, -2.0], [-3.0, -2.5]]}
+    found = {"losses": [2.5, 3.0], "tokens": [1, 2], "likelihoods": [[-1.0, -2.0], [-2.5, -3.0]]}
+    assert score_agreement.compare(found, reference) == ("1.83333", "+0.16667", "0.5000", "1 of 2", "0.500")
+    assert score_agreement.compare(reference, reference)[1:] == ("+0.00000", "0.0000", "0 of 2", "")
 
 
 def test_parameters_are_those_of_the_real_model():

@@ -13,7 +13,7 @@ from pathlib import Path
 
 from paragen.collection import discovery, selection
 from paragen.collection.verify import content_of, verify
-from paragen.common import cli, paths, settings
+from paragen.common import cli, devices, paths, settings
 from paragen.common.cli import UserError, say
 from paragen.recipes import render
 from paragen.recipes.run import run_of
@@ -32,6 +32,7 @@ def main() -> int:
     else:
         found = [(folder, None) for folder in requested_folders(args.folders)]
     as_json = settings.switch("JSON")
+    devices.let_threads_sleep()
     with cli.messages_on_stderr(as_json):
         if not found:
             say("no collections yet")

@@ -1,5 +1,6 @@
 """Helpers for base models that packed training and scoring share."""
 
+import logging
 from typing import Any
 
 from peft import PeftModel
@@ -18,6 +19,7 @@ def unload_adapter(adapted: PeftModel) -> PreTrainedModel:
 def use_fused_kernels(model: PreTrainedModel) -> None:
     """On an NVIDIA GPU, use Liger's kernels for norms, rotary positions and gated activations, not for the loss."""
     if model.device.type == "cuda":
+        logging.getLogger("liger_kernel.backends").setLevel(logging.ERROR)  # it warns of those for other devices
         apply_liger_kernel(model, {"cross_entropy": False, "fused_linear_cross_entropy": False})
 
 
