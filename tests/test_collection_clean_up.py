@@ -353,7 +353,7 @@ def test_a_killed_clean_up_is_continued_and_no_cached_rows_are_half_there(top):
     os.kill(first.pid, signal.SIGKILL)
     first.join()
     (half,) = rows.parent.iterdir()
-    assert half.name.startswith(clean_up.REMOVED) and any(half.iterdir())
+    assert half.name.startswith(paths.REMOVED_TOKENS) and any(half.iterdir())
     for run in both:
         run.start()
     for run in both:

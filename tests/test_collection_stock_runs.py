@@ -9,7 +9,7 @@ import pytest
 from helpers import fork_server, scored
 from helpers.forked_python import PYTHON
 
-from paragen.collection import stock_runs, verification
+from paragen.collection import stock_files, stock_runs, verification
 from paragen.collection.manifest import read_manifest
 from paragen.common.cli import UserError
 from paragen.recipes import render
@@ -80,6 +80,49 @@ def test_a_dry_run_tells_what_it_would_free_and_changes_nothing(stock):
     assert content(stock) == before and outcome.state == "would clean"
     real = stock_runs.clean(stock, keep=5)
     assert abs(real.freed - outcome.freed) < 100_000, "but for log, picture and manifest"
+
+
+def test_files_that_no_stock_run_writes_stay_and_a_dry_run_lists_every_file(stock, stock_once):
+    (stock / "notes.txt").write_text("mine")
+    (stock / "plots" / "deep").mkdir(parents=True)
+    (stock / "plots" / "deep" / "all_results.json").write_text("mine, whatever its name")
+    (stock / "empty").mkdir()
+    (stock / "link").symlink_to("plots")
+    (stock / "checkpoint-3" / "why.md").write_text("mine, in a checkpoint that goes")
+    (stock / "global_step7").mkdir()
+    (stock / "global_step7" / "mp_rank_00_model_states.pt").write_text("DeepSpeed's")
+    before = content(stock)
+    planned = stock_runs.clean(stock, keep=5, dry_run=True)
+    assert content(stock) == before
+    mine = {"notes.txt", "plots/deep/all_results.json", "empty/", "link", "checkpoint-3/why.md"}
+    assert set(planned.others) == mine
+    assert set(planned.removed) | set(planned.kept) | mine == {*before, "empty/", "link"}
+    assert {"all_results.json", "checkpoint-3/optimizer.pt", "tokenizer.json"} <= set(planned.removed)
+    assert {f"checkpoint-{step}/adapter_model.safetensors" for step in range(8, 13)} < set(planned.kept)
+
+    cleaned = stock_runs.clean(stock, keep=5)
+    assert cleaned == planned._replace(state="cleaned")
+    after = content(stock)
+    assert {name for name in after if name in before} == mine - {"empty/", "link"} | {
+        "adapter_config.json", "trainer_log.jsonl", "training_loss.png"
+    }  # fmt: skip
+    assert all(after[name] == before[name] for name in mine & after.keys())
+    assert (stock / "empty").is_dir() and (stock / "link").readlink() == Path("plots")
+    assert verification.faults_of(stock, read_manifest(stock)) == []
+
+
+def test_every_file_of_a_stock_run_is_known(stock_once):
+    assert stock_files.files_in(stock_once).others == []
+
+
+def test_a_strangers_file_with_a_checkpoints_name_is_refused_untouched(stock):
+    for name, said in (("checkpoint-12.safetensors", "rename it"), ("checkpoint-3.safetensors", "does not belong")):
+        (stock / name).write_text("mine")
+        before = content(stock)
+        with pytest.raises(UserError, match=f"{name}.*{said}.*nothing was changed"):
+            stock_runs.clean(stock, keep=5)
+        assert content(stock) == before
+        (stock / name).unlink()
 
 
 def test_newest_means_by_step_number_also_where_steps_are_not_consecutive(stock):

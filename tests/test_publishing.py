@@ -20,6 +20,7 @@ from helpers.upload_server import READS, USER, WRITES, UploadHub
 
 import publish
 import pull
+from paragen.archives import archive
 from paragen.collection import copies, index
 from paragen.collection.manifest import BaseModel, sealed
 from paragen.common import files, paths
@@ -155,6 +156,8 @@ def with_twin(top: Path) -> Path:
 
 @pytest.mark.parametrize("kind", LAYOUTS)
 def test_a_dry_run_writes_just_the_tree_that_would_be_uploaded(licensed, run, kind):
+    """A user's own file in a collection's folder is not published."""
+    (licensed / "saves" / NAME / "notes.txt").write_text("mine")
     run(publish, licensed, DRY_RUN="1", **layout(kind))
     tree = tree_of(licensed)
     steps = [entry["step"] for entry in manifest_of(licensed)["checkpoints"]]
@@ -165,6 +168,8 @@ def test_a_dry_run_writes_just_the_tree_that_would_be_uploaded(licensed, run, ki
     assert published_tree.files_of(tree) == sorted(
         ["README.md", "index.parquet", *data, *(f"collections/{n}" for n in names)]
     )
+    if kind == "archive":
+        assert "notes.txt" not in archive.read_files(tree / "collections" / f"{NAME}.archive")
     info = json.loads((tree / "data" / "dataset_info.json").read_bytes())
     assert sorted(info) == ["Toy", "Toy_test"]
     before = {

@@ -74,7 +74,10 @@ def test_a_fresh_collection_is_whole_and_loads_with_peft(folder, capsys):
         (lambda f: (f / STEP).write_bytes((f / STEP).read_bytes()[:100]), f"{STEP} has 100 bytes"),
         (lambda f: (f / STEP).unlink(), f"{STEP} is missing"),
         (lambda f: shutil.copy(f / "checkpoint-8.safetensors", f / STEP), f"{STEP} does not have its recorded sha256"),
-        (lambda f: (f / "optimizer.pt").touch(), "optimizer.pt does not belong here"),
+        (
+            lambda f: shutil.copy(f / STEP, f / "checkpoint-99.safetensors"),
+            "checkpoint-99.safetensors does not belong here",
+        ),
         (lambda f: (f / "adapter_config.json").unlink(), "adapter_config.json is missing"),
         (
             lambda f: (f / "adapter_config.json").write_text("{}"),
@@ -129,6 +132,16 @@ def test_scores_and_leftovers_of_a_killed_evaluation_are_no_faults(folder, capsy
     (folder / ".evaluation.json.4711.tmp").write_text("{")
     assert verify.verify(folder).faults == []
     assert capsys.readouterr().out.startswith("whole")
+
+
+def test_files_that_are_no_part_of_a_collection_are_named_and_no_fault(folder, capsys):
+    (folder / "notes.txt").write_text("mine")
+    (folder / "plots").mkdir()
+    found = verify.verify(folder)
+    assert found.faults == [] and found.others == ["notes.txt", "plots/"]
+    assert verify.content_of([found])["collections"][0]["others"] == ["notes.txt", "plots/"]
+    whole, kept = capsys.readouterr().out.splitlines()
+    assert whole.startswith("whole") and kept.startswith("KEPT") and kept.endswith("notes.txt, plots/")
 
 
 def test_an_adapter_that_does_not_fit_its_base_model_is_a_fault(folder, capsys):

@@ -9,10 +9,13 @@ import subprocess
 import time
 from pathlib import Path
 
+import pyarrow.ipc
 import pytest
 from helpers import fork_server
 from helpers.forked_python import PYTHON
 from safetensors.torch import load_file
+
+from paragen.common import files
 
 pytestmark = pytest.mark.runs
 
@@ -504,6 +507,31 @@ def test_a_forced_run_killed_between_the_two_renames_keeps_the_old_one(collected
     assert "complete" in collected.train(collected.finetune).output
     assert hashes(folder) == before
     assert not any(path.name.startswith(".") for path in collected.saves.iterdir())
+
+
+def test_shared_tokenised_rows_with_a_flipped_bit_are_made_again(pretrained, trained_once, tmp_path):
+    """A flipped bit in the cache that a sweep's runs share leaves size and time alone, and is a valid other token."""
+    cache = tmp_path / "tokens"
+    assert pretrained.train(pretrained.finetune, PARAGEN_TOKENS=str(cache)).status == 0
+    (cached,) = cache.iterdir()
+    (arrow,) = cached.glob("train/*.arrow")
+    before = arrow.stat()
+    content = bytearray(arrow.read_bytes())
+    tokens = pyarrow.ipc.open_stream(arrow.read_bytes()).read_all()["input_ids"][9].values
+    content[content.index(tokens.to_numpy().tobytes())] ^= 1
+    arrow.write_bytes(content)
+    os.utime(arrow, ns=(before.st_atime_ns, before.st_mtime_ns))
+    damaged = files.sha256_of(arrow)
+
+    again = pretrained.train(pretrained.finetune, FORCE="1", PARAGEN_TOKENS=str(cache))
+    assert again.status == 0 and "these tokenised rows are damaged; they are made again" in again.output, again.output
+    assert hashes(pretrained.run_folder("finetune")) == hashes(trained_once.run_folder("finetune"))
+    (made,) = cache.iterdir()
+    assert made == cached and files.sha256_of(arrow) != damaged
+
+    used = pretrained.train(pretrained.finetune, FORCE="1", PARAGEN_TOKENS=str(cache))
+    assert used.status == 0 and "made again" not in used.output
+    assert hashes(pretrained.run_folder("finetune")) == hashes(trained_once.run_folder("finetune"))
 
 
 @pytest.mark.parametrize("phase", ["pretrain", "finetune"])

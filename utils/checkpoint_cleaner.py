@@ -3,8 +3,9 @@
     python utils/checkpoint_cleaner.py RUN_FOLDER [--keep 100] [--dry-run]
 
 Replaces checkpoint-*/, with their optimizer states and tokenizer files, by checkpoint-<step>.safetensors and the other
-files of a collection. The collection is built and read back beside the folder before anything is removed, so the script
-can be run again, also after a crash. Facts that a stock run does not record are null in the manifest.
+files of a collection. Files that LLaMA-Factory does not write stay where they are; --dry-run lists every file. The
+collection is built and read back beside the folder before anything is removed, so the script can be run again, also
+after a crash. Facts that a stock run does not record are null in the manifest.
 """
 
 from pathlib import Path
@@ -23,6 +24,9 @@ def main() -> None:
     freed = (
         f", {outcome.freed / 1e6:.1f} MB {'to free' if args.dry_run else 'freed'}" if outcome.state != "clean" else ""
     )
+    if args.dry_run:
+        for line in outcome.lines:
+            say(line)
     say(f"{outcome.state}: {paths.relative(args.run_folder)}, {outcome.checkpoints} checkpoints{freed}")
 
 

@@ -10,7 +10,7 @@ from pathlib import Path
 
 from paragen.collection import discovery, selection, stock_runs
 from paragen.common import cli, paths, settings
-from paragen.common.cli import UserError
+from paragen.common.cli import UserError, say
 
 
 def main() -> int:
@@ -25,6 +25,9 @@ def main() -> int:
             continue
         try:
             outcome = stock_runs.clean(run, args.keep, args.dry_run)
+            if args.dry_run and outcome.state != "clean":
+                for line in (paths.relative(run), *outcome.lines):
+                    say(line)
             rows.append((run.name, outcome.state, str(outcome.checkpoints), f"{outcome.freed / 1e6:.1f}"))
         except UserError as error:
             failed += 1

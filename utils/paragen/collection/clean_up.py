@@ -28,7 +28,6 @@ RENDERED = re.compile(r"(.+)_temp_rank_\d+(_seed-\d+)?\.ya?ml")
 TOKENS_KEY = re.compile(r"[0-9a-f]{64}")
 LOCK_TEXT = re.compile(rb"\d+ (\S+)\n")  # process and host
 CLAIM_TEXT = re.compile(rb"[0-9a-f]{8}")
-REMOVED = ".removed-"  # how tokenised rows are called while they are deleted
 OWN_LOCK = ".clean-up.lock"  # in saves/
 WRITING_SECONDS = 600  # after which no process can be writing a file that is written in one go
 
@@ -94,7 +93,7 @@ def _delete_shared(path: Path) -> bool:
     if not path.is_dir():
         path.unlink(missing_ok=True)
         return True
-    removed = path.with_name(f"{REMOVED}{secrets.token_hex(4)}")
+    removed = path.with_name(f"{paths.REMOVED_TOKENS}{secrets.token_hex(4)}")
     path.rename(removed)
     if locks_in_use() and not path.exists():  # a run that has begun meanwhile may have seen them
         removed.rename(path)
@@ -184,7 +183,7 @@ def _left_over_of(path: Path, info: os.stat_result) -> LeftOver | None:
 def _left_over_folder(path: Path) -> LeftOver | None:
     name = path.name
     if path.parent == paths.SAVES / paths.TOKENS:
-        is_ours = TOKENS_KEY.fullmatch(name) or name.startswith(REMOVED)
+        is_ours = TOKENS_KEY.fullmatch(name) or name.startswith(paths.REMOVED_TOKENS)
         return LeftOver(path, bytes_in(path), SHARED, None, is_shared=True) if is_ours else None
     if staging := STAGING.fullmatch(name):
         return LeftOver(path, bytes_in(path), RUN, _lock_over(path, staging[1]))

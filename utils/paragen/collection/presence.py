@@ -32,6 +32,24 @@ def checkpoint_faults(run: Path, entry: CheckpointEntry) -> list[str]:
     return [f"{name}/{file} is missing" for file in gone] or [f"{name} has {total} bytes, not {entry.bytes}"]
 
 
+def names_of(manifest: Manifest) -> set[str]:
+    """The names that the files of a collection have; it may lack run_files.OPTIONAL."""
+    return {paths.MANIFEST, *run_files.BESIDE, *(entry.file_name for entry in manifest.checkpoints)}
+
+
+def strangers_in(folder: Path, manifest: Manifest) -> tuple[list[str], list[str]]:
+    """What lies in a collection's folder and is no part of it: (checkpoints that the manifest does not list, others).
+
+    Both are sorted names; a folder's ends with a "/". What a killed evaluation left half-written is not named.
+    """
+    half_written = {path.name for name in run_files.BESIDE for path in files.unfinished(folder / name)}
+    known = names_of(manifest) | half_written
+    with os.scandir(folder) as entries:
+        found = {f"{entry.name}/" if entry.is_dir(follow_symlinks=False) else entry.name for entry in entries} - known
+    unlisted = {name for name in found if run_files.CHECKPOINT_FILE.fullmatch(name)}
+    return sorted(unlisted), sorted(found - unlisted)
+
+
 def sizes_in(folder: Path) -> dict[str, int]:
     """The length of each file in a folder by its name, bytes; empty where there is no such folder."""
     try:

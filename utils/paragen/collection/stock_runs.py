@@ -1,7 +1,8 @@
 """Makes a collection of a finished stock LLaMA-Factory finetune run: the adapters of its newest steps, and a manifest.
 
-The collection is built and read back beside the run folder before it replaces it, so that a crash loses nothing. Facts
-that a stock run does not record are null in the manifest.
+The collection is built and read back beside the run folder before it replaces it, so that a crash loses nothing. Only
+files that stock runs write are removed (see stock_files.py); all others stay where they are. Facts that a stock run
+does not record are null in the manifest.
 """
 
 import argparse
@@ -11,10 +12,11 @@ import os
 import re
 import secrets
 import shutil
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
-from paragen.collection import finishing, run_files, verification
+from paragen.collection import finishing, run_files, stock_files, verification
 from paragen.collection.manifest import CheckpointEntry, new_manifest, read_manifest, write_manifest
 from paragen.common import files, paths, settings
 from paragen.common.cli import UserError
@@ -24,11 +26,31 @@ DEFAULT_KEEP = 100
 
 
 class Outcome(NamedTuple):
-    """How cleaning a run folder ended."""
+    """How cleaning a run folder ended.
 
-    state: str  # `clean` (was one already), `cleaned`, or `would clean` in a dry run
+    Attributes:
+        state: `clean` (was one already), `cleaned`, or `would clean` in a dry run.
+        checkpoints: how many it has, or would have.
+        freed: bytes.
+        removed: the files that are removed, as paths below the folder.
+        kept: those that become files of the collection.
+        others: those that no stock run writes: they stay where they are.
+    """
+
+    state: str
     checkpoints: int
-    freed: int  # bytes
+    freed: int = 0
+    removed: Sequence[str] = ()
+    kept: Sequence[str] = ()
+    others: Sequence[str] = ()
+
+    @property
+    def lines(self) -> list[str]:
+        """A line per file below the headings `removed` and `kept`, for a dry run."""
+        return [
+            "removed:", *(f"  {name}" for name in self.removed),
+            "kept:", *(f"  {name}" for name in (*self.kept, *self.others)),
+        ]  # fmt: skip
 
 
 def add_options(parser: argparse.ArgumentParser) -> None:
@@ -36,7 +58,7 @@ def add_options(parser: argparse.ArgumentParser) -> None:
     keep = settings.number("KEEP") or DEFAULT_KEEP
     parser.add_argument("--keep", type=int, default=keep, help="keep the newest N steps (default: %(default)s)")
     dry = settings.switch("DRY_RUN")
-    parser.add_argument("--dry-run", action="store_true", default=dry, help="only show what would be freed")
+    parser.add_argument("--dry-run", action="store_true", default=dry, help="only list what would be removed and kept")
 
 
 def clean(folder: Path, keep: int = DEFAULT_KEEP, dry_run: bool = False) -> Outcome:
@@ -65,12 +87,12 @@ def clean(folder: Path, keep: int = DEFAULT_KEEP, dry_run: bool = False) -> Outc
             if manifest is not None:
                 if manifest.phase != "finetune":
                     raise UserError(f"{folder}: is a pretrain run; only a finetune run becomes a collection")
-                return Outcome("clean", len(manifest.checkpoints), 0)
+                return Outcome("clean", len(manifest.checkpoints))
             kept = finished_checkpoints(folder)[-keep:]
-            freed = files.size_of(folder.rglob("*")) - sum((path / paths.ADAPTER).stat().st_size for path in kept)
-            if dry_run:
-                return Outcome("would clean", len(kept), freed)
-            return rebuild(folder, kept)
+            planned = plan(folder, kept)
+            if not dry_run:
+                rebuild(folder, kept, planned.others)
+            return planned._replace(state="would clean" if dry_run else "cleaned")
     except files.Busy:
         raise UserError(f"{folder}: is being trained or cleaned right now") from None
 
@@ -138,9 +160,22 @@ def check_adapter(checkpoint: Path) -> None:
         raise UserError(f"{checkpoint}: holds no LoRA adapter")
 
 
-def rebuild(folder: Path, kept: list[Path]) -> Outcome:
-    """Build a collection from the checkpoint folders `kept` (ascending by step) beside `folder`, and replace that."""
-    before = files.size_of(folder.rglob("*"))
+def plan(folder: Path, kept: list[Path]) -> Outcome:
+    """What becomes of each file of a run folder whose checkpoint folders `kept` become a collection."""
+    found = stock_files.files_in(folder)
+    taken = {run_files.LOG, run_files.PICTURE, f"{kept[-1].name}/{paths.ADAPTER_CONFIG}"}
+    taken |= {f"{checkpoint.name}/{paths.ADAPTER}" for checkpoint in kept}
+    removed = [name for name in found.stock if name not in taken]
+    freed = files.size_of(folder / name for name in removed)
+    return Outcome("", len(kept), freed, removed, [name for name in found.stock if name in taken], found.others)
+
+
+def rebuild(folder: Path, kept: list[Path], others: Sequence[str]) -> None:
+    """Build a collection from the checkpoint folders `kept` (ascending by step) beside `folder`, and replace that.
+
+    The files `others` (see stock_files.py) are taken along. Raises UserError, with nothing changed, where one of them
+    has the name of a file of the collection.
+    """
     staging = files.beside(folder, f"staging-{secrets.token_hex(4)}")
     staging.mkdir()
     try:
@@ -170,13 +205,30 @@ def rebuild(folder: Path, kept: list[Path]) -> Outcome:
         facts = {**dict.fromkeys(unknown), "adapter_config_sha256": files.sha256_of(staging / paths.ADAPTER_CONFIG)}
         manifest = new_manifest(folder, "finetune", adapter["r"], identity, entries, facts)
         write_manifest(staging, manifest)
+        for name in others:
+            take_along(folder, staging, name)
         faults = verification.faults_of(staging, manifest)
         if faults:
             raise UserError(f"{folder}: {faults[0]}; nothing was changed")
         files.publish_folder(staging, folder)
     finally:
         files.remove_folder(staging)
-    return Outcome("cleaned", len(entries), before - files.size_of(folder.iterdir()))
+
+
+def take_along(folder: Path, staging: Path, name: str) -> None:
+    """Give a file, a link or (where `name` ends with a "/") an empty folder below `folder` its place in `staging`."""
+    target = staging / name
+    for parent in reversed(Path(name).parents):
+        if (folder / parent).is_dir() and not (staging / parent).is_dir():
+            (staging / parent).mkdir()
+            shutil.copystat(folder / parent, staging / parent)
+    if name.endswith("/"):
+        target.mkdir()
+        shutil.copystat(folder / name, target)
+    elif target.exists():
+        raise UserError(f"{folder / name}: has the name of a file of the collection; rename it; nothing was changed")
+    else:
+        link_or_copy(folder / name, target)
 
 
 def finite_or_none(value: Any) -> float | None:
@@ -185,13 +237,18 @@ def finite_or_none(value: Any) -> float | None:
 
 
 def link_or_copy(source: Path, target: Path) -> None:
-    """Hard-link a file, or copy it where the file system has no hard links."""
+    """Hard-link a file or a link, or copy it where the file system has no hard links."""
     try:
-        os.link(source, target)
+        os.link(source, target, follow_symlinks=False)
     except OSError:
-        shutil.copyfile(source, target)
-        with open(target, "rb+") as file:
-            os.fsync(file.fileno())
+        if source.is_symlink():
+            target.symlink_to(source.readlink())
+        elif source.is_file():
+            shutil.copy2(source, target)
+            with open(target, "rb+") as file:
+                os.fsync(file.fileno())
+        else:
+            raise UserError(f"{source}: is no regular file and cannot be kept; move it away first") from None
 
 
 def base_of(adapter: dict) -> dict:

@@ -9,7 +9,7 @@ from pathlib import Path
 
 from paragen.collection import evaluation, presence
 from paragen.collection.manifest import CheckpointEntry, Manifest
-from paragen.collection.run_files import BESIDE, checkpoint_name
+from paragen.collection.run_files import checkpoint_name
 from paragen.common import devices, files, paths, safetensors_header
 from paragen.common.cli import UserError
 
@@ -19,12 +19,13 @@ PIECE = 1 << 16  # values that are looked at at once
 
 
 def faults_of(folder: Path, manifest: Manifest) -> list[str]:
-    """The faults of a collection's files, hashes, steps, keys, shapes, values and evaluation.json, a phrase each."""
+    """The faults of a collection's files, hashes, steps, keys, shapes, values and evaluation.json, a phrase each.
+
+    Files that are no part of the collection are none, but for a checkpoint that the manifest does not list.
+    """
     entries, steps, faults = manifest.checkpoints, manifest.steps, presence.faults_of(folder, manifest)
-    expected = {paths.MANIFEST, *BESIDE, *(entry.file_name for entry in entries)}
-    half_written = files.unfinished(folder / evaluation.FILE)  # a killed evaluation leaves these; they are no fault
-    there = {path.name for path in folder.iterdir() if path not in half_written}
-    faults += [f"{name} does not belong here" for name in sorted(there - expected)]
+    unlisted, _ = presence.strangers_in(folder, manifest)
+    faults += [f"{name} does not belong here" for name in unlisted]
     if manifest.recipe is not None and steps != list(range(steps[0], steps[0] + len(steps))):
         faults.append(f"the steps are not consecutive: {steps}")
     kept = manifest.recipe and manifest.recipe.get("save_total_limit")

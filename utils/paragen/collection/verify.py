@@ -4,7 +4,7 @@ from collections.abc import Iterable
 from pathlib import Path
 from typing import Any, NamedTuple
 
-from paragen.collection import quality_warnings, verification
+from paragen.collection import presence, quality_warnings, verification
 from paragen.collection.manifest import Manifest, read_manifest
 from paragen.common import files, paths
 from paragen.common.cli import UserError, say
@@ -19,6 +19,7 @@ class Verified(NamedTuple):
         manifest: its manifest; None where that is missing or broken.
         faults: what is wrong with it, a phrase each; none when it is whole.
         warnings: what is odd about a whole one, a phrase each.
+        others: files and folders in its folder that are no part of it.
         bytes: the size of its files; 0 where it is not whole.
     """
 
@@ -26,18 +27,21 @@ class Verified(NamedTuple):
     manifest: Manifest | None
     faults: list[str]
     warnings: list[str]
+    others: list[str]
     bytes: int
 
     @property
     def lines(self) -> list[str]:
-        """The lines that are printed on it: one if it is whole and per warning, else one per fault."""
+        """The lines that are printed on it: one if it is whole and per warning, else one per fault; and
+        one that names files that are no part of it."""
         name = paths.relative(self.folder)
+        kept = [f"KEPT   {name}: no part of the collection: {', '.join(self.others)}"] if self.others else []
         if self.faults or self.manifest is None:
-            return [f"FAULTY {name}: {fault}" for fault in self.faults]
+            return [*(f"FAULTY {name}: {fault}" for fault in self.faults), *kept]
         steps = self.manifest.steps
         size = self.bytes / 1e6
         whole = f"whole  {name}: {len(steps)} checkpoints, steps {steps[0]}-{steps[-1]}, {size:.1f} MB"
-        return [whole, *(f"DOUBTFUL {name}: {warning}" for warning in self.warnings)]
+        return [whole, *(f"DOUBTFUL {name}: {warning}" for warning in self.warnings), *kept]
 
 
 def verify(folder: Path, base: Path | None = None) -> Verified:
@@ -66,7 +70,9 @@ def _examine(folder: Path, base: Path | None) -> Verified:
             faults = ["does not exist"]
     except UserError as error:
         faults = [str(error)]
-    return Verified(folder, manifest, faults, warnings, 0 if faults else files.size_of(folder.iterdir()))
+    others = presence.strangers_in(folder, manifest)[1] if manifest is not None else []
+    size = files.size_of(folder / name for name in presence.names_of(manifest)) if manifest and not faults else 0
+    return Verified(folder, manifest, faults, warnings, others, size)
 
 
 def peft_faults(folder: Path, manifest: Manifest, base: Path | None) -> list[str]:
@@ -86,6 +92,7 @@ def content_of(found: Iterable[Verified]) -> dict[str, Any]:
             "whole": not one.faults,
             "faults": one.faults,
             "warnings": one.warnings,
+            "others": one.others,
             "steps": one.manifest.steps if one.manifest else None,
             "bytes": one.bytes if not one.faults else None,
         }

@@ -25,6 +25,7 @@ INDEX = "index.parquet"  # in saves/
 # Folders in saves/ of what is made from collections and can be made again.
 DERIVED = ("exports", "stats", "report", "publish")
 TOKENS = ".tokens"  # in saves/: tokenised rows, which the runs of sweeps share
+REMOVED_TOKENS = ".removed-"  # how some of them are called while they are deleted
 EXPORT_RECORD = "export.json"  # in the folder of an export
 
 # The part of a run folder's name that states its adapter's rank and seed. A model's own name may have such a part, too

@@ -27,7 +27,7 @@ from paragen.packed.layers import NotPackable
 from paragen.packed.model import unload_adapter, use_fused_kernels
 from paragen.packed.schedule import TrainingLog, TrainingSchedule, rows_of
 from paragen.recipes import templates
-from paragen.training import data_notes, llamafactory_output, ordinary, process, progress
+from paragen.training import data_notes, llamafactory_output, ordinary, process, progress, token_cache
 from paragen.training.attempts import Attempt
 
 OutOfMemory = torch.OutOfMemoryError
@@ -80,7 +80,8 @@ class FrozenBase:
         Raises UserError for a mistake in its recipe or data, NotPackable where it cannot be packed.
         """
         progress.report(attempt.staging, f"tokenising rows{', loading the model' if self.model is None else ''}")
-        job = ordinary.job_of(attempt, self.wanted)
+        loads_rows = run_identity.tokens_key(attempt.identity) not in self.rows
+        job = ordinary.job_of(attempt, self.wanted, loads_rows)
         arguments = process.arguments_of(job) | OVERRIDES
         templates.register()
         process.check_arguments(attempt.run.recipe, arguments)
@@ -118,7 +119,7 @@ class FrozenBase:
             template = get_template_and_fix_tokenizer(self.tokenizer, parsed[1])
             data = get_dataset(template, *parsed[:3], stage="sft", **tokenizer_module)
             if job["tokens"] and (attempt.staging / "tokens").is_dir():
-                process.keep_tokens(attempt.staging / "tokens", Path(job["tokens"]))
+                token_cache.keep(attempt.staging / "tokens", Path(job["tokens"]))
             self.rows[key] = rows_of(data["train_dataset"])
             if attempt.run.resumed is None:
                 lengths = [len(row.tokens) for row in self.rows[key]]

@@ -201,9 +201,13 @@ def train_packed(cells: list[Cell], results: Path) -> None:
 
 def verify_runs(runs: list[Run]) -> None:
     """Verify the collections of runs. Raises UserError with the last fault found."""
-    lines = [line for run in runs if (found := verify.verify(run.folder, run.base)).faults for line in found.lines]
-    if lines:
-        raise UserError(lines[-1])
+    faults = [
+        f"FAULTY {paths.relative(run.folder)}: {fault}"
+        for run in runs
+        for fault in verify.verify(run.folder, run.base).faults
+    ]
+    if faults:
+        raise UserError(faults[-1])
 
 
 def log_of(cell: Cell) -> Path:

@@ -13,7 +13,7 @@ from paragen.common.cli import say
 from paragen.model import base_models
 from paragen.recipes import batches
 from paragen.recipes.run import Run
-from paragen.training import attempts, completion, outcome, status
+from paragen.training import attempts, completion, outcome, status, token_cache
 from paragen.training.attempts import Attempt
 
 
@@ -49,9 +49,14 @@ def train(run: Run, halved: bool = False) -> None:
         completion.complete(attempt, json.loads((attempt.staging / "facts.json").read_bytes()))
 
 
-def job_of(attempt: Attempt, wanted: list[str]) -> dict[str, Any]:
-    """The argument of `process.train` for an attempt on the devices `wanted`."""
+def job_of(attempt: Attempt, wanted: list[str], loads_rows: bool = True) -> dict[str, Any]:
+    """The argument of `process.train` for an attempt on the devices `wanted`.
+
+    Tokenised rows in the cache are checked here, once, so that the processes of several devices agree about whether the
+    cache is used; without `loads_rows` they are neither checked nor used.
+    """
     key = run_identity.tokens_key(attempt.identity) if os.environ.get("PARAGEN_TOKENS") else None
+    tokens = Path(os.environ["PARAGEN_TOKENS"], key) if key else None
     return {
         "recipe": str(attempt.run.recipe),
         "config": dict(attempt.run.config),
@@ -59,7 +64,8 @@ def job_of(attempt: Attempt, wanted: list[str]) -> dict[str, Any]:
         "staging": str(attempt.staging),
         "devices": wanted,
         "pictures": any(data["pictures"] for data in attempt.identity["data"]),
-        "tokens": str(Path(os.environ["PARAGEN_TOKENS"], key)) if key else None,
+        "tokens": str(tokens) if tokens else None,
+        "tokens_ready": loads_rows and tokens is not None and token_cache.is_whole(tokens),
     }
 
 

@@ -5,7 +5,6 @@ For one device, `ordinary.train` calls `train` in its own process. For several, 
 Writes LLaMA-Factory's own files, the collected checkpoints and facts.json into the staging folder.
 """
 
-import errno
 import json
 import os
 import sys
@@ -18,7 +17,7 @@ from paragen.common import cli, devices, files, paths
 from paragen.common.cli import UserError
 from paragen.model import base_models
 from paragen.recipes import keys, render, templates
-from paragen.training import deterministic, llamafactory_output, outcome, progress
+from paragen.training import deterministic, llamafactory_output, outcome, progress, token_cache
 
 # Exceptions that LLaMA-Factory and its libraries raise before the first step for a wrong recipe, model or data file.
 SETTINGS_ERRORS = (
@@ -40,8 +39,8 @@ def train(job: dict) -> None:
     Args:
         job: `recipe` (absolute path; its paths are relative to its folder), `config` (the rendered recipe), `phase`,
             `staging` (absolute path of an existing empty folder), `devices` (as devices.choose gives them, already
-            pinned), `pictures` (whether a dataset has some) and `tokens` (the folder for its tokenised rows in the
-            sweep's cache, which is filled where it is missing; or None).
+            pinned), `pictures` (whether a dataset has some), `tokens` (the folder for its tokenised rows in the
+            sweep's cache, or None) and `tokens_ready` (whether they lie there, checked; else the folder is filled).
 
     Raises UserError for a recipe that LLaMA-Factory or this machine cannot train.
     """
@@ -91,7 +90,7 @@ def train(job: dict) -> None:
             collector.close()
     if rules.facts:  # the main process
         if (staging / "tokens").is_dir():
-            keep_tokens(staging / "tokens", Path(job["tokens"]))
+            token_cache.keep(staging / "tokens", Path(job["tokens"]))
         files.write_json(staging / "facts.json", {"device": devices.describe(), **rules.facts})
 
 
@@ -109,21 +108,10 @@ def arguments_of(job: dict) -> dict:
     # With a cache of this run's own it cannot return outdated rows or pictures.
     arguments["cache_dir"] = str(staging / "cache")
     if job["tokens"]:
-        arguments["tokenized_path"] = job["tokens"] if Path(job["tokens"]).is_dir() else str(staging / "tokens")
+        arguments["tokenized_path"] = job["tokens"] if job["tokens_ready"] else str(staging / "tokens")
     if job["phase"] == "finetune":
         arguments["save_strategy"] = "no"  # the collector saves
     return arguments
-
-
-def keep_tokens(tokens: Path, cached: Path) -> None:
-    """Move tokenised rows into the sweep's cache, unless another run has done so."""
-    cached.parent.mkdir(parents=True, exist_ok=True)
-    files.sync_tree(tokens)
-    try:
-        tokens.rename(cached)
-    except OSError as error:
-        if error.errno not in (errno.ENOTEMPTY, errno.EEXIST):
-            raise
 
 
 def refusal(recipe: Path, error: BaseException) -> UserError:
