@@ -2,34 +2,26 @@
 
 import contextlib
 import os
-from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
 import torch
 from llamafactory.hparams import get_infer_args
 from llamafactory.model import load_config, load_model, load_tokenizer
-from safetensors import SafetensorError
 from transformers import PreTrainedModel
 from transformers.utils.logging import disable_progress_bar
 
 from paragen.collection import manifest as manifest_records
 from paragen.collection import manifest_recipe
 from paragen.collection.manifest import Manifest
-from paragen.common import cli, paths
+from paragen.common import paths
 from paragen.common.cli import UserError
-from paragen.model import base_models, model_files
+from paragen.model import base_models, loading, model_files
 from paragen.packed.model import use_fused_kernels
 from paragen.recipes import templates
 from paragen.scoring import attention
-from paragen.training import outcome
 
 WAY_OUT = "put its files back, or collect again with FORCE=1"
-# What a damaged model folder, or a setting that does not fit it, was seen to raise.
-LOADING_ERRORS = (
-    ValueError, TypeError, LookupError, AttributeError, ImportError, OSError, RuntimeError, AssertionError,
-    NotImplementedError, RecursionError, SafetensorError,
-)  # fmt: skip
 
 
 class BaseModel:
@@ -138,15 +130,6 @@ def loading_settings(recipe: dict[str, Any], folder: Path) -> dict[str, Any]:
     return manifest_recipe.loading_settings(recipe, paths.relative(folder))
 
 
-@contextlib.contextmanager
-def naming(folder: Path) -> Iterator[None]:
-    """Turn what LLaMA-Factory and transformers raise for a base model's files or settings into a UserError."""
-    try:
-        yield
-    except LOADING_ERRORS as error:
-        if cli.storage_fault(error) is not None or outcome.is_out_of_memory(error):
-            raise
-        text = " ".join(str(error).split())[:300]
-        raise UserError(
-            f"{paths.relative(folder)}: cannot be loaded ({type(error).__name__}: {text}); {WAY_OUT}"
-        ) from error
+def naming(folder: Path) -> contextlib.AbstractContextManager[None]:
+    """While the body runs, turn what a base model's files or settings lead libraries to raise into a UserError."""
+    return loading.as_user_error(folder, WAY_OUT)
