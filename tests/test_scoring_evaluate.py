@@ -20,6 +20,7 @@ from helpers.forked_python import PYTHON
 from paragen.collection import evaluation, index, prompts
 from paragen.collection.manifest import read_manifest
 from paragen.common import devices, files, paths
+from paragen.model import base_models
 from paragen.scoring import answers
 from paragen.sweep import shared_scoring
 
@@ -536,6 +537,45 @@ def test_what_cannot_be_scored_is_named_in_one_line_and_nothing_is_written(ready
 def kept(project: Project) -> dict[str, bytes]:
     """All files below saves/ but the index, which is made from the others."""
     return {name: data for name, data in handmade.tree(project.top / "saves").items() if name != "index.parquet"}
+
+
+def with_code_in_its_folder(project: Project) -> Path:
+    """Give the base model code of its own, which leaves a file where it runs; the manifest is made right."""
+    model, ran = project.top / "models" / "Tiny-Llama", project.top / "ran"
+    (model / "own.py").write_text(
+        f"open({str(ran)!r}, 'w').close()\n"
+        "from transformers import LlamaForCausalLM, LlamaConfig\n"
+        "class OwnConfig(LlamaConfig): pass\n"
+        "class OwnModel(LlamaForCausalLM): pass\n"
+    )
+    path = model / "config.json"
+    own = {"AutoConfig": "own.OwnConfig", "AutoModelForCausalLM": "own.OwnModel"}
+    path.write_text(json.dumps({**json.loads(path.read_text()), "auto_map": own}))
+    sha256 = base_models.identity_of(model)["sha256"]
+    copies.edit(project.run_folder("finetune"), lambda m: m["base_model"].update(sha256=sha256))
+    return ran
+
+
+def test_a_manifest_cannot_let_code_in_a_models_folder_run(ready):
+    ran = with_code_in_its_folder(ready)
+    copies.edit(ready.run_folder("finetune"), lambda m: m["recipe"].update(trust_remote_code=True))
+    result = evaluate(ready, STEPS="last")
+    assert result.status == 0, result.output
+    assert not ran.exists()
+
+
+@pytest.mark.parametrize(
+    ("recipe", "said"),
+    [
+        ({"template": "no such"}, "models/Tiny-Llama: cannot be loaded (ValueError: Template no such does not exist"),
+        ({"tool_format": "no such"}, "models/Tiny-Llama: cannot be loaded ("),
+        ({"train_from_scratch": True}, "its recipe sets train_from_scratch: True, with which it cannot be scored here"),
+        ({"add_tokens": ["a"]}, "recipe.add_tokens is ['a'], not a text"),
+    ],
+)
+def test_a_manifests_recipe_that_cannot_be_followed_is_one_line(ready, recipe, said):
+    copies.edit(ready.run_folder("finetune"), lambda m: m["recipe"].update(recipe))
+    assert said in one_error(evaluate(ready))
 
 
 def test_a_full_disk_is_one_line_and_leaves_the_scores_there_were(ready):

@@ -184,3 +184,27 @@ def test_all_collections_below_a_folder_are_found_and_hidden_ones_are_not(collec
     shutil.copytree(collected.run_folder("finetune"), collected.saves / "any name")
     found = discovery.find_collections([collected.top / "saves"])
     assert [path.name for path in found] == ["Tiny-Llama_lora-rank_4_finetune", "any name"]
+
+
+@pytest.mark.parametrize(
+    "change",
+    [
+        {"model_type": "lama"}, {"hidden_size": "many"}, {"hidden_size": 33}, {"num_attention_heads": 0},
+        {"hidden_act": "no such"}, {"vocab_size": -1}, {"rope_scaling": {"rope_type": 5}}, {"dtype": "flaot32"}, None,
+    ],
+    ids=str,
+)  # fmt: skip
+def test_a_damaged_config_of_the_base_model_is_one_line(folder, capsys, change):
+    path = verify.paths.MODELS / "Tiny-Llama" / "config.json"
+    path.write_text(json.dumps(json.loads(path.read_text()) | change) if change else '{"model_type": "llama", ')
+    found = verify.verify(folder, None)
+    assert len(found.faults) == 1 and "\n" not in found.faults[0]
+    assert "models/Tiny-Llama: cannot be loaded (" in found.faults[0] or "PEFT does not load" in found.faults[0]
+
+
+def test_a_base_of_another_shape_is_a_fault(folder, capsys):
+    path = verify.paths.MODELS / "Tiny-Llama" / "config.json"
+    config = json.loads(path.read_text())
+    path.write_text(json.dumps({**config, "hidden_size": 2 * config["hidden_size"]}))
+    (fault,) = verify.verify(folder, None).faults
+    assert fault.startswith("PEFT does not load checkpoint 12: ") and "size mismatch" in fault

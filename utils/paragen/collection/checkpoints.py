@@ -4,13 +4,13 @@ A process hashes a file when it first reads it, and again only after it changed.
 """
 
 import hashlib
-import json
 import os
 from collections.abc import Iterable, Iterator, Sequence
 from functools import lru_cache
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from paragen.collection import adapter_config as adapter_configs
 from paragen.collection.manifest import CheckpointEntry, Manifest
 from paragen.common import files, paths
 from paragen.common.cli import UserError
@@ -196,8 +196,11 @@ def factors_of(
 
 
 def adapter_config(folder: Path, manifest: Manifest) -> dict[str, Any]:
-    """The content of a collection's adapter_config.json. Raises UserError when it is gone or was edited."""
-    return json.loads(adapter_config_bytes(folder, manifest))
+    """The content of a collection's adapter_config.json, its hash and its values checked (see adapter_config.py).
+
+    Raises UserError when it is gone or was edited, or for a kind of adapter that is not loaded here.
+    """
+    return adapter_configs.parse(adapter_config_bytes(folder, manifest), paths.relative(folder / paths.ADAPTER_CONFIG))
 
 
 def adapter_config_bytes(folder: Path, manifest: Manifest) -> bytes:

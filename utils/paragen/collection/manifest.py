@@ -16,6 +16,7 @@ from typing import Any
 
 from paragen.collection import manifest_kinds as kinds
 from paragen.collection.manifest_kinds import Section, Unfit
+from paragen.collection.manifest_recipe import check_recipe
 from paragen.collection.run_files import checkpoint_name
 from paragen.common import files, paths
 from paragen.common.cli import UserError
@@ -322,7 +323,7 @@ def check_manifest(content: dict[str, Any], name: str, way_out: str) -> Manifest
             dataset=top.get("dataset", kinds.NAME),
             run=top.get("run", kinds.NAME),
             rank=top.get("rank", kinds.RANK),
-            recipe=top.get_optional("recipe", kinds.OBJECT),
+            recipe=top.section("recipe", check_recipe),
             data=top.sections("data", _data_of),
             base_model=top.section("base_model", _base_model_of),
             tokenizer=top.section("tokenizer", _tokenizer_of),

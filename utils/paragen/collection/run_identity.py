@@ -11,7 +11,7 @@ from importlib.metadata import version
 from pathlib import Path
 from typing import Any, NamedTuple
 
-from paragen.collection import presence, row_hashes, run_files
+from paragen.collection import adapter_config, presence, row_hashes, run_files
 from paragen.collection.manifest import read_manifest
 from paragen.collection.row_hashes import RowHashes
 from paragen.common import files, paths, settings
@@ -285,8 +285,7 @@ def check_resumable(checkpoint: Path, rank: int, how_to_make: str) -> None:
             f"{paths.relative(checkpoint)}: cannot be resumed, {missing[0]} is missing; "
             "a pretrain recipe keeps it with save_only_model: false"
         )
-    with open(checkpoint / paths.ADAPTER_CONFIG, encoding="utf-8") as file:
-        there = json.load(file).get("r")
+    there = adapter_config.read(checkpoint / paths.ADAPTER_CONFIG)["r"]
     if there != rank:
         raise UserError(
             f"{paths.relative(checkpoint)}: has rank {there}, not {rank}; name the rank in resume_from_checkpoint"

@@ -16,7 +16,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
-from paragen.collection import finishing, run_files, stock_files, verification
+from paragen.collection import adapter_config, finishing, run_files, stock_files, verification
 from paragen.collection.manifest import CheckpointEntry, new_manifest, read_manifest, write_manifest
 from paragen.common import files, paths, settings
 from paragen.common.cli import UserError
@@ -148,7 +148,7 @@ def check_adapter(checkpoint: Path) -> None:
     from safetensors.torch import load_file
 
     try:
-        adapter = json.loads((checkpoint / paths.ADAPTER_CONFIG).read_bytes())
+        adapter_config.read(checkpoint / paths.ADAPTER_CONFIG)
         load_file(checkpoint / paths.ADAPTER)
     except FileNotFoundError as error:
         raise UserError(f"{error.filename or checkpoint / paths.ADAPTER}: is missing; nothing was changed") from None
@@ -156,8 +156,6 @@ def check_adapter(checkpoint: Path) -> None:
         raise UserError(
             f"{checkpoint}: its adapter is broken ({error}); remove that folder to clean the run without it"
         ) from None
-    if adapter.get("peft_type") != "LORA":
-        raise UserError(f"{checkpoint}: holds no LoRA adapter")
 
 
 def plan(folder: Path, kept: list[Path]) -> Outcome:
@@ -195,7 +193,7 @@ def rebuild(folder: Path, kept: list[Path], others: Sequence[str]) -> None:
         for name in (run_files.LOG, run_files.PICTURE):
             if (folder / name).is_file():
                 shutil.copyfile(folder / name, staging / name)
-        adapter = json.loads((kept[-1] / paths.ADAPTER_CONFIG).read_bytes())
+        adapter = adapter_config.read(kept[-1] / paths.ADAPTER_CONFIG)
         base = base_of(adapter)
         shutil.copyfile(kept[-1] / paths.ADAPTER_CONFIG, staging / paths.ADAPTER_CONFIG)
         finishing.set_base_name(staging / paths.ADAPTER_CONFIG, base)

@@ -7,11 +7,12 @@ from collections.abc import Sequence
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
-from paragen.collection import evaluation, presence
+from paragen.collection import adapter_config, evaluation, presence
 from paragen.collection.manifest import CheckpointEntry, Manifest
 from paragen.collection.run_files import checkpoint_name
 from paragen.common import devices, files, paths, safetensors_header
 from paragen.common.cli import UserError
+from paragen.model import loading
 
 # By a safetensors dtype: the bytes of a value, and the bits of its exponent.
 EXPONENTS = {"F64": (8, 0x7FF << 52), "F32": (4, 0xFF << 23), "BF16": (2, 0xFF << 7), "F16": (2, 0x1F << 10)}
@@ -31,6 +32,11 @@ def faults_of(folder: Path, manifest: Manifest) -> list[str]:
     kept = manifest.recipe and manifest.recipe.get("save_total_limit")
     if kept and len(steps) != kept:
         faults.append(f"{len(steps)} checkpoints, but the recipe keeps {kept}")
+    if (folder / paths.ADAPTER_CONFIG).is_file():
+        try:
+            adapter_config.parse((folder / paths.ADAPTER_CONFIG).read_bytes(), paths.ADAPTER_CONFIG)
+        except UserError as error:
+            faults.append(str(error))
     try:
         if (scores := evaluation.bytes_in(folder)) is not None:
             evaluation.parse(scores, manifest, evaluation.FILE)
@@ -104,6 +110,7 @@ _loaded: set[tuple[Path, bytes, str]] = set()  # what PEFT loaded without a faul
 def peft_faults(folder: Path, step: int, base: Path) -> list[str]:
     """What PEFT reports when it loads one checkpoint onto the base model's structure, without the base's weights.
 
+    PEFT gets the checked keys of adapter_config.json (adapter_config.py), and no code of the base's folder runs.
     That depends on adapter_config.json and on the checkpoint's keys, dtypes and shapes, but on no value: collections
     that are equal in these are loaded once.
     """
@@ -128,19 +135,18 @@ def _load_with_peft(folder: Path, step: int, base: Path) -> list[str]:
         AutoModelForImageTextToText,
     )
 
-    config = AutoConfig.from_pretrained(base, trust_remote_code=False)
-    reads_pictures = type(config) in MODEL_FOR_IMAGE_TEXT_TO_TEXT_MAPPING  # as LLaMA-Factory chooses the class
-    with torch.device("meta"):
-        model = (AutoModelForImageTextToText if reads_pictures else AutoModelForCausalLM).from_config(config)
+    with loading.as_user_error(base, "download the model again"), torch.device("meta"):
+        config = AutoConfig.from_pretrained(base, trust_remote_code=False)
+        reads_pictures = type(config) in MODEL_FOR_IMAGE_TEXT_TO_TEXT_MAPPING  # as LLaMA-Factory chooses the class
+        kind = AutoModelForImageTextToText if reads_pictures else AutoModelForCausalLM
+        model = kind.from_config(config, trust_remote_code=False)
+    settings = adapter_config.read(folder / paths.ADAPTER_CONFIG)
     with tempfile.TemporaryDirectory() as adapter:
-        for name, source in (
-            (paths.ADAPTER, folder / checkpoint_name(step)),
-            (paths.ADAPTER_CONFIG, folder / paths.ADAPTER_CONFIG),
-        ):
-            os.symlink(source.absolute(), Path(adapter, name))
+        os.symlink((folder / checkpoint_name(step)).absolute(), Path(adapter, paths.ADAPTER))
         try:
-            loaded = PeftModel.from_pretrained(model, adapter, low_cpu_mem_usage=True)
-        except (ValueError, RuntimeError, TypeError, KeyError) as error:
+            made = adapter_config.lora_config(settings)
+            loaded = PeftModel.from_pretrained(model, adapter, config=made, low_cpu_mem_usage=True)
+        except (ValueError, RuntimeError, TypeError, LookupError, AttributeError) as error:
             return [f"PEFT does not load checkpoint {step}: {' '.join(str(error).split())[:300]}"]
         with safe_open(Path(adapter, paths.ADAPTER), "pt") as file:
             stored = set(file.keys())

@@ -190,6 +190,14 @@ def storage_fault(error: BaseException) -> str | None:
     return None
 
 
+def is_out_of_memory(error: BaseException) -> bool:
+    """Whether an exception means too little memory. PyTorch's CPU allocator states it in its text only."""
+    torch = sys.modules.get("torch")
+    if isinstance(error, MemoryError) or (torch is not None and isinstance(error, torch.OutOfMemoryError)):
+        return True
+    return isinstance(error, RuntimeError) and "can't allocate memory" in str(error)
+
+
 def complain(message: str) -> None:
     """Print `error: message` on stderr and continue."""
     print(f"error: {message}", file=sys.stderr, flush=True)

@@ -91,11 +91,6 @@ NOT_TOKENISED = SCHEDULE | BATCH | SAVING | ADAPTER | MEMORY | {
 # Keys with which the tokens depend on more than the dataset's rows, so that runs cannot share them.
 UNSHARED_TOKENS = {"eval_dataset", "tokenized_path", "streaming"}
 
-# LLaMA-Factory's model keys that state where a base model is or how it is trained, but not what it is.
-NOT_OF_THE_MODEL = {
-    "model_name_or_path", "adapter_name_or_path", "cache_dir", "enable_liger_kernel", "use_unsloth", "flash_attn",
-}  # fmt: skip
-
 # --------------------------------------------------------------------------------------- what the packed engine follows
 
 # Keys that the packed engine follows whatever their value is.

@@ -1,49 +1,55 @@
 """A base model loaded to be scored, as LLaMA-Factory loads it for a recipe."""
 
-import dataclasses
+import contextlib
 import os
 from pathlib import Path
 from typing import Any
 
 import torch
-from llamafactory.hparams import ModelArguments, get_infer_args
+from llamafactory.hparams import get_infer_args
 from llamafactory.model import load_config, load_model, load_tokenizer
 from transformers import PreTrainedModel
 from transformers.utils.logging import disable_progress_bar
 
 from paragen.collection import manifest as manifest_records
+from paragen.collection import manifest_recipe
 from paragen.collection.manifest import Manifest
 from paragen.common import paths
 from paragen.common.cli import UserError
-from paragen.model import base_models, model_files
+from paragen.model import base_models, loading, model_files
 from paragen.packed.model import use_fused_kernels
-from paragen.recipes import keys, templates
+from paragen.recipes import templates
 from paragen.scoring import attention
 
 WAY_OUT = "put its files back, or collect again with FORCE=1"
 
 
 class BaseModel:
-    """A base model and its tokenizer.
+    """A base model and its tokenizer. No code in the model's folder runs, whatever the recipe says.
 
     Args:
-        recipe: the one in a collection's manifest.
+        recipe: the one in a collection's manifest, of which manifest_recipe.py takes what decides model and tokens.
         folder: the model's.
         loaded: the model, where it has been loaded already; then only the tokenizer is loaded.
 
-    `key` is equal for recipes that can share a model; `dtype` is what the model computes in.
+    `key` is equal for recipes that can share a model; `dtype` is what the model computes in. Raises UserError for a
+    recipe or a folder that LLaMA-Factory cannot load a tokenizer from; `model` does so for the model.
     """
 
     def __init__(self, recipe: dict[str, Any], folder: Path, loaded: PreTrainedModel | None = None):
         templates.register()
         self.folder, self.key, self.dtype = folder, base_key(recipe, folder), dtype_of(recipe)
-        texts = {key: value for key, value in recipe.items() if key in keys.TEXT}
-        self.model_args, self.data_args, self.finetuning_args, _ = get_infer_args({
-            **model_keys(recipe), **texts, "model_name_or_path": str(folder),
+        given = {
+            **loading_settings(recipe, folder),
+            **manifest_recipe.text_settings(recipe),
+            "model_name_or_path": str(folder),
             "infer_dtype": str(self.dtype).removeprefix("torch."),
-        })  # fmt: skip
-        self.model_args.device_map = {"": "cuda:0" if torch.cuda.is_available() else "cpu"}
-        self.tokenizer_module = load_tokenizer(self.model_args)
+            "trust_remote_code": False,
+        }
+        with naming(folder):
+            self.model_args, self.data_args, self.finetuning_args, _ = get_infer_args(given)
+            self.model_args.device_map = {"": "cuda:0" if torch.cuda.is_available() else "cpu"}
+            self.tokenizer_module = load_tokenizer(self.model_args)
         self.loaded = loaded
 
     @property
@@ -53,7 +59,8 @@ class BaseModel:
             tokenizer = self.tokenizer_module["tokenizer"]
             if not os.isatty(2):
                 disable_progress_bar()
-            self.loaded = load_model(tokenizer, self.model_args, self.finetuning_args, False)
+            with naming(self.folder):
+                self.loaded = load_model(tokenizer, self.model_args, self.finetuning_args, False)
             for parameter in self.loaded.parameters():  # LLaMA-Factory keeps the dtype in which the file stores them
                 parameter.data = parameter.data.to(self.dtype)
         return self.loaded
@@ -89,7 +96,7 @@ def base_for(manifest: Manifest, loaded: BaseModel | None) -> BaseModel:
 
 def base_key(recipe: dict[str, Any], folder: Path) -> tuple:
     """A key that is equal for collections that can share a loaded base model."""
-    return str(folder), str(model_keys(recipe)), dtype_of(recipe)
+    return str(folder), str(loading_settings(recipe, folder)), dtype_of(recipe)
 
 
 def folder_of(manifest: Manifest) -> Path:
@@ -118,7 +125,11 @@ def dtype_of(recipe: dict[str, Any]) -> torch.dtype:
     return torch.bfloat16 if recipe.get("bf16") else torch.float16 if recipe.get("fp16") else torch.float32
 
 
-def model_keys(recipe: dict[str, Any]) -> dict[str, Any]:
+def loading_settings(recipe: dict[str, Any], folder: Path) -> dict[str, Any]:
     """The keys of a recipe that decide what the base model is; collections where they are equal can share it."""
-    known = {field.name for field in dataclasses.fields(ModelArguments)} - keys.NOT_OF_THE_MODEL
-    return {key: value for key, value in recipe.items() if key in known}
+    return manifest_recipe.loading_settings(recipe, paths.relative(folder))
+
+
+def naming(folder: Path) -> contextlib.AbstractContextManager[None]:
+    """While the body runs, turn what a base model's files or settings lead libraries to raise into a UserError."""
+    return loading.as_user_error(folder, WAY_OUT)

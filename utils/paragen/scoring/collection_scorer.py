@@ -15,7 +15,7 @@ from paragen.collection.index import Chosen
 from paragen.common import devices
 from paragen.common.cli import UserError
 from paragen.scoring import attention, factors, peft_comparison
-from paragen.scoring.base_model import BaseModel
+from paragen.scoring.base_model import BaseModel, naming
 from paragen.scoring.checkpoint_scores import CheckpointScore, score_checkpoint
 from paragen.scoring.factor_reader import FactorReader
 from paragen.scoring.factors import Factors
@@ -52,7 +52,8 @@ class CollectionScorer:
     def __init__(self, chosen: Chosen, base: BaseModel, split: Split, metric: str):
         self.base, self.metric, self.folder = base, metric, chosen.folder
         self.reader = FactorReader(chosen.folder, chosen.manifest, base)
-        self.encoder = Encoder(base.tokenizer_module, base.data_args, base.max_tokens)
+        with naming(base.folder):
+            self.encoder = Encoder(base.tokenizer_module, base.data_args, base.max_tokens)
         self.questions = self.encoder.questions(split, metric)
 
     def scores(self, steps: list[int]) -> Iterator[dict[int, CheckpointScore]]:

@@ -47,7 +47,10 @@ def concatenate(groups: list[Factors]) -> Factors:
 
 def check_plain_lora(config: dict[str, Any]) -> None:
     """Raise UserError for an adapter_config.json of a kind of LoRA that cannot be scored here."""
-    for key in ("use_dora", "rank_pattern", "alpha_pattern", "modules_to_save", "bias"):
+    for key in (
+        "use_dora", "rank_pattern", "alpha_pattern", "modules_to_save", "bias", "use_qalora", "lora_bias",
+        "layer_replication", "trainable_token_indices", "alora_invocation_tokens",
+    ):  # fmt: skip
         if config.get(key) not in (None, False, "none", {}, []):
             raise UserError(f"adapter_config.json: {key} is {config[key]!r}; only plain LoRA is scored here")
 

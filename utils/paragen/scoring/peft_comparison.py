@@ -3,10 +3,12 @@
 from pathlib import Path
 
 import torch
-from peft import LoraConfig, PeftModel, set_peft_model_state_dict
+from peft import PeftModel, set_peft_model_state_dict
 from torch import Tensor
 from transformers import PreTrainedModel
 
+from paragen.collection import adapter_config
+from paragen.common import cli, paths
 from paragen.common.cli import UserError
 from paragen.packed.model import unload_adapter
 from paragen.scoring import decoding
@@ -45,12 +47,18 @@ def peft_losses(
         tensors: a checkpoint by PEFT's keys.
         questions: the compared ones.
 
-    Returns two lists, for the base model and for the checkpoint.
+    Returns two lists, for the base model and for the checkpoint. Raises UserError where PEFT does not load the
+    checkpoint onto the base model.
     """
-    config = LoraConfig.from_pretrained(str(folder))
-    config.inference_mode = True
-    adapted = PeftModel(model, config)
-    set_peft_model_state_dict(adapted, tensors)
+    config = adapter_config.read(folder / paths.ADAPTER_CONFIG)
+    try:
+        adapted = PeftModel(model, adapter_config.lora_config(config))
+        set_peft_model_state_dict(adapted, tensors)
+    except (ValueError, RuntimeError, TypeError, LookupError, AttributeError) as error:
+        if cli.storage_fault(error) is not None or cli.is_out_of_memory(error):
+            raise
+        text = " ".join(str(error).split())[:300]
+        raise UserError(f"{paths.relative(folder)}: PEFT does not load it onto its base model: {text}") from error
     adapted.eval()
     with adapted.disable_adapter():
         base = [plain_loss(adapted, question) for question in questions]

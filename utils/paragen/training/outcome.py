@@ -1,14 +1,13 @@
 """How a run ended, as a value. The process that ran it writes it as JSON; the one that started it reads it."""
 
 import json
-import sys
 from collections.abc import Callable
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Literal
 
 from paragen.common import cli, files
-from paragen.common.cli import UserError
+from paragen.common.cli import UserError, is_out_of_memory
 
 Kind = Literal["done", "running", "out_of_memory", "not_packable", "killed", "stopped", "failed"]
 
@@ -71,14 +70,6 @@ def outcome_of(error: BaseException) -> Outcome:
     if is_out_of_memory(error):
         return Outcome("out_of_memory", one_line(error))
     return Outcome("failed", cli.storage_fault(error) or one_line(error))
-
-
-def is_out_of_memory(error: BaseException) -> bool:
-    """Whether an exception means too little memory. PyTorch's CPU allocator states it in its text only."""
-    torch = sys.modules.get("torch")
-    if isinstance(error, MemoryError) or (torch is not None and isinstance(error, torch.OutOfMemoryError)):
-        return True
-    return isinstance(error, RuntimeError) and "can't allocate memory" in str(error)
 
 
 def one_line(error: BaseException) -> str:

@@ -75,7 +75,7 @@ def train(job: dict) -> None:
         run_exp(arguments, [rules, collector] if collector else [rules])
     except BaseException as error:
         print(file=sys.stderr, flush=True)  # the next message starts a new line after the progress bar
-        if outcome.is_out_of_memory(error):
+        if cli.is_out_of_memory(error):
             raise outcome.OutOfMemory(
                 f"{recipe}: out of device memory; halve per_device_train_batch_size and double "
                 "gradient_accumulation_steps, or set disable_gradient_checkpointing: false"

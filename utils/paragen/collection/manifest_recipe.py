@@ -1,0 +1,90 @@
+"""The recipe in a manifest, which may come from a stranger: the kinds of its values, and what scoring takes from it.
+
+Scoring gives LLaMA-Factory the keys of MODEL and TEXT and no other: what the base model is, and how prompts become
+tokens. `trust_remote_code` is not among them, so that no code in a model's folder runs for a manifest's sake.
+"""
+
+from typing import Any
+
+from paragen.collection import manifest_kinds as kinds
+from paragen.collection.manifest_kinds import Kind, Section
+from paragen.common.cli import UserError
+
+DEEPEST = 6  # levels of lists and objects in a recipe's value
+
+
+def one_of(*values: Any) -> Kind:
+    """One of some values; true is not 1."""
+    return Kind(
+        " or ".join(map(str, values)), lambda value: any(type(value) is type(one) and value == one for one in values)
+    )
+
+
+PROSE = Kind("a text", lambda value: isinstance(value, str))
+# What LLaMA-Factory makes of a base model's weights and tokenizer when it loads them.
+MODEL = {
+    **dict.fromkeys(
+        ("use_fast_tokenizer", "split_special_tokens", "resize_vocab", "double_quantization"), kinds.YES_OR_NO
+    ),
+    "add_tokens": PROSE,
+    "add_special_tokens": PROSE,
+    "rope_scaling": one_of("linear", "dynamic", "yarn", "llama3"),
+    "quantization_bit": one_of(2, 3, 4, 5, 6, 8),
+    "quantization_method": one_of("bnb", "hqq", "eetq"),
+    "quantization_type": one_of("nf4", "fp4"),
+}
+TEXT = {
+    "template": kinds.TEXT,
+    "default_system": PROSE,
+    "tool_format": kinds.TEXT,
+    "enable_thinking": kinds.YES_OR_NO,
+    "preserve_thinking": kinds.YES_OR_NO,
+}
+DTYPE = dict.fromkeys(("bf16", "fp16"), kinds.YES_OR_NO)
+# What cards, tables and checks read besides.
+SHOWN = {
+    "dataset": kinds.TEXT,
+    "lr_scheduler_type": kinds.TEXT,
+    "learning_rate": kinds.NUMBER,
+    "max_steps": kinds.NUMBER,
+    **dict.fromkeys(("per_device_train_batch_size", "gradient_accumulation_steps", "save_total_limit"), kinds.COUNT),
+    "lora_target": Kind(
+        "a text of one line or a list of them", lambda value: kinds.TEXT.fits(value) or kinds.LINES.fits(value)
+    ),
+}
+KINDS = MODEL | TEXT | DTYPE | SHOWN
+# Keys with which the trained model was another than the base model on disk, loaded by the keys of MODEL.
+NOT_SCORED = ("mixture_of_depths", "train_from_scratch", "shift_attn", "new_special_tokens_config")
+
+
+def check_recipe(section: Section) -> dict[str, Any]:
+    """A manifest's recipe. Raises Unfit for a value that its key cannot have, or that is nested too deeply."""
+    for key, value in section.value.items():
+        if key in KINDS:
+            section.get(key, KINDS[key], nullable=True)
+        elif not _is_flat(value, DEEPEST):
+            raise kinds.Unfit(f"{section.place}{key} is nested more than {DEEPEST} levels deep")
+    return section.value
+
+
+def loading_settings(recipe: dict[str, Any], name: str) -> dict[str, Any]:
+    """The keys of a manifest's recipe that decide what the base model is; collections where they are equal share it.
+
+    Raises UserError, calling the collection `name`, where the recipe trained another model than these keys load.
+    """
+    if other := [key for key in NOT_SCORED if recipe.get(key)]:
+        raise UserError(
+            f"{name}: its recipe sets {other[0]}: {recipe[other[0]]!r}, with which it cannot be scored here"
+        )
+    return {key: recipe[key] for key in MODEL if key in recipe}
+
+
+def text_settings(recipe: dict[str, Any]) -> dict[str, Any]:
+    """The keys of a manifest's recipe that decide how prompts become tokens."""
+    return {key: recipe[key] for key in TEXT if key in recipe}
+
+
+def _is_flat(value: Any, levels: int) -> bool:
+    """Whether lists and objects are nested at most `levels` deep in a JSON value."""
+    inner = value.values() if isinstance(value, dict) else value if isinstance(value, list) else None
+    return inner is None or (levels > 0 and all(_is_flat(one, levels - 1) for one in inner))
