@@ -11,6 +11,7 @@ from paragen.dataset import dataset_info
 
 T = TypeVar("T")
 DTYPES = ("float32", "bfloat16", "float16")
+HUB_ID_FORM = re.compile(r"[A-Za-z0-9_][\w.-]{0,95}(/[\w.-]{1,96})?", re.ASCII)
 LARGEST = 2**53 - 1  # JSON readers that keep numbers as float64 hold all whole numbers up to here
 
 
@@ -48,7 +49,7 @@ def is_number(value: Any) -> bool:
 TEXT = Kind("a text of one line", lambda value: isinstance(value, str) and value.isprintable())
 NAME = Kind("the plain name of a file or folder", is_plain_name)
 PATH = Kind("a path", lambda value: isinstance(value, str) and value.isprintable() and value != "")
-HUB_ID = Kind("a hub id", lambda value: isinstance(value, str) and bool(re.fullmatch(r"[\w.-]+(/[\w.-]+)?", value)))
+HUB_ID = Kind("a hub id", lambda value: isinstance(value, str) and bool(HUB_ID_FORM.fullmatch(value)))
 SHA256 = Kind("a SHA-256", lambda value: isinstance(value, str) and bool(re.fullmatch(r"[0-9a-f]{64}", value)))
 TIME = Kind("a time with its time zone", is_time)
 WHOLE = Kind("a whole number from 0 up", lambda value: type(value) is int and 0 <= value <= LARGEST)
