@@ -2,11 +2,20 @@
 
 import copy
 import json
+import os
+import sys
 from datetime import timedelta
 from pathlib import Path
 
 import pytest
 
+import disk
+import export
+import index as index_script
+import publish
+import report
+import stats
+import verify
 from paragen.collection import discovery, index
 from paragen.collection.manifest import (
     CheckpointEntry,
@@ -16,6 +25,7 @@ from paragen.collection.manifest import (
     sealed,
     write_manifest,
 )
+from paragen.common import paths
 from paragen.common.cli import UserError
 
 HASH = "0" * 64
@@ -189,6 +199,17 @@ HOSTILE = [
     ("versions", {"torch": "2\n0"}, "versions is"),
     ("attempt.started", "yesterday", "attempt.started is 'yesterday', not a time with its time zone"),
     ("attempt.started", "2026-01-01T00:00:00", "not a time with its time zone"),
+    ("recipe.seed", 10**40, "recipe.seed is 1000"),
+    ("recipe.seed", float("nan"), "recipe.seed is nan, not finite numbers"),
+    ("recipe.learning_rate", "fast", "recipe.learning_rate is 'fast', not a finite number"),
+    ("recipe.save_total_limit", {}, "recipe.save_total_limit is {}, not a whole number"),
+    ("recipe.template", ["qwen"], "recipe.template is ['qwen'], not a text"),
+    ("recipe.lr_scheduler_kwargs", [[[[[[[1]]]]]]], "recipe.lr_scheduler_kwargs is [[[[[[[1]]]]]]], not "),
+    ("run", "x" * 256, "not the plain name of a file or folder"),
+    ("data.0.file", "math/" + "x" * 256, "not a path"),
+    ("trained_rows", "many", "trained_rows is 'many', not a whole number"),
+    ("seed", 10**40, "seed is 1000"),
+    ("pretrain", [], "pretrain is [], not an object"),
     ("converted.to", "load", "converted.to is 'load', not a dtype"),
 ]  # fmt: skip
 
@@ -215,6 +236,8 @@ def test_a_name_that_may_lead_out_of_its_folder_is_refused(key, name):
         json.dumps(WHOLE | {"format": 3}).encode(), json.dumps(WHOLE | {"seed": 1}).encode(),
         json.dumps(WHOLE | {"sha256": None}).encode(), json.dumps(WHOLE | {"sha256": ["x"]}).encode(),
         json.dumps({**WHOLE, "new": "\ud800"}).encode(),
+        json.dumps(sealed({**WHOLE, "new": json.loads("[" * 400 + "]" * 400)})).encode(),
+        json.dumps(sealed({**WHOLE, "new": "x" * 2**25})).encode(),
     ],
 )  # fmt: skip
 def test_bytes_that_are_no_manifest_end_in_one_line(data):
@@ -228,6 +251,49 @@ def test_a_missing_key_is_named_or_was_not_there_from_the_first(key):
         assert getattr(parsed(content), key, None) is None
     except UserError as error:
         assert f"has no {key!r}" in str(error) or "not a manifest of format 2" in str(error)
+
+
+@pytest.mark.parametrize("kind", ["fifo", "folder", "link to a device"])
+def test_what_is_no_file_ends_in_one_line(tmp_path, kind):
+    path = tmp_path / "manifest.json"
+    make = {"fifo": os.mkfifo, "folder": os.mkdir, "link to a device": lambda path: path.symlink_to("/dev/zero")}
+    make[kind](path)
+    with pytest.raises(UserError, match=r"manifest.json: cannot be read: .+"):
+        read_manifest(tmp_path)
+
+
+ODD = (
+    {"seed": 10**40}, {"pretrain": {"run": "a/b", "step": 1}}, {"pretrain": []}, {"trained_rows": "x"}, {"data": "x"},
+    {"base_model": 5}, {"tokenizer": "x"}, {"new": json.loads("[" * 400 + "]" * 400)}, {"recipe": {"template": [1]}},
+    {"rank": "4"}, {"checkpoints": [{"step": 1}]}, {"run": 5}, {"versions": {"torch": 2}}, {"attempt": []},
+)  # fmt: skip
+COMMANDS = {
+    "index": index_script, "stats": stats, "export": export, "report": report, "disk": disk,
+    "verify": verify, "publish": publish,
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("command", COMMANDS)
+def test_odd_manifests_of_other_collections_stop_no_command(place, capsys, monkeypatch, command):
+    folder: Path = place.collect(dataset="A", model="Fine")
+    content = json.loads((folder / "manifest.json").read_bytes())
+    for number, values in enumerate(ODD):
+        other = folder.parent.parent / "B" / f"Odd-{number}_lora-rank_4_finetune"
+        other.mkdir(parents=True)
+        (other / "manifest.json").write_text(json.dumps(sealed({**content, **values})))
+    lone = folder.with_name("Lone_lora-rank_4_finetune")
+    lone.mkdir()
+    (lone / "manifest.json").write_text('{"phase": "finetune", "x": "\\ud800"}')
+    wanted = {"DATASET": "A", "MODEL": "Fine", "OUT": str(place.out), "FORMAT": "peft", "DRY_RUN": "1", "REPO": "a/b"}
+    wanted |= {"ALLOW_UNKNOWN_LICENSE": "1"}
+    for name, value in wanted.items():
+        monkeypatch.setenv(name, value)
+    monkeypatch.setattr(sys, "argv", [command])
+    for needed in ("MODELS", "SCRIPTS"):
+        monkeypatch.setattr(paths, needed, place.saves.parent / needed.lower())
+    result = COMMANDS[command].main()
+    if command == "index":
+        assert "15 " in capsys.readouterr().err or result == 1
 
 
 def test_a_strangers_manifest_below_saves_is_named_and_nothing_else_suffers(place, capsys):

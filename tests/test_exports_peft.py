@@ -1,10 +1,13 @@
 """FORMAT=peft: folders that PEFT loads with the collected weights, for every kind of model."""
 
+import ast
 import os
+import shlex
 import subprocess
 from pathlib import Path
 
 import pytest
+import yaml
 from conftest import CATEGORY, ROOT
 from helpers import scored
 from helpers.forked_python import PYTHON
@@ -172,3 +175,29 @@ def test_the_model_card_links_the_base_only_by_its_hub_id(place):
         "base_model: org/tiny\n" in cards["A"] and "vllm serve org/tiny --enable-lora --max-lora-rank 8" in cards["A"]
     )
     assert "base_model:" not in cards["B"]
+
+
+@pytest.mark.parametrize("model", ['a"); import os; os.getcwd("', "a`$(id)`", "a<script>[b](c)", "a'b c"])
+def test_no_name_in_a_manifest_becomes_code_in_the_model_card(place, model):
+    place.collect(dataset="A", model=model, folder="A_lora-rank_4_finetune")
+    card = next(place.export("peft").rglob("checkpoint-5/README.md")).read_text()
+    code = card.split("```python\n")[1].split("```")[0]
+    strings = [node.value for node in ast.walk(ast.parse(code)) if isinstance(node, ast.Constant)]
+    assert sorted(strings) == sorted([f"models/{model}", "this folder"])
+    called = [node.func for node in ast.walk(ast.parse(code)) if isinstance(node, ast.Call)]
+    assert [getattr(function, "attr", None) for function in called] == ["from_pretrained"] * 2
+    command = next(line for line in card.splitlines() if "vllm serve" in line).strip("` ")
+    assert shlex.split(command)[2] == f"models/{model}"
+    assert "<script>" not in card.replace("\\<", "").replace(code, "").replace(command, "")
+
+
+@pytest.mark.parametrize("hub_id", ["a/b\nimport os", 'a/b"', "a/b/c", "-x/b", "../b", "a/" + "b" * 200, "ä/b"])
+def test_a_hub_id_that_is_none_is_refused(place, hub_id):
+    place.collect(dataset="A", hub_id=hub_id)
+    assert "base_model.hub_id is " in place.refused("peft")
+
+
+def test_a_hub_id_that_yaml_would_read_as_another_type_is_quoted(place):
+    place.collect(dataset="A", hub_id="1e5")
+    front = next(place.export("peft").rglob("checkpoint-5/README.md")).read_text().split("---\n")[1]
+    assert yaml.safe_load(front)["base_model"] == "1e5"

@@ -182,3 +182,46 @@ def test_a_seed_other_than_the_recipes_is_named_in_the_folders(recipe):
     assert render.render(recipe, 8, ["seed=7"])["output_dir"] == "saves/M_lora-rank_8_finetune"
     edit(recipe, "M_lora-rank_8_finetune", "plain_finetune")
     assert render.render(recipe, 8, ["seed=3"])["output_dir"] == "saves/plain_seed-3_finetune"
+
+
+@pytest.mark.parametrize(
+    "value",
+    ["${oc.env:A_SECRET}", "x${oc.env:A_SECRET,y}", '"${${where}:A_SECRET}"', "[a, {b: '${oc.env:A_SECRET}'}]"],
+)
+def test_a_resolver_is_refused_and_what_it_reads_is_not_shown(recipe, monkeypatch, value):
+    monkeypatch.setenv("A_SECRET", "hf_do_not_show")
+    recipe.write_text(f"{RECIPE}where: oc.env\nrun_name: {value}\n")
+    with pytest.raises(UserError) as refused:
+        render.render(recipe, 8)
+    assert "calls a resolver" in str(refused.value) and str(recipe) in str(refused.value)
+    with pytest.raises(UserError, match="calls a resolver"):
+        render.parse_overrides(["run_name=${oc.env:A_SECRET}"])
+
+
+def test_another_key_of_the_recipe_can_be_referred_to(recipe):
+    recipe.write_text(f"{RECIPE}run_name: '${{dataset}}: ${{learning_rate}}'\n")
+    assert render.render(recipe, 8)["run_name"] == "D: 5e-05"
+
+
+@pytest.mark.parametrize(
+    ("content", "said"),
+    [
+        (b"a: " + b"[" * 3000 + b"]" * 3000, "nested too deeply"),
+        (b"{a: " * 3000 + b"1" + b"}" * 3000, "nested too deeply"),
+        (b"a: " + b"9" * 9000, "not a recipe"),
+        (b"a: &a [1,1]\n" + b"".join(b"b%d: &b%d [%s]\n" % (n, n, b"*a," * 9) for n in range(9)), "YAML aliases"),
+        (b"a: " + b"x" * 2_000_000, "2000003 bytes"),
+    ],
+)
+def test_a_recipe_that_would_take_all_memory_or_stack_is_refused(recipe, content, said):
+    recipe.write_bytes(content)
+    with pytest.raises(UserError, match=said) as refused:
+        render.render(recipe, 8)
+    assert str(recipe) in str(refused.value) and "\n" not in str(refused.value)
+
+
+@pytest.mark.parametrize("folder", ["/", "..", ".", "../..", "~", "/.."])
+def test_a_run_folder_that_holds_other_things_is_refused(recipe, folder):
+    edit(recipe, "output_dir: saves/M_lora-rank_8_finetune", f"output_dir: {folder!r}")
+    with pytest.raises(UserError, match="name a folder for this run alone"):
+        render.render(recipe, 8)

@@ -380,6 +380,13 @@ def test_a_resumed_checkpoint_of_another_rank_is_refused(pretrained):
     assert "has rank 4, not 2" in one_error_line(pretrained.train(pretrained.finetune, rank=2))
 
 
+@pytest.mark.parametrize("content", ["{", "[]", '{"peft_type": "LORA", "r": 4, "megatron_core": "this"}', None])
+def test_a_broken_adapter_config_of_a_resumed_checkpoint_is_one_line(pretrained, content):
+    path = pretrained.run_folder("pretrain") / "checkpoint-4" / "adapter_config.json"
+    path.write_text(content) if content else path.unlink()
+    assert "checkpoint-4/adapter_config.json: " in one_error_line(pretrained.train(pretrained.finetune))
+
+
 def test_more_kept_steps_than_remain_are_refused(pretrained):
     line = one_error_line(pretrained.train(pretrained.finetune, "save_total_limit=9"))
     assert "only 8 remain" in line and "max_steps to 13" in line

@@ -13,7 +13,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, NamedTuple
 
 from paragen.collection.manifest_kinds import Kind, Unfit, check, is_number
-from paragen.common import paths
+from paragen.common import files, paths
 from paragen.common.cli import UserError
 
 if TYPE_CHECKING:
@@ -191,7 +191,7 @@ DEFAULTS = {"megatron_config": None, "megatron_core": "megatron.core", "arrow_co
 def read(path: Path) -> dict[str, Any]:
     """The content of an adapter_config.json, checked. Raises UserError when it is gone, broken or refused."""
     try:
-        data = path.read_bytes()
+        data = files.read_up_to(path, LARGEST_FILE + 1)
     except FileNotFoundError:
         raise UserError(f"{paths.relative(path)}: is missing") from None
     return parse(data, paths.relative(path))

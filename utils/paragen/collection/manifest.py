@@ -8,7 +8,7 @@ code that has a `Manifest` relies on it.
 import json
 import platform
 from collections.abc import Sequence
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict
 from datetime import datetime
 from importlib.metadata import version
 from pathlib import Path
@@ -17,14 +17,30 @@ from typing import Any
 from paragen.collection import manifest_kinds as kinds
 from paragen.collection.manifest_kinds import Section, Unfit
 from paragen.collection.manifest_recipe import check_recipe
-from paragen.collection.run_files import checkpoint_name
+from paragen.collection.manifest_records import (
+    IDENTITY,
+    Attempt,
+    BaseModel,
+    CheckpointEntry,
+    Conversion,
+    Manifest,
+    ResumedPretrain,
+    Tokenizer,
+    TrainedData,
+)
 from paragen.common import files, paths
 from paragen.common.cli import UserError
 from paragen.dataset import dataset_info
 
+__all__ = [
+    "IDENTITY", "Attempt", "BaseModel", "CheckpointEntry", "Conversion", "Manifest", "ResumedPretrain", "Tokenizer",
+    "TrainedData", "attempt_facts", "check_manifest", "new_manifest", "parse_manifest", "phase_named_in",
+    "read_manifest", "require_manifest", "sealed", "write_manifest",
+]  # fmt: skip
 FORMAT = 2
+LARGEST_FILE = 2**24  # bytes; one of 100 checkpoints has 20,000
+DEEPEST = 16  # levels of lists and objects
 PACKAGES = ("llamafactory", "transformers", "peft", "accelerate", "datasets", "torch", "safetensors")
-IDENTITY = ("recipe", "data", "base_model", "tokenizer", "pretrain")  # the sections that run_identity.py makes
 COUNTS = ("processes", "threads", "rows_at_a_time", "accumulated", "packed_with")
 # Keys that every manifest has; all others came later and may be missing.
 KEYS = (
@@ -32,179 +48,11 @@ KEYS = (
 )  # fmt: skip
 
 
-@dataclass(frozen=True)
-class CheckpointEntry:
-    """One checkpoint of a run: a file of a collection, or a folder `checkpoint-<step>/` of a pretrain run.
-
-    Attributes:
-        step: the optimizer step after which it was saved, from 1 up.
-        loss: the training loss that was logged at this step; None where none was.
-        learning_rate: the one that was logged at this step; None where none was.
-        bytes: the size of the file, or of all files in the folder.
-        sha256: of the file's bytes; of a folder, the hash over the hashes of the files that a resumed run reads.
-    """
-
-    step: int
-    loss: float | None
-    learning_rate: float | None
-    bytes: int
-    sha256: str
-
-    @property
-    def file_name(self) -> str:
-        """The checkpoint's file in a collection."""
-        return checkpoint_name(self.step)
-
-
-@dataclass(frozen=True)
-class TrainedData:
-    """One dataset that a run was trained on.
-
-    Attributes:
-        name: its key in data/dataset_info.json.
-        file: its data file, relative to data/.
-        entry: its entry in dataset_info.json, without `file_name`.
-        rows: how many rows were trained on, the file's first ones.
-        rows_sha256: their hash.
-        sha256: the hash of the whole file; None in manifests that lack it.
-        pictures: how many pictures the rows show, and their hash; None without pictures.
-    """
-
-    name: str
-    file: str
-    entry: dict[str, Any]
-    rows: int
-    rows_sha256: str
-    sha256: str | None
-    pictures: dict[str, Any] | None
-
-
-@dataclass(frozen=True)
-class BaseModel:
-    """The base model of a run: its folder's name below models/, its hub id and commit, the hash of its config and
-    weights; each None where it is not known."""
-
-    name: str | None = None
-    hub_id: str | None = None
-    revision: str | None = None
-    sha256: str | None = None
-
-
-@dataclass(frozen=True)
-class Tokenizer:
-    """The hash of the tokenizer's files, None where it is not known."""
-
-    sha256: str | None
-
-
-@dataclass(frozen=True)
-class ResumedPretrain:
-    """The checkpoint that a run resumed: its run folder's name, its step, its hash (see CheckpointEntry)."""
-
-    run: str
-    step: int
-    sha256: str | None
-
-
-@dataclass(frozen=True)
-class Attempt:
-    """The attempt that made a run: its id, and when it started and finished (with a time zone)."""
-
-    id: str
-    started: datetime
-    finished: datetime
-
-
-@dataclass(frozen=True)
-class Conversion:
-    """How the checkpoints were cast to another dtype after the training.
-
-    Attributes:
-        from_dtype: the dtypes that they had, separated by commas.
-        to_dtype: the one that they have.
-        manifest_sha256: the `sha256` of the manifest of the collection that was cast.
-    """
-
-    from_dtype: str
-    to_dtype: str
-    manifest_sha256: str
-
-
-@dataclass(frozen=True)
-class Manifest:
-    """A run's manifest, checked. What a run made from stock LLaMA-Factory cannot know is None.
-
-    Attributes:
-        phase: `pretrain` or `finetune`.
-        category: one of paths.CATEGORIES, None for a run folder that lies in none of them.
-        dataset: the recipe's `dataset`; several are separated by commas.
-        run: the run folder's name.
-        rank: the LoRA rank.
-        recipe: the recipe's keys and values that decide what is trained.
-        checkpoints: at least one, in ascending order of their steps.
-        seed, device, processes, threads, precision: of the training; `threads` are the CPU threads of each process.
-        deterministic: whether all kernels were deterministic (see training/deterministic.py).
-        rows_at_a_time, accumulated: the batch of one process, and the gradient accumulation steps.
-        trained_rows, total_steps: rows after conversion, and the number of the last optimizer step.
-        engine, packed_with: `packed` and the number of adapters in the pack, where that engine trained it.
-        data_warnings: what is odd about the rows trained on and the test split, a text each; not part of the identity.
-        versions: of Python and the packages, by name.
-        sha256: of `content` without its key `sha256`.
-        content: the JSON object as it stands in manifest.json, to be written or sealed again; do not change it.
-    """
-
-    phase: str
-    category: str | None
-    dataset: str
-    run: str
-    rank: int
-    recipe: dict[str, Any] | None
-    data: tuple[TrainedData, ...] | None
-    base_model: BaseModel | None
-    tokenizer: Tokenizer | None
-    pretrain: ResumedPretrain | None
-    adapter_config_sha256: str | None
-    checkpoints: tuple[CheckpointEntry, ...]
-    sha256: str
-    seed: int | None
-    device: str | None
-    processes: int | None
-    threads: int | None
-    precision: str | None
-    deterministic: bool | None
-    rows_at_a_time: int | None
-    accumulated: int | None
-    trained_rows: int | None
-    total_steps: int | None
-    engine: str | None
-    packed_with: int | None
-    data_warnings: list[str] | None
-    versions: dict[str, str] | None
-    attempt: Attempt | None
-    converted: Conversion | None
-    content: dict[str, Any] = field(compare=False, repr=False)
-
-    @property
-    def identity(self) -> dict[str, Any]:
-        """The sections that run_identity.py makes and compares, as they stand in manifest.json."""
-        return {section: self.content[section] for section in IDENTITY}
-
-    @property
-    def base_name(self) -> str | None:
-        """The name of the base model's folder, None where it is not known."""
-        return self.base_model.name if self.base_model else None
-
-    @property
-    def steps(self) -> list[int]:
-        """The steps of the checkpoints, ascending."""
-        return [entry.step for entry in self.checkpoints]
-
-
 def read_manifest(folder: Path) -> Manifest | None:
     """A run folder's manifest, or None where there is none. Raises UserError when it cannot be read or is not sound."""
     path = folder / paths.MANIFEST
     try:
-        data = path.read_bytes()
+        data = files.read_up_to(path, LARGEST_FILE + 1)
     except FileNotFoundError:
         return None
     except OSError as error:
@@ -226,7 +74,7 @@ def phase_named_in(folder: Path) -> str | None:
     Finds collections that `read_manifest` then refuses with a message, and passes over other programs' files.
     """
     try:
-        content = json.loads((folder / paths.MANIFEST).read_bytes())
+        content = json.loads(files.read_up_to(folder / paths.MANIFEST, LARGEST_FILE))
     except (ValueError, RecursionError, OSError):
         return None
     phase = content.get("phase") if isinstance(content, dict) else None
@@ -243,8 +91,14 @@ def parse_manifest(data: bytes, name: str, way_out: str) -> Manifest:
 
     Raises UserError naming the file, the key and the value when anything is not as `Manifest` describes it.
     """
+    if len(data) > LARGEST_FILE:
+        raise UserError(f"{name}: has {len(data)} bytes, more than any manifest; {way_out}")
     try:
         content = json.loads(data)
+        if not kinds.is_flat(content, DEEPEST):
+            raise UserError(
+                f"{name}: not a manifest of format {FORMAT}: nested more than {DEEPEST} levels deep; {way_out}"
+            )
         if not isinstance(content, dict) or content.get("format") != FORMAT:
             raise UserError(f"{name}: not a manifest of format {FORMAT}; {way_out}")
         if missing := [key for key in KEYS if key not in content]:

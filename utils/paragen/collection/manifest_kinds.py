@@ -11,6 +11,10 @@ from paragen.dataset import dataset_info
 
 T = TypeVar("T")
 DTYPES = ("float32", "bfloat16", "float16")
+HUB_ID_FORM = re.compile(r"[A-Za-z0-9_][\w.-]{0,95}(/[\w.-]{1,96})?", re.ASCII)
+DEEPEST_SHOWN = 50  # levels of a value that messages show
+LONGEST_PATH = 1000  # characters
+LONGEST_NAME = 255  # bytes of a file's name
 LARGEST = 2**53 - 1  # JSON readers that keep numbers as float64 hold all whole numbers up to here
 
 
@@ -29,7 +33,14 @@ def is_plain_name(value: Any) -> bool:
         and value.strip() == value != ""
         and not value.startswith(".")
         and not set(value) & set("/\\")
+        and len(value.encode()) <= LONGEST_NAME
     )
+
+
+def is_flat(value: Any, levels: int) -> bool:
+    """Whether lists and objects are nested at most `levels` deep in a JSON value."""
+    inner = value.values() if isinstance(value, dict) else value if isinstance(value, list) else None
+    return inner is None or (levels > 0 and all(is_flat(one, levels - 1) for one in inner))
 
 
 def is_time(value: Any) -> bool:
@@ -47,8 +58,16 @@ def is_number(value: Any) -> bool:
 
 TEXT = Kind("a text of one line", lambda value: isinstance(value, str) and value.isprintable())
 NAME = Kind("the plain name of a file or folder", is_plain_name)
-PATH = Kind("a path", lambda value: isinstance(value, str) and value.isprintable() and value != "")
-HUB_ID = Kind("a hub id", lambda value: isinstance(value, str) and bool(re.fullmatch(r"[\w.-]+(/[\w.-]+)?", value)))
+PATH = Kind(
+    "a path",
+    lambda value: (
+        isinstance(value, str)
+        and value.isprintable()
+        and 0 < len(value) <= LONGEST_PATH
+        and all(len(part.encode()) <= LONGEST_NAME for part in value.split("/"))
+    ),
+)
+HUB_ID = Kind("a hub id", lambda value: isinstance(value, str) and bool(HUB_ID_FORM.fullmatch(value)))
 SHA256 = Kind("a SHA-256", lambda value: isinstance(value, str) and bool(re.fullmatch(r"[0-9a-f]{64}", value)))
 TIME = Kind("a time with its time zone", is_time)
 WHOLE = Kind("a whole number from 0 up", lambda value: type(value) is int and 0 <= value <= LARGEST)
@@ -117,6 +136,6 @@ class Section:
 def check(value: Any, kind: Kind, key: str) -> Any:
     """`value`, when it is of a kind. Raises Unfit otherwise."""
     if not kind.fits(value):
-        shown = repr(value)
+        shown = repr(value) if is_flat(value, DEEPEST_SHOWN) else f"a deep {type(value).__name__}"
         raise Unfit(f"{key} is {shown if len(shown) <= 80 else shown[:77] + '...'}, not {kind.words}")
     return value

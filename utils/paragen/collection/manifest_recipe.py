@@ -13,6 +13,17 @@ from paragen.common.cli import UserError
 DEEPEST = 6  # levels of lists and objects in a recipe's value
 
 
+def _is_plain(value: Any) -> bool:
+    """Whether a value is flat, and its numbers are finite."""
+    inner = value.values() if isinstance(value, dict) else value if isinstance(value, list) else None
+    if inner is not None:
+        return kinds.is_flat(value, DEEPEST) and all(map(_is_plain, inner))
+    return value is None or isinstance(value, str | bool) or kinds.is_number(value)
+
+
+PLAIN = Kind(f"finite numbers and texts, nested at most {DEEPEST} levels deep", _is_plain)
+
+
 def one_of(*values: Any) -> Kind:
     """One of some values; true is not 1."""
     return Kind(
@@ -62,8 +73,8 @@ def check_recipe(section: Section) -> dict[str, Any]:
     for key, value in section.value.items():
         if key in KINDS:
             section.get(key, KINDS[key], nullable=True)
-        elif not _is_flat(value, DEEPEST):
-            raise kinds.Unfit(f"{section.place}{key} is nested more than {DEEPEST} levels deep")
+        else:
+            kinds.check(value, PLAIN, section.place + key)
     return section.value
 
 
@@ -82,9 +93,3 @@ def loading_settings(recipe: dict[str, Any], name: str) -> dict[str, Any]:
 def text_settings(recipe: dict[str, Any]) -> dict[str, Any]:
     """The keys of a manifest's recipe that decide how prompts become tokens."""
     return {key: recipe[key] for key in TEXT if key in recipe}
-
-
-def _is_flat(value: Any, levels: int) -> bool:
-    """Whether lists and objects are nested at most `levels` deep in a JSON value."""
-    inner = value.values() if isinstance(value, dict) else value if isinstance(value, list) else None
-    return inner is None or (levels > 0 and all(_is_flat(one, levels - 1) for one in inner))

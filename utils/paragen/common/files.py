@@ -1,6 +1,7 @@
 """Files that are whole or missing: atomic writes, hashes, locks that end with their process, replaced folders."""
 
 import contextlib
+import errno
 import fcntl
 import glob
 import hashlib
@@ -11,6 +12,7 @@ import socket
 import tempfile
 from collections.abc import Iterable, Iterator
 from pathlib import Path
+from stat import S_ISREG
 from typing import Any
 
 CHUNK_BYTES = 1 << 20  # read at once from a file that is hashed
@@ -36,6 +38,15 @@ def write_atomically(path: Path, *parts: bytes | bytearray | memoryview, durable
         raise
     if durable:
         sync_folder(path.parent)
+
+
+def read_up_to(path: Path, most: int) -> bytes:
+    """The first `most` bytes of a regular file. Raises OSError for a folder, a FIFO or a device, without waiting."""
+    handle = os.open(path, os.O_RDONLY | os.O_NONBLOCK)
+    with open(handle, "rb") as file:
+        if not S_ISREG(os.fstat(handle).st_mode):
+            raise OSError(errno.EINVAL, "is no regular file", str(path))
+        return file.read(most)
 
 
 def unfinished(path: Path) -> list[Path]:

@@ -12,9 +12,12 @@ the reason where an engine will refuse one. STEPS=every:10 takes every tenth che
 
 import json
 import re
+import shlex
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
+
+import yaml
 
 from paragen.collection import checkpoints, derived, evaluation
 from paragen.collection.index import Chosen
@@ -161,6 +164,11 @@ def write_adapter(one: Planned, entry: CheckpointEntry, folder: Path, dtype: str
     (folder / "README.md").write_text(card_of(one, entry, dtype), encoding="utf-8")
 
 
+def in_markdown(text: str) -> str:
+    """A text from a manifest as Markdown shows it literally: on one line, without links, code or HTML."""
+    return re.sub(r"([\\`<>\[\]])", r"\\\1", " ".join(text.split()))
+
+
 def card_of(one: Planned, entry: CheckpointEntry, dtype: str | None) -> str:
     """The model card of one step. Its key `base_model` needs a hub id, so a base without one is not named there."""
     manifest = one.chosen.manifest
@@ -180,23 +188,26 @@ def card_of(one: Planned, entry: CheckpointEntry, dtype: str | None) -> str:
     }
     lines = [
         "---",
-        *([f"base_model: {base.hub_id}"] if base.hub_id else []),
+        *(yaml.safe_dump({"base_model": base.hub_id}, width=1000).splitlines() if base.hub_id else []),
         "library_name: peft",
         "tags: [lora, paragen]",
         "---",
         "",
-        f"# {manifest.dataset}, step {entry.step}: LoRA for {base.name or named}",
+        f"# {in_markdown(manifest.dataset)}, step {entry.step}: LoRA for {in_markdown(base.name or named)}",
         "",
-        *(f"- {what}: {value}" for what, value in facts.items() if value is not None),
+        *(f"- {what}: {in_markdown(str(value))}" for what, value in facts.items() if value is not None),
         "",
         "```python",
         "from peft import PeftModel",
         f"from transformers import AutoModelFor{kind}",
         "",
-        f'base = AutoModelFor{kind}.from_pretrained("{named}")',
+        f"base = AutoModelFor{kind}.from_pretrained({json.dumps(named, ensure_ascii=False)})",
         'model = PeftModel.from_pretrained(base, "this folder")',
         "```",
     ]
     if rank and not refusals_of(one.config, one.keys):
-        lines += ["", f"`vllm serve {named} --enable-lora --max-lora-rank {rank} --lora-modules name=this-folder`"]
+        command = (
+            f"vllm serve {shlex.quote(named)} --enable-lora --max-lora-rank {rank} --lora-modules name=this-folder"
+        )
+        lines += ["", f"`` {command} ``" if "`" in command else f"`{command}`"]
     return "\n".join(lines) + "\n"

@@ -7,7 +7,7 @@ other than the recipe's: `_lora-rank_<r>_seed-<s>_`); `key=value` arguments over
 import copy
 import os
 import re
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from functools import cache, partial
 from pathlib import Path
 
@@ -18,6 +18,9 @@ from omegaconf.errors import OmegaConfBaseException
 from paragen.common import paths
 from paragen.common.cli import UserError
 from paragen.recipes import keys
+
+LARGEST_RECIPE = 1_000_000  # bytes
+MOST_ALIASES = 20
 
 
 def parse_rank(text: str) -> int:
@@ -46,7 +49,10 @@ def load(recipe: Path) -> dict:
 @cache
 def _load(recipe: Path, _content: bytes | None) -> dict:
     try:
-        config = OmegaConf.to_container(OmegaConf.load(recipe), resolve=True)
+        if (size := os.path.getsize(recipe)) > LARGEST_RECIPE:
+            raise UserError(f"{recipe}: not a recipe: it has {size} bytes")
+        _check_aliases(recipe)
+        config = _resolved(OmegaConf.load(recipe), str(recipe))
     except FileNotFoundError:
         raise UserError(f"{recipe}: no such recipe") from None
     except IsADirectoryError:
@@ -55,13 +61,65 @@ def _load(recipe: Path, _content: bytes | None) -> dict:
         mark = error.problem_mark or error.context_mark
         place = f"{recipe}:{mark.line + 1}" if mark else str(recipe)
         raise UserError(f"{place}: not valid YAML: {error.problem or error.context}") from None
-    except (yaml.YAMLError, UnicodeDecodeError, OmegaConfBaseException, OSError) as error:
+    except RecursionError:
+        raise UserError(f"{recipe}: not a recipe: it is nested too deeply") from None
+    except (yaml.YAMLError, ValueError, TypeError, AttributeError, OmegaConfBaseException, OSError) as error:
         if isinstance(error, PermissionError):
             raise
-        raise UserError(f"{recipe}: not a recipe: {str(error).splitlines()[0]}") from None
+        raise UserError(f"{recipe}: not a recipe: {_first_line(error)}") from None
     if not isinstance(config, dict) or not config or not all(isinstance(key, str) for key in config):
         raise UserError(f"{recipe}: not a recipe: a mapping of LLaMA-Factory keys is expected")
     return config
+
+
+def _check_aliases(recipe: Path) -> None:
+    """Raise UserError for a recipe with so many YAML aliases that a short text may become gigabytes."""
+    content = recipe.read_bytes()
+    if content.count(b"*") > MOST_ALIASES:
+        events = yaml.parse(content, Loader=getattr(yaml, "CSafeLoader", yaml.SafeLoader))
+        if sum(isinstance(event, yaml.AliasEvent) for event in events) > MOST_ALIASES:
+            raise UserError(f"{recipe}: not a recipe: it has more than {MOST_ALIASES} YAML aliases")
+
+
+def _resolved(config: object, name: str) -> object:
+    """What OmegaConf read, with references to other keys (`${seed}`) replaced by their values.
+
+    Raises UserError for a resolver such as `${oc.env:HF_TOKEN}`: what it reads would be written into manifests, logs
+    and folders' names. LLaMA-Factory's own configs use none.
+    """
+    for text in _texts(OmegaConf.to_container(config, resolve=False)):
+        if calls_a_resolver(text):
+            raise UserError(f"{name}: {text[:80]!r} calls a resolver, which recipes may not; write the value itself")
+    return OmegaConf.to_container(config, resolve=True)
+
+
+def calls_a_resolver(text: str) -> bool:
+    """Whether OmegaConf would call a function for a text: whether a `${...}` holds a colon."""
+    open_braces, place = 0, 0
+    while place < len(text):
+        if text.startswith("${", place):
+            open_braces, place = open_braces + 1, place + 1
+        elif text[place] == ":" and open_braces:
+            return True
+        elif text[place] == "}" and open_braces:
+            open_braces -= 1
+        place += 1
+    return False
+
+
+def _texts(value: object) -> Iterator[str]:
+    """All texts in a value, keys of mappings among them."""
+    if isinstance(value, str):
+        yield value
+    elif isinstance(value, dict):
+        yield from _texts([*value, *value.values()])
+    elif isinstance(value, list):
+        for one in value:
+            yield from _texts(one)
+
+
+def _first_line(error: Exception) -> str:
+    return (str(error).splitlines() or [type(error).__name__])[0]
 
 
 def render(recipe: Path, rank: int, overrides: Sequence[str] = ()) -> dict:
@@ -133,9 +191,9 @@ def parse_overrides(overrides: Sequence[str]) -> dict:
         if not re.match(r"[A-Za-z_]\w*=", text):
             raise UserError(f"{text!r} is not key=value; recipe keys are overridden like learning_rate=1e-4")
     try:
-        given = OmegaConf.to_container(OmegaConf.from_cli(list(overrides)), resolve=True)
-    except (OmegaConfBaseException, yaml.YAMLError) as error:
-        raise UserError(f"{' '.join(overrides)}: {str(error).splitlines()[0]}") from None
+        given = _resolved(OmegaConf.from_cli(list(overrides)), " ".join(overrides))
+    except (OmegaConfBaseException, yaml.YAMLError, ValueError, RecursionError) as error:
+        raise UserError(f"{' '.join(overrides)[:200]}: {_first_line(error)}") from None
     assert isinstance(given, dict)  # as from_cli makes a mapping of its keys
     return given
 
@@ -158,6 +216,10 @@ def _check_own_ranks(recipe: Path, own: dict) -> None:
 
 def _check_folder(recipe: Path, config: dict) -> None:
     """Raise UserError where a run folder's name says another phase than the one that would fill it."""
+    folder = run_folder(recipe, config)
+    for kept in (recipe.parent.resolve(), paths.SAVES.resolve(), Path.home().resolve()):
+        if kept.is_relative_to(folder):
+            _refuse(recipe, "output_dir", f"{config['output_dir']!r} holds {kept}: name a folder for this run alone")
     name, phase = Path(config["output_dir"]).name, phase_of(config)
     if name.endswith("_pretrain") and phase == "finetune":
         reason = "is a pretrain's, but this run resumes and saves every step: let the folder end in _finetune"
