@@ -201,6 +201,16 @@ def describe() -> str:
     return torch.cuda.get_device_name() if torch.cuda.is_available() else "cpu"
 
 
+def kind_of(device: str) -> str:
+    """The name of a device as `choose` gives it, such as `NVIDIA H100 80GB HBM3`, or `cpu`; torch is not needed."""
+    if device == "cpu" or not shutil.which("nvidia-smi"):
+        return "cpu" if device == "cpu" else "GPU"
+    query = subprocess.run(
+        ["nvidia-smi", "--query-gpu=name", "--format=csv,noheader", f"--id={device}"], capture_output=True, text=True
+    )
+    return query.stdout.strip() if query.returncode == 0 else "GPU"
+
+
 def nvidia_gpus() -> dict[str, str]:
     """The UUIDs of this machine's NVIDIA GPUs by their numbers; an empty text where nvidia-smi does not tell."""
     if shutil.which("nvidia-smi"):

@@ -243,13 +243,17 @@ def publish_folder(staging: Path, folder: Path) -> None:
     remove_folder(old)
 
 
-def recover_folder(folder: Path) -> None:
-    """Clean up after a killed process: an unfinished `publish_folder`, staging folders. Call it with the lock held."""
+def recover_folder(folder: Path, spare: Path | None = None) -> None:
+    """Clean up after a killed process: an unfinished `publish_folder`, staging folders. Call it with the lock held.
+
+    The staging folder `spare` stays.
+    """
     old = beside(folder, "old")
     if old.exists() and not folder.exists():
         old.rename(folder)
     for left_over in [old, *companions(folder, "staging-")]:
-        remove_folder(left_over)
+        if left_over != spare:
+            remove_folder(left_over)
 
 
 def remove_folder(folder: Path) -> None:

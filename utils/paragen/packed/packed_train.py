@@ -24,7 +24,16 @@ from paragen.common import cli, devices, paths
 from paragen.common.cli import UserError
 from paragen.recipes import render
 from paragen.recipes.run import Cell, Run
-from paragen.training import attempts, deterministic, engines, llamafactory_output, outcome, progress, status
+from paragen.training import (
+    attempts,
+    deterministic,
+    engines,
+    interrupted,
+    llamafactory_output,
+    outcome,
+    progress,
+    status,
+)
 from paragen.training.attempts import Attempt
 from paragen.training.outcome import DONE, Outcome
 
@@ -170,6 +179,7 @@ class CellGroup:
                     if reason := engines.why_not_packed(run, self.wanted):
                         self._fall_back(cell, run, reason)
                     else:
+                        interrupted.start_over(attempt.staging, "the packed engine does not go on from it")
                         started.append((cell, run, attempt))
             if started:
                 self._train(started)

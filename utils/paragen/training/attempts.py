@@ -17,7 +17,7 @@ from paragen.common import files, paths
 from paragen.common.cli import UserError, say
 from paragen.recipes import render
 from paragen.recipes.run import Run
-from paragen.training import data_notes, overrides, status
+from paragen.training import data_notes, interrupted, overrides, status
 from paragen.training.outcome import AlreadyRunning
 
 FULL_DISK_BYTES = 2**20  # a disk with fewer free bytes counts as full
@@ -43,9 +43,12 @@ class Attempt:
 def begin(run: Run, snapshot: Snapshot) -> Iterator[Attempt | None]:
     """Begin an attempt at a run, which the body trains; yields None where the run is complete.
 
-    While the body runs, the run is locked and the rendered recipe lies beside the recipe. Afterwards the staging folder
-    is removed where it was not published. Raises AlreadyRunning when another process trains the run, UserError when its
-    run folder is stale or holds something else, when its pretrain is missing, or when an override has no effect.
+    While the body runs, the run is locked and the rendered recipe lies beside the recipe. The staging folder is empty,
+    or as an interrupted attempt left it (see interrupted.py). Afterwards it is removed where it was not published and
+    holds no whole checkpoint to go on from.
+
+    Raises AlreadyRunning when another process trains the run, UserError when its run folder is stale or holds something
+    else, when its pretrain is missing, or when an override has no effect.
     """
     overrides.check(run)
     with contextlib.ExitStack() as stack:
@@ -54,12 +57,15 @@ def begin(run: Run, snapshot: Snapshot) -> Iterator[Attempt | None]:
             stack.enter_context(rendered(run))
         except files.Busy as busy:
             raise AlreadyRunning(f"{run} is running already (it holds {busy})") from None
-        files.recover_folder(run.folder)
+        left = interrupted.staging_of(run.folder)
+        files.recover_folder(run.folder, spare=left)
         if is_complete(run, snapshot.identity):
             yield None
+            if left is not None:
+                files.remove_folder(left)
         else:
             check_pretrain(run)
-            yield stack.enter_context(staged(run, snapshot))
+            yield stack.enter_context(staged(run, snapshot, left))
         drop_claim(run.folder)
 
 
@@ -124,8 +130,14 @@ def check_pretrain(run: Run) -> None:
 
 
 @contextlib.contextmanager
-def staged(run: Run, snapshot: Snapshot) -> Iterator[Attempt]:
-    """A new attempt at a run, with a staging folder that is removed afterwards where it was not published."""
+def staged(run: Run, snapshot: Snapshot, left: Path | None) -> Iterator[Attempt]:
+    """A new attempt at a run. Its staging folder is removed afterwards, unless it was published or can be gone on from.
+
+    Args:
+        run: the run.
+        snapshot: what it is trained from.
+        left: the staging folder of an interrupted attempt, which becomes that of this one; None for an empty one.
+    """
     attempt, started = secrets.token_hex(4), now()
     staging = files.beside(run.folder, f"staging-{attempt}")
     if not run.collects and run.resumed is not None:
@@ -133,7 +145,10 @@ def staged(run: Run, snapshot: Snapshot) -> Iterator[Attempt]:
         say(f"save_steps is {save_steps}, not 1: this run resumes its checkpoint, but collects nothing")
     if run.resumed is None:  # else its pretrain printed them
         data_notes.announce(data_notes.warnings_of(run, snapshot.identity["data"]))
-    staging.mkdir(parents=True)
+    if left is None:
+        staging.mkdir(parents=True)
+    else:
+        left.rename(staging)
     try:
         yield Attempt(run, snapshot, staging, attempt, started)
     except RuntimeError as error:
@@ -144,7 +159,8 @@ def staged(run: Run, snapshot: Snapshot) -> Iterator[Attempt]:
             ) from error
         raise
     finally:
-        files.remove_folder(staging)
+        if not interrupted.recorded(staging):
+            files.remove_folder(staging)
 
 
 def check_claim(folder: Path, attempt: str | None = None) -> None:

@@ -48,10 +48,12 @@ class Rules(TrainerCallback):
 
     Args:
         config: the rendered recipe.
+        continued: whether the resumed checkpoint is of an interrupted attempt at this run, whose log continues.
     """
 
-    def __init__(self, config: dict[str, Any]) -> None:
+    def __init__(self, config: dict[str, Any], continued: bool = False) -> None:
         self.config = config
+        self.continued = continued
         self.facts: dict[str, Any] = {}
         self.began = False
 
@@ -62,7 +64,8 @@ class Rules(TrainerCallback):
         self.began = True
         progress.report(Path(str(args.output_dir)), "training")
         state.compute_steps(args, state.max_steps)
-        state.log_history = []
+        if not self.continued:
+            state.log_history = []
         pictures.check_not_cut(train_dataloader.dataset, train_dataloader.collate_fn)
         if state.is_world_process_zero:
             resumed_rate = getattr(lr_scheduler, "base_lrs", [args.learning_rate])[0]

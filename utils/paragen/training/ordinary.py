@@ -13,7 +13,7 @@ from paragen.common.cli import say
 from paragen.model import base_models
 from paragen.recipes import batches
 from paragen.recipes.run import Run
-from paragen.training import attempts, completion, outcome, status, token_cache
+from paragen.training import attempts, completion, interrupted, outcome, status, token_cache
 from paragen.training.attempts import Attempt
 
 
@@ -38,6 +38,7 @@ def train(run: Run, halved: bool = False) -> None:
         job = job_of(attempt, wanted)
         say(f"{run.phase} {run.recipe.name} at rank {run.rank} -> {paths.relative(run.folder)}")
         job["config"] |= batches.share_batch(run.config, len(wanted), halved, base_models.has_processor(run.base))
+        job |= continuation(attempt, job["config"], wanted)
         if len(wanted) > 1:
             train_distributed(job, len(wanted))
         else:
@@ -66,7 +67,32 @@ def job_of(attempt: Attempt, wanted: list[str], loads_rows: bool = True) -> dict
         "pictures": any(data["pictures"] for data in attempt.identity["data"]),
         "tokens": str(tokens) if tokens else None,
         "tokens_ready": loads_rows and tokens is not None and token_cache.is_whole(tokens),
+        "continued": None,
+        "record": None,
     }
+
+
+def continuation(attempt: Attempt, config: dict[str, Any], wanted: list[str]) -> dict[str, Any]:
+    """What lets an interrupted attempt be gone on from, as keys of a job.
+
+    `continued` is the checkpoint folder from which this attempt goes on, or None. `record` is what its own checkpoints
+    are recorded with; None where it cannot be gone on from: a finetune starts from its pretrain, and whether pictures
+    changed is known only after reading them.
+
+    Args:
+        attempt: the attempt, with its staging folder as `attempts.begin` yields it.
+        config: the rendered recipe with the batch as the devices share it.
+        wanted: the devices.
+    """
+    if attempt.run.collects or attempt.snapshot.stamps is None or config.get("save_only_model"):
+        interrupted.start_over(attempt.staging, "its recipe or data cannot be gone on with")
+        return {}
+    if run_identity.force_requested():
+        interrupted.start_over(attempt.staging, "FORCE=1")
+    present = interrupted.circumstances(attempt.identity, config, wanted)
+    checkpoint = interrupted.go_on(attempt.staging, present)
+    record = {"circumstances": present, "stamps": attempt.snapshot.stamps}
+    return {"continued": str(checkpoint) if checkpoint else None, "record": record}
 
 
 def train_distributed(job: dict[str, Any], count: int) -> None:

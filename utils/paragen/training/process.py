@@ -5,6 +5,7 @@ For one device, `ordinary.train` calls `train` in its own process. For several, 
 Writes LLaMA-Factory's own files, the collected checkpoints and facts.json into the staging folder.
 """
 
+import contextlib
 import json
 import os
 import sys
@@ -40,7 +41,8 @@ def train(job: dict) -> None:
         job: `recipe` (absolute path; its paths are relative to its folder), `config` (the rendered recipe), `phase`,
             `staging` (absolute path of an existing empty folder), `devices` (as devices.choose gives them, already
             pinned), `pictures` (whether a dataset has some), `tokens` (the folder for its tokenised rows in the
-            sweep's cache, or None) and `tokens_ready` (whether they lie there, checked; else the folder is filled).
+            sweep's cache, or None), `tokens_ready` (whether they lie there, checked; else the folder is filled),
+            `continued` and `record` (see ordinary.continuation; or None).
 
     Raises UserError for a recipe that LLaMA-Factory or this machine cannot train.
     """
@@ -52,6 +54,7 @@ def train(job: dict) -> None:
     import torch
     from llamafactory.train.tuner import run_exp
 
+    from paragen.training.checkpoint_record import CheckpointRecord
     from paragen.training.collector import Collector, Rules
 
     llamafactory_output.log_examples()
@@ -68,11 +71,13 @@ def train(job: dict) -> None:
     templates.register()
     check_arguments(recipe, arguments)
     check_template(recipe, arguments, job["pictures"])
-    rules = Rules(config)
+    rules = Rules(config, continued=bool(job["continued"]))
     collector = Collector(staging, config.get("save_total_limit")) if collects else None
+    record = CheckpointRecord(staging, job["record"], job["continued"]) if job["record"] else None
     progress.report(staging, "tokenising rows, loading the model")
     try:
-        run_exp(arguments, [rules, collector] if collector else [rules])
+        with record.watching() if record else contextlib.nullcontext():
+            run_exp(arguments, [callback for callback in (rules, collector, record) if callback])
     except BaseException as error:
         print(file=sys.stderr, flush=True)  # the next message starts a new line after the progress bar
         if cli.is_out_of_memory(error):
@@ -104,6 +109,8 @@ def arguments_of(job: dict) -> dict:
     for key in keys.READ_PATHS:
         if arguments.get(key):
             arguments[key] = str(render.resolve(recipe, arguments[key]))
+    if job["continued"]:
+        arguments["resume_from_checkpoint"] = job["continued"]
     # The datasets library caches a file by its time and size, and tokenised rows by their text without their pictures.
     # With a cache of this run's own it cannot return outdated rows or pictures.
     arguments["cache_dir"] = str(staging / "cache")
