@@ -19,7 +19,7 @@ from paragen.collection.manifest_kinds import Section, Unfit
 from paragen.collection.run_files import checkpoint_name
 from paragen.common import files, paths
 from paragen.common.cli import UserError
-from paragen.dataset import dataset_info
+from paragen.dataset import dataset_info, descriptions
 
 FORMAT = 2
 PACKAGES = ("llamafactory", "transformers", "peft", "accelerate", "datasets", "torch", "safetensors")
@@ -373,6 +373,7 @@ def _data_of(section: Section) -> TrainedData:
         "tags": kinds.TAGS,
         "formatting": kinds.FORMATTING,
         dataset_info.HELD_OUT: kinds.WHOLE,
+        descriptions.KEY: kinds.DESCRIPTIONS,
     }
     for key in checked.keys() & entry.value.keys():
         entry.get(key, checked[key])
