@@ -30,7 +30,7 @@ from paragen.collection.manifest_records import (
 )
 from paragen.common import files, paths
 from paragen.common.cli import UserError
-from paragen.dataset import dataset_info
+from paragen.dataset import dataset_info, descriptions
 
 __all__ = [
     "IDENTITY", "Attempt", "BaseModel", "CheckpointEntry", "Conversion", "Manifest", "ResumedPretrain", "Tokenizer",
@@ -228,6 +228,7 @@ def _data_of(section: Section) -> TrainedData:
         "tags": kinds.TAGS,
         "formatting": kinds.FORMATTING,
         dataset_info.HELD_OUT: kinds.WHOLE,
+        descriptions.KEY: kinds.DESCRIPTIONS,
     }
     for key in checked.keys() & entry.value.keys():
         entry.get(key, checked[key])

@@ -7,7 +7,7 @@ from datetime import datetime
 from typing import Any, NamedTuple, TypeVar
 
 from paragen.common import paths
-from paragen.dataset import dataset_info
+from paragen.dataset import dataset_info, descriptions
 
 T = TypeVar("T")
 DTYPES = ("float32", "bfloat16", "float16")
@@ -85,6 +85,7 @@ TAGS = Kind(
     f"an object that names {', '.join(dataset_info.REQUIRED_TAGS)}",
     lambda value: NAMES.fits(value) and all(value.get(tag) for tag in dataset_info.REQUIRED_TAGS),
 )
+DESCRIPTIONS = Kind("descriptions of a task", lambda value: descriptions.fault_of(value) is None)
 FORMATTING = Kind(" or ".join(dataset_info.CANDIDATES), lambda value: value in list(dataset_info.CANDIDATES))
 YES_OR_NO = Kind("true or false", lambda value: isinstance(value, bool))
 LIST = Kind("a list", lambda value: isinstance(value, list))

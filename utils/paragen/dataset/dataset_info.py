@@ -13,7 +13,7 @@ from typing import Any
 
 from paragen.common.cli import UserError
 from paragen.common.paths import CATEGORIES, DATA, relative
-from paragen.dataset import names, sources
+from paragen.dataset import descriptions, names, sources
 
 # Our own keys in an entry; LLaMA-Factory ignores keys that it does not know.
 PROMPTS_ONLY = "prompts_only"
@@ -218,7 +218,8 @@ def entry_faults(entry: Any) -> list[str]:
 
 def without_marks(entry: dict[str, Any]) -> dict[str, Any]:
     """The keys of an entry that decide how its rows are trained on."""
-    return {key: value for key, value in entry.items() if key not in (HELD_OUT, ACCEPTED_ROWS, *PROVENANCE)}
+    marks = (HELD_OUT, ACCEPTED_ROWS, descriptions.KEY, *PROVENANCE)
+    return {key: value for key, value in entry.items() if key not in marks}
 
 
 def mark_faults(entry: dict[str, Any]) -> list[str]:
@@ -227,6 +228,8 @@ def mark_faults(entry: dict[str, Any]) -> list[str]:
     faults = [] if type(held_out) is int and held_out >= 0 else [f"{HELD_OUT} {held_out!r} is not a number of rows"]
     if not isinstance(accepted, list) or not all(type(number) is int and number > 0 for number in accepted):
         faults.append(f"{ACCEPTED_ROWS} is not a list of row numbers")
+    if fault := descriptions.fault_of(entry.get(descriptions.KEY, [])):
+        faults.append(fault)
     return faults + [f"{key} is not a text" for key in PROVENANCE if not isinstance(entry.get(key, ""), str)]
 
 
