@@ -16,7 +16,7 @@ import pyarrow.compute as pc
 import torch
 from torch.utils.data import Dataset
 
-from paragen.collection import index, run_files, vectors
+from paragen.collection import augmentation, index, run_files, vectors
 from paragen.collection import prompts as prompts_module
 from paragen.collection.manifest import Manifest, read_manifest
 from paragen.collection.shared_reader import SharedReader
@@ -24,6 +24,7 @@ from paragen.common import paths
 from paragen.common.cli import UserError
 from paragen.dataset import row_texts
 
+FACTORS = 1  # tells the draw of factors from that of prompts
 TAKEN = ("seed", "split")  # columns of the index whose names are other arguments of Pairs
 
 
@@ -57,9 +58,11 @@ class Pairs(Dataset):
 
     Args:
         prompts: how many prompts a pair has, drawn without replacement; 0 for none.
-        seed: seeds the drawing, together with the pair's number and the epoch; the same in every worker.
+        seed: seeds all drawing, together with the pair's number and the epoch; the same in every worker.
         split: `train`, the rows that were trained on, or `test`, those that were not.
         vector: whether a checkpoint is one flat vector instead of a dict of tensors.
+        augment: other factors of the same updates, drawn anew for each epoch: `permute` (reordered ranks), `sign`
+            (flipped ranks) or `gl` (a random well-conditioned G, B·A = (B·G)(G^-1·A)); None for those as collected.
         where: a pyarrow expression over the index's columns, such as `pc.field("loss") < 0.2` or, of checkpoints that
             were evaluated, `pc.field("score") > pc.field("base_score")`; a row where it is null does not match.
         saves: the folder of the index (default: saves/).
@@ -81,6 +84,7 @@ class Pairs(Dataset):
         seed: int = 0,
         split: str = "train",
         vector: bool = False,
+        augment: str | None = None,
         where: pc.Expression | None = None,
         saves: str | Path | None = None,
         data_dir: str | Path | None = None,
@@ -92,6 +96,7 @@ class Pairs(Dataset):
         self.saves = Path(saves or paths.SAVES).absolute()
         self.data_dir = Path(data_dir or paths.DATA).absolute()
         self.split, self.vector = split, vector
+        self.augment = augment and augmentation.check_kind(augment)
         table, self._seals = index.load_sealed(self.saves)
         table = select(table, where, filters)
         if not table.num_rows:
@@ -114,7 +119,10 @@ class Pairs(Dataset):
         return self.table.num_rows
 
     def set_epoch(self, epoch: int) -> None:
-        """Draw other prompts for all pairs, also in the workers of a DataLoader. Call it before each epoch."""
+        """Draw other prompts and, with `augment`, other factors for all pairs, also in the workers of a DataLoader.
+
+        Call it before each epoch.
+        """
         self._epoch[0] = whole("epoch", epoch)
 
     def row(self, number: int) -> dict[str, Any]:
@@ -130,6 +138,8 @@ class Pairs(Dataset):
         manifest = self._manifest(row["collection"])
         drawn = self._draw(number, manifest) if self.prompts else []
         tensors = self._reader.read(number, row)
+        if self.augment:
+            tensors = augmentation.augmented(tensors, self.augment, self._generator(number, FACTORS))
         return Pair(drawn, vectors.to_vector(tensors) if self.vector else Tensors(tensors), row)
 
     def layout(self, name: str) -> vectors.Layout:
@@ -158,13 +168,17 @@ class Pairs(Dataset):
             self._manifests[name] = replace(manifest, checkpoints=(), content={})
         return self._manifests[name]
 
+    def _generator(self, number: int, *what: int) -> numpy.random.Generator:
+        """What a pair is drawn with in this epoch, the same in every process; `what` tells its draws apart."""
+        return numpy.random.default_rng((self.seed, int(self._epoch[0]), number, *what))
+
     def _draw(self, number: int, manifest: Manifest) -> list[dict[str, Any]]:
         """The prompts of a pair in this epoch."""
         parts = prompts_module.parts(manifest, self.split, self.data_dir)
         total = sum(len(rows) for _, rows in parts)
         if self.prompts > total:
             raise UserError(f"{manifest.run}: has {total} {self.split} prompts; prompts={self.prompts} asks for more")
-        generator = numpy.random.default_rng((self.seed, int(self._epoch[0]), number))
+        generator = self._generator(number)
         drawn = []
         for place in generator.choice(total, self.prompts, replace=False).tolist():
             for entry, rows in parts:
