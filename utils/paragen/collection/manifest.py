@@ -146,6 +146,8 @@ class Manifest:
         rows_at_a_time, accumulated: the batch of one process, and the gradient accumulation steps.
         trained_rows, total_steps: rows after conversion, and the number of the last optimizer step.
         engine, packed_with: `packed` and the number of adapters in the pack, where that engine trained it.
+        files_sha256: the hashes of the log, the loss picture and a pretrain's adapter configs, by path in the run
+            folder; None in manifests that lack them.
         data_warnings: what is odd about the rows trained on and the test split, a text each; not part of the identity.
         versions: of Python and the packages, by name.
         sha256: of `content` without its key `sha256`.
@@ -177,6 +179,7 @@ class Manifest:
     total_steps: int | None
     engine: str | None
     packed_with: int | None
+    files_sha256: dict[str, str] | None
     data_warnings: list[str] | None
     versions: dict[str, str] | None
     attempt: Attempt | None
@@ -335,6 +338,7 @@ def check_manifest(content: dict[str, Any], name: str, way_out: str) -> Manifest
             **{key: top.get_optional(key, kinds.COUNT) for key in COUNTS},
             deterministic=top.get_optional("deterministic", kinds.YES_OR_NO),
             **{key: top.get_optional(key, kinds.WHOLE) for key in ("trained_rows", "total_steps")},
+            files_sha256=top.get_optional("files_sha256", kinds.HASHES),
             data_warnings=top.get_optional("data_warnings", kinds.LINES),
             versions=top.get_optional("versions", kinds.TEXTS),
             attempt=top.section("attempt", _attempt_of),
