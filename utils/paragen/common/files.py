@@ -10,10 +10,12 @@ import shutil
 import socket
 import tempfile
 from collections.abc import Iterable, Iterator
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
 CHUNK_BYTES = 1 << 20  # read at once from a file that is hashed
+HASHED_AT_ONCE = min(8, os.cpu_count() or 1)  # files
 GIT_LFS_POINTER = b"version https://git-lfs.github.com/spec/"  # how a file begins that Git LFS did not download
 
 
@@ -92,6 +94,14 @@ def sha256_of(path: Path) -> str:
     """The hexadecimal SHA-256 of a file."""
     with open(path, "rb") as file:
         return hashlib.file_digest(file, "sha256").hexdigest()
+
+
+def hashes_below(target: Path) -> dict[str, str]:
+    """The hexadecimal SHA-256 of each file below a folder, by its path there; the path of a file itself is empty."""
+    found = [path for path in sorted(target.rglob("*")) if path.is_file()] if target.is_dir() else [target]
+    names = [path.relative_to(target).as_posix() if path != target else "" for path in found]
+    with ThreadPoolExecutor(HASHED_AT_ONCE) as threads:
+        return dict(zip(names, threads.map(sha256_of, found), strict=True))
 
 
 def git_blob_id(path: Path) -> str:
