@@ -96,7 +96,7 @@ plan: setup  ## what that would take: cells, steps, disk, time [CATEGORY=..] [DA
 status: setup  ## how every cell stands [CATEGORY=..] [DATASET=..] [MODEL=..] [RANK="2 8"]
 	@$(PY) utils/status.py
 
-verify: setup  ## re-read every collection, or those selected: hashes, shapes, steps, values, PEFT
+verify: setup  ## re-read every collection, or those selected: hashes, shapes, steps, values, PEFT; REHASH_MODELS=1: base models, too
 	@$(PY) utils/verify.py
 
 clean-checkpoints: setup  ## make DATASET's stock LLaMA-Factory runs collections [KEEP=n]

@@ -22,6 +22,7 @@ from safetensors.torch import load_file
 
 from pairs import Pairs
 from paragen.collection import index
+from paragen.common import files
 
 pytestmark = pytest.mark.runs
 
@@ -161,6 +162,12 @@ def test_exports_are_known_again_and_come_out_the_same(top):
     assert tree(top / "saves" / "exports") == tree(exports)
     assert told.count("there already: saves/exports/") == 6 and "exported: saves/exports/" not in told
     assert told.count("exported: ") == 6
+    assert told.count("was not checked again") == 6, "they were recorded without hashes"
+    for name in ("peft", "dnd", "canonical"):
+        record = top / name / "export.json"
+        parts = json.loads(record.read_bytes())
+        assert all(part.pop("sha256") for part in parts.values())
+        files.write_json(record, parts)
     for name in ("peft", "dnd"):
         assert tree(top / name) == tree(exports / name)
     today, stored = tree(top / "canonical"), tree(exports / "canonical")

@@ -547,3 +547,19 @@ def test_a_mark_of_a_manifest_does_not_depend_on_the_order_of_its_keys(folder):
     manifest = json.loads((folder / "manifest.json").read_text())
     (folder / "manifest.json").write_text(json.dumps(dict(reversed(manifest.items()))))
     assert read_manifest(folder) is not None
+
+
+def test_no_flipped_bit_in_an_index_is_believed(trained_place):
+    """Bits all over the file: the rows and marks that are read are the ones written, or none are."""
+    index.update()
+    path = paths.SAVES / paths.INDEX
+    whole = index.read(paths.SAVES)
+    data = path.read_bytes()
+    places = range(0, len(data), 127)
+    refused = 0
+    for place in places:
+        path.write_bytes(data[:place] + bytes([data[place] ^ 1 << place % 8]) + data[place + 1 :])
+        table, known = index.read(paths.SAVES)
+        refused += not known
+        assert not known and not table.num_rows or (table, known) == whole, place
+    assert refused > len(places) / 2

@@ -1,7 +1,12 @@
 """Hashes and headers that several rooms read: git's blob ids, and what a safetensors file begins with."""
 
+import fcntl
 import json
+import os
+import socket
 import subprocess
+import threading
+import time
 
 import pytest
 import torch
@@ -51,3 +56,43 @@ def test_a_file_whose_size_or_header_is_wrong_has_a_fault(checkpoint):
     ):
         checkpoint.write_bytes(content)
         assert safetensors_header.fault_of(checkpoint) == fault
+
+
+def test_a_lock_is_held_only_while_a_live_process_holds_it(tmp_path):
+    lock = tmp_path / ".run.lock"
+    assert not files.is_held(lock)
+    with files.lock(lock):
+        assert files.is_held(lock)
+    lock.write_text(f"{os.getpid()} {socket.gethostname()}\n")  # of a killed process, whose number another one has now
+    assert not files.is_held(lock) and lock.exists()
+    lock.write_text(f"{2**22 + 1} {socket.gethostname()}\n")
+    assert not files.is_held(lock)
+
+
+def test_a_lock_of_another_host_counts_until_its_run_has_been_silent_for_long(tmp_path):
+    lock, staging = tmp_path / ".run.lock", tmp_path / ".run.staging-01234567"
+    lock.write_text("1 another-host\n")
+    assert files.is_held(lock)
+    long_ago = time.time() - files.SILENT_SECONDS - 1
+    os.utime(lock, (long_ago, long_ago))
+    assert not files.is_held(lock) and lock.exists()
+    staging.mkdir()
+    (staging / "trainer_log.jsonl").touch()
+    assert files.is_held(lock), "its log grows"
+    for path in (staging / "trainer_log.jsonl", staging):
+        os.utime(path, (long_ago, long_ago))
+    assert not files.is_held(lock)
+    with files.lock(lock):
+        lock.write_text("1 another-host\n")  # on a disk whose locks this host's kernel knows
+        os.utime(lock, (long_ago, long_ago))
+        assert files.is_held(lock)
+
+
+def test_looking_at_a_lock_does_not_turn_a_starting_run_away(tmp_path):
+    lock = tmp_path / ".run.lock"
+    lock.write_text(f"{os.getpid()} {socket.gethostname()}\n")
+    looked = os.open(lock, os.O_RDONLY)
+    fcntl.flock(looked, fcntl.LOCK_SH)  # as `is_held` does for a moment
+    threading.Timer(files.LOOK_SECONDS / 4, os.close, [looked]).start()
+    with files.lock(lock):
+        pass

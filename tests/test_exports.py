@@ -38,6 +38,30 @@ def test_a_damaged_export_is_made_again(place, format_name):
     assert tree(place.out) == whole
 
 
+@pytest.mark.parametrize("format_name", ["dnd", "peft", "archive"])
+def test_a_flipped_bit_in_an_export_is_found_when_it_is_used_again(place, capsys, format_name):
+    place.collect()
+    place.export(format_name)
+    whole = tree(place.out)
+    path = max(place.out.rglob("*"), key=lambda path: path.stat().st_size if path.is_file() else 0)
+    before = path.stat()
+    path.write_bytes(path.read_bytes()[:-1] + bytes([path.read_bytes()[-1] ^ 1]))
+    os.utime(path, ns=(before.st_atime_ns, before.st_mtime_ns))
+    place.export(format_name)
+    assert f"{path.name}: was damaged since it was made; it is made again" in capsys.readouterr().out
+    assert tree(place.out) == whole
+
+
+def test_an_export_of_an_earlier_version_says_that_it_was_not_checked_again(place, capsys):
+    place.collect()
+    place.export("peft")
+    record = place.out / "export.json"
+    parts = json.loads(record.read_text())
+    record.write_text(json.dumps({name: {"source": e["source"], "files": e["files"]} for name, e in parts.items()}))
+    place.export("peft")
+    assert "was not checked again" in capsys.readouterr().out
+
+
 @pytest.mark.parametrize("format_name", ["dnd", "peft"])
 def test_nothing_of_others_is_overwritten(place, format_name):
     place.collect(dataset="A")

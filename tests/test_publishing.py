@@ -184,10 +184,42 @@ def test_an_archive_in_the_tree_that_was_damaged_since_is_made_again(licensed, r
     run(publish, licensed, DRY_RUN="1")
     path = tree_of(licensed) / "collections" / f"{NAME}.archive"
     whole = path.read_bytes()
-    flip(path, len(whole) // 2)
-    assert path.stat().st_size == len(whole)
-    assert "archiving" in run(publish, licensed, DRY_RUN="1")
-    assert path.read_bytes() == whole
+    for keeps_time in (False, True):
+        before = path.stat()
+        flip(path, len(whole) // 2)
+        if keeps_time:
+            os.utime(path, ns=(before.st_atime_ns, before.st_mtime_ns))
+        assert path.stat().st_size == len(whole)
+        told = run(publish, licensed, DRY_RUN="1")
+        assert "archiving" in told and ("was damaged since it was made" in told) is keeps_time
+        assert path.read_bytes() == whole
+
+
+@pytest.mark.parametrize("kind", LAYOUTS)
+def test_what_rots_before_it_is_sent_is_named_and_replaced_by_the_next_call(licensed, run, hub, monkeypatch, kind):
+    from huggingface_hub import HfApi
+
+    name = f"{NAME}/checkpoint-9.safetensors" if kind == "raw" else f"{NAME}.archive"
+    path = tree_of(licensed) / "collections" / name
+    send = HfApi.upload_folder
+
+    def rot_first(*given, **named):
+        before = path.stat()
+        flip(path, path.stat().st_size // 2)
+        os.utime(path, ns=(before.st_atime_ns, before.st_mtime_ns))
+        return send(*given, **named)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(HfApi, "upload_folder", rot_first)
+        with pytest.raises(UserError, match=f"{re.escape(path.name)}: was damaged since it was made.*run it again"):
+            run(publish, licensed, **layout(kind))
+    run(publish, licensed, **layout(kind))
+    assert hub.repositories[REPO].files[f"collections/{name}"] == path.read_bytes()
+    expected = next(entry["sha256"] for entry in manifest_of(licensed)["checkpoints"] if entry["step"] == 9)
+    if kind == "raw":
+        assert files.sha256_of(path) == expected
+    else:
+        archive.verify(path)
 
 
 def test_changing_from_folders_to_archives_leaves_nothing_of_the_folders(licensed, run):
@@ -327,7 +359,11 @@ def without_license(top: Path, name: str = "Toy") -> None:
 REFUSED = {
     "a flipped bit": (lambda top: flip(top / "saves" / NAME / "checkpoint-8.safetensors"), "recorded sha256", False),
     "an edited manifest": (lambda top: flip(top / "saves" / NAME / "manifest.json", 20), "manifest.json", False),
-    "a stranger's file": (lambda top: (top / "saves" / NAME / "x.py").write_text("1"), "x.py does not belong", False),
+    "a stranger's checkpoint": (
+        lambda top: (top / "saves" / NAME / "checkpoint-99.safetensors").write_text("1"),
+        "checkpoint-99.safetensors does not belong",
+        False,
+    ),
     "changed prompts": (lambda top: flip_row(top), "are not those that Toy was trained on", False),
     "own data": (
         without_license,
@@ -378,11 +414,11 @@ def test_a_licence_that_is_not_known_is_named_once_however_many_collections_need
 
 def test_several_faults_are_named_once_each_and_counted(licensed, run, hub, capsys):
     for folder in (licensed / "saves" / NAME, with_twin(licensed)):
-        (folder / "x.py").write_text("1")
+        (folder / "checkpoint-99.safetensors").write_text("1")
     with pytest.raises(UserError, match="2 faults in 2 of 2 collections; nothing was published"):
         run(publish, licensed)
     lines = [line for line in capsys.readouterr().err.splitlines() if line.startswith("FAULTY ")]
-    assert len(lines) == len(set(lines)) == 2 and all("x.py does not belong" in line for line in lines)
+    assert len(lines) == len(set(lines)) == 2 and all("99.safetensors does not belong" in line for line in lines)
 
 
 def test_the_card_says_how_many_rows_a_file_has_and_how_many_were_trained_on(licensed, run):

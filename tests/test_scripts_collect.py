@@ -3,8 +3,10 @@
 import json
 import os
 import subprocess
+import time
 from pathlib import Path
 
+import psutil
 import pytest
 
 pytestmark = pytest.mark.runs
@@ -85,6 +87,28 @@ def test_a_rank_that_cannot_be_collected_does_not_stop_the_others_and_is_named_l
     assert errors_in(done)[-1].startswith("error: To-y tiny-one rank 2: is not collected")
     assert list(collections(repository)) == ["Tiny-One_lora-rank_4_finetune"]
     assert done.stdout.count("whole ") == 1 and (in_the_way / "note.txt").read_text() == "mine"
+
+
+def test_a_training_that_is_killed_ends_with_one_line_that_says_so(repository):
+    """As the kernel kills a process where memory runs out."""
+    staging = repository / "saves" / CATEGORY / "To-y"
+    collect = subprocess.Popen(
+        [os.environ["PY"], repository / "utils" / "collect.py"],
+        env={**os.environ, "DATASET": "To-y", "MODEL": "tiny-one", "RANK": "2", "ENGINE": "stock"},
+        stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True,
+    )  # fmt: skip
+    while not any(staging.glob(".*staging*")):
+        assert collect.poll() is None
+        time.sleep(0.01)
+    script = str(repository / "utils" / "train.py")
+    (training,) = [found for found in psutil.process_iter(["cmdline"]) if script in (found.info["cmdline"] or [])]
+    training.kill()
+    told = collect.communicate()[1]
+    assert collect.returncode == 137, told
+    (line,) = [line for line in told.splitlines() if line.startswith("error: ")]
+    assert (
+        "tiny-one_To-y_pretrain.yaml at rank 2: the training was killed by SIGKILL" in line and "run it again" in line
+    )
 
 
 @pytest.mark.parametrize(

@@ -2,6 +2,7 @@
 
 import hashlib
 import json
+import os
 import shutil
 from dataclasses import replace
 from pathlib import Path
@@ -13,7 +14,10 @@ from safetensors.torch import load_file, save_file
 
 import verify
 from paragen.collection import discovery, evaluation, verification
+from paragen.collection import verify as collection_verify
 from paragen.collection.manifest import read_manifest, sealed
+from paragen.collection.run_files import CHECKPOINT_FILE, is_resumed
+from paragen.model import base_models, model_files
 
 STEP = "checkpoint-9.safetensors"
 
@@ -47,10 +51,15 @@ def rewrite(folder: Path, change) -> None:
     edit_manifest(folder, record)
 
 
+def flip(path: Path, place: int = -1) -> None:
+    """Flip a bit of a file."""
+    data = bytearray(path.read_bytes())
+    data[place] ^= 1
+    path.write_bytes(data)
+
+
 def flip_a_bit(folder: Path) -> None:
-    data = bytearray((folder / STEP).read_bytes())
-    data[-1] ^= 1
-    (folder / STEP).write_bytes(data)
+    flip(folder / STEP)
 
 
 def edit_scores(folder: Path) -> None:
@@ -83,6 +92,8 @@ def test_a_fresh_collection_is_whole_and_loads_with_peft(folder, capsys):
             lambda f: (f / "adapter_config.json").write_text("{}"),
             "adapter_config.json does not have its recorded sha256",
         ),
+        (lambda f: flip(f / "trainer_log.jsonl"), "trainer_log.jsonl does not have its recorded sha256"),
+        (lambda f: flip(f / "training_loss.png"), "training_loss.png does not have its recorded sha256"),
         (lambda f: (f / "manifest.json").unlink(), "has no manifest.json"),
         (lambda f: (f / "manifest.json").write_text("["), "broken"),
         (lambda f: edit_manifest(f, add_key, seal=False), "was edited after it was written"),
@@ -127,6 +138,36 @@ def test_damage_to_a_collection_is_named(folder, capsys, damage, message):
     assert all(line.startswith("FAULTY") for line in lines)
 
 
+@pytest.mark.parametrize(
+    "name",
+    ["checkpoint-4/adapter_config.json", "checkpoint-4/optimizer.pt", "checkpoint-8/adapter_model.safetensors",
+     "trainer_log.jsonl", "training_loss.png", "manifest.json"],
+)  # fmt: skip
+def test_a_flipped_bit_in_any_file_of_the_pretrain_run_is_named(folder, collected, capsys, monkeypatch, name):
+    pretrain = collected.run_folder("pretrain")
+    monkeypatch.setattr("sys.argv", ["verify.py", str(folder)])
+    assert verify.main() == 0
+    flip(pretrain / name, (pretrain / name).stat().st_size // 2)
+    capsys.readouterr()
+    assert verify.main() == 1
+    whole, fault = capsys.readouterr().out.splitlines()
+    assert whole.startswith("whole") and fault.startswith("FAULTY") and f"{pretrain.name}" in fault
+    assert name.partition("/")[0] in fault
+
+
+def test_every_file_of_a_run_is_covered_by_a_hash_of_its_manifest(collected):
+    """Of a pretrain run and of a collection: no byte of theirs can change unseen."""
+    for phase in ("pretrain", "finetune"):
+        run = collected.run_folder(phase)
+        hashed = set(read_manifest(run).files_sha256) | {"manifest.json", "adapter_config.json"}
+        names = {path.relative_to(run).as_posix() for path in run.rglob("*") if path.is_file()}
+        rest = names - hashed
+        assert all(
+            CHECKPOINT_FILE.fullmatch(name) if phase == "finetune" else is_resumed(Path(name).name) for name in rest
+        )
+        assert {"trainer_log.jsonl", "training_loss.png"} < hashed
+
+
 def test_scores_and_leftovers_of_a_killed_evaluation_are_no_faults(folder, capsys):
     scored.write(folder, scored.evaluated({"base": 0.4, 7: 0.5, 12: 0.6}))
     (folder / ".evaluation.json.4711.tmp").write_text("{")
@@ -142,6 +183,33 @@ def test_files_that_are_no_part_of_a_collection_are_named_and_no_fault(folder, c
     assert verify.content_of([found])["collections"][0]["others"] == ["notes.txt", "plots/"]
     whole, kept = capsys.readouterr().out.splitlines()
     assert whole.startswith("whole") and kept.startswith("KEPT") and kept.endswith("notes.txt, plots/")
+
+
+@pytest.mark.parametrize(
+    ("name", "what"), [("model.safetensors", "config or weights"), ("tokenizer.json", "tokenizer files")]
+)
+def test_rot_in_a_base_model_is_found_when_models_are_read_anew(folder, capsys, monkeypatch, name, what):
+    """A flipped bit keeps size and times, so that the hashes known from the first reading would go on to be used."""
+    models = folder.parents[3] / "models"
+    path = models / "Tiny-Llama" / name
+    base_models.identity_of(path.parent)  # known from now on
+    model_files.hashes_of(path.parent, [path])
+    before = path.stat()
+    content = bytearray(path.read_bytes())
+    content[content.index(b'"', len(content) // 2)] ^= 1
+    path.write_bytes(content)
+    os.utime(path, ns=(before.st_atime_ns, before.st_mtime_ns))
+    cache = json.loads((models / ".hashes.json").read_text())
+    renewed = {key.replace(str(before.st_ctime_ns), str(path.stat().st_ctime_ns)): sha for key, sha in cache.items()}
+    (models / ".hashes.json").write_text(json.dumps(renewed))  # rot changes no time at all
+
+    assert verify.verify(folder).faults == []
+    collection_verify._read_model.cache_clear()
+    (fault,) = verify.verify(folder, rehash_models=True).faults
+    assert f"models/Tiny-Llama has other {what} than it was trained with" in fault and "make model" in fault
+    monkeypatch.setattr("sys.argv", ["verify.py", str(folder)])
+    monkeypatch.setenv("REHASH_MODELS", "1")
+    assert verify.main() == 1 and "FAULTY" in capsys.readouterr().out
 
 
 def test_an_adapter_that_does_not_fit_its_base_model_is_a_fault(folder, capsys):

@@ -220,6 +220,15 @@ def test_a_broken_pretrain_is_trained_again_and_a_finetune_names_what_it_lacks(p
     assert pretrained.train(pretrained.finetune).status == 0
 
 
+def test_a_pretrain_with_a_flipped_bit_in_its_adapter_config_is_not_resumed(pretrained):
+    config = pretrained.run_folder("pretrain") / "checkpoint-4" / "adapter_config.json"
+    text = config.read_text()
+    config.write_text(text.replace('"lora_dropout": 0.0', '"lora_dropout": 0.1'))
+    assert config.read_text() != text
+    line = one_error_line(pretrained.train(pretrained.finetune))
+    assert "adapter_config.json does not have its recorded sha256" in line and "FORCE=1" in line
+
+
 def test_force_redoes_a_stale_run_with_the_same_result(collected):
     folder = collected.run_folder("finetune")
     before = hashes(folder)

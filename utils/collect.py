@@ -74,7 +74,11 @@ def train_ordinary(cell: Cell, phases: tuple[str, ...]) -> int:
     """Train phases of a cell, one after the other; returns the status of the first that failed, else 0."""
     for phase in phases:
         run = cell.run(phase)
-        if code := cli.call(["bash", paths.UTILS / "train_with_rank.sh", run.recipe, run.rank, *run.overrides]):
+        code = cli.call(["bash", paths.UTILS / "train_with_rank.sh", run.recipe, run.rank, *run.overrides])
+        if code < 0:
+            cli.complain(f"{run}: the training {cli.killed_text(code)}; run it again, it skips complete runs")
+            return 128 - code
+        if code:
             return code
     return 0
 
@@ -88,7 +92,7 @@ def train_packed(chosen: list[Cell], phases: tuple[str, ...]) -> list[Cell]:
         code = cli.call(command, cli.environment_for_modules())
         found = packed_train.read_results(results)
     if code < 0:
-        cli.complain(f"the training was killed by signal {-code}; run it again, it skips complete runs")
+        cli.complain(f"the training {cli.killed_text(code)}; run it again, it skips complete runs")
     return [cell for number, cell in enumerate(chosen) if number not in found or not found[number].is_done]
 
 

@@ -4,7 +4,8 @@
         python utils/publish.py                                                                 (make publish)
 
 Builds the repository's tree in saves/publish/<user>--<name>/ (DRY_RUN=1: no more than that), then uploads the files
-that the hub lacks; the next call resumes an interrupted upload. The account is HF_TOKEN's or that of `hf auth login`.
+that the hub lacks; the next call resumes an interrupted upload. Archives of an earlier call are hashed before they are
+used again, and the hub's hashes are compared with the recorded ones. The account is HF_TOKEN's, or of `hf auth login`.
 Collections that do not verify are refused, as are data and base models of unknown licence (ALLOW_UNKNOWN_LICENSE=1).
 RAW=1 publishes the collections' folders in place of archives.
 """
@@ -36,7 +37,8 @@ def main() -> None:
         if dry:
             say(f"{paths.relative(tree)}: nothing was uploaded; to upload just this: {upload.command()}")
             return
-        errors.translated(repository, None, lambda: upload.upload(repository, tree, private), uploads=True)
+        recorded = published_tree.recorded_hashes(tree, chosen, marks)
+        errors.translated(repository, None, lambda: upload.upload(repository, tree, private, recorded), uploads=True)
 
 
 if __name__ == "__main__":

@@ -1,12 +1,14 @@
-"""Re-read collections: hashes, keys, shapes, steps, finite values, and that PEFT loads them.
+"""Re-read collections: hashes, keys, shapes, steps, finite values, and that PEFT loads them; and their pretrain runs.
 
     python utils/verify.py [FOLDER ...]                            all collections below the folders (default: saves/)
     python utils/verify.py --recipe RECIPE.yaml RANK [key=value ...]     the collection of one recipe (again for others)
     [CATEGORY=..] [DATASET=..] [MODEL=..] [RANK=..] [SEED=..] python utils/verify.py     those selected (make verify)
 
 Prints a line for each; the status is 1 when one is not whole. Quality warnings (worse than its base, a rising loss,
-equal checkpoints) are printed as lines marked DOUBTFUL and do not change the status. JSON=1 prints the same as a JSON
-document on stdout, and the lines on stderr.
+equal checkpoints) are printed as lines marked DOUBTFUL, files that are no part of a collection in a line marked KEPT;
+neither changes the status. REHASH_MODELS=1 reads the base models anew: otherwise a file is taken for the one that was
+read first while its size and times are the same. JSON=1 prints the same as a JSON document on stdout, and the lines on
+stderr.
 """
 
 from pathlib import Path
@@ -31,15 +33,15 @@ def main() -> int:
         found = [of_recipe(*given) for given in args.recipe]
     else:
         found = [(folder, None) for folder in requested_folders(args.folders)]
-    as_json = settings.switch("JSON")
+    as_json, rehash = settings.switch("JSON"), settings.switch("REHASH_MODELS")
     devices.let_threads_sleep()
     with cli.messages_on_stderr(as_json):
         if not found:
             say("no collections yet")
-        verified = [verify(folder, base) for folder, base in found]
+        verified = [verify(folder, base, rehash, pretrains=True) for folder, base in found]
     if as_json:
         cli.print_json(content_of(verified))
-    return 1 if any(one.faults for one in verified) else 0
+    return 1 if any(one.faults or one.pretrain_faults for one in verified) else 0
 
 
 def of_recipe(recipe: str, rank: str = "", *overrides: str) -> tuple[Path, Path]:

@@ -231,13 +231,7 @@ def _is_being_written(process: int, info: os.stat_result) -> bool:
     """Whether a process may still write a temporary file; on another machine, its number says nothing."""
     if time.time() - info.st_mtime < WRITING_SECONDS:
         return True
-    try:
-        os.kill(process, 0)
-    except ProcessLookupError:
-        return False
-    except PermissionError:
-        pass
-    return True
+    return files.is_running(process)
 
 
 def _process_folders() -> list[LeftOver]:

@@ -1,6 +1,7 @@
 """Folders of files derived from collections (exports, statistics): each part is made whole, once, and recorded.
 
-OUT/export.json maps each part's path to what it was made from and to its files. Parts are copies, never links: editing
+OUT/export.json maps each part's path to what it was made from and to its files with their hashes, which are checked
+when a part is used again. Parts are copies, never links: editing
 an export does not change the collection.
 """
 
@@ -49,9 +50,12 @@ def make_part(
     target = out / name
     with files.lock(out / f".{RECORD}.lock", waiting=f"waiting for another export into {out}"):
         if is_there(out, name, source):
-            if not quiet:
-                say(f"there already: {paths.relative(target)}")
-            return False
+            damaged, note = check_content(out, name)
+            if damaged is None:
+                if not quiet:
+                    say(f"there already: {paths.relative(target)}{note}")
+                return False
+            say(f"{paths.relative(target / damaged)}: was damaged since it was made; it is made again")
         target.parent.mkdir(parents=True, exist_ok=True)
         files.recover_folder(target)
         check_replaceable(out, name, source)
@@ -61,6 +65,7 @@ def make_part(
             sync(staging)
             # recorded first, so that after a crash a part without sizes is recognised as ours and made again
             remember(out, name, {"source": source, "files": None})
+            hashes = files.hashes_below(staging)
             if staging.is_dir():
                 files.publish_folder(staging, target)
             else:
@@ -68,17 +73,33 @@ def make_part(
                 files.sync_folder(target.parent)
         finally:
             files.remove_folder(staging)
-        remember(out, name, {"source": source, "files": sizes_of(target)})
+        remember(out, name, {"source": source, "files": sizes_of(target), "sha256": hashes})
     say(f"{done}: {paths.relative(target)}")
     return True
 
 
 def is_there(out: Path, name: str, source: dict[str, Any]) -> bool:
-    """Whether a part exists, made from `source`, with all its files at their sizes; never with FORCE=1."""
+    """Whether a part exists, made from `source`, with all its files at their sizes; never with FORCE=1.
+
+    The files are not read: see `check_content`.
+    """
     there = read_record(out).get(name)
     if there is None or there["source"] != source or there["files"] is None or run_identity.force_requested():
         return False
     return there["files"] == sizes_of(out / name)
+
+
+def check_content(out: Path, name: str) -> tuple[str | None, str]:
+    """Read a part that is there, and compare it with the hashes of when it was made.
+
+    Returns the path in the part of the first file that differs, None where none does; and a note for a part that an
+    earlier version made without hashes, which cannot be compared.
+    """
+    recorded = read_record(out)[name].get("sha256")
+    if recorded is None:
+        return None, " (made without hashes, so that it was not checked again; FORCE=1 makes it anew)"
+    found = files.hashes_below(out / name)
+    return next((file for file in found if found[file] != recorded.get(file)), None), ""
 
 
 def check_replaceable(out: Path, name: str, source: dict[str, Any]) -> None:
@@ -108,7 +129,8 @@ def remember(out: Path, name: str, entry: dict[str, Any]) -> None:
 def read_record(out: Path) -> dict[str, Any]:
     """The parts that OUT/export.json records, by path; empty without that file. Raises UserError when it is broken.
 
-    A part has `source`, and `files`: the sizes of its files in bytes, None while it is moved to its place.
+    A part has `source`; `files`: the sizes of its files in bytes, None while it is moved to its place; and `sha256`:
+    their hashes, which parts of earlier versions lack.
     """
     path = out / RECORD
     try:
@@ -128,6 +150,7 @@ def _is_entry(entry: Any) -> bool:
         and isinstance(entry.get("source"), dict)
         and isinstance(entry.get("files"), dict | None)
         and "files" in entry
+        and isinstance(entry.get("sha256"), dict | None)
     )
 
 

@@ -6,7 +6,7 @@ from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 from paragen.collection.manifest import CheckpointEntry
-from paragen.collection.run_files import LOG, PICTURE
+from paragen.collection.run_files import LOG, PICTURE, is_hashed_beside
 from paragen.common import devices, files
 from paragen.common.cli import UserError
 
@@ -71,6 +71,13 @@ def draw_loss(folder: Path, title: str, kept_from: int | None = None) -> None:
         axes.legend()
     figure.savefig(folder / PICTURE, dpi=100)
     plt.close(figure)
+
+
+def hashes_beside(folder: Path) -> dict[str, str]:
+    """The key `files_sha256` of a manifest for a run folder (see run_files.is_hashed_beside)."""
+    found = [path for path in sorted(folder.rglob("*")) if path.is_file()]
+    named = {path.relative_to(folder).as_posix(): path for path in found}
+    return {name: files.sha256_of(path) for name, path in named.items() if is_hashed_beside(name)}
 
 
 def set_base_name(adapter_config: Path, base: dict) -> None:

@@ -190,6 +190,7 @@ def check_manifest(content: dict[str, Any], name: str, way_out: str) -> Manifest
             **{key: top.get_optional(key, kinds.COUNT) for key in COUNTS},
             deterministic=top.get_optional("deterministic", kinds.YES_OR_NO),
             **{key: top.get_optional(key, kinds.WHOLE) for key in ("trained_rows", "total_steps")},
+            files_sha256=top.get_optional("files_sha256", kinds.HASHES),
             data_warnings=top.get_optional("data_warnings", kinds.LINES),
             versions=top.get_optional("versions", kinds.TEXTS),
             attempt=top.section("attempt", _attempt_of),

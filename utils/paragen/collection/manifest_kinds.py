@@ -6,6 +6,7 @@ from collections.abc import Callable
 from datetime import datetime
 from typing import Any, NamedTuple, TypeVar
 
+from paragen.collection.run_files import is_hashed_beside
 from paragen.common import paths
 from paragen.dataset import dataset_info, descriptions
 
@@ -88,6 +89,12 @@ TAGS = Kind(
 DESCRIPTIONS = Kind("descriptions of a task", lambda value: descriptions.fault_of(value) is None)
 FORMATTING = Kind(" or ".join(dataset_info.CANDIDATES), lambda value: value in list(dataset_info.CANDIDATES))
 YES_OR_NO = Kind("true or false", lambda value: isinstance(value, bool))
+HASHES = Kind(
+    "an object of hashes by file",
+    lambda value: (
+        isinstance(value, dict) and all(map(is_hashed_beside, value)) and all(map(SHA256.fits, value.values()))
+    ),
+)
 LIST = Kind("a list", lambda value: isinstance(value, list))
 LINES = Kind("a list of texts of one line", lambda value: isinstance(value, list) and all(map(TEXT.fits, value)))
 PHASE = Kind(" or ".join(paths.PHASES), lambda value: value in paths.PHASES)

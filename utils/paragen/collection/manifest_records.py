@@ -124,6 +124,8 @@ class Manifest:
         rows_at_a_time, accumulated: the batch of one process, and the gradient accumulation steps.
         trained_rows, total_steps: rows after conversion, and the number of the last optimizer step.
         engine, packed_with: `packed` and the number of adapters in the pack, where that engine trained it.
+        files_sha256: the hashes of the log, the loss picture and a pretrain's adapter configs, by path in the run
+            folder; None in manifests that lack them.
         data_warnings: what is odd about the rows trained on and the test split, a text each; not part of the identity.
         versions: of Python and the packages, by name.
         sha256: of `content` without its key `sha256`.
@@ -155,6 +157,7 @@ class Manifest:
     total_steps: int | None
     engine: str | None
     packed_with: int | None
+    files_sha256: dict[str, str] | None
     data_warnings: list[str] | None
     versions: dict[str, str] | None
     attempt: Attempt | None

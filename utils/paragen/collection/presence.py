@@ -19,6 +19,23 @@ def faults_of(folder: Path, manifest: Manifest) -> list[str]:
     return [fault for entry in manifest.checkpoints for fault in checkpoint_faults(folder, entry)]
 
 
+def content_faults(run: Path, manifest: Manifest, below: str = "") -> list[str]:
+    """Which of the small files whose hashes are in `files_sha256` have other bytes, a phrase each.
+
+    With `below`, only those in this folder of the run. Log and picture may be missing; files of a checkpoint folder
+    may not.
+    """
+    faults = []
+    for name, sha256 in sorted((manifest.files_sha256 or {}).items()):
+        if not name.startswith(f"{below}/" if below else ""):
+            continue
+        if not (run / name).is_file():
+            faults += [f"{name} is missing"] if "/" in name else []
+        elif files.sha256_of(run / name) != sha256:
+            faults.append(f"{name} does not have its recorded sha256")
+    return faults
+
+
 def checkpoint_faults(run: Path, entry: CheckpointEntry) -> list[str]:
     """The same for one checkpoint folder of a pretrain run, of which the manifest records the length of all files."""
     name = run_files.checkpoint_folder(entry.step)

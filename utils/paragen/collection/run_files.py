@@ -29,6 +29,15 @@ def is_resumed(name: str) -> bool:
     return name in RESUMED or re.fullmatch(r"rng_state_\d+\.pth", name) is not None
 
 
+def is_hashed_beside(path: str) -> bool:
+    """Whether a manifest records the hash of this file by its path in the run folder: the log, the loss picture, and
+    what a checkpoint folder has beside the files that are resumed. All others have a hash of their own there."""
+    folder, _, name = path.rpartition("/")
+    if not folder:
+        return name in (LOG, PICTURE)
+    return paths.CHECKPOINT.fullmatch(folder) is not None and is_kept(name) and not is_resumed(name)
+
+
 def is_kept(name: str) -> bool:
     """Whether a finished pretrain run keeps this file of a checkpoint folder."""
     return is_resumed(name) or name in (paths.ADAPTER_CONFIG, "scaler.pt")

@@ -64,7 +64,7 @@ def identity_of(run: Run) -> dict[str, Any]:
     return {
         "recipe": _recipe_of(run),
         "data": [_data_of(name, run) for name in run.datasets],
-        **_model_of(base),
+        **model_identity_of(base),
         "pretrain": pretrain_of(run.resumed) or _named_pretrain(run.resumed),
     }
 
@@ -93,15 +93,16 @@ def _recipe_of(run: Run) -> dict[str, Any]:
     return dict(sorted(recipe_keys.items()))
 
 
-def _model_of(base: Path) -> dict[str, Any]:
+def model_identity_of(base: Path) -> dict[str, Any]:
+    """The sections `base_model` and `tokenizer` of a manifest for a base model's folder."""
     tokenizer = {"sha256": model_files.hash_of(base, model_files.tokenizer_files(base))}
     return {"base_model": base_models.identity_of(base), "tokenizer": tokenizer}
 
 
 @cache
 def _known_model_of(base: Path, stamps: tuple) -> dict[str, Any]:
-    """`_model_of` a folder whose files have these stamps. Raises UserError where it does not hold a whole model."""
-    return _model_of(base_models.local_folder(base))
+    """`model_identity_of` a folder whose files have these stamps. Raises UserError where it holds no whole model."""
+    return model_identity_of(base_models.local_folder(base))
 
 
 def _stamps_in(folder: Path) -> tuple:
@@ -126,10 +127,15 @@ def pretrain_of(checkpoint: Path | None) -> dict | None:
     """Run, step and hash of the checkpoint that is resumed; None where none is, or where it is gone."""
     if checkpoint is None or not (checkpoint / run_files.STATE).is_file():
         return None
-    resumed = sorted(path for path in checkpoint.iterdir() if run_files.is_resumed(path.name))
-    sha256 = files.sha256_of_value({path.name: files.sha256_of(path) for path in resumed})
+    sha256 = resumed_sha256(checkpoint)
     _check_against_manifest(checkpoint, sha256)
     return {"run": checkpoint.parent.name, "step": step_of(checkpoint), "sha256": sha256}
+
+
+def resumed_sha256(checkpoint: Path) -> str:
+    """The hash over the hashes of the files in a checkpoint folder that a resumed run reads."""
+    resumed = sorted(path for path in checkpoint.iterdir() if run_files.is_resumed(path.name))
+    return files.sha256_of_value({path.name: files.sha256_of(path) for path in resumed})
 
 
 def _named_pretrain(checkpoint: Path | None) -> dict | None:
@@ -258,6 +264,10 @@ def _check_against_manifest(checkpoint: Path, sha256: str) -> None:
         what = "; ".join(faults) or "differs from what its run's manifest.json recorded"
         way_out = "train the pretrain recipe again" if faults else "train the pretrain recipe again with FORCE=1"
         raise UserError(f"{paths.relative(checkpoint)}: {what}; {way_out}")
+    if faults := presence.content_faults(checkpoint.parent, manifest, checkpoint.name):
+        raise UserError(
+            f"{paths.relative(checkpoint.parent)}: {faults[0]}; train the pretrain recipe again with FORCE=1"
+        )
 
 
 def check_resumable(checkpoint: Path, rank: int, how_to_make: str) -> None:

@@ -201,6 +201,7 @@ def rebuild(folder: Path, kept: list[Path], others: Sequence[str]) -> None:
         unknown = ("seed", "device", "processes", "threads", "precision", "deterministic", "rows_at_a_time",
                    "accumulated", "trained_rows", "total_steps", "versions", "attempt")  # fmt: skip
         facts = {**dict.fromkeys(unknown), "adapter_config_sha256": files.sha256_of(staging / paths.ADAPTER_CONFIG)}
+        facts["files_sha256"] = finishing.hashes_beside(staging)
         manifest = new_manifest(folder, "finetune", adapter["r"], identity, entries, facts)
         write_manifest(staging, manifest)
         for name in others:

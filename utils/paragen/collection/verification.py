@@ -7,9 +7,9 @@ from collections.abc import Sequence
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
-from paragen.collection import adapter_config, evaluation, presence
+from paragen.collection import adapter_config, evaluation, presence, run_identity
 from paragen.collection.manifest import CheckpointEntry, Manifest
-from paragen.collection.run_files import checkpoint_name
+from paragen.collection.run_files import checkpoint_folder, checkpoint_name
 from paragen.common import devices, files, paths, safetensors_header
 from paragen.common.cli import UserError
 from paragen.model import loading
@@ -27,6 +27,7 @@ def faults_of(folder: Path, manifest: Manifest) -> list[str]:
     entries, steps, faults = manifest.checkpoints, manifest.steps, presence.faults_of(folder, manifest)
     unlisted, _ = presence.strangers_in(folder, manifest)
     faults += [f"{name} does not belong here" for name in unlisted]
+    faults += presence.content_faults(folder, manifest)
     if manifest.recipe is not None and steps != list(range(steps[0], steps[0] + len(steps))):
         faults.append(f"the steps are not consecutive: {steps}")
     kept = manifest.recipe and manifest.recipe.get("save_total_limit")
@@ -45,6 +46,17 @@ def faults_of(folder: Path, manifest: Manifest) -> list[str]:
     sizes = presence.sizes_in(folder)
     whole = [entry for entry in entries if sizes.get(entry.file_name) == entry.bytes]
     return faults + _checkpoint_faults(folder, whole, manifest.rank)
+
+
+def pretrain_faults(folder: Path, manifest: Manifest) -> list[str]:
+    """The faults of a pretrain run's files, all of which are read, a phrase each."""
+    faults = presence.faults_of(folder, manifest) + presence.content_faults(folder, manifest)
+    missing = {fault.partition(" ")[0].partition("/")[0] for fault in faults}
+    for entry in manifest.checkpoints:
+        name = checkpoint_folder(entry.step)
+        if name not in missing and run_identity.resumed_sha256(folder / name) != entry.sha256:
+            faults.append(f"{name} does not have its recorded sha256")
+    return faults
 
 
 def _checkpoint_faults(folder: Path, entries: Sequence[CheckpointEntry], rank: int) -> list[str]:

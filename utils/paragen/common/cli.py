@@ -166,6 +166,13 @@ def call(
         raise
 
 
+def killed_text(status: int) -> str:
+    """How a program ended that has the negative status of `call`: by which signal, and what that may mean."""
+    name = signal.Signals(-status).name if -status in set(signal.Signals) else f"signal {-status}"
+    cause = ", as the kernel does where memory runs out (see dmesg)" if -status == signal.SIGKILL else ""
+    return f"was killed by {name}{cause}"
+
+
 def environment_for_modules() -> dict[str, str]:
     """The present environment, with which `python -m paragen.<room>.<module>` works from any folder."""
     known = (str(Path(__file__).resolve().parents[2]), os.environ.get("PYTHONPATH"))

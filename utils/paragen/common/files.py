@@ -10,12 +10,17 @@ import os
 import shutil
 import socket
 import tempfile
+import time
 from collections.abc import Iterable, Iterator
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from stat import S_ISREG
 from typing import Any
 
 CHUNK_BYTES = 1 << 20  # read at once from a file that is hashed
+SILENT_SECONDS = 6 * 3600  # after which a run of another host, that has written nothing, is taken for dead
+LOOK_SECONDS = 0.02
+HASHED_AT_ONCE = min(8, os.cpu_count() or 1)  # files
 GIT_LFS_POINTER = b"version https://git-lfs.github.com/spec/"  # how a file begins that Git LFS did not download
 
 
@@ -105,6 +110,14 @@ def sha256_of(path: Path) -> str:
         return hashlib.file_digest(file, "sha256").hexdigest()
 
 
+def hashes_below(target: Path) -> dict[str, str]:
+    """The hexadecimal SHA-256 of each file below a folder, by its path there; the path of a file itself is empty."""
+    found = [path for path in sorted(target.rglob("*")) if path.is_file()] if target.is_dir() else [target]
+    names = [path.relative_to(target).as_posix() if path != target else "" for path in found]
+    with ThreadPoolExecutor(HASHED_AT_ONCE) as threads:
+        return dict(zip(names, threads.map(sha256_of, found), strict=True))
+
+
 def git_blob_id(path: Path) -> str:
     """Git's id of a file's content, hexadecimal: SHA-1 over `blob <size>`, a zero byte and the content."""
     digest = hashlib.sha1(b"blob %d\0" % path.stat().st_size, usedforsecurity=False)
@@ -149,10 +162,12 @@ def lock(path: Path, waiting: str | None = None) -> Iterator[int]:
             fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except BlockingIOError:
             if waiting is None:
-                os.close(handle)
-                raise Busy(str(path)) from None
-            print(waiting, flush=True)
-            fcntl.flock(handle, fcntl.LOCK_EX)
+                if not _lock_soon(handle):
+                    os.close(handle)
+                    raise Busy(str(path)) from None
+            else:
+                print(waiting, flush=True)
+                fcntl.flock(handle, fcntl.LOCK_EX)
         try:
             if os.path.samestat(os.fstat(handle), os.stat(path)):
                 break
@@ -170,6 +185,16 @@ def lock(path: Path, waiting: str | None = None) -> Iterator[int]:
         os.close(handle)
 
 
+def _lock_soon(handle: int) -> bool:
+    """Try again after the moment for which `is_held` and `make clean-up` may take a lock to look at it."""
+    time.sleep(LOOK_SECONDS)
+    try:
+        fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        return True
+    except BlockingIOError:
+        return False
+
+
 def is_free(path: Path) -> bool:
     """Whether no process holds the lock file `path`; the lock is taken for a moment to find out."""
     try:
@@ -180,23 +205,57 @@ def is_free(path: Path) -> bool:
 
 
 def is_held(path: Path) -> bool:
-    """Whether a live process seems to hold the lock file `path`, without taking the lock.
+    """Whether a live process holds the lock file `path`, which stays as it is.
 
-    The file contains its holder's process number and host; a holder on another host counts as alive.
+    On this host the kernel knows: a process that has got the number of a killed holder does not hold its lock. The
+    kernel does not know of another host's where their common disk has no locks; such a holder counts as alive until its
+    lock and its staging folder have not changed for SILENT_SECONDS.
     """
     try:
         number, host = path.read_text().split()
+        is_here = host == socket.gethostname()
+        if is_here and not is_running(int(number)):
+            return False
+        return _is_locked(path) or (not is_here and time.time() - _last_change(path) < SILENT_SECONDS)
     except (FileNotFoundError, ValueError):
         return False
-    if host != socket.gethostname():
-        return True
+
+
+def is_running(number: int) -> bool:
+    """Whether there is a process of this number on this host."""
     try:
-        os.kill(int(number), 0)
+        os.kill(number, 0)
     except ProcessLookupError:
         return False
     except PermissionError:
         pass
     return True
+
+
+def _is_locked(path: Path) -> bool:
+    """Whether a lock file is locked, as far as this host's kernel knows."""
+    try:
+        handle = os.open(path, os.O_RDONLY)
+    except PermissionError:  # another user's
+        return True
+    try:
+        fcntl.flock(handle, fcntl.LOCK_SH | fcntl.LOCK_NB)
+        return False
+    except BlockingIOError:
+        return True
+    finally:
+        os.close(handle)
+
+
+def _last_change(lock: Path) -> float:
+    """When a lock file, or a file in a staging folder that was made under it, changed last; seconds since the epoch."""
+    folder = lock.with_name(lock.name.removeprefix(".").removesuffix(".lock"))
+    staged = [path for staging in companions(folder, "staging-") for path in (staging, *staging.glob("*"))]
+    changed = [lock.stat().st_mtime]
+    for path in staged:
+        with contextlib.suppress(FileNotFoundError):  # it was published or renamed meanwhile
+            changed.append(path.stat().st_mtime)
+    return max(changed)
 
 
 PROCESS_LOCK = "paragen.lock"  # in a process's own temporary folder

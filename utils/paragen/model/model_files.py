@@ -146,3 +146,12 @@ def hashes_of(folder: Path, members: list[Path]) -> dict[str, str]:
         kept = {key: value for key, value in cache.items() if os.path.exists(key.split("|")[0])}
         files.write_json(cache_file, kept)
     return hashes
+
+
+def forget_hashes(folder: Path) -> None:
+    """Forget what is known of a folder's files, so that the next `hashes_of` reads them, changed or not."""
+    cache_file = folder.parent / HASH_CACHE
+    cache = files.read_cache(cache_file)
+    kept = {key: value for key, value in cache.items() if Path(key.split("|")[0]).parent != folder.absolute()}
+    if len(kept) < len(cache):
+        files.write_json(cache_file, kept)

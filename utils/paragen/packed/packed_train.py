@@ -188,7 +188,8 @@ class CellGroup:
             with self._one_cell(cell):
                 script = ["bash", paths.UTILS / "train_with_rank.sh", run.recipe, cell.rank, *run.overrides]
                 if code := cli.call(script):
-                    raise UserError(f"{run}: failed with status {code}; see the cause above")
+                    ended = cli.killed_text(code) if code < 0 else f"failed with status {code}; see the cause above"
+                    raise UserError(f"{run}: {ended}")
 
     def _next(self, cell: Cell, phase: str) -> tuple[Run, Snapshot | None]:
         """A cell's run of a phase, and its snapshot or, where the cell is done, None."""

@@ -13,6 +13,7 @@ import json
 import os
 import shutil
 from collections import Counter
+from collections.abc import Iterable
 from pathlib import Path, PurePosixPath
 from typing import TYPE_CHECKING, Any
 
@@ -163,11 +164,19 @@ def raw_folder(tree: Path, item: index.Chosen) -> dict[str, int]:
 
 
 def archived(tree: Path, item: index.Chosen, record: dict[str, Any]) -> dict[str, int]:
-    """Archive a collection into the tree unless its archive is there; returns the sizes of its parts."""
+    """Archive a collection into the tree, unless its archive is there with the recorded hashes.
+
+    Returns the sizes of its parts.
+    """
     from paragen.archives import archive
 
     if there := archive_in(tree, item, record):
-        return there
+        damaged = [
+            file for file, sha256 in hashes_of(tree, there).items() if sha256 != record[item.name]["sha256"][file]
+        ]
+        if not damaged:
+            return there
+        say(f"{paths.relative(tree / COLLECTIONS / damaged[0])}: was damaged since it was made; it is made again")
     source = source_of(item)
     folder = (tree / COLLECTIONS / item.name).parent
     folder.mkdir(parents=True, exist_ok=True)
@@ -181,16 +190,17 @@ def archived(tree: Path, item: index.Chosen, record: dict[str, Any]) -> dict[str
     files.sync_folder(folder)
     files.remove_folder(staging)
     kept = {f"{Path(item.name).parent}/{part.name}": (folder / part.name).stat().st_size for part in parts}
-    record[item.name] = {"source": source, "files": kept, "written": written(tree, kept)}
+    hashes = hashes_of(tree, kept)
+    record[item.name] = {"source": source, "files": kept, "written": written(tree, kept), "sha256": hashes}
     files.write_json(tree / RECORD, record)
     return kept
 
 
 def archive_in(tree: Path, item: index.Chosen, record: dict[str, Any]) -> dict[str, int] | None:
     """The sizes of the parts of a collection's archive in the tree; None unless they were made from the present
-    collection and are unchanged."""
+    collection, and have the sizes and times of then. Their bytes are not read."""
     there = record.get(item.name)
-    if there is None or there["source"] != source_of(item):
+    if there is None or there["source"] != source_of(item) or "sha256" not in there:
         return None
     whole = all(size_of(tree / COLLECTIONS / file) == size for file, size in there["files"].items())
     return there["files"] if whole and there.get("written") == written(tree, there["files"]) else None
@@ -204,6 +214,25 @@ def source_of(item: index.Chosen) -> dict[str, Any]:
 def written(tree: Path, kept: dict[str, int]) -> dict[str, int]:
     """The modification time of each part of an archive, nanoseconds."""
     return {file: (tree / COLLECTIONS / file).stat().st_mtime_ns for file in kept}
+
+
+def hashes_of(tree: Path, kept: Iterable[str]) -> dict[str, str]:
+    """The hash of each part of an archive, which is read."""
+    return {file: files.sha256_of(tree / COLLECTIONS / file) for file in kept}
+
+
+def recorded_hashes(tree: Path, chosen: list[index.Chosen], marks: dict[str, Any]) -> dict[str, str]:
+    """The hashes that a built tree's data files, archives and checkpoints must have, by their paths in the tree."""
+    recorded = {f"data/{file}": sha256 for file, sha256 in marks["data"].items()}
+    if marks["layout"] == "archive":
+        record = read_record(tree) or {}
+        for item in chosen:
+            recorded |= {f"{COLLECTIONS}/{file}": sha256 for file, sha256 in record[item.name]["sha256"].items()}
+        return recorded
+    for item in chosen:
+        for entry in item.manifest.checkpoints:
+            recorded[f"{COLLECTIONS}/{item.name}/{entry.file_name}"] = entry.sha256
+    return recorded
 
 
 def index_of(table: "pa.Table", marks: dict[str, Any]) -> bytes:

@@ -7,13 +7,14 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from paragen.collection import index, verification
-from paragen.common import cli, paths, settings
+from paragen.common import cli, files, paths, settings
 from paragen.common.cli import UserError, say
 from paragen.hub import errors, transfer
 from paragen.publishing import licenses, published_tree
 
 if TYPE_CHECKING:
     import pyarrow as pa
+    from huggingface_hub.hf_api import DatasetInfo
 
 FORCE_HINT = "FORCE=1 removes them there"
 
@@ -110,13 +111,20 @@ def require_account() -> None:
     HfApi().whoami()
 
 
-def upload(repository: str, tree: Path, private: bool) -> None:
+def upload(repository: str, tree: Path, private: bool, recorded: dict[str, str]) -> None:
     """Create the repository if it is missing, and upload the tree; an interrupted upload is resumed.
+
+    Args:
+        repository: its id.
+        tree: the tree's folder.
+        private: whether a new repository is made private.
+        recorded: the hashes that files of the tree must have, by their paths (see published_tree.recorded_hashes).
 
     Files go to the hub's Xet storage, which resumes an interrupted file in its middle. With HF_HUB_DISABLE_XET=1 they
     go over plain HTTP, and only files that did not arrive whole are sent again.
 
-    Raises UserError when the repository is public and should be private, or holds files outside the tree.
+    Raises UserError when the repository is public and should be private, or holds files outside the tree; and when the
+    hub, after the upload, states another size or hash of a file: huggingface_hub takes these from the bytes it sends.
     """
     from huggingface_hub import HfApi
 
@@ -142,14 +150,21 @@ def upload(repository: str, tree: Path, private: bool) -> None:
             ignore_patterns=[".cache/*"],
             delete_patterns=[glob.escape(name) for name in foreign] or None,
         )
-    check_arrived(api.dataset_info(repository, files_metadata=True), tree, ours)
+    check_arrived(api.dataset_info(repository, files_metadata=True), tree, ours, recorded)
     where = f"{api.endpoint}/datasets/{repository}"
     say(f"published: {where} ({len(ours)} files{', private' if info.private else ''})")
 
 
-def check_arrived(info, tree: Path, ours: list[str]) -> None:
-    """Raise UserError unless the hub lists each file of the tree with its size."""
-    there = {file.rfilename: file.size for file in info.siblings or []}
-    wrong = [name for name in ours if there.get(name) != (tree / name).stat().st_size]
+def check_arrived(info: "DatasetInfo", tree: Path, ours: list[str], recorded: dict[str, str]) -> None:
+    """Raise UserError unless the hub lists each file of the tree with its size and, where one is recorded, its hash."""
+    there = {file.rfilename: file for file in info.siblings or []}
+    wrong = [name for name in ours if name not in there or there[name].size != (tree / name).stat().st_size]
     if wrong:
         raise UserError(f"{info.id}: {len(wrong)} files did not arrive whole, such as {wrong[0]}; run it again")
+    for name, sha256 in recorded.items():
+        lfs = there[name].lfs
+        if (lfs.sha256 if lfs else files.sha256_of(tree / name)) != sha256:
+            raise UserError(
+                f"{paths.relative(tree / name)}: was damaged since it was made (a failing disk?), and was uploaded so; "
+                "run it again: the file is made anew and replaced there"
+            )

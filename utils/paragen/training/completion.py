@@ -29,6 +29,7 @@ def complete(attempt: Attempt, facts: dict[str, Any]) -> None:
     checkpoints = finish_finetune(attempt) if run.collects else finish_pretrain(attempt)
     if run.collects:
         facts["adapter_config_sha256"] = files.sha256_of(staging / paths.ADAPTER_CONFIG)
+    facts["files_sha256"] = finishing.hashes_beside(staging)
     if changed := run_identity.changed_since(run, attempt.snapshot):
         raise UserError(f"{'; '.join(changed)}: changed while it was trained on; run it again")
     facts["data_warnings"] = data_notes.warnings_of(run, attempt.identity["data"]) + facts.get("data_warnings", [])

@@ -118,5 +118,5 @@ def train_distributed(job: dict[str, Any], count: int) -> None:
 def outcome_of_status(status: int, count: int) -> outcome.Outcome:
     """The outcome of a training on several devices, of whose processes none recorded a cause."""
     if status > 128:
-        return outcome.Outcome("killed", f"a process of the {count} was killed by signal {status - 128}")
+        return outcome.Outcome("killed", f"a process of the {count} {cli.killed_text(128 - status)}")
     return outcome.Outcome("failed", f"training on {count} devices failed with status {status}; see the cause above")

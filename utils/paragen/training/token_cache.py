@@ -49,8 +49,7 @@ def keep(tokens: Path, cached: Path) -> None:
 
 def _hashes(folder: Path) -> dict[str, str]:
     """The hashes of the files in a folder and below, without the list of hashes."""
-    found = (path for path in folder.rglob("*") if path.is_file() and path != folder / HASHES)
-    return {str(path.relative_to(folder)): files.sha256_of(path) for path in found}
+    return {name: sha256 for name, sha256 in files.hashes_below(folder).items() if name != HASHES}
 
 
 def _remove(cached: Path) -> None:
