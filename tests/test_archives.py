@@ -7,8 +7,10 @@ import os
 import shutil
 import sys
 import time
+import tracemalloc
 from dataclasses import replace
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -615,3 +617,85 @@ def test_without_a_file_it_says_what_to_type(monkeypatch):
     monkeypatch.setattr(sys, "argv", ["import_archive.py", ""])
     with pytest.raises(UserError, match=r"make import FILE=x\.archive, or a folder"):
         import_archive.main()
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# What unpacks to more than it can be
+
+
+def rewritten(path: Path, change) -> None:
+    """Change an archive's index and make its seal right, as a stranger would."""
+    with safe_open(path, "np") as file:
+        blocks = file.get_tensor("blocks").tobytes()
+        size = int(file.metadata()["index_bytes"])
+        index = json.loads(read.codec().decompress(file.get_tensor("index").tobytes(), size, asbytes=True))
+    change(index)
+    text = json.dumps(index).encode()
+    with open(path, "wb") as file:
+        file.write(bytes(read.HEAD) + blocks)
+        write._finish(file, read.codec().compress(text, asbytes=True), len(text))
+
+
+def enlarge_a_step(index: dict) -> None:
+    index["steps"][0]["bytes"] = 20 * 10**9
+
+
+def enlarge_a_file(index: dict) -> None:
+    index["files"]["adapter_config.json"]["bytes"] = 10**10
+
+
+def enlarge_headers(index: dict) -> None:
+    for header in index["headers"]:
+        header["bytes"] = 2**26 - 1
+
+
+def deepen(index: dict) -> None:
+    index["more"] = json.loads("[" * 400 + "]" * 400)
+
+
+def lengthen(index: dict) -> None:
+    index["more"] = "x" * 2**25
+
+
+@pytest.mark.parametrize("change", [enlarge_a_step, enlarge_a_file, enlarge_headers, deepen, lengthen])
+def test_an_archive_that_declares_more_than_it_can_hold_is_refused_at_once(synthetic, tmp_path, change):
+    (path,) = archived(synthetic, tmp_path / "x.archive")
+    rewritten(path, lambda index: None)
+    archive.verify(path)
+    rewritten(path, change)
+    tracemalloc.start()
+    with pytest.raises(UserError, match=r"x\.archive: [^\n]+$"):
+        archive.restore([path], tmp_path / "saves")
+    assert tracemalloc.get_traced_memory()[1] < 2e8
+    tracemalloc.stop()
+    assert not (tmp_path / "saves").exists()
+
+
+def test_an_archive_that_does_not_fit_on_the_disk_is_refused_before_it_is_unpacked(synthetic, tmp_path, monkeypatch):
+    (path,) = archived(synthetic, tmp_path / "x.archive")
+    monkeypatch.setattr(shutil, "disk_usage", lambda folder: SimpleNamespace(free=1000))
+    with pytest.raises(UserError, match="are to be written, 0.0 GB are free; make room, or import less"):
+        archive.restore([path], tmp_path / "saves")
+    assert not list((tmp_path / "saves").rglob("*.safetensors"))
+
+
+def test_a_folder_with_a_fifo_or_a_device_does_not_hang(synthetic, tmp_path, monkeypatch, capsys):
+    folder = tmp_path / "all of them"
+    folder.mkdir()
+    os.mkfifo(folder / "a.archive")
+    (folder / "b.archive").symlink_to("/dev/zero")
+    (folder / "c.archive").mkdir()
+    archived(synthetic, folder / "d.archive")
+    monkeypatch.setattr(paths, "SAVES", tmp_path / "saves")
+    monkeypatch.setattr(sys, "argv", ["import_archive.py", str(folder)])
+    assert import_archive.main() == 1
+    assert capsys.readouterr().err.count("is no file, so no archive") == 3
+    assert len(discovery.find_collections([tmp_path / "saves"])) == 1
+
+
+def test_a_large_checkpoint_is_verified_a_piece_at_a_time(tmp_path):
+    folder = make_collection(tmp_path / "math" / "Toy" / RUN, steps=1, size=2**21)
+    tracemalloc.start()
+    assert verification.faults_of(folder, read_manifest(folder)) == []
+    assert tracemalloc.get_traced_memory()[1] < 1.5e7, "of 34 MB"
+    tracemalloc.stop()

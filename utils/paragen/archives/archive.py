@@ -16,16 +16,16 @@ import hashlib
 import secrets
 from pathlib import Path
 
-from paragen.archives.read import FORMAT, load_step, manifest_in, opened, read_all, read_files, steps_of
+from paragen.archives.read import FORMAT, load_step, manifest_in, opened, read_all, read_files, sizes_of, steps_of
 from paragen.archives.write import SUFFIX, converted, write
-from paragen.collection import copies, evaluation, run_files, run_identity, verification
+from paragen.collection import copies, derived, evaluation, run_files, run_identity, verification
 from paragen.collection.manifest import CheckpointEntry, Manifest, read_manifest, require_manifest
 from paragen.common import files, paths
 from paragen.common.cli import UserError, say
 
 __all__ = [
     "FORMAT", "SUFFIX", "converted", "load_step", "opened", "manifest_in", "read_all", "read_files",
-    "restore", "steps_of", "verify", "write",
+    "restore", "sizes_of", "steps_of", "verify", "write",
 ]  # fmt: skip
 
 LONGEST_NAME = 200  # bytes; file systems take 255, and a staging folder's name is longer than its run folder's
@@ -68,6 +68,10 @@ def restore(archives: list[Path], saves: Path) -> Path:
             f"{paths.relative(archives[0])}: lacks {len(missing)} of {len(entries)} checkpoints, such as step "
             f"{missing[0]}; give the folder that holds all parts"
         )
+    for path in archives:
+        for step, size in sizes_of(path).items():
+            if step not in entries or entries[step].bytes != size:
+                raise UserError(f"{paths.relative(path)}: checkpoint {step} is not the one that its manifest records")
     small = read_files(archives[0])
     if foreign := sorted(small.keys() - {paths.MANIFEST, *run_files.BESIDE}):
         raise UserError(f"{paths.relative(archives[0])}: holds {foreign[0]!r}, which belongs to no collection")
@@ -80,6 +84,7 @@ def restore(archives: list[Path], saves: Path) -> Path:
         with files.lock(files.beside(folder, "lock")):
             files.recover_folder(folder)
             if not _exists_already(folder, manifest, small):
+                derived.check_room(saves, sum(entry.bytes for entry in manifest.checkpoints), "or import less")
                 _unpack(archives, entries, small, folder)
     except files.Busy as busy:
         raise UserError(f"{paths.relative(folder)}: is being trained or imported (by what holds {busy})") from None

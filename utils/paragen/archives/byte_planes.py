@@ -26,8 +26,8 @@ def runs_of(header: bytes, size: int) -> list[tuple[int, int]]:
     try:
         tensors = safetensors_header.tensors_in(header).values()
         spans = sorted((*entry["data_offsets"], WIDTHS.get(entry["dtype"], 1)) for entry in tensors)
-    except (ValueError, KeyError, TypeError, AttributeError) as error:
-        raise ValueError(f"has a broken safetensors header ({error!r})") from None
+    except (ValueError, KeyError, TypeError, AttributeError, RecursionError) as error:
+        raise ValueError(f"has a broken safetensors header ({str(error)[:200]})") from None
     bounds = [(0, 0), *((first, last) for first, last, _ in spans), (size, size)]
     if any(one[1] != other[0] for one, other in pairwise(bounds)) or any((b - a) % w or b < a for a, b, w in spans):
         return [(1, size)] if size else []

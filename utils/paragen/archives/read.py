@@ -11,11 +11,13 @@ from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
+from stat import S_ISREG
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
 from paragen.archives import byte_planes
+from paragen.collection import manifest_kinds as kinds
 from paragen.collection.manifest import Manifest, parse_manifest
 from paragen.common import devices, files, paths
 from paragen.common.cli import UserError
@@ -25,6 +27,11 @@ if TYPE_CHECKING:
 
 FORMAT = "1"
 HEAD = 512  # bytes at the front: the safetensors header, padded with spaces as that format allows
+# What an archive may declare: a bomb of a few kB would otherwise become gigabytes before a hash is compared.
+LARGEST_INDEX = 2**24  # bytes of JSON; a checkpoint takes about 500
+LARGEST_SMALL = 2**26  # bytes of a file beside the checkpoints
+LARGEST_EXPANSION = 1000  # all that is unpacked, relative to the archive; a real one is 1 to 3 times its size
+FREE_EXPANSION = 2**26  # bytes that any archive may unpack to: adapters of zeros compress to nothing
 LEVEL = 1  # zstd's, for what is written; 3, 6 and 9 change its size by -1 to +4 % and take two to six times as long
 
 
@@ -55,6 +62,10 @@ def opened(path: Path) -> Opened:
         stat = os.stat(path)
     except FileNotFoundError:
         raise UserError(f"{paths.relative(path)}: no such archive") from None
+    except OSError as error:
+        raise UserError(f"{paths.relative(path)}: cannot be read: {error.strerror}") from None
+    if not S_ISREG(stat.st_mode):
+        raise UserError(f"{paths.relative(path)}: is no file, so no archive")
     return _opened(path, files.stamp_of(stat))
 
 
@@ -64,43 +75,59 @@ def _opened(path: Path, _stamp: tuple) -> Opened:
 
     name = paths.relative(path)
     try:
+        head = files.read_up_to(path, HEAD)
+        if len(head) < HEAD or int.from_bytes(head[:8], "little") != HEAD - 8:
+            raise UserError(f"{name}: is truncated, damaged in its header, or no archive")
         with safe_open(path, "np") as file:
             marks = file.metadata() or {}
             if marks.get("paragen_archive") != FORMAT:
                 raise UserError(f"{name}: is no archive of format {FORMAT}, or its header is damaged")
+            if file.get_slice("index").get_shape()[0] > LARGEST_INDEX or int(marks["index_bytes"]) > LARGEST_INDEX:
+                raise UserError(f"{name}: its index is larger than that of any collection")
             index, seal = (file.get_tensor(part).tobytes() for part in ("index", "seal"))
             size = file.get_slice("blocks").get_shape()[0]
-    except (SafetensorError, OSError) as error:
+    except (SafetensorError, OSError, ValueError, LookupError) as error:
         raise UserError(f"{name}: is truncated, damaged in its header, or no archive ({error})") from None
-    with open(path, "rb") as file:
-        head = file.read(HEAD)
     if hashlib.sha256(head + index).digest() != seal:
         raise UserError(f"{name}: its header or its index is damaged; download or copy it again")
     try:
         index = json.loads(codec().decompress(index, int(marks["index_bytes"]), asbytes=True))
         _check_index(index, size)
-    except (ValueError, LookupError, TypeError, AttributeError, OSError) as error:
-        raise UserError(f"{name}: its index is not one of format {FORMAT} ({error!r})") from None
+    except (ValueError, LookupError, TypeError, AttributeError, OSError, RecursionError, OverflowError) as error:
+        text = " ".join(repr(error).split())[:200]
+        raise UserError(f"{name}: its index is not one of format {FORMAT} ({text})") from None
     return Opened(path, index, {step["step"]: place for place, step in enumerate(index["steps"])})
 
 
 def _check_index(index: dict, size: int) -> None:
-    """Check an archive's index: its values, and that its blocks cover all of `size` bytes. Raises ValueError, or the
-    error of a missing key."""
+    """Check an archive's index: its values, and that its blocks cover all of `size` bytes and do not unpack to more
+    than such an archive can. Raises ValueError, or the error of a missing key."""
+    if not kinds.is_flat(index, 8):
+        raise ValueError("it is nested too deeply")
+    kinds.check(index["manifest"], kinds.SHA256, "manifest")
+    small = [*index["files"].values(), *index["headers"]]
+    if not all(type(entry["bytes"]) is int and 0 <= entry["bytes"] <= LARGEST_SMALL for entry in small):
+        raise ValueError(f"a file or a header has more than {LARGEST_SMALL} bytes")
+    unpacked = sum(entry["bytes"] for entry in (*small, *index["steps"]))
+    if unpacked > FREE_EXPANSION + LARGEST_EXPANSION * size:
+        raise ValueError(f"its {size} bytes would become {unpacked}")
     blocks = [entry["block"] for entry in (*index["files"].values(), *index["headers"])]
     for place, step in enumerate(index["steps"]):
         blocks += step["planes"]
         base = step["base"]
         if not all(type(step[key]) is int and step[key] >= 0 for key in ("step", "bytes", "header")):
-            raise ValueError(f"checkpoint {place}: {step['step']!r}")
+            raise ValueError(f"checkpoint {place}: {str(step['step'])[:80]!r}")
+        if step["header"] >= len(index["headers"]) or index["headers"][step["header"]]["bytes"] > step["bytes"]:
+            raise ValueError(f"checkpoint {place} has no header")
         if base is None and any(kind == "xor" for kind, *_ in step["planes"]):
             raise ValueError(f"checkpoint {place} has no base")
         if base is not None and (not 0 <= base < place or index["steps"][base]["header"] != step["header"]):
             raise ValueError(f"checkpoint {place} has the base {base}")
     end = 0
-    for kind, offset, length, _ in sorted(blocks, key=lambda block: block[1]):
-        if kind not in ("raw", "zstd", "xor") or offset != end or length < 0:
-            raise ValueError(f"a block of kind {kind!r} at {offset}, expected at {end}")
+    for kind, offset, length, sha256 in sorted(blocks, key=lambda block: block[1]):
+        if kind not in ("raw", "zstd", "xor") or offset != end or type(length) is not int or length < 0:
+            raise ValueError(f"a block of kind {str(kind)[:80]!r} at {str(offset)[:80]}, expected at {end}")
+        kinds.check(sha256, kinds.SHA256, "a block's hash")
         end += length
     if end != size or len({step["step"] for step in index["steps"]}) != len(index["steps"]):
         raise ValueError("bytes outside of the blocks, or a step twice")
@@ -148,6 +175,11 @@ def manifest_in(path: Path) -> Manifest:
 def steps_of(path: Path) -> list[int]:
     """The steps in an archive, in its order."""
     return list(opened(path).positions)
+
+
+def sizes_of(path: Path) -> dict[int, int]:
+    """The bytes of each checkpoint file in an archive, by step."""
+    return {step["step"]: step["bytes"] for step in opened(path).index["steps"]}
 
 
 def load_step(path: Path, step: int) -> "dict[str, torch.Tensor]":

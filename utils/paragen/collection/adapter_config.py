@@ -194,6 +194,8 @@ def read(path: Path) -> dict[str, Any]:
         data = files.read_up_to(path, LARGEST_FILE + 1)
     except FileNotFoundError:
         raise UserError(f"{paths.relative(path)}: is missing") from None
+    except OSError as error:
+        raise UserError(f"{paths.relative(path)}: cannot be read: {error.strerror}") from None
     return parse(data, paths.relative(path))
 
 
@@ -214,8 +216,8 @@ def parse(data: bytes, name: str) -> dict[str, Any]:
         raise UserError(f"{name}: broken ({error}); put it back, or collect again with FORCE=1") from None
     if not isinstance(content, dict):
         raise UserError(f"{name}: is not a JSON object; put it back, or collect again with FORCE=1")
-    if content.get("peft_type") != "LORA":
-        raise UserError(f"{name}: holds no LoRA adapter: its peft_type is {str(content.get('peft_type'))[:80]!r}")
+    if content.get("peft_type", "LORA") != "LORA":
+        raise UserError(f"{name}: holds no LoRA adapter: its peft_type is {str(content['peft_type'])[:80]!r}")
     try:
         for key, value in content.items():
             if value is not None and key in LISTED:

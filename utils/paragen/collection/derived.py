@@ -170,12 +170,14 @@ def sync(target: Path) -> None:
                 os.fsync(file.fileno())
 
 
-def check_room(out: Path, needed: int) -> None:
-    """Raise UserError when `needed` bytes do not fit on the disk that holds the export's folder."""
+def check_room(
+    out: Path, needed: int, way_out: str = "select fewer collections, or take an OUT on another disk"
+) -> None:
+    """Raise UserError when `needed` bytes do not fit on the disk that holds the folder `out`."""
     existing = next(folder for folder in (out.absolute(), *out.absolute().parents) if folder.is_dir())
     free = shutil.disk_usage(existing).free
     if needed > free:
         raise UserError(
             f"{paths.relative(out)}: {needed / 1e9:.1f} GB are to be written, {free / 1e9:.1f} GB are free; make room, "
-            "select fewer collections, or take an OUT on another disk"
+            f"{way_out}"
         )

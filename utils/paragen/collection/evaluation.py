@@ -11,11 +11,14 @@ from typing import Any
 
 from paragen.collection import run_files, run_identity
 from paragen.collection.manifest import Manifest
+from paragen.collection.manifest_kinds import is_flat
 from paragen.common import files, paths
 from paragen.common.cli import UserError, say
 
 FILE = run_files.EVALUATION
 FORMAT = 1
+LARGEST_FILE = 2**26  # bytes; the scores of a checkpoint take about 300
+DEEPEST = 16  # levels of lists and objects
 METRICS = {
     "choice": "share of right choices, as generated",
     "math": "share of right results, as generated",
@@ -60,7 +63,7 @@ def read(folder: Path, manifest: Manifest) -> list[dict[str, Any]]:
 def bytes_in(folder: Path) -> bytes | None:
     """The bytes of a collection's evaluation.json, None where it was not evaluated."""
     try:
-        return (folder / FILE).read_bytes()
+        return files.read_up_to(folder / FILE, LARGEST_FILE + 1)
     except FileNotFoundError:
         return None
     except OSError as error:
@@ -83,13 +86,13 @@ def scores_mark(folder: Path) -> dict[str, str]:
 def parse(data: bytes, manifest: Manifest, name: str) -> list[dict[str, Any]]:
     """The evaluations in the bytes of an evaluation.json, as `read` returns them; errors call the file `name`."""
     try:
-        content = json.loads(data)
-    except ValueError as error:
+        content = json.loads(data) if len(data) <= LARGEST_FILE else None
+        if not isinstance(content, dict) or content.get("format") != FORMAT or not is_flat(content, DEEPEST):
+            raise _unsound(name, f"not of format {FORMAT}")
+        if content.get("sha256") != _seal(content):
+            raise _unsound(name, "was edited after it was written")
+    except (ValueError, RecursionError) as error:
         raise _unsound(name, f"broken ({error})") from None
-    if not isinstance(content, dict) or content.get("format") != FORMAT:
-        raise _unsound(name, f"not of format {FORMAT}")
-    if content.get("sha256") != _seal(content):
-        raise _unsound(name, "was edited after it was written")
     if content.get("manifest_sha256") != manifest.sha256:
         raise _unsound(name, "is of other checkpoints than its manifest.json")
     if fault := _kind_fault(content.get("evaluations"), set(manifest.steps)):
@@ -109,9 +112,9 @@ def _kind_fault(evaluations: Any, steps: set[int]) -> str | None:
             return "holds an evaluation of rows that cannot be"
         limit = evaluation["limit"]
         if limit is not None and (type(limit) is not int or not 0 < limit < 2**53):
-            return f"holds the limit {limit!r}, which is no number of rows"
+            return f"holds the limit {repr(limit)[:80]}, which is no number of rows"
         if evaluation["metric"] not in METRICS:
-            return f"holds the metric {evaluation['metric']!r}, which is not known"
+            return f"holds the metric {evaluation['metric'][:80]!r}, which is not known"
         base, scores = evaluation["base"], evaluation["checkpoints"]
         if not all(map(_is_score, scores if base is None else [base, *scores])):
             return "holds a score that is none"

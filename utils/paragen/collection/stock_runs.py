@@ -148,7 +148,7 @@ def check_adapter(checkpoint: Path) -> None:
     from safetensors.torch import load_file
 
     try:
-        adapter_config.read(checkpoint / paths.ADAPTER_CONFIG)
+        adapter = adapter_config.read(checkpoint / paths.ADAPTER_CONFIG)
         load_file(checkpoint / paths.ADAPTER)
     except FileNotFoundError as error:
         raise UserError(f"{error.filename or checkpoint / paths.ADAPTER}: is missing; nothing was changed") from None
@@ -156,6 +156,8 @@ def check_adapter(checkpoint: Path) -> None:
         raise UserError(
             f"{checkpoint}: its adapter is broken ({error}); remove that folder to clean the run without it"
         ) from None
+    if "peft_type" not in adapter:
+        raise UserError(f"{checkpoint}: holds no LoRA adapter")
 
 
 def plan(folder: Path, kept: list[Path]) -> Outcome:

@@ -3,7 +3,7 @@
 import hashlib
 import os
 import tempfile
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
@@ -16,7 +16,7 @@ from paragen.model import loading
 
 # By a safetensors dtype: the bytes of a value, and the bits of its exponent.
 EXPONENTS = {"F64": (8, 0x7FF << 52), "F32": (4, 0xFF << 23), "BF16": (2, 0xFF << 7), "F16": (2, 0x1F << 10)}
-PIECE = 1 << 16  # values that are looked at at once
+PIECE = 1 << 16  # values that are read and looked at at once: they stay in the processor's cache
 
 
 def faults_of(folder: Path, manifest: Manifest) -> list[str]:
@@ -35,7 +35,7 @@ def faults_of(folder: Path, manifest: Manifest) -> list[str]:
         faults.append(f"{len(steps)} checkpoints, but the recipe keeps {kept}")
     if (folder / paths.ADAPTER_CONFIG).is_file():
         try:
-            adapter_config.parse((folder / paths.ADAPTER_CONFIG).read_bytes(), paths.ADAPTER_CONFIG)
+            adapter_config.read(folder / paths.ADAPTER_CONFIG)
         except UserError as error:
             faults.append(str(error))
     try:
@@ -84,36 +84,61 @@ def _read_checkpoint(path: Path, entry: CheckpointEntry) -> tuple[list[str], dic
     value is None."""
     from safetensors import SafetensorError, safe_open
 
-    data = path.read_bytes()
-    if hashlib.sha256(data).hexdigest() != entry.sha256:
+    sha256, is_finite = _hash_and_look(path)
+    if sha256 != entry.sha256:
         return [f"{path.name} does not have its recorded sha256"], None
     try:
+        safetensors_header.read_header(path)
         with safe_open(path, "np") as file:
             places = {key: file.get_slice(key) for key in file.keys()}  # noqa: SIM118 (not a dict)
             layout = {key: (tuple(place.get_shape()), place.get_dtype()) for key, place in places.items()}
-    except SafetensorError as error:
-        return [f"{path.name} is not a safetensors file: {error}"], None
-    return [] if _is_finite(data) else [f"{path.name} holds values that are not finite"], layout
+    except (SafetensorError, ValueError) as error:
+        return [f"{path.name} is not a safetensors file: {' '.join(str(error).split())[:200]}"], None
+    return [] if is_finite else [f"{path.name} holds values that are not finite"], layout
 
 
-def _is_finite(data: bytes) -> bool:
-    """Whether all values in a safetensors file are finite: whether no exponent has all its bits set.
+def _hash_and_look(path: Path) -> tuple[str, bool]:
+    """(The SHA-256 of a safetensors file, whether all its values are finite), from one reading, a piece at a time.
 
-    A loop over views of the bytes, a piece that stays in the processor's cache at a time, in one thread.
+    A value is not finite when its exponent has all bits set. A file whose header does not fit it counts as finite.
     """
     import numpy as np
 
-    header = safetensors_header.header_in(data)
-    for tensor in safetensors_header.tensors_in(header).values():
-        if (exponent := EXPONENTS.get(tensor["dtype"])) is None:
-            continue  # whole numbers and the like
-        begin, end = (len(header) + offset for offset in tensor["data_offsets"])
-        width, mask = exponent
-        values = np.frombuffer(data, f"<u{width}", (end - begin) // width, begin)
-        for start in range(0, len(values), PIECE):
-            if ((values[start : start + PIECE] & mask) == mask).any():
-                return False
-    return True
+    digest, is_finite = hashlib.sha256(), True
+    with open(path, "rb") as file:
+        for size, width, mask in _pieces_of(path):
+            data = file.read(size)
+            digest.update(data)
+            if width and len(data) == size:
+                is_finite = is_finite and not ((np.frombuffer(data, f"<u{width}") & mask) == mask).any()
+        while data := file.read(files.CHUNK_BYTES):
+            digest.update(data)
+    return digest.hexdigest(), bool(is_finite)
+
+
+def _pieces_of(path: Path) -> Iterator[tuple[int, int, int]]:
+    """The pieces of a safetensors file from its beginning: (bytes, bytes of a value or 0, the bits of its exponent).
+
+    Nothing after the first tensor that overlaps the one before, or that its dtype does not divide.
+    """
+    try:
+        header = safetensors_header.read_header(path)
+        tensors = safetensors_header.tensors_in(header).values()
+        spans = sorted((*tensor["data_offsets"], str(tensor["dtype"])) for tensor in tensors)
+    except (ValueError, TypeError, KeyError, AttributeError):
+        return
+    yield len(header), 0, 0
+    place = 0
+    for begin, end, dtype in spans:
+        width, mask = EXPONENTS.get(dtype, (1, 0))
+        if type(begin) is not int or type(end) is not int or not place <= begin <= end or (end - begin) % width:
+            return
+        yield begin - place, 0, 0
+        place = begin
+        while place < end:
+            size = min(PIECE * width, end - place)
+            yield size, width if mask else 0, mask
+            place += size
 
 
 _loaded: set[tuple[Path, bytes, str]] = set()  # what PEFT loaded without a fault in this process, see `peft_faults`

@@ -51,7 +51,7 @@ def read_up_to(path: Path, most: int) -> bytes:
     with open(handle, "rb") as file:
         if not S_ISREG(os.fstat(handle).st_mode):
             raise OSError(errno.EINVAL, "is no regular file", str(path))
-        return file.read(most)
+        return file.read(min(most, os.fstat(handle).st_size))
 
 
 def unfinished(path: Path) -> list[Path]:

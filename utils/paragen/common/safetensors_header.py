@@ -9,6 +9,7 @@ from typing import Any
 
 from paragen.common import files
 
+LARGEST = 2**24  # bytes of a header; one of 2,000 tensors has 300,000
 LENGTH_BYTES = 8  # the length of the JSON, before it
 
 
@@ -18,7 +19,7 @@ def header_in(data: bytes) -> bytes:
     Raises ValueError when the bytes are too few to hold one.
     """
     end = LENGTH_BYTES + int.from_bytes(data[:LENGTH_BYTES], "little")
-    if len(data) < max(LENGTH_BYTES, end):
+    if len(data) < max(LENGTH_BYTES, end) or end > LARGEST:
         raise ValueError("is no safetensors file")
     return data[:end]
 
@@ -28,7 +29,10 @@ def tensors_in(header: bytes) -> dict[str, Any]:
 
     Raises ValueError or AttributeError when the header is not a JSON object; its values are not checked.
     """
-    entries = json.loads(header[LENGTH_BYTES:])
+    try:
+        entries = json.loads(header[LENGTH_BYTES:])
+    except RecursionError:
+        raise ValueError("is no safetensors file: its header is nested too deeply") from None
     return {name: entry for name, entry in entries.items() if name != "__metadata__"}
 
 
@@ -38,6 +42,8 @@ def read_header(path: Path) -> bytes:
     with open(path, "rb") as file:
         start = file.read(LENGTH_BYTES)
         length = int.from_bytes(start, "little")
+        if length > LARGEST:
+            raise ValueError(f"has a header of {length} bytes: it is damaged, or no safetensors file")
         if len(start) < LENGTH_BYTES or length > size - LENGTH_BYTES:
             raise ValueError(f"has only {size} bytes: it is cut off, or no safetensors file")
         return start + file.read(length)
