@@ -11,6 +11,12 @@ from pathlib import Path
 import pytest
 from conftest import ROOT
 
+from paragen.common import files, paths
+from paragen.common.cli import UserError
+from paragen.recipes.run import Cell
+from paragen.sweep import jobs, ray_cluster, sweep
+from paragen.training.outcome import Outcome
+
 pytestmark = pytest.mark.runs
 
 TOKEN = "0123456789abcdef" * 4
@@ -118,6 +124,78 @@ def test_a_cluster_with_a_token_is_joined_with_this_one_alone(closed, tmp_path):
 def test_ray_that_runs_for_somebody_else_is_no_obstacle_to_a_sweep_of_this_machine(closed, open_to_all, tmp_path):
     done = join(tmp_path)
     assert done.returncode == 0 and "joined" in done.stdout, done.stdout + done.stderr
+
+
+HOLD = """
+import sys, time
+from pathlib import Path
+from paragen.common import paths
+from paragen.sweep import ray_cluster
+paths.SAVES = Path(sys.argv[1])
+with ray_cluster.only_sweep_here():
+    print("holding", flush=True)
+    time.sleep(60)
+"""
+
+
+@pytest.fixture
+def held(tmp_path):
+    """A folder for saves/ where another process holds devices as a sweep does; a function of its environment."""
+    started = []
+
+    def hold(**environment: str) -> Path:
+        given = {**os.environ, "PYTHONPATH": str(ROOT / "utils"), **environment}
+        started.append(
+            subprocess.Popen([sys.executable, "-c", HOLD, str(tmp_path)], env=given, stdout=subprocess.PIPE, text=True)
+        )
+        assert started[-1].stdout.readline() == "holding\n"
+        return tmp_path
+
+    yield hold
+    for process in started:
+        process.kill()
+        process.wait()
+
+
+def test_a_second_sweep_on_the_same_cpu_is_refused_in_one_line_and_starts_nothing(held, monkeypatch):
+    monkeypatch.setattr(paths, "SAVES", held(DEVICES="cpu"))
+    events = []
+    with pytest.raises(UserError, match="^another sweep is running on the CPU of this machine; wait for it$"):
+        sweep.run([], lambda *event: events.append(event))
+    assert not events, "Ray was not started"
+    monkeypatch.setenv("RAY_ADDRESS", "10.0.0.1:6379")
+    with ray_cluster.only_sweep_here():
+        pass  # a cluster gives each sweep devices of its own
+
+
+def test_a_second_sweep_may_use_other_gpus(held, monkeypatch):
+    """The driver stands in for GPUs; which there are is told by DEVICES' own check."""
+    monkeypatch.setattr(paths, "SAVES", held(CUDA_VISIBLE_DEVICES="0,2", DEVICES="cpu"))
+    monkeypatch.setattr(ray_cluster.devices, "nvidia_driver", lambda: "555.1")
+    monkeypatch.delenv("DEVICES", raising=False)
+    lock = paths.SAVES / f".sweep-on-{socket.gethostname()}-2.lock"
+    monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "1,2")
+    with (
+        files.lock(lock),
+        pytest.raises(UserError, match="^another sweep is running on GPU 2 .*; wait for it, or choose"),
+    ):
+        ray_cluster.only_sweep_here().__enter__()
+    monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "1,3")
+    with files.lock(lock), ray_cluster.only_sweep_here():
+        pass
+
+
+def test_a_cell_that_another_running_sweep_has_claimed_waits(project, monkeypatch):
+    monkeypatch.setattr(paths, "SAVES", project.top / "saves")
+    cell = Cell("Toy", "tiny", 4, (project.pretrain, project.finetune))
+    claim = files.beside(project.run_folder("finetune"), "attempt")
+    mine, other = jobs.new_job(cell, None, "aaaa"), jobs.new_job(cell, None, "bbbb")
+    with files.lock(jobs.lock_of("bbbb")):
+        assert jobs.claim_runs(other) and claim.read_text() == other.attempt
+        assert not jobs.claim_runs(mine) and claim.read_text() == other.attempt
+        again = jobs.next_job(other, Outcome("killed"))
+        assert again.attempt[:4] == "bbbb" and jobs.claim_runs(again)
+    assert jobs.claim_runs(mine) and claim.read_text() == mine.attempt, "that sweep is dead"
 
 
 def test_the_documented_way_of_starting_ray_sets_a_token_first():

@@ -1,5 +1,6 @@
 """Ray for a sweep: starting or joining it, the devices it has, and the settings that its workers get."""
 
+import contextlib
 import os
 import re
 import shlex
@@ -7,12 +8,13 @@ import signal
 import socket
 import subprocess
 import sys
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
 import psutil
 
-from paragen.common import devices, paths, settings
+from paragen.common import devices, files, paths, settings
 from paragen.common.cli import UserError
 from paragen.sweep import packs
 
@@ -197,10 +199,33 @@ def slots_here() -> int:
         return sys.maxsize
     if trains_on_cpu():
         return 1 if Path("/dev/kfd").exists() else cpu_slots()  # AMD's driver, whose GPU torch takes
+    return len(gpus_here())
+
+
+def gpus_here() -> list[str]:
+    """The GPUs of this machine that a sweep would use, as DEVICES or CUDA_VISIBLE_DEVICES names them, else all."""
     if os.environ.get("DEVICES"):
-        return len(devices.choose())
+        return devices.choose()
     visible = os.environ.get("CUDA_VISIBLE_DEVICES")
-    return len(devices.nvidia_gpus()) if visible is None else len([gpu for gpu in visible.split(",") if gpu.strip()])
+    return list(devices.nvidia_gpus()) if visible is None else [gpu for gpu in visible.split(",") if gpu.strip()]
+
+
+@contextlib.contextmanager
+def only_sweep_here() -> Iterator[None]:
+    """Hold this machine's devices for a sweep of this repository; at RAY_ADDRESS there is nothing to hold.
+
+    Raises UserError where another sweep holds one of them.
+    """
+    on_cpu, host = trains_on_cpu(), socket.gethostname()
+    with contextlib.ExitStack() as stack:
+        for device in [] if os.environ.get("RAY_ADDRESS") else ["cpu"] if on_cpu else gpus_here():
+            try:
+                stack.enter_context(files.lock(paths.SAVES / f".sweep-on-{host}-{device}.lock"))
+            except files.Busy:
+                held = "the CPU" if on_cpu else f"GPU {device}"
+                way_out = "wait for it" if on_cpu else "wait for it, or choose other GPUs with DEVICES"
+                raise UserError(f"another sweep is running on {held} of this machine; {way_out}") from None
+        yield
 
 
 def choose_devices(ray: Any, count: int | None = None) -> bool:
