@@ -148,7 +148,7 @@ def a_sweep(pause) -> None:
     run = type("Run", (), {"folder": folder_of("Tiny_lora-rank_16_finetune")})
     cell = type("Cell", (Cell,), {"runs": (run,)})("Toy", "tiny", 16, (Path("a"), Path("b")))
     with files.lock(paths.SAVES / ".sweep-0a1b2c3d.lock"):
-        assert jobs.claim_runs(jobs.new_job(cell, None))
+        assert jobs.claim_runs(jobs.new_job(cell, None, "0a1b"))
         fill(paths.SAVES / paths.TOKENS / KEY)
         with files.process_folder() as folder:
             (folder / "results").write_text("{}")

@@ -553,7 +553,7 @@ def test_runs_that_share_a_cpu_share_its_cores_and_memory(monkeypatch, driver, r
     monkeypatch.setattr(devices, "nvidia_driver", lambda: driver)
     monkeypatch.setattr(devices, "physical_cores", lambda: 9)
     monkeypatch.setattr(ray_cluster, "cpu_slots", lambda: 4)
-    given = ray_cluster.settings()
+    given = ray_cluster.run_settings()
     found = given.get("OMP_NUM_THREADS"), given.get("PARAGEN_CPU_SLOTS")
     assert found == (("2", "4") if shared else (None, None))
 

@@ -42,6 +42,7 @@ SETTINGS = {
     "PRUNE_PRETRAIN": Setting("remove each pretrain run once its collection is verified", "switch"),
     "STAGE": Setting("send data and models to nodes that share no storage", "switch"),
     "STAGE_DIR": Setting("the folder on such a node"),
+    "ALLOW_OPEN_RAY": Setting("join a Ray cluster that asks for no token", "switch"),
     "FILE": Setting("the file or folder to read"),
     "NAME": Setting("the name to register"),
     "MAP": Setting('columns, such as "prompt=question response=answer"'),
@@ -104,7 +105,9 @@ TARGETS: dict[str, dict[str, str]] = {
     "finetune": _takes(f"{_TRAINING} KEEP", **_CELLS, KEEP="the recipe's"),
     "collect": _takes(f"{_TRAINING} KEEP", **_CELLS, KEEP="the recipe's"),
     "collect-all": _takes(
-        f"{_TRAINING} KEEP GPUS_PER_CELL EVALUATE PRUNE_PRETRAIN STAGE STAGE_DIR", **_SWEEP, GPUS_PER_CELL=1
+        f"{_TRAINING} KEEP GPUS_PER_CELL EVALUATE PRUNE_PRETRAIN STAGE STAGE_DIR ALLOW_OPEN_RAY",
+        **_SWEEP,
+        GPUS_PER_CELL=1,
     ),
     "plan": _takes(f"{SELECTION} KEEP ENGINE DEVICES FORCE JSON", **_SWEEP),
     "status": _takes(f"{SELECTION} KEEP ALL JSON", **_SWEEP),
@@ -115,7 +118,7 @@ TARGETS: dict[str, dict[str, str]] = {
     "index": _takes(SELECTION),
     "export": _takes(f"{SELECTION} FORMAT OUT DTYPE STEPS FORCE", OUT="saves/exports/<format>", STEPS="all"),
     "import": _takes("FILE FORCE"),
-    "evaluate": _takes(f"{SELECTION} SPLIT STEPS LIMIT DEVICES FORCE", STEPS="all"),
+    "evaluate": _takes(f"{SELECTION} SPLIT STEPS LIMIT DEVICES FORCE ALLOW_OPEN_RAY", STEPS="all"),
     "stats": _takes(f"{SELECTION} DEVICES FORCE"),
     "report": _takes(f"{SELECTION} DEVICES"),
     "publish": _takes(f"{SELECTION} REPO PRIVATE RAW DRY_RUN ALLOW_UNKNOWN_LICENSE FORCE"),

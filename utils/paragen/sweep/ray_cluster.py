@@ -1,17 +1,20 @@
 """Ray for a sweep: starting or joining it, the devices it has, and the settings that its workers get."""
 
+import contextlib
 import os
 import re
 import shlex
 import signal
 import socket
+import subprocess
 import sys
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
 import psutil
 
-from paragen.common import devices, paths
+from paragen.common import devices, files, paths, settings
 from paragen.common.cli import UserError
 from paragen.sweep import packs
 
@@ -23,6 +26,19 @@ SETTINGS = (
 CONNECT_SECONDS = 5  # that a cluster may take to answer
 GREETING = b"PRI * HTTP/2.0\r\n\r\nSM\r\n\r\n" + bytes([0, 0, 0, 4, 0, 0, 0, 0, 0])  # HTTP/2's, with empty settings
 SETTINGS_FRAME = 4  # its type, the fourth byte of what an HTTP/2 server, such as Ray's, sends first
+# Asks the cluster at an address for something, and ends with status REFUSED where it wants another token.
+REFUSED = 3
+ASK = f"""
+import sys
+from ray._private.services import canonicalize_bootstrap_address
+from ray._raylet import GcsClient
+from ray.exceptions import AuthenticationError
+try:
+    there = canonicalize_bootstrap_address(sys.argv[1])
+    GcsClient(address=there).internal_kv_get(b"paragen", b"paragen", timeout={CONNECT_SECONDS})
+except AuthenticationError:
+    sys.exit({REFUSED})
+"""
 
 
 def check_settings() -> None:
@@ -36,6 +52,7 @@ def check_settings() -> None:
         devices.choose()
     if address:
         check_reachable(address)
+        check_token(address)
 
 
 def start_ray(ray: Any) -> None:
@@ -56,11 +73,11 @@ def start_ray(ray: Any) -> None:
             logging_level="error",
             # Ray puts the interpreter's path into a shell command without quoting it
             runtime_env={
-                "env_vars": {"PYTHONPATH": python_path, **settings()},
+                "env_vars": {"PYTHONPATH": python_path, **run_settings()},
                 "py_executable": shlex.quote(sys.executable),
             },
         )
-    except (ConnectionError, RuntimeError, ValueError) as error:
+    except (ConnectionError, RuntimeError, ValueError, ray.exceptions.AuthenticationError) as error:
         what = f"RAY_ADDRESS={address}: cannot be joined" if address else "Ray cannot be started on this machine"
         raise UserError(f"{what}: {' '.join(str(error).split())[:300]}") from None
     signal.signal(signal.SIGTERM, handler)  # Ray's own handler kills the runs before they can clean up
@@ -104,6 +121,41 @@ def check_reachable(address: str) -> None:
     )
 
 
+def check_token(address: str) -> None:
+    """Raise UserError where a cluster answers without a token (unless ALLOW_OPEN_RAY=1), or refuses the user's.
+
+    Ray gives whoever reaches a cluster without a token a shell as its user. That this user has one says nothing: such a
+    cluster ignores it.
+
+    Args:
+        address: the value of RAY_ADDRESS.
+    """
+    if accepts(address, {"RAY_AUTH_MODE": "disabled"}):
+        if not settings.switch("ALLOW_OPEN_RAY"):
+            raise UserError(
+                f"RAY_ADDRESS={address}: is a cluster without a token: whoever reaches it runs code as its user; start "
+                "it with RAY_AUTH_MODE=token (collect_scripts/README.md), or set ALLOW_OPEN_RAY=1"
+            )
+    elif not has_ray_token() or not accepts(address, {"RAY_AUTH_MODE": "token"}):
+        what = "refuses the token that is here" if has_ray_token() else "asks for a token, and none is here"
+        raise UserError(
+            f"RAY_ADDRESS={address}: {what}; set RAY_AUTH_TOKEN, or copy the cluster's ~/.ray/auth_token here"
+        )
+
+
+def accepts(address: str, environment: dict[str, str]) -> bool:
+    """Whether a cluster answers a client with these variables besides the user's; False where it wants another token.
+
+    A process of its own asks, because Ray reads RAY_AUTH_MODE once. Raises UserError where no answer comes.
+    """
+    command = [sys.executable, "-c", ASK, address]
+    done = subprocess.run(command, env={**os.environ, **environment}, capture_output=True, text=True)
+    if done.returncode not in (0, REFUSED):
+        cause = (done.stderr.strip() or f"status {done.returncode}").splitlines()[-1]
+        raise UserError(f"RAY_ADDRESS={address}: cannot be joined: {cause[:300]}")
+    return done.returncode == 0
+
+
 def use_ray_token() -> None:
     """Have Ray authenticate with the user's token, where there is one and a cluster is named.
 
@@ -119,7 +171,7 @@ def has_ray_token() -> bool:
     return bool(named) or (Path.home() / ".ray" / "auth_token").is_file()
 
 
-def settings() -> dict[str, str]:
+def run_settings() -> dict[str, str]:
     """The environment variables that every run gets."""
     per_slot = {"OMP_NUM_THREADS": str(devices.threads(cpu_slots())), "PARAGEN_CPU_SLOTS": str(cpu_slots())}
     threads = per_slot if trains_on_cpu() else {}
@@ -147,10 +199,33 @@ def slots_here() -> int:
         return sys.maxsize
     if trains_on_cpu():
         return 1 if Path("/dev/kfd").exists() else cpu_slots()  # AMD's driver, whose GPU torch takes
+    return len(gpus_here())
+
+
+def gpus_here() -> list[str]:
+    """The GPUs of this machine that a sweep would use, as DEVICES or CUDA_VISIBLE_DEVICES names them, else all."""
     if os.environ.get("DEVICES"):
-        return len(devices.choose())
+        return devices.choose()
     visible = os.environ.get("CUDA_VISIBLE_DEVICES")
-    return len(devices.nvidia_gpus()) if visible is None else len([gpu for gpu in visible.split(",") if gpu.strip()])
+    return list(devices.nvidia_gpus()) if visible is None else [gpu for gpu in visible.split(",") if gpu.strip()]
+
+
+@contextlib.contextmanager
+def only_sweep_here() -> Iterator[None]:
+    """Hold this machine's devices for a sweep of this repository; at RAY_ADDRESS there is nothing to hold.
+
+    Raises UserError where another sweep holds one of them.
+    """
+    on_cpu, host = trains_on_cpu(), socket.gethostname()
+    with contextlib.ExitStack() as stack:
+        for device in [] if os.environ.get("RAY_ADDRESS") else ["cpu"] if on_cpu else gpus_here():
+            try:
+                stack.enter_context(files.lock(paths.SAVES / f".sweep-on-{host}-{device}.lock"))
+            except files.Busy:
+                held = "the CPU" if on_cpu else f"GPU {device}"
+                way_out = "wait for it" if on_cpu else "wait for it, or choose other GPUs with DEVICES"
+                raise UserError(f"another sweep is running on {held} of this machine; {way_out}") from None
+        yield
 
 
 def choose_devices(ray: Any, count: int | None = None) -> bool:
@@ -193,7 +268,7 @@ def new_worker(ray: Any, worker_class: type, on_cpu: bool, count: int | None = N
     """A new slot: a Ray actor that sees its own devices alone, `count` GPUs (default: GPUS_PER_CELL) or a CPU core."""
     if on_cpu:
         actor = ray.remote(num_cpus=1, num_gpus=0, max_concurrency=2, max_restarts=0)(worker_class)
-        return actor.remote(settings(), "" if sys.platform == "darwin" else "cpu")
+        return actor.remote(run_settings(), "" if sys.platform == "darwin" else "cpu")
     gpus = count or packs.gpus_per_cell()
     actor = ray.remote(num_cpus=1, num_gpus=gpus, max_concurrency=2, max_restarts=0)(worker_class)
-    return actor.remote(settings(), None)
+    return actor.remote(run_settings(), None)

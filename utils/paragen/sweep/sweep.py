@@ -10,7 +10,6 @@ All nodes of a cluster see this repository at the same path. With STAGE=1 they n
 (see stage.py).
 """
 
-import secrets
 from collections import Counter, deque
 from collections.abc import Callable, Iterable
 
@@ -44,13 +43,22 @@ def run(cells: Iterable[Cell], report: Report, worker_class: type = CellWorker) 
     # wrong settings are reported before anything starts
     staged, _, _ = stage.is_requested(), packs.gpus_per_cell(), engines.requested_engine()
     ray_cluster.check_settings()
-    report("ray", None, None)
+    sweep_id = jobs.new_sweep_id()
+    with ray_cluster.only_sweep_here(), files.lock(jobs.lock_of(sweep_id)):
+        report("ray", None, None)
+        return collect(cells, report, staged, worker_class, sweep_id)
+
+
+def collect(
+    cells: Iterable[Cell], report: Report, staged: bool, worker_class: type, sweep_id: str
+) -> dict[Cell, Outcome]:
+    """What `run` does once it may; `sweep_id` is the one whose lock is held."""
     with Session(staged) as session:
-        sweep = Sweep(Workers(session, stage.StagedWorker if staged else worker_class), cells, report)
+        workers = Workers(session, stage.StagedWorker if staged else worker_class)
+        sweep = Sweep(workers, cells, report, sweep_id)
         try:
-            with files.lock(paths.SAVES / f".sweep-{secrets.token_hex(4)}.lock"):  # `make clean-up` respects it
-                while sweep.waiting or sweep.workers.running:
-                    sweep.step()
+            while sweep.waiting or sweep.workers.running:
+                sweep.step()
         except BaseException:
             sweep.workers.stop()
             raise
@@ -65,11 +73,12 @@ class Sweep:
     Args:
         workers: what trains the cells.
         cells, report: as for `run`.
+        sweep_id: as jobs.new_sweep_id makes it.
     """
 
-    def __init__(self, workers: Workers, cells: Iterable[Cell], report: Report):
+    def __init__(self, workers: Workers, cells: Iterable[Cell], report: Report, sweep_id: str):
         self.workers, self.report = workers, report
-        self.waiting = deque(jobs.new_job(cell, packs.pack_key(cell)) for cell in cells)
+        self.waiting = deque(jobs.new_job(cell, packs.pack_key(cell), sweep_id) for cell in cells)
         self.counts = Counter(job.pack_key for job in self.waiting)
         self.outcomes: dict[Cell, Outcome] = {}
 
