@@ -150,8 +150,8 @@ def sync(target: Path) -> None:
 def check_room(out: Path, needed: int) -> None:
     """Raise UserError when `needed` bytes do not fit on the disk that holds the export's folder."""
     existing = next(folder for folder in (out.absolute(), *out.absolute().parents) if folder.is_dir())
-    free = shutil.disk_usage(existing).free
-    if needed > free:
+    total, _, free = shutil.disk_usage(existing)
+    if total and needed > free:  # /proc and its like have no size; making a folder there says so
         raise UserError(
             f"{paths.relative(out)}: {needed / 1e9:.1f} GB are to be written, {free / 1e9:.1f} GB are free; make room, "
             "select fewer collections, or take an OUT on another disk"

@@ -23,7 +23,8 @@ from paragen.collection.index import Chosen
 from paragen.collection.manifest import CheckpointEntry
 from paragen.common import files, paths
 from paragen.common.cli import UserError, say
-from paragen.exports import checkpoint_copies, dnd_prompts, dnd_weights, parts
+from paragen.exports import checkpoint_copies, dnd_prompts, dnd_weights, one_of_each, parts
+from paragen.exports.one_of_each import listed, name_of
 
 FORMAT = "dnd"
 # What its training scripts set: real_length (checkpoints read of each dataset), num_texts (prompts drawn for a pair).
@@ -98,7 +99,7 @@ def export(chosen: list[Chosen], out: Path, dtype: str | None) -> None:
 
     Raises UserError, before anything is written, when an export cannot hold them all or one has unsupported layers.
     """
-    check_one_of_each(chosen)
+    one_of_each.check(chosen, FORMAT)
     plan = [planned(one) for one in chosen]
     sources = {one.folder: source_of(one, dtype) for one in plan}
     check_alike(sources, out)
@@ -120,40 +121,6 @@ def export(chosen: list[Chosen], out: Path, dtype: str | None) -> None:
             width = dnd_weights.token_width(list(one.shapes.items()))
             dnd_weights.write(one.chosen, out, one.weights_file, one.keys, width, dtype or one.stored)
     print_notes(plan, out)
-
-
-def check_one_of_each(chosen: list[Chosen]) -> None:
-    """Raise UserError for collections of several models, ranks or seeds, and for two of one dataset."""
-    found = sorted({(name_of(one), one.manifest.rank) for one in chosen})
-    if len(found) > 1:
-        raise UserError(
-            f"FORMAT=dnd holds one model and rank, not {listed(f'{name} rank {rank}' for name, rank in found)}; "
-            "choose with MODEL=.. RANK=.., and an OUT for each"
-        )
-    seeds = sorted({one.manifest.seed for one in chosen if one.manifest.seed is not None})
-    if len(seeds) > 1:
-        raise UserError(f"FORMAT=dnd holds one seed, not {listed(seeds)}; choose with SEED=.., and an OUT for each")
-    bases = {one.manifest.base_model and one.manifest.base_model.sha256: one.name for one in chosen}
-    if len(bases.keys() - {None}) > 1:
-        raise UserError(f"{listed(bases.values())}: were trained on different {found[0][0]}; choose with DATASET=..")
-    by_dataset: dict[str, str] = {}
-    for one in chosen:
-        other = by_dataset.setdefault(one.manifest.dataset, one.name)
-        if other != one.name:
-            raise UserError(
-                f"{other} and {one.name}: are both of {one.manifest.dataset}; choose with CATEGORY=.. SEED=.."
-            )
-
-
-def listed(values: Any) -> str:
-    """Values for a message: the first four, and how many more."""
-    texts = [str(value) for value in values]
-    return ", ".join(texts[:4]) + (f" and {len(texts) - 4} more" if len(texts) > 4 else "")
-
-
-def name_of(chosen: Chosen) -> str:
-    """The folder name of a collection's base model; where the manifest lacks it, the start of the run folder's name."""
-    return chosen.manifest.base_name or re.split(r"_lora-rank_", chosen.folder.name)[0]
 
 
 def task_of(category: str, model: str) -> str:
