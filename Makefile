@@ -112,7 +112,7 @@ clean-up: setup  ## delete what killed runs left, and the rows that sweeps token
 index: setup  ## one table over all collections: saves/index.parquet
 	@$(PY) utils/index.py
 
-export: setup  ## FORMAT=dnd|peft|canonical|archive [CATEGORY=..] [DATASET=..] [MODEL=..] [RANK=..] [OUT=..] [DTYPE=..] [STEPS=..]
+export: setup  ## FORMAT=dnd|peft|canonical|loragen|text-to-lora|archive [DATASET=..] [MODEL=..] [RANK=..] [OUT=..] [STEPS=..] [DRY_RUN=1]
 	@$(PY) utils/export.py
 
 evaluate: setup  ## score checkpoints on held-out prompts: DATASET=ARC-c [RANK=8] [SPLIT=..] [STEPS=all|last|every:10] [LIMIT=n]

@@ -276,7 +276,7 @@ def test_factors_that_a_dtype_cannot_hold_are_refused(tmp_path):
     entries = [CheckpointEntry(1, 0.5, 1e-4, path.stat().st_size, files.sha256_of(path))]
     handles = list(checkpoints.open_all(tmp_path, entries))
     with pytest.raises(UserError, match="x: does not fit into float16"):
-        export_canonical.canonical_factors(tmp_path, entries, handles, torch.float16, "x")
+        export_canonical.rounded(tmp_path, entries, handles, torch.float16, export_canonical.factors_of, "x")
 
 
 @pytest.mark.parametrize("what", ["infinite", "other keys"])

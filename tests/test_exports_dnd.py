@@ -186,7 +186,7 @@ def test_few_or_differing_checkpoints_and_few_prompts_are_said(place, capsys):
     place.export("dnd")
     told = capsys.readouterr().out
     assert "A: 3 checkpoints, fewer than the real_length of 50" in told and "set real_length to 3" in told
-    assert "B: 52 checkpoints" not in told
+    assert "B: 52 checkpoints, more than the real_length of 50" in told and "KEEP=50" in told
     assert "(A 3, B 52)" in told and "use 3 of each" in told
     assert "A: 8 prompts, fewer than the num_texts of 128" in told and "B: 200 prompts" not in told
     assert "no tokenizer for Tiny at rank 4" in told

@@ -1,32 +1,46 @@
 """Export collections in the formats of other tools.
 
-    FORMAT=dnd|peft|canonical|archive [CATEGORY=..] [DATASET=..] [MODEL=..] [RANK=..] [SEED=..] [OUT=..] [DTYPE=..] \\
-        [STEPS=..] python utils/export.py                                                            (make export)
+    FORMAT=dnd|peft|canonical|loragen|text-to-lora|archive [CATEGORY=..] [DATASET=..] [MODEL=..] [RANK=..] [SEED=..] \\
+        [OUT=..] [DTYPE=..] [STEPS=..] [PARTS=..] [VAL=..] [SLICE=1] [DRY_RUN=1] python utils/export.py   (make export)
 
-Each selection is optional; none means all collections. STEPS=all|last|every:10 is for FORMAT=peft. OUT defaults to
-saves/exports/<format>. A part that was made from the same collection before is not made again, unless FORCE=1;
-OUT/export.json records what each part was made from.
+Each selection is optional; none means all collections. OUT defaults to saves/exports/<format>. A part that was made
+from the same collection before is not made again, unless FORCE=1; OUT/export.json records what each part was made from.
+DRY_RUN=1 lists what would be written. Which format takes STEPS, PARTS, VAL and SLICE: saves/README.md.
 """
 
 import importlib
+import os
 from pathlib import Path
 
 from paragen.collection import index
 from paragen.common import cli, paths, settings
 from paragen.common.cli import UserError
 
+# The formats that take a setting, of those settings that not all formats take.
+TAKEN_BY = {
+    "STEPS": ("peft", "loragen", "text-to-lora"),
+    "PARTS": ("canonical",),
+    "VAL": ("loragen", "text-to-lora"),
+    "SLICE": ("loragen",),
+}
+
 
 def main() -> None:
-    format_name, dtype, steps = (settings.text(name) for name in ("FORMAT", "DTYPE", "STEPS"))
+    format_name, dtype = (settings.text(name) for name in ("FORMAT", "DTYPE"))
     if not format_name:
         raise UserError(
             f"name a format: make export FORMAT=...; known: {', '.join(settings.SETTINGS['FORMAT'].choices)}"
         )
-    if steps and format_name != "peft":
-        raise UserError(f"STEPS={steps}: only FORMAT=peft selects steps; omit it")
+    for name, formats in TAKEN_BY.items():
+        value = os.environ.get(name, "").strip()
+        if value and format_name not in formats:
+            known = " and ".join(f"FORMAT={known}" for known in formats)
+            raise UserError(f"{name}={value}: {known} alone {'take' if len(formats) > 1 else 'takes'} it; omit it")
     out = out_folder(settings.text("OUT") or str(paths.SAVES / "exports" / format_name))
     # a format is a module of paragen.exports, imported when it is requested
-    importlib.import_module(f"paragen.exports.{format_name}").export(index.chosen(), out, dtype or None)
+    importlib.import_module(f"paragen.exports.{format_name.replace('-', '_')}").export(
+        index.chosen(), out, dtype or None
+    )
 
 
 def out_folder(name: str) -> Path:

@@ -35,22 +35,34 @@ def canonical(a: torch.Tensor, b: torch.Tensor) -> tuple[torch.Tensor, torch.Ten
     Returns (A', B') with the same shapes, float64; a product in a batch has the same bits as alone. B'·A' differs from
     B·A by the noise that was removed.
     """
+    left, s, right = usv(a, b)
+    root = s.sqrt()
+    return (right * root.unsqueeze(-1)) + 0.0, (left * root.unsqueeze(-2)) + 0.0  # no -0.0: 0.0 in other bits
+
+
+def usv(a: torch.Tensor, b: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+    """The singular value decomposition of B·A, with the arguments, signs, order and zeros of `canonical`.
+
+    Returns (U, outputs x r; S, r; V^T, r x inputs), batched as the arguments, float64: B·A = U diag(S) V^T. Columns of
+    U and rows of V^T whose singular value is zero are zero.
+    """
     if a.dim() == 2:  # a single product is computed by another kernel than a batch of one, and differs in the last bit
-        batch_a, batch_b = canonical(a[None], b[None])
-        return batch_a[0], batch_b[0]
+        left, values, right = usv(a[None], b[None])
+        return left[0], values[0], right[0]
     if len(a) > 1:
-        found = one_by_one(canonical, a, b)
-        return torch.cat([new_a for new_a, _ in found]), torch.cat([new_b for _, new_b in found])
+        found = one_by_one(usv, a, b)
+        left, values, right = (torch.cat(parts) for parts in zip(*found, strict=True))
+        return left, values, right
     rank = a.shape[-2]
     q_b, r_b = torch.linalg.qr(b.double())
     q_a, r_a = torch.linalg.qr(a.double().mT)
     u, s, v_t = torch.linalg.svd(r_b @ r_a.mT, full_matrices=False)
     left, right = q_b @ u, q_a @ v_t.mT
-    root = signs_of(left) * without_noise(s, rank).sqrt().unsqueeze(-2)
+    signs, values = signs_of(left), without_noise(s, rank)
+    kept = (values > 0).unsqueeze(-2)
     missing = (0, rank - s.shape[-1])  # columns beyond min(inputs, outputs)
-    new_b = torch.nn.functional.pad(left * root, missing)
-    new_a = torch.nn.functional.pad(right * root, missing).mT
-    return new_a + 0.0, new_b + 0.0  # no -0.0, which is 0.0 in other bits
+    left, right = (torch.nn.functional.pad(torch.where(kept, part * signs, 0.0), missing) for part in (left, right))
+    return left + 0.0, torch.nn.functional.pad(values, missing), right.mT + 0.0  # no -0.0: 0.0 in other bits
 
 
 def one_by_one(function: Callable[..., Result], a: torch.Tensor, b: torch.Tensor) -> list[Result]:

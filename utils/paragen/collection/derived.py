@@ -175,8 +175,8 @@ def check_room(
 ) -> None:
     """Raise UserError when `needed` bytes do not fit on the disk that holds the folder `out`."""
     existing = next(folder for folder in (out.absolute(), *out.absolute().parents) if folder.is_dir())
-    free = shutil.disk_usage(existing).free
-    if needed > free:
+    total, _, free = shutil.disk_usage(existing)
+    if total and needed > free:  # /proc and its like have no size; making a folder there says so
         raise UserError(
             f"{paths.relative(out)}: {needed / 1e9:.1f} GB are to be written, {free / 1e9:.1f} GB are free; make room, "
             f"{way_out}"

@@ -53,10 +53,17 @@ SETTINGS = {
     "FROM": Setting("the pair whose figures are taken: a model, a dataset, or DATASET/MODEL"),
     "TEMPLATE": Setting("the prompt template"),
     "SPLIT": Setting("another registered dataset to score on"),
-    "STEPS": Setting("all, last, or every:10"),
+    "STEPS": Setting("all, last, every:10, or best: by a score that is not the reported one"),
     "LIMIT": Setting("score on the first rows alone", "number"),
-    "FORMAT": Setting("the format to write", choices=("dnd", "peft", "canonical", "archive")),
+    "FORMAT": Setting(
+        "the format to write", choices=("dnd", "peft", "canonical", "loragen", "text-to-lora", "archive")
+    ),
     "OUT": Setting("the folder to write"),
+    "PARTS": Setting(
+        "what else FORMAT=canonical writes: usv, delta, stats", "values", choices=("usv", "delta", "stats")
+    ),
+    "VAL": Setting("the datasets that an export holds out of training", "values"),
+    "SLICE": Setting("cut out the layers that the format reads, where others were trained, too", "switch"),
     "DTYPE": Setting("the dtype to write", choices=("float32", "bfloat16", "float16")),
     "REPO": Setting("a dataset repository of the hub: user/name"),
     "REVISION": Setting("a commit, tag or branch of it"),
@@ -116,7 +123,10 @@ TARGETS: dict[str, dict[str, str]] = {
     "disk": _takes("JSON"),
     "clean-up": _takes("DRY_RUN"),
     "index": _takes(SELECTION),
-    "export": _takes(f"{SELECTION} FORMAT OUT DTYPE STEPS FORCE", OUT="saves/exports/<format>", STEPS="all"),
+    "export": _takes(
+        f"{SELECTION} FORMAT OUT DTYPE STEPS PARTS VAL SLICE DRY_RUN FORCE",
+        OUT="saves/exports/<format>", STEPS="all; last for formats with one adapter a dataset",
+    ),
     "import": _takes("FILE FORCE"),
     "evaluate": _takes(f"{SELECTION} SPLIT STEPS LIMIT DEVICES FORCE ALLOW_OPEN_RAY", STEPS="all"),
     "stats": _takes(f"{SELECTION} DEVICES FORCE"),
@@ -131,11 +141,17 @@ def text(name: str) -> str:
     """The value of a setting; an empty text where it is unset. Raises UserError for a value that is no choice of it."""
     value = os.environ.get(name, "").strip()
     choices = SETTINGS[name].choices
-    if value and choices and value.lower() not in choices:
+    if value:
+        _check_choice(name, value, choices)
+    return value.lower() if choices else value
+
+
+def _check_choice(name: str, value: str, choices: tuple[str, ...]) -> None:
+    """Raise UserError where a setting has choices and `value` is none of them."""
+    if choices and value.lower() not in choices:
         raise UserError(
             f"{name}={value}: is not known{paths.nearest(value, choices)}; {name} is {' or '.join(choices)}"
         )
-    return value.lower() if choices else value
 
 
 def switch(name: str) -> bool:
@@ -167,6 +183,11 @@ def values(name: str) -> list[str]:
     }
     typed = {each: found for each, found in given.items() if each in typed_names()}
     given = typed or given
+    if choices := SETTINGS[name].choices:
+        for each, found in given.items():
+            for value in found:
+                _check_choice(each, value, choices)
+            given[each] = [value.lower() for value in found]
     if len(given) > 1:
         both = " and ".join(f"{each}={' '.join(found)}" for each, found in given.items())
         raise UserError(f"{both}: they mean the same; give one of them")

@@ -7,8 +7,9 @@ then has another manifest, whose key `converted` names both dtypes, and no score
 from pathlib import Path
 
 from paragen.archives import archive
-from paragen.collection import derived, evaluation, index
+from paragen.collection import evaluation, index
 from paragen.collection.manifest import Manifest
+from paragen.exports import parts
 
 
 def export(chosen: list[index.Chosen], out: Path, dtype: str | None) -> None:
@@ -20,4 +21,4 @@ def export(chosen: list[index.Chosen], out: Path, dtype: str | None) -> None:
         def make(path: Path, folder: Path = folder, manifest: Manifest = manifest) -> None:
             archive.write(folder, archive.converted(folder, manifest, dtype) if dtype else manifest, path)
 
-        derived.make_part(out, f"{name}{archive.SUFFIX}", source, make)
+        parts.make(out, f"{name}{archive.SUFFIX}", source, make)

@@ -6,6 +6,7 @@ Writes
     data/<task>/<dataset>/<step>.safetensors     alone in their folder, since every file there is read as a checkpoint
     prepare/data/<dataset>_train.json            the rows that were trained on; common sense scripts read this name,
     prepare/data/<dataset>.json                  the scripts of all other tasks this one
+    workspace/datasets/<task>/<dataset>/criterion_weight.pt      the weights of its loss, where it has a tokenizer
 Tasks are named as its scripts name them: common_sense_reasoning, and coding, math and vllm with the size of a Qwen2.5
 (coding7B, vllm3B). For a model without a task there, the task has the model's name: coding_gpt2. These paths name no
 model, rank or seed, so an export holds one of each. Drag-and-Drop's scripts cast to bfloat16 themselves.
@@ -22,7 +23,8 @@ from paragen.collection.index import Chosen
 from paragen.collection.manifest import CheckpointEntry
 from paragen.common import files, paths
 from paragen.common.cli import UserError, say
-from paragen.exports import checkpoint_copies, dnd_prompts
+from paragen.exports import checkpoint_copies, dnd_prompts, dnd_weights, one_of_each, parts
+from paragen.exports.one_of_each import listed, name_of
 
 FORMAT = "dnd"
 # What its training scripts set: real_length (checkpoints read of each dataset), num_texts (prompts drawn for a pair).
@@ -74,6 +76,18 @@ class Planned(NamedTuple):
         ends = ["_train.json"] if self.task == PREFIXES["common-sense-reasoning"] else ["_train.json", ".json"]
         return [f"prepare/data/{self.dataset}{end}" for end in ends]
 
+    @property
+    def weights_file(self) -> str:
+        return dnd_weights.name_of(self.task, self.dataset)
+
+    @property
+    def has_tokenizer(self) -> bool:
+        """Whether Drag-and-Drop has a tokenizer for the rank and the sizes of these layers."""
+        widths = {key.split(".")[-3]: shape[1] for key, shape in self.shapes.items() if key.endswith("lora_A.weight")}
+        layers = {key.split(".")[4] for key in self.shapes}
+        known = TOKENIZERS.get((widths.get("q_proj"), widths.get("down_proj"), len(layers)))
+        return known == self.chosen.manifest.rank and len(widths) == 7
+
 
 def export(chosen: list[Chosen], out: Path, dtype: str | None) -> None:
     """Export collections of one model, rank and seed.
@@ -85,56 +99,28 @@ def export(chosen: list[Chosen], out: Path, dtype: str | None) -> None:
 
     Raises UserError, before anything is written, when an export cannot hold them all or one has unsupported layers.
     """
-    check_one_of_each(chosen)
+    one_of_each.check(chosen, FORMAT)
     plan = [planned(one) for one in chosen]
     sources = {one.folder: source_of(one, dtype) for one in plan}
     check_alike(sources, out)
     kept = [dnd_prompts.kept(one.chosen, one.prompt_files, out) for one in plan]
+    for one in plan:
+        if one.has_tokenizer:
+            dnd_weights.check(one.chosen, out, one.weights_file)
     missing = [one for one in plan if not derived.is_there(out, one.folder, sources[one.folder])]
     for one in missing:
         derived.check_replaceable(out, one.folder, sources[one.folder])
     sizes = [checkpoint_copies.bytes_of(entry, one.stored, dtype) for one in missing for entry in steps_of(one)]
     derived.check_room(out / "data", sum(sizes))  # which may be a link to a larger disk
     for one, stays in zip(plan, kept, strict=True):
-        derived.make_part(out, one.folder, sources[one.folder], functools.partial(write_steps, one, dtype=dtype))
+        parts.make(out, one.folder, sources[one.folder], functools.partial(write_steps, one, dtype=dtype))
         for name in one.prompt_files:
             if name not in stays:
                 dnd_prompts.write(one.chosen, out, name)
+        if one.has_tokenizer:
+            width = dnd_weights.token_width(list(one.shapes.items()))
+            dnd_weights.write(one.chosen, out, one.weights_file, one.keys, width, dtype or one.stored)
     print_notes(plan, out)
-
-
-def check_one_of_each(chosen: list[Chosen]) -> None:
-    """Raise UserError for collections of several models, ranks or seeds, and for two of one dataset."""
-    found = sorted({(name_of(one), one.manifest.rank) for one in chosen})
-    if len(found) > 1:
-        raise UserError(
-            f"FORMAT=dnd holds one model and rank, not {listed(f'{name} rank {rank}' for name, rank in found)}; "
-            "choose with MODEL=.. RANK=.., and an OUT for each"
-        )
-    seeds = sorted({one.manifest.seed for one in chosen if one.manifest.seed is not None})
-    if len(seeds) > 1:
-        raise UserError(f"FORMAT=dnd holds one seed, not {listed(seeds)}; choose with SEED=.., and an OUT for each")
-    bases = {one.manifest.base_model and one.manifest.base_model.sha256: one.name for one in chosen}
-    if len(bases.keys() - {None}) > 1:
-        raise UserError(f"{listed(bases.values())}: were trained on different {found[0][0]}; choose with DATASET=..")
-    by_dataset: dict[str, str] = {}
-    for one in chosen:
-        other = by_dataset.setdefault(one.manifest.dataset, one.name)
-        if other != one.name:
-            raise UserError(
-                f"{other} and {one.name}: are both of {one.manifest.dataset}; choose with CATEGORY=.. SEED=.."
-            )
-
-
-def listed(values: Any) -> str:
-    """Values for a message: the first four, and how many more."""
-    texts = [str(value) for value in values]
-    return ", ".join(texts[:4]) + (f" and {len(texts) - 4} more" if len(texts) > 4 else "")
-
-
-def name_of(chosen: Chosen) -> str:
-    """The folder name of a collection's base model; where the manifest lacks it, the start of the run folder's name."""
-    return chosen.manifest.base_name or re.split(r"_lora-rank_", chosen.folder.name)[0]
 
 
 def task_of(category: str, model: str) -> str:
@@ -232,14 +218,11 @@ def print_notes(plan: list[Planned], out: Path) -> None:
             for name, entry in record.items()
             if name.startswith(f"data/{task}/") and (out / name).exists()
         }
+        counts |= {one.dataset: len(steps_of(one)) for one in plan if one.task == task}
         least = min(counts.values())
         for one in plan:
-            if one.task == task and counts[one.dataset] < real:
-                say(
-                    f"note: {one.dataset}: {counts[one.dataset]} checkpoints, fewer than the real_length of {real} in "
-                    f"Drag-and-Drop's {task} scripts, which would pair those after it with the prompts of other "
-                    f"datasets; set real_length to {least} there"
-                )
+            if one.task == task:
+                print_count_notes(one, counts[one.dataset], least, real)
             rows = dnd_prompts.count(one.chosen, out / one.prompt_files[-1])
             if one.task == task and rows < texts:
                 say(
@@ -250,6 +233,29 @@ def print_notes(plan: list[Planned], out: Path) -> None:
             numbers = listed(f"{dataset} {count}" for dataset, count in sorted(counts.items()))
             say(f"note: {task}: its datasets have different numbers of checkpoints ({numbers}); use {least} of each")
     print_tokenizer_note(plan[0])
+
+
+def print_count_notes(one: Planned, count: int, least: int, real: int) -> None:
+    """Print a note where a dataset has fewer or more checkpoints than Drag-and-Drop's scripts read of it.
+
+    Args:
+        one: the collection.
+        count: its checkpoints.
+        least: the fewest of any dataset in the export.
+        real: the scripts' real_length.
+    """
+    scripts = f"the real_length of {real} in Drag-and-Drop's {one.task} scripts"
+    if count < real:
+        say(
+            f"note: {one.dataset}: {count} checkpoints, fewer than {scripts}, which would pair those after it with the "
+            f"prompts of other datasets; set real_length to {least} in the script that trains and, if you run it, in "
+            "workspace/datasets/criterion_weight_for_*.py"
+        )
+    elif count > real:
+        say(
+            f"note: {one.dataset}: {count} checkpoints, more than {scripts}, which take {real} of them in the "
+            f"arbitrary order of os.listdir; collect with KEEP={real}, or set real_length to {least} there"
+        )
 
 
 def figures_of(task: str) -> tuple[int, int]:
@@ -263,11 +269,9 @@ def figures_of(task: str) -> tuple[int, int]:
 
 def print_tokenizer_note(one: Planned) -> None:
     """Print a note where Drag-and-Drop has no tokenizer for a rank and the sizes of these layers."""
-    rank = one.chosen.manifest.rank
-    widths = {key.split(".")[-3]: shape[1] for key, shape in one.shapes.items() if key.endswith("lora_A.weight")}
-    layers = {key.split(".")[4] for key in one.shapes}
-    if TOKENIZERS.get((widths.get("q_proj"), widths.get("down_proj"), len(layers))) != rank or len(widths) != 7:
+    if not one.has_tokenizer:
         say(
-            f"note: Drag-and-Drop has no tokenizer for {name_of(one.chosen)} at rank {rank} with these layers (it has "
-            "Qwen2.5 0.5B at rank 8, and 1.5B, 7B and VL-3B at rank 16, all linear layers): write one there"
+            f"note: Drag-and-Drop has no tokenizer for {name_of(one.chosen)} at rank {one.chosen.manifest.rank} with "
+            "these layers (it has Qwen2.5 0.5B at rank 8, and 1.5B, 7B and VL-3B at rank 16, all linear layers): write "
+            f"one there, and {dnd_weights.FILE}, which has a number per token of it"
         )

@@ -8,11 +8,12 @@ import os
 from pathlib import Path
 from typing import Any
 
-from paragen.collection import derived, prompts, run_identity
+from paragen.collection import derived, prompts
 from paragen.collection.index import Chosen
 from paragen.collection.manifest import Manifest
 from paragen.common import paths
 from paragen.common.cli import UserError, say
+from paragen.exports import parts
 
 SHAREGPT = {"user": "human", "assistant": "gpt", "function": "function_call", "observation": "observation"}
 
@@ -36,10 +37,7 @@ def as_row(texts: dict[str, Any]) -> dict[str, Any]:
 
 def write(chosen: Chosen, out: Path, name: str) -> None:
     """Write the rows that a collection was trained on to OUT/<name>; a file that no export made is kept beside it."""
-    target = out / name
-    if name not in derived.read_record(out) and os.path.lexists(target):  # only with FORCE=1, see `kept`
-        os.rename(target, aside(target))
-        say(f"kept: {paths.relative(aside(target))}")
+    parts.set_aside(out, name)  # only with FORCE=1, see `kept`
 
     def make(staging: Path) -> None:
         rows = rows_of(chosen.manifest)
@@ -47,12 +45,7 @@ def write(chosen: Chosen, out: Path, name: str) -> None:
 
     assert chosen.manifest.data is not None  # `kept` lists the files of a collection that does not know its rows
     data = [{"name": part.name, "rows_sha256": part.rows_sha256} for part in chosen.manifest.data]
-    derived.make_part(out, name, {"format": "dnd", "data": data}, make)
-
-
-def aside(path: Path) -> Path:
-    """Where a checkout's own file is kept when FORCE=1 replaces it."""
-    return path.with_name(f"{path.name}.before-export")
+    parts.make(out, name, {"format": "dnd", "data": data}, make)
 
 
 def kept(chosen: Chosen, names: list[str], out: Path) -> list[str]:
@@ -78,19 +71,9 @@ def kept(chosen: Chosen, names: list[str], out: Path) -> list[str]:
         elif prompts_in(path) == ours:
             stay.append(name)
         else:
-            check_may_replace(path, len(ours), chosen.manifest.dataset)
+            trained = f"the {len(ours)} that {chosen.manifest.dataset} was trained on"
+            parts.check_may_replace(path, "other prompts", trained)
     return stay
-
-
-def check_may_replace(path: Path, rows: int, dataset: str) -> None:
-    """Raise UserError unless FORCE=1 is set and the name to keep the present file under is free."""
-    if os.path.lexists(aside(path)):
-        raise UserError(f"{paths.relative(aside(path))}: is there already; move it away, then run it again")
-    if not run_identity.force_requested():
-        raise UserError(
-            f"{paths.relative(path)}: holds other prompts than the {rows} that {dataset} was trained on; FORCE=1 "
-            f"puts them there and keeps it as {aside(path).name}, or take another OUT"
-        )
 
 
 def prompts_in(path: Path) -> list[str | None]:

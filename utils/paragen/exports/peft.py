@@ -24,7 +24,7 @@ from paragen.collection.index import Chosen
 from paragen.collection.manifest import BaseModel, CheckpointEntry
 from paragen.common import paths, settings
 from paragen.common.cli import UserError, say
-from paragen.exports import checkpoint_copies
+from paragen.exports import checkpoint_copies, parts
 
 FORMAT = "peft"
 # The values that vLLM takes for --max-lora-rank (vllm/config/lora.py); it refuses an adapter of a larger rank.
@@ -67,7 +67,7 @@ def export(chosen: list[Chosen], out: Path, dtype: str | None) -> None:
             for entry in one.entries:
                 write_adapter(one, entry, staging / f"checkpoint-{entry.step}", dtype)
 
-        derived.make_part(out, one.chosen.name, source_of(one, dtype), make)
+        parts.make(out, one.chosen.name, source_of(one, dtype), make)
     for one in plan:
         for line in [*refusals_of(one.config, one.keys), *rank_notes(one.config["r"])]:
             say(f"note: {one.chosen.name}: {line}")
