@@ -1,5 +1,6 @@
 """What the tests share: a tiny random model, a small dataset, recipes for both, and real LLaMA-Factory runs of them."""
 
+import gc
 import json
 import os
 import shutil
@@ -192,6 +193,12 @@ def trained_place(place, trained_once) -> handmade.Place:
     shutil.copytree(trained_once.top / "saves", place.saves, dirs_exist_ok=True)
     shutil.copytree(trained_once.top / "data", place.data)
     return place
+
+
+def pytest_collection_finish():
+    """Have the garbage collector leave alone what was imported so far: modules of which some are very large."""
+    gc.collect()
+    gc.freeze()
 
 
 def pytest_configure(config):

@@ -5,6 +5,7 @@ The fork happens before any tensor is made, so a run behaves as in a new process
 
 import importlib
 import multiprocessing
+import multiprocessing.forkserver
 import os
 import resource
 import signal
@@ -13,10 +14,11 @@ import time
 from collections.abc import Callable
 from pathlib import Path
 from typing import NamedTuple
+from unittest import mock
 
 ROOT = Path(__file__).resolve().parents[2]
 context = multiprocessing.get_context("forkserver")
-context.set_forkserver_preload(["llamafactory.train.tuner", "matplotlib.pyplot", "peft", "safetensors.torch"])
+context.set_forkserver_preload(["helpers.preloaded"])
 
 
 class Result(NamedTuple):
@@ -44,14 +46,22 @@ class Run:
         return False
 
 
+def ready() -> None:
+    """Start the process that others are forked from, unless it is there; it finds helpers.preloaded by PYTHONPATH."""
+    with mock.patch.dict(os.environ, PYTHONPATH=str(ROOT / "tests")):
+        multiprocessing.forkserver.ensure_running()
+
+
 def start(script: str, arguments: list[str], environment: dict[str, str], log: Path) -> Run:
     """Start utils/<script>.py (or `stock`: LLaMA-Factory's own entry on a JSON config) with these arguments."""
+    ready()
     process = context.Process(target=_run, args=(script, arguments, environment, str(log), os.getcwd()))
     process.start()
     return Run(process, log)
 
 
 def _run(script: str, arguments: list[str], environment: dict[str, str], log: str, folder: str) -> None:
+    assert "helpers.preloaded" in sys.modules, "multiprocessing does not say when an import fails"
     handle = os.open(log, os.O_WRONLY | os.O_CREAT | os.O_TRUNC)
     os.dup2(handle, 1)
     os.dup2(handle, 2)
@@ -65,6 +75,7 @@ def _run(script: str, arguments: list[str], environment: dict[str, str], log: st
         resource.setrlimit(resource.RLIMIT_FSIZE, (limit, limit))
     sys.path[:0] = [str(ROOT / "utils"), str(ROOT / "tests")]
     sys.argv = [script, *arguments]
+    sys.executable = os.environ["PY"]  # what it starts is forked, too: see forked_python
     if script == "stock":
         import json
 

@@ -32,8 +32,8 @@ READ_EARLY = ("OMP_NUM_THREADS", "CUDA_VISIBLE_DEVICES", "PYTHONHASHSEED", "TRIT
 ENDED = os.WEXITED | os.WNOHANG | os.WNOWAIT
 # Started without site-packages, in some 20 ms.
 CLIENT = """import array, json, os, resource, signal, socket, sys
-arguments = sys.argv[1:]
-early = {{name: os.environ.get(name) for name in {names!r}}}
+arguments = sys.argv[2:] if sys.argv[1:2] == ["-u"] else sys.argv[1:]  # forked, it writes lines at once anyway
+early = {{name: os.environ.get(name) or None for name in {names!r}}}
 hub = socket.socket(socket.AF_UNIX)
 try:
     if not arguments or (arguments[0][0] == "-" and arguments[0] not in ("-c", "-m")) or early != {early!r}:
@@ -42,11 +42,17 @@ try:
         raise OSError  # Ray's workers have to be children of its own; limits are not passed on
     hub.connect({address!r})
 except OSError:
-    os.execv({python!r}, [{python!r}, *arguments])
+    os.execv({python!r}, [{python!r}, *sys.argv[1:]])
 received = []
+
+
+def pass_on(number):  # Ctrl-C goes to what the child has started, too, as a terminal sends it
+    (os.killpg if number == signal.SIGINT else os.kill)(child, number)
+
+
 for number in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP):
     if signal.getsignal(number) is not signal.SIG_IGN:
-        signal.signal(number, lambda number, frame: received.append(number) or started and os.kill(child, number))
+        signal.signal(number, lambda number, frame: received.append(number) or started and pass_on(number))
 started = False
 ignored = signal.getsignal(signal.SIGINT) is signal.SIG_IGN
 request = json.dumps([arguments, dict(os.environ), os.getcwd(), ignored]).encode()
@@ -64,7 +70,7 @@ if not child:  # the process that forks is gone; 0 would stand for this one's wh
     os._exit(255)
 started = True
 for number in received:
-    os.kill(child, number)
+    pass_on(number)
 for number in files:
     os.close(number)
 status = int.from_bytes(hub.recv(4) or b"\\0\\0\\0\\xff", "big", signed=True)
@@ -81,7 +87,7 @@ def make() -> str:
     folder = Path(tempfile.mkdtemp(prefix="python-"))
     atexit.register(remove, folder, os.getpid())
     address, command = str(folder / "socket"), folder / "python"
-    early = {name: os.environ.get(name) for name in READ_EARLY}
+    early = {name: os.environ.get(name) or None for name in READ_EARLY}
     client = folder / "client.py"
     client.write_text(CLIENT.format(python=sys.executable, names=READ_EARLY, early=early, address=address))
     command.write_text(f'#!/bin/sh\nexec "{sys.executable}" -SE "{client}" "$@"\n')
@@ -99,6 +105,7 @@ def make() -> str:
 def start_when_called(listening: socket.socket, command: str) -> None:
     """Wait for the first call, and have the process that forks take it."""
     select.select([listening], [], [])
+    fork_server.ready()
     fork_server.context.Process(target=serve, args=(listening, command), daemon=True).start()
     listening.close()
 
@@ -139,6 +146,7 @@ def serve(listening: socket.socket, command: str) -> None:
                     for other in (listening, call, *calls.values()):
                         other.close()
                     run(request, files, path, command)
+                os.setpgid(child, child)  # here, too, before its client hears of it
                 for file in files:
                     os.close(file)
                 calls[child] = call
