@@ -42,10 +42,11 @@ test-all: setup-dev  ## run all of them, some with the embedded model, before a 
 	@SPEED="not alone" $(MAKE) --no-print-directory -j 2 test-runs test-others
 	@$(PY) -m pytest -q -m alone tests
 
-test-runs: WHICH := runs
-test-others: WHICH := not runs and not gpu
-test-runs test-others: setup-dev
-	@$(PY) -m pytest -q -m "$(WHICH) and $(SPEED)" tests
+test-runs: setup-dev  # of the files that have such tests, since importing the others takes ten seconds
+	@$(PY) -m pytest -q -m "runs and $(SPEED)" $$(grep -l 'mark\.runs' tests/test_*.py)
+
+test-others: setup-dev
+	@$(PY) -m pytest -q -m "not runs and not gpu and $(SPEED)" tests
 
 test-gpu: setup-dev  ## run the tests that need an NVIDIA GPU, on it
 	@TEST_GPU=1 $(PY) -m pytest -q -m gpu tests/test_gpu*.py

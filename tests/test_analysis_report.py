@@ -14,7 +14,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
-from helpers import scored
+from helpers import report_page, scored
 from helpers.chromium import colours, drawn, find, head, opened, shown, size, typed, wait
 from PIL import Image
 from safetensors.torch import load_file, save_file
@@ -59,10 +59,7 @@ def project(trained_once, tmp_path_factory):
     edited = twin(project, f"math/Edited/{RUN}", dataset="Edited") / "manifest.json"
     edited.write_text(edited.read_text().replace('"rank": 4', '"rank": 8'))
     (twin(project, f"math/Half/{RUN}", dataset="Half") / "manifest.json").unlink()
-    with pytest.MonkeyPatch.context() as patch:
-        for name in ("SAVES", "DATA", "MODELS"):
-            patch.setattr(paths, name, project.top / name.lower())
-        patch.setattr(paths, "SCRIPTS", project.top / "collect_scripts")
+    with report_page.paths_of(project):
         yield project
 
 
@@ -73,18 +70,8 @@ def page(project) -> Path:
 
 @pytest.fixture
 def browser(chromium, page):
-    """The page, fresh, 1280 pixels wide, in light colours; at the end it has no errors and asked no network."""
-    chromium.get("about:blank")
-    size(chromium, 1280)
-    colours(chromium, "light")
-    chromium.get_log("performance"), chromium.get_log("browser")
-    chromium.get(page.as_uri())
-    yield chromium
-    assert [line["message"] for line in chromium.get_log("browser")] == []
-    messages = [json.loads(line["message"])["message"] for line in chromium.get_log("performance")]
-    asked = [one["params"]["request"]["url"] for one in messages if one["method"] == "Network.requestWillBeSent"]
-    assert page.as_uri() in asked
-    assert [url for url in asked if not url.startswith(("file:", "data:", "blob:"))] == []
+    with report_page.opened_fresh(chromium, page):
+        yield chromium
 
 
 def test_the_table_is_sorted_with_mouse_and_keyboard_and_filtered(browser):

@@ -8,8 +8,8 @@ import urllib.parse
 from pathlib import Path
 
 import pytest
-from helpers import copies, scored
-from helpers.chromium import colours, drawn, find, head, opened, shown, size, typed, wait
+from helpers import copies, report_page, scored
+from helpers.chromium import drawn, find, head, opened, shown, size, typed, wait
 from selenium.webdriver.common.by import By
 from selenium.webdriver.support.ui import Select
 
@@ -38,10 +38,7 @@ def project(trained_once, tmp_path_factory):
     scored.write(first, scored.evaluated({"base": 0.4, 7: 0.5, 12: 0.625}))
     partial = scored.evaluated({"base": 0.4, 12: 0.75}, rows=4, limit=4, split="OBQA_test", paired=False)
     scored.write(next((saves / "multimodal" / LONG).iterdir()), partial)
-    with pytest.MonkeyPatch.context() as patch:
-        for name in ("SAVES", "DATA", "MODELS"):
-            patch.setattr(paths, name, project.top / name.lower())
-        patch.setattr(paths, "SCRIPTS", project.top / "collect_scripts")
+    with report_page.paths_of(project) as patch:
         for name in SELECTION:
             patch.delenv(name, raising=False)
         yield project
@@ -54,14 +51,8 @@ def page(project) -> Path:
 
 @pytest.fixture
 def browser(chromium, page):
-    """The page, fresh, 1280 pixels wide, in light colours; at the end it has no errors."""
-    chromium.get("about:blank")
-    size(chromium, 1280)
-    colours(chromium, "light")
-    chromium.get_log("browser")
-    chromium.get(page.as_uri())
-    yield chromium
-    assert [line["message"] for line in chromium.get_log("browser")] == []
+    with report_page.opened_fresh(chromium, page):
+        yield chromium
 
 
 def link_to(name: str, page: Path) -> str:
@@ -86,25 +77,25 @@ def test_ranks_and_numbers_in_names_are_sorted_as_numbers(browser):
     assert [(row["dataset"], row["rank"]) for row in ordered] == [("D9", None), ("d9", 8), ("D9", 16), ("D10", 2)]
 
 
-@pytest.mark.parametrize(
-    ("text", "ranks"),
-    [
-        ("rank 2", ["2"] * 3),
-        ("Rank 16", ["16"] * 2),
-        ("rank 2 16 toy", ["2", "16"]),
-        ("toy rank=8", ["8"]),
-        ("ranks: 4, 8 to", ["4", "4", "8"]),
-        ("rank-16 mult", ["16"]),
-        ("seed 7", ["4"]),
-        ("seed 7 rank 8", []),
-        ("toy 4", ["4", "4"]),
-        ("rank", ["2", "4", "4", "8", "16", "2", "2", "16"]),  # not yet typed whole
-        ("math broken", ["2"]),
-    ],
-)
-def test_a_number_in_the_filter_is_a_whole_rank_or_seed(browser, text, ranks):
-    typed(browser, text)
-    assert sorted(shown(browser, "Rank"), key=int) == sorted(ranks, key=int)
+FILTERS = {
+    "rank 2": ["2"] * 3,
+    "Rank 16": ["16"] * 2,
+    "rank 2 16 toy": ["2", "16"],
+    "toy rank=8": ["8"],
+    "ranks: 4, 8 to": ["4", "4", "8"],
+    "rank-16 mult": ["16"],
+    "seed 7": ["4"],
+    "seed 7 rank 8": [],
+    "toy 4": ["4", "4"],
+    "rank": ["2", "4", "4", "8", "16", "2", "2", "16"],  # not yet typed whole
+    "math broken": ["2"],
+}
+
+
+def test_a_number_in_the_filter_is_a_whole_rank_or_seed(browser):
+    for text, ranks in FILTERS.items():
+        typed(browser, text)
+        assert sorted(shown(browser, "Rank"), key=int) == sorted(ranks, key=int), text
 
 
 def test_a_filter_that_nothing_fits_says_so_and_is_cleared(browser):

@@ -189,12 +189,21 @@ def stored_in_bfloat16(tmp_path) -> Path:
     return folder
 
 
-def test_a_base_has_the_dtype_that_is_computed_in(stored_in_bfloat16):
-    from paragen.scoring import base_model
+DTYPES = """
+import sys
+from pathlib import Path
+from paragen.scoring import base_model
+base = base_model.BaseModel({"template": "qwen", "stage": "sft", "finetuning_type": "lora"}, Path(sys.argv[1]))
+print(*{parameter.dtype for parameter in base.model.parameters()}, base.dtype, base.model.config.dtype)
+"""
 
-    base = base_model.BaseModel({"template": "qwen", "stage": "sft", "finetuning_type": "lora"}, stored_in_bfloat16)
-    assert {parameter.dtype for parameter in base.model.parameters()} == {base.dtype}
-    assert base.dtype is not base.model.config.dtype
+
+def test_a_base_has_the_dtype_that_is_computed_in(stored_in_bfloat16):
+    settings = {**os.environ, "PYTHONPATH": str(ROOT / "utils")}
+    command = [PYTHON, "-c", DTYPES, stored_in_bfloat16]
+    done = subprocess.run(command, env=settings, capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+    assert done.stdout.splitlines()[-1].split() == ["torch.float32", "torch.float32", "torch.bfloat16"]
 
 
 @pytest.mark.slow

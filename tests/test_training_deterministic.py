@@ -15,6 +15,7 @@ from paragen.common.cli import UserError
 from paragen.sweep import ray_cluster
 from paragen.training import deterministic
 
+FEW = {"pretrain": {"max_steps": 4, "save_steps": 2}, "finetune": {"max_steps": 6, "save_total_limit": 2}, "resumed": 4}
 LINE = "put_ has no deterministic kernel on this device; DETERMINISTIC=0 trains with the fastest ones"
 
 
@@ -87,7 +88,7 @@ def test_the_manifest_says_whether_kernels_were_deterministic_and_the_cpus_bits_
 @pytest.mark.runs
 def test_the_packed_engine_records_it_too(tmp_path, model_folder):
     project = packed_project.Packable(tmp_path / "my project", model_folder)
-    cell, found = project.cell(), []
+    cell, found = project.cell(**FEW), []
     for value in ("", "0"):
         result = project.packed(cell, DETERMINISTIC=value, FORCE="1")
         assert result.status == 0, result.output
@@ -101,7 +102,7 @@ def test_the_packed_engine_records_it_too(tmp_path, model_folder):
 @pytest.mark.parametrize("engine", ["train", "paragen.packed.packed_train"])
 def test_an_operation_without_a_deterministic_kernel_ends_in_one_line(tmp_path, model_folder, engine):
     project = packed_project.Packable(tmp_path / "my project", model_folder)
-    cell = project.cell()
+    cell = project.cell(**FEW)
     arguments = [str(cell.pretrain), "4"] if engine == "train" else cell.arguments()
     environment = {"NO_KERNEL": engine, "ENGINE": "packed"}
     result = fork_server.start("helpers.no_kernel", arguments, environment, tmp_path / "log.txt").wait()
