@@ -2,7 +2,6 @@
 
 import hashlib
 import os
-import tempfile
 from collections.abc import Sequence
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
@@ -144,7 +143,7 @@ def _load_with_peft(folder: Path, step: int, base: Path) -> list[str]:
     reads_pictures = type(config) in MODEL_FOR_IMAGE_TEXT_TO_TEXT_MAPPING  # as LLaMA-Factory chooses the class
     with torch.device("meta"):
         model = (AutoModelForImageTextToText if reads_pictures else AutoModelForCausalLM).from_config(config)
-    with tempfile.TemporaryDirectory() as adapter:
+    with files.process_folder() as adapter:
         for name, source in (
             (paths.ADAPTER, folder / checkpoint_name(step)),
             (paths.ADAPTER_CONFIG, folder / paths.ADAPTER_CONFIG),

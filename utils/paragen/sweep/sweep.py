@@ -48,6 +48,9 @@ def run(cells: Iterable[Cell], report: Report, worker_class: type = CellWorker) 
     with Session(staged) as session:
         sweep = Sweep(Workers(session, stage.StagedWorker if staged else worker_class), cells, report)
         try:
+            for lock in paths.SAVES.glob(".sweep-*.lock"):  # of killed sweeps
+                if not files.is_held(lock):
+                    files.is_free(lock)
             with files.lock(paths.SAVES / f".sweep-{secrets.token_hex(4)}.lock"):  # `make clean-up` respects it
                 while sweep.waiting or sweep.workers.running:
                     sweep.step()
