@@ -1,7 +1,9 @@
 """A base model loaded to be scored, as LLaMA-Factory loads it for a recipe."""
 
+import contextlib
 import dataclasses
 import os
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -13,12 +15,13 @@ from transformers.utils.logging import disable_progress_bar
 
 from paragen.collection import manifest as manifest_records
 from paragen.collection.manifest import Manifest
-from paragen.common import paths
+from paragen.common import cli, paths
 from paragen.common.cli import UserError
 from paragen.model import base_models, model_files
 from paragen.packed.model import use_fused_kernels
 from paragen.recipes import keys, templates
 from paragen.scoring import attention
+from paragen.training import outcome
 
 WAY_OUT = "put its files back, or collect again with FORCE=1"
 
@@ -43,7 +46,8 @@ class BaseModel:
             "infer_dtype": str(self.dtype).removeprefix("torch."),
         })  # fmt: skip
         self.model_args.device_map = {"": "cuda:0" if torch.cuda.is_available() else "cpu"}
-        self.tokenizer_module = load_tokenizer(self.model_args)
+        with _loading(folder):
+            self.tokenizer_module = load_tokenizer(self.model_args)
         self.loaded = loaded
 
     @property
@@ -53,7 +57,8 @@ class BaseModel:
             tokenizer = self.tokenizer_module["tokenizer"]
             if not os.isatty(2):
                 disable_progress_bar()
-            self.loaded = load_model(tokenizer, self.model_args, self.finetuning_args, False)
+            with _loading(self.folder):
+                self.loaded = load_model(tokenizer, self.model_args, self.finetuning_args, False)
             for parameter in self.loaded.parameters():  # LLaMA-Factory keeps the dtype in which the file stores them
                 parameter.data = parameter.data.to(self.dtype)
         return self.loaded
@@ -70,6 +75,23 @@ class BaseModel:
             use_fused_kernels(self.model)
             attention.rotate_rows_as_one(self.model)
             vars(self.model)["paragen_fused"] = True
+
+
+@contextlib.contextmanager
+def _loading(folder: Path) -> Iterator[None]:
+    """Turn what libraries raise for a damaged model folder, also plain Exceptions, into a UserError that names it."""
+    try:
+        yield
+    except (UserError, torch.OutOfMemoryError):
+        raise
+    except Exception as error:
+        if cli.storage_fault(error) is not None or outcome.is_out_of_memory(error):
+            raise
+        cause = f"{type(error).__name__}: {' '.join(str(error).split())[:200]}"
+        raise UserError(
+            f"{paths.relative(folder)}: cannot be loaded ({cause}); make verify REHASH_MODELS=1 compares its "
+            f"files with what was recorded, and this gets it again: {base_models.how_to_get(folder)}"
+        ) from error
 
 
 def base_for(manifest: Manifest, loaded: BaseModel | None) -> BaseModel:
