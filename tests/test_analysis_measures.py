@@ -16,7 +16,7 @@ from helpers.forked_python import PYTHON
 from safetensors.torch import load_file, save_file
 
 import stats
-from paragen.analysis import canonical, measures, stats_files, step_reader
+from paragen.analysis import canonical, measures, report_statistics, stats_files, step_reader
 from paragen.analysis import layer_stats as ls
 from paragen.collection import checkpoints, index, run_files
 from paragen.collection.manifest import CheckpointEntry, sealed
@@ -409,6 +409,35 @@ def test_it_prints_a_line_per_kind_of_layer(collected, capsys):
     lines = capsys.readouterr().out.splitlines()
     assert lines[1].split("  ")[0] == "layers"
     assert {line.split()[0] for line in lines[2:]} >= {"q_proj", "down_proj"} and len(lines) == 9
+
+
+@pytest.mark.parametrize("name", ["stats.parquet", "stats.json", "steps.safetensors"])
+def test_statistics_with_a_flipped_bit_are_made_again(collected, capsys, name):
+    run(collected)
+    (path,) = (collected.top / "saves" / "stats").rglob(name)
+    whole, before = path.read_bytes(), path.stat()
+    path.write_bytes(whole[: len(whole) // 2] + bytes([whole[len(whole) // 2] ^ 1]) + whole[len(whole) // 2 + 1 :])
+    os.utime(path, ns=(before.st_atime_ns, before.st_mtime_ns))
+    capsys.readouterr()
+    run(collected)
+    assert "was damaged since it was made" in capsys.readouterr().out and path.read_bytes() == whole
+
+
+def test_damaged_statistics_of_an_earlier_version_are_named_in_one_line(collected):
+    """It recorded no hashes of them."""
+    run(collected)
+    record = collected.top / "saves" / "stats" / "export.json"
+    parts = json.loads(record.read_bytes())
+    files.write_json(record, {name: {**part, "sha256": None} for name, part in parts.items()})
+    (table,) = record.parent.rglob("stats.parquet")
+    content = table.read_bytes()
+    table.write_bytes(bytes(len(content)))
+    with pytest.raises(UserError, match="stats.parquet: broken .*FORCE=1"):
+        run(collected)
+    about = table.with_name("stats.json")
+    about.write_bytes(bytes(about.stat().st_size))
+    with pytest.raises(UserError, match=f"{table.parent.name}: broken .*FORCE=1"):
+        report_statistics.read(table.parent)
 
 
 def test_a_collection_of_a_stock_run_has_statistics_too(collected, capsys):

@@ -1,11 +1,14 @@
 """How scripts end when they are stopped, also where a library hides the cause."""
 
+import errno
 import signal
 import subprocess
 import sys
 
 import pytest
 from conftest import ROOT
+
+from paragen.common import cli
 
 SCRIPT = """
 import os, sys, time
@@ -62,3 +65,27 @@ cli.run(main)
 """
     ended = subprocess.run([sys.executable, "-c", script, ROOT / "utils"], capture_output=True, text=True)
     assert (ended.returncode, ended.stdout) == (143, "a step\n"), ended.stderr
+
+
+@pytest.mark.parametrize(
+    "error", [OSError(errno.ENOSPC, "No space left on device"), RuntimeError("I/O error: full (os error 28)")]
+)
+def test_a_full_disk_is_named_by_what_was_written_there(error, tmp_path):
+    """Neither writing to an open file nor a library written in Rust says which file it was."""
+    assert cli.storage_fault(error).startswith("writing: No space left")
+    with pytest.raises(type(error)) as raised, cli.writing_to(tmp_path / "outer"), cli.writing_to(tmp_path / "x.json"):
+        raise error
+    assert cli.storage_fault(raised.value).startswith(f"{tmp_path / 'x.json'}: No space left")
+
+
+def test_a_file_that_cannot_be_written_whole_is_named(tmp_path):
+    code = (
+        "import resource, signal, sys; sys.path.insert(0, sys.argv[1])\n"
+        "from pathlib import Path\nfrom paragen.common import cli, files\n"
+        "signal.signal(signal.SIGXFSZ, signal.SIG_IGN); resource.setrlimit(resource.RLIMIT_FSIZE, (10, 10))\n"
+        "cli.run(lambda: files.write_atomically(Path(sys.argv[2]), bytes(100)))"
+    )
+    command = [sys.executable, "-c", code, ROOT / "utils", tmp_path / "index.parquet"]
+    done = subprocess.run(command, capture_output=True, text=True)
+    assert done.returncode == 1 and done.stderr.startswith(f"error: {tmp_path / 'index.parquet'}: File too large")
+    assert list(tmp_path.iterdir()) == []

@@ -5,11 +5,14 @@ import json
 import os
 import socket
 import subprocess
+import tempfile
 import threading
 import time
+from pathlib import Path
 
 import pytest
 import torch
+from helpers import killed
 from safetensors.torch import save, save_file
 
 from paragen.common import files, safetensors_header
@@ -96,3 +99,48 @@ def test_looking_at_a_lock_does_not_turn_a_starting_run_away(tmp_path):
     threading.Timer(files.LOOK_SECONDS / 4, os.close, [looked]).start()
     with files.lock(lock):
         pass
+
+
+def killed_while_writing(path: Path) -> Path:
+    """What a process leaves that is killed while it writes `path`, a while ago."""
+    temporary = path.with_name(f".{path.name}.{2**22 + 1}.tmp")
+    temporary.write_text("half")
+    long_ago = time.time() - 2 * files.WRITING_SECONDS
+    os.utime(temporary, (long_ago, long_ago))
+    return temporary
+
+
+def test_the_next_write_removes_what_a_killed_one_left_and_nothing_that_lives(tmp_path):
+    dead, path = killed_while_writing(tmp_path / "index.parquet"), tmp_path / "index.parquet"
+    other = killed_while_writing(tmp_path / "other.json")
+    ours = path.with_name(f".{path.name}.{os.getppid()}.tmp")
+    ours.write_text("half")
+    os.utime(ours, (1, 1))
+    files.write_atomically(path, b"whole")
+    assert path.read_bytes() == b"whole" and not dead.exists() and ours.exists() and other.exists()
+    remote = killed_while_writing(path)
+    with open(remote) as held:
+        fcntl.flock(held, fcntl.LOCK_EX)  # as a process on another host does
+        files.write_atomically(path, b"whole")
+        assert remote.exists()
+    files.write_atomically(path, b"whole")
+    assert not remote.exists()
+
+
+def test_the_end_of_a_process_removes_temporary_folders_of_killed_ones(tmp_path, monkeypatch):
+    monkeypatch.setattr(tempfile, "tempdir", str(tmp_path))
+    killed.killed(lambda pause: stand_still_in_a_folder(pause))
+    (left,) = tmp_path.glob("paragen-*")
+    (tmp_path / "paragen-notes").mkdir()
+    long_ago = time.time() - 2 * files.WRITING_SECONDS
+    os.utime(left, (long_ago, long_ago))
+    with killed.running(lambda pause: stand_still_in_a_folder(pause)):
+        with files.process_folder() as folder:
+            assert left.exists()
+        assert not left.exists() and not folder.exists() and (tmp_path / "paragen-notes").is_dir()
+        assert len(list(tmp_path.glob("paragen-*"))) == 2, "one is of a live process"
+
+
+def stand_still_in_a_folder(pause) -> None:
+    with files.process_folder():
+        pause()

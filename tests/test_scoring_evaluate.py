@@ -20,7 +20,7 @@ from helpers.forked_python import PYTHON
 from paragen.collection import evaluation, index, prompts
 from paragen.collection.manifest import read_manifest
 from paragen.common import devices, files, paths
-from paragen.model import base_models
+from paragen.model import base_models, model_files
 from paragen.scoring import answers
 from paragen.sweep import shared_scoring
 
@@ -596,6 +596,32 @@ def test_a_full_disk_is_one_line_and_leaves_the_scores_there_were(ready):
     assert "File too large" in one_error(result)
     assert kept(ready) == before
     assert len(evaluated(ready)["checkpoints"]) == 6
+
+
+def break_tokenizer(content: bytearray) -> None:
+    content[content.index(b'"', len(content) // 2)] ^= 1
+
+
+def break_header(content: bytearray) -> None:
+    content[content.index(b'"F32"') + 1] ^= 1
+
+
+@pytest.mark.parametrize(
+    ("name", "rot"), [("tokenizer.json", break_tokenizer), ("model.safetensors", break_header)]
+)  # fmt: skip
+def test_a_base_model_that_has_rotted_is_one_line(ready, name, rot):
+    """Its size and times are those of when it was hashed, so that it is taken for the model of the training."""
+    path = ready.top / "models" / "Tiny-Llama" / name
+    model_files.hashes_of(path.parent, sorted(path.parent.glob("*")))
+    before = path.stat()
+    content = bytearray(path.read_bytes())
+    rot(content)
+    path.write_bytes(content)
+    os.utime(path, ns=(before.st_atime_ns, before.st_mtime_ns))
+    known = ready.top / "models" / ".hashes.json"
+    known.write_text(known.read_text().replace(str(before.st_ctime_ns), str(path.stat().st_ctime_ns)))
+    line = one_error(evaluate(ready))
+    assert "models/Tiny-Llama: cannot be loaded" in line and "make verify REHASH_MODELS=1" in line
 
 
 # Several collections

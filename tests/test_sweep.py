@@ -3,6 +3,7 @@
 import contextlib
 import json
 import os
+import shutil
 import signal
 import socket
 import subprocess
@@ -14,6 +15,9 @@ from pathlib import Path
 import pytest
 from helpers import fork_server
 from helpers.forked_python import PYTHON
+
+from paragen.common.cli import UserError
+from paragen.sweep import ray_cluster
 
 pytestmark = pytest.mark.runs
 
@@ -627,3 +631,17 @@ def test_slots_are_counted_over_machines_and_impossible_requests_are_refused(mon
             ray_cluster.choose_devices(ray)
     else:
         assert ray_cluster.count_slots(ray, ray_cluster.choose_devices(ray)) == outcome
+
+
+def test_a_temporary_folder_without_room_is_one_line_before_ray_starts(monkeypatch, tmp_path):
+    """Ray would wait for a file that it could not write, and time out."""
+    monkeypatch.delenv("RAY_TMPDIR", raising=False)
+    monkeypatch.delenv("RAY_ADDRESS", raising=False)
+    monkeypatch.setenv("TMPDIR", str(tmp_path))
+    full = shutil._ntuple_diskusage(10**9, 10**9 - 1000, 1000)
+    with monkeypatch.context() as patch, pytest.raises(UserError, match=f"{tmp_path}: 0 MB are free.*set TMPDIR"):
+        patch.setattr(ray_cluster.shutil, "disk_usage", lambda folder: full)
+        ray_cluster.start_ray(None)
+    monkeypatch.setenv("TMPDIR", str(tmp_path / "gone"))
+    with pytest.raises(UserError, match="gone: No such file or directory.*set TMPDIR"):
+        ray_cluster.start_ray(None)

@@ -5,6 +5,7 @@ import os
 import shlex
 import shutil
 import signal
+import socket
 import subprocess
 import time
 from pathlib import Path
@@ -16,6 +17,8 @@ from helpers.forked_python import PYTHON
 from safetensors.torch import load_file
 
 from paragen.common import files
+from paragen.recipes.run import Cell
+from paragen.training import status
 
 pytestmark = pytest.mark.runs
 
@@ -508,6 +511,52 @@ def test_a_finetune_killed_at_any_moment_is_repeated_with_the_same_hashes(pretra
     assert len(list(pretrained.scripts.iterdir())) == 2
 
 
+LEFT = {
+    "staging": lambda project, folder: (folder.parent / f".{folder.name}.staging-01234567").mkdir(),
+    "lock": lambda project, folder: (folder.parent / f".{folder.name}.lock").write_text(
+        f"4194305 {socket.gethostname()}\n"
+    ),
+    "old": lambda project, folder: shutil.copytree(folder, folder.parent / f".{folder.name}.old"),
+    "rendered": lambda project, folder: (
+        project.scripts / f"tiny_Toy_{folder.name.rpartition('_')[2]}_temp_rank_4.yaml"
+    ).write_text("x: 1\n"),
+    "claim": lambda project, folder: (
+        (folder.parent / f".{folder.name}.attempt").write_text("01234567"),
+        os.utime(folder.parent / f".{folder.name}.attempt", (1, 1)),
+    ),
+}
+
+
+@pytest.mark.parametrize("how", ["train", "collect"])
+def test_a_call_on_a_complete_run_removes_what_killed_ones_left(collected, monkeypatch, how):
+    """A FORCE=1 run that was killed, or one that was killed between naming its folder and unlocking it."""
+    before = {path.name for path in [*collected.saves.iterdir(), *collected.scripts.iterdir()]}
+    for leave in LEFT.values():
+        for phase in ("pretrain", "finetune"):
+            leave(collected, collected.run_folder(phase))
+    if how == "train":
+        for recipe in (collected.pretrain, collected.finetune):
+            done = collected.train(recipe)
+            assert done.status == 0 and "complete: " in done.output
+    else:
+        cell = Cell("Toy", "tiny", 4, (collected.pretrain, collected.finetune))
+        assert status.is_complete(cell)
+    assert {path.name for path in [*collected.saves.iterdir(), *collected.scripts.iterdir()]} == before
+    assert len(hashes(collected.run_folder("finetune"))) == 6
+
+
+def test_what_a_running_forced_run_uses_is_not_removed(collected):
+    cell = Cell("Toy", "tiny", 4, (collected.pretrain, collected.finetune))
+    folder = collected.run_folder("finetune")
+    staging = folder.parent / f".{folder.name}.staging-01234567"
+    staging.mkdir()
+    claim = folder.parent / f".{folder.name}.attempt"
+    claim.write_text("01234567")
+    with files.lock(files.beside(folder, "lock")):
+        assert status.is_complete(cell) and staging.is_dir()
+    assert status.is_complete(cell) and not staging.is_dir() and claim.is_file(), "it may be about to start"
+
+
 def test_data_loader_processes_that_outlive_a_killed_run_do_not_hold_its_lock(project):
     run = project.start(project.pretrain, "max_steps=3000", "save_steps=3000", "dataloader_num_workers=2")
     assert run.kill_when(lambda: any(project.saves.glob(".*staging*/trainer_log.jsonl")))
@@ -558,7 +607,8 @@ def test_a_full_disk_is_one_error_line_and_leaves_no_run(project, phase):
         assert project.train(project.pretrain, rank=64).status == 0
     before = snapshot(project.saves) if project.saves.exists() else {}
     result = project.train(recipe, rank=64, FILE_SIZE_LIMIT="200000")
-    assert "File too large" in one_error_line(result)
+    line = one_error_line(result)
+    assert "File too large" in line and f"_lora-rank_64_{phase}" in line
     assert snapshot(project.saves) == before
 
 

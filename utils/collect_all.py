@@ -20,7 +20,7 @@ from paragen.recipes import lookup
 from paragen.recipes.run import Cell
 from paragen.sweep import plan, shared_scoring, sweep
 from paragen.sweep.display import Display
-from paragen.training import inputs
+from paragen.training import inputs, left_overs
 from paragen.training.outcome import Outcome
 
 
@@ -36,6 +36,8 @@ def main() -> int:
     inputs.require(planned.cells)
     plan.check_disk(planned)
     to_do, outcomes = planned.cells, {}
+    for cell in set(chosen) - set(to_do):
+        left_overs.remove(cell)
     if to_do:
         with Display(len(to_do)) as display:
             outcomes = sweep.run(to_do, display.report)

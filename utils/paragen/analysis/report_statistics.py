@@ -65,14 +65,20 @@ def read(folder: Path) -> "tuple[str, list[str], np.ndarray, np.ndarray, np.ndar
     """The statistics in a folder, as the pictures show them.
 
     Returns the base model's name, layers (names), steps (n,), sketches (n, d), and changes (layers, n): the norm of
-    each layer's update less the one of the step before, over the norm of the update; NaN at the first step.
+    each layer's update less the one of the step before, over the norm of the update; NaN at the first step. Raises
+    UserError for a broken file.
     """
     import numpy as np
+    from safetensors import SafetensorError
     from safetensors.numpy import load_file
 
-    tensors = load_file(folder / "steps.safetensors")
-    about = json.loads((folder / "stats.json").read_bytes())
-    change, norm = (tensors[name].astype(np.float64) for name in ("change", "norm"))
+    try:
+        tensors = load_file(folder / "steps.safetensors")
+        about = json.loads((folder / "stats.json").read_bytes())
+        change, norm = (tensors[name].astype(np.float64) for name in ("change", "norm"))
+        named = about["base_model"], about["layers"], tensors["steps"], tensors["sketch"]
+    except (OSError, ValueError, KeyError, TypeError, SafetensorError) as error:
+        raise stats_files.broken(folder, error) from None
     relative = np.divide(change, norm, out=np.full(change.shape, np.nan), where=norm > 0)
     relative[:, 0] = np.nan
-    return about["base_model"], about["layers"], tensors["steps"], tensors["sketch"], relative
+    return *named, relative

@@ -56,8 +56,8 @@ def update(chosen: list[index.Chosen], out: Path | None = None) -> int:
 
 
 def missing_of(chosen: list[index.Chosen], out: Path) -> list[index.Chosen]:
-    """The collections without statistics that are up to date."""
-    return [one for one in chosen if not derived.is_there(out, one.name, source_of(one))]
+    """The collections without statistics that are up to date and have the bytes of when they were made."""
+    return [one for one in chosen if not derived.is_whole(out, one.name, source_of(one))]
 
 
 def source_of(one: index.Chosen) -> dict[str, Any]:
@@ -131,11 +131,23 @@ def choose_device() -> "torch.device":
     return torch.device("cpu")
 
 
+def broken(path: Path, error: Exception) -> UserError:
+    """The error of a file of statistics that cannot be read: of an earlier version, which recorded no hashes."""
+    return UserError(
+        f"{paths.relative(path)}: broken ({' '.join(str(error).split())[:100]}); make stats FORCE=1 makes it again"
+    )
+
+
 def print_table(folder: Path) -> None:
     """Print a collection's statistics by kind of layer."""
+    import pyarrow
     import pyarrow.parquet
 
-    table = pyarrow.parquet.read_table(folder / "stats.parquet", memory_map=False).to_pylist()
+    path = folder / "stats.parquet"
+    try:
+        table = pyarrow.parquet.read_table(path, memory_map=False).to_pylist()
+    except (OSError, pyarrow.ArrowException) as error:
+        raise broken(path, error) from None
     kinds: dict[str, list[dict]] = {}
     for row in table:
         if row["tensor"] == "update":

@@ -14,7 +14,7 @@ from pathlib import Path, PurePosixPath
 from typing import Any
 
 from paragen.collection import run_identity
-from paragen.common import files, paths
+from paragen.common import cli, files, paths
 from paragen.common.cli import UserError, say
 
 RECORD = paths.EXPORT_RECORD
@@ -49,6 +49,8 @@ def make_part(
         raise UserError(f"{paths.relative(out)}: cannot be made: {error.strerror}; choose another OUT") from None
     target = out / name
     with files.lock(out / f".{RECORD}.lock", waiting=f"waiting for another export into {out}"):
+        if target.parent.is_dir():
+            files.recover_folder(target)
         if is_there(out, name, source):
             damaged, note = check_content(out, name)
             if damaged is None:
@@ -57,12 +59,12 @@ def make_part(
                 return False
             say(f"{paths.relative(target / damaged)}: was damaged since it was made; it is made again")
         target.parent.mkdir(parents=True, exist_ok=True)
-        files.recover_folder(target)
         check_replaceable(out, name, source)
         staging = files.beside(target, f"staging-{secrets.token_hex(4)}")
         try:
-            make(staging)
-            sync(staging)
+            with cli.writing_to(target):
+                make(staging)
+                sync(staging)
             # recorded first, so that after a crash a part without sizes is recognised as ours and made again
             remember(out, name, {"source": source, "files": None})
             hashes = files.hashes_below(staging)
@@ -87,6 +89,11 @@ def is_there(out: Path, name: str, source: dict[str, Any]) -> bool:
     if there is None or there["source"] != source or there["files"] is None or run_identity.force_requested():
         return False
     return there["files"] == sizes_of(out / name)
+
+
+def is_whole(out: Path, name: str, source: dict[str, Any]) -> bool:
+    """Whether a part exists, made from `source`, with the bytes of when it was made; its files are read."""
+    return is_there(out, name, source) and check_content(out, name)[0] is None
 
 
 def check_content(out: Path, name: str) -> tuple[str | None, str]:

@@ -2,7 +2,6 @@
 
 import hashlib
 import os
-import tempfile
 from collections.abc import Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
@@ -178,7 +177,7 @@ def _load_with_peft(folder: Path, step: int, base: Path) -> list[str]:
         kind = AutoModelForImageTextToText if reads_pictures else AutoModelForCausalLM
         model = kind.from_config(config, trust_remote_code=False)
     settings = adapter_config.read(folder / paths.ADAPTER_CONFIG)
-    with tempfile.TemporaryDirectory() as adapter:
+    with files.process_folder() as adapter:
         os.symlink((folder / checkpoint_name(step)).absolute(), Path(adapter, paths.ADAPTER))
         try:
             made = adapter_config.lora_config(settings)

@@ -185,16 +185,39 @@ def storage_fault(error: BaseException) -> str | None:
     Follows the exceptions that it was raised from. Libraries written in Rust (safetensors) give the number of the error
     in their text only: "(os error 28)".
     """
+    link, number = _storage_error(error)
+    if link is None:
+        return None
+    where = getattr(link, "filename", None) or "writing"
+    return f"{where}: {os.strerror(number)}; no file is left half-written, run it again when that is mended"
+
+
+@contextlib.contextmanager
+def writing_to(place: Path) -> Iterator[None]:
+    """Name `place`, a file or a folder, in a storage error of the body that names no file.
+
+    Those of writing to an open file do not, nor do those of libraries written in Rust.
+    """
+    try:
+        yield
+    except Exception as error:
+        link, _ = _storage_error(error)
+        if link is not None and not getattr(link, "filename", None):
+            setattr(link, "filename", str(place))  # noqa: B010 (only an OSError declares it)
+        raise
+
+
+def _storage_error(error: BaseException) -> tuple[BaseException | None, int]:
+    """The storage error that caused an exception, and its number; (None, 0) when there is none."""
     link: BaseException | None = error
     while link is not None:
         number = link.errno if isinstance(link, OSError) else None
         if found := re.search(r"\(os error (\d+)\)", str(link)):
             number = int(found[1])
         if number in STORAGE_ERRORS:
-            where = getattr(link, "filename", None) or "writing"
-            return f"{where}: {os.strerror(number)}; no file is left half-written, run it again when that is mended"
+            return link, number
         link = link.__cause__ or link.__context__
-    return None
+    return None, 0
 
 
 def is_out_of_memory(error: BaseException) -> bool:

@@ -17,9 +17,12 @@ from pathlib import Path
 from stat import S_ISREG
 from typing import Any
 
+from paragen.common import cli
+
 CHUNK_BYTES = 1 << 20  # read at once from a file that is hashed
 SILENT_SECONDS = 6 * 3600  # after which a run of another host, that has written nothing, is taken for dead
 LOOK_SECONDS = 0.02
+WRITING_SECONDS = 1  # after the last change, a file that is written in one go may be one of a killed process
 HASHED_AT_ONCE = min(8, os.cpu_count() or 1)  # files
 GIT_LFS_POINTER = b"version https://git-lfs.github.com/spec/"  # how a file begins that Git LFS did not download
 
@@ -32,7 +35,8 @@ def write_atomically(path: Path, *parts: bytes | bytearray | memoryview, durable
     path = Path(path)
     temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
     try:
-        with open(temporary, "wb") as file:
+        with cli.writing_to(path), open(temporary, "wb") as file:
+            fcntl.flock(file, fcntl.LOCK_EX)  # for `remove_abandoned` on another host
             file.writelines(parts)
             if durable:
                 file.flush()
@@ -43,6 +47,7 @@ def write_atomically(path: Path, *parts: bytes | bytearray | memoryview, durable
         raise
     if durable:
         sync_folder(path.parent)
+        remove_abandoned(path)
 
 
 def read_up_to(path: Path, most: int) -> bytes:
@@ -57,6 +62,17 @@ def read_up_to(path: Path, most: int) -> bytes:
 def unfinished(path: Path) -> list[Path]:
     """The temporary files of `write_atomically`: of a process that writes `path` now, or that was killed."""
     return list(path.parent.glob(f".{glob.escape(path.name)}.*.tmp"))
+
+
+def remove_abandoned(path: Path) -> None:
+    """Remove what killed processes left of `write_atomically`; what a live one may be writing stays."""
+    for left_over in unfinished(path):
+        number = left_over.name.split(".")[-2]
+        with contextlib.suppress(FileNotFoundError):
+            age = time.time() - left_over.stat().st_mtime
+            is_dead = number.isdigit() and not is_running(int(number)) and age > WRITING_SECONDS
+            if is_dead and not _is_locked(left_over):  # a process of another host holds a lock
+                left_over.unlink()
 
 
 def remove_unfinished(path: Path) -> None:
@@ -258,6 +274,7 @@ def _last_change(lock: Path) -> float:
     return max(changed)
 
 
+PROCESS_PREFIX = "paragen-"  # of such a folder's name
 PROCESS_LOCK = "paragen.lock"  # in a process's own temporary folder
 
 
@@ -265,10 +282,24 @@ PROCESS_LOCK = "paragen.lock"  # in a process's own temporary folder
 def process_folder() -> Iterator[Path]:
     """A temporary folder for this process until the body ends.
 
-    It holds a lock inside, by which `make clean-up` tells it from the folder of a killed process.
+    It holds a lock inside, which tells it from the folder of a killed process; such folders are removed at the end.
     """
-    with tempfile.TemporaryDirectory(prefix="paragen-") as name, lock(Path(name, PROCESS_LOCK)):
+    with tempfile.TemporaryDirectory(prefix=PROCESS_PREFIX) as name, lock(Path(name, PROCESS_LOCK)):
         yield Path(name)
+    for folder in abandoned_process_folders():
+        with contextlib.suppress(Busy, FileNotFoundError), lock(folder / PROCESS_LOCK):
+            remove_folder(folder)
+
+
+def abandoned_process_folders() -> list[Path]:
+    """The temporary folders of this user's killed processes."""
+    found = []
+    for path in Path(tempfile.gettempdir()).glob(f"{PROCESS_PREFIX}*"):
+        with contextlib.suppress(FileNotFoundError):
+            is_ours = path.stat().st_uid == os.getuid() and (path / PROCESS_LOCK).is_file() and not path.is_symlink()
+            if is_ours and time.time() - path.stat().st_mtime > WRITING_SECONDS and not is_held(path / PROCESS_LOCK):
+                found.append(path)
+    return found
 
 
 def beside(folder: Path, kind: str) -> Path:

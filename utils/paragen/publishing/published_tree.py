@@ -18,7 +18,7 @@ from pathlib import Path, PurePosixPath
 from typing import TYPE_CHECKING, Any
 
 from paragen.collection import evaluation, index, prompts, run_files
-from paragen.common import files, paths
+from paragen.common import cli, files, paths
 from paragen.common.cli import UserError, say
 from paragen.dataset import dataset_info
 from paragen.publishing import licenses
@@ -126,6 +126,7 @@ def build(tree: Path, chosen: list[index.Chosen], table: "pa.Table", data_dir: P
         raise UserError(f"{paths.relative(tree)}: is there already, and no tree of ours; move it away")
     record = record or {}
     (tree / RECORD).parent.mkdir(exist_ok=True)
+    files.remove_folder(tree / ".cache" / "staging")  # of a killed process
     files.write_json(tree / RECORD, record)
     entries = data_plan(chosen, data_dir)
     marks: dict[str, Any] = {"format": FORMAT, "layout": "raw" if raw else "archive", "collections": {}, "data": {}}
@@ -184,7 +185,8 @@ def archived(tree: Path, item: index.Chosen, record: dict[str, Any]) -> dict[str
     files.remove_folder(staging)
     staging.mkdir()
     say(f"archiving {item.name}")
-    parts = archive.write(item.folder, item.manifest, staging / f"{item.folder.name}.archive", PART_BYTES)
+    with cli.writing_to(tree):
+        parts = archive.write(item.folder, item.manifest, staging / f"{item.folder.name}.archive", PART_BYTES)
     for part in parts:
         os.replace(part, folder / part.name)
     files.sync_folder(folder)

@@ -132,4 +132,8 @@ def loading_settings(recipe: dict[str, Any], folder: Path) -> dict[str, Any]:
 
 def naming(folder: Path) -> contextlib.AbstractContextManager[None]:
     """While the body runs, turn what a base model's files or settings lead libraries to raise into a UserError."""
-    return loading.as_user_error(folder, WAY_OUT)
+    way_out = (
+        "make verify REHASH_MODELS=1 compares its files with what was recorded, and this gets it again: "
+        f"{base_models.how_to_get(folder)}"
+    )
+    return loading.as_user_error(folder, way_out)

@@ -33,6 +33,13 @@ def new_sweep_id() -> str:
     return sweep_id
 
 
+def remove_dead_locks() -> None:
+    """Remove the locks of killed sweeps."""
+    for lock in paths.SAVES.glob(".sweep-*.lock"):
+        if not files.is_held(lock):
+            files.is_free(lock)
+
+
 def lock_of(sweep_id: str) -> Path:
     """The lock that a sweep holds while it runs."""
     return paths.SAVES / f".sweep-{sweep_id}.lock"

@@ -4,6 +4,7 @@ import contextlib
 import os
 import re
 import shlex
+import shutil
 import signal
 import socket
 import subprocess
@@ -23,6 +24,7 @@ SETTINGS = (
     "FORCE", "PRUNE_PRETRAIN", "STAGE_DIR", "OMP_NUM_THREADS", "OMP_WAIT_POLICY", "LLAMAFACTORY_VERBOSITY",
     "HF_HUB_OFFLINE", "ENGINE", "DETERMINISTIC", "EVALUATE", "SPLIT", "STEPS", "LIMIT",
 )  # fmt: skip
+SESSION_BYTES = 50_000_000  # that Ray writes into its temporary folder: sockets, logs
 CONNECT_SECONDS = 5  # that a cluster may take to answer
 GREETING = b"PRI * HTTP/2.0\r\n\r\nSM\r\n\r\n" + bytes([0, 0, 0, 4, 0, 0, 0, 0, 0])  # HTTP/2's, with empty settings
 SETTINGS_FRAME = 4  # its type, the fourth byte of what an HTTP/2 server, such as Ray's, sends first
@@ -65,6 +67,8 @@ def start_ray(ray: Any) -> None:
     own = {"address": "local", "include_dashboard": False, "num_cpus": cpus, "object_store_memory": 10**8}
     if requested and requested != "cpu":
         os.environ["CUDA_VISIBLE_DEVICES"] = ",".join(devices.choose())  # Ray then sees these GPUs alone
+    if not address:
+        check_temporary_room()
     handler = signal.getsignal(signal.SIGTERM)
     try:
         ray.init(
@@ -77,11 +81,27 @@ def start_ray(ray: Any) -> None:
                 "py_executable": shlex.quote(sys.executable),
             },
         )
-    except (ConnectionError, RuntimeError, ValueError, ray.exceptions.AuthenticationError) as error:
+    except (OSError, RuntimeError, ValueError, ray.exceptions.RayError) as error:
         what = f"RAY_ADDRESS={address}: cannot be joined" if address else "Ray cannot be started on this machine"
         raise UserError(f"{what}: {' '.join(str(error).split())[:300]}") from None
     signal.signal(signal.SIGTERM, handler)  # Ray's own handler kills the runs before they can clean up
     shorten_messages(ray)
+
+
+def check_temporary_room() -> None:
+    """Raise UserError where this machine's own Ray cannot write its session: it would wait for a file and time out."""
+    folder = Path(os.environ.get("RAY_TMPDIR") or os.environ.get("TMPDIR") or "/tmp")
+    try:
+        free = shutil.disk_usage(folder).free
+    except OSError as error:
+        raise UserError(
+            f"{folder}: {error.strerror}, but Ray writes there; set TMPDIR to a folder that exists"
+        ) from None
+    if free < SESSION_BYTES:
+        raise UserError(
+            f"{folder}: {free / 1e6:.0f} MB are free, and Ray needs {SESSION_BYTES / 1e6:.0f} MB there; free some "
+            "space, or set TMPDIR to a short path on another disk"
+        )
 
 
 def shorten_messages(ray: Any) -> None:

@@ -43,6 +43,7 @@ def run(cells: Iterable[Cell], report: Report, worker_class: type = CellWorker) 
     # wrong settings are reported before anything starts
     staged, _, _ = stage.is_requested(), packs.gpus_per_cell(), engines.requested_engine()
     ray_cluster.check_settings()
+    jobs.remove_dead_locks()
     sweep_id = jobs.new_sweep_id()
     with ray_cluster.only_sweep_here(), files.lock(jobs.lock_of(sweep_id)):
         report("ray", None, None)

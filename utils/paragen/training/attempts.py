@@ -13,11 +13,11 @@ from typing import Any
 
 from paragen.collection import discovery, run_identity
 from paragen.collection.run_identity import Snapshot
-from paragen.common import files, paths
+from paragen.common import cli, files, paths
 from paragen.common.cli import UserError, say
 from paragen.recipes import render
 from paragen.recipes.run import Run
-from paragen.training import data_notes, interrupted, overrides, status
+from paragen.training import data_notes, interrupted, left_overs, overrides, status
 from paragen.training.outcome import AlreadyRunning
 
 FULL_DISK_BYTES = 2**20  # a disk with fewer free bytes counts as full
@@ -60,6 +60,7 @@ def begin(run: Run, snapshot: Snapshot) -> Iterator[Attempt | None]:
         left = interrupted.staging_of(run.folder)
         files.recover_folder(run.folder, spare=left)
         if is_complete(run, snapshot.identity):
+            left_overs.drop_old_claim(run)
             yield None
             if left is not None:
                 files.remove_folder(left)
@@ -150,7 +151,8 @@ def staged(run: Run, snapshot: Snapshot, left: Path | None) -> Iterator[Attempt]
     else:
         left.rename(staging)
     try:
-        yield Attempt(run, snapshot, staging, attempt, started)
+        with cli.writing_to(run.folder):
+            yield Attempt(run, snapshot, staging, attempt, started)
     except RuntimeError as error:
         # on a full disk, torch.save raises "unexpected pos" without the cause
         if shutil.disk_usage(run.folder.parent).free < FULL_DISK_BYTES:

@@ -12,7 +12,7 @@ from paragen.collection.discovery import State
 from paragen.common import cli, files, paths
 from paragen.common.cli import UserError, say
 from paragen.recipes.run import Cell, Run
-from paragen.training import progress
+from paragen.training import left_overs, progress
 
 STATES = ("complete", "collecting", "pretrained", "stale", "broken", "missing")  # in the order of the summary
 
@@ -79,12 +79,15 @@ def is_done(cell: Cell) -> bool:
 def is_complete(cell: Cell, phases: tuple[str, ...] = paths.PHASES) -> bool:
     """Whether nothing is left to train of some phases of a cell; if so, prints that. With FORCE=1 there always is.
 
+    What killed attempts at a complete cell left is removed.
+
     Raises UserError as `compare`.
     """
     if len(phases) == 1:
         return is_run_complete(cell.run(phases[0]))
     if run_identity.force_requested() or not is_done(cell):
         return False
+    left_overs.remove(cell)
     say_complete(cell.finetune)
     return True
 
@@ -100,6 +103,7 @@ def is_run_complete(run: Run) -> bool:
     state = run_state(run)
     if state.name != "complete" or state.manifest is None or state.manifest.phase != run.phase:
         return False
+    left_overs.remove_of(run)  # a rendered recipe
     say_complete(run)
     return True
 
