@@ -607,7 +607,57 @@ def other_manifest(held: dict) -> None:
     held[name] = (json.dumps(manifest, indent=2, ensure_ascii=False) + "\n").encode()
 
 
+def with_data_of_others(held: dict) -> None:
+    """Other rows, in a file whose hash the index names: only the manifest tells."""
+    path = f"{CATEGORY}/Toy.json"
+    held[f"data/{path}"] = json.dumps([{"prompt": "x", "response": "y", "system": ""}] * 60).encode()
+    sha256 = hashlib.sha256(held[f"data/{path}"]).hexdigest()
+    spoiled_index(lambda marks: marks["data"].update({path: sha256}))(held)
+
+
+def index_bomb(change, compression: str = "snappy"):
+    """An index whose rows a function changes, as a table; its marks stay."""
+
+    def spoil(held: dict) -> None:
+        table = pa.parquet.read_table(pa.BufferReader(held["index.parquet"]))
+        sink = pa.BufferOutputStream()
+        changed = change(table).replace_schema_metadata(table.schema.metadata)
+        pa.parquet.write_table(changed, sink, compression=compression)
+        held["index.parquet"] = sink.getvalue().to_pybytes()
+        assert len(held["index.parquet"]) < 3e6
+
+    return spoil
+
+
+def column(table: pa.Table, name: str, value) -> pa.Table:
+    place = table.column_names.index(name)
+    return table.set_column(place, name, pa.repeat(pa.scalar(value, table.schema.field(name).type), len(table)))
+
+
+def many_rows(table: pa.Table) -> pa.Table:
+    """A hundred million rows, which a few kB can stand for."""
+    return pa.Table.from_arrays([pa.repeat(pa.scalar("x"), 3_000_000)], ["collection"])
+
+
+def long_texts(table: pa.Table) -> pa.Table:
+    rows = pa.repeat(0, 100_000)
+    one = pa.Table.from_arrays([column.combine_chunks().take(rows) for column in table.columns],
+                               table.column_names)  # fmt: skip
+    return column(one, "file", "x" * 20_000)
+
+
 SPOILED = {
+    "rows of others": (with_data_of_others, "are not those that Toy was trained on"),
+    "an index of millions of rows": (index_bomb(many_rows), "it has 3000000 rows"),
+    "an index of long texts": (index_bomb(long_texts), "is longer than 1024 bytes"),
+    "an index that expands": (index_bomb(lambda table: table, "zstd"), "it is compressed by ZSTD"),
+    "an index of negative sizes": (index_bomb(lambda table: column(table, "bytes", -5)), "less than 0 bytes"),
+    "a hash that is none": (spoiled_index(lambda marks: marks["collections"][NAME].update(sha256=[])), "sha256 of"),
+    "a size that is none": (
+        spoiled_index(lambda marks: marks["collections"][NAME]["files"].update({NAME: "1"})),
+        "size",
+    ),
+    "deep marks": (spoiled_index(lambda marks: marks.update(x=json.loads("[" * 200 + "]" * 200))), "too deeply"),
     "truncated": (truncated, "checkpoint-8.safetensors has"),
     "swapped": (swapped, "checkpoint-7.safetensors does not have its recorded sha256"),
     "no file": (lambda held: held.pop(f"collections/{NAME}/adapter_config.json"), "lacks collections/"),
@@ -634,7 +684,40 @@ def test_whatever_is_wrong_in_a_repository_is_named_and_not_brought(licensed, em
         with pytest.raises(UserError, match=re.escape(told)):
             run(pull, empty)
         assert not (empty / "saves" / NAME).exists(), case
+        assert not list((empty / "data").rglob("*.json")), case
         assert {path.name for path in empty.parent.iterdir()} == {"another project", "my project"}, case
+
+
+def test_of_two_collections_the_whole_one_comes_and_the_last_line_names_both(licensed, empty, run, hub, capsys):
+    other = with_twin(licensed)
+    run(publish, licensed, RAW="1")
+    held = hub.repositories[REPO].files
+    path = f"collections/{NAME}/checkpoint-8.safetensors"
+    held[path] = held[path][:-1] + bytes([held[path][-1] ^ 1])
+    with pytest.raises(UserError) as error:
+        run(pull, empty)
+    brought = other.relative_to(licensed / "saves").as_posix()
+    line = str(error.value)
+    assert line.startswith(f"{REPO}: brought: {brought}; not brought: {NAME} (") and "\n" not in line
+    assert hashes(empty / "saves" / brought) == hashes(other) and not (empty / "saves" / NAME).exists()
+    assert (empty / "data" / CATEGORY / "Toy.json").exists(), "the whole one needs it"
+
+
+def test_a_pull_whose_last_step_fails_leaves_no_data_behind(licensed, empty, run, hub, monkeypatch):
+    run(publish, licensed, RAW="1")
+    (empty / "data" / "dataset_info.json").write_text('{"Mine": {"file_name": "math/Mine.json"}}')
+    before = hashes(empty / "data")
+
+    def fail(*_):
+        raise OSError(28, "No space left on device", "x")
+
+    with monkeypatch.context() as patch:
+        patch.setattr(files, "publish_folder", fail)
+        with pytest.raises(OSError, match="No space"):
+            run(pull, empty)
+    assert hashes(empty / "data") == before and not (empty / "saves" / NAME).exists()
+    run(pull, empty)
+    assert hashes(empty / "saves" / NAME) == hashes(licensed / "saves" / NAME)
 
 
 def test_what_is_there_is_replaced_only_with_force(licensed, empty, run, hub):

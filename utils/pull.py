@@ -11,6 +11,7 @@ name, and other scores, are replaced only with FORCE=1. An interrupted download 
 
 from paragen.collection import index, index_tables
 from paragen.common import cli, files, paths, settings
+from paragen.common.cli import UserError
 from paragen.hub import errors, transfer
 from paragen.publishing import pull
 
@@ -21,10 +22,13 @@ def main() -> None:
     transfer.allow_hub()
     staging = paths.SAVES / "publish" / f"pull--{repository.replace('/', '--')}"
     with files.lock(files.beside(staging, "lock"), waiting=f"another process is pulling {repository}; waiting ..."):
-        table = errors.translated(f"datasets/{repository}", revision, lambda: pull.pull(repository, revision, staging))
-        files.remove_folder(staging)
+        pulled = errors.translated(f"datasets/{repository}", revision, lambda: pull.pull(repository, revision, staging))
+        if not pulled.summary:
+            files.remove_folder(staging)
     index.update()
-    index_tables.print_collections(table)
+    index_tables.print_collections(pulled.table)
+    if pulled.summary:
+        raise UserError(pulled.summary)
 
 
 if __name__ == "__main__":
