@@ -94,7 +94,7 @@ def sizes_of(task: Task) -> Sizes:
     shapes = layer_shapes(task)
     if list(shapes) != list(range(len(shapes))) or any(shape != shapes[0] for shape in shapes.values()):
         raise UserError(
-            f"{task.chosen.name}: q_proj and v_proj are not alike in every layer, from the first on; LoRAGen reads no other"
+            f"{task.chosen.name}: q_proj and v_proj are not alike in every layer from the first on, as LoRAGen expects"
         )
     query_a, query_b, value_a, value_b = shapes[0]
     if query_a is None or query_b is None or value_a is None or value_b is None or query_a != value_a:
