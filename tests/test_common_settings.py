@@ -64,7 +64,10 @@ def imported_by(file: Path) -> set[Path]:
         if current in found:
             continue
         found.add(current)
-        for node in ast.walk(ast.parse(current.read_text(encoding="utf-8"))):
+        text = current.read_text(encoding="utf-8")
+        for room in re.findall(r'import_module\(f"([\w.]+)\.\{', text):  # one of its modules, by name
+            queue += (ROOT / "utils" / Path(*room.split("."))).glob("*.py")
+        for node in ast.walk(ast.parse(text)):
             names = []
             if isinstance(node, ast.ImportFrom) and node.module:
                 names = [node.module, *(f"{node.module}.{alias.name}" for alias in node.names)]

@@ -9,24 +9,37 @@ OUT/export.json records what each part was made from.
 """
 
 import importlib
+import os
 from pathlib import Path
 
 from paragen.collection import index
 from paragen.common import cli, paths, settings
 from paragen.common.cli import UserError
+from paragen.exports import verified
+
+# The formats that take a setting, of those settings that not all formats take.
+TAKEN_BY = {
+    "STEPS": ("peft", "table", "w2t"),
+    "COPY": ("table",),
+}
 
 
 def main() -> None:
-    format_name, dtype, steps = (settings.text(name) for name in ("FORMAT", "DTYPE", "STEPS"))
+    format_name, dtype = (settings.text(name) for name in ("FORMAT", "DTYPE"))
     if not format_name:
         raise UserError(
             f"name a format: make export FORMAT=...; known: {', '.join(settings.SETTINGS['FORMAT'].choices)}"
         )
-    if steps and format_name != "peft":
-        raise UserError(f"STEPS={steps}: only FORMAT=peft selects steps; omit it")
+    for name, formats in TAKEN_BY.items():
+        value = os.environ.get(name, "").strip()
+        if value and format_name not in formats:
+            known = " and ".join(f"FORMAT={known}" for known in formats)
+            raise UserError(f"{name}={value}: {known} alone {'take' if len(formats) > 1 else 'takes'} it; omit it")
     out = out_folder(settings.text("OUT") or str(paths.SAVES / "exports" / format_name))
+    chosen = index.chosen()
+    verified.check(chosen, out)
     # a format is a module of paragen.exports, imported when it is requested
-    importlib.import_module(f"paragen.exports.{format_name}").export(index.chosen(), out, dtype or None)
+    importlib.import_module(f"paragen.exports.{format_name}").export(chosen, out, dtype or None)
 
 
 def out_folder(name: str) -> Path:
