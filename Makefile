@@ -20,7 +20,7 @@ export MAKE_SETTINGS
 CHECK := "$(PYTHON)" utils/settings.py check $(or $(MAKECMDGOALS),help)
 
 .DEFAULT_GOAL := help
-.PHONY: help setup setup-dev lock model data data-all register check-data recipe check-recipes pretrain finetune collect \
+.PHONY: help setup setup-dev lock model data data-all register describe check-data recipe check-recipes pretrain finetune collect \
 	collect-all plan status verify clean-checkpoints disk clean-up index export import evaluate stats report publish pull demo test \
 	test-all test-gpu test-runs test-others lint format
 
@@ -68,6 +68,9 @@ data-all: setup  ## download all prepared datasets of all categories
 register: setup  ## register your own: FILE=data/math/X.json, or FILE=X.csv CATEGORY=math [NAME=X] [MAP="prompt=question"]
 	@$(PY) utils/register_dataset.py
 
+describe: setup  ## add descriptions of a dataset's task: DATASET=X TEXT="..", or FILE=x.txt, one a line
+	@$(PY) utils/describe.py
+
 check-data: setup  ## check every dataset in data/dataset_info.json
 	@$(PY) utils/register_dataset.py --check
 
@@ -113,7 +116,7 @@ clean-up: setup  ## delete what killed runs left, and the rows that sweeps token
 index: setup  ## one table over all collections: saves/index.parquet
 	@$(PY) utils/index.py
 
-export: setup  ## FORMAT=dnd|peft|canonical|loragen|text-to-lora|archive [DATASET=..] [MODEL=..] [RANK=..] [OUT=..] [STEPS=..] [DRY_RUN=1]
+export: setup  ## FORMAT=dnd|peft|canonical|loragen|text-to-lora|table|w2t|archive [DATASET=..] [MODEL=..] [RANK=..] [OUT=..] [STEPS=..] ...
 	@$(PY) utils/export.py
 
 evaluate: setup  ## score checkpoints on held-out prompts: DATASET=ARC-c [RANK=8] [SPLIT=..] [STEPS=all|last|every:10] [LIMIT=n]

@@ -7,17 +7,19 @@ import time
 from pathlib import Path
 
 import pytest
-from helpers import handmade
+from helpers import handmade, scored
 from helpers.handmade import tree
 
-from paragen.collection import derived
-from paragen.common import files
+from paragen.collection import derived, index, verification
+from paragen.common import files, settings
 from paragen.common.cli import UserError
 
+FORMATS = settings.SETTINGS["FORMAT"].choices
 
-@pytest.mark.parametrize("format_name", ["dnd", "peft"])
+
+@pytest.mark.parametrize("format_name", ["dnd", "peft", "table", "w2t"])
 def test_a_second_export_writes_nothing(place, format_name):
-    place.collect()
+    scored.write(place.collect(), scored.evaluated(scored.RISING))
     place.export(format_name)
     before = {path: path.stat().st_mtime_ns for path in place.out.rglob("*")}
     place.export(format_name)
@@ -26,9 +28,9 @@ def test_a_second_export_writes_nothing(place, format_name):
     assert {path: path.stat().st_mtime_ns for path in place.out.rglob("*")} != before
 
 
-@pytest.mark.parametrize("format_name", ["dnd", "peft"])
+@pytest.mark.parametrize("format_name", ["dnd", "peft", "w2t"])
 def test_a_damaged_export_is_made_again(place, format_name):
-    place.collect()
+    scored.write(place.collect(), scored.evaluated(scored.RISING))
     place.export(format_name)
     whole = tree(place.out)
     damaged = sorted(place.out.rglob("*.safetensors"))
@@ -62,9 +64,9 @@ def test_an_export_of_an_earlier_version_says_that_it_was_not_checked_again(plac
     assert "was not checked again" in capsys.readouterr().out
 
 
-@pytest.mark.parametrize("format_name", ["dnd", "peft"])
+@pytest.mark.parametrize("format_name", ["dnd", "peft", "w2t"])
 def test_nothing_of_others_is_overwritten(place, format_name):
-    place.collect(dataset="A")
+    scored.write(place.collect(dataset="A"), scored.evaluated(scored.RISING))
     folder = next(place.export(format_name).rglob("*.safetensors")).parent
     (folder / "notes.txt").write_text("mine")
     assert "notes.txt" in place.refused(format_name, FORCE="1")
@@ -157,16 +159,63 @@ def test_values_that_bfloat16_rounds_to_infinity_are_refused(place, format_name)
     assert "checkpoint-1.safetensors" in said and f"{key} holds values that bfloat16 cannot" in said
 
 
-@pytest.mark.parametrize("format_name", ["dnd", "peft"])
+@pytest.mark.parametrize("format_name", FORMATS)
 @pytest.mark.parametrize("step", [5, 7])
-def test_a_checkpoint_that_differs_from_its_manifest_is_never_exported(place, format_name, step):
+def test_a_flipped_bit_is_named_before_anything_is_written(place, format_name, step):
+    """As a disk flips it: the times do not tell, so that the index does not see it."""
     run = place.collect(steps=(5, 6, 7))
+    scored.write(run, scored.evaluated(scored.RISING))
+    place.collect(dataset="B")
     path = run / f"checkpoint-{step}.safetensors"
     content = bytearray(path.read_bytes())
     content[-1] ^= 1
     path.write_bytes(content)
-    assert path.name in place.refused(format_name)
-    assert not list(place.out.rglob("*.safetensors")) and not list(place.out.rglob(".*staging*"))
+    os.utime(run / "manifest.json")  # later than the checkpoint, as it was before
+    assert f"A/Tiny_lora-rank_4_finetune: {path.name}" in place.refused(format_name)
+    assert not place.out.exists()
+
+
+@pytest.mark.parametrize("format_name", FORMATS)
+def test_a_collection_that_does_not_verify_is_named_before_anything_is_written(place, format_name):
+    run = place.collect(steps=(5, 6, 8))
+    scored.write(run, scored.evaluated({5: 0.5}))
+    told = place.refused(format_name)
+    assert "A/Tiny_lora-rank_4_finetune: the steps are not consecutive" in told and "make verify" in told
+    assert not place.out.exists()
+
+
+def test_each_collection_that_does_not_verify_is_named(place):
+    for dataset in "AB":
+        place.collect(dataset=dataset, steps=(5, 7))
+    place.collect(dataset="C")
+    with pytest.raises(UserError) as error:
+        place.export("peft")
+    assert [line.split("/")[1] for line in str(error.value).splitlines()] == ["A", "B"]
+
+
+def test_what_was_exported_before_is_not_read_again(place, monkeypatch):
+    place.collect(dataset="A")
+    place.export("peft")
+    place.collect(dataset="B")
+    read = []
+
+    def faults_of(folder, manifest, whole=verification.faults_of):
+        read.append(manifest.dataset)
+        return whole(folder, manifest)
+
+    monkeypatch.setattr(verification, "faults_of", faults_of)
+    place.export("peft")
+    assert read == ["B"]
+    place.export("peft", FORCE="1")
+    assert read == ["B", "A", "B"]
+
+
+def test_an_index_that_is_older_than_a_collection_is_updated_first(place):
+    place.collect(dataset="A", rank=4)
+    index.update()
+    shutil.rmtree(place.saves / handmade.CATEGORY / "A")
+    place.collect(dataset="A", rank=8)
+    assert [path.name for path in place.export("peft").rglob("Tiny_*")] == ["Tiny_lora-rank_8_finetune"]
 
 
 def test_a_disk_that_is_too_small_is_said_first(place, monkeypatch):

@@ -137,7 +137,7 @@ def test_ranks_models_and_seeds_lie_side_by_side(place):
 def test_an_edited_adapter_config_is_refused(place):
     path = place.collect(dataset="A") / "adapter_config.json"
     path.write_text(path.read_text().replace('"r": 4', '"r": 8'))
-    assert "adapter_config.json: does not have its recorded sha256" in place.refused("peft")
+    assert "adapter_config.json does not have its recorded sha256" in place.refused("peft")
     assert not place.out.exists()
 
 

@@ -15,13 +15,15 @@ from pathlib import Path
 from paragen.collection import index
 from paragen.common import cli, paths, settings
 from paragen.common.cli import UserError
+from paragen.exports import verified
 
 # The formats that take a setting, of those settings that not all formats take.
 TAKEN_BY = {
-    "STEPS": ("peft", "loragen", "text-to-lora"),
+    "STEPS": ("peft", "loragen", "text-to-lora", "table", "w2t"),
     "PARTS": ("canonical",),
     "VAL": ("loragen", "text-to-lora"),
     "SLICE": ("loragen",),
+    "COPY": ("table",),
 }
 
 
@@ -37,10 +39,10 @@ def main() -> None:
             known = " and ".join(f"FORMAT={known}" for known in formats)
             raise UserError(f"{name}={value}: {known} alone {'take' if len(formats) > 1 else 'takes'} it; omit it")
     out = out_folder(settings.text("OUT") or str(paths.SAVES / "exports" / format_name))
+    chosen = index.chosen()
+    verified.check(chosen, out)
     # a format is a module of paragen.exports, imported when it is requested
-    importlib.import_module(f"paragen.exports.{format_name.replace('-', '_')}").export(
-        index.chosen(), out, dtype or None
-    )
+    importlib.import_module(f"paragen.exports.{format_name.replace('-', '_')}").export(chosen, out, dtype or None)
 
 
 def out_folder(name: str) -> Path:

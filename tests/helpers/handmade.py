@@ -16,23 +16,9 @@ from paragen.common.cli import UserError
 UTILS = Path(__file__).resolve().parents[2] / "utils"
 CATEGORY = "common-sense-reasoning"
 KEYS = (
-    "CATEGORY",
-    "DATASET",
-    "MODEL",
-    "MODELS",
-    "RANK",
-    "RANKS",
-    "SEED",
-    "FORCE",
-    "FORMAT",
-    "OUT",
-    "DTYPE",
-    "STEPS",
-    "PARTS",
-    "VAL",
-    "SLICE",
-    "DRY_RUN",
-)
+    "CATEGORY", "DATASET", "MODEL", "MODELS", "RANK", "RANKS", "SEED", "FORCE", "FORMAT", "OUT", "DTYPE", "STEPS",
+    "PARTS", "VAL", "SLICE", "COPY", "DRY_RUN",
+)  # fmt: skip
 TEXT_LAYERS = ("self_attn.q_proj", "self_attn.v_proj", "mlp.down_proj")
 
 

@@ -35,8 +35,5 @@ def required(manifest: Manifest, least: int = 1, data_dir: Path | None = None) -
     found = of_collection(manifest, data_dir)
     if len(found) < least:
         has = f"has {len(found)} descriptions, {least} are needed" if found else "has no descriptions of its task"
-        raise UserError(
-            f'{manifest.dataset}: {has}; add them: make describe DATASET="{manifest.dataset}" TEXT="..", or FILE=.. '
-            "with one a line"
-        )
+        raise UserError(f"{manifest.dataset}: {has}; {descriptions.way_to_add(manifest.dataset)}")
     return found

@@ -95,6 +95,11 @@ def added(entry: dict[str, Any], texts: list[str], source: str) -> tuple[dict[st
     return ({**entry, KEY: value} if new else entry), len(new)
 
 
+def way_to_add(dataset: str) -> str:
+    """How a message ends that misses descriptions of a dataset: the command that adds them."""
+    return f'add them: make describe DATASET={dataset.replace(" ", "")} TEXT="..", or FILE=.. with one a line'
+
+
 def read_file(path: Path) -> list[str]:
     """The descriptions in a file: a line each (.txt), or a list (.json, .yaml), which may stand under the key
     `descriptions`, as in Text-to-LoRA's metadata.yaml. Blanks at the ends are removed, and empty lines of a .txt.

@@ -15,7 +15,7 @@ from typing import Any, NamedTuple
 from paragen.common import files
 from paragen.common.cli import UserError
 from paragen.common.paths import CATEGORIES, relative
-from paragen.dataset import comparison, convert, data_warnings, names
+from paragen.dataset import comparison, convert, data_warnings, descriptions, names
 from paragen.dataset.dataset_info import (
     ACCEPTED_ROWS,
     FOREIGN_KEYS,
@@ -23,6 +23,7 @@ from paragen.dataset.dataset_info import (
     PROMPTS_ONLY,
     columns_of,
     entry_faults,
+    entry_of,
     files_named,
     load_rows,
     parse_info,
@@ -194,8 +195,8 @@ def sound_entry(
 def store(name: str, entry: dict[str, Any], replace: bool, data_dir: Path) -> str:
     """Put `entry` under `name` into dataset_info.json; everything else in it stays as it is. Returns what was done.
 
-    Keys of an old entry for the same file that are not set here (num_samples) are kept. Raises UserError when `name`
-    stands for another file and not `replace`.
+    Keys of an old entry for the same file that are not set here (num_samples) are kept. An entry without descriptions
+    gets those of data/descriptions.yaml. Raises UserError when `name` stands for another file and not `replace`.
     """
     path = Path(data_dir) / "dataset_info.json"
     with waiting_lock(files.beside(path, "lock")):
@@ -206,10 +207,33 @@ def store(name: str, entry: dict[str, Any], replace: bool, data_dir: Path) -> st
         if isinstance(old, dict) and old_file == entry["file_name"]:
             ours = {"formatting", "columns", "tags", PROMPTS_ONLY, HELD_OUT, ACCEPTED_ROWS, *FOREIGN_KEYS}
             entry = entry | {key: value for key, value in old.items() if key not in ours}
+        if descriptions.KEY not in entry and (found := descriptions.prepared(name, data_dir)):
+            entry = entry | {descriptions.KEY: found}
         if old == entry:
             return "already registered, nothing to change"
         files.write_atomically(path, with_entry(content.decode(), name, entry).encode())
         return "registered anew" if name in info else "registered"
+
+
+def describe(name: str, texts: list[str], source: str, data_dir: Path) -> tuple[int, int]:
+    """Add descriptions to the entry of a registered dataset; everything else in dataset_info.json stays as it is.
+
+    Args:
+        name: the dataset's, as it is registered.
+        texts: the descriptions; those that it has already are left out.
+        source: where they come from.
+        data_dir: the folder of dataset_info.json.
+
+    Returns (how many were added, how many it has). Raises UserError, with nothing written, for texts that cannot be
+    descriptions and for a dataset that is not registered.
+    """
+    path = Path(data_dir) / "dataset_info.json"
+    with waiting_lock(files.beside(path, "lock")):
+        old = entry_of(name, data_dir)
+        entry, count = descriptions.added(old, texts, source)
+        if count:
+            files.write_atomically(path, with_entry(path.read_text(encoding="utf-8"), name, entry).encode())
+        return count, len(descriptions.descriptions_of(entry))
 
 
 def require_free(name: str, file_name: str, replace: bool, info: dict[str, Any], path: Path) -> str | None:

@@ -14,6 +14,7 @@ import json
 import re
 import shlex
 from collections.abc import Sequence
+from functools import partial
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -62,12 +63,7 @@ def export(chosen: list[Chosen], out: Path, dtype: str | None) -> None:
     sizes = [checkpoint_copies.bytes_of(entry, one.stored, dtype) for one in missing for entry in one.entries]
     derived.check_room(out, sum(sizes))
     for one in plan:
-
-        def make(staging: Path, one: Planned = one) -> None:
-            for entry in one.entries:
-                write_adapter(one, entry, staging / f"checkpoint-{entry.step}", dtype)
-
-        parts.make(out, one.chosen.name, source_of(one, dtype), make)
+        parts.make(out, one.chosen.name, source_of(one, dtype), partial(write_adapters, one, dtype))
     for one in plan:
         for line in [*refusals_of(one.config, one.keys), *rank_notes(one.config["r"])]:
             say(f"note: {one.chosen.name}: {line}")
@@ -152,6 +148,12 @@ def rank_notes(rank: int) -> list[str]:
 def vllm_rank(rank: int) -> int | None:
     """The smallest --max-lora-rank of vLLM that allows a rank; None for one that is too large."""
     return next((value for value in VLLM_RANKS if value >= rank), None)
+
+
+def write_adapters(one: Planned, dtype: str | None, staging: Path) -> None:
+    """Write the adapter folders of a collection's selected steps into the new folder `staging`."""
+    for entry in one.entries:
+        write_adapter(one, entry, staging / f"checkpoint-{entry.step}", dtype)
 
 
 def write_adapter(one: Planned, entry: CheckpointEntry, folder: Path, dtype: str | None) -> None:
