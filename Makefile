@@ -20,7 +20,7 @@ export MAKE_SETTINGS
 CHECK := "$(PYTHON)" utils/settings.py check $(or $(MAKECMDGOALS),help)
 
 .DEFAULT_GOAL := help
-.PHONY: help setup setup-dev lock model data data-all register check-data recipe check-recipes pretrain finetune collect \
+.PHONY: help setup setup-dev lock model data data-all register made-tasks check-data recipe check-recipes pretrain finetune collect \
 	collect-all plan status verify clean-checkpoints disk clean-up index export import evaluate stats report publish pull demo test \
 	test-all test-gpu test-runs test-others lint format
 
@@ -66,6 +66,9 @@ data-all: setup  ## download all prepared datasets of all categories
 
 register: setup  ## register your own: FILE=data/math/X.json, or FILE=X.csv CATEGORY=math [NAME=X] [MAP="prompt=question"]
 	@$(PY) utils/register_dataset.py
+
+made-tasks: setup  ## write 96 generated text tasks, to experiment with, and recipes that learn them [SEED=..] [ROWS=n] [MODEL=..]
+	@$(PY) utils/make_tasks.py
 
 check-data: setup  ## check every dataset in data/dataset_info.json
 	@$(PY) utils/register_dataset.py --check

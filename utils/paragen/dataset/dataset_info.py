@@ -19,6 +19,7 @@ from paragen.dataset import names, sources
 PROMPTS_ONLY = "prompts_only"
 HELD_OUT = "held_out"  # the number of last rows that are for scoring: no recipe trains on them
 ACCEPTED_ROWS = "accepted_rows"  # the numbers of rows that may lack a text or an answer
+FAMILY = "family"  # a text that datasets of one form or origin share: they are held out together (families.py)
 PROVENANCE = ("license", "source", "citation", "language")  # of own data, for publishing; texts
 IMAGES = ("images", "image")
 # What an entry may map, by its formatting, and the columns that are used for it when the user names none.
@@ -218,7 +219,7 @@ def entry_faults(entry: Any) -> list[str]:
 
 def without_marks(entry: dict[str, Any]) -> dict[str, Any]:
     """The keys of an entry that decide how its rows are trained on."""
-    return {key: value for key, value in entry.items() if key not in (HELD_OUT, ACCEPTED_ROWS, *PROVENANCE)}
+    return {key: value for key, value in entry.items() if key not in (HELD_OUT, ACCEPTED_ROWS, FAMILY, *PROVENANCE)}
 
 
 def mark_faults(entry: dict[str, Any]) -> list[str]:
@@ -227,7 +228,7 @@ def mark_faults(entry: dict[str, Any]) -> list[str]:
     faults = [] if type(held_out) is int and held_out >= 0 else [f"{HELD_OUT} {held_out!r} is not a number of rows"]
     if not isinstance(accepted, list) or not all(type(number) is int and number > 0 for number in accepted):
         faults.append(f"{ACCEPTED_ROWS} is not a list of row numbers")
-    return faults + [f"{key} is not a text" for key in PROVENANCE if not isinstance(entry.get(key, ""), str)]
+    return faults + [f"{key} is not a text" for key in (FAMILY, *PROVENANCE) if not isinstance(entry.get(key, ""), str)]
 
 
 def columns_in(rows: list[dict[str, Any]]) -> dict[str, int]:
