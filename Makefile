@@ -20,7 +20,8 @@ export MAKE_SETTINGS
 CHECK := "$(PYTHON)" utils/settings.py check $(or $(MAKECMDGOALS),help)
 
 .DEFAULT_GOAL := help
-.PHONY: help setup setup-dev lock model data data-all register describe check-data recipe check-recipes pretrain finetune collect \
+.PHONY: help setup setup-dev lock model data data-all register describe made-tasks check-data recipe check-recipes \
+	pretrain finetune collect \
 	collect-all plan status verify clean-checkpoints disk clean-up index export import evaluate stats report publish pull demo test \
 	test-all test-gpu test-runs test-others lint format
 
@@ -70,6 +71,9 @@ register: setup  ## register your own: FILE=data/math/X.json, or FILE=X.csv CATE
 
 describe: setup  ## add descriptions of a dataset's task: DATASET=X TEXT="..", or FILE=x.txt, one a line
 	@$(PY) utils/describe.py
+
+made-tasks: setup  ## write 96 generated text tasks, to experiment with, and recipes that learn them [SEED=..] [ROWS=n] [MODEL=..]
+	@$(PY) utils/make_tasks.py
 
 check-data: setup  ## check every dataset in data/dataset_info.json
 	@$(PY) utils/register_dataset.py --check

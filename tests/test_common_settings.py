@@ -20,7 +20,7 @@ SCRIPTS = {  # the script of each target, from the Makefile
         r"^([a-z-]+): [a-z].*## .*\n(?:\t.*\n)*?\t.*?(utils/\w+\.py)", MAKEFILE, re.MULTILINE
     )
 }
-SELECTING = [target for target, taken in settings.TARGETS.items() if "SEED" in taken]
+SELECTING = [target for target, taken in settings.TARGETS.items() if taken.keys() >= {*settings.SELECTION.split()}]
 
 
 @pytest.fixture

@@ -587,4 +587,4 @@ def test_a_slip_in_the_table_is_named(upstream, change, cause):
     table["files"]["A.json"] |= change
     (upstream.data / "sources.yaml").write_text(yaml.safe_dump(table))
     assert failed(upstream, None)[0].endswith(f"sources.yaml: A.json: {cause}" + (", common-sense-reasoning, math, "
-        "multimodal" if "category" in change else ""))  # fmt: skip
+        "multimodal, made" if "category" in change else ""))  # fmt: skip

@@ -14,7 +14,7 @@ from paragen.common.cli import UserError
 from paragen.dataset import dataset_info
 
 SCRIPT = Path(__file__).resolve().parent.parent / "utils" / "register_dataset.py"
-CATEGORIES = ("coding", "common-sense-reasoning", "math", "multimodal")
+CATEGORIES = ("coding", "common-sense-reasoning", "math", "multimodal", "made")
 
 
 @pytest.fixture
@@ -497,7 +497,7 @@ def test_check_lists_every_fault_of_every_entry(data):
         "error: Bad: coding/Bad.json: row 2: empty prompt (column 'prompt')",
         "error: Bad: coding/Bad.json: row 3: empty response (column 'response')",
         "error: Root: Root.json: does not lie right in data/<category>/; the categories are "
-        "coding, common-sense-reasoning, math, multimodal",
+        "coding, common-sense-reasoning, math, multimodal, made",
         "error: Absolute: /math/Sums_train.json: lies outside data/",
         "error: Missing: math/Missing.json: no such file",
         f"error: Long: math/{'x' * 300}.json: no such file",

@@ -61,7 +61,7 @@ def chosen_files(files: dict[str, dict], args: argparse.Namespace) -> dict[str, 
     if args.all:
         datasets, category = [], None
     if not (datasets or category or args.all):
-        known = ", ".join(dict.fromkeys(names.family(entry["dataset"]) for entry in files.values()))
+        known = ", ".join(dict.fromkeys(names.prepared_dataset(entry["dataset"]) for entry in files.values()))
         raise UserError(
             f"name a dataset: make data DATASET=ARC-c, make data CATEGORY=math, or make data-all; known: {known}"
         )

@@ -36,8 +36,9 @@ def states_of(found: list[Path], wanted: dict[str, list[str]]) -> tuple[list[Cel
         found: the folders of the collections that are there, whole or not.
         wanted: the selection, as `selection.requested_filters()` returns it.
 
-    Each pair of recipes has a cell at each usual rank, and one for each rank and seed that was collected. Ranks and
-    seeds that are selected replace these. Returns (the cells, why there are none: a line, or an empty text).
+    Each pair of recipes, but for made tasks that are neither named nor collected, has a cell at each usual rank, and
+    one for each rank and seed that was collected. Ranks and seeds that are selected replace these. Returns (the cells,
+    why there are none: a line, or an empty text).
     """
     collected: dict[str, set[Place]] = {}
     for folder in found:
@@ -54,6 +55,8 @@ def states_of(found: list[Path], wanted: dict[str, list[str]]) -> tuple[list[Cel
             continue
         first = Cell(dataset, model, settings.SWEEP_RANKS[0], recipes)
         models, key = names_of(first)
+        if category == paths.MADE and key not in collected and not settings.takes_made():
+            continue
         if any(selection.may_fit(selection.Place(None, None, name, None, None), wanted) for name in models):
             for rank, seed in places_of(collected.get(key, set()), wanted):
                 overrides = () if seed is None else (f"seed={seed}",)

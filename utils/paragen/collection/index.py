@@ -16,7 +16,7 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 
 from paragen.collection import checkpoints, copies, discovery, evaluation, selection
 from paragen.collection.manifest import Manifest, read_manifest, require_manifest
-from paragen.common import files, paths
+from paragen.common import files, paths, settings
 from paragen.common.cli import UserError
 from paragen.model import base_models
 
@@ -322,7 +322,8 @@ def is_stale(folder: Path, mark: dict) -> bool:
 def chosen(saves: Path | None = None) -> list[Chosen]:
     """The collections that CATEGORY, DATASET, MODEL, RANK and SEED of the environment select; unset ones select all.
 
-    Names match without case and punctuation; each variable may list several. Updates the index first.
+    Those of made tasks are among them where CATEGORY or DATASET names them (settings.takes_made). Names match without
+    case and punctuation; each variable may list several. Updates the index first.
 
     Raises UserError for a name that no collection has, when none is selected, or when a selected one is broken.
     """
@@ -330,12 +331,21 @@ def chosen(saves: Path | None = None) -> list[Chosen]:
     table, faults = update(saves)
     wanted = selection.requested_filters()
     for name, fault in faults.items():
-        if selection.may_fit(selection.place_of(name), wanted):
+        if selection.may_fit(selection.place_of(name), wanted) and _is_taken(name):
             raise UserError(fault)
-    names = sorted(set(selected(table, wanted)["collection"].to_pylist()))
+    fitting = sorted(set(selected(table, wanted)["collection"].to_pylist()))
+    names = [name for name in fitting if _is_taken(name)]
+    if fitting and not names:
+        what = "all collections that fit are of made tasks"
+        raise UserError(f"{paths.relative(saves)}: {what}; CATEGORY={paths.MADE} takes them")
     if not names:
         raise none_fits(saves, wanted)
     return [Chosen(name, saves / name, require_manifest(saves / name)) for name in names]
+
+
+def _is_taken(name: str) -> bool:
+    """Whether a collection, by its path in saves/, may be chosen: one of a made task has to be named."""
+    return settings.takes_made() or selection.place_of(name).category != paths.MADE
 
 
 def chosen_at(folder: Path) -> Chosen:

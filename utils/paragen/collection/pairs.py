@@ -25,6 +25,7 @@ from paragen.common.cli import UserError
 from paragen.dataset import row_texts
 
 FACTORS = 1  # tells the draw of factors from that of prompts
+NAMING = {"category", "dataset", "collection"}  # filters that name what lies in a category
 TAKEN = ("seed", "split")  # columns of the index whose names are other arguments of Pairs
 
 
@@ -69,6 +70,8 @@ class Pairs(Dataset):
         data_dir: the folder of dataset_info.json (default: data/).
         filters: column=value or column=[values] for any column of the index, but for `seed` and `split`, which are
             arguments above (use `where`). Texts match without case and punctuation. A row has to match all filters.
+            Checkpoints of made tasks are left out unless `category`, `dataset` or `collection` is among the filters:
+            `category="made"`.
 
     Checkpoints are memory-mapped, read only, and no file stays open. Each is hashed once for all workers and epochs.
 
@@ -99,6 +102,11 @@ class Pairs(Dataset):
         self.augment = augment and augmentation.check_kind(augment)
         table, self._seals = index.load_sealed(self.saves)
         table = select(table, where, filters)
+        if not filters.keys() & NAMING and table.num_rows:
+            table = table.filter(pc.not_equal(table["category"], paths.MADE).fill_null(True))
+            if not table.num_rows:
+                place = paths.relative(self.saves / paths.INDEX)
+                raise UserError(f"{place}: all checkpoints that fit are of made tasks; category='made' takes them")
         if not table.num_rows:
             given = [f"{name}={value!r}" for name, value in filters.items()] + (
                 [f"where={where}"] * (where is not None)

@@ -14,6 +14,7 @@ from paragen.common.cli import UserError
 DEFAULT_MODEL = "qwen2.5-0.5b"  # where a dataset has several
 DEFAULT_RANK = 8  # of one cell
 SWEEP_RANKS = (2, 4, 8, 16, 64)  # of a sweep
+MADE_MODEL, MADE_ROWS = "smollm2-135m", 2000  # of made tasks: whose recipes are written, and the rows to train on
 YES, NO = ("1", "yes", "true", "on"), ("0", "no", "false", "off")
 ON_BY_DEFAULT = ("DETERMINISTIC",)  # switches that are on unless they are switched off
 
@@ -27,7 +28,7 @@ class Setting(NamedTuple):
 
 
 SETTINGS = {
-    "CATEGORY": Setting("coding, common-sense-reasoning, math, multimodal, or all"),
+    "CATEGORY": Setting("coding, common-sense-reasoning, math, multimodal, or all of these; or made"),
     "DATASET": Setting("one or several datasets; case and punctuation do not matter", "values"),
     "MODEL": Setting("one or several models; MODELS means the same", "values"),
     "RANK": Setting("one or several LoRA ranks; RANKS means the same", "numbers"),
@@ -48,6 +49,7 @@ SETTINGS = {
     "MAP": Setting('columns, such as "prompt=question response=answer"'),
     "ACCEPT": Setting("numbers of rows that may lack a text or an answer", "numbers"),
     "HELD_OUT": Setting("how many of the last rows are for scoring", "number"),
+    "ROWS": Setting("how many rows each made task has to train on", "number"),
     "PROMPTS_ONLY": Setting("the rows have no responses", "switch"),
     "TEXT": Setting("a description of what a dataset's task is"),
     "SOURCE": Setting("where the descriptions come from"),
@@ -111,6 +113,7 @@ TARGETS: dict[str, dict[str, str]] = {
     "register": _takes("FILE NAME CATEGORY MAP ACCEPT HELD_OUT PROMPTS_ONLY REPLACE"),
     "check-data": {},
     "describe": _takes("DATASET TEXT FILE SOURCE", SOURCE="the file's name, or `own`"),
+    "made-tasks": _takes("SEED ROWS MODEL TEMPLATE FORCE", SEED=0, ROWS=MADE_ROWS, MODEL=MADE_MODEL),
     "recipe": _takes("CATEGORY DATASET MODEL FROM TEMPLATE"),
     "check-recipes": _takes("FILE"),
     "pretrain": _takes(_TRAINING, **_CELLS),
@@ -204,6 +207,14 @@ def category() -> str:
     value = text("CATEGORY")
     found = paths.choose(value, (*paths.CATEGORIES, "all"), "category") if value else "all"
     return "" if found == "all" else found
+
+
+def takes_made() -> bool:
+    """Whether made tasks may be among what is selected: they have to be named, by CATEGORY=made or with DATASET.
+
+    Real datasets and made tasks are then never mixed because somebody named nothing.
+    """
+    return category() == paths.MADE or bool(values("DATASET"))
 
 
 def typed_names() -> list[str]:

@@ -19,6 +19,7 @@ from paragen.dataset import descriptions, names, sources
 PROMPTS_ONLY = "prompts_only"
 HELD_OUT = "held_out"  # the number of last rows that are for scoring: no recipe trains on them
 ACCEPTED_ROWS = "accepted_rows"  # the numbers of rows that may lack a text or an answer
+FAMILY = "family"  # a text that datasets of one form or origin share: they are held out together (families.py)
 PROVENANCE = ("license", "source", "citation", "language")  # of own data, for publishing; texts
 IMAGES = ("images", "image")
 # What an entry may map, by its formatting, and the columns that are used for it when the user names none.
@@ -218,7 +219,7 @@ def entry_faults(entry: Any) -> list[str]:
 
 def without_marks(entry: dict[str, Any]) -> dict[str, Any]:
     """The keys of an entry that decide how its rows are trained on."""
-    marks = (HELD_OUT, ACCEPTED_ROWS, descriptions.KEY, *PROVENANCE)
+    marks = (HELD_OUT, ACCEPTED_ROWS, FAMILY, descriptions.KEY, *PROVENANCE)
     return {key: value for key, value in entry.items() if key not in marks}
 
 
@@ -230,7 +231,7 @@ def mark_faults(entry: dict[str, Any]) -> list[str]:
         faults.append(f"{ACCEPTED_ROWS} is not a list of row numbers")
     if fault := descriptions.fault_of(entry.get(descriptions.KEY, [])):
         faults.append(fault)
-    return faults + [f"{key} is not a text" for key in PROVENANCE if not isinstance(entry.get(key, ""), str)]
+    return faults + [f"{key} is not a text" for key in (FAMILY, *PROVENANCE) if not isinstance(entry.get(key, ""), str)]
 
 
 def columns_in(rows: list[dict[str, Any]]) -> dict[str, int]:

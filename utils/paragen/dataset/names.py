@@ -43,6 +43,6 @@ def without_split(name: str) -> str:
     return SPLIT.sub("", name)
 
 
-def family(dataset: str) -> str:
+def prepared_dataset(dataset: str) -> str:
     """The dataset that a prepared split belongs to: ARC-c for ARC-c_test."""
     return PREPARED_SPLIT.sub("", dataset)

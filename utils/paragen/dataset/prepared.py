@@ -41,6 +41,8 @@ def register(name: str, entry: dict[str, Any], force: bool, data_dir: Path) -> l
         found = infer_entry(rows, named, prompts_only)
     gaps = find_gaps(rows, found)
     marks: dict[str, Any] = {dataset_info.HELD_OUT: held_out(entry, len(rows)), dataset_info.ACCEPTED_ROWS: list(gaps)}
+    if entry.get(dataset_info.FAMILY):
+        marks[dataset_info.FAMILY] = entry[dataset_info.FAMILY]
     request = registration.Request(dataset, named, prompts_only, force, marks)
     lines = registration.register(file, request, data_dir).lines()
     if marks[dataset_info.HELD_OUT]:

@@ -44,7 +44,7 @@ class Request(NamedTuple):
     columns: dict[str, str] = {}  # those that the user names, e.g. {"prompt": "question"}
     prompts_only: bool = False  # the rows have no responses
     replace: bool = False  # the name may stand for another file
-    # held_out and accepted_rows; of those that are not here, an entry for the same file keeps its own
+    # held_out, accepted_rows and family; of those that are not here, an entry for the same file keeps its own
     marks: dict[str, Any] = {}
 
 
@@ -198,21 +198,31 @@ def store(name: str, entry: dict[str, Any], replace: bool, data_dir: Path) -> st
     Keys of an old entry for the same file that are not set here (num_samples) are kept. An entry without descriptions
     gets those of data/descriptions.yaml. Raises UserError when `name` stands for another file and not `replace`.
     """
+    return store_all({name: entry}, replace, data_dir)[name]
+
+
+def store_all(entries: dict[str, dict[str, Any]], replace: bool, data_dir: Path) -> dict[str, str]:
+    """The same for several entries by dataset name: all of them, or none. Returns what was done, by name."""
     path = Path(data_dir) / "dataset_info.json"
     with waiting_lock(files.beside(path, "lock")):
         content = path.read_bytes() if path.exists() else b"{}\n"
-        info = parse_info(content, path)
-        old_file = require_free(name, entry["file_name"], replace, info, path)
-        old = info.get(name)
-        if isinstance(old, dict) and old_file == entry["file_name"]:
-            ours = {"formatting", "columns", "tags", PROMPTS_ONLY, HELD_OUT, ACCEPTED_ROWS, *FOREIGN_KEYS}
-            entry = entry | {key: value for key, value in old.items() if key not in ours}
-        if descriptions.KEY not in entry and (found := descriptions.prepared(name, data_dir)):
-            entry = entry | {descriptions.KEY: found}
-        if old == entry:
-            return "already registered, nothing to change"
-        files.write_atomically(path, with_entry(content.decode(), name, entry).encode())
-        return "registered anew" if name in info else "registered"
+        info, text, outcomes = parse_info(content, path), content.decode(), {}
+        for name, entry in entries.items():
+            old_file = require_free(name, entry["file_name"], replace, info, path)
+            old = info.get(name)
+            if isinstance(old, dict) and old_file == entry["file_name"]:
+                ours = {"formatting", "columns", "tags", PROMPTS_ONLY, HELD_OUT, ACCEPTED_ROWS, *FOREIGN_KEYS}
+                entry = entry | {key: value for key, value in old.items() if key not in ours}
+            if descriptions.KEY not in entry and (found := descriptions.prepared(name, data_dir)):
+                entry = entry | {descriptions.KEY: found}
+            if old == entry:
+                outcomes[name] = "already registered, nothing to change"
+                continue
+            text = with_entry(text, name, entry)
+            outcomes[name] = "registered anew" if name in info else "registered"
+        if text != content.decode():
+            files.write_atomically(path, text.encode())
+    return outcomes
 
 
 def describe(name: str, texts: list[str], source: str, data_dir: Path) -> tuple[int, int]:

@@ -48,6 +48,8 @@ def entry_fault(name: str, entry: Any) -> str | None:
             return f"{key} {entry.get(key)!r} is not a text"
     if not re.fullmatch(r"[0-9a-f]{40}", entry["blob"]):
         return f"blob {entry['blob']!r} is not 40 hexadecimal digits"
+    if not isinstance(entry.get("family", ""), str):
+        return f"family {entry['family']!r} is not a text"
     for key in ("rows", "bytes", "held_out"):
         if entry.get(key) is not None and (type(entry[key]) is not int or entry[key] < 0):
             return f"{key} {entry[key]!r} is not a number"
@@ -69,7 +71,7 @@ def selected(files: dict[str, dict], datasets: list[str], category: str | None) 
         category = choose(category, CATEGORIES, "category")
     by_name: dict[str, list[str]] = {}
     for name, entry in files.items():
-        by_name.setdefault(names.family(entry["dataset"]), []).append(name)
+        by_name.setdefault(names.prepared_dataset(entry["dataset"]), []).append(name)
     families = list(by_name)
     for name, entry in files.items():
         by_name.setdefault(entry["dataset"], [name])

@@ -79,9 +79,17 @@ def requested_cells(target: str, phases: tuple[str, ...] = paths.PHASES) -> list
 def chosen_cells() -> list[Cell]:
     """The cells that CATEGORY, DATASET, MODEL, RANK, SEED and KEEP select; without names all, at SWEEP_RANKS.
 
-    Those that share a base model are adjacent. Raises UserError with the known names for an unknown one.
+    Made tasks are among them where CATEGORY or DATASET names them (settings.takes_made). Those that share a base model
+    are adjacent. Raises UserError with the known names for an unknown one.
     """
     pairs = pairs_in(settings.category())
+    if not settings.takes_made():
+        real = {key: pair for key, pair in pairs.items() if pair[0].parent.parent.name != paths.MADE}
+        if not real:
+            raise UserError(
+                f"collect_scripts: all pairs of recipes are of made tasks; CATEGORY={paths.MADE} takes them"
+            )
+        pairs = real
     names = {dataset for dataset, _ in pairs}
     wanted = {paths.choose(name, names, "dataset") for name in settings.values("DATASET")} or names
     known_models = {model for dataset, model in pairs if dataset in wanted}

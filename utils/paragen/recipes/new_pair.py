@@ -62,9 +62,26 @@ def requested_pair(model: str, dataset: str, template: str | None = None, catego
     category = category or place
     if not category:
         raise UserError(f"dataset {dataset!r} lies in no category; say CATEGORY= one of {', '.join(paths.CATEGORIES)}")
+    guess = read_figures()["datasets"].get(dataset, {}).get("rows")
+    rows, usable = vocabulary.rows_of(dataset)[0] or guess, vocabulary.trainable_rows(dataset, guess)
+    return pair_of(model, dataset, category, template, rows, usable)
+
+
+def pair_of(
+    model: str, dataset: str, category: str, template: str | None, rows: int | None, usable: int | None
+) -> NewPair:
+    """The pair of a model and a dataset of which everything is known; the dataset need not be registered yet.
+
+    Args:
+        model, template: as for `requested_pair`.
+        dataset: its exact name.
+        category: an exact one.
+        rows, usable: as in NewPair.
+
+    Raises UserError for an unknown model or template.
+    """
     short, entry = base_models.find_entry(model)
     folder = paths.MODELS / entry["folder"]
-    guess = read_figures()["datasets"].get(dataset, {}).get("rows")
     return NewPair(
         short=short,
         folder=entry["folder"],
@@ -74,8 +91,8 @@ def requested_pair(model: str, dataset: str, template: str | None = None, catego
         lora_target=entry["lora_target"] if short in base_models.table() else lora_target_of(folder),
         parameters=entry["parameters"] or parameters_of(folder),
         processor=bool(entry["processor"]),
-        rows=vocabulary.rows_of(dataset)[0] or guess,
-        usable=vocabulary.trainable_rows(dataset, guess),
+        rows=rows,
+        usable=usable,
     )
 
 

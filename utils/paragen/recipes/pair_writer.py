@@ -34,6 +34,21 @@ def write_pair(pair: NewPair, figures: dict[str, Any]) -> list[Path]:
     return written
 
 
+def write_missing(pair: NewPair, figures: dict[str, Any], replace: bool) -> list[Path]:
+    """Write those of the two recipes that are not there, with `replace` those that have another text, too.
+
+    Returns the paths that were written. For many pairs: the caller syncs them to the disk (files.sync_tree).
+    """
+    written = []
+    for phase in paths.PHASES:
+        path, content = pair.recipe(phase), text_of(pair, figures, phase).encode()
+        if not path.exists() or (replace and path.read_bytes() != content):
+            path.parent.mkdir(parents=True, exist_ok=True)
+            files.write_atomically(path, content, durable=False)
+            written.append(path)
+    return written
+
+
 def text_of(pair: NewPair, figures: dict[str, Any], phase: str) -> str:
     """The text of a recipe of a pair."""
     sections: dict[str, list[Line]] = {
