@@ -21,9 +21,8 @@ CHECK := "$(PYTHON)" utils/settings.py check $(or $(MAKECMDGOALS),help)
 
 .DEFAULT_GOAL := help
 .PHONY: help setup setup-dev lock model data data-all register describe made-tasks check-data recipe check-recipes \
-	pretrain finetune collect \
-	collect-all plan status verify clean-checkpoints disk clean-up index export import evaluate stats report publish pull demo test \
-	test-all test-gpu test-runs test-others lint format
+	pretrain finetune collect collect-all plan status verify clean-checkpoints disk clean-up index export import evaluate \
+	stats report publish pull demo test test-all test-gpu test-runs test-others lint format
 
 help:  ## list the targets; FOR=collect explains one and its settings
 	@$(CHECK)
