@@ -14,7 +14,7 @@ from paragen.publishing import licenses, published_tree
 
 if TYPE_CHECKING:
     import pyarrow as pa
-    from huggingface_hub.hf_api import DatasetInfo
+    from huggingface_hub.hf_api import DatasetInfo, RepoSibling
 
 FORCE_HINT = "FORCE=1 removes them there"
 
@@ -155,10 +155,16 @@ def upload(repository: str, tree: Path, private: bool, recorded: dict[str, str])
     say(f"published: {where} ({len(ours)} files{', private' if info.private else ''})")
 
 
+def _is_same(path: Path, there: "RepoSibling") -> bool:
+    """Whether the hub states the size of a file and, of a small one that it keeps in git, the hash of its content."""
+    in_git = there.lfs is None and there.blob_id is not None
+    return there.size == path.stat().st_size and (not in_git or there.blob_id == files.git_blob_id(path))
+
+
 def check_arrived(info: "DatasetInfo", tree: Path, ours: list[str], recorded: dict[str, str]) -> None:
     """Raise UserError unless the hub lists each file of the tree with its size and, where one is recorded, its hash."""
     there = {file.rfilename: file for file in info.siblings or []}
-    wrong = [name for name in ours if name not in there or there[name].size != (tree / name).stat().st_size]
+    wrong = [name for name in ours if name not in there or not _is_same(tree / name, there[name])]
     if wrong:
         raise UserError(f"{info.id}: {len(wrong)} files did not arrive whole, such as {wrong[0]}; run it again")
     for name, sha256 in recorded.items():
