@@ -10,7 +10,7 @@ import pytest
 
 from paragen.common import paths
 from paragen.dataset import dataset_info, row_texts
-from paragen.scoring import answers
+from paragen.scoring import answers, questions
 
 LETTERS = ["[A]", "[B]", "[C]", "[D]"]
 
@@ -242,3 +242,11 @@ def test_importing_it_is_quick():
     code += f"sys.exit(str({heavy} & set(sys.modules)) if {heavy} & set(sys.modules) else 0)"
     done = subprocess.run([sys.executable, "-c", code], cwd=paths.ROOT / "utils", capture_output=True, text=True)
     assert (done.returncode, done.stderr) == (0, "")
+
+
+def test_a_row_that_lacks_a_column_is_read_as_the_datasets_library_reads_it():
+    from llamafactory.hparams import DataArguments
+
+    entry = {"columns": {"prompt": "prompt", "response": "response", "system": "system"}}
+    row = questions.convert_row({"prompt": "a", "response": "b"}, entry, DataArguments(template="qwen"))
+    assert row["_prompt"] == [{"role": "user", "content": "a"}] and not row["_system"]

@@ -188,19 +188,24 @@ IGNORED = ("auto_mapping", "eva_config", "corda_config", "loftq_config", "runtim
 DEFAULTS = {"megatron_config": None, "megatron_core": "megatron.core", "arrow_config": None}  # of unlisted keys
 
 
-def read(path: Path) -> dict[str, Any]:
-    """The content of an adapter_config.json, checked. Raises UserError when it is gone, broken or refused."""
+def read(path: Path, name: str = "") -> dict[str, Any]:
+    """The content of an adapter_config.json, checked; messages call it `name` (default: its path).
+
+    Raises UserError when it is gone, broken or refused.
+    """
+    name = name or paths.relative(path)
     try:
         data = files.read_up_to(path, LARGEST_FILE + 1)
     except FileNotFoundError:
-        raise UserError(f"{paths.relative(path)}: is missing") from None
+        raise UserError(f"{name}: is missing") from None
     except OSError as error:
-        raise UserError(f"{paths.relative(path)}: cannot be read: {error.strerror}") from None
-    return parse(data, paths.relative(path))
+        raise UserError(f"{name}: cannot be read: {error.strerror}") from None
+    return parse(data, name)
 
 
 def parse(data: bytes, name: str) -> dict[str, Any]:
-    """The content of an adapter_config.json, checked, with PEFT's defaults for the keys of LISTED that it lacks.
+    """The content of an adapter_config.json, checked, with PEFT's defaults for the keys of LISTED that it lacks or
+    that are null.
 
     Args:
         data: the file's bytes.
@@ -230,7 +235,7 @@ def parse(data: bytes, name: str) -> dict[str, Any]:
                 )
     except Unfit as error:
         raise UserError(f"{name}: {error}") from None
-    return {key: known.default for key, known in LISTED.items() if key not in content} | content
+    return content | {key: known.default for key, known in LISTED.items() if content.get(key) is None}
 
 
 def lora_config(content: dict[str, Any]) -> "LoraConfig":

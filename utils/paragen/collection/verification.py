@@ -34,7 +34,7 @@ def faults_of(folder: Path, manifest: Manifest) -> list[str]:
         faults.append(f"{len(steps)} checkpoints, but the recipe keeps {kept}")
     if (folder / paths.ADAPTER_CONFIG).is_file():
         try:
-            adapter_config.read(folder / paths.ADAPTER_CONFIG)
+            adapter_config.read(folder / paths.ADAPTER_CONFIG, paths.ADAPTER_CONFIG)
         except UserError as error:
             faults.append(str(error))
     try:

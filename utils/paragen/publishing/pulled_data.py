@@ -26,7 +26,8 @@ def entries_of(source: Source, table: "pa.Table", marks: dict[str, Any]) -> dict
     info = dataset_info.read_info(source.staging / "data")
     datasets = {part for name in table["dataset"].to_pylist() for part in (name or "").replace(",", " ").split()}
     files_used = set(table["prompts_file"].to_pylist())
-    names = {name for name, entry in info.items() if isinstance(entry, dict) and entry.get("file_name") in files_used}
+    named = {name: entry.get("file_name") for name, entry in info.items() if isinstance(entry, dict)}
+    names = {name for name, file in named.items() if isinstance(file, str) and file in files_used}
     names |= datasets & info.keys()
     names |= set(map(test_split_name, names)) & info.keys()
     for name in sorted(names):

@@ -38,7 +38,7 @@ def model_faults(recipe: Recipe) -> Iterator[Fault]:
             yield "model_name_or_path", f"is models/{folder.name}, but the file's name says {recipe.short}; {way_out}"
     template = recipe.config.get("template")
     known = vocabulary.known_templates()
-    if template is not None and template not in known:
+    if template is not None and (not isinstance(template, str) or template not in known):
         near = ", ".join(difflib.get_close_matches(str(template), known, 3)) or "see LLaMA-Factory's data/template.py"
         yield "template", f"{template!r} is neither LLaMA-Factory's nor in utils/prompt_templates.py; near: {near}"
     meant = meant_folder(recipe)

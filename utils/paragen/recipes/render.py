@@ -260,6 +260,8 @@ def _check_keys(recipe: Path, config: dict) -> None:
     for key in config:
         if key.endswith("_token") and config[key]:
             refuse(key, "is no place for a token; log in with .venv/bin/hf auth login, or set HF_TOKEN")
+    if not isinstance(config.get("template") or "", str):
+        refuse("template", f"{config['template']!r} is not a text")
     if not isinstance(config.get("dataset_dir", ""), str):
         refuse("dataset_dir", f"{config['dataset_dir']!r} is not a folder's path")
     for key in keys.NUMBERS:

@@ -227,4 +227,5 @@ def convert_row(row: dict[str, Any], entry: dict[str, Any], data_args: Any) -> d
 
     attributes = DatasetAttr("file", dataset_name="split")
     attributes.join(entry)
+    row = dict.fromkeys(dataset_info.columns_of(entry).values()) | row  # as the datasets library fills what a row lacks
     return get_dataset_converter(attributes.formatting, attributes, data_args)(row)
