@@ -1,4 +1,4 @@
-"""The README.md of each folder and CONTRIBUTING.md: what they name exists, and README.md stays short."""
+"""The README.md of each folder, CONTRIBUTING.md and SECURITY.md: what they name exists, and README.md stays short."""
 
 import ast
 import re
@@ -9,10 +9,12 @@ from pathlib import Path
 import pytest
 from test_rooms import ROOMS
 
+from paragen.common import settings
+
 ROOT = Path(__file__).resolve().parent.parent
 MOST_LINES = 200
 FOLDERS = ("collect_scripts", "data", "models", "saves", "utils", "bench", "tests")
-DOCUMENTS = ["README.md", "CONTRIBUTING.md", *(f"{folder}/README.md" for folder in FOLDERS)]
+DOCUMENTS = ["README.md", "CONTRIBUTING.md", "SECURITY.md", *(f"{folder}/README.md" for folder in FOLDERS)]
 MADE_UP = "collect_scripts/math/GSM8K"  # README.md's example of a new pair
 FENCED = re.compile(r"^( *)```(\w*)\n(.*?)^\1```", re.MULTILINE | re.DOTALL)
 LINK = re.compile(r"\[[^\]]*\]\(([^()\s]+)\)")
@@ -117,6 +119,15 @@ def test_every_script_has_a_line():
 
 def test_every_room_has_a_line_in_their_order():
     assert [row for row in rows_of("utils/README.md") if row in ROOMS] == ROOMS
+
+
+def test_security_says_of_every_target_what_it_runs():
+    """But of those that print, and of those that test this repository itself."""
+    printing = {"help", "plan", "status", "disk", "check-data", "data-all"}
+    targets = set(settings.TARGETS) - printing - {"test", "test-all", "test-gpu", "lint", "format"}
+    named = set(re.findall(r"`make ([a-z-]+)`", text_of("SECURITY.md")))
+    assert targets <= named, sorted(targets - named)
+    assert "[SECURITY.md](SECURITY.md)" in text_of("README.md")
 
 
 def test_every_benchmark_is_named():

@@ -5,11 +5,13 @@
 MODEL is a short name of models/models.yaml (qwen2.5-0.5b), any repository of the Hugging Face hub (org/name; a commit,
 tag or branch of it as org/name@revision), or a folder under models/ (my-model, or models/my-model as the shell
 completes it). HF_ENDPOINT names a mirror, HF_TOKEN or `hf auth login` the account. An interrupted download is resumed.
-A second call only checks what is there.
+A second call only checks what is there. A sample of text goes through tokenizer and template and back: a difference is
+a warning.
 """
 
 from paragen.common import cli, files, paths, settings
 from paragen.model import base_models, download, embedded
+from paragen.recipes import round_trip
 
 
 def main() -> None:
@@ -34,6 +36,8 @@ def fetch(name: str) -> None:
                 embedded.make(folder)
         for line in download.check(folder, entry):
             cli.say(line)
+        for line in round_trip.warnings_of(folder):
+            cli.say(f"warning: {line}")
 
 
 if __name__ == "__main__":

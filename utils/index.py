@@ -13,7 +13,7 @@ import os
 import sys
 
 from paragen.collection import index, index_tables, selection
-from paragen.common import cli
+from paragen.common import cli, paths
 
 
 def main() -> int:
@@ -22,7 +22,10 @@ def main() -> int:
     parser.add_argument("--csv", action="store_true", help="print every checkpoint as CSV")
     args = parser.parse_args()
     table, faults = index.update()
-    table = index.selected(table, selection.requested_filters(), faults)
+    wanted = selection.requested_filters()
+    table = index.selected(table, wanted, faults)
+    if any(wanted.values()) and not (table.num_rows or faults):
+        raise selection.none_fits(paths.SAVES, wanted)
     try:
         index_tables.show(table, args, whole=not faults)
     except BrokenPipeError:  # a reader such as `| head` has closed the pipe; Python must not flush into it at exit

@@ -58,7 +58,7 @@ def gather(saves: Path) -> dict[str, Any]:
     broken = {name for name in faults if selection.may_fit(selection.place_of(name), wanted)}
     names = sorted(broken.union(whole["collection"].to_pylist()))
     if any(wanted.values()) and not names:
-        raise index.none_fits(saves, wanted)
+        raise selection.none_fits(saves, wanted)
     states, no_pairs = report_cells.states_of([saves / name for name in names], wanted)
     cells = {one.folder: (one.state, one.reason) for one in states if one.folder}
     outside = ("complete", "" if no_pairs else report_cells.OUTSIDE)

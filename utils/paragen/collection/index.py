@@ -339,7 +339,7 @@ def chosen(saves: Path | None = None) -> list[Chosen]:
         what = "all collections that fit are of made tasks"
         raise UserError(f"{paths.relative(saves)}: {what}; CATEGORY={paths.MADE} takes them")
     if not names:
-        raise none_fits(saves, wanted)
+        raise selection.none_fits(saves, wanted)
     return [Chosen(name, saves / name, require_manifest(saves / name)) for name in names]
 
 
@@ -352,13 +352,6 @@ def chosen_at(folder: Path) -> Chosen:
     """The collection in a folder below saves/. Raises UserError where it is none."""
     name = folder.absolute().relative_to(paths.SAVES.absolute()).as_posix()
     return Chosen(name, folder, require_manifest(folder))
-
-
-def none_fits(saves: Path, wanted: dict[str, list[str]]) -> UserError:
-    """The error of a selection that no collection below `saves` fits."""
-    given = selection.settings_of(wanted)
-    what = f"no collection fits {given}" if given else "no collections yet"
-    return UserError(f"{paths.relative(saves)}: {what}; make index lists those there are")
 
 
 def selected(table: "pa.Table", wanted: dict[str, list[str]], broken: Iterable[str] = ()) -> "pa.Table":

@@ -83,7 +83,13 @@ def selected_folders(found: list[Path]) -> list[Path]:
         known = {value for place in places.values() if (value := getattr(place, name))}
         wanted[name] = [paths.choose(value, known, f"collected {name}") for value in wanted[name]]
     chosen = [folder for folder, place in places.items() if may_fit(place, wanted)]
-    given = settings_of(wanted)
-    if given and not chosen:
-        raise UserError(f"{paths.relative(paths.SAVES)}: no collection fits {given}; make status lists those there are")
+    if settings_of(wanted) and not chosen:
+        raise none_fits(paths.SAVES, wanted)
     return chosen
+
+
+def none_fits(saves: Path, wanted: dict[str, list[str]]) -> UserError:
+    """The error of a selection that no collection below `saves` fits."""
+    given = settings_of(wanted)
+    what = f"no collection fits {given}" if given else "no collections yet"
+    return UserError(f"{paths.relative(saves)}: {what}; make index lists those there are")

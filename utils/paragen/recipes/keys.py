@@ -42,6 +42,14 @@ REFUSED = {
     "push_to_hub": "is not done from here; publish a finished collection instead",
 }
 
+# Values that are refused, by key.
+REFUSED_AT = {
+    "flash_attn": {
+        "fa2": "fails with transformers 5.6.0, which is installed (LLaMA-Factory's pull request 10634); write sdpa, or "
+        "omit it"
+    }
+}
+
 # Keys in which a finetune recipe agrees with its pretrain recipe; any other key that both have may differ.
 SAME_IN_PAIR = (
     "model_name_or_path", "dataset", "dataset_dir", "template", "learning_rate", "finetuning_type", "lora_rank",
@@ -105,7 +113,7 @@ PACKED_AT = {
     "finetuning_type": ("lora",),
     "trust_remote_code": (False,),
     "optim": ("adamw_torch", "adamw_torch_fused"),
-    "flash_attn": ("auto", "sdpa", "fa2", "disabled"),
+    "flash_attn": ("auto", "sdpa", "disabled"),
     "save_strategy": ("steps",),
     **dict.fromkeys((
         "lora_dropout", "use_dora", "pissa_init", "packing", "neat_packing", "val_size", "fp16", "pure_bf16",

@@ -257,6 +257,10 @@ def _check_keys(recipe: Path, config: dict) -> None:
     for key, reason in keys.REFUSED.items():
         if config.get(key):
             refuse(key, reason)
+    for key, reasons in keys.REFUSED_AT.items():
+        value = str(config.get(key)).lower()
+        if value in reasons:
+            refuse(key, f"{value} {reasons[value]}")
     for key in config:
         if key.endswith("_token") and config[key]:
             refuse(key, "is no place for a token; log in with .venv/bin/hf auth login, or set HF_TOKEN")

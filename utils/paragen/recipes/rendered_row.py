@@ -74,12 +74,15 @@ def _first_row_in(path: Path) -> dict[str, Any]:
     return dataset_info.load_rows(path)[0]
 
 
-def encode(recipe: Recipe, row: dict[str, Any] | None) -> tuple[list[int], list[int], Any]:
+def encode(
+    recipe: Recipe, row: dict[str, Any] | None, example: dict[str, Any] = EXAMPLE
+) -> tuple[list[int], list[int], Any]:
     """(token ids, labels, the tokenizer) of a row, as LLaMA-Factory's supervised training makes them.
 
     Args:
         recipe: names the model, the template and the other keys that decide the text.
-        row: of the recipe's dataset; None stands for EXAMPLE.
+        row: of the recipe's dataset; None stands for `example`.
+        example: a row in the form into which LLaMA-Factory converts rows.
     """
     os.environ.setdefault("LLAMAFACTORY_VERBOSITY", "ERROR")
     from llamafactory.data.converter import get_dataset_converter
@@ -98,7 +101,7 @@ def encode(recipe: Recipe, row: dict[str, Any] | None) -> tuple[list[int], list[
         template = get_template_and_fix_tokenizer(loaded["tokenizer"], data_args)
     finally:
         TEMPLATES[name] = before  # a recipe's default_system would stay in it
-    converted = dict(EXAMPLE)
+    converted = dict(example)
     if row is not None:
         (attributes,) = get_dataset_list([recipe.config["dataset"]], str(paths.DATA))
         complete = defaultdict(lambda: None, row)
