@@ -11,7 +11,7 @@ from helpers import handmade, scored
 from helpers.handmade import tree
 
 from paragen.collection import derived, index, verification
-from paragen.common import files, settings
+from paragen.common import files, paths, settings
 from paragen.common.cli import UserError
 
 FORMATS = settings.SETTINGS["FORMAT"].choices
@@ -291,3 +291,9 @@ def test_an_out_that_cannot_be_made_is_one_line(place):
     assert "/proc/x: cannot be made: No such file or directory; choose another OUT" in place.refused(
         "canonical", OUT="/proc/x"
     )
+
+
+@pytest.mark.parametrize("format_name", FORMATS)
+def test_every_format_has_a_line_in_the_readmes_table(format_name):
+    text = (paths.UTILS.parent / "saves" / "README.md").read_text(encoding="utf-8")
+    assert f"| `{format_name}` |" in text or f"| [`{format_name}`](#{format_name}) |" in text

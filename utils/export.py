@@ -1,11 +1,11 @@
 """Export collections in the formats of other tools.
 
-    FORMAT=dnd|peft|canonical|archive [CATEGORY=..] [DATASET=..] [MODEL=..] [RANK=..] [SEED=..] [OUT=..] [DTYPE=..] \\
-        [STEPS=..] python utils/export.py                                                            (make export)
+    FORMAT=dnd|peft|canonical|table|w2t|archive [CATEGORY=..] [DATASET=..] [MODEL=..] [RANK=..] [SEED=..] [OUT=..] \\
+        [DTYPE=..] [STEPS=..] [COPY=1] [DRY_RUN=1] python utils/export.py                            (make export)
 
-Each selection is optional; none means all collections. STEPS=all|last|every:10 is for FORMAT=peft. OUT defaults to
-saves/exports/<format>. A part that was made from the same collection before is not made again, unless FORCE=1;
-OUT/export.json records what each part was made from.
+Each selection is optional; none means all collections. OUT defaults to saves/exports/<format>. Collections are verified
+before anything is written. A part that was made from the same collection before is not made again, unless FORCE=1;
+OUT/export.json records what each part was made from. DRY_RUN=1 lists what would be written.
 """
 
 import importlib
