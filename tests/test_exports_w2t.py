@@ -182,3 +182,19 @@ def test_a_table_of_others_is_not_overwritten(place):
     (place.out / "w2t.csv").write_text("mine")
     assert "w2t.csv: is there already" in place.refused("w2t")
     assert sorted(tree(place.out)) == ["w2t.csv"]
+
+
+def test_a_killed_export_leaves_no_table_and_is_finished_by_the_next(place, monkeypatch):
+    for dataset in "AB":
+        scored_collection(place, dataset=dataset)
+    place.export("w2t", OUT=str(place.out) + " wanted")
+    with monkeypatch.context() as patch, pytest.raises(SystemExit):
+
+        def stopped(*_):
+            raise SystemExit(143)
+
+        patch.setattr(w2t, "write_csv", stopped)
+        place.export("w2t")
+    assert not list(place.out.rglob("*.csv")) and not list(place.out.rglob(".*staging*"))
+    place.export("w2t")
+    assert tree(place.out) == tree(Path(str(place.out) + " wanted"))
