@@ -148,6 +148,12 @@ def test_other_layers_are_refused_since_its_scripts_would_drop_them_silently(pla
     assert not place.out.exists()
 
 
+def test_other_layers_of_a_collection_that_is_left_out_do_not_matter(place, monkeypatch):
+    scored_collection(place, dataset="A")
+    place.collect(dataset="B", modules=handmade.llama_keys(layers=3))
+    assert set(read(place.export("w2t"), monkeypatch)["dataset"]) == {"A"}
+
+
 def test_without_any_scores_it_is_refused_with_the_command(place):
     place.collect(dataset="A")
     assert "make evaluate DATASET=A MODEL=Tiny RANK=4" in place.refused("w2t")
