@@ -22,6 +22,7 @@ from paragen.collection import checkpoints, index, prompts, vectors
 from paragen.collection import pairs as pairs_module
 from paragen.common import files, paths
 from paragen.common.cli import UserError
+from paragen.dataset import registration
 
 STEP = "checkpoint-9.safetensors"
 ROOT = Path(__file__).resolve().parent.parent
@@ -428,3 +429,13 @@ def test_the_example_of_the_readme_runs(collected):
         result = subprocess.run([PYTHON, *command], cwd=top, env=environment, capture_output=True, text=True)
         assert result.returncode == 0, result.stderr
     assert result.stdout.strip()
+
+
+def test_descriptions_of_a_task_are_those_registered_now(project, folder):
+    name = folder.relative_to(paths.SAVES).as_posix()
+    assert Pairs(prompts=0).descriptions(name) == []
+    registration.describe("Toy", ["Answer toy questions."], "own", paths.DATA)
+    pairs = pickle.loads(pickle.dumps(Pairs(prompts=0)))
+    assert pairs.descriptions(pairs[0].row["collection"]) == ["Answer toy questions."]
+    with pytest.raises(UserError, match="no such collection"):
+        pairs.descriptions("math/Gone/x")

@@ -11,7 +11,7 @@ from helpers import handmade, scored
 from helpers.handmade import tree
 
 from paragen.collection import derived, index, verification
-from paragen.common import files, settings
+from paragen.common import files, paths, settings
 from paragen.common.cli import UserError
 
 FORMATS = settings.SETTINGS["FORMAT"].choices
@@ -218,11 +218,12 @@ def test_an_index_that_is_older_than_a_collection_is_updated_first(place):
     assert [path.name for path in place.export("peft").rglob("Tiny_*")] == ["Tiny_lora-rank_8_finetune"]
 
 
-def test_a_disk_that_is_too_small_is_said_first(place, monkeypatch):
-    place.collect()
+@pytest.mark.parametrize(("format_name", "given"), [("peft", {}), ("table", {"COPY": "1"}), ("w2t", {})])
+def test_a_disk_that_is_too_small_is_said_first(place, monkeypatch, format_name, given):
+    scored.write(place.collect(), scored.evaluated(scored.RISING))
     usage = shutil.disk_usage(place.saves)
     monkeypatch.setattr(shutil, "disk_usage", lambda path: usage._replace(free=1000))
-    assert "are free" in place.refused("peft")
+    assert "are free" in place.refused(format_name, **given)
     assert not place.out.exists()
 
 
@@ -249,9 +250,9 @@ def test_a_part_cut_off_at_any_moment_is_made_whole_by_the_next_run(place, monke
     assert tree(place.out) == whole and sorted(os.listdir(folder.parent)) == ["A"]
 
 
-@pytest.mark.parametrize("format_name", ["dnd", "peft"])
+@pytest.mark.parametrize("format_name", ["dnd", "peft", "w2t"])
 def test_a_part_that_has_its_name_but_not_yet_its_record_is_still_ours(place, monkeypatch, format_name):
-    place.collect()
+    scored.write(place.collect(), scored.evaluated(scored.RISING))
     place.export(format_name)
     whole = tree(place.out)
     shutil.rmtree(place.out)
@@ -315,3 +316,9 @@ def test_an_out_that_cannot_be_made_is_one_line(place):
     assert "/proc/x: cannot be made: No such file or directory; choose another OUT" in place.refused(
         "canonical", OUT="/proc/x"
     )
+
+
+@pytest.mark.parametrize("format_name", FORMATS)
+def test_every_format_has_a_line_in_the_readmes_table(format_name):
+    text = (paths.UTILS.parent / "saves" / "README.md").read_text(encoding="utf-8")
+    assert f"| `{format_name}` |" in text or f"| [`{format_name}`](#{format_name}) |" in text

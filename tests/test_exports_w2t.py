@@ -148,6 +148,12 @@ def test_other_layers_are_refused_since_its_scripts_would_drop_them_silently(pla
     assert not place.out.exists()
 
 
+def test_other_layers_of_a_collection_that_is_left_out_do_not_matter(place, monkeypatch):
+    scored_collection(place, dataset="A")
+    place.collect(dataset="B", modules=handmade.llama_keys(layers=3))
+    assert set(read(place.export("w2t"), monkeypatch)["dataset"]) == {"A"}
+
+
 def test_without_any_scores_it_is_refused_with_the_command(place):
     place.collect(dataset="A")
     assert "make evaluate DATASET=A MODEL=Tiny RANK=4" in place.refused("w2t")
@@ -182,3 +188,19 @@ def test_a_table_of_others_is_not_overwritten(place):
     (place.out / "w2t.csv").write_text("mine")
     assert "w2t.csv: is there already" in place.refused("w2t")
     assert sorted(tree(place.out)) == ["w2t.csv"]
+
+
+def test_a_killed_export_leaves_no_table_and_is_finished_by_the_next(place, monkeypatch):
+    for dataset in "AB":
+        scored_collection(place, dataset=dataset)
+    place.export("w2t", OUT=str(place.out) + " wanted")
+    with monkeypatch.context() as patch, pytest.raises(SystemExit):
+
+        def stopped(*_):
+            raise SystemExit(143)
+
+        patch.setattr(w2t, "write_csv", stopped)
+        place.export("w2t")
+    assert not list(place.out.rglob("*.csv")) and not list(place.out.rglob(".*staging*"))
+    place.export("w2t")
+    assert tree(place.out) == tree(Path(str(place.out) + " wanted"))

@@ -25,6 +25,7 @@ from paragen.collection import copies, index
 from paragen.collection.manifest import BaseModel, sealed
 from paragen.common import files, paths
 from paragen.common.cli import UserError
+from paragen.dataset import dataset_info, registration
 from paragen.publishing import card, licenses, published_tree
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -443,6 +444,16 @@ def test_the_card_says_what_is_odd_about_the_data(licensed, run):
         "- Toy: cutoff_len 64",
         "- Toy_test: repeated",
     ]
+
+
+def test_descriptions_of_a_task_stand_on_the_card_and_come_back(licensed, empty, run, hub):
+    registration.describe("Toy", ["Answer *toy* questions.", "Reply to toys."], "own", licensed / "data")
+    run(publish, licensed)
+    assert "\n- Toy: Answer *toy* questions. (2)\n" in (tree_of(licensed) / "README.md").read_text()
+    run(pull, empty)
+    assert dataset_info.entry_of("Toy", empty / "data")["descriptions"] == {
+        "own": ["Answer *toy* questions.", "Reply to toys."]
+    }
 
 
 @pytest.mark.parametrize("name", ["", "toy", "a/b/c", "user/to y", "../x", "user/--x"])

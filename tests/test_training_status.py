@@ -12,6 +12,7 @@ from helpers import many
 
 from paragen.collection import row_hashes, run_identity, stock_runs
 from paragen.collection.discovery import State
+from paragen.dataset import registration
 from paragen.recipes.run import Cell
 from paragen.training import inputs, status
 
@@ -145,6 +146,11 @@ def test_what_changed_makes_stale_also_in_the_pretrain_recipe_alone(cell):
     assert status.state_of(cell) == ("complete", "")
     cell.recipes[0].write_text(cell.recipes[0].read_text().replace("max_steps: 100", "max_steps: 200"))
     assert status.state_of(fresh(cell)) == ("stale", "its pretrain run: max_steps (100 -> 200)")
+
+
+def test_descriptions_of_the_task_make_nothing_stale(cell):
+    registration.describe("Toy0", ["Answer toy questions."], "own", cell.finetune.data_dir)
+    assert status.state_of(fresh(cell)) == ("complete", "")
 
 
 def test_a_collection_is_complete_without_its_model_and_data_and_says_what_it_was_not_compared_with(cell, top):

@@ -1,11 +1,13 @@
 """Export collections in the formats of other tools.
 
-    FORMAT=dnd|peft|canonical|loragen|text-to-lora|archive [CATEGORY=..] [DATASET=..] [MODEL=..] [RANK=..] [SEED=..] \\
-        [OUT=..] [DTYPE=..] [STEPS=..] [PARTS=..] [VAL=..] [SLICE=1] [DRY_RUN=1] python utils/export.py   (make export)
+    FORMAT=dnd|peft|canonical|loragen|text-to-lora|table|w2t|archive [CATEGORY=..] [DATASET=..] [MODEL=..] [RANK=..] \\
+        [SEED=..] [OUT=..] [DTYPE=..] [STEPS=..] [PARTS=..] [VAL=..] [SLICE=1] [COPY=1] [DRY_RUN=1] \\
+        python utils/export.py                                                                        (make export)
 
-Each selection is optional; none means all collections. OUT defaults to saves/exports/<format>. A part that was made
-from the same collection before is not made again, unless FORCE=1; OUT/export.json records what each part was made from.
-DRY_RUN=1 lists what would be written. Which format takes STEPS, PARTS, VAL and SLICE: saves/README.md.
+Each selection is optional; none means all collections. OUT defaults to saves/exports/<format>. Collections are verified
+before anything is written. A part that was made from the same collection before is not made again, unless FORCE=1;
+OUT/export.json records what each part was made from. DRY_RUN=1 lists what would be written. Which format takes STEPS,
+PARTS, VAL, SLICE and COPY: saves/README.md.
 """
 
 import importlib

@@ -16,7 +16,7 @@ import pyarrow.compute as pc
 import torch
 from torch.utils.data import Dataset
 
-from paragen.collection import augmentation, index, run_files, vectors
+from paragen.collection import augmentation, index, run_files, task_descriptions, vectors
 from paragen.collection import prompts as prompts_module
 from paragen.collection.manifest import Manifest, read_manifest
 from paragen.collection.shared_reader import SharedReader
@@ -119,6 +119,7 @@ class Pairs(Dataset):
         self._epoch = torch.zeros(1, dtype=torch.int64).share_memory_()  # the workers see it, too
         self._reader = SharedReader(self.saves, len(self))
         self._manifests: dict[str, Manifest] = {}
+        self._descriptions: dict[str, list[str]] = {}
 
     def __getstate__(self) -> dict[str, Any]:
         return {**vars(self), "_manifests": {}}
@@ -162,6 +163,17 @@ class Pairs(Dataset):
                 raise UserError(f"{name}: no such collection among these pairs")
             self._reader.read(number, self.row(number))
         return self._reader.layouts[name]
+
+    def descriptions(self, name: str) -> list[str]:
+        """The descriptions of a collection's task (see task_descriptions.py), read once; empty where there are none.
+
+        `name` is the `collection` of its rows. Raises UserError where its manifest changed since the index was made.
+        """
+        if name not in self._descriptions:
+            if name not in self._seals:
+                raise UserError(f"{name}: no such collection in the index")
+            self._descriptions[name] = task_descriptions.of_collection(self._manifest(name), self.data_dir)
+        return self._descriptions[name]
 
     def _manifest(self, name: str) -> Manifest:
         """A collection's manifest without its checkpoints, checked to be the one that was indexed."""

@@ -56,33 +56,23 @@ def export(chosen: list[Chosen], out: Path, dtype: str | None) -> None:
     steps = settings.text("STEPS") or "all"
     # of a collection without scores, `best` selects the last checkpoint, which is then left out and counted
     plan = [adapters.planned(one, steps if steps != "best" or scores_of(one)[1] else "last") for one in chosen]
-    check_layers(plan)
-    for one in plan:
+    rows = rows_to_write(plan)
+    if not rows:
+        raise UserError(f"{plan[0].chosen.name}: has no scores; {adapters.way_to_score(plan[0].chosen)}")
+    scored = those_in(rows, plan)
+    check_layers(scored)
+    for one in scored:
         if one.chosen.manifest.recipe is None:
             raise UserError(
                 f"{one.chosen.name}: does not know its recipe (it was made from a stock run), of which the table has "
                 "columns; select others with DATASET=.."
             )
-    scored = [with_scores(one) for one in plan]
-    selected, kept = sum(len(one.entries) for one in plan), sum(len(one.entries) for one in scored)
-    if not kept:
-        raise UserError(f"{plan[0].chosen.name}: has no scores; {adapters.way_to_score(plan[0].chosen)}")
-    rows = [row for one in scored for row in rows_of(one)]
-    without = [row for row in rows if row["test_acc"] == ""]
-    if len(without) < len(rows):  # one row without an accuracy would make the mean of this target NaN
-        rows = [row for row in rows if row["test_acc"] != ""]
-    named = {row["safetensors_path"] for row in rows}
-    scored = [
-        one._replace(entries=[entry for entry in one.entries if adapters.path_of(one, entry) in named])
-        for one in scored
-    ]
-    scored = [one for one in scored if one.entries]
     adapters.check(scored, out, FORMAT, dtype)
     source = {"format": FORMAT, "rows": len(rows), "sha256": files.sha256_of_value(rows)}
     derived.check_replaceable(out, NAME, source)
     adapters.write(scored, out, FORMAT, dtype)
     parts.make(out, NAME, source, partial(write_csv, rows))
-    print_notes(plan, rows, selected, out, dtype)
+    print_notes(plan, rows, out, dtype)
 
 
 def check_layers(plan: Sequence[Planned]) -> None:
@@ -105,10 +95,23 @@ def check_layers(plan: Sequence[Planned]) -> None:
             )
 
 
-def with_scores(one: Planned) -> Planned:
-    """A collection with those of its selected checkpoints that have a loss on held-out rows."""
-    known = scores_of(one.chosen)[1]
-    return one._replace(entries=[entry for entry in one.entries if is_number(known.get(entry.step, {}).get("loss"))])
+def rows_to_write(plan: Sequence[Planned]) -> list[dict[str, Any]]:
+    """The rows of all selected checkpoints that have scores.
+
+    Where some have an accuracy, those without one are left out: one of them would make the mean of this target NaN.
+    """
+    rows = [row for one in plan for row in rows_of(one)]
+    accurate = [row for row in rows if row["test_acc"] != ""]
+    return accurate or rows
+
+
+def those_in(rows: Sequence[dict[str, Any]], plan: Sequence[Planned]) -> list[Planned]:
+    """The collections that have rows, each with the checkpoints of its rows."""
+    named = {row["safetensors_path"] for row in rows}
+    kept = [
+        one._replace(entries=[entry for entry in one.entries if adapters.path_of(one, entry) in named]) for one in plan
+    ]
+    return [one for one in kept if one.entries]
 
 
 def scores_of(chosen: Chosen) -> tuple[dict[str, Any], dict[int, dict[str, Any]]]:
@@ -123,7 +126,7 @@ def is_number(value: Any) -> bool:
 
 
 def rows_of(one: Planned) -> list[dict[str, Any]]:
-    """The rows of a collection's checkpoints, which have to be scored; a value that is not known is an empty text."""
+    """The rows of a collection's selected checkpoints that have a loss on held-out rows; an unknown value is empty."""
     manifest = one.chosen.manifest
     shown, scores = scores_of(one.chosen)
     base = shown.get("base") or {}
@@ -141,7 +144,10 @@ def rows_of(one: Planned) -> list[dict[str, Any]]:
     }
     rows = []
     for entry in one.entries:
-        folder, score, seen = adapters.path_of(one, entry), scores[entry.step], epochs_at(one.chosen, entry.step)
+        score = scores.get(entry.step)
+        if score is None or not is_number(score["loss"]):
+            continue
+        folder, seen = adapters.path_of(one, entry), epochs_at(one.chosen, entry.step)
         row = {
             **shared,
             "run_id": int(files.sha256_of_value([manifest.sha256, entry.step])[:RUN_ID_DIGITS], 16),
@@ -233,23 +239,18 @@ def write_csv(rows: Sequence[dict[str, Any]], path: Path) -> None:
     path.write_text(text.getvalue(), encoding="utf-8")
 
 
-def print_notes(plan: list[Planned], rows: list[dict[str, Any]], selected: int, out: Path, dtype: str | None) -> None:
-    """Print what Weight2Token would not say."""
+def print_notes(plan: Sequence[Planned], rows: Sequence[dict[str, Any]], out: Path, dtype: str | None) -> None:
+    """Print what Weight2Token would not say; `plan`: all selected checkpoints, also those without a row."""
     say(
         f"note: the paths in {NAME} are relative to {paths.relative(out)}: run Weight2Token's scripts in that folder, "
         f"or with --path-map {adapters.FOLDER}={out / adapters.FOLDER}"
     )
-    if left_out := selected - len(rows):
-        known = {row["run_name"] for row in rows}
-        short = [
-            one
-            for one in plan
-            if any(f"{one.chosen.name}/checkpoint-{entry.step}" not in known for entry in one.entries)
-        ]
-        named = index.listed([one.chosen.name for one in short])
+    selected, named = sum(len(one.entries) for one in plan), {row["safetensors_path"] for row in rows}
+    if len(rows) < selected:
+        short = [one for one in plan if any(adapters.path_of(one, entry) not in named for entry in one.entries)]
         say(
-            f"note: {left_out} of {selected} checkpoints are left out, since they have no test_acc and test_loss: "
-            f"{named}; {adapters.way_to_score(short[0].chosen)}"
+            f"note: {selected - len(rows)} of {selected} checkpoints are left out, since they have no test_acc and "
+            f"test_loss: {index.listed([one.chosen.name for one in short])}; {adapters.way_to_score(short[0].chosen)}"
         )
     if all(row["test_acc"] == "" for row in rows):
         say("note: test_acc is empty in all rows (scored by the loss alone): train with --target-col test_loss")

@@ -7,7 +7,7 @@ import re
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from paragen.collection import evaluation, index, prompts, quality_warnings
+from paragen.collection import evaluation, index, prompts, quality_warnings, task_descriptions
 from paragen.collection.manifest import TrainedData
 from paragen.common import paths
 from paragen.publishing import licenses
@@ -50,6 +50,7 @@ def render(
         scores=(scores := score_rows(chosen, table)),
         metrics={name: evaluation.METRICS[name] for name in sorted({row[5] for row in scores})},
         datasets=data,
+        tasks=task_rows(chosen, data_dir),
         warnings=sorted({line for item in chosen for line in quality_warnings.about_data(item.manifest, data_dir)}),
         pictures=sorted({part.name for part in parts_of(chosen) if part.pictures}),
         unknown_data=sorted({item.manifest.dataset for item in chosen if item.manifest.data is None}),
@@ -124,6 +125,12 @@ def data_facts(chosen: list[index.Chosen], data_dir: Path) -> list[dict[str, Any
         }
         for (name, file), counts in sorted(trained.items(), key=lambda item: item[0][::-1])
     ]
+
+
+def task_rows(chosen: list[index.Chosen], data_dir: Path) -> list[tuple[str, str, int]]:
+    """(Dataset, its first description, how many it has) of each dataset whose task is described."""
+    found = {item.manifest.dataset: task_descriptions.of_collection(item.manifest, data_dir) for item in chosen}
+    return [(name, texts[0], len(texts)) for name, texts in sorted(found.items()) if texts]
 
 
 def trained_text(counts: set[int], rows: int) -> str:
