@@ -65,15 +65,21 @@ def test_factors_depend_on_seed_epoch_and_pair_alone(indexed, kind):
     first = [pair.checkpoint for pair in pairs]
     again = Pairs(prompts=3, augment=kind, vector=True, dataset="B")
     assert all(torch.equal(one, pair.checkpoint) for one, pair in zip(first, again, strict=True))
-    loader = DataLoader(pairs, batch_size=2, collate_fn=collate, num_workers=2)
-    loaded = torch.cat([batch["checkpoint"] for batch in loader])
-    assert torch.equal(loaded, torch.stack(first))
     pairs.set_epoch(1)
     assert not any(torch.equal(one, pair.checkpoint) for one, pair in zip(first, pairs, strict=True))
     pairs.set_epoch(0)
     assert torch.equal(pairs[1].checkpoint, first[1])
     seeded = Pairs(prompts=0, augment=kind, vector=True, dataset="B", seed=1)
     assert not torch.equal(seeded[1].checkpoint, first[1])
+
+
+def test_workers_draw_the_same_factors(indexed):
+    pairs = Pairs(prompts=0, augment="gl", vector=True, dataset="B")
+    loader = DataLoader(pairs, batch_size=2, collate_fn=collate, num_workers=2)
+    for epoch in (0, 1):
+        pairs.set_epoch(epoch)
+        loaded = torch.cat([batch["checkpoint"] for batch in loader])
+        assert torch.equal(loaded, torch.stack([pair.checkpoint for pair in pairs]))
 
 
 def test_what_cannot_be_augmented_is_named(indexed):

@@ -63,25 +63,27 @@ def test_loragen_reads_the_last_checkpoint_of_each_dataset(place, capsys):
     assert "lora_config_bench_tasks.yaml" in capsys.readouterr().out
 
 
-def test_peft_loads_the_adapter_with_its_stacked_tensors(trained_place, trained_once):
-    """A really trained adapter of all linear layers, cut to q and v: the model says what PEFT makes of the cut one."""
-    from peft import PeftModel
-    from transformers import AutoModelForCausalLM
+def test_peft_loads_an_adapter_cut_to_q_and_v_beside_its_stacked_tensors(place, capsys):
+    from peft import LoraConfig, PeftModel, get_peft_model
+    from transformers import LlamaConfig, LlamaForCausalLM
 
-    info = trained_place.data / "dataset_info.json"
-    entries = json.loads(info.read_text())
-    entries["Toy"]["descriptions"] = {"own": DESCRIPTIONS}
-    info.write_text(json.dumps(entries))
-    said = trained_place.refused("loragen")
-    assert "lora_target: q_proj,v_proj" in said and "SLICE=1" in said and not trained_place.out.exists()
-    root = trained_place.export("loragen", SLICE="1")
-    run = next(trained_place.saves.glob("*/*/*_finetune"))
-    stored = load_file(run / "checkpoint-12.safetensors")
-    base = AutoModelForCausalLM.from_pretrained(trained_once.top / "models" / "Tiny-Llama")
-    loaded = PeftModel.from_pretrained(base, root / "loras" / "Toy").state_dict()
-    for key in stored:
-        if re.search("[qv]_proj", key):
-            assert torch.equal(loaded[key.replace(".weight", ".default.weight")], stored[key].float())
+    sizes = {"hidden_size": 16, "intermediate_size": 24, "num_attention_heads": 4, "num_key_value_heads": 2}
+    base = LlamaForCausalLM(LlamaConfig(vocab_size=32, num_hidden_layers=2, **sizes))
+    modules = ["q_proj", "v_proj", "down_proj"]
+    made = get_peft_model(base, LoraConfig(r=4, target_modules=modules)).state_dict()
+    made = {key.replace(".default", ""): torch.randn_like(value) for key, value in made.items() if "lora_" in key}
+    collect(place, "A", states=[made], steps=[1], config={"target_modules": modules, "lora_alpha": 8})
+    said = place.refused("loragen")
+    assert "lora_target: q_proj,v_proj" in said and "SLICE=1" in said and not place.out.exists()
+    root = place.export("loragen", SLICE="1")
+    assert "the scores of the collections are not those" in capsys.readouterr().out
+    assert list(read_as_loragen(root, "train")) == ["A"]
+    fresh = LlamaForCausalLM(base.config)
+    loaded = PeftModel.from_pretrained(fresh, root / "loras" / "A")
+    found = {key.replace(".default", ""): value for key, value in loaded.state_dict().items() if "lora_" in key}
+    kept = {key: value for key, value in made.items() if "down_proj" not in key}
+    assert found.keys() == kept.keys()
+    assert all(torch.equal(found[key], kept[key]) for key in kept)
 
 
 def test_what_loragen_cannot_read_is_refused_before_anything_is_written(place, capsys):

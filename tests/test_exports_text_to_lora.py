@@ -178,6 +178,35 @@ def test_the_checkouts_own_template_stays_and_nothing_else_of_it_is_replaced(pla
     assert sorted(path.name for path in (place.out / "train_outputs/sft/oracle_lora").iterdir()) == ["A", "B"]
 
 
+@pytest.mark.parametrize(
+    "template, changed",
+    [(TEMPLATE, False), ("{%- for message in messages %}\n    {{- message['content'] + '\\n' }}\n{%- endfor %}", False),
+     ("{% for message in messages %}\n{{ message['content'] }}\n{% endfor %}", True), ("{{ unknown() }}", True)],
+)  # fmt: skip
+def test_a_template_that_depends_on_its_line_breaks_is_named(place, capsys, template, changed):
+    for name in "AB":
+        collect(place, name)
+    (paths.MODELS / "Tiny" / "chat_template.jinja").write_text(template)
+    root = place.export("text-to-lora")
+    assert (root / "chat_templates" / HUB / "chat_template.jinja").read_text() == template
+    assert ("removes line breaks" in capsys.readouterr().out) == changed
+
+
+def test_an_export_holds_adapters_of_one_kind_also_over_several_calls(place):
+    for name in "AB":
+        collect(place, name)
+    place.export("text-to-lora")
+    for name in "CD":
+        collect(place, name, rank=4)
+    said = place.refused("text-to-lora", DATASET="C D")
+    assert "oracle_lora/A: is of another model, rank or recipe; take another OUT" in said
+    for name in "AB":
+        collect(place, name, rank=4)
+    place.export("text-to-lora", RANK="4")
+    collect(place, "E", rank=4)
+    place.export("text-to-lora", DATASET="E D", RANK="4")
+
+
 def test_a_changed_checkpoint_is_never_exported(place):
     for name in "AB":
         run = collect(place, name)

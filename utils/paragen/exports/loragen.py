@@ -14,6 +14,7 @@ and value projections of all layers: layers x rank x inputs, and layers x output
 """
 
 import json
+from collections.abc import Callable
 from functools import partial
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -57,8 +58,10 @@ def export(chosen: list[Chosen], out: Path, dtype: str | None) -> None:
     cut = settings.switch("SLICE")
     check_layers(plan[0], cut)
     sizes = sizes_of(plan[0])
-    made = [
-        (f"loras/{task.name}", tasks.source_of(task, FORMAT, "float32"), partial(write_adapter, task)) for task in plan
+    sources = {f"loras/{task.name}": tasks.source_of(task, FORMAT, "float32") for task in plan}
+    tasks.check_out(out, sources)
+    made: list[tuple[str, dict[str, Any], Callable[[Path], None]]] = [
+        (name, source, partial(write_adapter, task)) for (name, source), task in zip(sources.items(), plan, strict=True)
     ]
     for task in plan:
         texts = {"descriptions": task.descriptions}

@@ -6,10 +6,10 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
-from paragen.collection import checkpoints, evaluation
+from paragen.collection import checkpoints, derived, evaluation
 from paragen.collection.index import Chosen
 from paragen.collection.manifest import CheckpointEntry, Manifest
-from paragen.common import paths, settings
+from paragen.common import files, paths, settings
 from paragen.common.cli import UserError
 from paragen.dataset import dataset_info
 from paragen.exports import one_of_each
@@ -21,6 +21,7 @@ LATER_KEYS: dict[str, tuple[Any, ...]] = {
 }  # fmt: skip
 # What PEFT multiplies the factors by, and what they are factors of: adapters that differ here are of different kinds.
 KIND = ("r", "lora_alpha", "use_rslora", "rank_pattern", "alpha_pattern", "use_dora", "bias")
+LIKE = "kind_sha256"  # in a part's source: the hash of all that adapters of one export share
 KEY = re.compile(r"base_model\.model\.model\.layers\.(\d+)\.(?:self_attn|mlp)\.(\w+)\.lora_([AB])\.weight")
 
 
@@ -151,8 +152,26 @@ def modules_of(task: Task) -> list[str]:
 
 
 def source_of(task: Task, format_name: str, dtype: str) -> dict[str, Any]:
-    """What decides the content of a task's adapter."""
-    return {"format": format_name, "sha256": task.chosen.manifest.sha256, "step": task.entry.step, "dtype": dtype}
+    """What decides the content of a task's adapter, and what has to be the same for all adapters in an export."""
+    base = task.chosen.manifest.base_model
+    kind = [base and base.sha256, task.shapes, [task.config.get(key) or None for key in KIND]]
+    return {
+        "format": format_name, "sha256": task.chosen.manifest.sha256, "step": task.entry.step, "dtype": dtype,
+        LIKE: files.sha256_of_value(kind),
+    }  # fmt: skip
+
+
+def check_out(out: Path, sources: dict[str, dict[str, Any]]) -> None:
+    """Raise UserError where OUT has the adapter of another dataset from an earlier export that is of another kind.
+
+    `sources` are those of the adapters to export, by their paths in OUT.
+    """
+    kind = next(iter(sources.values()))[LIKE]
+    for name, entry in derived.read_record(out).items():
+        if name not in sources and entry["source"].get(LIKE, kind) != kind and (out / name).exists():
+            raise UserError(
+                f"{paths.relative(out / name)}: is of another model, rank or recipe; take another OUT for this one"
+            )
 
 
 def as_yaml(value: Any) -> str:

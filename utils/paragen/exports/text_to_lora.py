@@ -12,6 +12,7 @@ One base model, rank and recipe an export, since the first adapter's config coun
 """
 
 import json
+from collections.abc import Callable
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -45,10 +46,13 @@ def export(chosen: list[Chosen], out: Path, dtype: str | None) -> None:
     plan = tasks.planned(chosen, FORMAT)
     check_enough(plan)
     base = base_of(plan[0])
-    made: list[tuple[str, dict[str, Any], Any]] = []
+    kept = dtype or "float32"
+    sources = {f"{ADAPTERS}/{task.name}": tasks.source_of(task, FORMAT, kept) | {"base": base} for task in plan}
+    tasks.check_out(out, sources)
+    made: list[tuple[str, dict[str, Any], Callable[[Path], None]]] = []
     for task in plan:
-        source = tasks.source_of(task, FORMAT, dtype or "float32") | {"base": base}
-        made.append((f"{ADAPTERS}/{task.name}", source, partial(write_adapter, task, base, dtype or "float32")))
+        name = f"{ADAPTERS}/{task.name}"
+        made.append((name, sources[name], partial(write_adapter, task, base, kept)))
         rows = task_rows(task)
         metadata = metadata_of(task, rows)
         source = {"format": FORMAT, "metadata": metadata, "rows_sha256": files.sha256_of_value(rows)}
@@ -116,6 +120,27 @@ def chat_template(task: Task) -> str:
     return found
 
 
+def changes_without_breaks(template: str) -> bool:
+    """Whether a chat template says something else once its line breaks and indents of four are gone.
+
+    Text-to-LoRA removes these. A template that cannot be rendered without the tokenizer's own functions counts as
+    changed.
+    """
+    from jinja2 import TemplateError
+    from jinja2.sandbox import ImmutableSandboxedEnvironment
+
+    messages = [{"role": role, "content": f"a {role}"} for role in ("user", "assistant")]
+    environment = ImmutableSandboxedEnvironment(trim_blocks=True, lstrip_blocks=True)  # as transformers has it
+    try:
+        said = [
+            environment.from_string(text).render(messages=messages, bos_token="<s>", eos_token="</s>")
+            for text in (template, template.replace("    ", "").replace("\n", ""))
+        ]
+    except TemplateError:
+        return True
+    return said[0] != said[1]
+
+
 def task_rows(task: Task) -> list[dict[str, str]]:
     """The rows that a task's adapter was trained on: prompt, response and system prompt of each."""
     rows = prompts.of_collection(task.chosen.manifest, "train", paths.DATA)
@@ -181,6 +206,11 @@ def print_notes(plan: list[Task], base: str) -> None:
     least = min(len(task.descriptions) for task in plan)
     if least < DESCRIPTIONS:
         say(f"note: Text-to-LoRA reads up to {DESCRIPTIONS} descriptions of a task; the fewest here are {least}")
+    if changes_without_breaks(chat_template(plan[0])):
+        say(
+            f"note: Text-to-LoRA removes line breaks and indents of chat_templates/{base}/chat_template.jinja, after "
+            "which it says something else: put one there in which no text depends on them"
+        )
     if base.startswith("models/"):
         say(f"note: in its checkout, {base} has to be the base model's folder: ln -s {paths.MODELS} models")
     say(
