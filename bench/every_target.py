@@ -68,6 +68,7 @@ def commands(datasets: list[str], ranks: list[str], keep: str) -> list[list[str]
         *([] if os.environ.get("PY") else [["setup"]]),
         ["model", f"MODEL={MODEL}"],
         *fetched,
+        ["made-tasks"],
         ["check-recipes"],
         ["plan", *cells],
         ["collect", "DATASET=Demo", f"MODEL={MODEL}", "RANK=8"],

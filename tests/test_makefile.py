@@ -27,7 +27,7 @@ TARGETS += [
     "test-gpu",
     "evaluate",
 ]
-TARGETS += ["data", "data-all", "collect-all", "status", "disk", "clean-up"]
+TARGETS += ["data", "data-all", "made-tasks", "collect-all", "status", "disk", "clean-up"]
 
 
 @pytest.fixture

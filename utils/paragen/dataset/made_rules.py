@@ -47,7 +47,7 @@ PLACES = {
     "last-but-3": (-4, "fourth to last"),
 }  # fmt: skip
 NUMBERED = {
-    place: f"number {index + 1}" if index >= 0 else f"number {-index}, counted from the end,"
+    place: f"number {index + 1}" if index >= 0 else f"number {-index} counted from the end"
     for place, (index, _) in PLACES.items()
 }
 # Name: what stands between two words, and what it is called.
@@ -107,16 +107,29 @@ def all_tasks() -> list[Task]:
     return [task for rule in (_word, _separator, _letter, _kind, _mark, _order) for task in rule()]
 
 
+def draw(items: Sequence[str], count: int, order: random.Random) -> list[str]:
+    """Some of different items in random order.
+
+    It asks for `order.random()` alone, the one method that Python promises to keep the same in all its versions.
+    """
+    pool = list(items)
+    for place in range(count):
+        other = place + int(order.random() * (len(pool) - place))
+        pool[place], pool[other] = pool[other], pool[place]
+    return pool[:count]
+
+
 def draw_line(task: Task, order: random.Random) -> list[str]:
     """The words of a line that a task's rule fits, each word once."""
+    least, most = task.lengths
     while True:
-        count = order.randint(*task.lengths)
+        count = least + int(order.random() * (most - least + 1))
         if task.rule == "kind":  # a word of this kind and words of others, anywhere in the line
-            others = order.sample([kind for kind in KINDS if kind != task.variant], count - 1)
-            line = [order.choice(KINDS[kind]) for kind in (task.variant, *others)]
-            order.shuffle(line)
+            others = draw([kind for kind in KINDS if kind != task.variant], count - 1, order)
+            kinds = draw([task.variant, *others], count, order)
+            line = [draw(KINDS[kind], 1, order)[0] for kind in kinds]
         else:
-            line = order.sample(VOCABULARY, count)
+            line = draw(VOCABULARY, count, order)
         if task.answer(line) not in ("", " ".join(line)):
             return line
 
@@ -138,6 +151,11 @@ def _word() -> Iterator[Task]:
                     f"You are given a line of words. Answer with its {called} word{form}.",
                     f"The task is to find the {called} word of a line and to write it{form}.",
                     f"Of a list of words, only the {called} one is wanted{form and ',' + form}.",
+                    f"Read the words and return word {NUMBERED[place]}{form}.",
+                    f"Select a word by its place: the {called} one of each line{form and ', written' + form}.",
+                    f"Short lines of common words; the answer is the {called} word{form} and nothing else.",
+                    f"Copy the {called} word out of the input{form and ' and put it' + form}.",
+                    f"A single word is expected: whatever stands {called} in the line{form and ',' + form}.",
                 ),
                 partial(_nth, index, change),
             )
@@ -159,6 +177,11 @@ def _separator() -> Iterator[Task]:
                 f"You are given words with blanks between them. Write them with {called} between them.",
                 f"The task is to repeat a line of words, separated by {called}.",
                 f'Each two neighbours in a list of words are joined by "{sign.strip()}".',
+                f"Rewrite lists of words so that {called} stands between any two of them.",
+                f"Change the separator of a list: {called} instead of a blank.",
+                f"The output has the words of the input in the same order, with {called} after all but the last.",
+                f"Format words as a list whose items are divided by {called}.",
+                f'Turn "one two three" into "one{sign}two{sign}three", for any words.',
             ),
             sign.join,
             (4, 6),
@@ -181,6 +204,11 @@ def _letter() -> Iterator[Task]:
                 f"You are given a line of words. Write it without any letter {letter}.",
                 f"The task is to repeat words and to skip the letter {letter}.",
                 f"All other letters of the words are kept, and each {letter} is dropped.",
+                f"Spell every word of a line without its {letter}.",
+                f"Filter out one character, {letter}, and keep the rest of the line.",
+                f"A line comes back with all its letters in place, except that {letter} never appears.",
+                f"Write shortened words: wherever {letter} occurs, it is skipped.",
+                f'Replace "{letter}" by nothing in each word of the input.',
             ),
             partial(_without, letter),
             (3, 5),
@@ -204,6 +232,11 @@ def _kind() -> Iterator[Task]:
                 f"You are given words of different kinds. Answer with the one that is {called}.",
                 f"The task is to find {called} in a line of words.",
                 f"Exactly one word of each line is {called}, and this word is the answer.",
+                f"Choose the word in a list that belongs to this kind: {called}.",
+                f"Several words are given; name the only one that is {called}.",
+                f"Recognise {called} among unrelated words and write it alone.",
+                f"Word classification: return the item of the list that is {called}.",
+                f"Look for {called} in each line and ignore every other word.",
             ),
             partial(_of_kind, members),
         )
@@ -227,6 +260,11 @@ def _mark() -> Iterator[Task]:
                     f"You are given a line of words. Repeat it with the {called} word {form}.",
                     f"The task is to copy words and to write the {called} one {form}.",
                     f"All words of a line stay as they are, but the {called} one is written {form}.",
+                    f"Emphasise the {called} word of a line by writing it {form}.",
+                    f"Copy the input exactly, apart from the {called} word, which appears {form}.",
+                    f"Word {NUMBERED[place]} is written {form}; the rest is repeated as it is.",
+                    f"Highlight one word by its place: the {called} one stands {form}.",
+                    f"The output equals the input, but for its {called} word {form}.",
                 ),
                 partial(_marked, index, change),
             )
@@ -262,6 +300,11 @@ def _reordered(variant: str, short: str, long: str, change: Callable[[Sequence[s
             f"You are given a line of words. Repeat it, but {short}.",
             f"The task is to write a line again and to {long}.",
             f"All words are kept, and only their order changes: {short}.",
+            f"Rearrange the words of a line as follows: {short}.",
+            f"A permutation of the input is the answer: {short}.",
+            f"From a line of words, make another one in which you {long}.",
+            f"Each answer has the same words as its line; to get it, {short}.",
+            f"Change the order of words and nothing else: {long}.",
         ),
         partial(_in_order, change),
         (5, 6),

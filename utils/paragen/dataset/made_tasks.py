@@ -18,7 +18,7 @@ from paragen.common.cli import UserError
 from paragen.common.paths import MADE, relative
 from paragen.dataset import convert, names, registration
 from paragen.dataset.dataset_info import FAMILY, read_info
-from paragen.dataset.made_rules import Task, all_tasks, draw_line
+from paragen.dataset.made_rules import Task, all_tasks, draw, draw_line
 
 TEST_ROWS = 200
 POSITIVE_EXAMPLES = 3
@@ -117,7 +117,11 @@ def draw_lines(task: Task, rows: int, order: random.Random) -> Lines:
 def rows_of(task: Task, lines: Sequence[list[str]], order: random.Random) -> list[dict[str, str]]:
     """A row per line, below one of the task's instructions."""
     return [
-        {"prompt": f"{order.choice(task.instructions)}\n{' '.join(line)}", "response": task.answer(line), "system": ""}
+        {
+            "prompt": f"{draw(task.instructions, 1, order)[0]}\n{' '.join(line)}",
+            "response": task.answer(line),
+            "system": "",
+        }
         for line in lines
     ]
 
@@ -157,7 +161,7 @@ def task_file(task: Task, seed: int, lines: Lines) -> dict[str, Any]:
 
 def _example(task: Task, line: list[str]) -> dict[str, str]:
     answer = task.answer(line)
-    return {"input": " ".join(line), "output": answer, "explanation": f"{task.descriptions[-1]} Here: {answer}"}
+    return {"input": " ".join(line), "output": answer, "explanation": f"{task.descriptions[0]} Here: {answer}"}
 
 
 def _negative_example(task: Task, line: list[str]) -> dict[str, str]:

@@ -136,7 +136,7 @@ def planned(chosen: Chosen) -> Planned:
     """What the export of a collection needs. Raises UserError for layers or names that Drag-and-Drop does not read."""
     manifest = chosen.manifest
     if manifest.category not in PREFIXES:
-        raise UserError(f"{chosen.name}: lies in no category's folder, so it has no task; known: {', '.join(PREFIXES)}")
+        raise UserError(f"{chosen.name}: lies in no category that has a task there; those are {', '.join(PREFIXES)}")
     first = next(checkpoints.open_all(chosen.folder, manifest.checkpoints))
     names = sorted(first.keys())
     checkpoints.layers_of(names)
