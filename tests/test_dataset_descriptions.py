@@ -113,7 +113,7 @@ def test_a_file_without_descriptions_is_named(tmp_path, name, content):
 
 def test_every_prepared_dataset_has_twenty_of_its_own():
     table = yaml.safe_load((paths.DATA / descriptions.TABLE).read_text(encoding="utf-8"))
-    prepared = {names.family(one["dataset"]) for one in sources.table()["files"].values()}
+    prepared = {names.prepared_dataset(one["dataset"]) for one in sources.table()["files"].values()}
     assert table["datasets"].keys() == prepared | {"Demo"}
     for name in table["datasets"]:
         ((source, texts),) = descriptions.prepared(name, paths.DATA).items()

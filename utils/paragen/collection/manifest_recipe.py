@@ -31,6 +31,14 @@ def one_of(*values: Any) -> Kind:
     )
 
 
+def _is_figure(value: Any) -> bool:
+    """Whether a value is a finite number, or a text of one, which LLaMA-Factory takes, too."""
+    try:
+        return kinds.is_number(float(value) if isinstance(value, str) else value)
+    except ValueError:
+        return False
+
+
 PROSE = Kind("a text", lambda value: isinstance(value, str))
 # What LLaMA-Factory makes of a base model's weights and tokenizer when it loads them.
 MODEL = {
@@ -56,7 +64,7 @@ DTYPE = dict.fromkeys(("bf16", "fp16"), kinds.YES_OR_NO)
 SHOWN = {
     "dataset": kinds.TEXT,
     "lr_scheduler_type": kinds.TEXT,
-    "learning_rate": kinds.NUMBER,
+    "learning_rate": Kind("a finite number", _is_figure),
     "max_steps": kinds.NUMBER,
     **dict.fromkeys(("per_device_train_batch_size", "gradient_accumulation_steps", "save_total_limit"), kinds.COUNT),
     "lora_target": Kind(

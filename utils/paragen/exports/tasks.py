@@ -6,12 +6,11 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
-from paragen.collection import checkpoints, derived, evaluation
+from paragen.collection import checkpoints, derived, evaluation, task_descriptions
 from paragen.collection.index import Chosen
-from paragen.collection.manifest import CheckpointEntry, Manifest
+from paragen.collection.manifest import CheckpointEntry
 from paragen.common import files, paths, settings
 from paragen.common.cli import UserError
-from paragen.dataset import dataset_info
 from paragen.exports import one_of_each
 
 # The keys of an adapter_config.json that PEFT 0.15 stops at, with the values at which leaving them out changes nothing.
@@ -73,7 +72,7 @@ def task_of(one: Chosen, steps: str, held_out: bool) -> Task:
             "FORMAT=peft and canonical take any layer"
         )
     config = for_peft_0_15(checkpoints.adapter_config(one.folder, one.manifest), one.name)
-    return Task(one.manifest.dataset, one, entry, config, shapes, descriptions_of(one.manifest), held_out)
+    return Task(one.manifest.dataset, one, entry, config, shapes, task_descriptions.required(one.manifest), held_out)
 
 
 def entry_of(one: Chosen, steps: str) -> CheckpointEntry:
@@ -127,23 +126,6 @@ def check_alike(task: Task, first: Task) -> None:
                 f"{task.chosen.name}: has other target layers or shapes than {first.chosen.name} ({key}); choose with "
                 "DATASET=.. those with the same recipe"
             )
-
-
-def descriptions_of(manifest: Manifest) -> list[str]:
-    """The descriptions of a collection's task in data/dataset_info.json, a list of texts or such lists by source.
-
-    Raises UserError, naming the command that adds them, where there are none.
-    """
-    info, found = dataset_info.read_info(paths.DATA), []
-    for name in [part.name for part in manifest.data or ()] or [manifest.dataset]:
-        value = info.get(name, {}).get("descriptions") or []
-        found += value if isinstance(value, list) else [text for texts in value.values() for text in texts]
-    if not found:
-        raise UserError(
-            f"{manifest.dataset}: has no descriptions of its task; add them: make describe "
-            f'DATASET={paths.typed(manifest.dataset)} TEXT=".."'
-        )
-    return list(dict.fromkeys(found))
 
 
 def modules_of(task: Task) -> list[str]:
