@@ -40,10 +40,10 @@ def collect(place, states, dataset="A"):
     return place.collect(dataset=dataset, model="Qwen2.5-0.5B-Instruct", rank=RANK, states=states, steps=(1, 2, 3))
 
 
-def tokens_of(path) -> list[torch.Tensor]:
-    """A checkpoint as Drag-and-Drop's tokenizer cuts it: float32, one at a time."""
+def tokens_of(path, layers) -> list[torch.Tensor]:
+    """Some layers of a checkpoint as Drag-and-Drop's tokenizer cuts them: float32, one at a time."""
     tensors, tokens = load_file(path), []
-    for layer in range(LAYERS):
+    for layer in layers:
         for module in SIZES:
             for half in "AB":
                 factor = tensors[f"base_model.model.model.layers.{layer}.{module}.lora_{half}.weight"].float()
@@ -57,11 +57,12 @@ def tokens_of(path) -> list[torch.Tensor]:
     return tokens
 
 
-def by_its_script(folder) -> torch.Tensor:
-    """The weights from the exported files, in two passes over them as in criterion_weight_for_0.5B.py."""
-    read = torch.stack([torch.stack(tokens_of(path)) for path in sorted(folder.iterdir())])
+def by_its_script(folder, layers) -> torch.Tensor:
+    """The weights of some layers' tokens from the exported files, in two passes over them as in
+    criterion_weight_for_0.5B.py; up to the factor by which the mean over all layers is 1."""
+    read = torch.stack([torch.stack(tokens_of(path, layers)) for path in sorted(folder.iterdir())])
     deviation = (read - read.mean(0)).square().mean(0).sqrt()
-    return deviation.mean((1, 2)) / deviation.sum() * deviation.numel()
+    return deviation.mean((1, 2))
 
 
 def test_the_weights_are_those_of_its_own_script(place, states, capsys):
@@ -77,7 +78,9 @@ def test_the_weights_are_those_of_its_own_script(place, states, capsys):
     assert found.shape == (4296,) and found.dtype == torch.float32
     assert float(found.double().mean()) == pytest.approx(1, abs=1e-6)
     assert float(found.std()) > 0.1, "the layers differ"
-    torch.testing.assert_close(found, by_its_script(out / "data" / TASK / "A"), rtol=1e-4, atol=1e-5)
+    expected = by_its_script(out / "data" / TASK / "A", (0, LAYERS - 1))
+    both_ends = torch.cat([found[: len(expected) // 2], found[-len(expected) // 2 :]])
+    torch.testing.assert_close(both_ends / both_ends.sum(), expected / expected.sum(), rtol=1e-4, atol=1e-8)
     whole = tree(place.out)
     (out / WEIGHTS).unlink()
     place.export("dnd")
