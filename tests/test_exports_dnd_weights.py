@@ -7,6 +7,8 @@ import torch
 from helpers.handmade import tree
 from safetensors.torch import load_file
 
+from paragen.exports import dnd_weights
+
 TASK = "common_sense_reasoning"
 WEIGHTS = f"workspace/datasets/{TASK}/A/criterion_weight.pt"
 LAYERS, HIDDEN, WIDE, KEYS, RANK, COLUMNS = 24, 896, 4864, 128, 8, 128  # of Qwen2.5-0.5B, which has a tokenizer there
@@ -118,3 +120,10 @@ def test_a_model_without_tokenizer_there_has_no_weights(place, capsys):
     assert "has no tokenizer" in told and "criterion_weight.pt, which has a number per token" in told
     assert "60 checkpoints, more than the real_length of 50" in told and "arbitrary order of os.listdir" in told
     assert not list(place.out.rglob("criterion_weight.pt"))
+
+
+def test_weights_do_not_depend_on_the_memory_that_computing_them_may_take(monkeypatch):
+    factors = torch.randn(5, RANK, 6 * COLUMNS, generator=torch.Generator().manual_seed(0))
+    expected = dnd_weights.token_deviations(factors, COLUMNS)
+    monkeypatch.setattr(dnd_weights, "VALUES", 2 * factors[..., :COLUMNS].numel())
+    assert torch.allclose(dnd_weights.token_deviations(factors, COLUMNS), expected, rtol=1e-12) and len(expected) == 6
