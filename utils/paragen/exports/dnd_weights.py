@@ -16,6 +16,7 @@ from typing import TYPE_CHECKING
 
 from paragen.collection import checkpoints
 from paragen.collection.index import Chosen
+from paragen.common import parallel
 from paragen.common.cli import UserError
 from paragen.exports import parts
 
@@ -25,6 +26,7 @@ if TYPE_CHECKING:
 METHOD = "token-deviation-1"  # to be changed whenever the numbers change
 FILE = "criterion_weight.pt"
 ORDER = ("q_proj", "k_proj", "v_proj", "o_proj", "up_proj", "gate_proj", "down_proj")  # of the tokens within a layer
+VALUES = 1 << 20  # that a thread computes with at once
 MEAN_SCALE, DEVIATION_BIAS = 8.0, 1.6  # how its tokenizers scale a chunk's mean, and the logarithm of its deviation
 
 
@@ -74,13 +76,13 @@ def weights(chosen: Chosen, keys: dict[str, str], width: int, dtype: str) -> "to
     """The weight of each token, mean 1, in the order of Drag-and-Drop's tokens: float32."""
     import torch
 
-    deviations = []
     handles = list(checkpoints.open_all(chosen.folder, chosen.manifest.checkpoints))
-    for key in in_token_order(keys):
-        values = [handle.get_tensor(key).to(getattr(torch, dtype)).double() for handle in handles]
-        factors = torch.stack([value.mT if "lora_B" in key else value for value in values])
-        deviations.append(token_deviations(factors, width))
-    found = torch.cat(deviations)
+
+    def of_key(key: str) -> torch.Tensor:
+        factors = torch.stack([handle.get_tensor(key).to(getattr(torch, dtype)) for handle in handles])
+        return token_deviations(factors.mT if "lora_B" in key else factors, width)
+
+    found = torch.cat(list(parallel.each(of_key, in_token_order(keys))))
     if not found.isfinite().all() or not found.any():
         raise UserError(
             f"{chosen.name}: Drag-and-Drop has no weights for it: its checkpoints are all equal, or have a part whose "
@@ -107,7 +109,7 @@ def token_deviations(factors: "torch.Tensor", width: int) -> "torch.Tensor":
     """The mean deviation across checkpoints of the entries of each token.
 
     Args:
-        factors: one factor in all checkpoints, steps x rank x columns, float64.
+        factors: one factor in all checkpoints, steps x rank x columns.
         width: the columns of a token; divides those of the factor.
 
     Returns one value per token, float64.
@@ -115,7 +117,10 @@ def token_deviations(factors: "torch.Tensor", width: int) -> "torch.Tensor":
     import torch
 
     steps, rank, columns = factors.shape
-    tokens = factors.reshape(steps, rank, columns // width, width).transpose(1, 2)
+    at_once = max(1, VALUES // (steps * rank * width))
+    if columns > at_once * width:
+        return torch.cat([token_deviations(part, width) for part in factors.split(at_once * width, 2)])
+    tokens = factors.double().reshape(steps, rank, columns // width, width).transpose(1, 2)
     mean, deviation = tokens.mean((2, 3)), tokens.flatten(2).std(2)
     tokens = (tokens - mean[..., None, None]) / deviation[..., None, None]
     scales = torch.stack([mean * MEAN_SCALE, (deviation * 0.9 + 0.1).log() + DEVIATION_BIAS], -1)[:, :, None]
