@@ -16,14 +16,13 @@ from typing import Any, NamedTuple
 from paragen.common import files
 from paragen.common.cli import UserError
 from paragen.common.paths import MADE, relative
-from paragen.dataset import convert, names, registration
+from paragen.dataset import convert, descriptions, names, registration
 from paragen.dataset.dataset_info import FAMILY, read_info
 from paragen.dataset.made_rules import Task, all_tasks, draw, draw_line
 
 TEST_ROWS = 200
 POSITIVE_EXAMPLES = 3
 MOST_INSTANCES = 6500  # in a task file, as Natural Instructions has it
-DESCRIPTIONS = "descriptions"  # the key in dataset_info.json
 SOURCE = "utils/make_tasks.py"
 COLUMNS = {"prompt": "prompt", "response": "response", "system": "system"}
 LANGUAGES = ("Input_language", "Output_language", "Instruction_language")
@@ -129,7 +128,7 @@ def rows_of(task: Task, lines: Sequence[list[str]], order: random.Random) -> lis
 def entries_of(task: Task) -> dict[str, dict[str, Any]]:
     """The entries of a task's two splits in dataset_info.json, by dataset name."""
     provenance = {"license": "apache-2.0", "language": "en", "source": SOURCE}
-    known = {FAMILY: task.family, DESCRIPTIONS: {SOURCE: list(task.descriptions)}}
+    known = {FAMILY: task.family, descriptions.KEY: {SOURCE: list(task.descriptions)}}
     return {
         task.name: {"file_name": train_file(task), "columns": COLUMNS, **provenance, **known},
         names.test_split_name(task.name): {"file_name": test_file(task), "columns": COLUMNS, **provenance},
