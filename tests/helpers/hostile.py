@@ -80,7 +80,9 @@ def changed(value: Any, some: random.Random) -> Any:
         elif what < 0.45 and type(holder[last]) in (int, float):
             holder[last] = some.choice((-1, 10, 1000, 10**9, 0.5)) * holder[last]
         elif what < 0.55 and isinstance(holder[last], str) and holder[last]:
-            holder[last] = flipped(holder[last].encode(), some).decode("utf-8", "surrogateescape")
+            holder[last] = flipped(holder[last].encode("utf-8", "surrogatepass"), some).decode(
+                "utf-8", "surrogateescape"
+            )
         else:
             holder[last] = copy.deepcopy(some.choice(VALUES))
     return value
