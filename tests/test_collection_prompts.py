@@ -95,6 +95,12 @@ def test_rows_changed_behind_those_trained_on_concern_only_the_test_split(manife
         prompts.of_collection(manifest, "test", data)
 
 
+def test_half_a_surrogate_pair_is_named(manifest, data):
+    change_rows(data, lambda rows: rows[3].update(prompt="\ud800"))
+    with pytest.raises(UserError, match=r"Toy\.json: its rows hold half of a surrogate pair"):
+        prompts.of_collection(manifest, "train", data)
+
+
 def test_a_file_is_read_once_while_it_stays_unchanged(manifest, data, monkeypatch):
     read, load_rows = [], dataset_info.load_rows
     monkeypatch.setattr(dataset_info, "load_rows", lambda path: read.append(path.name) or load_rows(path))

@@ -280,6 +280,7 @@ def test_all_faults_are_named_not_just_the_first(repository):
         ("dataset: [", "not valid YAML"),
         ("", "not a recipe"),
         ("- a\n- b\n", "not a recipe"),
+        ("just text\n", "not a recipe"),
         ("dataset: ARC-c\ndataset: ARC-e\n", "duplicate key"),
         ("a: !!python/object/apply:os.system ['touch /tmp/x']\n", "not valid YAML"),
     ],

@@ -124,7 +124,13 @@ def _hash_of(path: Path, rows: int | None) -> str:
     """The hash of a file's first rows, or, without a number, of its bytes."""
     stamp = _stamp(path)
     if (path, rows) not in _hashes or _hashes[path, rows][0] != stamp:
-        sha256 = files.sha256_of(path) if rows is None else files.sha256_of_value(rows_in(path)[:rows])
+        try:
+            sha256 = files.sha256_of(path) if rows is None else files.sha256_of_value(rows_in(path)[:rows])
+        except (UnicodeEncodeError, RecursionError):
+            raise UserError(
+                f"{paths.relative(path)}: its rows hold half of a surrogate pair, or are nested too deeply; "
+                "put the file back"
+            ) from None
         _hashes[path, rows] = stamp, sha256
     return _hashes[path, rows][1]
 

@@ -73,6 +73,7 @@ def parse_info(content: bytes, path: Path) -> dict[str, Any]:
 
     try:
         info = json.loads(content.decode(), object_pairs_hook=unique)
+        check_characters(content.decode(), info)
     except (ValueError, RecursionError) as error:
         raise UserError(f"{relative(path)}: broken JSON: {error}; correct it first") from None
     if not isinstance(info, dict):
@@ -143,6 +144,21 @@ def load_rows(path: Path) -> list[dict[str, Any]]:
         if not isinstance(row, dict):
             raise UserError(f"{label}: row {number}: is {kind_of(row)}, not an object")
     return rows
+
+
+def check_characters(text: str, value: Any) -> None:
+    """Raise ValueError where a JSON text has half a surrogate pair, which cannot be written to a file again.
+
+    Args:
+        text: the JSON; only one with escapes such as `\\ud83d` can have one.
+        value: what was read from it.
+    """
+    if "\\ud" in text.lower():
+        try:
+            json.dumps(value, ensure_ascii=False).encode()
+        except UnicodeEncodeError as error:
+            half = f"\\u{ord(error.object[error.start]):04x}"
+            raise ValueError(f"it has {half} alone, half of a character") from None
 
 
 def columns_of(entry: dict[str, Any]) -> dict[str, str]:

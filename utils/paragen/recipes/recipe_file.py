@@ -8,6 +8,7 @@ from typing import Any, TypeGuard
 import yaml
 
 from paragen.common import paths
+from paragen.common.cli import UserError
 from paragen.recipes import render
 from paragen.recipes.figures_table import FIGURES
 
@@ -57,7 +58,8 @@ def read_recipe(path: Path) -> Recipe:
     config = render.load(path)
     text = path.read_text(encoding="utf-8")
     root = yaml.compose(text, Loader=getattr(yaml, "CSafeLoader", yaml.SafeLoader))
-    assert isinstance(root, yaml.MappingNode), "render.load accepts nothing else"
+    if not isinstance(root, yaml.MappingNode):  # OmegaConf reads a text as a mapping of that text to nothing
+        raise UserError(f"{path}: not a recipe: a mapping of LLaMA-Factory keys is expected")
     lines = {name.value: name.start_mark.line + 1 for name, _ in root.value}
     header = [(number, line) for number, line in enumerate(text.splitlines(), 1) if number < min(lines.values())]
     recipe = Recipe(path, config, lines, [(number, line) for number, line in header if line.startswith("#")])
