@@ -69,6 +69,7 @@ def with_stock_run(top: Path) -> None:
         path.rename(folder / "adapter_model.safetensors")
         shutil.copy(run / "adapter_config.json", folder)
         (folder / "trainer_state.json").write_text(json.dumps({"global_step": int(path.stem.split("-")[1])}))
+    (run / "trainer_state.json").write_text(json.dumps({"global_step": 12, "max_steps": 12, "log_history": []}))
     for name in ("manifest.json", "adapter_config.json"):
         (run / name).unlink()
 
