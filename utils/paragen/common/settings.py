@@ -57,7 +57,7 @@ SETTINGS = {
     "FROM": Setting("the pair whose figures are taken: a model, a dataset, or DATASET/MODEL"),
     "TEMPLATE": Setting("the prompt template"),
     "SPLIT": Setting("another registered dataset to score on"),
-    "STEPS": Setting("all, last, every:10, or best by score"),
+    "STEPS": Setting("all, last, every:10, or best by score (loragen, text-to-lora: on rows that are not reported)"),
     "LIMIT": Setting("score on the first rows alone", "number"),
     "FORMAT": Setting(
         "the format to write",
