@@ -225,3 +225,10 @@ def test_a_run_folder_that_holds_other_things_is_refused(recipe, folder):
     edit(recipe, "output_dir: saves/M_lora-rank_8_finetune", f"output_dir: {folder!r}")
     with pytest.raises(UserError, match="name a folder for this run alone"):
         render.render(recipe, 8)
+
+
+@pytest.mark.parametrize("path", ["x" * 300, "../" + "y" * 256 + "/z", '"a\\0b"', "a/" * 3000])
+def test_what_cannot_be_a_path_is_refused(recipe, path):
+    edit(recipe, "model_name_or_path: ../models/M", f"model_name_or_path: {path}")
+    with pytest.raises(UserError, match=":2: model_name_or_path .* is no path"):
+        render.render(recipe, 8)

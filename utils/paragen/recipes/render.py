@@ -264,6 +264,10 @@ def _check_keys(recipe: Path, config: dict) -> None:
     for key in config:
         if key.endswith("_token") and config[key]:
             refuse(key, "is no place for a token; log in with .venv/bin/hf auth login, or set HF_TOKEN")
+    for key in keys.PATHS:
+        value = config.get(key)
+        if isinstance(value, str) and not _is_path(value):
+            refuse(key, f"{value[:80]!r} is no path")
     if not isinstance(config.get("template") or "", str):
         refuse("template", f"{config['template']!r} is not a text")
     if not isinstance(config.get("dataset_dir", ""), str):
@@ -280,6 +284,14 @@ def _check_keys(recipe: Path, config: dict) -> None:
             refuse(key, f"{value} is less than 1")
     if (steps := config.get("max_steps")) is not None and steps < 1 and steps != keys.EPOCHS_DECIDE:
         refuse("max_steps", f"{steps} trains nothing: set it to the number of the last step")
+
+
+def _is_path(text: str) -> bool:
+    """Whether a text can be a path: without a zero byte or half a character, and no part too long for a file's name."""
+    try:
+        return "\0" not in text and len(text) < 4000 and all(len(part.encode()) <= 255 for part in text.split("/"))
+    except UnicodeEncodeError:
+        return False
 
 
 def line_of(recipe: Path, key: str) -> int | None:
