@@ -709,7 +709,7 @@ def test_of_two_collections_the_whole_one_comes_and_the_last_line_names_both(lic
         run(pull, empty)
     brought = other.relative_to(licensed / "saves").as_posix()
     line = str(error.value)
-    assert line.startswith(f"{REPO}: brought: {brought}; not brought: {NAME} (") and "\n" not in line
+    assert line.startswith(f"{REPO}: downloaded: {brought}; not downloaded: {NAME} (") and "\n" not in line
     assert hashes(empty / "saves" / brought) == hashes(other) and not (empty / "saves" / NAME).exists()
     assert (empty / "data" / CATEGORY / "Toy.json").exists(), "the whole one needs it"
 

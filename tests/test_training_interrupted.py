@@ -15,7 +15,7 @@ pytestmark = pytest.mark.runs
 
 # 3 epochs of 12 steps; saves at steps that are not logged (7, 14, ...), before and after the end of an epoch.
 LONG = ("max_steps=32", "save_steps=7", "lora_dropout=0.1", "disable_gradient_checkpointing=true")
-GOES_ON = "goes on from checkpoint-{} of an interrupted attempt"
+GOES_ON = "resuming checkpoint-{} of an interrupted attempt"
 STARTS_OVER = "an interrupted attempt left checkpoint-{}, but it starts over: "
 
 

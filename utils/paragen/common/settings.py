@@ -28,7 +28,7 @@ class Setting(NamedTuple):
 
 
 SETTINGS = {
-    "CATEGORY": Setting("coding, common-sense-reasoning, math, multimodal, or all of these; or made"),
+    "CATEGORY": Setting("coding, common-sense-reasoning, math, multimodal or made; all: the first four"),
     "DATASET": Setting("one or several datasets; case and punctuation do not matter", "values"),
     "MODEL": Setting("one or several models; MODELS means the same", "values"),
     "RANK": Setting("one or several LoRA ranks; RANKS means the same", "numbers"),
@@ -57,7 +57,7 @@ SETTINGS = {
     "FROM": Setting("the pair whose figures are taken: a model, a dataset, or DATASET/MODEL"),
     "TEMPLATE": Setting("the prompt template"),
     "SPLIT": Setting("another registered dataset to score on"),
-    "STEPS": Setting("all, last, every:10, or best by score (loragen, text-to-lora: on rows that are not reported)"),
+    "STEPS": Setting("all, last or every:10; table and w2t: also best; loragen and text-to-lora: last or best"),
     "LIMIT": Setting("score on the first rows alone", "number"),
     "FORMAT": Setting(
         "the format to write",

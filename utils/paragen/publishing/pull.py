@@ -28,11 +28,11 @@ if TYPE_CHECKING:
 
 
 class Pulled(NamedTuple):
-    """What a pull brought.
+    """What a pull downloaded.
 
     Attributes:
         table: the repository's index rows of the collections that are here now.
-        summary: which were brought and which were not; empty when all were.
+        summary: which were downloaded and which were not; empty when all were.
     """
 
     table: "pa.Table"
@@ -40,7 +40,7 @@ class Pulled(NamedTuple):
 
 
 class Unit(NamedTuple):
-    """A collection of a repository with its data files, which are brought together or not at all.
+    """A collection of a repository with its data files, which are downloaded together or not at all.
 
     Attributes:
         name: its name in the repository's index.
@@ -67,7 +67,7 @@ def pull(repository: str, revision: str | None, staging: Path) -> Pulled:
         revision: a commit, branch or tag; None for the newest.
         staging: the folder to download into; after an interruption, the next call continues with it.
 
-    A collection that is not what its index or its manifest says is named on stderr and not brought; the others are.
+    A collection that is not what its index or its manifest says is named on stderr and not downloaded; the others are.
     Raises UserError, with nothing written, for all that FORCE=1 would overwrite.
     """
     import pyarrow as pa
@@ -83,28 +83,28 @@ def pull(repository: str, revision: str | None, staging: Path) -> Pulled:
         raise UserError(f"{repository}: has no collection that fits the selection")
     units = [unit_of(source, name, folder, table, marks) for name, folder in places_of(table, marks).items()]
     check_disk(source, {unit.name: unit.mark for unit in units if not unit.is_here}, table)
-    brought: list[str] = []
+    downloaded: list[str] = []
     faults: dict[str, str] = {}
     try:
         for unit in units:
             try:
                 bring(source, unit, marks["layout"], table)
-                brought.append(unit.name)
+                downloaded.append(unit.name)
             except UserError as error:
                 cli.complain(str(error))
                 faults[unit.name] = str(error)
     except BaseException:
-        left = {unit.name: "not reached" for unit in units if unit.name not in brought}
-        say(summary_of(repository, brought, left | faults))
+        left = {unit.name: "not reached" for unit in units if unit.name not in downloaded}
+        say(summary_of(repository, downloaded, left | faults))
         raise
-    table = table.filter(pc.is_in(table["collection"], pa.array(brought, pa.string())))
-    return Pulled(table, summary_of(repository, brought, faults) if faults else "")
+    table = table.filter(pc.is_in(table["collection"], pa.array(downloaded, pa.string())))
+    return Pulled(table, summary_of(repository, downloaded, faults) if faults else "")
 
 
-def summary_of(repository: str, brought: list[str], faults: dict[str, str]) -> str:
-    """One line: which collections of a repository were brought, and which were not and why."""
+def summary_of(repository: str, downloaded: list[str], faults: dict[str, str]) -> str:
+    """One line: which collections of a repository were downloaded, and which were not and why."""
     missed = "; ".join(f"{name} ({reason})" for name, reason in faults.items())
-    return f"{repository}: brought: {', '.join(brought) or 'nothing'}; not brought: {missed or 'nothing'}"
+    return f"{repository}: downloaded: {', '.join(downloaded) or 'nothing'}; not downloaded: {missed or 'nothing'}"
 
 
 def unit_of(source: Source, name: str, folder: Path, table: "pa.Table", marks: dict[str, Any]) -> Unit:

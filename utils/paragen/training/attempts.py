@@ -132,7 +132,7 @@ def check_pretrain(run: Run) -> None:
 
 @contextlib.contextmanager
 def staged(run: Run, snapshot: Snapshot, left: Path | None) -> Iterator[Attempt]:
-    """A new attempt at a run. Its staging folder is removed afterwards, unless it was published or can be gone on from.
+    """A new attempt at a run. Its staging folder is removed afterwards, unless it was published or can be resumed.
 
     Args:
         run: the run.

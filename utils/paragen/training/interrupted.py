@@ -70,7 +70,7 @@ def go_on(staging: Path, present: dict[str, Any]) -> Path | None:
     record(staging, present, {step: known[step] for step in whole})
     _cut_log(staging / run_files.LOG, last)
     _keep(staging, {*map(run_files.checkpoint_folder, whole), *KEPT})
-    say(f"goes on from {run_files.checkpoint_folder(last)} of an interrupted attempt")
+    say(f"resuming {run_files.checkpoint_folder(last)} of an interrupted attempt")
     return staging / run_files.checkpoint_folder(last)
 
 

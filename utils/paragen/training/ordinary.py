@@ -73,10 +73,10 @@ def job_of(attempt: Attempt, wanted: list[str], loads_rows: bool = True) -> dict
 
 
 def continuation(attempt: Attempt, config: dict[str, Any], wanted: list[str]) -> dict[str, Any]:
-    """What lets an interrupted attempt be gone on from, as keys of a job.
+    """What lets an interrupted attempt be resumed, as keys of a job.
 
     `continued` is the checkpoint folder from which this attempt goes on, or None. `record` is what its own checkpoints
-    are recorded with; None where it cannot be gone on from: a finetune starts from its pretrain, and whether pictures
+    are recorded with; None where they cannot be resumed: a finetune starts from its pretrain, and whether pictures
     changed is known only after reading them.
 
     Args:
@@ -85,7 +85,7 @@ def continuation(attempt: Attempt, config: dict[str, Any], wanted: list[str]) ->
         wanted: the devices.
     """
     if attempt.run.collects or attempt.snapshot.stamps is None or config.get("save_only_model"):
-        interrupted.start_over(attempt.staging, "its recipe or data cannot be gone on with")
+        interrupted.start_over(attempt.staging, "it is a finetune, or its recipe or data cannot be resumed")
         return {}
     if run_identity.force_requested():
         interrupted.start_over(attempt.staging, "FORCE=1")
