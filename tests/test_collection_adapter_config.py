@@ -21,6 +21,7 @@ SAVED = {
     "as LLaMA-Factory": {"r": 64, "lora_alpha": 128, "lora_dropout": 0.05, "target_modules": ["q_proj", "down_proj"]},
     "all layers": {"target_modules": "all-linear"},
     "an expression": {"target_modules": r".*language_model\.layers\.\d+\.(self_attn|mlp)\.(q_proj|k_proj|up_proj)"},
+    "an expression without vision": {"target_modules": r"^(?!.*visual).*(?:gate_proj|q_proj|up_proj|o_proj).*"},
     "whole names": {"target_modules": [f"model.layers.{number}.mlp.up_proj" for number in range(2000)]},
     "other kinds": {"use_rslora": True, "use_dora": True, "bias": "lora_only", "fan_in_fan_out": True},
     "patterns": {"rank_pattern": {"q_proj": 3, r"^model\.layers\.\d+\.mlp": 4}, "alpha_pattern": {"k_proj": 1.5}},

@@ -307,3 +307,19 @@ def test_a_strangers_manifest_below_saves_is_named_and_nothing_else_suffers(plac
     assert len(set(table["collection"].to_pylist())) == 1 and len(faults) == 4
     assert all("not a manifest of format 2: " in fault and "\n" not in fault for fault in faults.values())
     assert len(discovery.find_collections([place.saves])) == 5
+
+
+@pytest.mark.parametrize(
+    "recipe",
+    [{"quantization_bit": 1}, {"lora_target": "q_proj,v_proj\n"}, {"bf16": 1}, {"learning_rate": "1e-4"}],
+)
+def test_what_llamafactory_trains_can_be_recorded(recipe):
+    content = sealed({**WHOLE, "recipe": {**WHOLE["recipe"], **recipe}})
+    assert parsed(content).recipe == content["recipe"]
+
+
+def test_a_run_may_have_many_datasets():
+    names = ",".join(f"a data set of mine {number}" for number in range(40))
+    assert parsed(sealed({**WHOLE, "dataset": names})).dataset == names
+    with pytest.raises(UserError, match="dataset"):
+        parsed(sealed({**WHOLE, "dataset": "Toy,../Toy"}))

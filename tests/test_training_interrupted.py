@@ -90,6 +90,22 @@ def test_a_killed_pretrain_goes_on_to_the_bytes_of_an_undisturbed_one(killed, un
     assert_equal(killed, undisturbed)
 
 
+def test_descriptions_added_meanwhile_change_nothing(killed):
+    path = killed.top / "data" / "dataset_info.json"
+    info = json.loads(path.read_text())
+    path.write_text(json.dumps({name: {**entry, "descriptions": ["Say it."]} for name, entry in info.items()}))
+    last = last_recorded(killed)
+    result = killed.train(killed.pretrain, *LONG)
+    assert result.status == 0 and GOES_ON.format(last) in result.output, result.output
+
+
+def test_a_checkpoint_that_was_deleted_before_the_next_was_recorded_costs_nothing(killed):
+    last = last_recorded(killed)
+    shutil.rmtree(staging_of(killed) / "checkpoint-7")
+    result = killed.train(killed.pretrain, *LONG)
+    assert result.status == 0 and GOES_ON.format(last) in result.output, result.output
+
+
 @pytest.mark.slow
 def test_a_stopped_one_goes_on_too_also_after_a_failure_in_between(project, undisturbed):
     kill(project, 7, signal.SIGTERM)

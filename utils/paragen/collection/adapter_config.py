@@ -28,6 +28,7 @@ LARGEST_COST = 200_000  # of all regular expressions, see `_pattern_cost`
 NAME = re.compile(r"[\w-]+(\.[\w-]+)*", re.ASCII)
 # One element of a regular expression, perhaps repeated: a character, `.`, `\.`, `\d`, a class such as [0-9].
 ELEMENT = re.compile(r"(?:[\w-]|\\[.dw]|\.|\[\^?[\w.-]+\])([*+?]?)|\((?:\?:)?|\)|\||\^|\$", re.ASCII)
+VISION_LEFT_OUT = re.compile(r"\^\(\?!\.\*[\w.]+\)", re.ASCII)  # how LLaMA-Factory's expressions began once
 LONGEST_REPEAT = 100  # what a repeated element counts in `_pattern_cost`: about the length of a module's name
 
 
@@ -62,7 +63,8 @@ def _pattern_cost(pattern: Any) -> float:
     """
     if not isinstance(pattern, str) or len(pattern) > 2000:
         return math.inf
-    place, cost, alternatives = 0, 1.0, [1]
+    start = VISION_LEFT_OUT.match(pattern)  # which is tried once
+    place, cost, alternatives = start.end() if start else 0, 1.0, [1]
     while place < len(pattern):
         found = ELEMENT.match(pattern, place)
         if found is None:

@@ -174,7 +174,7 @@ def check_manifest(content: dict[str, Any], name: str, way_out: str) -> Manifest
         return Manifest(
             phase=top.get("phase", kinds.PHASE),
             category=top.get_optional("category", kinds.CATEGORY),
-            dataset=top.get("dataset", kinds.NAME),
+            dataset=top.get("dataset", kinds.DATASETS),
             run=top.get("run", kinds.NAME),
             rank=top.get("rank", kinds.RANK),
             recipe=top.section("recipe", check_recipe),

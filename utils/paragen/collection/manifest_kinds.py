@@ -59,6 +59,14 @@ def is_number(value: Any) -> bool:
 
 TEXT = Kind("a text of one line", lambda value: isinstance(value, str) and value.isprintable())
 NAME = Kind("the plain name of a file or folder", is_plain_name)
+DATASETS = Kind(  # the commas separate several
+    NAME.words,
+    lambda value: (
+        isinstance(value, str)
+        and value.strip() == value
+        and all(is_plain_name(one.strip()) for one in value.split(","))
+    ),
+)
 PATH = Kind(
     "a path",
     lambda value: (

@@ -7,7 +7,7 @@ tokens. `trust_remote_code` is not among them, so that no code in a model's fold
 from typing import Any
 
 from paragen.collection import manifest_kinds as kinds
-from paragen.collection.manifest_kinds import Kind, Section
+from paragen.collection.manifest_kinds import Kind, Section, Unfit
 from paragen.common.cli import UserError
 
 DEEPEST = 6  # levels of lists and objects in a recipe's value
@@ -40,35 +40,35 @@ def _is_figure(value: Any) -> bool:
 
 
 PROSE = Kind("a text", lambda value: isinstance(value, str))
+WORD = Kind("a text of one line", lambda value: isinstance(value, str) and value.strip().isprintable())
+SWITCH = Kind("true or false", lambda value: isinstance(value, bool) or (type(value) is int and value in (0, 1)))
 # What LLaMA-Factory makes of a base model's weights and tokenizer when it loads them.
 MODEL = {
-    **dict.fromkeys(
-        ("use_fast_tokenizer", "split_special_tokens", "resize_vocab", "double_quantization"), kinds.YES_OR_NO
-    ),
+    **dict.fromkeys(("use_fast_tokenizer", "split_special_tokens", "resize_vocab", "double_quantization"), SWITCH),
     "add_tokens": PROSE,
     "add_special_tokens": PROSE,
     "rope_scaling": one_of("linear", "dynamic", "yarn", "llama3"),
-    "quantization_bit": one_of(2, 3, 4, 5, 6, 8),
+    "quantization_bit": one_of(1, 2, 3, 4, 5, 6, 8),
     "quantization_method": one_of("bnb", "hqq", "eetq"),
     "quantization_type": one_of("nf4", "fp4"),
 }
 TEXT = {
-    "template": kinds.TEXT,
+    "template": WORD,
     "default_system": PROSE,
-    "tool_format": kinds.TEXT,
-    "enable_thinking": kinds.YES_OR_NO,
-    "preserve_thinking": kinds.YES_OR_NO,
+    "tool_format": WORD,
+    "enable_thinking": SWITCH,
+    "preserve_thinking": SWITCH,
 }
-DTYPE = dict.fromkeys(("bf16", "fp16"), kinds.YES_OR_NO)
+DTYPE = dict.fromkeys(("bf16", "fp16"), SWITCH)
 # What cards, tables and checks read besides.
 SHOWN = {
-    "dataset": kinds.TEXT,
-    "lr_scheduler_type": kinds.TEXT,
+    "dataset": WORD,
+    "lr_scheduler_type": WORD,
     "learning_rate": Kind("a finite number", _is_figure),
     "max_steps": kinds.NUMBER,
     **dict.fromkeys(("per_device_train_batch_size", "gradient_accumulation_steps", "save_total_limit"), kinds.COUNT),
     "lora_target": Kind(
-        "a text of one line or a list of them", lambda value: kinds.TEXT.fits(value) or kinds.LINES.fits(value)
+        "a text of one line or a list of them", lambda value: WORD.fits(value) or kinds.LINES.fits(value)
     ),
 }
 KINDS = MODEL | TEXT | DTYPE | SHOWN
@@ -84,6 +84,14 @@ def check_recipe(section: Section) -> dict[str, Any]:
         else:
             kinds.check(value, PLAIN, section.place + key)
     return section.value
+
+
+def check_trainable(recipe: dict[str, Any], name: str) -> None:
+    """Raise UserError, naming a recipe, where a manifest could not record it: before it is trained, not after."""
+    try:
+        check_recipe(Section(recipe))
+    except Unfit as error:
+        raise UserError(f"{name}: {error}") from None
 
 
 def loading_settings(recipe: dict[str, Any], name: str) -> dict[str, Any]:

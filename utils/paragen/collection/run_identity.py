@@ -120,7 +120,8 @@ def tokens_key(identity: dict) -> str | None:
         return None
     recipe = {key: value for key, value in identity["recipe"].items() if key not in keys.NOT_TOKENISED}
     versions = {name: version(name) for name in ("llamafactory", "transformers", "tokenizers", "datasets")}
-    return files.sha256_of_value([recipe, identity["data"], identity["tokenizer"], versions])
+    data = [{**one, "entry": dataset_info.without_marks(one["entry"])} for one in identity["data"]]
+    return files.sha256_of_value([recipe, data, identity["tokenizer"], versions])
 
 
 def pretrain_of(checkpoint: Path | None) -> dict | None:

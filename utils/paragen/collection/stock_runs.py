@@ -9,14 +9,13 @@ import argparse
 import json
 import math
 import os
-import re
 import secrets
 import shutil
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
-from paragen.collection import adapter_config, finishing, run_files, stock_files, verification
+from paragen.collection import adapter_config, finishing, manifest_kinds, run_files, stock_files, verification
 from paragen.collection.manifest import CheckpointEntry, new_manifest, read_manifest, write_manifest
 from paragen.common import files, paths, settings
 from paragen.common.cli import UserError
@@ -255,7 +254,7 @@ def link_or_copy(source: Path, target: Path) -> None:
 def base_of(adapter: dict) -> dict:
     """The section `base_model` of a manifest from adapter_config.json, which does not record the hash."""
     named = str(adapter.get("base_model_name_or_path") or "")
-    is_hub_id = re.fullmatch(r"[\w.-]+/[\w.-]+", named) and not named.startswith(".") and not Path(named).exists()
+    is_hub_id = "/" in named and manifest_kinds.HUB_ID.fits(named) and not Path(named).exists()
     folder = paths.MODELS / Path(named).name
     hub_id = named if is_hub_id else base_models.hub_origin(folder)[0]
     return {"name": Path(named).name or None, "hub_id": hub_id, "revision": adapter.get("revision"), "sha256": None}

@@ -147,5 +147,6 @@ def content_of(found: Iterable[Verified]) -> dict[str, Any]:
         }
         for one in found
     ]
-    faulty = sum(not one["whole"] for one in collections)
-    return {"collections": collections, "summary": {"whole": len(collections) - faulty, "faulty": faulty}}
+    faulty, pretrains = (sum(map(bool, (one[key] for one in collections))) for key in ("faults", "pretrain_faults"))
+    counts = {"whole": len(collections) - faulty, "faulty": faulty, "faulty_pretrains": pretrains}
+    return {"collections": collections, "summary": counts}

@@ -11,6 +11,7 @@ adapter_config.json (unchanged, since the scaling stays) and canonical.json: wha
 None of them is multiplied by the scaling, which the canonical.json of usv and delta names.
 """
 
+import json
 from collections.abc import Callable, Iterator, Sequence
 from functools import partial
 from pathlib import Path
@@ -125,7 +126,8 @@ def write(one: index.Chosen, source: dict[str, Any], folder: Path, budget: int =
     for entry, tensors in steps_of(one, source["dtype"], form, budget):
         save_file(tensors, folder / entry.file_name, metadata={"format": "pt"})
     if form is factors_of:
-        files.write_json(folder / paths.ADAPTER_CONFIG, config)
+        stored = json.loads(checkpoints.adapter_config_bytes(one.folder, one.manifest))
+        files.write_json(folder / paths.ADAPTER_CONFIG, stored)
     files.write_json(folder / ABOUT, about(one, source, config))
 
 

@@ -14,6 +14,7 @@ and value projections of all layers: layers x rank x inputs, and layers x output
 """
 
 import json
+import shlex
 from collections.abc import Callable
 from functools import partial
 from pathlib import Path
@@ -186,8 +187,8 @@ def print_notes(plan: list[Task], out: Path, cut: bool) -> None:
         )
     if few := [task.name for task in plan if len(task.descriptions) < DESCRIPTIONS]:
         say(f"note: fewer than the {DESCRIPTIONS} descriptions that LoRAGen reads of a task: {', '.join(few)}")
-    base = "stage1/configs/lora_config_bench_tasks.yaml"
+    base, ours = "stage1/configs/lora_config_bench_tasks.yaml", shlex.quote(str(out / "config.yaml"))
     say(
-        f"note: in LoRAGen: python stage1/main_stage1.py -b {base} {out / 'config.yaml'} -n paragen --train true; its "
+        f"note: in LoRAGen: python stage1/main_stage1.py -b {base} {ours} -n paragen --train true; its "
         f"emb_generate.py takes {out / 'descriptions'} as the root of its YAML files"
     )

@@ -12,6 +12,7 @@ One base model, rank and recipe an export, since the first adapter's config coun
 """
 
 import json
+import shlex
 from collections.abc import Callable
 from functools import partial
 from pathlib import Path
@@ -212,7 +213,8 @@ def print_notes(plan: list[Task], base: str) -> None:
             "which it says something else: put one there in which no text depends on them"
         )
     if base.startswith("models/"):
-        say(f"note: in its checkout, {base} has to be the base model's folder: ln -s {paths.MODELS} models")
+        models = shlex.quote(str(paths.MODELS))
+        say(f"note: in its checkout, {base} has to be the base model's folder: ln -s {models} models")
     say(
         f"note: in Text-to-LoRA: python scripts/train_hyper_recon.py {CONFIG} --exp_setup=hyper_lora "
         f"--model_dir={base} --skip_eval=True ...; its evaluation knows its own tasks alone"

@@ -11,6 +11,7 @@ and step, so that several exports can be merged; its paths are relative to OUT.
 import csv
 import io
 import math
+import shlex
 from collections.abc import Sequence
 from functools import partial
 from pathlib import Path
@@ -243,7 +244,7 @@ def print_notes(plan: Sequence[Planned], rows: Sequence[dict[str, Any]], out: Pa
     """Print what Weight2Token would not say; `plan`: all selected checkpoints, also those without a row."""
     say(
         f"note: the paths in {NAME} are relative to {paths.relative(out)}: run Weight2Token's scripts in that folder, "
-        f"or with --path-map {adapters.FOLDER}={out / adapters.FOLDER}"
+        f"or with --path-map {shlex.quote(f'{adapters.FOLDER}={out / adapters.FOLDER}')}"
     )
     selected, named = sum(len(one.entries) for one in plan), {row["safetensors_path"] for row in rows}
     if len(rows) < selected:

@@ -2,6 +2,7 @@
 
 import contextlib
 from collections.abc import Collection, Iterator
+from functools import cache
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -40,12 +41,18 @@ def entries_of(source: Source, table: "pa.Table", marks: dict[str, Any]) -> dict
     return {name: info[name] for name in sorted(names)}
 
 
+@cache
+def _known_sha256(path: Path, stamp: tuple) -> str:
+    """The hash of a file with this stamp, read once in this process: many collections share their data files."""
+    return files.sha256_of(path)
+
+
 def same_data(file: str, sha256: str) -> bool:
     """Whether data/`file` exists with this content. Raises UserError when it has another, unless FORCE=1."""
     path = paths.DATA / file
     if not path.exists():
         return False
-    if files.sha256_of(path) == sha256:
+    if _known_sha256(path, files.stamp_of(path.stat())) == sha256:
         return True
     if not run_identity.force_requested():
         raise UserError(f"{paths.relative(path)}: is there with other rows; move it away, or FORCE=1 replaces it")

@@ -104,8 +104,7 @@ def is_claimed_by_another(folder: Path, sweep_id: str) -> bool:
         owner = files.beside(folder, "attempt").read_text()[:SWEEP_DIGITS]
     except FileNotFoundError:
         return False
-    lock = lock_of(owner)
-    return owner != sweep_id and lock.exists() and not files.is_free(lock)
+    return owner != sweep_id and files.is_held(lock_of(owner))
 
 
 def release_runs(job: Job) -> None:

@@ -121,9 +121,11 @@ def check_reachable(address: str) -> None:
     Ray itself would try for minutes. Other values, such as `auto`, it looks up at once.
 
     Args:
-        address: the value of RAY_ADDRESS; `ray://host:port` is checked, too.
+        address: the value of RAY_ADDRESS.
     """
-    found = re.fullmatch(r"(?:ray://)?(.+):(\d+)", address)
+    if address.startswith("ray://"):
+        raise UserError(f"RAY_ADDRESS={address}: Ray's client protocol is not supported; name the head as host:6379")
+    found = re.fullmatch(r"(.+):(\d+)", address)
     if not found:
         return
     try:
@@ -236,11 +238,12 @@ def only_sweep_here() -> Iterator[None]:
 
     Raises UserError where another sweep holds one of them.
     """
-    on_cpu, host = trains_on_cpu(), socket.gethostname()
+    on_cpu, host, uuids = trains_on_cpu(), socket.gethostname(), devices.nvidia_gpus()
     with contextlib.ExitStack() as stack:
         for device in [] if os.environ.get("RAY_ADDRESS") else ["cpu"] if on_cpu else gpus_here():
             try:
-                stack.enter_context(files.lock(paths.SAVES / f".sweep-on-{host}-{device}.lock"))
+                gpu = uuids.get(device) or device  # containers of one host may number different GPUs alike
+                stack.enter_context(files.lock(paths.SAVES / f".sweep-on-{host}-{gpu}.lock"))
             except files.Busy:
                 held = "the CPU" if on_cpu else f"GPU {device}"
                 way_out = "wait for it" if on_cpu else "wait for it, or choose other GPUs with DEVICES"

@@ -11,7 +11,7 @@ from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any
 
-from paragen.collection import discovery, run_identity
+from paragen.collection import discovery, manifest_recipe, run_identity
 from paragen.collection.run_identity import Snapshot
 from paragen.common import cli, files, paths
 from paragen.common.cli import UserError, say
@@ -48,9 +48,10 @@ def begin(run: Run, snapshot: Snapshot) -> Iterator[Attempt | None]:
     holds no whole checkpoint to go on from.
 
     Raises AlreadyRunning when another process trains the run, UserError when its run folder is stale or holds something
-    else, when its pretrain is missing, or when an override has no effect.
+    else, when its pretrain is missing, when an override has no effect, or when a manifest could not record its recipe.
     """
     overrides.check(run)
+    manifest_recipe.check_trainable(snapshot.identity["recipe"], str(run.recipe))
     with contextlib.ExitStack() as stack:
         try:
             stack.enter_context(files.lock(files.beside(run.folder, "lock")))

@@ -15,6 +15,7 @@ from paragen.collection import run_files, run_identity
 from paragen.collection.manifest import PACKAGES
 from paragen.common import devices, files, settings
 from paragen.common.cli import say
+from paragen.dataset import dataset_info
 from paragen.recipes import keys
 
 RECORD = "whole_checkpoints.json"  # in a staging folder
@@ -30,8 +31,9 @@ def circumstances(identity: dict[str, Any], config: dict[str, Any], wanted: list
         config: the rendered recipe with the batch as the devices share it.
         wanted: the devices, as devices.choose gives them.
     """
+    data = [{**one, "entry": dataset_info.without_marks(one["entry"])} for one in identity["data"]]
     present = {
-        "identity": identity,
+        "identity": {**identity, "data": data},
         "config": {key: value for key, value in config.items() if key not in keys.PATHS},
         "devices": [devices.kind_of(device) for device in wanted],
         "threads": devices.threads(len(wanted) or 1) if wanted[:1] in ([], ["cpu"]) else None,
@@ -110,6 +112,8 @@ def _whole_steps(staging: Path, known: dict[int, dict[str, str]]) -> list[int]:
     whole: list[int] = []
     for step in sorted(known):
         checkpoint = staging / run_files.checkpoint_folder(step)
+        if not checkpoint.exists():  # save_total_limit deletes the oldest before the next one is recorded
+            continue
         if hashes_of(checkpoint) != known[step]:
             break
         if step < json.loads((checkpoint / run_files.STATE).read_bytes())["max_steps"]:
