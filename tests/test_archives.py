@@ -10,7 +10,6 @@ import time
 import tracemalloc
 from dataclasses import replace
 from pathlib import Path
-from types import SimpleNamespace
 
 import pytest
 import torch
@@ -673,7 +672,8 @@ def test_an_archive_that_declares_more_than_it_can_hold_is_refused_at_once(synth
 
 def test_an_archive_that_does_not_fit_on_the_disk_is_refused_before_it_is_unpacked(synthetic, tmp_path, monkeypatch):
     (path,) = archived(synthetic, tmp_path / "x.archive")
-    monkeypatch.setattr(shutil, "disk_usage", lambda folder: SimpleNamespace(free=1000))
+    usage = shutil.disk_usage(tmp_path)._replace(free=1000)
+    monkeypatch.setattr(shutil, "disk_usage", lambda folder: usage)
     with pytest.raises(UserError, match="are to be written, 0.0 GB are free; make room, or import less"):
         archive.restore([path], tmp_path / "saves")
     assert not list((tmp_path / "saves").rglob("*.safetensors"))

@@ -68,6 +68,9 @@ def assert_same_records(
             assert logged == pytest.approx(expected, rel=packed_project.BOUND, abs=1e-9)
         if phase == "finetune":
             assert manifest["pretrain"].pop("sha256") != other["pretrain"].pop("sha256")
+        hashes, known = manifest.pop("files_sha256"), other.pop("files_sha256")
+        assert hashes.keys() == known.keys()
+        assert all(hashes[name] == known[name] for name in hashes if name.endswith(".json"))
         for unlike in ("attempt", "sha256"):
             manifest.pop(unlike), other.pop(unlike)
         assert manifest == other
