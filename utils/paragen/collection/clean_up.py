@@ -239,8 +239,13 @@ def _process_folders() -> list[LeftOver]:
     found = []
     for path, info in children(Path(tempfile.gettempdir())):
         lock = path / files.PROCESS_LOCK
-        is_ours = path.name.startswith(files.PROCESS_PREFIX) and stat.S_ISDIR(info.st_mode) and info.st_uid == os.getuid()
-        if is_ours and lock.is_file() and LOCK_TEXT.fullmatch(_start_of(lock)):
+        is_ours = stat.S_ISDIR(info.st_mode) and info.st_uid == os.getuid()
+        if (
+            is_ours
+            and path.name.startswith(files.PROCESS_PREFIX)
+            and lock.is_file()
+            and LOCK_TEXT.fullmatch(_start_of(lock))
+        ):
             found.append(LeftOver(path, bytes_in(path), RUN, lock))
     return found
 
