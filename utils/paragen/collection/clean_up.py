@@ -1,4 +1,4 @@
-"""What `make clean-up` deletes: left by killed processes, or made again by the next sweep. Interrupted pretrains start over.
+"""What `make clean-up` deletes: left by killed processes, interrupted pretrains included, or made again by a sweep.
 
 A left-over is told by its name and its content, belongs to this user, and is deleted while the lock is held under which
 it was made, so that nothing is deleted that a process uses. What a sweep's runs share (claims, tokenised rows) is
