@@ -1,6 +1,7 @@
 """FORMAT=text-to-lora: the folders that Text-to-LoRA's reconstruction training reads, by the rules of its own code."""
 
 import json
+import shlex
 from pathlib import Path
 
 import pytest
@@ -152,7 +153,7 @@ def test_a_model_without_hub_id_is_a_path_in_the_checkout(place, capsys):
     root = place.export("text-to-lora")
     adapters_as_text_to_lora(root, "models/Tiny", ["A", "B"])
     assert (root / "chat_templates" / "models" / "Tiny" / "chat_template.jinja").exists()
-    assert f"ln -s {paths.MODELS} models" in capsys.readouterr().out
+    assert f"ln -s {shlex.quote(str(paths.MODELS))} models" in capsys.readouterr().out
 
 
 def test_the_checkouts_own_template_stays_and_nothing_else_of_it_is_replaced(place, capsys):

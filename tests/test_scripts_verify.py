@@ -241,7 +241,7 @@ def test_json_says_the_same_on_stdout_alone(folder, monkeypatch, capsys):
     assert verify.main() == 1
     told = capsys.readouterr()
     content = json.loads(told.out)
-    assert content["summary"] == {"whole": 1, "faulty": 1} and "FAULTY" in told.err
+    assert content["summary"] == {"whole": 1, "faulty": 1, "faulty_pretrains": 0} and "FAULTY" in told.err
     whole, faulty = content["collections"]
     assert whole["whole"] and whole["steps"] == list(range(7, 13)) and whole["bytes"] > 0 and whole["faults"] == []
     assert not faulty["whole"] and faulty["faults"] == [f"{STEP} is missing"] and faulty["bytes"] is None

@@ -70,8 +70,8 @@ class Pairs(Dataset):
         data_dir: the folder of dataset_info.json (default: data/).
         filters: column=value or column=[values] for any column of the index, but for `seed` and `split`, which are
             arguments above (use `where`). Texts match without case and punctuation. A row has to match all filters.
-            Checkpoints of made tasks are left out unless `where`, `category`, `dataset` or `collection` is given:
-            `category="made"`.
+            Checkpoints of made tasks are left out, whatever `where` says, unless a filter names a category, a dataset
+            or a collection: `category="made"`.
 
     Checkpoints are memory-mapped, read only, and no file stays open. Each is hashed once for all workers and epochs.
 
@@ -102,7 +102,7 @@ class Pairs(Dataset):
         self.augment = augment and augmentation.check_kind(augment)
         table, self._seals = index.load_sealed(self.saves)
         table = select(table, where, filters)
-        if where is None and not filters.keys() & NAMING and table.num_rows:
+        if not filters.keys() & NAMING and table.num_rows:
             table = table.filter(pc.not_equal(table["category"], paths.MADE).fill_null(True))
             if not table.num_rows:
                 place = paths.relative(self.saves / paths.INDEX)
