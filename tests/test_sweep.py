@@ -436,7 +436,9 @@ def test_what_answers_and_is_not_ray_is_told_apart(monkeypatch, greeting):
             ray_cluster.check_reachable(address)
     for unresolved in ("auto", "local"):
         ray_cluster.check_reachable(unresolved)
-    for wrong in ("ray://127.0.0.1:1", "127.0.0.1:99999", "no.such.host.invalid:6379"):
+    with pytest.raises(UserError, match="^RAY_ADDRESS=ray://127.0.0.1:1: Ray's client protocol is not supported"):
+        ray_cluster.check_reachable("ray://127.0.0.1:1")
+    for wrong in ("127.0.0.1:1", "127.0.0.1:99999", "no.such.host.invalid:6379"):
         with pytest.raises(UserError, match=f"^RAY_ADDRESS={wrong}: cannot be joined: "):
             ray_cluster.check_reachable(wrong)
 
@@ -587,7 +589,11 @@ def test_half_the_rows_on_several_devices_is_half_of_each_devices_share():
 def test_runs_share_tokenised_rows_only_where_they_are_equal(change, same):
     from paragen.collection import run_identity
 
-    identity = {"recipe": {"template": "qwen", "lora_rank": 4}, "data": [{"pictures": None}], "tokenizer": {}}
+    identity = {
+        "recipe": {"template": "qwen", "lora_rank": 4},
+        "data": [{"pictures": None, "entry": {}}],
+        "tokenizer": {},
+    }
     changed = run_identity.tokens_key({**identity, "recipe": identity["recipe"] | change})
     assert (changed and changed == run_identity.tokens_key(identity)) is same
 

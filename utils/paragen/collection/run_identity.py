@@ -120,8 +120,12 @@ def tokens_key(identity: dict) -> str | None:
         return None
     recipe = {key: value for key, value in identity["recipe"].items() if key not in keys.NOT_TOKENISED}
     versions = {name: version(name) for name in ("llamafactory", "transformers", "tokenizers", "datasets")}
-    data = [{**one, "entry": dataset_info.without_marks(one["entry"])} for one in identity["data"]]
-    return files.sha256_of_value([recipe, data, identity["tokenizer"], versions])
+    return files.sha256_of_value([recipe, data_trained_on(identity), identity["tokenizer"], versions])
+
+
+def data_trained_on(identity: dict) -> list[dict]:
+    """The data of an identity without what decides no training, such as descriptions and licences."""
+    return [{**one, "entry": dataset_info.without_marks(one["entry"])} for one in identity["data"]]
 
 
 def pretrain_of(checkpoint: Path | None) -> dict | None:

@@ -15,7 +15,6 @@ from paragen.collection import run_files, run_identity
 from paragen.collection.manifest import PACKAGES
 from paragen.common import devices, files, settings
 from paragen.common.cli import say
-from paragen.dataset import dataset_info
 from paragen.recipes import keys
 
 RECORD = "whole_checkpoints.json"  # in a staging folder
@@ -31,9 +30,8 @@ def circumstances(identity: dict[str, Any], config: dict[str, Any], wanted: list
         config: the rendered recipe with the batch as the devices share it.
         wanted: the devices, as devices.choose gives them.
     """
-    data = [{**one, "entry": dataset_info.without_marks(one["entry"])} for one in identity["data"]]
     present = {
-        "identity": {**identity, "data": data},
+        "identity": {**identity, "data": run_identity.data_trained_on(identity)},
         "config": {key: value for key, value in config.items() if key not in keys.PATHS},
         "devices": [devices.kind_of(device) for device in wanted],
         "threads": devices.threads(len(wanted) or 1) if wanted[:1] in ([], ["cpu"]) else None,
