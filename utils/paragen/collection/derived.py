@@ -1,8 +1,7 @@
 """Folders of files derived from collections (exports, statistics): each part is made whole, once, and recorded.
 
 OUT/export.json maps each part's path to what it was made from and to its files with their hashes, which are checked
-when a part is used again. Parts are copies, never links: editing
-an export does not change the collection.
+when a part is used again. Parts are copies, never links: editing an export does not change the collection.
 """
 
 import json

@@ -97,7 +97,7 @@ def added(entry: dict[str, Any], texts: list[str], source: str) -> tuple[dict[st
 
 def way_to_add(dataset: str) -> str:
     """How a message ends that misses descriptions of a dataset: the command that adds them."""
-    return f'add them: make describe DATASET={dataset.replace(" ", "")} TEXT="..", or FILE=.. with one a line'
+    return f'add them: make describe DATASET={paths.typed(dataset)} TEXT="..", or FILE=.. with one a line'
 
 
 def read_file(path: Path) -> list[str]:

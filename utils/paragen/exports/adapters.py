@@ -7,6 +7,7 @@ from typing import Any
 from paragen.collection import derived, evaluation
 from paragen.collection.index import Chosen
 from paragen.collection.manifest import CheckpointEntry
+from paragen.common import paths
 from paragen.common.cli import UserError
 from paragen.exports import checkpoint_copies, parts, peft
 from paragen.exports.peft import Planned
@@ -38,7 +39,7 @@ def way_to_score(chosen: Chosen) -> str:
     manifest = chosen.manifest
     seed = "" if manifest.seed is None else f" SEED={manifest.seed}"
     model = "" if manifest.base_name is None else f" MODEL={manifest.base_name}"
-    return f"score it: make evaluate DATASET={manifest.dataset.replace(' ', '')}{model} RANK={manifest.rank}{seed}"
+    return f"score it: make evaluate DATASET={paths.typed(manifest.dataset)}{model} RANK={manifest.rank}{seed}"
 
 
 def path_of(one: Planned, entry: CheckpointEntry) -> str:
