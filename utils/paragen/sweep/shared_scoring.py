@@ -157,12 +157,7 @@ def share_out(chosen: list[Chosen], show: int) -> set[str]:
     say(f"scoring {len(chosen)} collections on several devices: starting Ray")
     with Session() as session:
         sharing = Sharing(Workers(session, ScoreWorker, gpus=1), chosen, show)
-        try:
-            while sharing.waiting or sharing.workers.running:
-                sharing.step()
-        except BaseException:
-            sharing.workers.stop()
-            raise
+        sharing.workers.run(sharing)
     return sharing.scored
 
 

@@ -58,11 +58,7 @@ def collect(
         workers = Workers(session, stage.StagedWorker if staged else worker_class)
         sweep = Sweep(workers, cells, report, sweep_id)
         try:
-            while sweep.waiting or sweep.workers.running:
-                sweep.step()
-        except BaseException:
-            sweep.workers.stop()
-            raise
+            workers.run(sweep)
         finally:
             sweep.release_runs()
     return sweep.outcomes

@@ -2,7 +2,7 @@
 
 import time
 from collections.abc import Callable
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, Protocol
 
 from paragen.common.cli import UserError
 from paragen.sweep import ray_cluster
@@ -22,6 +22,15 @@ class Ended(NamedTuple):
     task: Any
     worker: Any
     result: Any  # what the worker returned, or the exception that ended the task
+
+
+class Scheduler(Protocol):
+    """What gives tasks to workers, a step at a time."""
+
+    waiting: Any  # the tasks that no worker has yet, a collection
+
+    def step(self) -> None:
+        """Give what can be given, and take the results there are."""
 
 
 class Workers:
@@ -57,6 +66,15 @@ class Workers:
             worker = ray_cluster.new_worker(self.session.ray, self.worker_class, self.on_cpu, self.gpus)
             self.starting[worker.ready.remote()] = worker
         return is_first
+
+    def run(self, scheduler: "Scheduler") -> None:
+        """Take steps until nothing waits or is at work; an exception first lets the tasks at work clean up."""
+        try:
+            while scheduler.waiting or self.running:
+                scheduler.step()
+        except BaseException:
+            self.stop()
+            raise
 
     def give(self, task: Any, call: Callable[[Any], Any], worker: Any = None) -> None:
         """Have an idle worker do a task.
