@@ -4,10 +4,12 @@
 
 In a copy of what git holds, in a temporary folder, with the embedded model. PARAGEN_DATA_SOURCE: see data/README.md.
 PY=python3 in the environment has the targets run that Python; else .venv is made there. The status is 1 where a command
-failed; what the commands print goes to --log.
+failed; what the commands print goes to --log. With --folder the copy stays there, and a call with the same folder goes
+on behind the last command that succeeded.
 """
 
 import argparse
+import json
 import os
 import shutil
 import subprocess
@@ -29,18 +31,24 @@ NOT_INHERITED = ("OUT", "DATASET", "RANK", "MODEL", "KEEP")
 def main() -> int:
     args = parse_arguments()
     environment = {name: value for name, value in os.environ.items() if name not in NOT_INHERITED}
-    rows = []
-    with tempfile.TemporaryDirectory(prefix="every target ") as folder, open(args.log, "w") as log:
-        top = Path(folder, "copy")
-        copy_repository(top)
-        for command in commands(args.datasets, args.ranks, args.keep):
+    rows: list[list[str]] = []
+    with tempfile.TemporaryDirectory(prefix="every target ") as folder, open(args.log, "a") as log:
+        top = (args.folder or Path(folder)).absolute() / "copy"
+        record = top.with_name("done.json")
+        if record.exists():
+            rows = json.loads(record.read_text())
+        else:
+            copy_repository(top)
+        for command in commands(args.datasets, args.ranks, args.keep)[len(rows) :]:
             print("#", *command, file=log, flush=True)
             if "FILE=ARCHIVES" in command:
                 command = [*command[:-1], f"FILE={set_aside(top)}"]
             began = time.monotonic()
             done = subprocess.run(["make", *command], cwd=top, env=environment, stdout=log, stderr=log)
-            rows.append((" ".join(command), f"{time.monotonic() - began:.1f}", str(done.returncode)))
+            rows.append([" ".join(command), f"{time.monotonic() - began:.1f}", str(done.returncode)])
             cli.say("  ".join(reversed(rows[-1])))
+            if done.returncode == 0:
+                record.write_text(json.dumps(rows))
     cli.print_table(("make", "seconds", "status"), rows)
     tracebacks = args.log.read_text().count("Traceback (most recent call last)")
     cli.say(f"{tracebacks} tracebacks in {args.log}")
@@ -52,6 +60,7 @@ def parse_arguments() -> argparse.Namespace:
     parser.add_argument("--datasets", nargs="+", default=["ARC-c", "ARC-e", "OBQA"], help="with a test split each")
     parser.add_argument("--ranks", nargs="+", default=["2", "8"])
     parser.add_argument("--keep", default="100")
+    parser.add_argument("--folder", type=Path, help="where the copy stays")
     parser.add_argument("--log", type=Path, default=Path("every_target.log"))
     args = parser.parse_args()
     args.log = args.log.absolute()
@@ -68,11 +77,8 @@ def commands(datasets: list[str], ranks: list[str], keep: str) -> list[list[str]
         *([] if os.environ.get("PY") else [["setup"]]),
         ["model", f"MODEL={MODEL}"],
         *fetched,
-        ["made-tasks"],
-        ["check-recipes"],
         ["plan", *cells],
         ["collect", "DATASET=Demo", f"MODEL={MODEL}", "RANK=8"],
-        ["collect", "DATASET=Demo", f"MODEL={MODEL}", "RANK=4 16"],
         ["collect-all", "CATEGORY=common-sense-reasoning", *cells],
         ["collect-all", "CATEGORY=common-sense-reasoning", *cells],
         ["status"],
@@ -84,6 +90,8 @@ def commands(datasets: list[str], ranks: list[str], keep: str) -> list[list[str]
         *(["export", f"FORMAT={name}", *chosen] for name in ("peft", "dnd", "canonical", "archive")),
         ["import", "FILE=ARCHIVES"],
         ["status"],
+        ["made-tasks"],
+        ["check-recipes"],
         ["disk"],
         ["clean-up", "DRY_RUN=1"],
     ]

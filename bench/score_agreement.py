@@ -43,10 +43,15 @@ def score_each_way(rows: str, ways: list[tuple[str, str]]) -> dict[tuple[str, st
     """What `compute` finds in a process per way, all at once."""
     with tempfile.TemporaryDirectory() as folder:
         results = {way: Path(folder, "-".join(way)) for way in ways}
+        own = {
+            "LLAMAFACTORY_VERBOSITY": "WARN",
+            "OMP_NUM_THREADS": str(max(1, devices.cpu_cores() // len(ways))),
+            "OMP_WAIT_POLICY": "PASSIVE",  # threads that spin while they wait would keep the cores from each other
+        }
         running = [
             subprocess.Popen(
                 [sys.executable, __file__, rows, who, results[who, where]],
-                env={"LLAMAFACTORY_VERBOSITY": "WARN", **os.environ, "DEVICES": where},
+                env={**own, **os.environ, "DEVICES": where},
             )
             for who, where in ways
         ]

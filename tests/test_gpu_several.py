@@ -22,30 +22,36 @@ def losses_of(project: TinyProject) -> list[float]:
 
 
 @pytest.fixture(scope="module")
-def alone(tmp_path_factory) -> TinyProject:
+def empty(tmp_path_factory) -> TinyProject:
+    """A project in which nothing was trained, to be copied."""
+    return TinyProject(tmp_path_factory.mktemp("empty") / "a tree", [MODEL])
+
+
+@pytest.fixture(scope="module")
+def alone(empty, tmp_path_factory) -> TinyProject:
     """A cell that was trained the ordinary way on one GPU."""
-    project = TinyProject(tmp_path_factory.mktemp("one") / "a tree", [MODEL])
+    project = empty.copy(tmp_path_factory.mktemp("one") / "a tree")
     project.run("collect", DATASET="Toy", MODEL=MODEL, RANK="4", ENGINE="stock", DEVICES="0")
     return project
 
 
-def test_a_cell_on_two_devices_has_the_losses_it_has_on_one(alone, tmp_path):
-    both = TinyProject(tmp_path / "a tree", [MODEL])
+def test_a_cell_on_two_devices_has_the_losses_it_has_on_one(empty, alone, tmp_path):
+    both = empty.copy(tmp_path / "a tree")
     both.run("collect", DATASET="Toy", MODEL=MODEL, RANK="4", ENGINE="stock", DEVICES="0,1")
     assert losses_of(both) == pytest.approx(losses_of(alone), abs=OFF)
     for phase in ("pretrain", "finetune"):
         assert [one["processes"] for one in both.manifests(phase) + alone.manifests(phase)] == [2, 1]
 
 
-def test_a_sweep_of_two_devices_a_cell_has_the_losses_of_one(alone, tmp_path):
-    both = TinyProject(tmp_path / "a tree", [MODEL])
+def test_a_sweep_of_two_devices_a_cell_has_the_losses_of_one(empty, alone, tmp_path):
+    both = empty.copy(tmp_path / "a tree")
     both.sweep(RANK="4", GPUS_PER_CELL="2", ENGINE="stock")
     assert losses_of(both) == pytest.approx(losses_of(alone), abs=OFF)
     assert [one["processes"] for one in both.manifests()] == [2]
 
 
-def test_a_sweep_of_two_cells_trains_them_beside_each_other(tmp_path):
-    project = TinyProject(tmp_path / "a tree", [MODEL])
+def test_a_sweep_of_two_cells_trains_them_beside_each_other(empty, tmp_path):
+    project = empty.copy(tmp_path / "a tree")
     output = project.sweep(RANK="4 8", DEVICES="0,1")
     events = re.findall(r"^(started|\[\d/2\])", output, re.MULTILINE)
     assert events == ["started", "started", "[1/2]", "[2/2]"], output

@@ -47,6 +47,13 @@ class TinyProject:
         for path in (top / "collect_scripts" / "math" / "Toy").glob("*.yaml"):
             path.write_text(small(path.read_text(), path.name, in_float16))
 
+    def copy(self, top: Path) -> "TinyProject":
+        """The same project in a folder to be made."""
+        shutil.copytree(self.top, top)
+        other = object.__new__(TinyProject)
+        other.top, other.models = top, self.models
+        return other
+
     def folder(self, model: str) -> Path:
         """Where a model lies."""
         return self.top / "models" / base_models.table()[model]["folder"]

@@ -8,6 +8,7 @@ import os
 import shlex
 from collections import Counter
 from collections.abc import Iterable
+from functools import lru_cache
 from pathlib import Path, PurePosixPath
 from typing import Any
 
@@ -56,10 +57,16 @@ KINDS = {str: "text", bool: "true or false", int: "a number", float: "a number",
 def read_info(data_dir: Path = DATA) -> dict[str, Any]:
     """The entries of `data_dir`/dataset_info.json by dataset name, in the file's order; empty without such a file.
 
+    The file is read at each call, and parsed when it changed; callers share the entries and must not change them.
     Raises UserError when it is not JSON, not an object, or names a dataset twice.
     """
     path = Path(data_dir) / "dataset_info.json"
-    return parse_info(path.read_bytes(), path) if path.exists() else {}
+    return dict(_parse_once(path.read_bytes(), path)) if path.exists() else {}
+
+
+@lru_cache(maxsize=2)
+def _parse_once(content: bytes, path: Path) -> dict[str, Any]:
+    return parse_info(content, path)
 
 
 def parse_info(content: bytes, path: Path) -> dict[str, Any]:

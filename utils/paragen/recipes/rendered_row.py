@@ -3,7 +3,7 @@
 import copy
 import os
 from collections import defaultdict
-from functools import cache
+from functools import cache, lru_cache
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -89,13 +89,12 @@ def encode(
     from llamafactory.data.parser import get_dataset_list
     from llamafactory.data.processor.supervised import SupervisedDatasetProcessor
     from llamafactory.data.template import TEMPLATES, get_template_and_fix_tokenizer
-    from llamafactory.hparams import DataArguments, ModelArguments
-    from llamafactory.model import load_tokenizer
+    from llamafactory.hparams import DataArguments
 
     templates.register()
     name = recipe.config["template"]
     data_args = DataArguments(**{key: recipe.config[key] for key in ARGUMENTS if key in recipe.config})
-    loaded = load_tokenizer(ModelArguments(model_name_or_path=str(recipe.resolved("model_name_or_path"))))
+    loaded = load_tokenizer(recipe.resolved("model_name_or_path"), name)
     before = copy.copy(TEMPLATES[name])
     try:
         template = get_template_and_fix_tokenizer(loaded["tokenizer"], data_args)
@@ -112,6 +111,15 @@ def encode(
     if not encoded["input_ids"]:
         raise ValueError("LLaMA-Factory drops it: it does not end in a response")
     return encoded["input_ids"][0], encoded["labels"][0], loaded["tokenizer"]
+
+
+@lru_cache(maxsize=4)
+def load_tokenizer(folder: Path | None, template: str) -> dict[str, Any]:
+    """LLaMA-Factory's tokenizer and processor of a model, one for each template, which may add tokens to them."""
+    from llamafactory.hparams import ModelArguments
+    from llamafactory.model import load_tokenizer
+
+    return load_tokenizer(ModelArguments(model_name_or_path=str(folder)))
 
 
 def parts_of(input_ids: list[int], labels: list[int], tokenizer: Any) -> list[tuple[str, bool]]:
