@@ -756,7 +756,11 @@ def test_what_is_there_is_replaced_only_with_force(licensed, empty, run, hub):
     with pytest.raises(UserError, match="is another collection; move it away, or FORCE=1"):
         run(pull, empty)
     assert not list((empty / "data" / CATEGORY).iterdir())
+    notes = empty / "saves" / NAME / "notes.txt"
+    notes.write_text("mine")
     run(pull, empty, FORCE="1")
+    assert notes.read_text() == "mine"
+    notes.unlink()
     assert hashes(empty / "saves" / NAME) == hashes(licensed / "saves" / NAME)
 
 
