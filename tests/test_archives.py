@@ -255,8 +255,11 @@ def test_what_is_there_is_kept_unless_forced(synthetic, tmp_path, monkeypatch, c
     assert import_archive.main() == 1
     assert "without a manifest.json; FORCE=1" in capsys.readouterr().err
 
+    (folder / "notes.txt").write_text("mine")
     monkeypatch.setenv("FORCE", "1")
     assert import_archive.main() == 0
+    assert (folder / "notes.txt").read_text() == "mine"
+    (folder / "notes.txt").unlink()
     assert same_folders(synthetic, folder)
     assert not left_overs(tmp_path / "saves")
 

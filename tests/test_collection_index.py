@@ -324,13 +324,13 @@ def test_a_damaged_index_is_made_again_where_there_is_no_collection(saves):
 
 
 def test_a_bit_flipped_anywhere_in_the_index_is_noticed(saves):
-    first, _ = index.update(saves)
+    index.update(saves)
     path = saves / "index.parquet"
     good = path.read_bytes()
     for place in range(4, len(good), 97):
         path.write_bytes(good[:place] + bytes([good[place] ^ 4]) + good[place + 1 :])
         table, known = index.read(saves)
-        assert not known or table.equals(first), place  # a flip in what nobody reads, such as a statistic, is harmless
+        assert not known and not table.num_rows, place
 
 
 def test_an_index_edited_by_hand_is_not_loaded(saves):
@@ -550,16 +550,12 @@ def test_a_mark_of_a_manifest_does_not_depend_on_the_order_of_its_keys(folder):
 
 
 def test_no_flipped_bit_in_an_index_is_believed(trained_place):
-    """Bits all over the file: the rows and marks that are read are the ones written, or none are."""
+    """Bits all over the file: nothing of it is read."""
     index.update()
     path = paths.SAVES / paths.INDEX
-    whole = index.read(paths.SAVES)
     data = path.read_bytes()
     places = range(0, len(data), 127)
-    refused = 0
     for place in places:
         path.write_bytes(data[:place] + bytes([data[place] ^ 1 << place % 8]) + data[place + 1 :])
         table, known = index.read(paths.SAVES)
-        refused += not known
-        assert not known and not table.num_rows or (table, known) == whole, place
-    assert refused > len(places) / 2
+        assert not known and not table.num_rows, place

@@ -57,8 +57,12 @@ def test_ranks_are_trained_together_and_complete_ones_are_skipped(repository):
     assert "rank 2 seed=3  rank 4 seed=3" in status.stdout, "found although nobody named the seed"
     kept = subprocess.run(["make", "status", "KEEP=2"], cwd=repository, capture_output=True, text=True)
     assert "2 complete" in kept.stdout and "stale" not in kept.stdout, "the found cells have KEEP, too"
+    notes = [folder / "notes.txt" for folder in broken.parent.glob("*_seed-3_*[ne]")]
+    for path in notes:
+        path.write_text(path.parent.name)
     forced = make(repository, "RANKS=4", "SEED=3", "KEEP=2", "FORCE=1")
     assert forced.returncode == 0, forced.stdout + forced.stderr
+    assert len(notes) == 4 and all(path.read_text() == path.parent.name for path in notes)
     new = collections(repository)
     same = {name: new[name] == found[name] for name in found}
     assert same == {"Tiny-One_lora-rank_2_seed-3_finetune": True, "Tiny-One_lora-rank_4_seed-3_finetune": False}

@@ -243,9 +243,11 @@ def test_a_received_run_is_published_only_when_complete_and_of_the_latest_attemp
         there.send("finetune")
     assert not folder.exists()
     there.claim("now")
+    folder.mkdir()
+    (folder / "notes.txt").write_text("of others")
     there.send("finetune")
     there.server.close_cell("now")
-    assert (folder / "manifest.json").is_file()
+    assert (folder / "manifest.json").is_file() and (folder / "notes.txt").read_text() == "of others"
     assert [path.name for path in there.project.saves.glob(".*") if not path.name.endswith(".attempt")] == []
 
 

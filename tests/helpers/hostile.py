@@ -4,7 +4,8 @@
 
 Each input is one that works, changed at random places, with its hashes made right again: what a stranger can write. A
 command may succeed or raise UserError, in SECONDS and with BYTES of memory. It may write below saves/ and data/ alone,
-start no process and import no module that an input names. Prints a line for each input that did more, and ends with 1.
+start no process but the one that reads Parquet, and import no module that an input names. Prints a line for each input
+that did more, and ends with 1.
 """
 
 import contextlib
@@ -31,6 +32,7 @@ CATEGORY = "common-sense-reasoning"
 RUN = "Tiny-Llama_lora-rank_1_finetune"
 NAME = f"{CATEGORY}/Toy/{RUN}"
 REPO = "user/toy"
+READER = ["-m", "paragen.common.parquet_files"]  # the one process that a command may start
 CANARIES = ("this", "antigravity", "__phello__")  # modules of Python that nothing imports
 DEEP = json.loads("[" * 300 + "]" * 300)
 VALUES = [
@@ -166,7 +168,8 @@ class Watch:
         if not self.on:
             return
         if event in ("subprocess.Popen", "os.system", "os.exec", "os.posix_spawn"):
-            self.found.append(f"{event} {arguments[:2]}")
+            if not (event == "subprocess.Popen" and list(arguments[1])[1:3] == READER):
+                self.found.append(f"{event} {arguments[:2]}")
         elif event == "open" and isinstance(arguments[0], str) and isinstance(arguments[2], int):
             if arguments[2] & (os.O_WRONLY | os.O_RDWR | os.O_CREAT):
                 self.check(event, arguments[0])

@@ -18,7 +18,7 @@ from pathlib import Path
 
 from paragen.archives.read import FORMAT, load_step, manifest_in, opened, read_all, read_files, sizes_of, steps_of
 from paragen.archives.write import SUFFIX, converted, write
-from paragen.collection import copies, derived, evaluation, run_files, run_identity, verification
+from paragen.collection import copies, derived, evaluation, replacing, run_files, run_identity, verification
 from paragen.collection.manifest import CheckpointEntry, Manifest, read_manifest, require_manifest
 from paragen.common import files, paths
 from paragen.common.cli import UserError, say
@@ -156,7 +156,7 @@ def _unpack(archives: list[Path], entries: dict[int, CheckpointEntry], small: di
                 files.write_atomically(staging / name, small[name])
         if faults := verification.faults_of(staging, require_manifest(staging)):
             raise UserError(f"{paths.relative(archives[0])}: what it holds is no whole collection: {faults[0]}")
-        files.publish_folder(staging, folder)
+        replacing.publish(staging, folder)
     finally:
         files.remove_folder(staging)
     say(f"imported: {paths.relative(folder)}, {len(entries)} checkpoints")

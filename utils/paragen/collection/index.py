@@ -16,7 +16,7 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 
 from paragen.collection import checkpoints, copies, discovery, evaluation, selection
 from paragen.collection.manifest import Manifest, read_manifest, require_manifest
-from paragen.common import files, paths, settings
+from paragen.common import files, parquet_files, paths, settings
 from paragen.common.cli import UserError
 from paragen.model import base_models
 
@@ -113,15 +113,13 @@ def read(saves: Path) -> "tuple[pa.Table, dict[str, dict]]":
     """The index on disk, and by collection what its rows were read from: the manifest's `stamp` and `sha256`, and those
     of its `scores`; for a second copy, which has no rows, also copies.COPY_OF.
 
-    Both are empty where there is no index, or one of another format, damaged or edited: it can be made again. In one of
-    the format before, MARKS are null.
+    Both are empty where there is no index, or one of another format, damaged or edited: it can be made again. The
+    file's hash is checked before it is parsed. In one of the format before, MARKS are null.
     """
     import pyarrow as pa
-    import pyarrow.parquet
 
-    path = saves / paths.INDEX
     try:
-        table = pyarrow.parquet.read_table(path, memory_map=False)
+        table = parquet_files.read_own(saves / paths.INDEX)
         marks = json.loads(table.schema.metadata[b"paragen"])
         table = table.replace_schema_metadata(None)
         if marks["format"] in (FORMAT, BEFORE) and marks["sha256"] == content_sha256(table, marks["collections"]):
@@ -156,7 +154,7 @@ def write(saves: Path, table: "pa.Table", known: dict[str, dict]) -> None:
     marks = json.dumps({"format": FORMAT, "collections": known, "sha256": content_sha256(table, known)})
     sink = pa.BufferOutputStream()
     pyarrow.parquet.write_table(table.replace_schema_metadata({"paragen": marks}), sink)
-    files.write_atomically(saves / paths.INDEX, sink.getvalue().to_pybytes())
+    files.write_atomically(saves / paths.INDEX, parquet_files.sealed(sink.getvalue().to_pybytes()))
 
 
 def content_sha256(table: "pa.Table", known: dict[str, dict]) -> str:

@@ -54,13 +54,17 @@ def names_of(manifest: Manifest) -> set[str]:
     return {paths.MANIFEST, *run_files.BESIDE, *(entry.file_name for entry in manifest.checkpoints)}
 
 
+def half_written(folder: Path) -> set[str]:
+    """The names of the temporary files that a killed process left in a run folder."""
+    return {path.name for name in (paths.MANIFEST, *run_files.BESIDE) for path in files.unfinished(folder / name)}
+
+
 def strangers_in(folder: Path, manifest: Manifest) -> tuple[list[str], list[str]]:
     """What lies in a collection's folder and is no part of it: (checkpoints that the manifest does not list, others).
 
     Both are sorted names; a folder's ends with a "/". What a killed evaluation left half-written is not named.
     """
-    half_written = {path.name for name in run_files.BESIDE for path in files.unfinished(folder / name)}
-    known = names_of(manifest) | half_written
+    known = names_of(manifest) | half_written(folder)
     with os.scandir(folder) as entries:
         found = {f"{entry.name}/" if entry.is_dir(follow_symlinks=False) else entry.name for entry in entries} - known
     unlisted = {name for name in found if run_files.CHECKPOINT_FILE.fullmatch(name)}

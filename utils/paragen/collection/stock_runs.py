@@ -15,7 +15,15 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
-from paragen.collection import adapter_config, finishing, manifest_kinds, run_files, stock_files, verification
+from paragen.collection import (
+    adapter_config,
+    finishing,
+    manifest_kinds,
+    replacing,
+    run_files,
+    stock_files,
+    verification,
+)
 from paragen.collection.manifest import CheckpointEntry, new_manifest, read_manifest, write_manifest
 from paragen.common import files, paths, settings
 from paragen.common.cli import UserError
@@ -187,7 +195,7 @@ def rebuild(folder: Path, kept: list[Path], others: Sequence[str]) -> None:
         for checkpoint in kept:
             step = int(checkpoint.name.rpartition("-")[2])
             target = staging / run_files.checkpoint_name(step)
-            link_or_copy(checkpoint / paths.ADAPTER, target)
+            replacing.link_or_copy(checkpoint / paths.ADAPTER, target)
             log = losses.get(step, {})
             loss, learning_rate = (finite_or_none(log.get(key)) for key in ("loss", "learning_rate"))
             entries.append(CheckpointEntry(step, loss, learning_rate, target.stat().st_size, files.sha256_of(target)))
@@ -206,7 +214,7 @@ def rebuild(folder: Path, kept: list[Path], others: Sequence[str]) -> None:
         manifest = new_manifest(folder, "finetune", adapter["r"], identity, entries, facts)
         write_manifest(staging, manifest)
         for name in others:
-            take_along(folder, staging, name)
+            replacing.take_along(folder, staging, name)
         faults = verification.faults_of(staging, manifest)
         if faults:
             raise UserError(f"{folder}: {faults[0]}; nothing was changed")
@@ -215,40 +223,9 @@ def rebuild(folder: Path, kept: list[Path], others: Sequence[str]) -> None:
         files.remove_folder(staging)
 
 
-def take_along(folder: Path, staging: Path, name: str) -> None:
-    """Give a file, a link or (where `name` ends with a "/") an empty folder below `folder` its place in `staging`."""
-    target = staging / name
-    for parent in reversed(Path(name).parents):
-        if (folder / parent).is_dir() and not (staging / parent).is_dir():
-            (staging / parent).mkdir()
-            shutil.copystat(folder / parent, staging / parent)
-    if name.endswith("/"):
-        target.mkdir()
-        shutil.copystat(folder / name, target)
-    elif target.exists():
-        raise UserError(f"{folder / name}: has the name of a file of the collection; rename it; nothing was changed")
-    else:
-        link_or_copy(folder / name, target)
-
-
 def finite_or_none(value: Any) -> float | None:
     """A logged figure, None where it is not a finite number."""
     return value if isinstance(value, (int, float)) and math.isfinite(value) else None
-
-
-def link_or_copy(source: Path, target: Path) -> None:
-    """Hard-link a file or a link, or copy it where the file system has no hard links."""
-    try:
-        os.link(source, target, follow_symlinks=False)
-    except OSError:
-        if source.is_symlink():
-            target.symlink_to(source.readlink())
-        elif source.is_file():
-            shutil.copy2(source, target)
-            with open(target, "rb+") as file:
-                os.fsync(file.fileno())
-        else:
-            raise UserError(f"{source}: is no regular file and cannot be kept; move it away first") from None
 
 
 def base_of(adapter: dict) -> dict:

@@ -15,6 +15,7 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
+from paragen.common import parquet_files
 from paragen.common.cli import UserError, storage_fault
 from paragen.common.paths import relative
 from paragen.dataset import dataset_info, infer_entry
@@ -147,15 +148,16 @@ def utf8_lines(path: Path, newline: str | None = "\n") -> Iterator[str]:
 
 
 def read_parquet(path: Path) -> Iterator[dict[str, Any]]:
-    """The rows of a Parquet file, a batch at a time."""
+    """The rows of a Parquet file, a batch at a time, read in a child process (see parquet_files.py)."""
     import pyarrow
-    import pyarrow.parquet
 
     try:
-        with pyarrow.parquet.ParquetFile(path) as table:
-            for batch in table.iter_batches():
-                yield from batch.to_pylist()
-    except pyarrow.ArrowException as error:
+        stream = parquet_files.batches_in_child(path)
+        next(stream)  # the schema
+        for batch in stream:
+            batch.validate(full=True)
+            yield from batch.to_pylist()
+    except (pyarrow.ArrowException, ValueError) as error:
         raise UserError(f"{relative(path)}: is no readable Parquet: {first_line(error)}") from None
 
 

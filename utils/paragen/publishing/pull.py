@@ -15,7 +15,7 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NamedTuple
 
-from paragen.collection import copies, evaluation, index, run_identity, selection, verification
+from paragen.collection import copies, evaluation, index, replacing, run_identity, selection, verification
 from paragen.collection.manifest import read_manifest, require_manifest
 from paragen.common import cli, files, paths
 from paragen.common.cli import UserError, say
@@ -148,7 +148,7 @@ def bring(source: Source, unit: Unit, layout: str, table: "pa.Table") -> None:
     with locked(unit.folder):
         files.recover_folder(unit.folder)
         with pulled_data.placed(wanted, data, unit.entries):
-            files.publish_folder(folder, unit.folder)
+            replacing.publish(folder, unit.folder)
     for file in unit.mark["files"]:
         (source.staging / published_tree.COLLECTIONS / file).unlink(missing_ok=True)
     say(f"downloaded: {paths.relative(unit.folder)}")

@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 
 from paragen.collection import index, run_files
 from paragen.collection import manifest_kinds as kinds
-from paragen.common import cli, paths
+from paragen.common import cli, parquet_files, paths
 from paragen.common.cli import UserError
 from paragen.dataset import dataset_info
 from paragen.dataset.names import PATH_PART
@@ -29,8 +29,8 @@ LARGEST_INDEX = 2**28  # bytes
 MOST_ROWS = 2**21
 LONGEST_TEXT = 2**10  # bytes of a text in a row
 LARGEST_TEXTS = 2**29  # bytes of all texts
-LARGEST_MARKS = 2**25  # bytes of the JSON in its metadata
-COMPRESSIONS = ("SNAPPY", "UNCOMPRESSED")
+MOST_MEMORY = 2**30  # bytes of the address space of the process that reads it
+MOST_SECONDS = 10  # of a processor, for the same
 
 
 class Source(NamedTuple):
@@ -74,29 +74,18 @@ def read_index(source: Source) -> "tuple[pa.Table, dict[str, Any]]":
 def read_table(path: Path) -> "pa.Table":
     """An index.parquet with its metadata, of a size that `make publish` may have written.
 
-    Texts are read as dictionaries and measured before they are written out, since a few bytes can stand for gigabytes.
-    Raises ValueError, or what pyarrow raises, for any other file.
+    It is read in a child process, which it may end. Texts are read as dictionaries and measured before they are written
+    out, since a few bytes can stand for gigabytes. Raises ValueError, or what pyarrow raises, for any other file.
     """
     import pyarrow as pa
     import pyarrow.compute as pc
-    import pyarrow.parquet
 
     if path.stat().st_size > LARGEST_INDEX:
         raise ValueError(f"it has {path.stat().st_size} bytes")
-    limits = {"thrift_string_size_limit": LARGEST_MARKS, "thrift_container_size_limit": 2**20}
-    with pyarrow.parquet.ParquetFile(path, **limits) as file:
-        texts = [name for name in file.schema.names if index.COLUMNS.get(name) == "string"]
-    with pyarrow.parquet.ParquetFile(path, read_dictionary=texts, **limits) as file:
-        about = file.metadata
-        if not 0 <= about.num_rows <= MOST_ROWS or about.num_columns > len(index.COLUMNS):
-            raise ValueError(f"it has {about.num_rows} rows and {about.num_columns} columns")
-        for group in range(about.num_row_groups):
-            for column in range(about.num_columns):
-                if (used := about.row_group(group).column(column).compression) not in COMPRESSIONS:
-                    raise ValueError(f"it is compressed by {used}")
-        table = file.read()
-    if table.num_rows > MOST_ROWS or not set(table.column_names) <= index.COLUMNS.keys():
-        raise ValueError("it has other rows or columns than its header says")
+    texts = [name for name, kind in index.COLUMNS.items() if kind == "string"]
+    table = parquet_files.read_in_child(path, texts, MOST_ROWS, MOST_MEMORY, MOST_SECONDS)
+    if not set(table.column_names) <= index.COLUMNS.keys():
+        raise ValueError("it has other columns")
     total = 0
     for name in table.column_names:
         column = table[name]

@@ -14,7 +14,7 @@ from dataclasses import replace
 from multiprocessing.context import ForkServerProcess
 from pathlib import Path
 
-from paragen.collection import run_identity, verify
+from paragen.collection import replacing, run_identity, verify
 from paragen.common import files, paths, settings
 from paragen.common.cli import UserError
 from paragen.packed import packed_train
@@ -229,7 +229,7 @@ def outcome_in_crashed_pack(ended: Outcome) -> Outcome:
 
 
 def prune(pretrain: Path) -> None:
-    """Remove the pretrain folder of a cell whose collection has just been verified."""
+    """Remove the pretrain folder of a cell whose collection has just been verified (see replacing.remove)."""
     with contextlib.suppress(files.Busy), files.lock(files.beside(pretrain, "lock")):
         if (pretrain / paths.MANIFEST).is_file():
-            files.remove_folder(pretrain)
+            replacing.remove(pretrain)

@@ -12,7 +12,7 @@ import threading
 from pathlib import Path
 from typing import NamedTuple
 
-from paragen.collection import run_files, run_identity
+from paragen.collection import replacing, run_files, run_identity
 from paragen.common import files, paths, settings
 from paragen.common.cli import UserError
 from paragen.model import model_files
@@ -170,9 +170,9 @@ class FileServer:
         if changed:
             raise UserError(f"{'; '.join(changed)}: changed while it was trained on; run it again")
         attempts.check_claim(folder, attempt)
-        files.publish_folder(staging, folder)
+        replacing.publish(staging, folder)
         if phase == "finetune" and settings.switch("PRUNE_PRETRAIN"):
-            files.remove_folder(opened.cell.pretrain.folder)
+            replacing.remove(opened.cell.pretrain.folder)
 
     def close_cell(self, attempt: str) -> None:
         """Unlock a cell's run folders, and remove what was received of an unfinished run."""

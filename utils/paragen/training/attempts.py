@@ -11,7 +11,7 @@ from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any
 
-from paragen.collection import discovery, manifest_recipe, run_identity
+from paragen.collection import discovery, manifest_recipe, replacing, run_identity
 from paragen.collection.run_identity import Snapshot
 from paragen.common import cli, files, paths
 from paragen.common.cli import UserError, say
@@ -47,8 +47,9 @@ def begin(run: Run, snapshot: Snapshot) -> Iterator[Attempt | None]:
     or as an interrupted attempt left it (see interrupted.py). Afterwards it is removed where it was not published and
     holds no whole checkpoint to go on from.
 
-    Raises AlreadyRunning when another process trains the run, UserError when its run folder is stale or holds something
-    else, when its pretrain is missing, when an override has no effect, or when a manifest could not record its recipe.
+    Raises AlreadyRunning when another process trains the run, UserError when its run folder is stale, holds something
+    else or cannot be replaced (see replacing.py), when its pretrain is missing, when an override has no effect, or when
+    a manifest could not record its recipe.
     """
     overrides.check(run)
     manifest_recipe.check_trainable(snapshot.identity["recipe"], str(run.recipe))
@@ -67,6 +68,7 @@ def begin(run: Run, snapshot: Snapshot) -> Iterator[Attempt | None]:
                 files.remove_folder(left)
         else:
             check_pretrain(run)
+            replacing.check(run.folder)
             yield stack.enter_context(staged(run, snapshot, left))
         drop_claim(run.folder)
 

@@ -4,7 +4,7 @@ import json
 from pathlib import Path
 from typing import Any
 
-from paragen.collection import finishing, run_files, run_identity
+from paragen.collection import finishing, replacing, run_files, run_identity
 from paragen.collection.manifest import CheckpointEntry, attempt_facts, new_manifest, write_manifest
 from paragen.common import files, paths
 from paragen.common.cli import UserError, say
@@ -38,7 +38,7 @@ def complete(attempt: Attempt, facts: dict[str, Any]) -> None:
         files.sync_tree(staging)  # a collection's files are not synced one by one during the training
     write_manifest(staging, manifest)
     attempts.check_claim(run.folder)
-    files.publish_folder(staging, run.folder)
+    replacing.publish(staging, run.folder)
     say(f"done: {paths.relative(run.folder)}, {len(checkpoints)} checkpoints")
 
 
