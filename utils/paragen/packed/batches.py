@@ -4,6 +4,7 @@ All rows are known before the first step, so the shapes of the steps can be sort
 captured once as a CUDA graph.
 """
 
+from collections.abc import Container
 from dataclasses import dataclass
 from typing import NamedTuple
 
@@ -41,6 +42,10 @@ class Step:
     """The rows of one step."""
 
     rows: list[list[Row]]  # by adapter; an adapter whose training is complete has none
+
+    def without(self, adapters: Container[int]) -> "Step":
+        """The step without the rows of some adapters."""
+        return Step([[] if index in adapters else rows for index, rows in enumerate(self.rows)])
 
     def shape(self, groups: AdapterGroups) -> Shape:
         """The smallest shape that holds the step."""
