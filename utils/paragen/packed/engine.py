@@ -14,7 +14,8 @@ from transformers import PreTrainedModel
 from paragen.packed import layers
 from paragen.packed.adapter import Adapter
 from paragen.packed.batches import Step, to_batch
-from paragen.packed.layers import AdapterGroups, Batch, NotPackable, PackedLinear, StepContext
+from paragen.packed.layers import NotPackable, PackedLinear
+from paragen.packed.step_context import AdapterGroups, Batch, StepContext
 from paragen.packed.step_runners import EagerRunner, GraphRunner
 from paragen.training import deterministic
 
@@ -46,7 +47,8 @@ class Engine:
         self.on_cuda = self.device.type == "cuda"
         self.steps_ahead = MAX_STEPS_AHEAD if self.on_cuda else 0
         self.groups = AdapterGroups([adapter.rank for adapter in adapters], loads)
-        self.context = StepContext(self.groups, [adapter.scaling for adapter in adapters], self.device)
+        scaling, dropout = [adapter.scaling for adapter in adapters], [adapter.dropout for adapter in adapters]
+        self.context = StepContext(self.groups, scaling, self.device, dropout)
         names = [part.layer for part in adapters[0].parts]
         self.layers = layers.attach(model, names, self.context, dtype)
         try:

@@ -11,7 +11,7 @@ from torch import Tensor
 
 from paragen.common import cli, devices
 from paragen.common.cli import UserError, say
-from paragen.packed import checkpoint_writer, memory, stock_checkpoint
+from paragen.packed import checkpoint_writer, dropout, memory, stock_checkpoint
 from paragen.packed.batches import Row, Step
 from paragen.packed.engine import Engine
 from paragen.packed.frozen_base import FrozenBase, PackedRun
@@ -80,13 +80,29 @@ def count_fitting(base: FrozenBase, members: list[PackedRun], step_batches: list
     if len(members) == 1:
         return 1
     assert base.model is not None  # see train_all
-    steps = [[Step([rows]) for rows in each] for each in step_batches[: len(members)]]
+    steps = [steps_of([member], [each]) for member, each in zip(members, step_batches, strict=False)]
     try:
         return memory.count_that_fit(base.model, base.dtype, [member.adapter for member in members], steps)
     except torch.OutOfMemoryError:
         return 1
     finally:
         devices.free_memory()
+
+
+def steps_of(members: list[PackedRun], step_batches: list[list[list[Row]]]) -> list[Step]:
+    """The steps of a pack.
+
+    Args:
+        members: the runs.
+        step_batches: for each member, for each of its steps, the rows.
+    """
+    steps = [Step([rows or [] for rows in each]) for each in zip_longest(*step_batches)]
+    if any(member.adapter.dropout for member in members):
+        starts = [(member.schedule.args.seed, member.schedule.first) for member in members]
+        found = [dropout.streams(seed, range(first, first + len(steps))) for seed, first in starts]
+        for step, streams in zip(steps, zip(*found, strict=True), strict=True):
+            step.streams = list(streams)
+    return steps
 
 
 class Pack:
@@ -103,7 +119,7 @@ class Pack:
     def __init__(self, base: FrozenBase, members: list[PackedRun], step_batches: list[list[list[Row]]]):
         assert base.model is not None  # see train_all
         self.members = members
-        self.steps = [Step([rows or [] for rows in each]) for each in zip_longest(*step_batches)]
+        self.steps = steps_of(members, step_batches)
         loads = [sum(len(row.tokens) for rows in each for row in rows) / len(self.steps) for each in step_batches]
         self.engine = Engine(base.model, [member.adapter for member in members], base.dtype, loads)
         self.threads: ThreadPoolExecutor = checkpoint_writer.threads()
@@ -201,6 +217,7 @@ class Pack:
                 **member.schedule.facts(),
                 "engine": "packed",
                 "packed_with": len(self.members),
+                **({"dropout_stream": "packed"} if member.adapter.dropout else {}),
             }
             completion.complete(attempt, facts)
             attempts.drop_claim(attempt.run.folder)
