@@ -26,7 +26,7 @@ def test_supported_recipes_are_packed(packable):
     assert why(packable.cell()) is None
     every_setting = {
         "warmup_ratio": 0.1, "weight_decay": 0.01, "lora_alpha": 3, "use_rslora": True, "max_grad_norm": 0.5,
-        "adam_beta2": 0.95, "seed": 3, "data_seed": 4, "lora_dropout": 0.0, "val_size": 0, "packing": False,
+        "adam_beta2": 0.95, "seed": 3, "data_seed": 4, "lora_dropout": 0.1, "val_size": 0, "packing": False,
         "optim": "adamw_torch", "flash_attn": "auto", "report_to": "none", "disable_gradient_checkpointing": False,
         "lr_scheduler_type": "linear", "train_on_prompt": True, "num_train_epochs": 2,
     }  # fmt: skip
@@ -34,7 +34,7 @@ def test_supported_recipes_are_packed(packable):
 
 
 REFUSED = {
-    "lora_dropout": 0.1, "use_dora": True, "pissa_init": True, "val_size": 0.1, "packing": True, "neat_packing": True,
+    "use_dora": True, "pissa_init": True, "val_size": 0.1, "packing": True, "neat_packing": True,
     "report_to": "tensorboard", "optim": "adafactor", "quantization_bit": 4, "label_smoothing_factor": 0.1,
     "neftune_noise_alpha": 5, "finetuning_type": "full", "stage": "pt", "pure_bf16": True, "flash_attn": "eager",
     "loraplus_lr_ratio": 16.0, "group_by_length": True, "additional_target": "embed_tokens", "surprise": 1,
@@ -70,7 +70,7 @@ def test_an_unknown_engine_is_refused(monkeypatch):
 
 @pytest.mark.parametrize("ranks", [[1], [2, 4, 8, 16, 32, 64], [64] * 5, [200, 3, 7], [2] * 100, [128, 128, 1]])
 def test_every_adapter_has_rows_of_its_own_in_a_stack(ranks):
-    from paragen.packed.layers import GROUP_WIDTH, WIDTH_MULTIPLE, AdapterGroups
+    from paragen.packed.step_context import GROUP_WIDTH, WIDTH_MULTIPLE, AdapterGroups
 
     groups = AdapterGroups(ranks)
     taken = np.zeros((groups.count, groups.width), int)
@@ -109,7 +109,7 @@ def test_each_step_has_a_bucket_that_covers_it():
 def laid_out(roomy: bool):
     """Four adapters in two groups, the training of one complete, laid out in the smallest shape or a larger one."""
     from paragen.packed.batches import Shape, Step, lay_out
-    from paragen.packed.layers import AdapterGroups
+    from paragen.packed.step_context import AdapterGroups
 
     groups = AdapterGroups([64, 64, 8, 4])
     step = Step([[row(7, 3), row(4, 2)], [], [row(5, 5)], [row(9, 1), row(3, 2), row(6, 4)]])
@@ -171,7 +171,8 @@ def test_packed_layers_compute_what_each_adapter_alone_computes(stacked):
     import torch
 
     from paragen.packed.batches import to_batch
-    from paragen.packed.layers import PackedLinear, StepContext
+    from paragen.packed.layers import PackedLinear
+    from paragen.packed.step_context import StepContext
 
     step, groups, shape, out = laid_out(True)
     torch.manual_seed(0)

@@ -67,7 +67,7 @@ def diverge(project: packed_project.Packable) -> None:
         (lose_data, "Bad.json"),
         (lose_model, "Absent"),
         (break_recipe, "fast"),
-        (diverge, "diverged"),
+        (diverge, "tiny_Bad_rank-4_pretrain.yaml at rank 4: the training diverged: at step 2 its loss"),
     ],
 )
 def test_a_broken_cell_fails_alone(project, undisturbed, damage, message):

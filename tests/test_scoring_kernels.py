@@ -1,41 +1,17 @@
 """Scoring's kernels do what PyTorch's operations do, and compile for the GPUs they are for. No GPU is needed."""
 
-import os
-import subprocess
-import sys
-
 import pytest
 import torch
-import triton
-from conftest import ROOT
+from helpers import triton_kernels
 from torch import Tensor
-from triton.backends.compiler import GPUTarget
-from triton.compiler import ASTSource
 
 from paragen.scoring import attention, kernels, stacked_model
 
 LEAST_SHARED = 99 * 1024  # bytes of shared memory of a block, on GPUs of capability 8.6 and 8.9
 
-
-# Triton is told when it is imported that its kernels are to be interpreted, on the CPU: so in a process of their own.
-# Its numbers are arrays of one element, which NumPy no longer takes for the end of a loop.
-INTERPRETER = """
-import sys, torch
-from paragen.scoring import kernels
-from triton.runtime import interpreter
-plain = interpreter._patch_lang_tensor
-def patched(tensor, scope):
-    plain(tensor, scope)
-    scope.set_attr(tensor, "__index__", lambda self: self.handle.data.item())
-interpreter._patch_lang_tensor = patched
-found = [(getattr(kernels, name)(*given), given) for name, given in torch.load(sys.argv[1])]
-torch.save(found, sys.argv[1])
-"""
 SIZES = [(2, 70, 160, 8), (3, 5, 128, 4), (1, 64, 72, 20), (2, 130, 96, 64), (1, 1, 70, 1)]
 WORDS = [7, 8192, 20001]
 KINDS = [(64, torch.bfloat16), (128, torch.bfloat16), (256, torch.float16), (128, torch.float32)]  # of heads
-TYPES = {torch.bfloat16: "*bf16", torch.float16: "*fp16", torch.float32: "*fp32", torch.int64: "*i64", int: "i32",
-         float: "fp32"}  # fmt: skip
 HEADS = {
     "a shared prefix": {"heads": 14, "shared": 2, "length": 80, "prefix": 70},
     "short rows": {"heads": 14, "shared": 2, "length": 5, "prefix": 9},
@@ -50,15 +26,11 @@ HEADS = {
 @pytest.fixture(scope="module")
 def interpreted(tmp_path_factory) -> list[tuple]:
     """What the kernels make of `activations`, `logits` and `heads_of`: (result, the arguments afterwards)."""
-    file = tmp_path_factory.mktemp("interpreted") / "tensors.pt"
     asked = [("gated", activations(*sizes)) for sizes in SIZES] + [
         ("reduce_logits", (logits(words),)) for words in WORDS
     ]
     asked += [("attend", heads_of(**sizes)) for sizes in HEADS.values()]
-    torch.save(asked, file)
-    environment = {**os.environ, "TRITON_INTERPRET": "1", "PYTHONPATH": str(ROOT / "utils")}
-    subprocess.run([sys.executable, "-c", INTERPRETER, file], env=environment, check=True)
-    return torch.load(file)
+    return triton_kernels.interpret("paragen.scoring.kernels", asked, tmp_path_factory.mktemp("interpreted"))
 
 
 def activations(count: int, rows: int, inner: int, rank: int) -> tuple[Tensor, ...]:
@@ -164,7 +136,7 @@ def test_they_compile_for_the_gpus_that_they_are_for(monkeypatch, tmp_path, capa
     monkeypatch.setenv("TRITON_CACHE_DIR", str(tmp_path))
     asked = []
     for name in ("_gated", "_reduce_logits", "_attend"):
-        monkeypatch.setattr(kernels, name, Noted(getattr(kernels, name), asked))
+        monkeypatch.setattr(kernels, name, triton_kernels.Noted(getattr(kernels, name), asked))
     gate, up = torch.zeros(2, 2 * 80, 96, dtype=torch.bfloat16)
     hidden, a_down = torch.zeros(2, 80, 2 * rank).bfloat16(), torch.zeros(2, 96, rank).bfloat16()
     b_gate, b_up = torch.zeros(2, 2, rank, 96, dtype=torch.bfloat16)
@@ -176,29 +148,4 @@ def test_they_compile_for_the_gpus_that_they_are_for(monkeypatch, tmp_path, capa
             assert kernels.can_attend(heads[0].to(dtype), heads[2].to(dtype))
             first = first and tuple(one.to(dtype) for one in first)
             kernels.attend(*(one.to(dtype) for one in heads), mask, scale, first)
-    for source, options in asked:
-        made = triton.compile(source, target=GPUTarget("cuda", capability, 32), options=options)
-        assert made.asm["cubin"] and made.metadata.shared <= LEAST_SHARED
-
-
-class Noted:
-    """Replaces a kernel and notes what it would be compiled from."""
-
-    def __init__(self, kernel: triton.JITFunction, asked: list):
-        self.kernel, self.asked = kernel, asked
-
-    def __getitem__(self, grid: tuple):
-        def launch(*given, **options):
-            named = dict(zip(self.kernel.arg_names, given, strict=True))
-            constant = {key: value for key, value in named.items() if key.isupper()}
-            signature = {
-                key: "constexpr" if key.isupper() else TYPES[value.dtype if torch.is_tensor(value) else type(value)]
-                for key, value in named.items()
-            }
-            aligned = {
-                (place,): [["tt.divisibility", 16]] for place, kind in enumerate(signature.values()) if "*" in kind
-            }
-            self.asked.append((ASTSource(self.kernel, signature, constant, aligned), options))
-
-        assert all(isinstance(size, int) and size > 0 for size in grid)
-        return launch
+    triton_kernels.assert_compiled(asked, capability)

@@ -134,10 +134,10 @@ def test_an_invalid_setting_is_one_error_line(repository, arguments, message):
 
 def test_a_recipe_that_cannot_be_packed_is_refused_when_the_engine_is_forced(repository):
     for recipe in (repository / "collect_scripts" / CATEGORY / "To-y").glob("tiny-one_*.yaml"):
-        recipe.write_text(recipe.read_text() + "lora_dropout: 0.1\n")
+        recipe.write_text(recipe.read_text() + "use_dora: true\n")
     done = make(repository, "RANKS=2", "ENGINE=packed")
     assert done.returncode != 0 and "Traceback" not in done.stderr
-    assert "at rank 2: not for the packed engine: lora_dropout is 0.1; omit ENGINE" in errors_in(done)[0]
+    assert "at rank 2: not for the packed engine: use_dora is True; omit ENGINE" in errors_in(done)[0]
     assert collections(repository) == {}
 
 

@@ -43,12 +43,12 @@ def outcomes_in(output: str) -> dict[tuple[str, str, str], str]:
 @pytest.mark.slow
 def test_a_mixed_sweep_packs_what_it_can_and_a_broken_cell_fails_alone(repository):
     """Two datasets, two base models, two ranks: one pair cannot be packed, one is broken, the others are packed."""
-    add_to_recipes(repository, "To-y", "tiny-two", "lora_dropout: 0.1")
+    add_to_recipes(repository, "To-y", "tiny-two", "use_dora: true")
     add_to_recipes(repository, "To-y", "tiny-one", "template: nonsense")
     run = sweep(repository, slots=1, RANKS="2 4")
     output = run.communicate()[0]
     assert run.returncode == 1 and "Traceback" not in output, output
-    assert "engine: 6 cells packed, of 2 base models, 2 a cell at a time (lora_dropout is 0.1)" in output
+    assert "engine: 6 cells packed, of 2 base models, 2 a cell at a time (use_dora is True)" in output
     for cell, text in outcomes_in(output).items():
         if cell[:2] == ("To-y", "tiny-one"):
             assert text.startswith("failed: ") and "template 'nonsense' is not known" in text and ".log" in text
@@ -85,11 +85,11 @@ def test_cells_whose_loaded_model_cannot_be_packed_are_trained_the_ordinary_way(
 @pytest.mark.slow
 @pytest.mark.parametrize(("engine", "status", "packed"), [("stock", 0, False), ("packed", 1, True)])
 def test_a_sweep_can_be_forced_to_either_engine(repository, engine, status, packed):
-    add_to_recipes(repository, "To-y", "tiny-one", "lora_dropout: 0.1")
+    add_to_recipes(repository, "To-y", "tiny-one", "use_dora: true")
     run = sweep(repository, RANKS="2", MODELS="tiny-one", ENGINE=engine)
     output = run.communicate()[0]
     assert run.returncode == status, output
-    assert ("lora_dropout is 0.1; omit ENGINE" in outcomes_in(output)["To-y", "tiny-one", "2"]) == packed
+    assert ("use_dora is True; omit ENGINE" in outcomes_in(output)["To-y", "tiny-one", "2"]) == packed
     assert ("engine" in manifests(repository)["Other/Tiny-One_lora-rank_2_finetune"]) == packed
 
 
@@ -129,7 +129,7 @@ def test_cells_of_a_base_model_are_spread_evenly_over_slots(cells, slots, at_onc
 
 
 def test_the_plan_states_how_many_cells_are_packed(repository):
-    add_to_recipes(repository, "To-y", "tiny-two", "lora_dropout: 0.1")
+    add_to_recipes(repository, "To-y", "tiny-two", "use_dora: true")
     command = [PYTHON, repository / "utils" / "plan.py"]
 
     def engine_line(**environment: str) -> str:
@@ -138,7 +138,7 @@ def test_the_plan_states_how_many_cells_are_packed(repository):
         )
         return next(line for line in done.stdout.splitlines() if line.startswith("engine: "))
 
-    assert engine_line() == "engine: 6 cells packed, of 2 base models, 2 a cell at a time (lora_dropout is 0.1)"
+    assert engine_line() == "engine: 6 cells packed, of 2 base models, 2 a cell at a time (use_dora is True)"
     assert engine_line(GPUS_PER_CELL="2").startswith("engine: 8 a cell at a time (it trains on one device")
     assert engine_line(ENGINE="stock").startswith("engine: the ordinary way")
 

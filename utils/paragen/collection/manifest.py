@@ -186,7 +186,7 @@ def check_manifest(content: dict[str, Any], name: str, way_out: str) -> Manifest
             checkpoints=_checkpoints_of(top),
             sha256=top.get("sha256", kinds.SHA256),
             seed=top.get_optional("seed", kinds.SEED),
-            **{key: top.get_optional(key, kinds.TEXT) for key in ("device", "precision", "engine")},
+            **{key: top.get_optional(key, kinds.TEXT) for key in ("device", "precision", "engine", "dropout_stream")},
             **{key: top.get_optional(key, kinds.COUNT) for key in COUNTS},
             deterministic=top.get_optional("deterministic", kinds.YES_OR_NO),
             **{key: top.get_optional(key, kinds.WHOLE) for key in ("trained_rows", "total_steps")},

@@ -124,6 +124,7 @@ class Manifest:
         rows_at_a_time, accumulated: the batch of one process, and the gradient accumulation steps.
         trained_rows, total_steps: rows after conversion, and the number of the last optimizer step.
         engine, packed_with: `packed` and the number of adapters in the pack, where that engine trained it.
+        dropout_stream: `packed` where LoRA's dropout had that engine's own random numbers (see packed/dropout.py).
         files_sha256: the hashes of the log, the loss picture and a pretrain's adapter configs, by path in the run
             folder; None in manifests that lack them.
         data_warnings: what is odd about the rows trained on and the test split, a text each; not part of the identity.
@@ -157,6 +158,7 @@ class Manifest:
     total_steps: int | None
     engine: str | None
     packed_with: int | None
+    dropout_stream: str | None
     files_sha256: dict[str, str] | None
     data_warnings: list[str] | None
     versions: dict[str, str] | None

@@ -25,6 +25,7 @@ class Adapter:
         max_norm: the norm that the gradient is clipped to; 0 or less: it is not clipped.
         moments: AdamW's state in a resumed run: `step` (a scalar) and `exp_avg` and `exp_avg_sq` (vectors in the order
             of the adapter's own); None in a run that starts anew.
+        dropout: the probability with which its first factors do not see a feature.
 
     `start` is the vector with the initial factors; `parts` are the layers' places in it.
     """
@@ -37,13 +38,14 @@ class Adapter:
         optimizer: dict,
         max_norm: float,
         moments: dict[str, Tensor] | None = None,
+        dropout: float = 0.0,
     ):
         self.rank = next(iter(factors.values()))[0].shape[0]
         shapes = {layer: (a.shape[1], b.shape[0]) for layer, (a, b) in factors.items()}
         self.parts, length = parts_of(shapes, self.rank)
         self.start = torch.empty(length)
         self.scaling, self.rates, self.optimizer, self.max_norm = scaling, rates, optimizer, max_norm
-        self.moments = moments
+        self.moments, self.dropout = moments, dropout
         for part in self.parts:
             a, b = factors[part.layer]
             self.start[part.a] = a.detach().reshape(-1)

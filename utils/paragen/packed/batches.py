@@ -4,13 +4,15 @@ All rows are known before the first step, so the shapes of the steps can be sort
 captured once as a CUDA graph.
 """
 
+from collections.abc import Container
 from dataclasses import dataclass
 from typing import NamedTuple
 
 import numpy as np
 import torch
 
-from paragen.packed.layers import AdapterGroups, Batch
+from paragen.packed import dropout
+from paragen.packed.step_context import AdapterGroups, Batch
 
 IGNORED = -100  # the label of a token that has no loss
 ROUND_TO = 16  # tokens; the lengths of rows and of groups are rounded up to multiples of this
@@ -41,6 +43,11 @@ class Step:
     """The rows of one step."""
 
     rows: list[list[Row]]  # by adapter; an adapter whose training is complete has none
+    streams: list[int] | None = None  # by adapter, see dropout.py; None where no adapter has dropout
+
+    def without(self, adapters: Container[int]) -> "Step":
+        """The step without the rows of some adapters."""
+        return Step([[] if index in adapters else rows for index, rows in enumerate(self.rows)], self.streams)
 
     def shape(self, groups: AdapterGroups) -> Shape:
         """The smallest shape that holds the step."""
@@ -103,17 +110,20 @@ def lay_out(step: Step, groups: AdapterGroups, shape: Shape) -> dict[str, np.nda
         "weights": np.zeros(shape.learned, np.float32),
         "loss_adapter": np.zeros(shape.learned, np.int64),
     }
+    streams, row_of = np.zeros(size, np.int64), np.zeros(size, np.int64)  # what the keys of dropout are made from
     filled = [group * shape.tokens for group in range(groups.count)]
     row_number = learned = 0
     for adapter, rows in enumerate(step.rows):
         labelled = sum(int((row.labels != IGNORED).sum()) for row in rows)
-        for row in rows:
+        for number, row in enumerate(rows):
             start, length = filled[groups.group_of[adapter]], len(row.tokens)
             place = np.arange(length)
             here, row_start = slice(start, start + length), row_number * shape.row_length
             out["tokens"][here], out["positions"][here], out["adapter"][here] = row.tokens, place, adapter
             out["to_rows"][row_start : row_start + length] = start + place
             out["to_tokens"][here] = row_start + place
+            if step.streams is not None:
+                streams[here], row_of[here] = step.streams[adapter], number
             predicting = np.flatnonzero(row.labels[1:] != IGNORED)
             losses = slice(learned, learned + len(predicting))
             out["predicting"][losses], out["targets"][losses] = start + predicting, row.labels[1:][predicting]
@@ -121,6 +131,8 @@ def lay_out(step: Step, groups: AdapterGroups, shape: Shape) -> dict[str, np.nda
             out["weights"][losses], out["loss_adapter"][losses] = 1 / labelled, adapter
             filled[groups.group_of[adapter]] += length
             row_number, learned = row_number + 1, learned + len(predicting)
+    if step.streams is not None:
+        out["dropout_keys"] = dropout.token_keys(streams, row_of, out["positions"])
     out["tokens"], out["positions"] = out["tokens"][None], out["positions"][None]
     return out
 

@@ -60,7 +60,12 @@ class Writer:
         return spans
 
     def take(self, step: int) -> None:
-        """Queue the writing of the adapter as it is after the work queued so far; returns before that is done."""
+        """Queue the writing of the adapter as it is after the work queued so far; returns before that is done.
+
+        For a step that was taken before, the file is replaced.
+        """
+        if step in self.records:
+            self.records[step].result()
         buffer = self._free_buffer()
         filled = None
         if self.on_device is not None and self.stream is not None:  # on a CUDA device

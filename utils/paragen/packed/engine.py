@@ -14,11 +14,15 @@ from transformers import PreTrainedModel
 from paragen.packed import layers
 from paragen.packed.adapter import Adapter
 from paragen.packed.batches import Step, to_batch
-from paragen.packed.layers import AdapterGroups, Batch, NotPackable, PackedLinear, StepContext
+from paragen.packed.layers import NotPackable, PackedLinear
+from paragen.packed.step_context import AdapterGroups, Batch, StepContext
 from paragen.packed.step_runners import EagerRunner, GraphRunner
 from paragen.training import deterministic
 
 MAX_STEPS_AHEAD = 8  # steps that the host may queue before it waits for the device
+# The largest factor of an adapter that has not diverged. Stacked products multiply it by other adapters' tokens before
+# those products are set to zero, so it must not make them overflow: activations of 1e10, added up 1e4 times, do not.
+MAX_FACTOR = 2.0**64
 
 
 class Engine:
@@ -31,7 +35,8 @@ class Engine:
         loads: about how many tokens each adapter sees per step (default: all the same).
 
     `vectors`, `gradients` and `losses` hold the adapters' values, gradients and latest losses, in the order of
-    `adapters`. Raises NotPackable where the model cannot be packed. Call `close` to give the model its layers back.
+    `adapters`. `diverged` has the step (from 0) in which an adapter's loss or gradient was not finite, by adapter.
+    Raises NotPackable where the model cannot be packed. Call `close` to give the model its layers back.
     """
 
     def __init__(
@@ -40,8 +45,10 @@ class Engine:
         self.model, self.adapters, self.dtype = model, adapters, dtype
         self.device = model.device
         self.on_cuda = self.device.type == "cuda"
+        self.steps_ahead = MAX_STEPS_AHEAD if self.on_cuda else 0
         self.groups = AdapterGroups([adapter.rank for adapter in adapters], loads)
-        self.context = StepContext(self.groups, [adapter.scaling for adapter in adapters], self.device)
+        scaling, dropout = [adapter.scaling for adapter in adapters], [adapter.dropout for adapter in adapters]
+        self.context = StepContext(self.groups, scaling, self.device, dropout)
         names = [part.layer for part in adapters[0].parts]
         self.layers = layers.attach(model, names, self.context, dtype)
         try:
@@ -61,7 +68,13 @@ class Engine:
             vector.grad = self.gradients[number]
             parameter_groups.append({"params": [vector], **adapter.optimizer, "lr": self.rates[number]})
         self.optimizer = torch.optim.AdamW(parameter_groups, fused=True, capturable=self.on_cuda)
-        self.losses = torch.zeros(len(adapters), device=self.device)
+        # of the latest step, by adapter: its loss; 1 where that and the gradient are finite, else 0
+        self.results = torch.zeros(2, len(adapters), device=self.device)
+        self.losses, self.finite = self.results
+        # 1 once something was not finite: AdamW then changes no adapter, until the host has found which one diverged
+        self.stalled = torch.zeros((), device=self.device)
+        vars(self.optimizer)["found_inf"] = self.stalled
+        self.diverged: dict[int, int] = {}
         self.runner: EagerRunner | GraphRunner | None = None
         self._pair_parts()
         self.restart()
@@ -82,6 +95,8 @@ class Engine:
 
     def restart(self) -> None:
         """Set adapters and optimizer to their initial state."""
+        self.stalled.zero_()
+        self.diverged.clear()
         for number, adapter in enumerate(self.adapters):
             with torch.no_grad():
                 self.vectors[number].copy_(adapter.start)
@@ -99,7 +114,10 @@ class Engine:
         return self.device if self.on_cuda or name != "step" else torch.device("cpu")
 
     def step(self, batch: Batch) -> None:
-        """Take one optimizer step with all adapters and set `losses` ([adapters] float32, on the device)."""
+        """Take one optimizer step with all adapters, and set `results`, on the device without waiting for it.
+
+        Where a loss or a gradient is not finite, no adapter is changed, in this step and in later ones: see `stalled`.
+        """
         torch._foreach_copy_(self.stack_parts, self.vector_parts)
         for layer in self.layers.values():
             layer.a.grad = layer.b.grad = None
@@ -109,6 +127,9 @@ class Engine:
         for vector, adapter in zip(self.vectors, self.adapters, strict=True):
             if adapter.max_norm > 0:
                 nn.utils.clip_grad_norm_(vector, adapter.max_norm, foreach=False)
+        norms = torch.stack(torch._foreach_norm(self.gradients))
+        self.finite.copy_(norms.isfinite() & self.losses.isfinite())
+        torch.maximum(self.stalled, 1 - self.finite.min(), out=self.stalled)
         self.optimizer.step()
 
     def _backward(self, batch: Batch) -> None:
@@ -141,35 +162,82 @@ class Engine:
         return self.runner
 
     def train(self, steps: list[Step], after: Callable[[int], None]) -> Iterator[tuple[int, list[float]]]:
-        """Train all steps.
+        """Train all steps. An adapter that diverges is left out from that step on, as if its training were complete.
 
         Args:
             steps: the rows of each step.
             after: called with the number of each step (from 0) once its work is queued. Work that it queues sees the
-                adapters as they are after that step.
+                adapters as they are after that step. It is called again for a step that is taken again.
 
         Yields (step, the loss of each adapter) in order, as soon as the losses are known; on a GPU that is up to
-        MAX_STEPS_AHEAD steps later.
+        MAX_STEPS_AHEAD steps later. Ends early where all adapters have diverged.
         """
         runner = self.runner or self.prepare(steps)
         self.restart()
         waiting: deque[tuple[int, Tensor, torch.cuda.Event | None]] = deque()
-        for number, step in enumerate(steps):
-            runner.run(step, [adapter.rate_at(number) for adapter in self.adapters])
-            after(number)
-            waiting.append((number, *self._copy_losses()))
-            while len(waiting) > (MAX_STEPS_AHEAD if self.on_cuda else 0) or (waiting and number == len(steps) - 1):
-                known, losses, copied = waiting.popleft()
-                if copied is not None:
-                    copied.synchronize()
-                yield known, losses.tolist()
+        number = 0
+        while number < len(steps) or waiting:
+            if number < len(steps):
+                runner.run(steps[number].without(self.diverged), self._rates_at(number))
+                after(number)
+                waiting.append((number, *self._copy_results()))
+                number += 1
+            if len(waiting) <= self.steps_ahead and number < len(steps):
+                continue
+            known, results, copied = waiting.popleft()
+            if copied is not None:
+                copied.synchronize()
+            losses, finite = results.tolist()
+            if all(finite):
+                yield known, losses
+                continue
+            waiting.clear()  # those steps changed nothing
+            number = known
+            self._exclude_diverged(known, steps[known], [index for index, one in enumerate(finite) if not one])
+            if len(self.diverged) == len(self.adapters):
+                return
 
-    def _copy_losses(self) -> tuple[Tensor, torch.cuda.Event | None]:
-        """A copy of the losses on the CPU, and the event after which it is complete (None: it already is)."""
+    def _rates_at(self, number: int) -> list[float]:
+        """The learning rate of each adapter at a step; 0 for one that diverged, since inf times 0 is NaN."""
+        rates = enumerate(adapter.rate_at(number) for adapter in self.adapters)
+        return [0.0 if index in self.diverged else rate for index, rate in rates]
+
+    def _exclude_diverged(self, number: int, step: Step, suspects: list[int]) -> None:
+        """Set the adapters to zero that diverged in a step, which nobody has taken yet.
+
+        In a pack, values that are not finite can spread: stacked products multiply them by zero, which gives NaN, and
+        all rows share their padding. So each suspect takes the step alone, once no factor is left that could spread.
+
+        Args:
+            number: the step's number.
+            step: its rows.
+            suspects: the adapters whose loss or gradient was not finite.
+        """
+        assert self.runner is not None  # see `train`
+        found = [index for index, vector in enumerate(self.vectors) if not vector.detach().abs().max() <= MAX_FACTOR]
+        self._set_to_zero(found)
+        for index in sorted({*suspects} - {*found, *self.diverged}):
+            others = {*range(len(self.adapters))} - {index}
+            self.runner.run(step.without({*others, *found}), [0.0] * len(self.adapters))
+            if not self.finite[index].item():
+                found.append(index)
+        found = found or suspects  # none alone: that is not expected, and none of them can go on together
+        self._set_to_zero(found)
+        self.diverged |= dict.fromkeys(found, number)
+        self.stalled.zero_()
+
+    def _set_to_zero(self, adapters: list[int]) -> None:
+        """Set the values and the optimizer's moments of some adapters to zero."""
+        for index in adapters:
+            for value in (self.vectors[index].detach(), *self.moments_of(index).values()):
+                value.zero_()
+
+    def _copy_results(self) -> tuple[Tensor, torch.cuda.Event | None]:
+        """A copy of `results` on the CPU, and the event after which it is complete (None: it already is)."""
         if not self.on_cuda:
-            return self.losses.clone(), None
-        copy = torch.empty_like(self.losses, device="cpu", pin_memory=True)
-        copy.copy_(self.losses, non_blocking=True)
+            return self.results.clone(), None
+        copy = torch.empty_like(self.results, device="cpu", pin_memory=True)
+        copy.copy_(self.results, non_blocking=True)
         event = torch.cuda.Event()
         event.record()
         return copy, event

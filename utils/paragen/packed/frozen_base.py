@@ -99,6 +99,8 @@ class FrozenBase:
 
     def _admit(self, attempt: Attempt, job: dict, arguments: dict) -> PackedRun:
         parsed = get_train_args(dict(arguments))  # sets the seed, as every start of LLaMA-Factory does
+        if parsed[3].lora_dropout >= 1:
+            raise NotPackable(f"lora_dropout is {parsed[3].lora_dropout}, which leaves nothing to learn")
         rows = self._rows(attempt, job, parsed)
         initial = self._initial_adapter(parsed, rows)
         schedule = TrainingSchedule(attempt, parsed, self.tokenizer, rows)
@@ -106,8 +108,8 @@ class FrozenBase:
         if schedule.resumed:
             factors = stock_checkpoint.load_factors(schedule.resumed, self.layers)
             moments = stock_checkpoint.load_moments(schedule.resumed)
-        max_norm = schedule.args.max_grad_norm or 0.0
-        adapter = Adapter(factors, initial.scaling, schedule.rates, schedule.optimizer, max_norm, moments)
+        max_norm, dropout = schedule.args.max_grad_norm or 0.0, max(0.0, parsed[3].lora_dropout)
+        adapter = Adapter(factors, initial.scaling, schedule.rates, schedule.optimizer, max_norm, moments, dropout)
         return PackedRun(schedule, TrainingLog(schedule), adapter, copy.deepcopy(initial.config))
 
     def _rows(self, attempt: Attempt, job: dict, parsed: tuple) -> list[Row]:
@@ -135,7 +137,7 @@ class FrozenBase:
         model_args, _, args, finetuning_args, _ = parsed
         key = (
             args.seed, finetuning_args.lora_rank, finetuning_args.lora_alpha, finetuning_args.use_rslora,
-            tuple(finetuning_args.lora_target),
+            finetuning_args.lora_dropout, tuple(finetuning_args.lora_target),
         )  # fmt: skip
         if key in self.initial_adapters:
             return self.initial_adapters[key]

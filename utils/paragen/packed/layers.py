@@ -7,7 +7,6 @@ token does not grow with the number of adapters.
 """
 
 from collections.abc import Iterable
-from dataclasses import dataclass
 from typing import Any, cast
 
 import torch
@@ -15,11 +14,11 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from transformers import AttentionInterface, PreTrainedModel
 
+from paragen.packed.dropout import LayerDropout
 from paragen.packed.model import replace_submodule
+from paragen.packed.step_context import Batch, StepContext
 
 ATTENTION = "packed_rows"  # the name under which transformers finds attend_within_rows
-GROUP_WIDTH = 128  # ranks per group; wider products of zeros would cost more than another batched product
-WIDTH_MULTIPLE = 16  # ranks; tensor cores want the width of a stack in multiples of this
 CHUNK_LOGITS = 2**28  # elements of a chunk of logits (1 GB in float32)
 # Arguments with which transformers' attention functions compute something else than attend_within_rows.
 UNSUPPORTED_ARGUMENTS = ("softcap", "s_aux", "position_bias", "head_mask", "alibi")
@@ -29,119 +28,46 @@ class NotPackable(Exception):
     """The packed engine cannot train this run; the message is the reason."""
 
 
-@dataclass
-class Batch:
-    """The rows of a step as one sequence of tokens, on the model's device.
-
-    N tokens, of which each group of adapters has N / groups; R rows of up to L tokens; P positions with a loss.
-    """
-
-    tokens: Tensor  # [1, N] int64
-    positions: Tensor  # [1, N] int64, within the token's row
-    adapter: Tensor  # [N] int64, the token's adapter; the number of adapters for padding
-    to_rows: Tensor  # [R * L] int64, the token at each place of the padded rows
-    to_tokens: Tensor  # [N] int64, each token's place in the padded rows
-    predicting: Tensor  # [P] int64, the tokens whose next token has a loss
-    to_losses: Tensor  # [N] int64, each token's place among those; P for a token without a loss
-    targets: Tensor  # [P] int64, those next tokens
-    weights: Tensor  # [P] float32, the factor of each loss in the sum; 0 for padding
-    loss_adapter: Tensor  # [P] int64, the adapter of each loss
-    row_length: int  # L
-    # By adapter (first token, one past the last): with them, adapters are multiplied one after another, without a mask.
-    spans: list[tuple[int, int]] | None
-
-
-class AdapterGroups:
-    """Which adapters share a stack of factors.
-
-    Args:
-        ranks: the rank of each adapter.
-        loads: about how many tokens each adapter sees per step; groups get equal shares (default: all the same).
-        width: about how many ranks a group has.
-
-    There are `count` groups of `width` ranks. Adapter i has the rows `start[i]` to `start[i] + ranks[i]` in the stack
-    of group `group_of[i]`.
-    """
-
-    def __init__(self, ranks: list[int], loads: list[float] | None = None, width: int = GROUP_WIDTH):
-        loads = loads or [1.0] * len(ranks)
-        self.ranks, self.group_of, self.start = ranks, [0] * len(ranks), [0] * len(ranks)
-        self.count = -(-sum(ranks) // width)
-        assigned, used = [0.0] * self.count, [0] * self.count  # tokens and ranks of each group so far
-        for adapter in sorted(range(len(ranks)), key=lambda i: (-loads[i], -ranks[i])):
-            group = min(range(self.count), key=lambda one: (assigned[one], used[one]))
-            self.group_of[adapter], self.start[adapter] = group, used[group]
-            assigned[group] += loads[adapter]
-            used[group] += ranks[adapter]
-        self.count = sum(width > 0 for width in used)  # fewer where there are fewer adapters than groups
-        self.width = -(-max(used) // WIDTH_MULTIPLE) * WIDTH_MULTIPLE
-
-    def place_of(self, adapter: int) -> tuple[int, slice]:
-        """Where an adapter's factors are: its group, and its rows in the group's stack."""
-        start = self.start[adapter]
-        return self.group_of[adapter], slice(start, start + self.ranks[adapter])
-
-
-class StepContext:
-    """What all packed layers of a model need to know about the current step.
-
-    Args:
-        groups: the adapters' groups.
-        scaling: PEFT's scaling of each adapter.
-        device: the model's.
-    """
-
-    def __init__(self, groups: AdapterGroups, scaling: list[float], device: torch.device):
-        self.groups, self.scaling = groups, scaling
-        # [adapters + 1, width] float32, as exact as PEFT's own; the last row is padding's
-        self.scales = torch.zeros(len(scaling) + 1, groups.width, device=device)
-        for adapter, scale in enumerate(scaling):
-            self.scales[adapter, groups.place_of(adapter)[1]] = scale
-        self.mask: Tensor | None = None  # [groups, tokens per group, width] float32
-        self.batch: Batch  # of the current step, see begin_step
-
-    def begin_step(self, batch: Batch) -> None:
-        """Set the step's batch and its mask: a token has its adapter's scaling at that adapter's ranks, else 0."""
-        self.batch = batch
-        if batch.spans is None:  # otherwise adapters are multiplied one after another
-            self.mask = self.scales.index_select(0, batch.adapter).view(self.groups.count, -1, self.groups.width)
-
-    def adapter_slices(self) -> list[tuple[slice, int, slice, float]]:
-        """For each adapter with rows in this step: its tokens, its group, its rows in the stack, its scaling."""
-        spans = self.batch.spans
-        assert spans is not None  # only such batches have their adapters multiplied one after another
-        return [
-            (slice(*span), *self.groups.place_of(adapter), self.scaling[adapter])
-            for adapter, span in enumerate(spans)
-            if span[0] < span[1]
-        ]
-
-
 class _StackedLora(torch.autograd.Function):
-    """base(x) + scaling * B A x with the factors of each token's adapter; the base gets no gradient."""
+    """base(x) + scaling * B A dropout(x) with the factors of each token's adapter; the base gets no gradient."""
 
     @staticmethod
-    def forward(ctx: Any, x: Tensor, weight: Tensor, bias: Tensor | None, a: Tensor, b: Tensor, mask: Tensor) -> Tensor:
+    def forward(
+        ctx: Any,
+        x: Tensor,
+        weight: Tensor,
+        bias: Tensor | None,
+        a: Tensor,
+        b: Tensor,
+        mask: Tensor,
+        dropout: LayerDropout | None,
+    ) -> Tensor:
         y = F.linear(x, weight, bias)
-        groups = a.shape[0]
-        down = torch.bmm(x.view(groups, -1, x.shape[-1]), a.transpose(1, 2)).mul_(mask)
+        seen = x if dropout is None else dropout.kept(x[0])
+        down = torch.bmm(seen.view(a.shape[0], -1, x.shape[-1]), a.transpose(1, 2)).mul_(mask)
         _add_bmm(y, down, b)
+        ctx.dropout = dropout
         ctx.save_for_backward(x, weight, a, b, mask, down)
         return y
 
     @staticmethod
     def backward(ctx: Any, dy: Tensor) -> tuple[Tensor | None, ...]:
         x, weight, a, b, mask, down = ctx.saved_tensors
+        dropout = ctx.dropout
         dy = dy.contiguous()
         by_group = dy.view(a.shape[0], -1, dy.shape[-1])
         db = torch.bmm(down.transpose(1, 2), by_group)
         ddown = torch.bmm(by_group, b.transpose(1, 2)).mul_(mask)
-        da = torch.bmm(ddown.transpose(1, 2), x.view(a.shape[0], -1, x.shape[-1]))
+        seen = x if dropout is None else dropout.kept(x[0])  # again: it would take as much memory as all inputs
+        da = torch.bmm(ddown.transpose(1, 2), seen.view(a.shape[0], -1, x.shape[-1]))
         dx = None
         if ctx.needs_input_grad[0]:
             dx = dy @ weight
-            _add_bmm(dx, ddown, a)
-        return dx, None, None, da, db, None
+            if dropout is None:
+                _add_bmm(dx, ddown, a)
+            else:
+                dropout.add_kept(torch.bmm(ddown, a).view(-1, x.shape[-1]), dx[0])
+        return dx, None, None, da, db, None, None
 
 
 class _SlicedLora(torch.autograd.Function):
@@ -149,30 +75,38 @@ class _SlicedLora(torch.autograd.Function):
 
     @staticmethod
     def forward(
-        ctx: Any, x: Tensor, weight: Tensor, bias: Tensor | None, a: Tensor, b: Tensor, context: StepContext
+        ctx: Any, x: Tensor, weight: Tensor, bias: Tensor | None, a: Tensor, b: Tensor, context: StepContext, layer: int
     ) -> Tensor:
         y = F.linear(x, weight, bias)
-        downs, slices = [], context.adapter_slices()
-        for here, group, rows, scale in slices:
-            downs.append((x[0, here] @ a[group, rows].t()).mul_(scale))
+        downs, kept, slices, dropout = [], [], context.adapter_slices(), context.layer_dropout(layer)
+        for here, group, rows, scale, drops in slices:
+            seen, mask = x[0, here], None
+            if drops and dropout is not None:
+                mask = dropout.at(here).mask(x.shape[-1])
+                seen = seen * mask
+            downs.append((seen @ a[group, rows].t()).mul_(scale))
             y[0, here].addmm_(downs[-1], b[group, rows])
+            kept.append(mask)
         ctx.slices = slices
-        ctx.save_for_backward(x, weight, a, b, *downs)
+        ctx.save_for_backward(x, weight, a, b, *downs, *kept)
         return y
 
     @staticmethod
     def backward(ctx: Any, dy: Tensor) -> tuple[Tensor | None, ...]:
-        x, weight, a, b, *downs = ctx.saved_tensors
+        x, weight, a, b, *others = ctx.saved_tensors
+        downs, kept = others[: len(ctx.slices)], others[len(ctx.slices) :]
         dy = dy.contiguous()
         da, db = torch.zeros_like(a), torch.zeros_like(b)
         dx = dy @ weight if ctx.needs_input_grad[0] else None
-        for (here, group, rows, scale), down in zip(ctx.slices, downs, strict=True):
+        for (here, group, rows, scale, _), down, mask in zip(ctx.slices, downs, kept, strict=True):
             db[group, rows] = down.t() @ dy[0, here]
             ddown = (dy[0, here] @ b[group, rows].t()).mul_(scale)
-            da[group, rows] = ddown.t() @ x[0, here]
-            if dx is not None:
+            da[group, rows] = ddown.t() @ (x[0, here] if mask is None else x[0, here] * mask)
+            if dx is not None and mask is None:
                 dx[0, here].addmm_(ddown, a[group, rows])
-        return dx, None, None, da, db, None
+            elif dx is not None:
+                dx[0, here].add_((ddown @ a[group, rows]).mul_(mask))
+        return dx, None, None, da, db, None, None
 
 
 def _add_bmm(total: Tensor, left: Tensor, right: Tensor) -> None:
@@ -191,14 +125,15 @@ class PackedLinear(nn.Module):
         base: the frozen layer; its weight is [out, in].
         context: the model's, which all its packed layers share.
         dtype: of the factors and of the products.
+        number: the layer's among the packed ones, from 0.
 
     `a` is [groups, width, in]. `b` is [groups, width, out], with the second factors transposed, so that an adapter has
     the same rows in both.
     """
 
-    def __init__(self, base: nn.Linear, context: StepContext, dtype: torch.dtype):
+    def __init__(self, base: nn.Linear, context: StepContext, dtype: torch.dtype, number: int = 0):
         super().__init__()
-        self.base, self.step_context = base, context
+        self.base, self.step_context, self.number = base, context, number
         shape = context.groups.count, context.groups.width
         device = base.weight.device
         self.a = nn.Parameter(torch.zeros(*shape, base.in_features, device=device, dtype=dtype))
@@ -212,8 +147,9 @@ class PackedLinear(nn.Module):
         with torch.autocast(x.device.type, enabled=False):
             x = x.to(self.a.dtype).contiguous()
             if context.batch.spans is not None:
-                return _SlicedLora.apply(x, self.weight, self.bias, self.a, self.b, context)
-            return _StackedLora.apply(x, self.weight, self.bias, self.a, self.b, context.mask)
+                return _SlicedLora.apply(x, self.weight, self.bias, self.a, self.b, context, self.number)
+            dropout = context.layer_dropout(self.number)
+            return _StackedLora.apply(x, self.weight, self.bias, self.a, self.b, context.mask, dropout)
 
     def block(self, factor: Tensor, adapter: int) -> Tensor:
         """An adapter's rows of `a`, of `b` or of their gradients: [rank, columns]."""
@@ -364,11 +300,11 @@ def attach(
         raise NotPackable(f"the attention of {type(model).__name__} cannot be replaced")
     packed: dict[str, PackedLinear] = {}
     try:
-        for name in names:
+        for number, name in enumerate(names):
             base = model.get_submodule(name)
             if type(base) is not nn.Linear:
                 raise NotPackable(f"{name} is a {type(base).__name__}, not a linear layer")
-            packed[name] = PackedLinear(base, context, dtype)
+            packed[name] = PackedLinear(base, context, dtype, number)
             replace_submodule(model, name, packed[name])
     except BaseException:
         detach(model, packed)

@@ -1,6 +1,5 @@
 """Trains runs in packs: logs and saves for each of them, and completes it."""
 
-import math
 import time
 from collections.abc import Iterator
 from concurrent.futures import Future, ThreadPoolExecutor
@@ -10,9 +9,9 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from paragen.common import cli, devices, files
+from paragen.common import cli, devices
 from paragen.common.cli import UserError, say
-from paragen.packed import checkpoint_writer, memory, stock_checkpoint
+from paragen.packed import checkpoint_writer, dropout, memory, stock_checkpoint
 from paragen.packed.batches import Row, Step
 from paragen.packed.engine import Engine
 from paragen.packed.frozen_base import FrozenBase, PackedRun
@@ -55,18 +54,13 @@ def train_all(base: FrozenBase, ready: list[tuple[Any, Any, PackedRun]]) -> Iter
             continue
         count = len(pack.members)
         with pack:
-            if whole := pack.train():
-                for number, (cell, run, _) in enumerate(waiting[:count]):
-                    yield cell, run, pack.complete(number)
+            pack.train()
+            for number, (cell, run, _) in enumerate(waiting[:count]):
+                yield cell, run, pack.complete(number)
         del pack
         devices.free_memory()
-        tried, waiting = waiting[:count], waiting[count:]
+        waiting = waiting[count:]
         limit = min(limit, len(waiting))
-        if not whole:
-            say("  a cell diverged, which may have changed the others: they are trained again in smaller packs")
-            again, failed = prepare_again(base, tried)
-            yield from failed
-            waiting, limit = again + waiting, -(-count // 2)
 
 
 def make_pack(
@@ -81,32 +75,34 @@ def make_pack(
         return None  # the error holds the memory until this handler ends
 
 
-def prepare_again(base: FrozenBase, tried: list[tuple[Any, Any, PackedRun]]) -> tuple[list, list]:
-    """Prepare trained runs anew, as before their training; returns them, and (cell, run, error) where that fails."""
-    again, failed = [], []
-    for cell, run, member in tried:
-        attempt = member.schedule.attempt
-        files.remove_folder(attempt.staging)
-        attempt.staging.mkdir()
-        try:
-            again.append((cell, run, base.admit(attempt)))
-        except (UserError, NotPackable) as error:
-            failed.append((cell, run, error))
-    return again, failed
-
-
 def count_fitting(base: FrozenBase, members: list[PackedRun], step_batches: list[list[list[Row]]]) -> int:
     """How many members, counted from the first one, fit into memory together."""
     if len(members) == 1:
         return 1
     assert base.model is not None  # see train_all
-    steps = [[Step([rows]) for rows in each] for each in step_batches[: len(members)]]
+    steps = [steps_of([member], [each]) for member, each in zip(members, step_batches, strict=False)]
     try:
         return memory.count_that_fit(base.model, base.dtype, [member.adapter for member in members], steps)
     except torch.OutOfMemoryError:
         return 1
     finally:
         devices.free_memory()
+
+
+def steps_of(members: list[PackedRun], step_batches: list[list[list[Row]]]) -> list[Step]:
+    """The steps of a pack.
+
+    Args:
+        members: the runs.
+        step_batches: for each member, for each of its steps, the rows.
+    """
+    steps = [Step([rows or [] for rows in each]) for each in zip_longest(*step_batches)]
+    if any(member.adapter.dropout for member in members):
+        starts = [(member.schedule.args.seed, member.schedule.first) for member in members]
+        found = [dropout.streams(seed, range(first, first + len(steps))) for seed, first in starts]
+        for step, streams in zip(steps, zip(*found, strict=True), strict=True):
+            step.streams = list(streams)
+    return steps
 
 
 class Pack:
@@ -123,7 +119,7 @@ class Pack:
     def __init__(self, base: FrozenBase, members: list[PackedRun], step_batches: list[list[list[Row]]]):
         assert base.model is not None  # see train_all
         self.members = members
-        self.steps = [Step([rows or [] for rows in each]) for each in zip_longest(*step_batches)]
+        self.steps = steps_of(members, step_batches)
         loads = [sum(len(row.tokens) for rows in each for row in rows) / len(self.steps) for each in step_batches]
         self.engine = Engine(base.model, [member.adapter for member in members], base.dtype, loads)
         self.threads: ThreadPoolExecutor = checkpoint_writer.threads()
@@ -154,12 +150,8 @@ class Pack:
             member.log.end()
         self.engine.close()
 
-    def train(self) -> bool:
-        """Train all steps, and write or queue what is saved.
-
-        Returns False, immediately, where a value is not finite in a pack of several. The stacked products multiply the
-        other adapters' values by zero, and a value that is not finite stays so. An adapter alone may diverge.
-        """
+    def train(self) -> None:
+        """Train all steps, and write or queue what is saved. A member that diverges is left out from there on."""
         began = printed = time.monotonic()
         for member in self.members:
             member.log.begin()
@@ -168,19 +160,18 @@ class Pack:
         say(f"{phase} of {len(self.members)} cells, packed, {len(self.steps)} steps")
         for number, losses in self.engine.train(self.steps, self._save_step):
             cli.check_stopped()
-            if len(self.members) > 1 and not all(map(math.isfinite, losses)):
-                return False
             for index, member in enumerate(self.members):
                 self._log_loss(index, member, number, losses[index])
             if time.monotonic() - printed > PROGRESS_SECONDS:
                 printed = time.monotonic()
                 rate = 1000 * (printed - began) / (number + 1)
                 say(f"  step {number + 1} of {len(self.steps)}, {rate:.0f} ms each, mean loss {mean_of(losses):.4f}")
-        return len(self.members) == 1 or all(bool(vector.isfinite().all()) for vector in self.engine.vectors)
 
     def _save_step(self, number: int) -> None:
         """Queue what is saved of each adapter after a step."""
         for index, (member, writer) in enumerate(zip(self.members, self.writers, strict=True)):
+            if index in self.engine.diverged:
+                continue
             step = member.schedule.first + number
             if member.schedule.is_collected(step):
                 assert writer is not None  # every run that collects has one
@@ -193,7 +184,7 @@ class Pack:
         """Log the loss of a member's step, and save the checkpoint that waits for it."""
         schedule = member.schedule
         step = schedule.first + number
-        if step > schedule.last:
+        if step > schedule.last or index in self.engine.diverged:
             return
         if logged := member.log.add(loss):
             self.logged[index][step] = logged
@@ -207,6 +198,12 @@ class Pack:
         """Complete a member's run and publish it; returns the error where that fails."""
         member, writer = self.members[index], self.writers[index]
         attempt = member.schedule.attempt
+        if index in self.engine.diverged:
+            step = member.schedule.first + self.engine.diverged[index]
+            return UserError(
+                f"{attempt.run}: the training diverged: at step {step} its loss or its gradient is not finite; lower "
+                "learning_rate"
+            )
         member.log.finish()
         try:
             for saving in self.saving[index]:
@@ -220,6 +217,7 @@ class Pack:
                 **member.schedule.facts(),
                 "engine": "packed",
                 "packed_with": len(self.members),
+                **({"dropout_stream": "packed"} if member.adapter.dropout else {}),
             }
             completion.complete(attempt, facts)
             attempts.drop_claim(attempt.run.folder)

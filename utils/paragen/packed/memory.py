@@ -61,7 +61,7 @@ def measure_step(model: PreTrainedModel, dtype: torch.dtype, adapter: Adapter, s
         step: the larger of the two; the other has its first row alone.
     """
     engine = Engine(model, [adapter], dtype)
-    one_row = Step([step.rows[0][:1]])
+    one_row = Step([step.rows[0][:1]], step.streams)
     try:
         small, large = bytes_used(engine, one_row), bytes_used(engine, step)
         copies = sum(map(bytes_of_copies, engine.layers.values()))

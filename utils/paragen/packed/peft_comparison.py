@@ -29,7 +29,7 @@ def check_packable(adapted: PeftModel, dtype: torch.dtype) -> None:
     """
     model = adapted.base_model.model
     for name, module in model.named_modules():
-        if isinstance(module, nn.Dropout) and module.p > 0:
+        if isinstance(module, nn.Dropout) and module.p > 0 and ".lora_dropout." not in f".{name}.":
             raise NotPackable(f"the model has dropout ({name})")
         if isinstance(module, LoraLayer):
             if type(module) is not LoraLinear or type(module.base_layer) is not nn.Linear:
@@ -67,7 +67,7 @@ def peft_gradient(adapted: PeftModel, rows: list[Row], dtype: torch.dtype) -> tu
     """The loss of some rows and its gradient from PEFT's own forward pass, with `probe_factors` as second factors.
 
     Args:
-        adapted: the model with PEFT's initial adapter, which is left as it was.
+        adapted: the model with PEFT's initial adapter, which is left as it was but for its dropout, which is off now.
         rows: the compared rows.
         dtype: float32, or bfloat16 for autocast to it.
 
@@ -81,6 +81,9 @@ def peft_gradient(adapted: PeftModel, rows: list[Row], dtype: torch.dtype) -> tu
         here = slice(0, len(row.tokens))
         tokens[number, here], labels[number, here] = torch.from_numpy(row.tokens), torch.from_numpy(row.labels)
         mask[number, here] = 1
+    for module in adapted.modules():
+        if isinstance(module, LoraLayer):
+            module.lora_dropout.eval()
     trained = [parameter for name, parameter in adapted.named_parameters() if parameter.requires_grad]
     for parameter in trained[1::2]:
         parameter.data.copy_(probe_factors(parameter))
@@ -99,7 +102,7 @@ def check_against_peft(
     model: PreTrainedModel, factors: dict[str, tuple[Tensor, Tensor]], scaling: float, rows: list[Row],
     expected: tuple[float, Tensor], dtype: torch.dtype,
 ) -> None:  # fmt: skip
-    """Raise NotPackable unless the packed layers have PEFT's loss and gradient, within TOLERANCE.
+    """Raise NotPackable unless the packed layers have PEFT's loss and gradient without dropout, within TOLERANCE.
 
     Args:
         model: the base model without an adapter.

@@ -162,16 +162,13 @@ class TrainingLog:
     def add(self, loss: float) -> dict[str, float]:
         """Add the next step's loss, and write a line of the log where one is due.
 
-        As in the trainer, a line has the mean of the n losses since the line before, and a loss that is not finite is
-        replaced by their sum divided by n + 1.
+        As in the trainer, a line has the mean of the losses since the line before.
 
         Returns the line's `loss` and `learning_rate`; empty where no line is due.
         """
         schedule, state = self.schedule, self.trainer.state
         state.global_step += 1
         step = state.global_step
-        if not np.isfinite(loss):
-            loss = sum(self.unlogged) / (1 + len(self.unlogged))
         self.unlogged.append(loss)
         done = (step - 1) % schedule.steps_per_epoch + 1
         batches = min(done * schedule.args.gradient_accumulation_steps, schedule.batches_per_epoch)

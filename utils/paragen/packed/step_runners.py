@@ -6,7 +6,7 @@ import numpy as np
 import torch
 
 from paragen.packed.batches import Shape, Step, choose_buckets, lay_out, to_batch
-from paragen.packed.layers import Batch
+from paragen.packed.step_context import Batch
 
 if TYPE_CHECKING:
     from paragen.packed.engine import Engine
@@ -46,7 +46,7 @@ class GraphRunner:
         self.engine = engine
         count = max(1, min(MAX_BUCKETS, len(steps) // STEPS_PER_BUCKET))
         self.shapes = choose_buckets([step.shape(engine.groups) for step in steps], count)
-        empty = Step([[] for _ in engine.adapters])
+        empty = steps[0].without(range(len(engine.adapters)))
         self.batches: dict[Shape, StaticBatch] = {}
         for shape in reversed(self.shapes):
             self.batches[shape] = StaticBatch(lay_out(empty, engine.groups, shape), shape, engine.device)

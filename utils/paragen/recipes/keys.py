@@ -72,7 +72,7 @@ SCHEDULE = {
 }  # fmt: skip
 BATCH = {"per_device_train_batch_size", "gradient_accumulation_steps"}
 SAVING = {"save_steps", "save_total_limit"}
-ADAPTER = {"lora_rank", "lora_alpha", "lora_target", "use_rslora"}
+ADAPTER = {"lora_rank", "lora_alpha", "lora_dropout", "lora_target", "use_rslora"}
 MEMORY = {"bf16", "disable_gradient_checkpointing"}
 
 # Keys that a resumed run takes from its checkpoint: they stand in optimizer.pt and scheduler.pt, which transformers
@@ -94,7 +94,7 @@ NOT_TRAINED = {
 # Keys that do not change how rows become tokens; a key that is not listed counts as one that does.
 NOT_TOKENISED = SCHEDULE | BATCH | SAVING | ADAPTER | MEMORY | {
     "enable_liger_kernel", "finetuning_type", "flash_attn", "fp16", "freeze_vision_tower", "gradient_checkpointing",
-    "lora_dropout", "loraplus_lr_ratio", "optim", "pure_bf16", "save_strategy", "use_dora",
+    "loraplus_lr_ratio", "optim", "pure_bf16", "save_strategy", "use_dora",
 }  # fmt: skip
 # Keys with which the tokens depend on more than the dataset's rows, so that runs cannot share them.
 UNSHARED_TOKENS = {"eval_dataset", "tokenized_path", "streaming"}
@@ -116,7 +116,7 @@ PACKED_AT = {
     "flash_attn": ("auto", "sdpa", "disabled"),
     "save_strategy": ("steps",),
     **dict.fromkeys((
-        "lora_dropout", "use_dora", "pissa_init", "packing", "neat_packing", "val_size", "fp16", "pure_bf16",
+        "use_dora", "pissa_init", "packing", "neat_packing", "val_size", "fp16", "pure_bf16",
         "resize_vocab", "upcast_layernorm", "label_smoothing_factor", "neftune_noise_alpha", "do_eval", "do_predict",
         "eval_strategy", "predict_with_generate", "quantization_bit", "streaming", "dataloader_drop_last", "tf32",
     ), OFF),

@@ -18,7 +18,7 @@ def requested_engine() -> str | None:
 def why_not_packed(run: Run, devices: list[str]) -> str | None:
     """Why the packed engine cannot train a run on some devices, or None where it can.
 
-    Properties of the model itself (its layers, its attention, dropout) are checked later, when it is loaded.
+    Properties of the model itself (its layers, its attention, its own dropout) are checked later, when it is loaded.
     """
     for key, value in run.config.items():
         if key in keys.PACKED:

@@ -1,0 +1,50 @@
+"""The packed engine under CUDA graphs on an NVIDIA GPU: what test_packed_*.py tests on the CPU.
+
+`make test-gpu` runs them; on a machine without one they are skipped.
+"""
+
+import numpy as np
+import pytest
+import test_packed_divergence
+import test_packed_dropout
+import torch
+
+from paragen.packed import dropout
+from paragen.packed.dropout import LayerDropout
+from paragen.packed.engine import Engine
+
+pytestmark = [pytest.mark.gpu, pytest.mark.skipif(not torch.cuda.is_available(), reason="needs an NVIDIA GPU")]
+
+
+@pytest.mark.parametrize("case", test_packed_divergence.CASES)
+def test_an_adapter_that_diverges_does_not_change_the_others(case):
+    test_packed_divergence.assert_the_others_train_as_without_it(test_packed_divergence.model().cuda(), case)
+
+
+@pytest.mark.parametrize("call", test_packed_dropout.CALLS)
+def test_the_kernel_of_dropout_keeps_what_the_formula_keeps(call):
+    x, out, *how, _ = test_packed_dropout.arguments(*call, False)
+    *tensors, layer = how
+    there = LayerDropout(*(tensor.cuda() for tensor in tensors), layer)
+    expected = LayerDropout(*how).kept(x)
+    assert torch.equal(there.kept(x.cuda()).cpu(), expected)
+    total = out.cuda()
+    there.add_kept(x.cuda(), total)
+    torch.testing.assert_close(total.cpu(), out + expected)
+
+
+def test_a_pack_with_dropout_trains_as_on_the_cpu_and_twice_to_the_same_bits():
+    """The hash gives the same masks there."""
+    found = {}
+    for device, name in (("cpu", "cpu"), ("cuda", "once"), ("cuda", "twice")):
+        base = test_packed_divergence.model().to(device)
+        adapters = test_packed_divergence.adapters_of(base, [0.01] * test_packed_divergence.STEPS, 1.0)
+        for adapter, dropped in zip(adapters, (0.0, 0.1, 0.5), strict=True):
+            adapter.dropout = dropped
+        steps = test_packed_divergence.steps_of(np.random.default_rng(0))
+        for step, stream in zip(steps, dropout.streams(42, range(1, len(steps) + 1)), strict=True):
+            step.streams = [stream] * len(adapters)
+        found[name], *_ = test_packed_divergence.train(Engine(base, adapters, torch.float32), steps)
+    for one, two, expected in zip(found["once"], found["twice"], found["cpu"], strict=True):
+        assert torch.equal(one, two)
+        assert (one.cpu() - expected).norm() <= 1e-3 * expected.norm()
