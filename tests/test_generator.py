@@ -122,6 +122,39 @@ def test_all_settings_together(trained, tmp_path):
     )
 
 
+@pytest.fixture(scope="module")
+def learnt(model_folder, tmp_path_factory) -> Packable:
+    """Four made tasks and a mixture of two, learnt for 100 steps, and a generator that has seen all but the mixture."""
+    project = made_project.make(tmp_path_factory.mktemp("learnt") / "my project", model_folder)
+    run(project, "stats")
+    run(project, "train_generator", WITHOUT=MIXTURE, WIDTH=64, TRAIN_STEPS=400, BASE_STEPS=20, MIX=1, IMPORTANCE=1)
+    return project
+
+
+def scores_of(project: Packable, dataset: str, other: str) -> dict[str, float]:
+    """The losses that helpers/generator_scores.py prints."""
+    name = generator(project).name + f"_without-{MIXTURE}"
+    output = run(project, "helpers.generator_scores", GENERATOR=name, DATASET=dataset, OTHER=other)
+    (line,) = [line for line in output.splitlines() if line.startswith("scores: ")]
+    return json.loads(line.removeprefix("scores: "))
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("task", TASKS)
+def test_the_adapter_that_is_generated_for_a_seen_task_is_as_good_as_its_own(learnt, task):
+    scores = scores_of(learnt, task, next(other for other in TASKS if other != task))
+    assert scores["generated"] <= 1.1 * scores["own"]
+    learnt_share = (scores["base"] - scores["generated"]) / (scores["base"] - scores["own"])
+    assert learnt_share > 0.9 and scores["generated"] < scores["others"], scores
+
+
+@pytest.mark.slow
+def test_for_an_unseen_mixture_it_is_nearer_to_its_own_than_the_mean_and_needs_its_prompts(learnt):
+    scores = scores_of(learnt, MIXTURE, TASKS[-1])
+    assert abs(scores["generated"] - scores["own"]) < abs(scores["others"] - scores["own"]), scores
+    assert scores["of another"] > scores["generated"], scores
+
+
 def test_test_splits_and_unknown_names_are_refused(trained):
     line = refused(trained, "generate", GENERATOR="tiny-rank-4", DATASET=f"{MIXTURE}_test")
     assert "holds rows to score on; name the dataset" in line

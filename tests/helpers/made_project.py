@@ -7,7 +7,7 @@ from pathlib import Path
 
 from helpers import fork_server
 from helpers.packed_project import MODEL, ROOT, Packable
-from paragen.dataset import made_rules, made_tasks
+from paragen.dataset import descriptions, made_rules, made_tasks
 
 TASKS = ("made-separator-slash", "made-order-swap-1-2", "made-letter-e", "made-word-first")
 MIXTURE = "mixture"  # every other row is the first task's, the others are the second one's
@@ -15,9 +15,15 @@ ROWS, TEST_ROWS, KEPT = 48, 24, 6
 SHARED = {"learning_rate": 2e-2, "cutoff_len": 160, "per_device_train_batch_size": 4}
 
 
+def task_of(name: str) -> made_rules.Task:
+    """The made task of this name."""
+    (task,) = (one for one in made_rules.all_tasks() if one.name == name)
+    return task
+
+
 def rows_of(name: str) -> tuple[list[dict], list[dict]]:
     """Rows of a made task to train on and to score on."""
-    (task,) = (one for one in made_rules.all_tasks() if one.name == name)
+    task = task_of(name)
     files = made_tasks.contents_of(task, 0, ROWS)
     train, test = (json.loads(files[name]) for name in (made_tasks.train_file(task), made_tasks.test_file(task)))
     return train, test[:TEST_ROWS]
@@ -33,6 +39,10 @@ def make(top: Path, model: Path, names: Sequence[str] = (*TASKS, MIXTURE), steps
     for name, (train, test) in splits.items():
         project.data(name, rows=train)
         project.data(f"{name}_test", rows=test)
+    info = json.loads(project.info.read_text())
+    for name in TASKS:
+        info[name][descriptions.KEY] = {made_tasks.SOURCE: list(task_of(name).descriptions)}
+    project.info.write_text(json.dumps(info))
     pretrain = {**SHARED, "max_steps": steps, "save_steps": steps}
     finetune = {**SHARED, "max_steps": steps + KEPT, "save_total_limit": KEPT}
     project.collect(*(project.cell(name, rank, pretrain=pretrain, finetune=finetune, resumed=steps) for name in names))

@@ -31,7 +31,8 @@ class CheckpointData:
         steps: which checkpoints, as STEPS says it.
         place: one of PLACES; empty for the first one with room.
 
-    `tasks` has the numbers of each task's checkpoints. Raises UserError for a checkpoint that is not as recorded.
+    `tasks` has the numbers of each task's checkpoints, `mean` [size] and `scale` (a number per tensor) standardise
+    vectors. Raises UserError for a checkpoint that is not as recorded.
     """
 
     def __init__(
@@ -62,6 +63,7 @@ class CheckpointData:
             for number, vector in enumerate(parallel.each(self._read, range(len(self.numbers)))):
                 self.store[number].copy_(vector)
         self.mean, self.scale = self._statistics()
+        self.spread = spread(layout, self.scale)
 
     def _first_place(self, size: int) -> str:
         """The first place with room for `size` bytes."""
@@ -100,7 +102,11 @@ class CheckpointData:
 
     def standardise(self, values: Tensor) -> Tensor:
         """Vectors [n, size] less their mean, each tensor divided by its scale."""
-        return (values - self.mean) / spread(self.layout, self.scale)
+        return (values - self.mean) / self.spread
+
+    def restore(self, values: Tensor) -> Tensor:
+        """The inverse of `standardise`."""
+        return values * self.spread + self.mean
 
     def _parts(self) -> Iterator[tuple[Tensor, float]]:
         """All checkpoints, some of one task at a time, with the weight of each: tasks count equally."""

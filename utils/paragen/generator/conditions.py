@@ -120,6 +120,19 @@ def texts_in(part: prompts.Part) -> list[Row]:
     return [row_texts.texts_of(row, part[0]) for row in part[1]]
 
 
+def joined(prompts: Tensor, texts: Tensor, numbers: Tensor) -> Tensor:
+    """Conditions [n, 2 * hidden size + 1]: prompts, a description, and whether there is one.
+
+    Args:
+        prompts: [n, hidden size], each the mean over embedded prompts, standardised.
+        texts: [m, hidden size], embedded descriptions, standardised.
+        numbers: int64 [n], the description of each condition; -1 for none, which zeros stand for.
+    """
+    has_text = (numbers >= 0).to(prompts.dtype)[:, None]
+    padded_texts = torch.cat([texts, texts.new_zeros(1, prompts.shape[1])])  # its last row is the one of number -1
+    return torch.cat([prompts, padded_texts[numbers], has_text], 1)
+
+
 def statistics(embeddings: Tensor) -> tuple[Tensor, Tensor]:
     """(Mean, standard deviation) of embeddings [n, hidden size], each [hidden size]."""
     return embeddings.mean(0), embeddings.std(0, correction=0) + 1e-6

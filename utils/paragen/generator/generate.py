@@ -25,7 +25,6 @@ from paragen.exports import peft
 from paragen.generator import conditions
 from paragen.generator.conditions import Row
 from paragen.generator.saved import Generator
-from paragen.generator.train import condition_of
 
 FORMAT, RECORD = "paragen-generated-1", "generated.json"
 Adapter = dict[str, Tensor]
@@ -94,11 +93,13 @@ def generate(
         wanted, rows = sorted({number for rows in drawn for number in rows}), conditions.plain_rows(prompts)
         found = generator.reader.embed([rows[number] for number in wanted], generator.manifest["settings"]["answers"])
         embedded = dict(zip(wanted, found, strict=True))
-    text = None if description is None else (generator.reader.embed_texts([description])[0] - mean) / std
-    inputs = [
-        condition_of((torch.stack([embedded[number] for number in rows]).cpu() - mean) / std, text) for rows in drawn
-    ]
-    return [generator.layout.tensors_of(vector) for vector in generator.vectors(torch.stack(inputs)).cpu()]
+    texts = mean.new_zeros(0, len(mean))
+    if description:
+        texts = (generator.reader.embed_texts([description]) - mean) / std
+    means = torch.stack([torch.stack([embedded[number] for number in rows]).cpu().mean(0) for rows in drawn])
+    numbers = torch.full((samples,), 0 if description else -1)
+    inputs = conditions.joined((means - mean) / std, texts, numbers)
+    return [generator.layout.tensors_of(vector) for vector in generator.vectors(inputs).cpu()]
 
 
 def mean_of(adapters: Sequence[Adapter], weights: Sequence[float] | None = None) -> Adapter:

@@ -5,6 +5,7 @@ state, ends with the weights of one that was not.
 """
 
 import contextlib
+import itertools
 import json
 import math
 import time
@@ -23,7 +24,7 @@ from paragen.collection import task_descriptions
 from paragen.collection.index import Chosen
 from paragen.common import cli, files, paths
 from paragen.common.cli import UserError, say
-from paragen.generator import checkpoint_data, conditions, saved, sources
+from paragen.generator import conditions, saved, sources
 from paragen.generator.checkpoint_data import CheckpointData
 from paragen.generator.conditions import Reader
 from paragen.generator.factor_layout import FactorLayout
@@ -93,18 +94,17 @@ class Training:
         self.device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
         self.layout = FactorLayout(sources.layout_of(chosen[0]))
         self.reader = Reader.of(chosen[0].manifest)
-        self.pools, self.described = self._embedded()
-        self.condition_mean, self.condition_std = conditions.statistics(torch.cat(self.pools))
-        self.pools = [self._standardised(pool) for pool in self.pools]
-        self.described = [self._standardised(texts) for texts in self.described]
+        pools, described = self._embedded()
+        self.condition_mean, self.condition_std = conditions.statistics(torch.cat(pools))
+        self.pool, self.pools = self._joined(pools)
+        self.texts, self.described = self._joined(described)
         self.data = CheckpointData(chosen, self.layout, self.device, wanted.form, wanted.steps_of, place)
-        self.spread = checkpoint_data.spread(self.layout, self.data.scale)
         self.weights = self._importance()
         self.total = wanted.steps + wanted.base_steps
         self.log: list[dict[str, Any]] = []
         self.times: list[tuple[float, float]] = []  # seconds of measured steps, and of their loading
         torch.manual_seed(wanted.seed)
-        width = 2 * self.pools[0].shape[1] + 1
+        width = 2 * self.pool.shape[1] + 1
         self.network = Network(width, wanted.width, self.layout.kinds).to(self.device)
 
     # ------------------------------------------------------------------------------------------------- preparation
@@ -125,8 +125,11 @@ class Training:
         files.write_atomically(path, save(found), durable=False)
         return self._embedded()
 
-    def _standardised(self, embeddings: Tensor) -> Tensor:
-        return ((embeddings - self.condition_mean) / self.condition_std).to(self.device)
+    def _joined(self, embeddings: Sequence[Tensor]) -> tuple[Tensor, list[range]]:
+        """(Embeddings of all tasks, standardised, on the device; which of them are each task's)."""
+        ends = list(itertools.accumulate(map(len, embeddings), initial=0))
+        joined = (torch.cat(list(embeddings)) - self.condition_mean) / self.condition_std
+        return joined.to(self.device), [range(*part) for part in itertools.pairwise(ends)]
 
     def _importance(self) -> list[Tensor]:
         """The weight of each tensor's error by kind, [layers]; their mean is 1."""
@@ -157,7 +160,7 @@ class Training:
         first = 0
         for stage, (steps, rate) in enumerate(stages):
             if first <= at < first + steps:
-                optimizer = torch.optim.AdamW(self.network.parameters(), rate, weight_decay=WEIGHT_DECAY)
+                optimizer = self._optimizer(rate)
                 if state is not None and at > first:
                     optimizer.load_state_dict(restored(optimizer, state[1]))
                 base = BaseLoss(self.chosen, self.reader, self.layout) if stage else None
@@ -223,7 +226,7 @@ class Training:
         inputs = self._conditions(tasks, draws)
         with self._autocast():
             outputs = self.network(inputs)
-        vectors = self.layout.join([output.float() for output in outputs]) * self.spread + self.data.mean
+        vectors = self.data.restore(self.layout.join([output.float() for output in outputs]))
         return base.loss(vectors, [row for task in tasks for row in base.draw(task, draws)])
 
     def _drawn(self, step: int) -> tuple[list[int], list[int], Tensor | None]:
@@ -239,16 +242,18 @@ class Training:
 
     def _conditions(self, tasks: Sequence[int], draws: numpy.random.Generator) -> Tensor:
         """A condition for each of some tasks, [tasks, inputs]: prompts and perhaps a description, with noise."""
-        found = []
-        for task in tasks:
-            pool, texts = self.pools[task], self.described[task]
-            prompts = pool[torch.from_numpy(draws.integers(len(pool), size=self.wanted.prompts)).to(self.device)]
-            is_described = draws.random() < DESCRIBED and len(texts) > 0
-            text = texts[int(draws.integers(len(texts)))] if is_described else None
-            found.append(condition_of(prompts, text))
-        inputs = torch.stack(found)
+        pools, described = [self.pools[task] for task in tasks], [self.described[task] for task in tasks]
+        drawn = numpy.stack([draws.integers(part.start, part.stop, self.wanted.prompts) for part in pools])
+        prompts = self.pool[torch.from_numpy(drawn).to(self.device)].mean(1)
+        wanted = [part if draws.random() < DESCRIBED else range(0) for part in described]
+        texts = torch.tensor([int(draws.integers(part.start, part.stop)) if part else -1 for part in wanted])
+        inputs = conditions.joined(prompts, self.texts, texts.to(self.device))
         noise = torch.from_numpy(draws.standard_normal(tuple(inputs.shape), dtype=numpy.float32))
         return inputs + NOISE * noise.to(self.device)
+
+    def _optimizer(self, rate: float) -> torch.optim.Optimizer:
+        is_gpu = self.device.type == "cuda"
+        return torch.optim.AdamW(self.network.parameters(), rate, weight_decay=WEIGHT_DECAY, fused=is_gpu)
 
     def _autocast(self) -> torch.autocast:
         return torch.autocast(self.device.type, torch.bfloat16, enabled=self.device.type == "cuda")
@@ -297,17 +302,6 @@ class Training:
             return f"checkpoints kept on: {self.data.place}"
         share = f"{loading / whole:.0%} of them loading from {self.data.place}"
         return f"{1e3 * whole / len(self.times):.1f} ms a step, {share}"
-
-
-def condition_of(prompts: Tensor, text: Tensor | None) -> Tensor:
-    """A condition [2 * hidden size + 1]: the mean over prompts, a description, and whether there is one.
-
-    Args:
-        prompts: [n, hidden size], standardised.
-        text: [hidden size], standardised; zeros stand for None.
-    """
-    mean = prompts.mean(0)
-    return torch.cat([mean, torch.zeros_like(mean) if text is None else text, mean.new_tensor([text is not None])])
 
 
 def mixed(values: Tensor, shares: Tensor) -> Tensor:
