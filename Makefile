@@ -22,7 +22,7 @@ CHECK := "$(PYTHON)" utils/settings.py check $(or $(MAKECMDGOALS),help)
 .DEFAULT_GOAL := help
 .PHONY: help setup setup-dev lock model data data-all register describe made-tasks check-data recipe check-recipes \
 	pretrain finetune collect collect-all plan status verify clean-checkpoints disk clean-up index export import evaluate \
-	stats report publish pull demo test test-all test-gpu test-runs test-others lint format
+	stats generator generate report publish pull demo test test-all test-gpu test-runs test-others lint format
 
 help:  ## list the targets; FOR=collect explains one and its settings
 	@$(CHECK)
@@ -127,6 +127,12 @@ evaluate: setup  ## score checkpoints on held-out prompts: DATASET=ARC-c [RANK=8
 
 stats: setup  ## norms, changes, effective ranks, importance of layers: [DATASET=..] [MODEL=..] [RANK=..]
 	@$(PY) utils/stats.py
+
+generator: setup  ## train a small generator on the pairs of one base and rank: MODEL=.. RANK=8 [WITHOUT="OBQA ARC-c"] ...
+	@exec $(PY) utils/train_generator.py
+
+generate: setup  ## have it write adapters from a dataset's prompts: GENERATOR=.. DATASET=OBQA [PROMPTS=16] [SAMPLES=4] [OUT=..]
+	@exec $(PY) utils/generate.py
 
 report: setup  ## a page to look at all of it, offline: saves/report/index.html
 	@$(PY) utils/report.py

@@ -13,11 +13,11 @@ from paragen.common.cli import UserError
 # The targets that select what was collected, with what else each needs; the others select recipes, or ask the hub.
 COLLECTED = {
     "verify": {}, "clean-checkpoints": {"DRY_RUN": "1"}, "index": {}, "export": {"FORMAT": "peft"}, "evaluate": {},
-    "stats": {}, "report": {}, "publish": {"REPO": "user/name", "DRY_RUN": "1"},
+    "stats": {}, "report": {}, "publish": {"REPO": "user/name", "DRY_RUN": "1"}, "generator": {},
 }  # fmt: skip
 OF_RECIPES = {"recipe", "pretrain", "finetune", "collect", "collect-all", "plan", "status"}
 ELSEWHERE = {"pull"}  # selects by the same function from a repository's index: tests/test_publishing.py
-SCORED = ("evaluate", "publish")  # what they do with a selection takes a base model or a licence
+SCORED = ("evaluate", "publish", "generator")  # what they do with a selection takes a base model or a licence
 
 
 @pytest.fixture

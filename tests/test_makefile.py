@@ -27,7 +27,7 @@ TARGETS += [
     "test-gpu",
     "evaluate",
 ]
-TARGETS += ["data", "data-all", "made-tasks", "collect-all", "status", "disk", "clean-up"]
+TARGETS += ["generator", "generate", "data", "data-all", "made-tasks", "collect-all", "status", "disk", "clean-up"]
 
 
 @pytest.fixture

@@ -12,12 +12,11 @@ PARTS, VAL, SLICE and COPY: saves/README.md.
 
 import importlib
 import os
-from pathlib import Path
 
 from paragen.collection import index
 from paragen.common import cli, paths, settings
 from paragen.common.cli import UserError
-from paragen.exports import verified
+from paragen.exports import parts, verified
 
 # The formats that take a setting, of those settings that not all formats take.
 TAKEN_BY = {
@@ -40,26 +39,11 @@ def main() -> None:
         if value and format_name not in formats:
             known = " and ".join(f"FORMAT={known}" for known in formats)
             raise UserError(f"{name}={value}: {known} alone {'take' if len(formats) > 1 else 'takes'} it; omit it")
-    out = out_folder(settings.text("OUT") or str(paths.SAVES / "exports" / format_name))
+    out = parts.out_folder(settings.text("OUT") or str(paths.SAVES / "exports" / format_name))
     chosen = index.chosen()
     verified.check(chosen, out)
     # a format is a module of paragen.exports, imported when it is requested
     importlib.import_module(f"paragen.exports.{format_name.replace('-', '_')}").export(chosen, out, dtype or None)
-
-
-def out_folder(name: str) -> Path:
-    """The absolute path of the folder `name`. Raises UserError where it is no folder, or one that holds collections."""
-    out = Path(name).expanduser().absolute()
-    blocking = next((path for path in (out, *out.parents) if path.exists() and not path.is_dir()), None)
-    if blocking:
-        raise UserError(f"{paths.relative(blocking)}: is not a folder; choose another OUT")
-    real, saves = out.resolve(), paths.SAVES.resolve()
-    if real.is_relative_to(saves) and not any(real.is_relative_to(saves / name) for name in paths.DERIVED):
-        raise UserError(
-            f"{paths.relative(out)}: lies among the collections; choose one outside of {paths.relative(paths.SAVES)} "
-            f"or below {paths.relative(paths.SAVES / 'exports')}"
-        )
-    return out
 
 
 if __name__ == "__main__":

@@ -11,6 +11,7 @@ from paragen.collection.manifest import phase_named_in
 from paragen.common import paths
 
 COLLECTIONS, PRETRAINS, EXPORTS, PUBLISHED = "collections", "pretrains", "exports", "published trees"
+GENERATED = "generators, and what they wrote"
 PAGES, CACHE, LOGS, LEFT, RUNNING = "index, report, statistics", "token cache", "logs", "left-overs", "runs in progress"
 OTHER, ARRIVING, MODELS, DATA = "other files in saves/", "unfinished downloads", "models", "data"
 ENVIRONMENT = "Python packages"
@@ -21,6 +22,7 @@ KINDS = {
     PRETRAINS: "only by training; not needed any more by a verified collection",
     EXPORTS: "make export",
     PUBLISHED: "make publish; keep the tree of an interrupted upload",
+    GENERATED: "make generator, make generate",
     PAGES: "make index, make report, make stats",
     CACHE: "the next sweep",
     LOGS: "not at all; needed to see why a run failed",
@@ -33,6 +35,7 @@ KINDS = {
     ENVIRONMENT: "make setup",
 }  # fmt: skip
 DERIVED = {"exports": EXPORTS, "publish": PUBLISHED, "report": PAGES, "stats": PAGES}
+DERIVED |= dict.fromkeys(("generators", "generated"), GENERATED)
 SHIPPED = ("README.md", ".gitkeep")  # in saves/, by git
 UNFINISHED = re.compile(r"\..+\.(download|part)|pull--.+")
 

@@ -64,3 +64,18 @@ def check_may_replace(path: Path, what: str, ours: str) -> None:
             f"{paths.relative(path)}: holds {what}; FORCE=1 puts {ours} there and keeps it as {aside(path).name}, or "
             "take another OUT"
         )
+
+
+def out_folder(name: str) -> Path:
+    """The absolute path of the folder `name`. Raises UserError where it is no folder, or one that holds collections."""
+    out = Path(name).expanduser().absolute()
+    blocking = next((path for path in (out, *out.parents) if path.exists() and not path.is_dir()), None)
+    if blocking:
+        raise UserError(f"{paths.relative(blocking)}: is not a folder; choose another OUT")
+    real, saves = out.resolve(), paths.SAVES.resolve()
+    if real.is_relative_to(saves) and not any(real.is_relative_to(saves / name) for name in paths.DERIVED):
+        raise UserError(
+            f"{paths.relative(out)}: lies among the collections; choose one outside of {paths.relative(paths.SAVES)} "
+            f"or below {paths.relative(paths.SAVES / 'exports')}"
+        )
+    return out

@@ -1,0 +1,214 @@
+"""The reference generator: from collections to adapters for a dataset that it has not seen, in a real small project."""
+
+import json
+import shutil
+from pathlib import Path
+
+import pytest
+from helpers import made_project
+from helpers.made_project import MIXTURE, TASKS, generator, refused, run, start
+from helpers.packed_project import MODEL, Packable
+from safetensors.torch import load_file
+
+from paragen.collection import discovery, index
+from paragen.common import files, paths
+from paragen.generator import network, options, sources
+from paragen.generator.factor_layout import FactorLayout
+
+pytestmark = pytest.mark.runs
+
+SEEN = TASKS[:2]
+FEW = {"TRAIN_STEPS": 30, "WIDTH": 16, "PROMPTS": 4}
+
+
+@pytest.fixture(scope="module")
+def trained(model_folder, tmp_path_factory) -> Packable:
+    """Two collections of a few steps, and a generator of them. Read only."""
+    project = made_project.make(tmp_path_factory.mktemp("generator") / "my project", model_folder, SEEN, steps=6)
+    assert "30 of 30, loss" in run(project, "train_generator", **FEW)
+    return project
+
+
+def copied(project: Packable, top: Path) -> Packable:
+    """The same project at another place."""
+    shutil.copytree(project.top, top, symlinks=True)
+    other = object.__new__(Packable)
+    vars(other).update(vars(project), top=top, saves=top / project.saves.relative_to(project.top))
+    return other
+
+
+def test_a_generator_records_what_it_was_trained_on(trained):
+    folder = generator(trained)
+    held = {"config.json", "generator.safetensors", "manifest.json", "trainer_log.jsonl", "training_loss.png"}
+    assert {path.name for path in folder.iterdir()} == held
+    manifest = json.loads((folder / "manifest.json").read_text())
+    assert manifest["datasets"] == sorted(SEEN) and manifest["families"] == sorted(SEEN)
+    for pair in manifest["pairs"]:
+        known = json.loads((trained.top / "saves" / pair["collection"] / "manifest.json").read_text())
+        assert pair["manifest"] == known["sha256"] and pair["steps"] == [7, 8, 9, 10, 11, 12]
+
+
+def test_killed_it_goes_on_and_ends_the_same_wherever_checkpoints_are_kept(trained, tmp_path):
+    project = copied(trained, tmp_path / "my project")
+    folder, top = generator(project), generator(project).parent
+    shutil.rmtree(folder)
+    settings = {**FEW, "PLACE": "disk"}
+    begun = start(project, "helpers.saving_generator", **settings)
+    assert begun.kill_when(lambda: any(top.glob(".*.staging-*/state.safetensors")))
+    assert not folder.exists()
+    assert "continued after step" in run(project, "train_generator", **settings)
+    assert files.hashes_below(folder) == files.hashes_below(generator(trained))
+    assert list(top.iterdir()) == [folder]
+
+
+def test_what_is_there_is_not_trained_again_and_not_replaced_for_its_name(trained):
+    assert run(trained, "train_generator", **FEW).strip().endswith("there already: saves/generators/Tiny_rank-4")
+    line = refused(trained, "train_generator", **{**FEW, "TRAIN_STEPS": 20})
+    assert "trained with other steps (30, now 20); take another NAME, or FORCE=1 replaces it" in line
+
+
+def test_it_writes_adapters_that_peft_loads_for_a_dataset_without_a_collection(trained, tmp_path):
+    from peft import PeftModel
+    from transformers import AutoModelForCausalLM
+
+    project = copied(trained, tmp_path / "my project")
+    asked = {"GENERATOR": "tiny rank 4".replace(" ", "-"), "DATASET": MIXTURE, "SAMPLES": 2}
+    run(project, "generate", **asked)
+    folder = project.top / "saves" / "generated" / generator(project).name / MIXTURE
+    assert {path.name for path in folder.iterdir()} == {"1", "2", "generated.json"}
+    base = AutoModelForCausalLM.from_pretrained(project.top / "models" / MODEL)
+    model = PeftModel.from_pretrained(base, folder / "1")
+    weights = load_file(folder / "1" / "adapter_model.safetensors")
+    held = {key.replace(".default", ""): value for key, value in model.state_dict().items() if "lora_" in key}
+    assert held.keys() == weights.keys() and all(held[key].equal(value) for key, value in weights.items())
+    record = json.loads((folder / "generated.json").read_text())
+    known = json.loads((generator(project) / "manifest.json").read_text())
+    assert record["generator"] == {"name": generator(project).name, "sha256": known["sha256"]}
+    assert record["seen"] == sorted(SEEN) and not record["is_seen"]
+    assert [len(rows) for rows in record["prompts"]["samples"]] == [4, 4]
+    assert record["files"] == {
+        f"{sample}/{name}": files.sha256_of(folder / sample / name)
+        for sample in "12"
+        for name in ("adapter_config.json", "adapter_model.safetensors")
+    }
+    assert_derived(project)
+    assert "there already" in run(project, "generate", **asked)
+    assert "generated with other prompts, seed; FORCE=1 replaces it" in refused(project, "generate", **asked, SEED=1)
+
+
+def assert_derived(project: Packable) -> None:
+    """Generators and what they write are no collections, whoever looks for some."""
+    saves = project.top / "saves"
+    assert {path.parent.name for path in discovery.find_collections([saves])} == set(SEEN)
+    assert {path.name for path in discovery.dataset_folders(saves)} == set(SEEN)
+    assert set(index.update(saves)[0]["dataset"].to_pylist()) == set(SEEN)
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(paths, "SAVES", saves)
+        assert {"generators", "generated"} <= {*paths.DERIVED}
+        assert [one.manifest.dataset for one in index.chosen()] == sorted(SEEN)
+
+
+def test_all_settings_together(trained, tmp_path):
+    """Canonical factors, mixtures, answers, the base model's own loss, a dataset that is left out by name."""
+    project = copied(trained, tmp_path / "my project")
+    settings = {**FEW, "TRAIN_STEPS": 10, "BASE_STEPS": 3, "FORM": "canonical", "MIX": 1, "ANSWERS": 1, "STEPS": "last"}
+    run(project, "train_generator", **settings, NAME="all of them", WITHOUT=MIXTURE)
+    folder = generator(project, "all of them")
+    manifest = json.loads((folder / "manifest.json").read_text())
+    assert [pair["steps"] for pair in manifest["pairs"]] == [[12], [12]]
+    assert manifest["losses"].keys() == {"stage 1", "stage 2"}
+    assert "has no statistics for IMPORTANCE=1; run make stats" in refused(
+        project, "train_generator", **FEW, NAME="weighted", IMPORTANCE=1
+    )
+
+
+@pytest.fixture(scope="module")
+def learnt(model_folder, tmp_path_factory) -> Packable:
+    """Four made tasks and a mixture of two, learnt for 100 steps, and a generator that has seen all but the mixture."""
+    project = made_project.make(tmp_path_factory.mktemp("learnt") / "my project", model_folder)
+    run(project, "stats")
+    run(project, "train_generator", WITHOUT=MIXTURE, WIDTH=64, TRAIN_STEPS=400, BASE_STEPS=20, MIX=1, IMPORTANCE=1)
+    return project
+
+
+def scores_of(project: Packable, dataset: str, other: str) -> dict[str, float]:
+    """The losses that helpers/generator_scores.py prints."""
+    name = generator(project).name + f"_without-{MIXTURE}"
+    output = run(project, "helpers.generator_scores", GENERATOR=name, DATASET=dataset, OTHER=other)
+    (line,) = [line for line in output.splitlines() if line.startswith("scores: ")]
+    return json.loads(line.removeprefix("scores: "))
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("task", TASKS)
+def test_the_adapter_that_is_generated_for_a_seen_task_is_as_good_as_its_own(learnt, task):
+    scores = scores_of(learnt, task, next(other for other in TASKS if other != task))
+    assert scores["generated"] <= 1.1 * scores["own"]
+    learnt_share = (scores["base"] - scores["generated"]) / (scores["base"] - scores["own"])
+    assert learnt_share > 0.9 and scores["generated"] < scores["others"], scores
+
+
+@pytest.mark.slow
+def test_for_an_unseen_mixture_it_is_nearer_to_its_own_than_the_mean_and_needs_its_prompts(learnt):
+    scores = scores_of(learnt, MIXTURE, TASKS[-1])
+    assert abs(scores["generated"] - scores["own"]) < abs(scores["others"] - scores["own"]), scores
+    assert scores["of another"] > scores["generated"], scores
+
+
+def test_test_splits_and_unknown_names_are_refused(trained):
+    line = refused(trained, "generate", GENERATOR="tiny-rank-4", DATASET=f"{MIXTURE}_test")
+    assert "holds rows to score on; name the dataset" in line
+    assert "generator 'no' is not known; known: Tiny_rank-4" in refused(
+        trained, "generate", GENERATOR="no", DATASET="x"
+    )
+
+
+@pytest.mark.parametrize(
+    ("other", "named"),
+    [
+        ({"rank": 8}, "the rank: 4 and 8"),
+        ({"seed": 7}, "the seed of the initial factors: 42 and 7"),
+        ({"model": "Other"}, "the base model: Tiny"),
+        ({"modules": ["model.layers.0.mlp.down_proj"]}, "the layers"),
+        ({"config": {"lora_alpha": 4}}, "the start of the factors: lora_alpha=8 and lora_alpha=4"),
+        ({"dtype": "bfloat16"}, "the dtype: F32 and BF16"),
+    ],
+    ids=lambda value: str(value)[:20],
+)
+def test_collections_that_are_not_alike_are_refused_in_one_line(place, other, named):
+    place.collect(dataset="A")
+    place.collect(dataset="B", **other)
+    with pytest.raises(Exception, match="a generator is trained on collections that are alike") as error:
+        sources.check_alike(index.chosen())
+    assert named in str(error.value) and "\n" not in str(error.value)
+
+
+def test_datasets_are_left_out_by_name_and_two_are_needed(place):
+    for dataset in ("A-1", "B", "C"):
+        place.collect(dataset=dataset)
+    assert [one.manifest.dataset for one in sources.chosen(["a1"])] == ["B", "C"]
+    with pytest.raises(Exception, match="at least 2 collections; selected: .*/C/"):
+        sources.chosen(["A-1", "B"])
+    with pytest.raises(Exception, match="dataset 'D' is not known"):
+        sources.chosen(["D"])
+
+
+def test_a_layout_keeps_every_value_and_an_untrained_network_gives_the_mean():
+    import torch
+
+    shapes = {
+        f"m.layers.{n}.q.lora_{half}.weight": shape for n in (0, 1) for half, shape in (("A", (2, 3)), ("B", (5, 2)))
+    }
+    layout = FactorLayout(shapes)
+    tensors = {key: torch.randn(shape) for key, shape in shapes.items()}
+    back = layout.tensors_of(layout.vector_of(tensors))
+    assert list(back) == list(tensors) and all(back[key].equal(value) for key, value in tensors.items())
+    assert [len(kind.keys) for kind in layout.kinds] == [2, 2]
+    outputs = network.Network(7, 8, layout.kinds)(torch.randn(3, 7))
+    assert layout.join(outputs).shape == (3, layout.size) and not layout.join(outputs).any()
+
+
+def test_a_value_that_cannot_be_is_refused(monkeypatch):
+    monkeypatch.setenv("PROMPTS", "1000")
+    with pytest.raises(Exception, match="PROMPTS=1000: a condition is the mean over at most 256"):
+        options.Options.of_settings()

@@ -1,0 +1,4 @@
+"""The reference generator: trained on collected pairs, it writes an adapter for a task from prompts alone.
+
+May import: scoring and the rooms below it.
+"""
