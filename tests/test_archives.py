@@ -93,7 +93,7 @@ def test_a_real_collection_comes_back_with_the_same_bytes(trained_once, tmp_path
     for name in ("DATASET", "MODEL", "RANK", "FORCE"):
         monkeypatch.delenv(name, raising=False)
     out = tmp_path / "my exports"
-    chosen = index.chosen(trained_once.top / "saves")
+    chosen, _ = index.chosen(trained_once.top / "saves")
     export_archive.export(chosen, out, None)
     (path,) = out.rglob("*.archive")
     assert path.relative_to(out).as_posix() == f"common-sense-reasoning/Toy/{folder.name}.archive"
@@ -415,7 +415,7 @@ def test_another_dtype_only_when_asked_for_and_recorded(trained_once, tmp_path, 
     monkeypatch.delenv("FORCE", raising=False)
     folder = trained_once.run_folder("finetune")
     source = read_manifest(folder)
-    (chosen,) = index.chosen(trained_once.top / "saves")
+    ((chosen,), _) = index.chosen(trained_once.top / "saves")
     export_archive.export([chosen], tmp_path / "out", "bfloat16")
     (path,) = (tmp_path / "out").rglob("*.archive")
     restored = archive.restore([path], tmp_path / "saves")

@@ -34,7 +34,7 @@ def test_a_collection_on_the_gpu_has_the_statistics_it_has_on_the_cpu(tmp_path, 
 
 def test_without_memory_on_the_gpu_a_collection_is_measured_on_the_cpu(tmp_path, capsys):
     handmade.collect(tmp_path / "saves", None, handmade.CATEGORY, "A")
-    (one,) = index.chosen(saves=tmp_path / "saves")
+    ((one,), _) = index.chosen(saves=tmp_path / "saves")
     torch.cuda.empty_cache()
     torch.cuda.set_per_process_memory_fraction(1e-6)
     try:
