@@ -161,9 +161,7 @@ def write_adapter(one: Planned, entry: CheckpointEntry, folder: Path, dtype: str
     folder.mkdir(parents=True)
     checkpoint_copies.write_checkpoint(one.chosen.folder, entry, folder / paths.ADAPTER, dtype)
     config = json.loads(checkpoints.adapter_config_bytes(one.chosen.folder, one.chosen.manifest))
-    (folder / paths.ADAPTER_CONFIG).write_text(
-        json.dumps(config, indent=2, ensure_ascii=False) + "\n", encoding="utf-8"
-    )
+    checkpoint_copies.write_config(folder, config)
     (folder / "README.md").write_text(card_of(one, entry, dtype), encoding="utf-8")
 
 
