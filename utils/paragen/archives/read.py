@@ -74,6 +74,7 @@ def opened(path: Path) -> Opened:
 
 @functools.lru_cache(maxsize=16)
 def _opened(path: Path, _stamp: tuple) -> Opened:
+    """An archive whose seal, a hash of its header and its index, is checked here; see `opened`."""
     from safetensors import SafetensorError, safe_open
 
     name = paths.relative(path)
@@ -208,7 +209,7 @@ def sizes_of(path: Path) -> dict[int, int]:
 
 
 def load_step(path: Path, step: int) -> "dict[str, torch.Tensor]":
-    """The tensors of one checkpoint by PEFT's key, sorted by key. Reads only the blocks that it needs.
+    """The tensors of one checkpoint by PEFT's key, sorted by key. Reads and verifies the blocks that it needs.
 
     Raises UserError naming the damaged block, or, for a step that the archive does not hold, those that it holds.
     """
