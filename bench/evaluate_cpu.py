@@ -34,7 +34,7 @@ def run(args: argparse.Namespace, _: Path) -> int:
     from paragen.scoring.collection_scorer import CollectionScorer
     from paragen.scoring.scorer import Scorer
 
-    chosen = next(one for one in index.chosen() if MODEL in one.name.lower())
+    chosen = next(one for one in index.chosen()[0] if MODEL in one.name.lower())
     entries = chosen.manifest.checkpoints[-args.checkpoints :]
     base = base_model.base_for(chosen.manifest, None)
     scorer = CollectionScorer(chosen, base, questions.split_for(chosen.manifest, ""), "choice")

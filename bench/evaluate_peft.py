@@ -29,7 +29,7 @@ def main() -> None:
     result, count, *sizes = sys.argv[1:]
     devices.pin(devices.choose()[:1])
     noted: dict[str, Any] = {"began": time.time()}
-    chosen = index.chosen()[0]
+    chosen = index.chosen()[0][0]
     peft = Peft(chosen, noted)
     peft.choose_size([int(size) for size in sizes])
     for entry in chosen.manifest.checkpoints[-int(count) :]:

@@ -83,7 +83,7 @@ def compute(rows: int, who: str, result: Path) -> None:
     from paragen.scoring import base_model, questions
     from paragen.scoring.collection_scorer import CollectionScorer
 
-    chosen = index.chosen()[0]
+    chosen = index.chosen()[0][0]
     base = base_model.base_for(chosen.manifest, None)
     split = questions.first_rows(questions.split_for(chosen.manifest, ""), rows)
     scorer = CollectionScorer(chosen, base, split, "choice")

@@ -140,7 +140,7 @@ def test_one_call_for_all_steps_gives_the_bits_of_a_call_per_step(shape):
 def selected(trained_once, monkeypatch):
     """The tiny collection as `make export` selects it."""
     monkeypatch.setattr(paths, "SAVES", trained_once.top / "saves")
-    return index.chosen()
+    return index.chosen()[0]
 
 
 def made(out, one):
@@ -258,7 +258,7 @@ def test_gpt2s_transposed_layers_and_rslora_keep_what_the_model_says(tmp_path):
 
 def test_a_changed_checkpoint_is_named_and_nothing_is_exported(collected, tmp_path, monkeypatch):
     monkeypatch.setattr(paths, "SAVES", collected.top / "saves")
-    chosen = index.chosen()
+    chosen, _ = index.chosen()
     path = sorted(chosen[0].folder.glob("*.safetensors"))[-1]
     content = bytearray(path.read_bytes())
     content[-1] ^= 1

@@ -33,7 +33,7 @@ def measured_once(trained_once, tmp_path_factory):
     out = tmp_path_factory.mktemp("statistics")
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(paths, "SAVES", trained_once.top / "saves")
-        (one,) = index.chosen()
+        ((one,), _) = index.chosen()
         stats_files.update([one], out)
     return one, out / one.name
 
@@ -474,7 +474,7 @@ def test_a_damaged_collection_does_not_keep_the_others_from_their_statistics(col
     files.write_json(bad / paths.MANIFEST, sealed({**manifest, "dataset": "Bad"}))
     (bad / "adapter_config.json").unlink()
     monkeypatch.setattr(paths, "SAVES", collected.top / "saves")
-    assert stats_files.update(index.chosen()) == 1
+    assert stats_files.update(index.chosen()[0]) == 1
     assert "adapter_config.json: is gone" in capsys.readouterr().err
     assert [path.parent.parent.name for path in paths.SAVES.rglob("stats.json")] == [good.parent.name]
 

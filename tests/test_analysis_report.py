@@ -65,7 +65,7 @@ def project(trained_once, tmp_path_factory):
 
 @pytest.fixture(scope="module")
 def page(project) -> Path:
-    return report.make()
+    return report.make()[0]
 
 
 @pytest.fixture
@@ -177,7 +177,7 @@ def evaluated_page(trained_once, tmp_path_factory) -> Path:
         for name in ("SAVES", "DATA", "MODELS"):
             patch.setattr(paths, name, project.top / name.lower())
         patch.setattr(paths, "SCRIPTS", project.top / "collect_scripts")
-        return report.make()
+        return report.make()[0]
 
 
 def figures_of(article) -> list[str]:
@@ -300,7 +300,7 @@ def test_a_collection_that_is_being_made_is_no_broken_one(collected, monkeypatch
 def test_a_page_without_collections_or_recipes_is_a_page(tmp_path, monkeypatch):
     monkeypatch.setattr(paths, "SCRIPTS", tmp_path / "none")
     (tmp_path / "saves").mkdir()
-    text = report.make(tmp_path / "saves").read_text()
+    text = report.make(tmp_path / "saves")[0].read_text()
     assert "Nothing is collected yet" in text and "There are no cells: collect_scripts/*: no pair of recipes" in text
 
 
@@ -312,7 +312,7 @@ def test_a_changed_checkpoint_makes_its_collection_broken(collected, monkeypatch
     data = bytearray(path.read_bytes())
     data[-1] ^= 1
     path.write_bytes(data)
-    text = report.make().read_text()
+    text = report.make()[0].read_text()
     assert "checkpoint-9.safetensors: does not have its recorded sha256" in capsys.readouterr().err
     assert "checkpoint-9.safetensors: does not have its recorded sha256" in text
 
@@ -330,11 +330,11 @@ def test_statistics_for_which_no_time_is_left_are_said_and_made_later(own, monke
     twin(own, f"math/Other/{RUN}", dataset="Other")
     with monkeypatch.context() as patch:
         patch.setattr(report_statistics, "SECONDS", 0)
-        text = report.make().read_text()
+        text = report.make()[0].read_text()
     assert "2 of 2 collections have none yet; make stats makes them" in capsys.readouterr().out
     assert text.count("No pictures of its weights: its statistics are not made yet; make stats makes them") == 2
     assert not list((own.top / "saves").rglob("stats.parquet"))
-    text = report.make().read_text()
+    text = report.make()[0].read_text()
     out = capsys.readouterr().out
     assert out.count("statistics: ") == 3 and "none yet" not in out
     assert "No pictures of its weights" not in text and len(list((own.top / "saves").rglob("stats.parquet"))) == 2
@@ -349,7 +349,7 @@ def test_an_adapter_of_another_kind_is_a_collection_without_pictures_of_its_weig
         entries.append({"sha256": files.sha256_of(path), "bytes": path.stat().st_size})
     content = read_manifest(folder).content["checkpoints"]
     reseal(folder, checkpoints=[{**old, **new} for old, new in zip(content, entries, strict=True)])
-    text = report.make().read_text()
+    text = report.make()[0].read_text()
     assert "No pictures of its weights: x.lora_magnitude_vector: is no LoRA factor" in text
     assert "FAULTY" not in capsys.readouterr().err
 

@@ -46,7 +46,7 @@ def project(trained_once, tmp_path_factory):
 
 @pytest.fixture(scope="module")
 def page(project) -> Path:
-    return report.make()
+    return report.make()[0]
 
 
 @pytest.fixture

@@ -21,7 +21,7 @@ import import_archive
 from paragen.archives import archive, read, write
 from paragen.collection import discovery, index, run_files, verification
 from paragen.collection.manifest import CheckpointEntry, new_manifest, read_manifest, sealed
-from paragen.common import paths
+from paragen.common import devices, paths
 from paragen.common.cli import UserError
 from paragen.exports import archive as export_archive
 
@@ -93,7 +93,7 @@ def test_a_real_collection_comes_back_with_the_same_bytes(trained_once, tmp_path
     for name in ("DATASET", "MODEL", "RANK", "FORCE"):
         monkeypatch.delenv(name, raising=False)
     out = tmp_path / "my exports"
-    chosen = index.chosen(trained_once.top / "saves")
+    chosen, _ = index.chosen(trained_once.top / "saves")
     export_archive.export(chosen, out, None)
     (path,) = out.rglob("*.archive")
     assert path.relative_to(out).as_posix() == f"common-sense-reasoning/Toy/{folder.name}.archive"
@@ -415,7 +415,7 @@ def test_another_dtype_only_when_asked_for_and_recorded(trained_once, tmp_path, 
     monkeypatch.delenv("FORCE", raising=False)
     folder = trained_once.run_folder("finetune")
     source = read_manifest(folder)
-    (chosen,) = index.chosen(trained_once.top / "saves")
+    ((chosen,), _) = index.chosen(trained_once.top / "saves")
     export_archive.export([chosen], tmp_path / "out", "bfloat16")
     (path,) = (tmp_path / "out").rglob("*.archive")
     restored = archive.restore([path], tmp_path / "saves")
@@ -659,7 +659,27 @@ def lengthen(index: dict) -> None:
     index["more"] = "x" * 2**25
 
 
-@pytest.mark.parametrize("change", [enlarge_a_step, enlarge_a_file, enlarge_headers, deepen, lengthen])
+def enlarge_small_files(index: dict) -> None:
+    for entry in index["files"].values():
+        entry["bytes"] = 2**25
+
+
+def enlarge_a_step_a_little(index: dict) -> None:
+    index["steps"][0]["bytes"] = 500 * 10**6
+
+
+def need_many_at_once(index: dict) -> None:
+    for place in range(10, 20):
+        index["steps"][place]["base"] = place - 10
+
+
+CHANGES = [
+    enlarge_a_step, enlarge_a_step_a_little, enlarge_a_file, enlarge_small_files, enlarge_headers, need_many_at_once,
+    deepen, lengthen,
+]  # fmt: skip
+
+
+@pytest.mark.parametrize("change", CHANGES)
 def test_an_archive_that_declares_more_than_it_can_hold_is_refused_at_once(synthetic, tmp_path, change):
     (path,) = archived(synthetic, tmp_path / "x.archive")
     rewritten(path, lambda index: None)
@@ -680,6 +700,27 @@ def test_an_archive_that_does_not_fit_on_the_disk_is_refused_before_it_is_unpack
     with pytest.raises(UserError, match="are to be written, 0.0 GB are free; make room, or import less"):
         archive.restore([path], tmp_path / "saves")
     assert not list((tmp_path / "saves").rglob("*.safetensors"))
+
+
+def test_an_archive_that_does_not_fit_into_memory_is_refused_before_it_is_unpacked(synthetic, tmp_path, monkeypatch):
+    (path,) = archived(synthetic, tmp_path / "x.archive")
+    size = max(read.sizes_of(path).values())
+    monkeypatch.setattr(devices, "available_memory", lambda: 5 * size)
+    archive.verify(path)
+    monkeypatch.setattr(devices, "available_memory", lambda: 5 * size - 1)
+    with pytest.raises(UserError, match=r"x\.archive: reading it takes 0\.0 GB of memory, 0\.0 GB are free; end other"):
+        archive.restore([path], tmp_path / "saves")
+    assert not list((tmp_path / "saves").rglob("*.safetensors"))
+
+
+def test_all_of_an_archive_is_read_in_the_memory_of_a_few_checkpoints(tmp_path):
+    folder = make_collection(tmp_path / "math" / "Toy" / RUN, steps=24, size=2**16)
+    (path,) = archived(folder, tmp_path / "x.archive")
+    size = max(read.sizes_of(path).values())
+    tracemalloc.start()
+    assert len([step for step, _ in read.read_all(path)]) == 24
+    assert tracemalloc.get_traced_memory()[1] < 7 * size
+    tracemalloc.stop()
 
 
 def test_a_folder_with_a_fifo_or_a_device_does_not_hang(synthetic, tmp_path, monkeypatch, capsys):

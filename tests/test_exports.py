@@ -2,6 +2,7 @@
 
 import json
 import os
+import re
 import shutil
 import time
 from pathlib import Path
@@ -10,6 +11,7 @@ import pytest
 from helpers import handmade, scored
 from helpers.handmade import tree
 
+import export
 from paragen.collection import derived, index, verification
 from paragen.common import files, paths, settings
 from paragen.common.cli import UserError
@@ -165,7 +167,6 @@ def test_a_flipped_bit_is_named_before_anything_is_written(place, format_name, s
     """As a disk flips it: the times do not tell, so that the index does not see it."""
     run = place.collect(steps=(5, 6, 7))
     scored.write(run, scored.evaluated(scored.RISING))
-    place.collect(dataset="B")
     path = run / f"checkpoint-{step}.safetensors"
     content = bytearray(path.read_bytes())
     content[-1] ^= 1
@@ -184,13 +185,19 @@ def test_a_collection_that_does_not_verify_is_named_before_anything_is_written(p
     assert not place.out.exists()
 
 
-def test_each_collection_that_does_not_verify_is_named(place):
+def test_each_collection_that_does_not_verify_is_named_and_left_out(place, monkeypatch, capsys):
     for dataset in "AB":
         place.collect(dataset=dataset, steps=(5, 7))
+    (place.collect(dataset="D") / "manifest.json").write_text("[")
     place.collect(dataset="C")
-    with pytest.raises(UserError) as error:
-        place.export("peft")
-    assert [line.split("/")[1] for line in str(error.value).splitlines()] == ["A", "B"]
+    monkeypatch.setenv("FORMAT", "peft")
+    monkeypatch.setenv("OUT", str(place.out))
+    assert export.main() == 1
+    named = re.findall(r"common-sense-reasoning/(\w)/", capsys.readouterr().err)
+    assert named == ["D", "A", "B"]
+    assert [path.name for path in place.out.glob("common-sense-reasoning/*")] == ["C"]
+    monkeypatch.setenv("DATASET", "C")
+    assert export.main() == 0 and "error" not in capsys.readouterr().err, "the others are not asked for"
 
 
 def test_what_was_exported_before_is_not_read_again(place, monkeypatch):

@@ -208,11 +208,14 @@ def test_an_export_holds_adapters_of_one_kind_also_over_several_calls(place):
     place.export("text-to-lora", DATASET="E D", RANK="4")
 
 
-def test_a_changed_checkpoint_is_never_exported(place):
-    for name in "AB":
+def test_a_changed_checkpoint_is_never_exported(place, capsys):
+    for name in "ABC":
         run = collect(place, name)
     content = bytearray((run / "checkpoint-7.safetensors").read_bytes())
     content[-1] ^= 1
     (run / "checkpoint-7.safetensors").write_bytes(content)
-    assert "checkpoint-7.safetensors" in place.refused("text-to-lora")
+    assert "checkpoint-7.safetensors" in place.refused("text-to-lora", DATASET="C")
     assert not place.out.exists()
+    place.export("text-to-lora")
+    assert "checkpoint-7.safetensors" in capsys.readouterr().err, "the others are exported"
+    assert {path.name for path in place.out.glob("**/oracle_lora/*")} == {"A", "B"}

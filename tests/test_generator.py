@@ -105,7 +105,7 @@ def assert_derived(project: Packable) -> None:
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(paths, "SAVES", saves)
         assert {"generators", "generated"} <= {*paths.DERIVED}
-        assert [one.manifest.dataset for one in index.chosen()] == sorted(SEEN)
+        assert [one.manifest.dataset for one in index.chosen()[0]] == sorted(SEEN)
 
 
 def test_all_settings_together(trained, tmp_path):
@@ -179,7 +179,7 @@ def test_collections_that_are_not_alike_are_refused_in_one_line(place, other, na
     place.collect(dataset="A")
     place.collect(dataset="B", **other)
     with pytest.raises(Exception, match="a generator is trained on collections that are alike") as error:
-        sources.check_alike(index.chosen())
+        sources.check_alike(index.chosen()[0])
     assert named in str(error.value) and "\n" not in str(error.value)
 
 

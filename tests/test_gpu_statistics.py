@@ -46,7 +46,7 @@ from paragen.analysis import stats_files
 from paragen.collection import index
 torch.cuda.set_per_process_memory_fraction(1e-6)
 saves, stats = map(Path, sys.argv[1:])
-assert [fault for _, fault in stats_files.make(index.chosen(saves=saves), stats)] == [None]
+assert [fault for _, fault in stats_files.make(index.chosen(saves=saves)[0], stats)] == [None]
 """
 
 

@@ -6,7 +6,7 @@
 Reads collections, data/ and models/; writes evaluation.json into each collection after every few checkpoints, so that
 the next call continues after a stop. Several collections are shared out over all devices. SPLIT names another
 registered dataset than the one paired with the collection's; LIMIT takes its first rows. --show prints the answers of
-the base and of the last checkpoint.
+the base and of the last checkpoint. A broken collection is named and left out, and the status is 1.
 """
 
 from paragen.collection import index
@@ -20,7 +20,8 @@ def main() -> int:
     parser.add_argument("--show", type=int, default=0, metavar="N", help="print the answers to the first N questions")
     args = parser.parse_args()
     evaluate.check_requested()
-    return shared_scoring.score_all(index.chosen(), args.show)
+    chosen, broken = index.chosen()
+    return shared_scoring.score_all(chosen, args.show) or min(broken, 1)
 
 
 if __name__ == "__main__":

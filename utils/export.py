@@ -5,9 +5,9 @@
         python utils/export.py                                                                        (make export)
 
 Each selection is optional; none means all collections. OUT defaults to saves/exports/<format>. Collections are verified
-before anything is written. A part that was made from the same collection before is not made again, unless FORCE=1;
-OUT/export.json records what each part was made from. DRY_RUN=1 lists what would be written. Which format takes STEPS,
-PARTS, VAL, SLICE and COPY: saves/README.md.
+before anything is written; a broken one is named and left out, and the status is 1. A part that was made from the same
+collection before is not made again, unless FORCE=1; OUT/export.json records what each part was made from. DRY_RUN=1
+lists what would be written. Which format takes STEPS, PARTS, VAL, SLICE and COPY: saves/README.md.
 """
 
 import importlib
@@ -28,7 +28,7 @@ TAKEN_BY = {
 }
 
 
-def main() -> None:
+def main() -> int:
     format_name, dtype = (settings.text(name) for name in ("FORMAT", "DTYPE"))
     if not format_name:
         raise UserError(
@@ -40,10 +40,11 @@ def main() -> None:
             known = " and ".join(f"FORMAT={known}" for known in formats)
             raise UserError(f"{name}={value}: {known} alone {'take' if len(formats) > 1 else 'takes'} it; omit it")
     out = parts.out_folder(settings.text("OUT") or str(paths.SAVES / "exports" / format_name))
-    chosen = index.chosen()
-    verified.check(chosen, out)
+    chosen, broken = index.chosen()
+    whole = verified.whole_of(chosen, out)
     # a format is a module of paragen.exports, imported when it is requested
-    importlib.import_module(f"paragen.exports.{format_name.replace('-', '_')}").export(chosen, out, dtype or None)
+    importlib.import_module(f"paragen.exports.{format_name.replace('-', '_')}").export(whole, out, dtype or None)
+    return 1 if broken or len(whole) < len(chosen) else 0
 
 
 if __name__ == "__main__":

@@ -17,13 +17,13 @@ from paragen.hub import errors, transfer
 from paragen.publishing import card, published_tree, upload
 
 
-def main() -> None:
+def main() -> int:
     repository = errors.repository_of(settings.text("REPO"), "make publish")
     raw, private, dry = (settings.switch(name) for name in ("RAW", "PRIVATE", "DRY_RUN"))
     if not dry:
         transfer.allow_hub()
         errors.translated(repository, None, upload.require_account, uploads=True)
-    chosen = index.chosen()
+    chosen, broken = index.chosen()
     table = upload.rows_of(chosen)
     tree = paths.SAVES / "publish" / repository.replace("/", "--")
     entries = published_tree.data_plan(chosen, paths.DATA)
@@ -36,9 +36,10 @@ def main() -> None:
         upload.print_tree(tree)
         if dry:
             say(f"{paths.relative(tree)}: nothing was uploaded; to upload just this: {upload.command()}")
-            return
+            return min(broken, 1)
         recorded = published_tree.recorded_hashes(tree, chosen, marks)
         errors.translated(repository, None, lambda: upload.upload(repository, tree, private, recorded), uploads=True)
+    return min(broken, 1)
 
 
 if __name__ == "__main__":

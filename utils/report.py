@@ -4,8 +4,8 @@
 
 Reads recipes, manifests, logs and the statistics of each collection; writes the index and the page. Statistics that
 are missing are made for at most a minute, and `make stats` makes the rest: a collection without them is shown without
-pictures of its weights. A broken one is marked on the page and named on stderr. A page of selected collections says how
-they were selected.
+pictures of its weights. A broken one is marked on the page and named on stderr, and the status is 1. A page of selected
+collections says how they were selected.
 """
 
 import os
@@ -19,10 +19,11 @@ from paragen.common.cli import say
 os.environ.setdefault("OPENBLAS_NUM_THREADS", "1")
 
 
-def main() -> None:
-    path = report.make()
+def main() -> int:
+    path, faults = report.make()
     given = selection.settings_of(selection.requested_filters())
     say(f"report: {paths.relative(path)}{f' (of {given})' if given else ''}")
+    return min(faults, 1)
 
 
 if __name__ == "__main__":

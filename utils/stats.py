@@ -8,7 +8,8 @@ Reads collections, writes saves/stats/<category>/<dataset>/<run folder>/ and pri
     steps.safetensors       per step: sketch, norm and change of each layer's update; ARRAYS describes each
     stats.json              what it was made from; the layers in the order of the arrays
 Measured once, and again when the collection or METHOD changed (FORCE=1: always), on the GPU where there is one
-(DEVICES=cpu: on the CPU). An update is B·A times PEFT's scaling.
+(DEVICES=cpu: on the CPU). An update is B·A times PEFT's scaling. A broken collection is named and left out, and the
+status is 1.
 """
 
 from paragen.analysis import stats_files
@@ -17,7 +18,8 @@ from paragen.common import cli
 
 
 def main() -> int:
-    return 1 if stats_files.update(index.chosen()) else 0
+    chosen, broken = index.chosen()
+    return 1 if stats_files.update(chosen) or broken else 0
 
 
 if __name__ == "__main__":

@@ -18,7 +18,7 @@ def main() -> None:
     dataset, other = os.environ["DATASET"], os.environ["OTHER"]
     generator = saved.load(paths.SAVES / "generators" / os.environ["GENERATOR"])
     os.environ.pop("DATASET")
-    chosen = {one.manifest.dataset: one for one in index.chosen()}
+    chosen = {one.manifest.dataset: one for one in index.chosen()[0]}
     base = BaseLoss([*chosen.values()], generator.reader, generator.layout)
     rows = generator.reader.questions(prompts.parts(chosen[dataset].manifest, "test"))
 

@@ -24,8 +24,11 @@ TEMPLATE, SCRIPT = "report.html", "report.js"
 STATES = ("complete", "stale", "broken", "collecting", "pretrained", "missing")
 
 
-def make(saves: Path | None = None) -> Path:
-    """Gather the facts, render the page and write it atomically below `saves`; returns its path."""
+def make(saves: Path | None = None) -> tuple[Path, int]:
+    """Gather the facts, render the page and write it atomically below `saves`.
+
+    Returns its path and how many collections are broken: a line on stderr names each.
+    """
     saves = saves or paths.SAVES
     facts = gather(saves)
     for fault in facts["faults"]:
@@ -33,7 +36,7 @@ def make(saves: Path | None = None) -> Path:
     path = page_of(saves)
     path.parent.mkdir(parents=True, exist_ok=True)
     files.write_atomically(path, render(facts).encode())
-    return path
+    return path, len(facts["faults"])
 
 
 def page_of(saves: Path | None = None) -> Path:

@@ -62,7 +62,7 @@ def progress(total: int) -> Iterator[Callable[[int], None]]:
 
 
 def read(folder: Path) -> "tuple[str, list[str], np.ndarray, np.ndarray, np.ndarray]":
-    """The statistics in a folder, as the pictures show them.
+    """The statistics in a folder, as the pictures show them. Their hashes are verified by stats_files.missing_of.
 
     Returns the base model's name, layers (names), steps (n,), sketches (n, d), and changes (layers, n): the norm of
     each layer's update less the one of the step before, over the norm of the update; NaN at the first step. Raises

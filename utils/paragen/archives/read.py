@@ -7,6 +7,7 @@ import functools
 import hashlib
 import json
 import os
+from collections import Counter
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
@@ -29,9 +30,11 @@ FORMAT = "1"
 HEAD = 512  # bytes at the front: the safetensors header, padded with spaces as that format allows
 # What an archive may declare: a bomb of a few kB would otherwise become gigabytes before a hash is compared.
 LARGEST_INDEX = 2**24  # bytes of JSON; a checkpoint takes about 500
-LARGEST_SMALL = 2**26  # bytes of a file beside the checkpoints
+LARGEST_SMALL = 2**26  # bytes of all files beside the checkpoints and of all headers
+STEP_EXPANSION = 100  # a checkpoint, relative to the archive
 LARGEST_EXPANSION = 1000  # all that is unpacked, relative to the archive; a real one is 1 to 3 times its size
 FREE_EXPANSION = 2**26  # bytes that any archive may unpack to: adapters of zeros compress to nothing
+MOST_BASES = 4  # checkpoints whose planes are held for later ones at a time; what `write` makes needs 2
 LEVEL = 1  # zstd's, for what is written; 3, 6 and 9 change its size by -1 to +4 % and take two to six times as long
 
 
@@ -71,6 +74,7 @@ def opened(path: Path) -> Opened:
 
 @functools.lru_cache(maxsize=16)
 def _opened(path: Path, _stamp: tuple) -> Opened:
+    """An archive whose seal, a hash of its header and its index, is checked here; see `opened`."""
     from safetensors import SafetensorError, safe_open
 
     name = paths.relative(path)
@@ -106,11 +110,15 @@ def _check_index(index: dict, size: int) -> None:
         raise ValueError("it is nested too deeply")
     kinds.check(index["manifest"], kinds.SHA256, "manifest")
     small = [*index["files"].values(), *index["headers"]]
-    if not all(type(entry["bytes"]) is int and 0 <= entry["bytes"] <= LARGEST_SMALL for entry in small):
-        raise ValueError(f"a file or a header has more than {LARGEST_SMALL} bytes")
+    if not all(type(entry["bytes"]) is int and entry["bytes"] >= 0 for entry in small):
+        raise ValueError("a file or a header has no size")
+    if sum(entry["bytes"] for entry in small) > LARGEST_SMALL:
+        raise ValueError(f"its files and headers have more than {LARGEST_SMALL} bytes")
     unpacked = sum(entry["bytes"] for entry in (*small, *index["steps"]))
     if unpacked > FREE_EXPANSION + LARGEST_EXPANSION * size:
         raise ValueError(f"its {size} bytes would become {unpacked}")
+    if (most := max((step["bytes"] for step in index["steps"]), default=0)) > FREE_EXPANSION + STEP_EXPANSION * size:
+        raise ValueError(f"its {size} bytes would become a checkpoint of {most}")
     blocks = [entry["block"] for entry in (*index["files"].values(), *index["headers"])]
     for place, step in enumerate(index["steps"]):
         blocks += step["planes"]
@@ -123,6 +131,8 @@ def _check_index(index: dict, size: int) -> None:
             raise ValueError(f"checkpoint {place} has no base")
         if base is not None and (not 0 <= base < place or index["steps"][base]["header"] != step["header"]):
             raise ValueError(f"checkpoint {place} has the base {base}")
+    if _most_held(index["steps"]) > MOST_BASES:
+        raise ValueError(f"more than {MOST_BASES} of its checkpoints are needed at once")
     end = 0
     for kind, offset, length, sha256 in sorted(blocks, key=lambda block: block[1]):
         if kind not in ("raw", "zstd", "xor") or offset != end or type(length) is not int or length < 0:
@@ -131,6 +141,22 @@ def _check_index(index: dict, size: int) -> None:
         end += length
     if end != size or len({step["step"] for step in index["steps"]}) != len(index["steps"]):
         raise ValueError("bytes outside of the blocks, or a step twice")
+
+
+def _last_uses(steps: list[dict]) -> dict[int, int]:
+    """By the position of a checkpoint that others are stored against, the position of the last of those."""
+    return {step["base"]: place for place, step in enumerate(steps) if step["base"] is not None}
+
+
+def _most_held(steps: list[dict]) -> int:
+    """The most checkpoints that are held at a time for later ones while all are read in their order."""
+    ends = _last_uses(steps)
+    most, held = 0, 0
+    closing = Counter(ends.values())
+    for place in range(len(steps)):
+        held += (place in ends) - closing[place]
+        most = max(most, held)
+    return most
 
 
 def _block(archive: Opened, handle: int, block: list, size: int, what: str) -> bytes:
@@ -183,7 +209,7 @@ def sizes_of(path: Path) -> dict[int, int]:
 
 
 def load_step(path: Path, step: int) -> "dict[str, torch.Tensor]":
-    """The tensors of one checkpoint by PEFT's key, sorted by key. Reads only the blocks that it needs.
+    """The tensors of one checkpoint by PEFT's key, sorted by key. Reads and verifies the blocks that it needs.
 
     Raises UserError naming the damaged block, or, for a step that the archive does not hold, those that it holds.
     """
@@ -203,11 +229,13 @@ def load_step(path: Path, step: int) -> "dict[str, torch.Tensor]":
 def read_all(path: Path) -> Iterator[tuple[int, bytearray]]:
     """Each (step, bytes of its checkpoint file) of an archive, in its order, every block read once.
 
-    Takes the memory of a few checkpoints. Raises UserError naming the damaged block.
+    Takes the memory of MOST_BASES + 3 checkpoints. Raises UserError naming the damaged block, and, before anything is
+    read, where this machine does not have so much memory.
     """
     archive = opened(path)
     steps = archive.index["steps"]
-    last_use = {step["base"]: place for place, step in enumerate(steps)}
+    _check_memory(path, steps)
+    last_use = _last_uses(steps)
     known: dict[int, list[np.ndarray]] = {}
     headers: dict[int, bytes] = {}
     with open(path, "rb") as file, ThreadPoolExecutor(threads()) as pool:
@@ -217,6 +245,17 @@ def read_all(path: Path) -> Iterator[tuple[int, bytearray]]:
             if last_use.get(place, 0) > place:
                 known[place] = planes
             yield step["step"], data
+
+
+def _check_memory(path: Path, steps: list[dict]) -> None:
+    """Raise UserError where this machine lacks the memory to read all checkpoints of an archive."""
+    needed = (3 + _most_held(steps)) * max((step["bytes"] for step in steps), default=0)
+    free = devices.available_memory()
+    if needed > free:
+        raise UserError(
+            f"{paths.relative(path)}: reading it takes {needed / 1e9:.1f} GB of memory, {free / 1e9:.1f} GB are free; "
+            "end other programs, or take a machine with more"
+        )
 
 
 def _restored(

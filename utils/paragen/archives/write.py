@@ -207,7 +207,10 @@ def converted(folder: Path, manifest: Manifest, dtype: str) -> Manifest:
 
 
 def cast(data: bytes, dtype: str, path: Path) -> tuple[bytes, set[str]]:
-    """(A checkpoint's bytes with its floating-point tensors cast, the dtypes that changed); the same bytes if none."""
+    """(A checkpoint's bytes with its floating-point tensors cast, the dtypes that changed); the same bytes if none.
+
+    `data` is verified by the caller: before it is cast, or by the hash of what comes out.
+    """
     import torch
     from safetensors.torch import load, save
 

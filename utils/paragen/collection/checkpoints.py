@@ -207,9 +207,11 @@ def adapter_config_bytes(folder: Path, manifest: Manifest) -> bytes:
     """The bytes of a collection's adapter_config.json. Raises UserError when it is gone or was edited."""
     path = folder / paths.ADAPTER_CONFIG
     try:
-        data = path.read_bytes()
+        data = files.read_up_to(path, adapter_configs.LARGEST_FILE + 1)
     except FileNotFoundError:
         raise UserError(f"{paths.relative(path)}: is gone; put it back or collect again with FORCE=1") from None
+    except OSError as error:
+        raise UserError(f"{paths.relative(path)}: cannot be read: {error.strerror}; {_way_out(path)}") from None
     if hashlib.sha256(data).hexdigest() != manifest.adapter_config_sha256:
         raise UserError(f"{paths.relative(path)}: does not have its recorded sha256; {_way_out(path)}")
     return data

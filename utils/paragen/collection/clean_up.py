@@ -5,11 +5,9 @@ it was made, so that nothing is deleted that a process uses. What a sweep's runs
 deleted only while nothing runs. Links are neither followed nor deleted.
 """
 
-import fcntl
 import os
 import re
 import secrets
-import socket
 import stat
 import tempfile
 import time
@@ -26,10 +24,9 @@ CLAIM = re.compile(r"\..+\.attempt")
 TEMPORARY = re.compile(r"\..+\.(\d+)\.tmp")
 RENDERED = re.compile(r"(.+)_temp_rank_\d+(_seed-\d+)?\.ya?ml")
 TOKENS_KEY = re.compile(r"[0-9a-f]{64}")
-LOCK_TEXT = re.compile(rb"\d+ (\S+)\n")  # process and host
 CLAIM_TEXT = re.compile(rb"[0-9a-f]{8}")
 OWN_LOCK = ".clean-up.lock"  # in saves/
-WRITING_SECONDS = 600  # after which no process can be writing a file that is written in one go
+UNTOUCHED_SECONDS = 600  # after which no process, of another machine either, can be writing a file at one go
 
 RUN = "left by a process that was killed"
 SWEEP = "left by a sweep that was killed"
@@ -109,19 +106,17 @@ def locks_in_use() -> list[Path]:
 
 
 def is_in_use(lock: Path) -> bool:
-    """Whether a process holds a lock file, or may hold it on another machine. Leaves the file as it is."""
+    """Whether a process holds a lock file, or may hold it on another machine. Leaves the file as it is.
+
+    Other than files.is_held, this has no patience that ends: what is deleted cannot be had back.
+    """
     try:
-        handle = os.open(lock, os.O_RDONLY)
+        if files.is_locked(lock):
+            return True
     except FileNotFoundError:
         return False
-    try:
-        fcntl.flock(handle, fcntl.LOCK_SH | fcntl.LOCK_NB)
-        holder = LOCK_TEXT.fullmatch(os.read(handle, 4096))
-        return holder is not None and holder[1].decode() != socket.gethostname()
-    except BlockingIOError:
-        return True
-    finally:
-        os.close(handle)
+    holder = files.holder_of(lock)
+    return holder is not None and not holder.is_here
 
 
 def _entries() -> Iterator[tuple[Path, os.stat_result]]:
@@ -215,7 +210,7 @@ def _is_lock(path: Path) -> bool:
     """Whether a file is a lock of ours; a rendered recipe is one, too, beside its recipe."""
     if rendered := RENDERED.fullmatch(path.name):
         return path.is_relative_to(paths.SCRIPTS) and path.with_name(f"{rendered[1]}{path.suffix}").is_file()
-    return bool(LOCK.fullmatch(path.name) and LOCK_TEXT.fullmatch(_start_of(path)))
+    return bool(LOCK.fullmatch(path.name) and files.LOCK_TEXT.fullmatch(_start_of(path)))
 
 
 def _start_of(path: Path) -> bytes:
@@ -229,7 +224,7 @@ def _start_of(path: Path) -> bytes:
 
 def _is_being_written(process: int, info: os.stat_result) -> bool:
     """Whether a process may still write a temporary file; on another machine, its number says nothing."""
-    if time.time() - info.st_mtime < WRITING_SECONDS:
+    if time.time() - info.st_mtime < UNTOUCHED_SECONDS:
         return True
     return files.is_running(process)
 
@@ -244,7 +239,7 @@ def _process_folders() -> list[LeftOver]:
             is_ours
             and path.name.startswith(files.PROCESS_PREFIX)
             and lock.is_file()
-            and LOCK_TEXT.fullmatch(_start_of(lock))
+            and files.LOCK_TEXT.fullmatch(_start_of(lock))
         ):
             found.append(LeftOver(path, bytes_in(path), RUN, lock))
     return found

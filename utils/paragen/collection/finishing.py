@@ -24,7 +24,8 @@ def read_back(folder: Path, checkpoints: Iterable[CheckpointEntry]) -> None:
 
 
 def same_tensors(one: Path, other: Path) -> bool:
-    """Whether two safetensors files hold the same keys, dtypes, shapes and bits."""
+    """Whether two safetensors files hold the same keys, dtypes, shapes and bits. Neither has been verified before: this
+    run has just written both."""
     import torch
     from safetensors.torch import load_file
 
@@ -37,7 +38,10 @@ def same_tensors(one: Path, other: Path) -> bool:
 
 
 def check_finite(path: Path) -> None:
-    """Raise UserError when a safetensors file holds values that are not finite: the training diverged."""
+    """Raise UserError when a safetensors file holds values that are not finite: the training diverged.
+
+    The file is one that this run wrote; a collection's has been verified by `read_back`.
+    """
     import torch
     from safetensors.torch import load_file
 

@@ -16,7 +16,7 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 
 from paragen.collection import checkpoints, copies, discovery, evaluation, selection
 from paragen.collection.manifest import Manifest, read_manifest, require_manifest
-from paragen.common import files, parquet_files, paths, settings
+from paragen.common import cli, files, parquet_files, paths, settings
 from paragen.common.cli import UserError
 from paragen.model import base_models
 
@@ -317,28 +317,38 @@ def is_stale(folder: Path, mark: dict) -> bool:
         return True
 
 
-def chosen(saves: Path | None = None) -> list[Chosen]:
+def chosen(saves: Path | None = None) -> tuple[list[Chosen], int]:
     """The collections that CATEGORY, DATASET, MODEL, RANK and SEED of the environment select; unset ones select all.
 
     Those of made tasks are among them where CATEGORY or DATASET names them (settings.takes_made). Names match without
     case and punctuation; each variable may list several. Updates the index first.
 
-    Raises UserError for a name that no collection has, when none is selected, or when a selected one is broken.
+    Returns the whole ones among them, and how many are broken: a line on stderr names each of those, and a command that
+    leaves them out ends with status 1. Raises UserError for a name that no collection has, when none is selected, or
+    when all that are selected are broken.
     """
     saves = saves or paths.SAVES
     table, faults = update(saves)
     wanted = selection.requested_filters()
-    for name, fault in faults.items():
-        if selection.may_fit(selection.place_of(name), wanted) and _is_taken(name):
-            raise UserError(fault)
-    fitting = sorted(set(selected(table, wanted)["collection"].to_pylist()))
+    broken = [
+        fault
+        for name, fault in faults.items()
+        if selection.may_fit(selection.place_of(name), wanted) and _is_taken(name)
+    ]
+    fitting = sorted(set(selected(table, wanted, faults)["collection"].to_pylist()))
     names = [name for name in fitting if _is_taken(name)]
+    if broken and not names:
+        for fault in broken[:-1]:
+            cli.complain(fault)
+        raise UserError(broken[-1])
     if fitting and not names:
         what = "all collections that fit are of made tasks"
         raise UserError(f"{paths.relative(saves)}: {what}; CATEGORY={paths.MADE} takes them")
     if not names:
         raise selection.none_fits(saves, wanted)
-    return [Chosen(name, saves / name, require_manifest(saves / name)) for name in names]
+    for fault in broken:
+        cli.complain(f"{fault}; it is left out")
+    return [Chosen(name, saves / name, require_manifest(saves / name)) for name in names], len(broken)
 
 
 def _is_taken(name: str) -> bool:

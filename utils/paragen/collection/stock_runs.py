@@ -150,7 +150,10 @@ def read_state(folder: Path) -> dict | None:
 
 
 def check_adapter(checkpoint: Path) -> None:
-    """Raise UserError unless a checkpoint folder holds a LoRA adapter that can be read to its last byte."""
+    """Raise UserError unless a checkpoint folder holds a LoRA adapter that can be read to its last byte.
+
+    Nothing more is verified: a stock run records no hashes.
+    """
     from safetensors import SafetensorError
     from safetensors.torch import load_file
 

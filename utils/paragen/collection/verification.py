@@ -148,7 +148,8 @@ def peft_faults(folder: Path, step: int, base: Path) -> list[str]:
 
     PEFT gets the checked keys of adapter_config.json (adapter_config.py), and no code of the base's folder runs.
     That depends on adapter_config.json and on the checkpoint's keys, dtypes and shapes, but on no value: collections
-    that are equal in these are loaded once.
+    that are equal in these are loaded once. The hashes of the checkpoint and of adapter_config.json are verified by
+    `faults_of`, not here; the base's are not.
     """
     layout = safetensors_header.read_tensors(folder / checkpoint_name(step))
     key = base, (folder / paths.ADAPTER_CONFIG).read_bytes(), files.sha256_of_value(layout)
@@ -161,6 +162,7 @@ def peft_faults(folder: Path, step: int, base: Path) -> list[str]:
 
 
 def _load_with_peft(folder: Path, step: int, base: Path) -> list[str]:
+    """`peft_faults` of a kind that was not loaded yet; what has been verified is said there."""
     import torch
     from peft import PeftModel, get_peft_model_state_dict
     from safetensors import safe_open

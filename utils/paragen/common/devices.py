@@ -171,6 +171,13 @@ def physical_cores() -> int:
     return len({path.read_text() for path in listed if path.is_file()}) or cpu_cores()
 
 
+def available_memory() -> int:
+    """The bytes of main memory that a process can take without anything being swapped out."""
+    import psutil
+
+    return psutil.virtual_memory().available
+
+
 def free_memory() -> None:
     """Free the memory of models that are no longer used, for this process and for others on the device."""
     gc.collect()

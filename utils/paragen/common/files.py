@@ -7,6 +7,7 @@ import glob
 import hashlib
 import json
 import os
+import re
 import shutil
 import socket
 import tempfile
@@ -15,7 +16,7 @@ from collections.abc import Iterable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from stat import S_ISREG
-from typing import Any
+from typing import Any, NamedTuple
 
 from paragen.common import cli
 
@@ -71,7 +72,7 @@ def remove_abandoned(path: Path) -> None:
         with contextlib.suppress(FileNotFoundError):
             age = time.time() - left_over.stat().st_mtime
             is_dead = number.isdigit() and not is_running(int(number)) and age > WRITING_SECONDS
-            if is_dead and not _is_locked(left_over):  # a process of another host holds a lock
+            if is_dead and not is_locked(left_over):  # a process of another host holds a lock
                 left_over.unlink()
 
 
@@ -227,14 +228,34 @@ def is_held(path: Path) -> bool:
     kernel does not know of another host's where their common disk has no locks; such a holder counts as alive until its
     lock and its staging folder have not changed for SILENT_SECONDS.
     """
-    try:
-        number, host = path.read_text().split()
-        is_here = host == socket.gethostname()
-        if is_here and not is_running(int(number)):
-            return False
-        return _is_locked(path) or (not is_here and time.time() - _last_change(path) < SILENT_SECONDS)
-    except (FileNotFoundError, ValueError):
+    holder = holder_of(path)
+    if holder is None or (holder.is_here and not is_running(holder.process)):
         return False
+    try:
+        return is_locked(path) or (not holder.is_here and time.time() - _last_change(path) < SILENT_SECONDS)
+    except FileNotFoundError:
+        return False
+
+
+class Holder(NamedTuple):
+    """Who wrote a lock file: the number of a process, and whether it is one of this host."""
+
+    process: int
+    is_here: bool
+
+
+LOCK_TEXT = re.compile(rb"(\d+) (\S+)\n")  # process and host
+
+
+def holder_of(path: Path) -> Holder | None:
+    """Who wrote the lock file `path`, whether or not it still holds it; None where it is gone or no lock file."""
+    try:
+        found = LOCK_TEXT.fullmatch(read_up_to(path, 512))
+    except OSError as error:
+        if error.errno in (errno.ENOENT, errno.EINVAL):  # gone, or a folder or a pipe of that name
+            return None
+        raise
+    return Holder(int(found[1]), found[2].decode(errors="replace") == socket.gethostname()) if found else None
 
 
 def is_running(number: int) -> bool:
@@ -248,8 +269,8 @@ def is_running(number: int) -> bool:
     return True
 
 
-def _is_locked(path: Path) -> bool:
-    """Whether a lock file is locked, as far as this host's kernel knows."""
+def is_locked(path: Path) -> bool:
+    """Whether a lock file is locked, as far as this host's kernel knows. Leaves the file as it is."""
     try:
         handle = os.open(path, os.O_RDONLY)
     except PermissionError:  # another user's

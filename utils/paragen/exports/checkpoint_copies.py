@@ -1,7 +1,9 @@
 """Copies of a collection's checkpoints in an export: the same bytes, or cast to another dtype, or with other keys."""
 
+import json
 import shutil
 from pathlib import Path
+from typing import Any
 
 from paragen.collection import checkpoints
 from paragen.collection.manifest import CheckpointEntry
@@ -51,3 +53,10 @@ def write_checkpoint(
         tensors = {key: checkpoints.cast(tensor, wanted, key, path) for key, tensor in tensors.items()}
     written = {(rename or {}).get(key, key): tensor for key, tensor in tensors.items()}
     save_file(written, target, metadata={"format": "pt"})
+
+
+def write_config(folder: Path, config: dict[str, Any]) -> None:
+    """Write an adapter_config.json into a new folder."""
+    (folder / paths.ADAPTER_CONFIG).write_text(
+        json.dumps(config, indent=2, ensure_ascii=False) + "\n", encoding="utf-8"
+    )

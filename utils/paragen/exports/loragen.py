@@ -24,7 +24,7 @@ from paragen.collection import checkpoints, derived
 from paragen.collection.index import Chosen
 from paragen.common import paths, settings
 from paragen.common.cli import UserError, say
-from paragen.exports import parts, tasks
+from paragen.exports import checkpoint_copies, parts, tasks
 from paragen.exports.tasks import Task
 
 FORMAT = "loragen"
@@ -140,7 +140,7 @@ def write_adapter(task: Task, folder: Path) -> None:
         tensors[f"decoder_only.lora_{name}"] = torch.stack([tensors[key] for key in keys])
     folder.mkdir()
     save_file(tensors, folder / paths.ADAPTER, metadata={"format": "pt"})
-    tasks.write_config(folder, {**task.config, "target_modules": list(READ)})
+    checkpoint_copies.write_config(folder, {**task.config, "target_modules": list(READ)})
 
 
 def write_descriptions(texts: dict[str, Any], folder: Path) -> None:

@@ -160,15 +160,9 @@ def write_adapter(one: Planned, entry: CheckpointEntry, folder: Path, dtype: str
     """Write the adapter folder of one step."""
     folder.mkdir(parents=True)
     checkpoint_copies.write_checkpoint(one.chosen.folder, entry, folder / paths.ADAPTER, dtype)
-    write_config(json.loads(checkpoints.adapter_config_bytes(one.chosen.folder, one.chosen.manifest)), folder)
+    config = json.loads(checkpoints.adapter_config_bytes(one.chosen.folder, one.chosen.manifest))
+    checkpoint_copies.write_config(folder, config)
     (folder / "README.md").write_text(card_of(one, entry, dtype), encoding="utf-8")
-
-
-def write_config(config: dict[str, Any], folder: Path) -> None:
-    """Write the adapter_config.json of an adapter folder."""
-    (folder / paths.ADAPTER_CONFIG).write_text(
-        json.dumps(config, indent=2, ensure_ascii=False) + "\n", encoding="utf-8"
-    )
 
 
 def in_markdown(text: str) -> str:

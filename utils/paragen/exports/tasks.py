@@ -1,6 +1,5 @@
 """Formats with one adapter a task: which checkpoint stands for a dataset, its descriptions, what is held out."""
 
-import json
 import re
 from collections.abc import Sequence
 from pathlib import Path
@@ -161,10 +160,3 @@ def as_yaml(value: Any) -> str:
     import yaml
 
     return yaml.safe_dump(value, sort_keys=False, allow_unicode=True, width=120)
-
-
-def write_config(folder: Path, config: dict[str, Any]) -> None:
-    """Write an adapter_config.json into a new folder."""
-    (folder / paths.ADAPTER_CONFIG).write_text(
-        json.dumps(config, indent=2, ensure_ascii=False) + "\n", encoding="utf-8"
-    )

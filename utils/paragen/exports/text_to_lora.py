@@ -182,7 +182,7 @@ def write_adapter(task: Task, base: str, dtype: str, folder: Path) -> None:
     folder.mkdir()
     checkpoint_copies.write_checkpoint(task.chosen.folder, task.entry, folder / paths.ADAPTER, dtype)
     config = {**task.config, "base_model_name_or_path": base, "target_modules": tasks.modules_of(task)}
-    tasks.write_config(folder, config)
+    checkpoint_copies.write_config(folder, config)
     write_text(tasks.as_yaml({"model_dir": base, "train_ds_names": [task.name]}), folder / "args.yaml")
 
 

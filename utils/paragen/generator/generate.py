@@ -21,7 +21,7 @@ from paragen.collection.manifest import sealed
 from paragen.common import cli, files, paths
 from paragen.common.cli import UserError, say
 from paragen.dataset import dataset_info, descriptions, names
-from paragen.exports import peft
+from paragen.exports import checkpoint_copies
 from paragen.generator import conditions
 from paragen.generator.conditions import Row
 from paragen.generator.saved import Generator
@@ -160,7 +160,7 @@ def write(generator: Generator, adapters: Sequence[Adapter], record: dict[str, A
                     sample.mkdir(parents=True)
                     tensors = {key: value.to(generator.dtype).contiguous() for key, value in adapter.items()}
                     save_file(tensors, sample / paths.ADAPTER, metadata={"format": "pt"})
-                    peft.write_config(generator.config["adapter_config"], sample)
+                    checkpoint_copies.write_config(sample, generator.config["adapter_config"])
                 content = sealed({**record, "files": files.hashes_below(staging)})
                 files.write_json(staging / RECORD, content)
                 files.sync_tree(staging)

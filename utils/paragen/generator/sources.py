@@ -26,9 +26,14 @@ def chosen(without: Sequence[str] = ()) -> list[Chosen]:
     Args:
         without: names of datasets as a user types them.
 
-    Raises UserError for a name that is not known, and where the collections are not alike.
+    Raises UserError for a name that is not known, and where a collection is broken or is not like the others.
     """
-    found = index.chosen()
+    found, broken = index.chosen()
+    if broken:
+        raise UserError(
+            f"{broken} of the selected collections are broken (see above), and a generator would not see them: collect "
+            "them again, or select others"
+        )
     known = {*dataset_info.read_info(paths.DATA), *(one.manifest.dataset for one in found)}
     omitted = {paths.choose(name, known, "dataset") for name in without}
     left = [one for one in found if omitted.isdisjoint(datasets_of(one))]

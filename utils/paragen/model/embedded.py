@@ -71,7 +71,10 @@ def fetch_package(folder: Path) -> None:
 
 
 def convert(gguf: Path, folder: Path) -> None:
-    """Write a GGUF file's model to `folder` as float32 safetensors, with tokenizer and chat template."""
+    """Write a GGUF file's model to `folder` as float32 safetensors, with tokenizer and chat template.
+
+    The caller has verified the file's hash.
+    """
     import torch
     from gguf import GGUFReader
     from transformers import AutoModelForCausalLM, AutoTokenizer
@@ -89,7 +92,8 @@ def convert(gguf: Path, folder: Path) -> None:
 
 
 def check_answer(folder: Path) -> None:
-    """Raise UserError unless the model in `folder` answers a question that it is known to answer."""
+    """Raise UserError unless the model in `folder`, whose hashes are not known yet, answers a question that it is known
+    to answer."""
     from transformers import AutoModelForCausalLM, AutoTokenizer
 
     tokenizer = AutoTokenizer.from_pretrained(folder)

@@ -163,7 +163,11 @@ class FrozenBase:
             raise
 
     def _load(self, model_args: Any, finetuning_args: Any, args: Any, rows: list[Row]) -> InitialAdapter:
-        """Load the model, check that the packed layers compute for it what PEFT computes, and set `model`."""
+        """Load the model, check that the packed layers compute for it what PEFT computes, and set `model`.
+
+        Its hash is in the attempt's snapshot: it was verified when the attempt began, anew where its files' sizes or
+        times changed since they were hashed, and is again before the run is published.
+        """
         if args.device.type not in ("cpu", "cuda"):
             raise NotPackable(f"the packed engine has not been tried on {args.device.type}")
         adapted = load_model(self.tokenizer, model_args, finetuning_args, True).to(args.device)

@@ -71,7 +71,10 @@ class TrainingSchedule:
         self._plan_saves()
 
     def _run_scheduler(self) -> None:
-        """Run the trainer's own scheduler over all steps; set `rates`, `optimizer_states` and `optimizer`."""
+        """Run the trainer's own scheduler over all steps; set `rates`, `optimizer_states` and `optimizer`.
+
+        The resumed checkpoint's files were verified by run_identity.pretrain_of when the attempt began.
+        """
         trainer = self.trainer
         optimizer = trainer.create_optimizer()
         scheduler = trainer.create_scheduler(self.last, optimizer)

@@ -83,7 +83,10 @@ def peft_tensors(adapter: Adapter, vector: Tensor) -> dict[str, Tensor]:
 
 
 def load_factors(checkpoint: Path, layers: list[str]) -> dict[str, tuple[Tensor, Tensor]]:
-    """lora_A and lora_B of a stock checkpoint folder, by layer. Raises UserError where it adapts other layers."""
+    """lora_A and lora_B of a stock checkpoint folder, by layer. Raises UserError where it adapts other layers.
+
+    The folder's files were verified by run_identity.pretrain_of when the attempt began.
+    """
     stored = load_file(checkpoint / paths.ADAPTER)
     keys = [
         (f"{checkpoints.PEFT_PREFIX}{layer}.lora_A.weight", f"{checkpoints.PEFT_PREFIX}{layer}.lora_B.weight")
@@ -99,7 +102,8 @@ def load_factors(checkpoint: Path, layers: list[str]) -> dict[str, tuple[Tensor,
 def load_moments(checkpoint: Path) -> dict[str, Tensor]:
     """AdamW's state in a stock checkpoint folder, laid out as Adapter takes it.
 
-    Raises NotPackable where its parameters took different numbers of steps.
+    The folder's files were verified as for `load_factors`; no pickled code runs. Raises NotPackable where its
+    parameters took different numbers of steps.
     """
     state = torch.load(checkpoint / "optimizer.pt", map_location="cpu", weights_only=True)["state"]
     entries = [state[number] for number in sorted(state)]

@@ -43,7 +43,10 @@ class Source(NamedTuple):
 
 
 def read_index(source: Source) -> "tuple[pa.Table, dict[str, Any]]":
-    """The repository's index and the marks in its metadata, whose paths are checked to stay below saves/ and data/."""
+    """The repository's index and the marks in its metadata, whose paths are checked to stay below saves/ and data/.
+
+    The file has been checked against the hub's hash, which says nothing about who wrote it: see `read_table`.
+    """
     import pyarrow as pa
 
     if paths.INDEX not in source.listed:

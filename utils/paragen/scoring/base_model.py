@@ -54,7 +54,8 @@ class BaseModel:
 
     @property
     def model(self) -> PreTrainedModel:
-        """The model, which is loaded at the first access."""
+        """The model, which is loaded at the first access. Its hash was verified by `base_for`: anew where its files'
+        sizes or times changed since they were hashed."""
         if self.loaded is None:
             tokenizer = self.tokenizer_module["tokenizer"]
             if not os.isatty(2):
