@@ -2,33 +2,56 @@
 
 from collections.abc import Sequence
 from pathlib import Path
+from typing import Any
 
 from paragen.collection import checkpoints, derived, run_identity, verification
 from paragen.collection.index import Chosen
 from paragen.common import files
 from paragen.common.cli import UserError
 
+READ = "read"  # in the source of a part that names collections without a copy of them: see `stamps`
+_stamps: dict[str, str] = {}  # of the collections that are known to be sound, by their manifest's hash
+
 
 def check(chosen: Sequence[Chosen], out: Path) -> None:
     """Read whole collections before anything of them is written below `out`.
 
-    A collection that OUT/export.json names was read before it was exported, and is read again only with FORCE=1. The
-    files that are read here are not hashed again by this process.
+    A collection that OUT/export.json names was read before it was exported, and is read again only with FORCE=1; where
+    the export has no copy of it, also where the sizes or times of its files changed since. The files that are read here
+    are not hashed again by this process.
 
     Raises UserError with the first fault of each collection that does not verify, a line each.
     """
-    exported = {one["source"].get(key) for one in derived.read_record(out).values() for key in ("sha256", "manifest")}
+    sources = [] if run_identity.force_requested() else [one["source"] for one in derived.read_record(out).values()]
+    copied = {source.get(key) for source in sources for key in ("sha256", "manifest")}
+    read: dict[str, Any] = {}
+    for source in sources:
+        read |= source[READ] if isinstance(source.get(READ), dict) else {}
     faults = []
     for one in chosen:
-        if one.manifest.sha256 in exported and not run_identity.force_requested():
-            continue
         known = {path: files.stamp_of(path.stat()) for path in one.folder.iterdir() if path.is_file()}
+        stamp = files.sha256_of_value(sorted([path.name, *stamp] for path, stamp in known.items()))
+        if read.get(one.manifest.sha256) == stamp:
+            _stamps[one.manifest.sha256] = stamp
+            continue
+        if one.manifest.sha256 in copied:
+            continue
         if found := verification.faults_of(one.folder, one.manifest):
             more = f" and {len(found) - 1} more faults" if len(found) > 1 else ""
             faults.append(f"{one.name}: {found[0]}{more}; make verify names all; nothing was exported")
             continue
+        _stamps[one.manifest.sha256] = stamp
         for entry in one.manifest.checkpoints:
             path = one.folder / entry.file_name
             checkpoints.mark_verified(path, known[path], entry.sha256)
     if faults:
         raise UserError("\n".join(faults))
+
+
+def stamps(chosen: Sequence[Chosen]) -> dict[str, str]:
+    """What the sizes and times of the collections' files were when `check` found them sound, as a hash each.
+
+    A part that only names collections has this in its source under READ; by it the next export knows what was read.
+    The key is the manifest's hash. Collections that were not read because OUT has copies of them are missing.
+    """
+    return {one.manifest.sha256: _stamps[one.manifest.sha256] for one in chosen if one.manifest.sha256 in _stamps}
