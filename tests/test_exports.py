@@ -200,21 +200,41 @@ def test_each_collection_that_does_not_verify_is_named_and_left_out(place, monke
     assert export.main() == 0 and "error" not in capsys.readouterr().err, "the others are not asked for"
 
 
-def test_what_was_exported_before_is_not_read_again(place, monkeypatch):
-    place.collect(dataset="A")
-    place.export("peft")
-    place.collect(dataset="B")
-    read = []
+@pytest.fixture
+def verified_datasets(monkeypatch) -> list[str]:
+    """The datasets of the collections that are read whole, in order."""
+    read: list[str] = []
 
     def faults_of(folder, manifest, whole=verification.faults_of):
         read.append(manifest.dataset)
         return whole(folder, manifest)
 
     monkeypatch.setattr(verification, "faults_of", faults_of)
-    place.export("peft")
-    assert read == ["B"]
-    place.export("peft", FORCE="1")
-    assert read == ["B", "A", "B"]
+    return read
+
+
+@pytest.mark.parametrize("format_name", ["peft", "table", "w2t"])
+def test_what_was_exported_before_is_not_read_again(place, verified_datasets, format_name):
+    scored.write(place.collect(dataset="A"), scored.evaluated(scored.RISING))
+    place.export(format_name)
+    place.collect(dataset="B")  # without scores, so that FORMAT=w2t names it nowhere
+    place.export(format_name)
+    assert verified_datasets == ["A", "B"]
+    place.export(format_name)
+    assert verified_datasets == ["A", "B"]
+    place.export(format_name, FORCE="1")
+    assert verified_datasets == ["A", "B", "A", "B"]
+
+
+def test_collections_that_a_table_only_names_are_read_again_once_a_file_changed(place, verified_datasets):
+    run = place.collect(dataset="A")
+    place.export("table")
+    path = run / "checkpoint-6.safetensors"
+    before = path.stat()
+    path.write_bytes(path.read_bytes()[:-1] + bytes([path.read_bytes()[-1] ^ 1]))
+    os.utime(path, ns=(before.st_atime_ns, before.st_mtime_ns))  # so that the index does not see it
+    assert "A/Tiny_lora-rank_4_finetune: checkpoint-6.safetensors" in place.refused("table")
+    assert verified_datasets == ["A", "A"]
 
 
 def test_an_index_that_is_older_than_a_collection_is_updated_first(place):

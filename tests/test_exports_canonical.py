@@ -1,6 +1,7 @@
 """FORMAT=canonical with PARTS: decompositions, products, and statistics over collections."""
 
 import json
+import shutil
 
 import pytest
 import torch
@@ -88,9 +89,19 @@ def test_collections_of_other_shapes_have_no_common_statistics(place):
     place.export("canonical", PARTS="stats", RANK="8")
 
 
-def test_products_say_their_size_and_ask_for_room(place, monkeypatch, capsys):
-    import shutil
+def test_what_stands_in_the_way_of_the_statistics_is_said_before_other_parts_are_written(place, monkeypatch):
+    place.collect()
+    (place.out / "stats").mkdir(parents=True)
+    (place.out / "stats" / "notes.txt").write_text("mine")
+    assert "stats: is there already, and no export of ours" in place.refused("canonical", PARTS="stats")
+    assert list(tree(place.out)) == ["stats/notes.txt"]
+    assert place.export("canonical", OUT=f"{place.out} 2")
+    usage = shutil.disk_usage(place.saves)
+    monkeypatch.setattr(shutil, "disk_usage", lambda path: usage._replace(free=1000))
+    assert "are free" in place.refused("canonical", PARTS="stats", OUT=f"{place.out} 2")
 
+
+def test_products_say_their_size_and_ask_for_room(place, monkeypatch, capsys):
     place.collect()
     place.export("canonical", PARTS="Delta", DRY_RUN="1")
     assert "note: PARTS=delta writes the products themselves, 0.0 GB for 1 collections" in capsys.readouterr().out

@@ -120,7 +120,7 @@ def test_the_best_step_is_chosen_by_scores_that_are_not_reported(place):
     own = scored.evaluated({5: 0.9, 6: 0.1, 7: 0.1})
     scored.write(run, own)
     said = place.refused("loragen", DATASET="A", STEPS="best")
-    assert "is not scored on rows other than the reported ones" in said and "make evaluate DATASET=A SPLIT=" in said
+    assert "is not scored on rows other than the reported ones" in said and "make evaluate DATASET=A MODEL=" in said
     scored.write(run, own, scored.evaluated({5: 0.1, 6: 0.5, 7: 0.2}, split="Other", paired=False))
     root = place.export("loragen", DATASET="A", STEPS="best")
     stored = load_file(run / "checkpoint-6.safetensors")

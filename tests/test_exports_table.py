@@ -80,15 +80,18 @@ def test_recipe_keys_that_vary_are_columns_and_those_that_do_not_are_none(place)
     assert [row["recipe.learning_rate"] for row in rows] == ["0.0001", "0.0002", '"1e-4"']
 
 
-@pytest.mark.parametrize(("steps", "expected"), [("last", [7]), ("best", [6]), ("every:2", [5, 7])])
+@pytest.mark.parametrize(("steps", "expected"), [("last", [7]), ("best", [5]), ("every:2", [5, 7])])
 def test_steps_selects_rows(place, steps, expected):
-    scored.write(place.collect(dataset="A"), scored.evaluated(scored.RISING))
+    others = scored.evaluated({5: 0.9, 6: 0.2, 7: 0.3}, split="Other", paired=False)
+    scored.write(place.collect(dataset="A"), scored.evaluated(scored.RISING), others)
     assert [row["step"] for row in rows_in(place.export("table", STEPS=steps))] == expected
 
 
-def test_best_without_scores_names_the_command_that_makes_them(place):
-    place.collect(dataset="My A")
-    assert "make evaluate DATASET=MyA MODEL=Tiny RANK=4 SEED=42" in place.refused("table", STEPS="best")
+@pytest.mark.parametrize("reported", [[], [scored.evaluated(scored.RISING)]])
+def test_best_without_scores_to_choose_by_names_the_command_that_makes_them(place, reported):
+    scored.write(place.collect(dataset="My A"), *reported)
+    said = place.refused("table", STEPS="best")
+    assert "make evaluate DATASET=MyA MODEL=Tiny RANK=4 SEED=42 SPLIT=.., or take STEPS=last" in said
     assert not place.out.exists()
 
 

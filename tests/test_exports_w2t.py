@@ -49,9 +49,11 @@ def read(out: Path, monkeypatch, accuracies: bool = True) -> pandas.DataFrame:
     return table
 
 
-def scored_collection(place, figures=scored.RISING, metric="choice", **how) -> Path:
+def scored_collection(place, figures=scored.RISING, metric="choice", others=None, **how) -> Path:
+    """A collection with scores on its held-out rows and, as `others` has them, on those of another split."""
     run = place.collect(**how)
-    scored.write(run, scored.evaluated(figures, metric))
+    more = [scored.evaluated(others, split="Other", paired=False)] if others else []
+    scored.write(run, scored.evaluated(figures, metric), *more)
     return run
 
 
@@ -81,19 +83,22 @@ def test_a_run_id_stays_when_other_collections_are_exported_too(place, monkeypat
     assert after[after["dataset"] == "A"]["run_id"].tolist() == before
 
 
-@pytest.mark.parametrize(("steps", "expected"), [("last", 7), ("best", 6)])
-def test_steps_gives_one_row_a_run_and_no_warning_about_the_split(place, monkeypatch, capsys, steps, expected):
+@pytest.mark.parametrize(("steps", "expected", "accuracy"), [("last", 7, 0.6), ("best", 5, 0.5)])
+def test_steps_gives_one_row_a_run_and_no_warning_about_the_split(
+    place, monkeypatch, capsys, steps, expected, accuracy
+):
     for dataset in "AB":
-        scored_collection(place, dataset=dataset)
+        scored_collection(place, dataset=dataset, others={5: 0.9, 6: 0.2, 7: 0.3})
     table = read(place.export("w2t", STEPS=steps), monkeypatch)
     assert table["optimizer_steps"].tolist() == [expected, expected]
+    assert table["test_acc"].tolist() == [accuracy, accuracy]  # of the held-out rows, which did not choose the step
     assert "random split" not in capsys.readouterr().out
     assert len(list(place.out.rglob("adapter_model.safetensors"))) == 2
 
 
 @pytest.mark.parametrize("steps", ["all", "last", "best"])
 def test_unscored_checkpoints_are_left_out_and_counted_with_the_command(place, monkeypatch, capsys, steps):
-    scored_collection(place, dataset="A", figures={5: 0.5, 7: 0.6})
+    scored_collection(place, dataset="A", figures={5: 0.5, 7: 0.6}, others={5: 0.5, 7: 0.6})
     place.collect(dataset="B")
     table = read(place.export("w2t", STEPS=steps), monkeypatch)
     assert set(table["dataset"]) == {"A"}
@@ -101,6 +106,16 @@ def test_unscored_checkpoints_are_left_out_and_counted_with_the_command(place, m
     told = capsys.readouterr().out
     assert f"{left_out} of {selected} checkpoints are left out" in told and "make evaluate DATASET=" in told
     assert not list(place.out.rglob("B"))
+
+
+def test_adapters_of_rank_1_of_which_its_model_makes_nan_are_refused(place):
+    """Its projector takes the deviation across ranks as torch does, by their number less one: 0 / 0 for one."""
+    scored_collection(place, dataset="A", rank=1)
+    scored_collection(place, dataset="B", rank=4)
+    said = place.refused("w2t")
+    assert "A/Tiny_lora-rank_1_finetune: is of rank 1" in said and "NaN: choose others with RANK=.." in said
+    assert not place.out.exists()
+    place.export("w2t", RANK="4")
 
 
 def test_rows_without_an_accuracy_are_left_out_beside_rows_with_one(place, monkeypatch, capsys):

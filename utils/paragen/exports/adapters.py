@@ -1,15 +1,18 @@
-"""The adapters that a table names, as PEFT folders: OUT/adapters/<collection>/checkpoint-<step>/."""
+"""What tables of checkpoints share: the adapters that they name, as PEFT folders, and the source of the table itself.
 
+The folders are OUT/adapters/<collection>/checkpoint-<step>/.
+"""
+
+from collections.abc import Sequence
 from functools import partial
 from pathlib import Path
 from typing import Any
 
-from paragen.collection import derived, evaluation
+from paragen.collection import derived
 from paragen.collection.index import Chosen
 from paragen.collection.manifest import CheckpointEntry
-from paragen.common import paths
-from paragen.common.cli import UserError
-from paragen.exports import checkpoint_copies, parts, peft
+from paragen.common import files
+from paragen.exports import best_step, checkpoint_copies, parts, peft, verified
 from paragen.exports.peft import Planned
 
 FOLDER = "adapters"
@@ -20,26 +23,13 @@ def planned(chosen: Chosen, steps: str) -> Planned:
 
     Args:
         chosen: the collection.
-        steps: as `peft.selected` takes it, or `best`: the one checkpoint of the best score that tables show.
+        steps: as `peft.selected` takes it, or `best`: the one checkpoint that `best_step.best_entry` gives.
 
-    Raises UserError for another value, and for `best` of a collection without scores.
+    Raises UserError for another value, and for `best` of a collection without scores to choose by.
     """
     if steps != "best":
         return peft.planned(chosen, steps)
-    shown = evaluation.shown(evaluation.read(chosen.folder, chosen.manifest))
-    best = evaluation.best_of(shown) if shown else None
-    if best is None:
-        raise UserError(f"{chosen.name}: has no scores for STEPS=best to choose by; {way_to_score(chosen)}")
-    entries = [entry for entry in chosen.manifest.checkpoints if entry.step == best["step"]]
-    return peft.planned(chosen, "all")._replace(entries=entries)
-
-
-def way_to_score(chosen: Chosen) -> str:
-    """How a message ends that misses scores of a collection: the command that makes them."""
-    manifest = chosen.manifest
-    seed = "" if manifest.seed is None else f" SEED={manifest.seed}"
-    model = "" if manifest.base_name is None else f" MODEL={manifest.base_name}"
-    return f"score it: make evaluate DATASET={paths.typed(manifest.dataset)}{model} RANK={manifest.rank}{seed}"
+    return peft.planned(chosen, "all")._replace(entries=[best_step.best_entry(chosen)])
 
 
 def path_of(one: Planned, entry: CheckpointEntry) -> str:
@@ -67,3 +57,11 @@ def write(plan: list[Planned], out: Path, format_name: str, dtype: str | None) -
 def part_of(one: Planned, format_name: str, dtype: str | None) -> tuple[str, dict[str, Any]]:
     """(The name, the source) of the part with a collection's adapters."""
     return f"{FOLDER}/{one.chosen.name}", {**peft.source_of(one, dtype), "format": format_name}
+
+
+def table_source(format_name: str, chosen: Sequence[Chosen], rows: Sequence[dict[str, Any]]) -> dict[str, Any]:
+    """What decides the content of a table of `rows`, and which collections were read for it."""
+    return {
+        "format": format_name, "rows": len(rows), "sha256": files.sha256_of_value(rows),
+        verified.READ: verified.stamps(chosen),
+    }  # fmt: skip

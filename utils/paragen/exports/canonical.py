@@ -54,19 +54,20 @@ def export(chosen: list[index.Chosen], out: Path, dtype: str | None) -> None:
     dtype, wanted = dtype or "float32", settings.values("PARTS")
     forms = ["factors", *(form for form in ("usv", "delta") if form in wanted)]
     plan = [(name_of(one, form), one, source_of(one, dtype, form)) for form in forms for one in chosen]
+    made: list[tuple[str, dict[str, Any], int, Callable[[Path], None]]] = [
+        (name, source, bytes_of(one, source), partial(write, one, source)) for name, one, source in plan
+    ]
     if "stats" in wanted:
         canonical_stats.check_alike(chosen)
-    missing = [part for part in plan if not derived.is_there(out, part[0], part[2])]
-    for name, _, source in missing:
+        write_stats = partial(canonical_stats.write, partial(canonical_steps, chosen, dtype))
+        source = canonical_stats.source_of(chosen, dtype)
+        made.append((canonical_stats.NAME, source, canonical_stats.bytes_of(chosen[0]), write_stats))
+    missing = [(name, source, size) for name, source, size, _ in made if not derived.is_there(out, name, source)]
+    for name, source, _ in missing:
         derived.check_replaceable(out, name, source)
-    check_room(out, [(one, source) for _, one, source in missing])
-    for name, one, source in plan:
-        parts.make(out, name, source, partial(write, one, source))
-    if "stats" in wanted:
-        steps = partial(canonical_steps, chosen, dtype)
-        parts.make(
-            out, canonical_stats.NAME, canonical_stats.source_of(chosen, dtype), partial(canonical_stats.write, steps)
-        )
+    check_room(out, [(source.get("part"), size) for _, source, size in missing])
+    for name, source, _, write_part in made:
+        parts.make(out, name, source, write_part)
 
 
 def name_of(one: index.Chosen, form: str) -> str:
@@ -85,9 +86,11 @@ def source_of(one: index.Chosen, dtype: str, form: str = "factors") -> dict[str,
     }
 
 
-def check_room(out: Path, missing: list[tuple[index.Chosen, dict[str, Any]]]) -> None:
-    """Print how large the products are; raise UserError where the disk is too small for what is to be written."""
-    sizes = [(source.get("part"), bytes_of(one, source)) for one, source in missing]
+def check_room(out: Path, sizes: list[tuple[str | None, int]]) -> None:
+    """Print how large the products are; raise UserError where the disk is too small for what is to be written.
+
+    `sizes` are the kind and the bytes of each part to write.
+    """
     if products := [size for part, size in sizes if part == "delta"]:
         say(
             f"note: PARTS=delta writes the products themselves, {sum(products) / 1e9:.1f} GB for {len(products)} "

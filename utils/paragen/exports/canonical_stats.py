@@ -48,6 +48,11 @@ def source_of(chosen: list[index.Chosen], dtype: str) -> dict[str, Any]:
     }  # fmt: skip
 
 
+def bytes_of(one: index.Chosen) -> int:
+    """About how many bytes the statistics take on the disk; `one` is any of the collections, which are alike."""
+    return 2 * 4 * sum(rows * columns for rows, columns in layout_of(one).values())
+
+
 def write(steps: Callable[[], Iterable[dict[str, "torch.Tensor"]]], folder: Path) -> None:
     """Write mean.safetensors, std.safetensors and stats.json to the new folder `folder`.
 

@@ -58,7 +58,7 @@ def export(chosen: list[Chosen], out: Path, dtype: str | None) -> None:
         if not parts.dry_run_requested():
             for row in rows:
                 row["sha256"] = files.sha256_of(out / row["file"])
-    source = {"format": FORMAT, "rows": len(rows), "sha256": files.sha256_of_value(rows)}
+    source = adapters.table_source(FORMAT, chosen, rows)
     parts.make(out, NAMES[0], source, partial(write_jsonl, rows))
     parts.make(out, NAMES[1], source, partial(write_parquet, rows))
     if bare := sorted({row["dataset"] for row in rows if not row["descriptions"]}):

@@ -5,12 +5,12 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
-from paragen.collection import checkpoints, derived, evaluation, task_descriptions
+from paragen.collection import checkpoints, derived, task_descriptions
 from paragen.collection.index import Chosen
 from paragen.collection.manifest import CheckpointEntry
 from paragen.common import files, paths, settings
 from paragen.common.cli import UserError
-from paragen.exports import one_of_each
+from paragen.exports import best_step, one_of_each
 
 # The keys of an adapter_config.json that PEFT 0.15 stops at, with the values at which leaving them out changes nothing.
 LATER_KEYS: dict[str, tuple[Any, ...]] = {
@@ -79,24 +79,13 @@ def entry_of(one: Chosen, steps: str) -> CheckpointEntry:
 
     Args:
         one: the collection.
-        steps: `last`, or `best`: the best by its score on rows that are not the reported held-out ones of its dataset,
-            since choosing by these would make them part of the training.
+        steps: `last`, or `best`, see `best_step.best_entry`.
 
-    Raises UserError for another value, and where no such score is known.
+    Raises UserError for another value, and for `best` of a collection without scores to choose by.
     """
     if steps not in ("last", "best"):
         raise UserError(f"STEPS={steps}: is not known for a format with one adapter a dataset; known: last, best")
-    if steps == "last":
-        return one.manifest.checkpoints[-1]
-    others = [found for found in evaluation.read(one.folder, one.manifest) if not found["paired"]]
-    best = max(others, key=lambda found: found["rows"], default=None)
-    score = evaluation.best_of(best) if best else None
-    if score is None:
-        raise UserError(
-            f"{one.name}: is not scored on rows other than the reported ones, by which STEPS=best may not choose; "
-            f"score it on such: make evaluate DATASET={paths.typed(one.manifest.dataset)} SPLIT=.., or take STEPS=last"
-        )
-    return next(entry for entry in one.manifest.checkpoints if entry.step == score["step"])
+    return one.manifest.checkpoints[-1] if steps == "last" else best_step.best_entry(one)
 
 
 def for_peft_0_15(config: dict[str, Any], name: str) -> dict[str, Any]:

@@ -2,39 +2,60 @@
 
 from collections.abc import Sequence
 from pathlib import Path
+from typing import Any
 
 from paragen.collection import checkpoints, derived, run_identity, verification
 from paragen.collection.index import Chosen
 from paragen.common import cli, files
 from paragen.common.cli import UserError
 
+READ = "read"  # in the source of a part that names collections without a copy of them: see `stamps`
+_stamps: dict[str, str] = {}  # of the collections that are known to be sound, by their manifest's hash
+
 
 def whole_of(chosen: Sequence[Chosen], out: Path) -> list[Chosen]:
     """The sound ones of some collections, which are read whole before anything of them is written below `out`.
 
-    A collection that OUT/export.json names was read before it was exported, and is read again only with FORCE=1. The
-    files that are read here are not hashed again by this process.
+    A collection that OUT/export.json names was read before it was exported, and is read again only with FORCE=1; where
+    the export has no copy of it, also where the sizes or times of its files changed since. The files that are read here
+    are not hashed again by this process.
 
     A line on stderr names the first fault of each of the others. Raises UserError where there is no sound one.
     """
-    exported = {one["source"].get(key) for one in derived.read_record(out).values() for key in ("sha256", "manifest")}
+    sources = [] if run_identity.force_requested() else [one["source"] for one in derived.read_record(out).values()]
+    copied = {source.get(key) for source in sources for key in ("sha256", "manifest")}
+    read: dict[str, Any] = {}
+    for source in sources:
+        read |= source[READ] if isinstance(source.get(READ), dict) else {}
     whole, faults = [], []
     for one in chosen:
-        if one.manifest.sha256 in exported and not run_identity.force_requested():
-            whole.append(one)
-            continue
         known = {path: files.stamp_of(path.stat()) for path in one.folder.iterdir() if path.is_file()}
-        if found := verification.faults_of(one.folder, one.manifest):
-            more = f" and {len(found) - 1} more faults" if len(found) > 1 else ""
-            faults.append(f"{one.name}: {found[0]}{more}; make verify names all; it is not exported")
-            continue
+        stamp = files.sha256_of_value(sorted([path.name, *stamp] for path, stamp in known.items()))
+        is_read = read.get(one.manifest.sha256) == stamp
+        if not is_read and one.manifest.sha256 not in copied:
+            if found := verification.faults_of(one.folder, one.manifest):
+                more = f" and {len(found) - 1} more faults" if len(found) > 1 else ""
+                faults.append(f"{one.name}: {found[0]}{more}; make verify names all; it is not exported")
+                continue
+            is_read = True
+            for entry in one.manifest.checkpoints:
+                path = one.folder / entry.file_name
+                checkpoints.mark_verified(path, known[path], entry.sha256)
         whole.append(one)
-        for entry in one.manifest.checkpoints:
-            path = one.folder / entry.file_name
-            checkpoints.mark_verified(path, known[path], entry.sha256)
+        if is_read:
+            _stamps[one.manifest.sha256] = stamp
     last = None if whole or not faults else faults.pop()
     for fault in faults:
         cli.complain(fault)
     if last is not None:
         raise UserError(last)
     return whole
+
+
+def stamps(chosen: Sequence[Chosen]) -> dict[str, str]:
+    """What the sizes and times of the collections' files were when `whole_of` found them sound, as a hash each.
+
+    A part that only names collections has this in its source under READ; by it the next export knows what was read.
+    The key is the manifest's hash. Collections that were not read because OUT has copies of them are missing.
+    """
+    return {one.manifest.sha256: _stamps[one.manifest.sha256] for one in chosen if one.manifest.sha256 in _stamps}

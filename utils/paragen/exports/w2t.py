@@ -22,7 +22,7 @@ from paragen.collection.index import Chosen
 from paragen.collection.manifest import Manifest, read_manifest
 from paragen.common import files, paths, settings
 from paragen.common.cli import UserError, say
-from paragen.exports import adapters, parts
+from paragen.exports import adapters, best_step, parts
 from paragen.exports.peft import Planned
 from paragen.recipes import keys
 
@@ -51,25 +51,20 @@ def export(chosen: list[Chosen], out: Path, dtype: str | None) -> None:
         out: the folder to write below.
         dtype: what the adapters are cast to; None keeps theirs.
 
-    Raises UserError, before anything is written, for collections with other layers than the others, for one whose
-    recipe is not known, and where no selected checkpoint has scores.
+    Raises UserError, before anything is written, for collections with other layers than the others, for one of rank 1
+    or whose recipe is not known, and where no selected checkpoint has scores.
     """
     steps = settings.text("STEPS") or "all"
     # of a collection without scores, `best` selects the last checkpoint, which is then left out and counted
     plan = [adapters.planned(one, steps if steps != "best" or scores_of(one)[1] else "last") for one in chosen]
     rows = rows_to_write(plan)
     if not rows:
-        raise UserError(f"{plan[0].chosen.name}: has no scores; {adapters.way_to_score(plan[0].chosen)}")
+        raise UserError(f"{plan[0].chosen.name}: has no scores; {best_step.way_to_score(plan[0].chosen)}")
     scored = those_in(rows, plan)
     check_layers(scored)
-    for one in scored:
-        if one.chosen.manifest.recipe is None:
-            raise UserError(
-                f"{one.chosen.name}: does not know its recipe (it was made from a stock run), of which the table has "
-                "columns; select others with DATASET=.."
-            )
+    check_rank_and_recipe(scored)
     adapters.check(scored, out, FORMAT, dtype)
-    source = {"format": FORMAT, "rows": len(rows), "sha256": files.sha256_of_value(rows)}
+    source = adapters.table_source(FORMAT, chosen, rows)
     derived.check_replaceable(out, NAME, source)
     adapters.write(scored, out, FORMAT, dtype)
     parts.make(out, NAME, source, partial(write_csv, rows))
@@ -93,6 +88,21 @@ def check_layers(plan: Sequence[Planned]) -> None:
             raise UserError(
                 f"{one.chosen.name}: has other layers or widths than {first[0]} ({differing}), and Weight2Token reads "
                 "one set of layers; choose with MODEL=.. DATASET=.., and an OUT for each"
+            )
+
+
+def check_rank_and_recipe(plan: Sequence[Planned]) -> None:
+    """Raise UserError for a collection of rank 1, of which its model makes NaN, and one whose recipe is not known."""
+    for one in plan:
+        if one.chosen.manifest.rank == 1:
+            raise UserError(
+                f"{one.chosen.name}: is of rank 1; Weight2Token divides by the deviation across ranks, so that every "
+                "loss of its model would be NaN: choose others with RANK=.., or take FORMAT=table"
+            )
+        if one.chosen.manifest.recipe is None:
+            raise UserError(
+                f"{one.chosen.name}: does not know its recipe (it was made from a stock run), of which the table has "
+                "columns; select others with DATASET=.."
             )
 
 
@@ -251,7 +261,7 @@ def print_notes(plan: Sequence[Planned], rows: Sequence[dict[str, Any]], out: Pa
         short = [one for one in plan if any(adapters.path_of(one, entry) not in named for entry in one.entries)]
         say(
             f"note: {selected - len(rows)} of {selected} checkpoints are left out, since they have no test_acc and "
-            f"test_loss: {index.listed([one.chosen.name for one in short])}; {adapters.way_to_score(short[0].chosen)}"
+            f"test_loss: {index.listed([one.chosen.name for one in short])}; {best_step.way_to_score(short[0].chosen)}"
         )
     if all(row["test_acc"] == "" for row in rows):
         say("note: test_acc is empty in all rows (scored by the loss alone): train with --target-col test_loss")
