@@ -112,6 +112,7 @@ def test_all_settings_together(trained, tmp_path):
     """Canonical factors, mixtures, answers, the base model's own loss, a dataset that is left out by name."""
     project = copied(trained, tmp_path / "my project")
     settings = {**FEW, "TRAIN_STEPS": 10, "BASE_STEPS": 3, "FORM": "canonical", "MIX": 1, "ANSWERS": 1, "STEPS": "last"}
+    settings["PLACE"] = "pinned"
     run(project, "train_generator", **settings, NAME="all of them", WITHOUT=MIXTURE)
     folder = generator(project, "all of them")
     manifest = json.loads((folder / "manifest.json").read_text())
