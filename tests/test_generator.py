@@ -8,6 +8,7 @@ import pytest
 from helpers import made_project
 from helpers.made_project import MIXTURE, TASKS, generator, refused, run, start
 from helpers.packed_project import MODEL, Packable
+from safetensors import safe_open
 from safetensors.torch import load_file
 
 from paragen.collection import discovery, index
@@ -18,14 +19,14 @@ from paragen.generator.factor_layout import FactorLayout
 pytestmark = pytest.mark.runs
 
 SEEN = TASKS[:2]
-FEW = {"TRAIN_STEPS": 30, "WIDTH": 16, "PROMPTS": 4}
+FEW = {"TRAIN_STEPS": 30, "BASE_STEPS": 5, "WIDTH": 16, "PROMPTS": 4}
 
 
 @pytest.fixture(scope="module")
 def trained(model_folder, tmp_path_factory) -> Packable:
     """Two collections of a few steps, and a generator of them. Read only."""
     project = made_project.make(tmp_path_factory.mktemp("generator") / "my project", model_folder, SEEN, steps=6)
-    assert "30 of 30, loss" in run(project, "train_generator", **FEW)
+    assert "35 of 35, loss" in run(project, "train_generator", **FEW)
     return project
 
 
@@ -48,14 +49,23 @@ def test_a_generator_records_what_it_was_trained_on(trained):
         assert pair["manifest"] == known["sha256"] and pair["steps"] == [7, 8, 9, 10, 11, 12]
 
 
-def test_killed_it_goes_on_and_ends_the_same_wherever_checkpoints_are_kept(trained, tmp_path):
+def saved_step(top: Path) -> int:
+    """The step after which a training in a folder saved its state last; 0 before it has."""
+    for path in top.glob(".*.staging-*/state.safetensors"):
+        with safe_open(path, "pt") as file:
+            return json.loads(file.metadata()["paragen"])["step"]
+    return 0
+
+
+def test_killed_in_either_stage_it_goes_on_and_ends_the_same_wherever_checkpoints_are_kept(trained, tmp_path):
     project = copied(trained, tmp_path / "my project")
     folder, top = generator(project), generator(project).parent
     shutil.rmtree(folder)
     settings = {**FEW, "PLACE": "disk"}
-    begun = start(project, "helpers.saving_generator", **settings)
-    assert begun.kill_when(lambda: any(top.glob(".*.staging-*/state.safetensors")))
-    assert not folder.exists()
+    for stage in (0, FEW["TRAIN_STEPS"]):
+        begun = start(project, "helpers.saving_generator", **settings)
+        assert begun.kill_when(lambda stage=stage: saved_step(top) > stage)
+        assert not folder.exists()
     assert "continued after step" in run(project, "train_generator", **settings)
     assert files.hashes_below(folder) == files.hashes_below(generator(trained))
     assert list(top.iterdir()) == [folder]
@@ -112,6 +122,7 @@ def test_all_settings_together(trained, tmp_path):
     """Canonical factors, mixtures, answers, the base model's own loss, a dataset that is left out by name."""
     project = copied(trained, tmp_path / "my project")
     settings = {**FEW, "TRAIN_STEPS": 10, "BASE_STEPS": 3, "FORM": "canonical", "MIX": 1, "ANSWERS": 1, "STEPS": "last"}
+    settings["PLACE"] = "pinned"
     run(project, "train_generator", **settings, NAME="all of them", WITHOUT=MIXTURE)
     folder = generator(project, "all of them")
     manifest = json.loads((folder / "manifest.json").read_text())

@@ -3,6 +3,9 @@
 A tensor's place (its layer and its kind of matrix) has an embedding. The condition is added to it, residual blocks mix
 both, and the head of the tensor's kind gives its values, standardised. Heads start at zero, so that an untrained
 network gives the mean of the tasks. It is a reference, simple on purpose.
+
+A head gives combinations of as many directions as it has inputs, for all layers of its kind together. They have to be
+enough for (tasks x layers) tensors that have little in common, so that a head has EXPANSION times the width as inputs.
 """
 
 from collections.abc import Sequence
@@ -12,7 +15,7 @@ from torch import Tensor, nn
 
 from paragen.generator.factor_layout import Kind
 
-BLOCKS = 2
+BLOCKS, EXPANSION = 2, 4
 
 
 class Network(nn.Module):
@@ -32,11 +35,10 @@ class Network(nn.Module):
         )  # fmt: skip
         self.places = nn.Parameter(torch.randn(sum(self.counts), width))
         self.blocks = nn.ModuleList(
-            nn.Sequential(nn.LayerNorm(width), nn.Linear(width, 2 * width), nn.GELU(), nn.Linear(2 * width, width))
-            for _ in range(BLOCKS)
+            nn.Sequential(expanded(width), nn.Linear(EXPANSION * width, width)) for _ in range(BLOCKS)
         )
-        self.norm = nn.LayerNorm(width)
-        self.heads = nn.ModuleList(nn.Linear(width, kind.numel) for kind in kinds)
+        self.last = expanded(width)
+        self.heads = nn.ModuleList(nn.Linear(EXPANSION * width, kind.numel) for kind in kinds)
         for parameter in self.heads.parameters():
             nn.init.zeros_(parameter)
 
@@ -45,5 +47,10 @@ class Network(nn.Module):
         x = self.read(conditions)[:, None] + self.places
         for block in self.blocks:
             x = x + block(x)
-        parts = self.norm(x).split(self.counts, 1)
+        parts = self.last(x).split(self.counts, 1)
         return [head(part) for head, part in zip(self.heads, parts, strict=True)]
+
+
+def expanded(width: int) -> nn.Sequential:
+    """A layer from `width` normalised values to EXPANSION times as many."""
+    return nn.Sequential(nn.LayerNorm(width), nn.Linear(width, EXPANSION * width), nn.GELU())

@@ -18,7 +18,7 @@ import torch
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
-from paragen.collection import checkpoints, finishing, manifest_recipe, run_files, run_identity
+from paragen.collection import checkpoints, manifest_recipe, run_files, run_identity
 from paragen.collection.index import Chosen
 from paragen.collection.manifest import PACKAGES, sealed
 from paragen.common import devices, files, paths
@@ -37,6 +37,7 @@ FORMAT = "paragen-generator-1"
 WEIGHTS, CONFIG = "generator.safetensors", "config.json"
 OF_RECIPE = {**manifest_recipe.MODEL, **manifest_recipe.TEXT, **manifest_recipe.DTYPE}  # what a reader needs
 IDENTITY = ("settings", "base_model", "rank", "pairs")  # of a manifest: what decides a generator
+LOSSES = {1: "squared error of standardised factors", 2: "the base model's loss per token"}  # by stage
 WAY_OUT = "train it again with FORCE=1"
 
 
@@ -88,7 +89,7 @@ def write(staging: Path, name: str, identity: dict[str, Any], training: "Trainin
     files.write_json(staging / CONFIG, config)
     lines = "".join(json.dumps(line) + "\n" for line in training.log)
     files.write_atomically(staging / run_files.LOG, lines.encode())
-    finishing.draw_loss(staging, f"{name}: squared error, then the base model's loss")
+    draw_losses(training.log, staging / run_files.PICTURE, name)
     last = {f"stage {line['stage']}": line["loss"] for line in training.log}
     content = {
         "format": FORMAT,
@@ -103,6 +104,23 @@ def write(staging: Path, name: str, identity: dict[str, Any], training: "Trainin
         "files": {path: files.sha256_of(staging / path) for path in (WEIGHTS, CONFIG, run_files.LOG)},
     }
     files.write_json(staging / paths.MANIFEST, sealed(content))
+
+
+def draw_losses(log: Sequence[dict[str, Any]], path: Path, title: str) -> None:
+    """Draw the loss of each stage, side by side: their units differ."""
+    import matplotlib.pyplot as plt
+
+    plt.switch_backend("agg")
+    stages = sorted({line["stage"] for line in log})
+    figure, axes = plt.subplots(1, len(stages), figsize=(6.4 * len(stages), 4.8), squeeze=False)
+    for stage, panel in zip(stages, axes[0], strict=True):
+        lines = [line for line in log if line["stage"] == stage]
+        panel.plot([line["current_steps"] for line in lines], [line["loss"] for line in lines])
+        panel.set_xlabel("step")
+        panel.set_ylabel(LOSSES[stage])
+    figure.suptitle(title, fontsize=9)
+    figure.savefig(path, dpi=100)
+    plt.close(figure)
 
 
 def manifest_of(folder: Path) -> dict[str, Any]:

@@ -163,21 +163,22 @@ class Training:
                 optimizer = self._optimizer(rate)
                 if state is not None and at > first:
                     optimizer.load_state_dict(restored(optimizer, state[1]))
-                base = BaseLoss(self.chosen, self.reader, self.layout) if stage else None
-                for step in range(at, first + steps):
-                    cli.check_stopped()
-                    for group in optimizer.param_groups:
-                        group["lr"] = rate * scheduled((step - first) / steps)
-                    self._step(step, optimizer, base)
-                if base is not None:
-                    base.close()
+                with contextlib.ExitStack() as stack:
+                    base = BaseLoss(self.chosen, self.reader, self.layout) if stage else None
+                    if base is not None:
+                        stack.callback(base.close)
+                    for step in range(at, first + steps):
+                        for group in optimizer.param_groups:
+                            group["lr"] = rate * scheduled((step - first) / steps)
+                        self._step(step, optimizer, base)
                 at = first + steps
             first += steps
         self._save_state(self.total, None)
 
     def _step(self, step: int, optimizer: torch.optim.Optimizer, base: BaseLoss | None) -> None:
         """One step of a stage, with its log, its saved state and its line of progress."""
-        is_measured = step % MEASURED == MEASURED - 1
+        cli.check_stopped()
+        is_measured = base is None and step % MEASURED == MEASURED - 1
         started, self.loading = self._now(is_measured), 0.0
         loss = self._factor_loss(step, is_measured) if base is None else self._base_loss(step, base)
         optimizer.zero_grad()
@@ -292,7 +293,7 @@ class Training:
     def _say(self, line: str, is_last: bool) -> None:
         """Print a line of progress, unless the one before is recent."""
         if not self.quiet and (is_last or time.monotonic() - self.said_at >= SAY_SECONDS):
-            say(f"  {self.staging.name.split('.')[1]}: {line}")
+            say(f"  {self.staging.name[1:].rpartition('.')[0]}: {line}")
             self.said_at = time.monotonic()
 
     def speed(self) -> str:
