@@ -28,17 +28,23 @@ def chosen(without: Sequence[str] = ()) -> list[Chosen]:
 
     Raises UserError for a name that is not known, and where a collection is broken or is not like the others.
     """
+    found = selected()
+    known = {*dataset_info.read_info(paths.DATA), *(one.manifest.dataset for one in found)}
+    omitted = {paths.choose(name, known, "dataset") for name in without}
+    left = [one for one in found if omitted.isdisjoint(datasets_of(one))]
+    check_alike(left)
+    return left
+
+
+def selected() -> list[Chosen]:
+    """The collections that the settings select. Raises UserError also where one of them is broken."""
     found, broken = index.chosen()
     if broken:
         raise UserError(
             f"{broken} of the selected collections are broken (see above), and a generator would not see them: collect "
             "them again, or select others"
         )
-    known = {*dataset_info.read_info(paths.DATA), *(one.manifest.dataset for one in found)}
-    omitted = {paths.choose(name, known, "dataset") for name in without}
-    left = [one for one in found if omitted.isdisjoint(datasets_of(one))]
-    check_alike(left)
-    return left
+    return found
 
 
 def datasets_of(one: Chosen) -> set[str]:

@@ -1,0 +1,240 @@
+"""What the benchmark holds out, and how its intervals and shares are computed."""
+
+import numpy as np
+import pytest
+from helpers import handmade, tiny
+
+from paragen.benchmark import bootstrap, plan, results, rows, trainings
+from paragen.benchmark.plan import Wanted
+from paragen.collection import index, prompts
+from paragen.common import paths
+from paragen.common.cli import UserError
+from paragen.dataset import dataset_info
+from paragen.recipes import lookup, render
+
+FAMILIES = {f"{family}-{number:02}": family for family in ("copy", "sort", "swap") for number in range(16)}
+
+
+def test_a_fold_holds_a_whole_family_out():
+    folds = plan.folds_of(Wanted(repeats=2), FAMILIES)
+    assert [fold.name for fold in folds] == ["copy", "sort", "swap"]
+    for fold in folds:
+        assert {FAMILIES[name] for name in fold.held} == {fold.name} and len(fold.held) == 16
+        assert {FAMILIES[name] for name in fold.trained} == set(FAMILIES.values()) - {fold.name}
+        assert len(fold.trained) == 32 and fold.seeds == (0, 1)
+
+
+def test_or_a_single_dataset_out():
+    folds = plan.folds_of(Wanted(by="dataset", repeats=1), FAMILIES)
+    assert [fold.held for fold in folds] == [(name,) for name in sorted(FAMILIES)]
+    assert all(set(fold.trained) == FAMILIES.keys() - set(fold.held) for fold in folds)
+
+
+def test_or_some_variants_of_each_family_out_and_trains_on_random_subsets_of_the_others():
+    folds = plan.folds_of(Wanted(variants=(1, 6, 12), repeats=3), FAMILIES)
+    assert len(folds) == 9 and len({fold.name for fold in folds}) == 9
+    assert len({fold.held for fold in folds}) == 1, "the same ones in all, so that the numbers are of one set"
+    held = folds[0].held
+    assert (
+        len(held) == 12
+        and [sum(FAMILIES[name] == family for name in held) for family in ("copy", "sort", "swap")] == [4] * 3
+    )
+    for fold, (count, number) in zip(folds, [(c, n) for c in (1, 6, 12) for n in range(3)], strict=True):
+        assert not set(fold.held) & set(fold.trained) and fold.seeds == (number,)
+        assert all(sum(FAMILIES[name] == family for name in fold.trained) == count for family in set(FAMILIES.values()))
+    assert folds[3].trained != folds[4].trained and folds[6].trained == folds[7].trained, "12 of 12 are all"
+    assert folds == plan.folds_of(Wanted(variants=(1, 6, 12), repeats=3), dict(reversed(FAMILIES.items())))
+
+
+@pytest.mark.parametrize(
+    ("wanted", "known", "said"),
+    [
+        (Wanted(), {"A": "x", "B": "y"}, "x: leaves 1 datasets to train a generator on"),
+        (Wanted(variants=(13,)), FAMILIES, "VARIANTS=13: family copy has 16 datasets, 4 of which are held out"),
+        (Wanted(variants=(1,), hold=1), {"A": "x", "B": "x"}, "VARIANTS=1: leaves 1 datasets"),
+    ],
+)  # fmt: skip
+def test_too_few_datasets_are_one_line(wanted, known, said):
+    with pytest.raises(UserError, match=said):
+        plan.folds_of(wanted, known)
+
+
+@pytest.mark.parametrize(
+    ("settings", "said"),
+    [
+        ({"BY": "family", "VARIANTS": "1 3"}, "give one of the two"),
+        ({"BY": "rule"}, "BY is family or dataset"),
+        ({"VARIANTS": "0"}, "from 1 on"),
+        ({"VARIANTS": "x"}, "VARIANTS=x"),
+        ({"BASELINES": "none few"}, "none stands alone"),
+        ({"BASELINES": "fewer"}, "BASELINES=fewer"),
+        ({"REPEATS": "0"}, "REPEATS=0"),
+    ],
+)
+def test_settings_that_cannot_be_are_one_line(monkeypatch, settings, said):
+    for name, value in settings.items():
+        monkeypatch.setenv(name, value)
+    with pytest.raises(UserError, match=said):
+        plan.of_settings()
+
+
+def test_settings_say_what_is_measured(monkeypatch):
+    given = {"VARIANTS": "12 1", "REPEATS": "2", "LIMIT": "50", "LOSS_ONLY": "math", "BASELINES": "context again"}
+    for name, value in given.items():
+        monkeypatch.setenv(name, value)
+    wanted = plan.of_settings()
+    assert (wanted.variants, wanted.repeats, wanted.limit, wanted.hold) == ((1, 12), 2, 50, 4)
+    assert (wanted.loss_only, wanted.baselines) == (("math",), ("again", "context"))
+
+
+def test_the_rows_of_a_sample_are_its_own_and_the_same_each_time():
+    drawn = [plan.drawn_rows("A", 16, 100, number) for number in range(3)]
+    assert all(len(set(rows)) == 16 and max(rows) < 100 for rows in drawn)
+    assert drawn[0] != drawn[1] and drawn[0] == plan.drawn_rows("A", 16, 100, 0)
+    assert sorted(plan.drawn_rows("A", 16, 5, 0)) == [0, 1, 2, 3, 4]
+
+
+def test_a_prompt_that_was_trained_on_is_not_scored_and_rows_of_one_prompt_are_a_cluster(place):
+    trained = handmade.texts("A", 8)
+    place.collect(dataset="A", rows=trained)
+    test = [trained[0], {**trained[1], "system": "be long"}, *handmade.texts("B", 2), *handmade.texts("B", 1)]
+    handmade.register(place.data, handmade.CATEGORY, "A_test", test)
+    chosen = plan.collections_by_dataset(index.chosen())
+    made = plan.Plan(place.out, Wanted(limit=4), chosen, {"A": "A"}, [])
+    scored = rows.scored_rows(made, "A")
+    assert [text["prompt"] for text in scored.split.texts] == ["A 1?", "B 0?", "B 1?", "B 0?"]
+    assert (scored.clusters, scored.left_out, scored.metric) == ([0, 1, 2, 1], 1, "loss")
+    handmade.register(place.data, handmade.CATEGORY, "A_test", trained[:3])
+    with pytest.raises(UserError, match="A_test: all its prompts stand among the rows that A was trained on"):
+        rows.scored_rows(made, "A")
+
+
+def test_a_dataset_of_two_collections_has_to_be_chosen_by_a_setting(place):
+    for rank in (2, 4):
+        place.collect(dataset="A", rank=rank)
+    with pytest.raises(UserError, match="takes one collection of a dataset; choose by MODEL, RANK or SEED"):
+        plan.collections_by_dataset(index.chosen())
+
+
+# Trainings of its own
+
+
+@pytest.fixture
+def three(place, monkeypatch) -> plan.Plan:
+    """A benchmark of three collections with recipes, of which one is held out."""
+    scripts = place.saves.parent / "collect_scripts"
+    monkeypatch.setattr(paths, "SCRIPTS", scripts)
+    monkeypatch.setattr(paths, "MODELS", place.saves.parent / "models")
+    for name in "ABC":
+        place.collect(dataset=name, rows=handmade.texts(name, 20))
+        (scripts / handmade.CATEGORY / name).mkdir(parents=True)
+        for phase, ending in (("pretrain", tiny.PRETRAIN), ("finetune", tiny.FINETUNE)):
+            text = (tiny.RECIPE.format(phase=phase, model="Tiny") + ending.format(model="Tiny")).replace("Toy", name)
+            (scripts / handmade.CATEGORY / name / f"tiny_{name}_{phase}.yaml").write_text(text)
+    chosen = plan.collections_by_dataset(index.chosen())
+    fold = plan.Fold("A", "one dataset held out", ("A",), ("B", "C"), (0,))
+    return plan.Plan(place.out, Wanted(prompts=3), chosen, {"A": "A", "B": "B", "C": "C"}, [fold])
+
+
+def test_its_own_trainings_are_recipes_of_the_dataset_with_other_rows_or_another_order(three):
+    wanted = trainings.needed(three)
+    assert [one.name for one in wanted] == ["A.again", "A.union", "A.few"]
+    again, union, few = (one.rows for one in wanted)
+    own = [{key: row[key] for key in trainings.COLUMNS} for row in prompts.of_collection(three.chosen["A"].manifest)]
+    assert again == own and len(few) == 3 and all(row in own for row in few)
+    assert {row["prompt"][0] for row in union} == {"B", "C"} and len(union) == 40, "all: the recipes see 8 x 4 + 4 x 2"
+    trainings.write_project(three, wanted)
+    top = trainings.place_of(three)
+    found = lookup.recipes(top / "collect_scripts")
+    config = {
+        name: [render.render(found[f"A.{name}", "tiny", phase], 4) for phase in paths.PHASES]
+        for name in ("again", "union", "few")
+    }
+    plain = render.load(lookup.find("A", "tiny", "finetune"))
+    for name, (pretrain, finetune) in config.items():
+        folder = f"../../../saves/{handmade.CATEGORY}/A.{name}/Tiny_lora-rank_4"
+        assert (pretrain["output_dir"], finetune["output_dir"]) == (f"{folder}_pretrain", f"{folder}_finetune")
+        assert finetune["learning_rate"] == plain["learning_rate"] and finetune["dataset"] == f"A.{name}"
+        assert finetune["resume_from_checkpoint"].startswith(f"{folder}_pretrain/checkpoint-")
+    assert config["again"][1]["data_seed"] != config["again"][1].get("seed") and "data_seed" not in config["union"][1]
+    assert [one["max_steps"] for one in config["few"]] == [50, 60]
+    assert [one["max_steps"] for one in config["union"]] == [8, 12] == [one["max_steps"] for one in config["again"]]
+    assert config["union"][1]["resume_from_checkpoint"].endswith("checkpoint-4"), "as the recipe of the dataset says"
+    assert sorted(dataset_info.read_info(top / "data")) == ["A.again", "A.few", "A.union"]
+    assert (top / "models").resolve() == paths.MODELS.resolve()
+
+
+def test_without_recipes_it_says_how_to_measure_without_trainings(three):
+    (path,) = paths.SCRIPTS.glob("*/A/*_pretrain.yaml")
+    path.unlink()
+    with pytest.raises(UserError, match="no recipes of A for Tiny.*BASELINES=context"):
+        trainings.write_project(three, trainings.needed(three))
+
+
+# Intervals and shares
+
+
+def part(methods: dict[str, list[float]], clusters: list[int] | None = None, right: dict | None = None, **more) -> dict:
+    """A part of the benchmark: the loss of each row by method, rows of one token."""
+    count = len(next(iter(methods.values())))
+    runs = {
+        name: [{"losses": losses, "tokens": [1] * count, "right": (right or {}).get(name, []), "run": "0"}]
+        for name, losses in methods.items()
+    }
+    known = {"dataset": "A", "metric": "exact" if right else "loss", "chance": 0.1, "facts": {}}
+    return {**known, "clusters": clusters or [*range(count)], "methods": runs, **more}
+
+
+def measured(
+    base: float, own: float, made: float, rows: int = 200, noise: float = 0.5, seed: int = 0
+) -> results.Measured:
+    """A dataset on which three methods have these losses, with noise that all rows share."""
+    shared = np.random.default_rng(seed).normal(0, noise, rows)
+    methods = {"base": base, "own": own, "generated-mean": made, "swapped-mean": made + 0.1, "mean": made + 0.05}
+    return results.Measured([part({name: (shared + level).tolist() for name, level in methods.items()})])
+
+
+def test_differences_are_paired_so_that_what_rows_share_does_not_widen_them():
+    row = measured(3.0, 1.0, 2.0).row()
+    loss = row["methods"]["generated-mean"]["loss"]
+    assert loss["interval"][0] < 2 < loss["interval"][1] and loss["interval"][1] - loss["interval"][0] > 0.1
+    assert row["loss_difference"]["mean"]["interval"] == pytest.approx([-0.05, -0.05], abs=1e-9)
+    assert row["closed"]["generated-mean"]["value"] == pytest.approx(0.5)
+    assert row["uses_prompts"] and not results.uses_prompts({"value": 0.0, "interval": [-0.1, 0.1]}, None)
+
+
+def test_rows_of_one_prompt_are_drawn_together():
+    """Forty copies of two rows say no more than the two."""
+    twins = {name: [1.0, 2.0] * 40 for name in ("base", "own", "generated-mean", "swapped-mean")}
+    alone, together = (results.Measured([part(twins, clusters)]) for clusters in ([*range(80)], [0, 1] * 40))
+    widths = [np.ptp(one.row()["methods"]["base"]["loss"]["interval"]) for one in (alone, together)]
+    assert widths[1] == pytest.approx(1) and widths[0] < 0.3
+
+
+def test_the_interval_of_a_mean_holds_the_truth_as_often_as_it_claims():
+    drawn = np.random.default_rng(0)
+    held = 0
+    for number in range(100):
+        values = drawn.gamma(2, 0.5, 60)
+        weights = bootstrap.draws_of([*range(60)], number)
+        low, high = bootstrap.figure(bootstrap.ratio(weights, values, np.ones(60)))["interval"]
+        held += low <= 1 <= high
+    assert 0.88 <= held / 100 <= 0.99
+
+
+def test_the_share_closed_of_several_datasets_is_a_ratio_of_sums():
+    """A dataset with nothing to close does not blow the share up, as it would a mean of ratios."""
+    datasets = [measured(3.0, 1.0, 2.0), measured(2.0, 1.9999, 2.5, seed=1), measured(5.0, 1.0, 1.0, seed=2)]
+    total = results.total_of(datasets, [one.row() | {"seeds": {"0": {}}} for one in datasets])
+    assert total["closed_by_seed"] == {"0": total["closed"]["generated-mean"]["value"]}
+    assert total["closed"]["generated-mean"]["value"] == pytest.approx((1 - 0.5 + 4) / (2 + 0.0001 + 4))
+    assert (total["better_loss"]["mean"], total["worse_loss"]["mean"], total["without_prompts"]) == (3, 0, [])
+
+
+def test_a_choice_at_chance_is_form_and_a_learned_one_is_skill():
+    methods = {name: [1.0] * 100 for name in ("base", "own", "generated-mean", "swapped-mean")}
+    for own, kind in (([1] * 52 + [0] * 48, "form"), ([1] * 90 + [0] * 10, "skill")):
+        right = {name: own if name == "own" else [0] * 100 for name in methods}
+        row = results.Measured([part(methods, right=right, metric="choice", chance=0.5)]).row()
+        assert row["kind"] == kind and row["methods"]["own"]["accuracy"]["value"] == sum(own) / 100
+    assert not row["uses_prompts"], "the loss is the same with other prompts"

@@ -1,0 +1,204 @@
+"""Runs the benchmark: what it trains itself, then a process per part on the devices there are, then the table.
+
+<benchmark>/trained/           adapters to compare with, in a project of their own (trainings.py)
+<benchmark>/generators/<fold>_<seed>/
+<benchmark>/datasets/<dataset>.json, folds/<fold>.json     parts, each whole; used again by the next call
+<benchmark>/benchmark.json, benchmark.png                  the table, and its picture
+"""
+
+import json
+import time
+from dataclasses import asdict
+from multiprocessing.context import ForkServerProcess
+from pathlib import Path
+from typing import Any, NamedTuple
+
+from paragen.analysis import benchmark_page
+from paragen.benchmark import picture, plan, results, rows, trainings
+from paragen.benchmark.plan import Fold, Plan, Wanted
+from paragen.collection import run_identity
+from paragen.common import cli, devices, files, paths, settings
+from paragen.common.cli import UserError, say
+from paragen.dataset import families
+from paragen.generator import sources
+from paragen.generator.options import Options
+from paragen.sweep import forked, ray_cluster
+from paragen.training import llamafactory_output
+
+LOOK_SECONDS = 0.2
+END_SECONDS = 20  # that a stopped process has to clean up
+
+
+class Job(NamedTuple):
+    """What one process measures, one after the other."""
+
+    name: str  # of its log
+    datasets: list[str]
+    folds: list[Fold]
+
+
+def make(wanted: Wanted) -> Path:
+    """Measure what is not measured yet, write the table and print it; returns benchmark.json.
+
+    Raises UserError where the collections do not fit, where another process is at work on the same benchmark, and where
+    a part could not be measured; the others are kept.
+    """
+    found = planned(wanted)
+    options = Options.of_settings()
+    say(
+        f"{paths.relative(found.folder)}: {len(found.folds)} folds of {len(found.chosen)} datasets, "
+        f"{sum(len(fold.seeds) for fold in found.folds)} generators"
+    )
+    found.folder.mkdir(parents=True, exist_ok=True)
+    try:
+        with files.lock(files.beside(found.folder, "lock")):
+            started = time.monotonic()
+            check_same(found, options)
+            trainings.run(found)
+            run_jobs(found, options, jobs_of(found, len(slots())))
+            path = write(found, options)
+            say(f"measured in {time.monotonic() - started:.0f} s: {paths.relative(path)}")
+            return path
+    except files.Busy:
+        raise UserError(f"{paths.relative(found.folder)}: another process is at work on it; wait for it") from None
+
+
+def check_same(found: Plan, options: Options) -> None:
+    """Raise UserError where the folder holds a benchmark of other collections or settings, unless FORCE=1.
+
+    More or fewer BASELINES are the same benchmark.
+    """
+    path = found.folder / benchmark_page.FILE
+    if not path.exists() or run_identity.force_requested():
+        return
+    old, new = benchmark_page.read(path), results.identity_of(found, asdict(options))
+    changed = [key for key, value in new.items() if old.get(key) != json.loads(json.dumps(value))]
+    if changed := [key for key in changed if key != "baselines"]:
+        raise UserError(
+            f"{paths.relative(path)}: is of another benchmark ({', '.join(changed)} differ); take another OUT, or "
+            "FORCE=1 replaces it"
+        )
+
+
+def planned(wanted: Wanted) -> Plan:
+    """What is measured of the collections that the settings select."""
+    chosen = plan.collections_by_dataset(sources.selected())
+    sources.check_alike(list(chosen.values()))
+    known = families.families_of(chosen, paths.DATA)
+    return Plan(plan.folder_of(wanted, chosen), wanted, chosen, known, plan.folds_of(wanted, known))
+
+
+def slots() -> list[str]:
+    """The device of each process that runs at a time: PER_DEVICE of them on each device."""
+    own = ["cpu"] if ray_cluster.trains_on_cpu() else ray_cluster.gpus_here()
+    return own * (settings.number("PER_DEVICE") or 1)
+
+
+def jobs_of(found: Plan, count: int) -> list[Job]:
+    """What `count` processes measure: some datasets and some folds each. A process keeps what it has loaded."""
+    jobs = [Job(f"job-{at + 1}", found.held[at::count], found.folds[at::count]) for at in range(count)]
+    return [job for job in jobs if job.datasets or job.folds]
+
+
+def parts_of(found: Plan) -> list[Path]:
+    """The files of all parts."""
+    folds = [found.folder / "folds" / f"{fold.name}.json" for fold in found.folds]
+    return [found.folder / "datasets" / f"{name}.json" for name in found.held] + folds
+
+
+def work_on(found: Plan, options: Options, job: Job) -> None:
+    """Measure a job in this process, whose device is pinned."""
+    llamafactory_output.reduce()
+    from paragen.benchmark.work import Worker  # imports torch
+
+    worker = Worker(found, options)
+    for dataset in job.datasets:
+        worker.measure_dataset(dataset)
+    for fold in job.folds:
+        worker.measure_fold(fold)
+
+
+def pinned_work(found: Plan, options: Options, job: Job, device: str) -> None:
+    """A task of a forked process: pin its device, and measure a job."""
+    devices.pin([device])
+    work_on(found, options, job)
+
+
+def run_jobs(found: Plan, options: Options, jobs: list[Job]) -> None:
+    """Measure jobs, each in a process on a slot of its own; a single one in this process.
+
+    Raises UserError where some could not be measured, once all others are.
+    """
+    devices_of = slots()
+    if len(jobs) == 1:
+        devices.pin(devices_of[:1])
+        work_on(found, options, jobs[0])
+        return
+    forked.preload()
+    running: dict[ForkServerProcess, Job] = {}
+    failed, before = [], -1
+    try:
+        for job, device in zip(jobs, devices_of, strict=False):
+            running[start(found, options, job, device)] = job
+        while running:
+            for process in [process for process in running if not process.is_alive()]:
+                job = running.pop(process)
+                failed += [job.name] if process.exitcode else []
+            there, wanted = sum(path.is_file() for path in parts_of(found)), len(parts_of(found))
+            if there != before:
+                before = there
+                say(f"{there} of {wanted} parts are there, {len(running)} processes at work")
+            time.sleep(LOOK_SECONDS)
+    finally:
+        for process in running:
+            process.terminate()
+        for process in running:
+            process.join(END_SECONDS)
+    if failed:
+        log = paths.relative(log_of(found, failed[0]))
+        raise UserError(
+            f"{', '.join(failed)}: could not measure all of its parts; {log} says why, and the next call goes on"
+        )
+
+
+def start(found: Plan, options: Options, job: Job, device: str) -> ForkServerProcess:
+    """Start the process of a job on a device."""
+    log = log_of(found, job.name)
+    log.parent.mkdir(parents=True, exist_ok=True)
+    environment = {"DEVICES": device, "CUDA_VISIBLE_DEVICES": "" if device == "cpu" else device}
+    return forked.start(pinned_work, (found, options, job, device), environment, log)
+
+
+def log_of(found: Plan, name: str) -> Path:
+    """The log of a job."""
+    return found.folder / "logs" / f"{name}.log"
+
+
+def write(found: Plan, options: Options) -> Path:
+    """Write benchmark.json and its picture from the parts, and print the tables; returns the file."""
+    measured = [part(path) for path in parts_of(found)]
+    parts = dict(zip(found.held, measured, strict=False))
+    folds = measured[len(parts) :]
+    content = results.content_of(found, asdict(options), parts, folds)
+    path = found.folder / benchmark_page.FILE
+    picture.draw(content, path.with_name(benchmark_page.PICTURE))
+    files.write_json(path, content)
+    show(content)
+    return path
+
+
+def part(path: Path) -> dict[str, Any]:
+    """A part that was just measured."""
+    content = rows.read_part(path, None, False)
+    if content is None:
+        raise UserError(f"{paths.relative(path)}: is gone; measure again")
+    return content
+
+
+def show(content: dict[str, Any]) -> None:
+    """Print the tables and what they show."""
+    for group in content["groups"]:
+        say(f"\n{group['name']}")
+        cli.print_table(benchmark_page.head_of(group), benchmark_page.lines_of(group))
+        for sentence in benchmark_page.sentences_of(group):
+            say(sentence)
