@@ -212,12 +212,13 @@ def test_where_something_changed_nothing_is_used_and_the_reason_is_said(killed, 
 
 @pytest.mark.slow
 def test_the_packed_engine_starts_over_and_says_so(killed):
+    """Its sums are taken in another order, and its dropout is another."""
     from helpers import fork_server
 
     last = last_recorded(killed)
-    arguments = ["--cell", str(killed.pretrain), str(killed.finetune), "4"]
+    arguments = ["--cell", str(killed.pretrain), str(killed.finetune), "4", *LONG, "--phases", "pretrain"]
     result = fork_server.start("paragen.packed.packed_train", arguments, {}, killed.top / "log.txt").wait()
-    assert STARTS_OVER.format(last) + "the packed engine does not go on from it" in result.output, result.output
+    assert STARTS_OVER.format(last) + "engine (stock -> packed)" in result.output, result.output
 
 
 @pytest.mark.slow

@@ -161,13 +161,16 @@ class Engine:
             raise NotPackable(f"its step cannot be captured: {deterministic.one_line(error)}") from error
         return self.runner
 
-    def train(self, steps: list[Step], after: Callable[[int], None]) -> Iterator[tuple[int, list[float]]]:
+    def train(
+        self, steps: list[Step], after: Callable[[int], None], first: int = 0
+    ) -> Iterator[tuple[int, list[float]]]:
         """Train all steps. An adapter that diverges is left out from that step on, as if its training were complete.
 
         Args:
             steps: the rows of each step.
             after: called with the number of each step (from 0) once its work is queued. Work that it queues sees the
                 adapters as they are after that step. It is called again for a step that is taken again.
+            first: the step to begin with; those before are trained already.
 
         Yields (step, the loss of each adapter) in order, as soon as the losses are known; on a GPU that is up to
         MAX_STEPS_AHEAD steps later. Ends early where all adapters have diverged.
@@ -175,7 +178,7 @@ class Engine:
         runner = self.runner or self.prepare(steps)
         self.restart()
         waiting: deque[tuple[int, Tensor, torch.cuda.Event | None]] = deque()
-        number = 0
+        number = first
         while number < len(steps) or waiting:
             if number < len(steps):
                 runner.run(steps[number].without(self.diverged), self._rates_at(number))

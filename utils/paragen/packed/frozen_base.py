@@ -23,6 +23,7 @@ from paragen.common import cli
 from paragen.packed import peft_comparison, stock_checkpoint
 from paragen.packed.adapter import Adapter
 from paragen.packed.batches import IGNORED, Row
+from paragen.packed.continuation import CheckpointRecorder, Continuation, unlogged_losses
 from paragen.packed.layers import NotPackable
 from paragen.packed.model import unload_adapter, use_fused_kernels
 from paragen.packed.schedule import TrainingLog, TrainingSchedule, rows_of
@@ -54,6 +55,8 @@ class PackedRun(NamedTuple):
     log: TrainingLog
     adapter: Adapter
     config: LoraConfig
+    done: int  # steps that an interrupted attempt has trained already
+    recorder: CheckpointRecorder
 
 
 class FrozenBase:
@@ -74,20 +77,21 @@ class FrozenBase:
         self.initial_adapters: dict[tuple, InitialAdapter] = {}
         self.rows: dict[str | None, list[Row]] = {}  # by the key of the data and settings; None where there is none
 
-    def admit(self, attempt: Attempt) -> PackedRun:
-        """Prepare a run.
+    def admit(self, attempt: Attempt, continued: Continuation) -> PackedRun:
+        """Prepare a run, from where it goes on.
 
         Raises UserError for a mistake in its recipe or data, NotPackable where it cannot be packed.
         """
         progress.report(attempt.staging, f"tokenising rows{', loading the model' if self.model is None else ''}")
         loads_rows = run_identity.tokens_key(attempt.identity) not in self.rows
         job = ordinary.job_of(attempt, self.wanted, loads_rows)
+        job["continued"] = str(continued.checkpoint) if continued.checkpoint else None
         arguments = process.arguments_of(job) | OVERRIDES
         templates.register()
         process.check_arguments(attempt.run.recipe, arguments)
         process.check_template(attempt.run.recipe, arguments, job["pictures"])
         try:
-            ready = self._admit(attempt, job, arguments)
+            ready = self._admit(attempt, continued, job, arguments)
             progress.report(attempt.staging, "waiting for its pack")
             return ready
         except (NotPackable, OutOfMemory):
@@ -97,20 +101,23 @@ class FrozenBase:
                 raise
             raise process.refusal(attempt.run.recipe, error) from error
 
-    def _admit(self, attempt: Attempt, job: dict, arguments: dict) -> PackedRun:
+    def _admit(self, attempt: Attempt, continued: Continuation, job: dict, arguments: dict) -> PackedRun:
         parsed = get_train_args(dict(arguments))  # sets the seed, as every start of LLaMA-Factory does
         if parsed[3].lora_dropout >= 1:
             raise NotPackable(f"lora_dropout is {parsed[3].lora_dropout}, which leaves nothing to learn")
         rows = self._rows(attempt, job, parsed)
         initial = self._initial_adapter(parsed, rows)
-        schedule = TrainingSchedule(attempt, parsed, self.tokenizer, rows)
+        schedule = TrainingSchedule(attempt, parsed, self.tokenizer, rows, continued.checkpoint is not None)
         factors, moments = initial.factors, None
         if schedule.resumed:
             factors = stock_checkpoint.load_factors(schedule.resumed, self.layers)
             moments = stock_checkpoint.load_moments(schedule.resumed)
         max_norm, dropout = schedule.args.max_grad_norm or 0.0, max(0.0, parsed[3].lora_dropout)
-        adapter = Adapter(factors, initial.scaling, schedule.rates, schedule.optimizer, max_norm, moments, dropout)
-        return PackedRun(schedule, TrainingLog(schedule), adapter, copy.deepcopy(initial.config))
+        rates = [0.0] * (schedule.first - schedule.begins) + schedule.rates
+        adapter = Adapter(factors, initial.scaling, rates, schedule.optimizer, max_norm, moments, dropout)
+        log = TrainingLog(schedule, unlogged_losses(continued.checkpoint) if continued.checkpoint else [])
+        recorder = CheckpointRecorder(attempt.staging, continued.record)
+        return PackedRun(schedule, log, adapter, copy.deepcopy(initial.config), continued.done, recorder)
 
     def _rows(self, attempt: Attempt, job: dict, parsed: tuple) -> list[Row]:
         """The run's tokenised rows; runs with the same data and settings share them."""

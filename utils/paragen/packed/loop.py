@@ -98,7 +98,7 @@ def steps_of(members: list[PackedRun], step_batches: list[list[list[Row]]]) -> l
     """
     steps = [Step([rows or [] for rows in each]) for each in zip_longest(*step_batches)]
     if any(member.adapter.dropout for member in members):
-        starts = [(member.schedule.args.seed, member.schedule.first) for member in members]
+        starts = [(member.schedule.args.seed, member.schedule.begins) for member in members]
         found = [dropout.streams(seed, range(first, first + len(steps))) for seed, first in starts]
         for step, streams in zip(steps, zip(*found, strict=True), strict=True):
             step.streams = list(streams)
@@ -110,7 +110,7 @@ class Pack:
 
     Args:
         base: the base model.
-        members: the runs.
+        members: the runs; all have the same steps done.
         step_batches: for each member, for each of its steps, the rows.
 
     Raises torch.OutOfMemoryError where they do not fit into memory.
@@ -155,16 +155,18 @@ class Pack:
         began = printed = time.monotonic()
         for member in self.members:
             member.log.begin()
+            member.recorder.begin()
             progress.report(member.schedule.attempt.staging, "training")
-        phase = self.members[0].schedule.attempt.run.phase
-        say(f"{phase} of {len(self.members)} cells, packed, {len(self.steps)} steps")
-        for number, losses in self.engine.train(self.steps, self._save_step):
+        phase, done = self.members[0].schedule.attempt.run.phase, self.members[0].done
+        begun = f", of which {done} are trained" if done else ""
+        say(f"{phase} of {len(self.members)} cells, packed, {len(self.steps)} steps{begun}")
+        for number, losses in self.engine.train(self.steps, self._save_step, done):
             cli.check_stopped()
             for index, member in enumerate(self.members):
                 self._log_loss(index, member, number, losses[index])
             if time.monotonic() - printed > PROGRESS_SECONDS:
                 printed = time.monotonic()
-                rate = 1000 * (printed - began) / (number + 1)
+                rate = 1000 * (printed - began) / (number + 1 - done)
                 say(f"  step {number + 1} of {len(self.steps)}, {rate:.0f} ms each, mean loss {mean_of(losses):.4f}")
 
     def _save_step(self, number: int) -> None:
@@ -172,7 +174,7 @@ class Pack:
         for index, (member, writer) in enumerate(zip(self.members, self.writers, strict=True)):
             if index in self.engine.diverged:
                 continue
-            step = member.schedule.first + number
+            step = member.schedule.begins + number
             if member.schedule.is_collected(step):
                 assert writer is not None  # every run that collects has one
                 writer.take(step)
@@ -183,7 +185,7 @@ class Pack:
     def _log_loss(self, index: int, member: PackedRun, number: int, loss: float) -> None:
         """Log the loss of a member's step, and save the checkpoint that waits for it."""
         schedule = member.schedule
-        step = schedule.first + number
+        step = schedule.begins + number
         if step > schedule.last or index in self.engine.diverged:
             return
         if logged := member.log.add(loss):
@@ -192,22 +194,24 @@ class Pack:
             write = stock_checkpoint.prepare_save(
                 schedule, member.adapter, *self.unsaved.pop((index, step)), member.config
             )
+            write = member.recorder.writing(write, step, member.log.unlogged)
             self.saving[index].append(self.threads.submit(write))
 
     def complete(self, index: int) -> UserError | None:
         """Complete a member's run and publish it; returns the error where that fails."""
         member, writer = self.members[index], self.writers[index]
         attempt = member.schedule.attempt
-        if index in self.engine.diverged:
-            step = member.schedule.first + self.engine.diverged[index]
-            return UserError(
-                f"{attempt.run}: the training diverged: at step {step} its loss or its gradient is not finite; lower "
-                "learning_rate"
-            )
-        member.log.finish()
         try:
             for saving in self.saving[index]:
                 saving.result()
+            if index in self.engine.diverged:
+                step = member.schedule.begins + self.engine.diverged[index]
+                member.recorder.forget()
+                return UserError(
+                    f"{attempt.run}: the training diverged: at step {step} its loss or its gradient is not finite; "
+                    "lower learning_rate"
+                )
+            member.log.finish()
             if writer is not None:
                 written = writer.written()
                 records = {step: self.logged[index][step] | record for step, record in written.items()}

@@ -22,13 +22,13 @@ from paragen.collection import run_identity
 from paragen.collection.run_identity import Snapshot
 from paragen.common import cli, devices, paths
 from paragen.common.cli import UserError
+from paragen.packed import continuation
 from paragen.recipes import render
 from paragen.recipes.run import Cell, Run
 from paragen.training import (
     attempts,
     deterministic,
     engines,
-    interrupted,
     llamafactory_output,
     outcome,
     progress,
@@ -179,10 +179,8 @@ class CellGroup:
                     if reason := engines.why_not_packed(run, self.wanted):
                         self._fall_back(cell, run, reason)
                     else:
-                        interrupted.start_over(attempt.staging, "the packed engine does not go on from it")
                         started.append((cell, run, attempt))
-            if started:
-                self._train(started)
+            self._train_groups(started)
             devices.free_memory()
         for cell, run in self.ordinary:
             with self._one_cell(cell):
@@ -207,21 +205,27 @@ class CellGroup:
             cli.complain(str(error))
             self._end(cell, outcome.outcome_of(error))
 
-    def _train(self, started: list[tuple[Cell, Run, Attempt]]) -> None:
+    def _train_groups(self, started: list[tuple[Cell, Run, Attempt]]) -> None:
+        """Train attempts: those that go on after the same number of steps together, then those that start anew."""
+        planned = continuation.plan([attempt for _, _, attempt in started], self.wanted)
+        for done in sorted({each.done for each in planned}, reverse=True):
+            self._train([(*one, each) for one, each in zip(started, planned, strict=True) if each.done == done])
+
+    def _train(self, started: list[tuple[Cell, Run, Attempt, continuation.Continuation]]) -> None:
         """Train attempts in as few packs as memory allows."""
         llamafactory_output.reduce()
         os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
         deterministic.choose_kernels()
-        for _, _, attempt in started:
+        for _, _, attempt, _ in started:
             progress.report(attempt.staging, "importing LLaMA-Factory")
         from paragen.packed import frozen_base, loop  # they import LLaMA-Factory: after the devices are pinned
 
         self.base = self.base or frozen_base.FrozenBase(self.wanted)
         ready = []
-        for cell, run, attempt in started:
+        for cell, run, attempt, continued in started:
             with self._one_cell(cell):
                 try:
-                    ready.append((cell, run, self.base.admit(attempt)))
+                    ready.append((cell, run, self.base.admit(attempt, continued)))
                 except frozen_base.NotPackable as error:
                     self._fall_back(cell, run, str(error))
                 except frozen_base.OutOfMemory:

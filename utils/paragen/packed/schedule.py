@@ -30,17 +30,18 @@ class TrainingSchedule:
         arguments: LLaMA-Factory's parsed (model, data, training, finetuning, generating) arguments of its recipe.
         tokenizer: LLaMA-Factory's, for the trainer.
         rows: the tokenised training rows.
+        is_continued: whether the run goes on from a checkpoint of an interrupted attempt at it.
 
-    `first` and `last` are the first and last step to train. `rates[i]` is the learning rate of step `first + i`, and
-    `optimizer_states[i]` are the optimizer's parameter groups and the scheduler's state after it. `optimizer` are
-    AdamW's settings. `logged` and `saved` are the steps after which a line is logged or a stock checkpoint saved;
-    `resumed` is the checkpoint folder that the run starts from, if any.
+    `first` and `last` are the first and last step to train; `begins` is the first one of a run without interruption.
+    `rates[i]` is the learning rate of step `first + i`, and `optimizer_states[i]` are the optimizer's parameter groups
+    and the scheduler's state after it. `optimizer` are AdamW's settings. `logged` and `saved` are the steps after which
+    a line is logged or a stock checkpoint saved; `resumed` is the checkpoint folder that the run starts from, if any.
 
     Raises NotPackable where no step is left to train or the optimizer is not plain AdamW, UserError where the
     collection asks for more steps than there are.
     """
 
-    def __init__(self, attempt: Attempt, arguments: tuple, tokenizer: Any, rows: list[Row]):
+    def __init__(self, attempt: Attempt, arguments: tuple, tokenizer: Any, rows: list[Row], is_continued: bool = False):
         self.attempt, self.rows = attempt, rows
         self.args, finetuning_args = arguments[2], arguments[3]
         set_seed(self.args.seed)  # the sampler takes its seed from torch
@@ -63,9 +64,12 @@ class TrainingSchedule:
         self.trainer._init_training_state(self.last, self.steps_per_epoch, epochs, self.resumed, None)
         state = self.trainer.state
         state.compute_steps(self.args, self.last)  # a resumed state has the pretrain's rhythm, see collector.Rules
-        state.log_history = []
-        self.first = state.global_step + 1
-        if self.last < self.first:
+        self.first = self.begins = state.global_step + 1
+        if is_continued:
+            self.begins = attempt.run.resumed_step + 1
+        else:
+            state.log_history = []
+        if self.last < self.first and not is_continued:
             raise NotPackable("it has no step left to train")
         self._run_scheduler()
         self._plan_saves()
@@ -125,10 +129,10 @@ class TrainingSchedule:
         return self.collects and self.first_collected <= step <= self.last
 
     def step_batches(self) -> Iterator[list[Row]]:
-        """The rows of each step from `first` on, in the order of the trainer's loader, sampler and resume rules."""
+        """The rows of each step from `begins` on, in the order of the trainer's loader, sampler and resume rules."""
         accumulated = self.args.gradient_accumulation_steps
-        epoch, done = divmod(self.first - 1, self.steps_per_epoch)
-        left = self.last - self.first + 1
+        epoch, done = divmod(self.begins - 1, self.steps_per_epoch)
+        left = self.last - self.begins + 1
         while left:
             loader = skip_first_batches(self.loader, done * accumulated) if done else self.loader
             loader.set_epoch(epoch)
@@ -152,11 +156,12 @@ class TrainingLog:
 
     Args:
         schedule: the run's.
+        unlogged: the losses since the last line of an interrupted attempt's log, which goes on.
     """
 
-    def __init__(self, schedule: TrainingSchedule):
+    def __init__(self, schedule: TrainingSchedule, unlogged: list[float]):
         self.schedule, self.trainer = schedule, schedule.trainer
-        self.unlogged: list[float] = []  # the losses since the last line
+        self.unlogged = list(unlogged)  # the losses since the last line
 
     def begin(self) -> None:
         """Begin the log."""

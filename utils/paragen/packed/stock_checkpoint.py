@@ -10,7 +10,7 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor
 from transformers import set_seed
 
-from paragen.collection import checkpoints
+from paragen.collection import checkpoints, run_files
 from paragen.common import files, paths
 from paragen.common.cli import UserError
 from paragen.packed.adapter import Adapter
@@ -33,7 +33,7 @@ def prepare_save(
     Returns the function that writes the files; it can be called in any thread.
     """
     step = schedule.trainer.state.global_step
-    folder = schedule.attempt.staging / f"checkpoint-{step}"
+    folder = schedule.attempt.staging / run_files.checkpoint_folder(step)
     folder.mkdir()
     set_seed(schedule.args.seed)
     schedule.trainer._save_rng_state(str(folder))

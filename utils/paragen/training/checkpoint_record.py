@@ -66,8 +66,7 @@ class CheckpointRecord(TrainerCallback):
             trainer._tr_loss = torch.tensor(sums.pop("_tr_loss"), device=args.device)
             for name in SUMS:
                 setattr(trainer, name, sums[name])
-        stamped = ((Path(path), tuple(stamp)) for path, stamp in self.stamps.items())
-        self.is_recording = all(path.is_file() and files.stamp_of(path.stat()) == stamp for path, stamp in stamped)
+        self.is_recording = interrupted.are_untouched(self.stamps)
 
     def on_save(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any) -> None:
         trainer = self.trainer
@@ -79,10 +78,4 @@ class CheckpointRecord(TrainerCallback):
         if args.world_size > 1:
             torch.distributed.barrier()  # the other processes have written their files, too
         if self.is_recording and state.is_world_process_zero:
-            self._record(checkpoint, state.global_step)
-
-    def _record(self, checkpoint: Path, step: int) -> None:
-        """Add a checkpoint to the record, and drop those from it that save_total_limit has deleted."""
-        known = {one: hashes for one, hashes in interrupted.recorded(self.staging).items() if one < step}
-        there = {one: hashes for one, hashes in known.items() if (self.staging / f"checkpoint-{one}").is_dir()}
-        interrupted.record(self.staging, self.present, {**there, step: interrupted.hashes_of(checkpoint)})
+            interrupted.add(self.staging, self.present, state.global_step)

@@ -84,15 +84,31 @@ def continuation(attempt: Attempt, config: dict[str, Any], wanted: list[str]) ->
         config: the rendered recipe with the batch as the devices share it.
         wanted: the devices.
     """
+    record = record_of(attempt, config, wanted)
+    if record is None:
+        return {}
+    checkpoint = interrupted.go_on(attempt.staging, record["circumstances"])
+    return {"continued": str(checkpoint) if checkpoint else None, "record": record}
+
+
+def record_of(
+    attempt: Attempt, config: dict[str, Any], wanted: list[str], engine: str = "stock"
+) -> dict[str, Any] | None:
+    """What an attempt's checkpoints are recorded with, as `continuation` has it; None where they cannot be resumed.
+
+    The staging folder is emptied where nothing in it can be used, whatever the checkpoints are.
+
+    Args:
+        attempt, config, wanted: as for `continuation`.
+        engine: which one trains, `stock` or `packed`.
+    """
     if attempt.run.collects or attempt.snapshot.stamps is None or config.get("save_only_model"):
         interrupted.start_over(attempt.staging, "it is a finetune, or its recipe or data cannot be resumed")
-        return {}
+        return None
     if run_identity.force_requested():
         interrupted.start_over(attempt.staging, "FORCE=1")
-    present = interrupted.circumstances(attempt.identity, config, wanted)
-    checkpoint = interrupted.go_on(attempt.staging, present)
-    record = {"circumstances": present, "stamps": attempt.snapshot.stamps}
-    return {"continued": str(checkpoint) if checkpoint else None, "record": record}
+    present = interrupted.circumstances(attempt.identity, config, wanted, engine)
+    return {"circumstances": present, "stamps": attempt.snapshot.stamps}
 
 
 def train_distributed(job: dict[str, Any], count: int) -> None:
