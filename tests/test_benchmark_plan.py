@@ -99,7 +99,7 @@ def test_a_prompt_that_was_trained_on_is_not_scored_and_rows_of_one_prompt_are_a
     place.collect(dataset="A", rows=trained)
     test = [trained[0], {**trained[1], "system": "be long"}, *handmade.texts("B", 2), *handmade.texts("B", 1)]
     handmade.register(place.data, handmade.CATEGORY, "A_test", test)
-    chosen = plan.collections_by_dataset(index.chosen())
+    chosen = plan.collections_by_dataset(index.chosen()[0])
     made = plan.Plan(place.out, Wanted(limit=4), chosen, {"A": "A"}, [])
     scored = rows.scored_rows(made, "A")
     assert [text["prompt"] for text in scored.split.texts] == ["A 1?", "B 0?", "B 1?", "B 0?"]
@@ -113,7 +113,7 @@ def test_a_dataset_of_two_collections_has_to_be_chosen_by_a_setting(place):
     for rank in (2, 4):
         place.collect(dataset="A", rank=rank)
     with pytest.raises(UserError, match="takes one collection of a dataset; choose by MODEL, RANK or SEED"):
-        plan.collections_by_dataset(index.chosen())
+        plan.collections_by_dataset(index.chosen()[0])
 
 
 # Trainings of its own
@@ -131,7 +131,7 @@ def three(place, monkeypatch) -> plan.Plan:
         for phase, ending in (("pretrain", tiny.PRETRAIN), ("finetune", tiny.FINETUNE)):
             text = (tiny.RECIPE.format(phase=phase, model="Tiny") + ending.format(model="Tiny")).replace("Toy", name)
             (scripts / handmade.CATEGORY / name / f"tiny_{name}_{phase}.yaml").write_text(text)
-    chosen = plan.collections_by_dataset(index.chosen())
+    chosen = plan.collections_by_dataset(index.chosen()[0])
     fold = plan.Fold("A", "one dataset held out", ("A",), ("B", "C"), (0,))
     return plan.Plan(place.out, Wanted(prompts=3), chosen, {"A": "A", "B": "B", "C": "C"}, [fold])
 
