@@ -39,10 +39,13 @@ for name in (
 if not os.environ.get("TEST_GPU"):
     os.environ["DEVICES"] = "cpu"  # the same hashes on a machine with a GPU
 signal.signal(signal.SIGINT, signal.default_int_handler)  # where the tests run in the background, it is ignored
+os.environ.pop("PYTHONDONTWRITEBYTECODE", None)  # or each of hundreds of processes would compile the scripts anew
+sys.dont_write_bytecode = False
 os.environ["OMP_WAIT_POLICY"] = "PASSIVE"  # as runs have it; the process that runs are forked from reads it early
 os.environ["OMP_NUM_THREADS"] = "1"  # tiny tensors; two runs at once then do not fight for two cores
 
 from helpers import fork_server, handmade, packed_project, tiny, tiny_models  # noqa: E402
+from helpers.clone import copy_folder  # noqa: E402
 from helpers.forked_python import PYTHON  # noqa: E402
 
 os.environ["PY"] = PYTHON  # no test sets up a .venv, or changes this one, unless it unsets PY
@@ -145,7 +148,7 @@ def collected(trained_once, tmp_path) -> Project:
 def repository(tmp_path, model_folder) -> Path:
     """A copy of the repository with recipes for two tiny models and two datasets alone."""
     top = tmp_path / "a clone"
-    shutil.copytree(ROOT / "utils", top / "utils", ignore=shutil.ignore_patterns("__pycache__"))
+    copy_folder("utils", top)
     for name in ("Makefile", "requirements.in", "requirements.txt"):
         shutil.copy(ROOT / name, top)
     for model in ("Tiny-One", "Tiny-Two"):

@@ -90,12 +90,12 @@ def test_what_could_run_code_or_take_minutes_is_refused_by_name(tmp_path, name):
     LoraConfig(target_modules=NAMES).save_pretrained(tmp_path)
     path = tmp_path / "adapter_config.json"
     path.write_text(json.dumps({**json.loads(path.read_text()), **REFUSED[name]}))
-    started = time.monotonic()
+    started = time.process_time()
     with pytest.raises(UserError) as error:
         adapter_config.read(path)
     assert any(f"adapter_config.json: {key} is " in str(error.value) for key in REFUSED[name])
     assert "\n" not in str(error.value) and len(str(error.value)) < 400
-    assert time.monotonic() - started < 2
+    assert time.process_time() - started < 2
 
 
 @pytest.mark.parametrize("content", ["", "[", "[]", "5", "[" * 100_000, '{"peft_type": "IA3"}', '{"r": ' + "9" * 9999])

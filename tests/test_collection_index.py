@@ -16,6 +16,7 @@ import pyarrow as pa
 import pyarrow.parquet
 import pytest
 from helpers import scored
+from helpers.clone import copy_folder
 from helpers.copies import edit, flip_a_bit, twin
 from helpers.forked_python import PYTHON
 
@@ -95,7 +96,7 @@ def test_the_index_is_a_plain_parquet_file_and_a_printed_table(saves, monkeypatc
 @pytest.mark.parametrize("argument", ["", "--rows", "--csv"])
 def test_a_reader_that_has_seen_enough_is_no_error(saves, argument):
     """As in `make index | head -1`."""
-    shutil.copytree(ROOT / "utils", saves.parent / "utils", ignore=shutil.ignore_patterns("__pycache__"))
+    copy_folder("utils", saves.parent)
     shutil.copy(ROOT / "models" / "models.yaml", saves.parent / "models" / "models.yaml")
     reading, writing = os.pipe()
     os.close(reading)

@@ -12,6 +12,7 @@ import pyarrow.compute as pc
 import pytest
 import torch
 from helpers import scored
+from helpers.clone import copy_folder
 from helpers.copies import edit, flip_a_bit, twin
 from helpers.forked_python import PYTHON
 from safetensors.torch import load_file, save_file
@@ -320,7 +321,7 @@ def sent(method: str, pairs: Pairs, persistent: bool = False) -> DataLoader:
     return DataLoader(
         pairs,
         batch_size=2,
-        num_workers=2,
+        num_workers=1 if method == "spawn" else 2,  # which imports all anew
         collate_fn=collate,
         multiprocessing_context=method,
         persistent_workers=persistent,
@@ -419,7 +420,7 @@ def test_the_example_of_the_readme_runs(collected):
     blocks = re.findall(r"```python\n(.*?)```", (ROOT / "README.md").read_text(encoding="utf-8"), re.DOTALL)
     (example,) = [block for block in blocks if "from pairs import Pairs" in block]
     top = collected.top
-    shutil.copytree(ROOT / "utils", top / "utils", ignore=shutil.ignore_patterns("__pycache__"))
+    copy_folder("utils", top)
     shutil.copy(ROOT / "models" / "models.yaml", top / "models" / "models.yaml")
     example = example.replace("Demo", "Toy").replace("rank=8", "rank=4")
     for name in ("model", "dataset", "common", "training", "collection", "packed"):

@@ -15,7 +15,7 @@ from pathlib import Path
 import pyarrow
 import pyarrow.parquet
 import pytest
-from helpers.forked_python import PYTHON
+from helpers import in_process
 
 ROOT = Path(__file__).resolve().parent.parent
 SCRIPT = ROOT / "utils" / "register_dataset.py"
@@ -43,9 +43,10 @@ def mine(tmp_path):
 
 
 def call(data, *arguments, **environment):
-    """Run the script on `data`; no input may ever end in a traceback."""
-    python = sys.executable if "HF_ENDPOINT" in environment else PYTHON  # `datasets` reads it when it is imported
-    command = list(map(str, [python, SCRIPT, "--data-dir", data, *arguments]))
+    """Run the script's `main` on `data`, or the script where HF_ENDPOINT is set: `datasets` reads it on import."""
+    if not environment:
+        return in_process.call("register_dataset", "--data-dir", data, *arguments)
+    command = list(map(str, [sys.executable, SCRIPT, "--data-dir", data, *arguments]))
     done = subprocess.run(command, capture_output=True, text=True, env=os.environ | environment)
     assert "Traceback" not in done.stderr, done.stderr
     return done
@@ -283,5 +284,5 @@ def test_what_the_hub_does_not_have_is_named_in_one_line(data, hub):
     assert "Unknown split" in refused(data, "hub:me/sums:main:nope", "--category", "math", **hub)
     assert "'nope' not found" in refused(data, "hub:me/sums:nope", "--category", "math", **hub)
     assert "hub:me/none: cannot be loaded: " in refused(data, "hub:me/none", "--category", "math", **hub)
-    assert "say it as hub:<repo>[:<config>[:<split>]]" in refused(data, "hub:../x", "--category", "math", **hub)
-    assert "say which CATEGORY it is of" in refused(data, "hub:me/sums", **hub)
+    assert "say it as hub:<repo>[:<config>[:<split>]]" in refused(data, "hub:../x", "--category", "math")
+    assert "say which CATEGORY it is of" in refused(data, "hub:me/sums")

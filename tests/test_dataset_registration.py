@@ -1,4 +1,4 @@
-"""What a user relies on when registering a data file, run through the command line as `make register` does."""
+"""What a user relies on when registering a data file with `make register`: what it prints, writes and refuses."""
 
 import json
 import os
@@ -8,6 +8,7 @@ from pathlib import Path
 from types import SimpleNamespace
 
 import pytest
+from helpers import in_process
 from helpers.forked_python import PYTHON
 
 from paragen.common.cli import UserError
@@ -32,8 +33,13 @@ def put(data, place, rows):
     return data / place
 
 
-def call(data, *arguments, cwd=None):
-    """Run the script on `data`; no input may ever end in a traceback."""
+def call(data, *arguments):
+    """Run the script's `main` on `data`; no input may ever end in a traceback."""
+    return in_process.call("register_dataset", "--data-dir", data, *arguments)
+
+
+def started(data, *arguments, cwd=None):
+    """Run the script on `data` in a process of its own, as `make register` does."""
     command = [PYTHON, SCRIPT, "--data-dir", data, *arguments]
     done = subprocess.run(list(map(str, command)), capture_output=True, text=True, cwd=cwd)
     assert "Traceback" not in done.stderr
@@ -149,7 +155,7 @@ def test_name_and_category_find_the_file(data):
 
 def test_names_with_blanks_relative_paths_and_links_to_the_repository_work(data):
     put(data, "math/My sums_train.json", sums())
-    assert call(data, "data/math/My sums_train.json", cwd=data / "math").returncode == 0
+    assert started(data, "data/math/My sums_train.json", cwd=data / "math").returncode == 0
     (data.parent / "link").symlink_to(data)
     assert call(data, data.parent / "link/math/My sums_train.json").returncode == 0
     assert manifest(data)["My sums"]["file_name"] == "math/My sums_train.json"
@@ -241,7 +247,7 @@ def test_a_broken_manifest_is_refused_and_left_alone(data, text):
 def test_registrations_at_once_lose_none(data):
     files = [put(data, f"math/A{number}.json", sums(number + 1)) for number in range(8)]
     with ThreadPoolExecutor(8) as pool:
-        results = list(pool.map(lambda file: call(data, file).returncode, files))
+        results = list(pool.map(lambda file: started(data, file).returncode, files))
     assert results == [0] * 8 and len(manifest(data)) == 8
     assert [path.name for path in data.iterdir() if path.is_file()] == ["dataset_info.json"]
 

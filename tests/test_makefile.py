@@ -7,6 +7,7 @@ import subprocess
 from pathlib import Path
 
 import pytest
+from helpers.clone import copy_folder
 from helpers.forked_python import PLAIN
 
 pytestmark = pytest.mark.runs
@@ -30,11 +31,22 @@ TARGETS += [
 TARGETS += ["generator", "generate", "data", "data-all", "made-tasks", "collect-all", "status", "disk", "clean-up"]
 
 
+@pytest.fixture(scope="module")
+def repository(tmp_path_factory) -> Path:
+    """A copy of the repository, for all targets that leave it as it is."""
+    return copied(tmp_path_factory.mktemp("makefile"))
+
+
 @pytest.fixture
-def repository(tmp_path) -> Path:
-    top = tmp_path / "a clone"
+def own_repository(tmp_path) -> Path:
+    """A copy for one test alone."""
+    return copied(tmp_path)
+
+
+def copied(folder: Path) -> Path:
+    top = folder / "a clone"
     for name in ("utils", "collect_scripts", "data"):
-        shutil.copytree(ROOT / name, top / name, ignore=shutil.ignore_patterns("__pycache__"))
+        copy_folder(name, top)
     for name in ("Makefile", "requirements.in", "requirements.txt"):
         shutil.copy(ROOT / name, top)
     for name in ("models", "saves"):
@@ -104,24 +116,24 @@ def test_check_data_is_clean_on_what_the_repository_ships(repository):
     assert done.returncode == 0, done.stderr
 
 
-def test_register_takes_a_users_file(repository):
-    (repository / "data" / "math" / "My Set.json").parent.mkdir(exist_ok=True)
-    (repository / "data" / "math" / "My Set.json").write_text('[{"q": "1+1", "a": "2"}, {"q": "1+2", "a": "3"}]')
-    done = make(repository, "register", "FILE=data/math/My Set.json", "MAP=prompt=q response=a")
+def test_register_takes_a_users_file(own_repository):
+    (own_repository / "data" / "math" / "My Set.json").parent.mkdir(exist_ok=True)
+    (own_repository / "data" / "math" / "My Set.json").write_text('[{"q": "1+1", "a": "2"}, {"q": "1+2", "a": "3"}]')
+    done = make(own_repository, "register", "FILE=data/math/My Set.json", "MAP=prompt=q response=a")
     assert done.returncode == 0, done.stderr
-    assert make(repository, "check-data").returncode == 0
+    assert make(own_repository, "check-data").returncode == 0
 
 
-def test_recipe_writes_a_pair_that_check_recipes_accepts(repository):
-    done = make(repository, "recipe", "MODEL=gpt2", "DATASET=demo", "FROM=smollm2-135m", "TEMPLATE=default")
+def test_recipe_writes_a_pair_that_check_recipes_accepts(own_repository):
+    done = make(own_repository, "recipe", "MODEL=gpt2", "DATASET=demo", "FROM=smollm2-135m", "TEMPLATE=default")
     assert done.returncode == 0, done.stderr
-    pair = sorted(repository.glob("collect_scripts/*/Demo/gpt2_Demo_*.yaml"))
+    pair = sorted(own_repository.glob("collect_scripts/*/Demo/gpt2_Demo_*.yaml"))
     assert len(pair) == 2 and "template: default" in pair[0].read_text()
-    assert make(repository, "check-recipes").returncode == 0
-    done = make(repository, "check-recipes", f"FILE={pair[0]}")
+    assert make(own_repository, "check-recipes").returncode == 0
+    done = make(own_repository, "check-recipes", f"FILE={pair[0]}")
     assert done.returncode == 0 and "2 recipes, no faults" in done.stdout
     pair[0].write_text(pair[0].read_text().replace("template: default", "template: none"))
-    done = make(repository, "check-recipes")
+    done = make(own_repository, "check-recipes")
     assert done.returncode != 0 and "template" in done.stderr
 
 

@@ -13,8 +13,11 @@ import time
 from pathlib import Path
 
 import pytest
+from helpers import in_process
+from helpers.forked_python import PYTHON
 from helpers.hub_server import COMMIT, Hub, Repository
 
+from paragen.common import paths
 from paragen.common.cli import UserError
 from paragen.model import base_models, model_files
 
@@ -32,10 +35,9 @@ def tiny(model_folder) -> dict[str, bytes]:
 
 @pytest.fixture
 def top(tmp_path) -> Path:
-    """A clone without models, with a space in its path."""
-    top = tmp_path / "a clone"
-    shutil.copytree(ROOT / "utils", top / "utils", ignore=shutil.ignore_patterns("__pycache__"))
-    (top / "models").mkdir()
+    """A project without models, with a space in its path."""
+    top = tmp_path / "my project"
+    (top / "models").mkdir(parents=True)
     shutil.copy(ROOT / "models" / "models.yaml", top / "models")
     return top
 
@@ -43,17 +45,26 @@ def top(tmp_path) -> Path:
 NOWHERE = "http://127.0.0.1:9"  # nothing listens there
 
 
-def start(top: Path, model: str, hub: Hub | str = NOWHERE, python=(sys.executable,), **environment: str):
+def start(top: Path, model: str, hub: Hub, python=(PYTHON,), **environment: str):
     """`fetch_model.py` as a process whose hub is `hub`, and that is not logged in."""
     clean = {name: value for name, value in os.environ.items() if not re.match("HF_|HUGGING|.*proxy", name, re.I)}
-    clean |= {"HF_HOME": str(top / "no login"), "HF_ENDPOINT": hub if isinstance(hub, str) else hub.url}
-    command = [*python, top / "utils" / "fetch_model.py", model]
+    clean |= {"HF_HOME": str(top / "no login"), "HF_ENDPOINT": hub.url, "PARAGEN_TOP": str(top)}
+    command = [*python, ROOT / "utils" / "fetch_model.py", model]
     pipes = {"stdout": subprocess.PIPE, "stderr": subprocess.PIPE, "text": True}
     return subprocess.Popen(command, env={**clean, **environment}, **pipes)
 
 
-def fetch(top: Path, model: str, hub: Hub | str = NOWHERE, **options) -> tuple[int, str, str]:
-    """Status, stdout and stderr of `fetch_model.py`."""
+def fetch(top: Path, model: str, hub: Hub | None = None, **options) -> tuple[int, str, str]:
+    """Status, stdout and stderr of `fetch_model.py`; of its `main` in this process where no hub is to be asked."""
+    if hub is None:
+        from huggingface_hub import constants
+
+        with pytest.MonkeyPatch.context() as patch:
+            patch.setattr(constants, "ENDPOINT", NOWHERE)
+            patch.setattr(constants, "HF_HUB_OFFLINE", False)
+            patch.setattr(paths, "ROOT", top)
+            patch.setattr(paths, "MODELS", top / "models")
+            return in_process.call("fetch_model", model)
     process = start(top, model, hub, **options)
     stdout, stderr = process.communicate(timeout=60)
     return process.returncode, stdout, stderr
@@ -179,7 +190,7 @@ def test_a_stopped_download_ends_at_once_and_is_kept(top, tiny):
         process = start(top, QWEN, hub)
         assert hub.held.wait(30)
         process.send_signal(signal.SIGINT)
-        assert process.wait(10) == 130
+        assert process.wait(60) == 130
         assert "Traceback" not in process.communicate()[1]
         assert left_in(top) == [".Qwen2.5-0.5B-Instruct.download"]
 
@@ -247,13 +258,6 @@ def test_the_hubs_own_login_is_used(top, tiny):
         ("org/tiny", {"HF_ENDPOINT": "{hub}/elsewhere"}, "knows no such address; is HF_ENDPOINT a hub"),
         ("org/tiny", {"HF_ENDPOINT": "{hub}/a%20page"}, "does not answer as a hub does"),
         ("org/tiny", {"HF_ENDPOINT": "http://127.0.0.1:{closed}"}, "cannot be reached"),
-        ("org/..", {}, "is not a hub repository's name"),
-        ("org/gpt2", {}, "models/gpt2 would be taken for gpt2 (openai-community/gpt2)"),
-        ("org/BERT", {}, "would be taken for bert"),
-        ("org/name/more", {}, "is not a hub repository's name"),
-        ("llama-9b", {}, "is not known; did you mean llama-7b?; known: bert, gemma-3-4b"),
-        ("smollm2-135m@main", {}, "is not from the hub"),
-        ("", {}, "say which model: make model MODEL=...; known: smollm2-135m, qwen2.5-0.5b"),
     ],
 )
 def test_what_the_hub_refuses_is_one_line_with_the_way_out(top, tiny, model, environment, said):
@@ -270,6 +274,23 @@ def test_what_the_hub_refuses_is_one_line_with_the_way_out(top, tiny, model, env
         outcome = fetch(top, model, hub, **{name: value.format(**values) for name, value in environment.items()})
         assert said in error_of(outcome)
         assert not hub.of("model.safetensors") and not hub.of("pytorch_model.bin")
+    assert [name for name in left_in(top) if not name.startswith(".")] == []
+
+
+@pytest.mark.parametrize(
+    ("model", "said"),
+    [
+        ("org/..", "is not a hub repository's name"),
+        ("org/gpt2", "models/gpt2 would be taken for gpt2 (openai-community/gpt2)"),
+        ("org/BERT", "would be taken for bert"),
+        ("org/name/more", "is not a hub repository's name"),
+        ("llama-9b", "is not known; did you mean llama-7b?; known: bert, gemma-3-4b"),
+        ("smollm2-135m@main", "is not from the hub"),
+        ("", "say which model: make model MODEL=...; known: smollm2-135m, qwen2.5-0.5b"),
+    ],
+)
+def test_a_name_for_which_no_hub_is_asked_is_refused_in_one_line_with_the_way_out(top, model, said):
+    assert said in error_of(fetch(top, model))
     assert [name for name in left_in(top) if not name.startswith(".")] == []
 
 

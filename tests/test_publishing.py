@@ -96,15 +96,13 @@ def run(monkeypatch, capsys):
 
 
 def start(script: str, top: Path, hub: UploadHub, **settings: str) -> subprocess.Popen:
-    """A script as a process of its own, in a clone at `top`."""
-    if not (top / "utils").exists():
-        shutil.copytree(ROOT / "utils", top / "utils", ignore=shutil.ignore_patterns("__pycache__"))
-        shutil.copy(ROOT / "models" / "models.yaml", top / "models")
+    """A script as a process of its own, on the project at `top`."""
+    shutil.copy(ROOT / "models" / "models.yaml", top / "models")
     clean = {name: value for name, value in os.environ.items() if not re.match("HF_|HUGGING|.*proxy", name, re.I)}
     clean |= {"HF_HOME": str(top / "home"), "HF_ENDPOINT": hub.url, "HF_TOKEN": WRITES, "HF_HUB_DISABLE_XET": "1"}
     pipes = {"stdout": subprocess.PIPE, "stderr": subprocess.STDOUT, "text": True}
-    command = [PYTHON, top / "utils" / script]
-    return subprocess.Popen(command, env={**clean, "REPO": REPO, **settings}, cwd="/", **pipes)
+    command = [PYTHON, ROOT / "utils" / script]
+    return subprocess.Popen(command, env={**clean, "PARAGEN_TOP": str(top), "REPO": REPO, **settings}, cwd="/", **pipes)
 
 
 def without_peft_check(top: Path) -> None:
@@ -538,7 +536,7 @@ def test_a_stopped_upload_ends_at_once_and_goes_on_without_sending_a_file_twice(
     process = start("publish.py", licensed, hub, RAW="1")
     assert hub.held.wait(60), process.communicate()
     process.send_signal(signal.SIGINT)
-    output, _ = process.communicate(timeout=20)
+    output, _ = process.communicate(timeout=60)
     assert process.returncode == 130 and "run it again to go on" in output and "Traceback" not in output
     first, hub.hold_puts = list(hub.arrived), None
     hub.released.set()

@@ -29,11 +29,10 @@ PRETRAIN, FINETUNE = "qwen2.5-0.5b_ARC-c_pretrain.yaml", "qwen2.5-0.5b_ARC-c_fin
 
 @pytest.fixture
 def repository(tmp_path) -> Path:
-    """A copy of what the repository ships, in a folder with a blank in its name; nothing that a user added to it."""
-    top = tmp_path / "a clone"
+    """A copy of what we ship but the scripts, in a folder with a blank in its name; nothing that a user added to it."""
+    top = tmp_path / "a project"
     for folder in ("models", "saves", "data/common-sense-reasoning"):
         (top / folder).mkdir(parents=True)
-    shutil.copytree(ROOT / "utils", top / "utils", ignore=shutil.ignore_patterns("__pycache__"))
     known = lookup.recipes()
     recipes = [known[dataset, model, phase] for dataset, model in SHIPPED for phase in paths.PHASES]
     recipes += [ROOT / "collect_scripts" / name for name in ("figures.yaml", "test.yaml")]
@@ -60,8 +59,9 @@ def clone(tmp_path, monkeypatch) -> Path:
 
 def run(repository: Path, script: str, *arguments: str | Path, **environment: str) -> subprocess.CompletedProcess:
     unset = {name: value for name, value in os.environ.items() if name not in ("FROM", "TEMPLATE", "CATEGORY")}
-    command = [PYTHON, repository / "utils" / script, *arguments]
-    return subprocess.run(command, env=unset | environment, cwd="/", capture_output=True, text=True)
+    command = [PYTHON, ROOT / "utils" / script, *arguments]
+    environment = unset | {"PARAGEN_TOP": str(repository)} | environment
+    return subprocess.run(command, env=environment, cwd="/", capture_output=True, text=True)
 
 
 def errors_of(done: subprocess.CompletedProcess) -> list[str]:
@@ -426,10 +426,10 @@ def test_rows_that_a_dataset_holds_out_are_not_trained_on(repository):
 )
 def test_what_cannot_be_written_is_one_line_and_leaves_everything_as_it_was(repository, asked, said):
     new_model(repository, "My-Qwen", {"model_type": "qwen2"})
-    before = {path: path.read_bytes() for path in repository.rglob("*") if path.is_file() and path.suffix != ".pyc"}
+    before = {path: path.read_bytes() for path in repository.rglob("*") if path.is_file()}
     done = run(repository, "make_recipe.py", **asked)
     assert done.returncode == 1 and len(errors_of(done)) == 1 and said in done.stderr, done.stderr
-    after = {path: path.read_bytes() for path in repository.rglob("*") if path.is_file() and path.suffix != ".pyc"}
+    after = {path: path.read_bytes() for path in repository.rglob("*") if path.is_file()}
     assert after == before
 
 

@@ -6,6 +6,7 @@ import subprocess
 from pathlib import Path
 
 import pytest
+from helpers.clone import copy_folder
 from helpers.forked_python import PYTHON
 
 from paragen.recipes import round_trip
@@ -60,7 +61,7 @@ def test_wordpiece_may_lose_spaces_and_a_broken_file_is_one_line(every_model, mo
 
 def test_make_model_prints_the_warning_and_its_status_stays(model_folder, tmp_path):
     top = tmp_path / "a clone"
-    shutil.copytree(ROOT / "utils", top / "utils", ignore=shutil.ignore_patterns("__pycache__"))
+    copy_folder("utils", top)
     (top / "models").mkdir()
     shutil.copy(ROOT / "models" / "models.yaml", top / "models")
     as_class(model_folder, top / "models" / "Mis-Read", "LlamaTokenizer")

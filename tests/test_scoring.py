@@ -63,8 +63,11 @@ def first_option(one: Question, said: list[int]) -> int | None:
 
 # Fused, one of each kind of block; `make test-all` has the others: biases and grouped heads, a window, Conv1D.
 QUICK_FUSED = ("qwen2.5-0.5b", "gemma-3-4b", "gpt2")
+# Plain, all but Gemma's text alone, which is scored below with a narrow window.
 ARCHITECTURES = [
-    pytest.param(name, fused, marks=[pytest.mark.slow] if fused and name not in QUICK_FUSED else [])
+    pytest.param(
+        name, fused, marks=[pytest.mark.slow] if (fused and name not in QUICK_FUSED) or name in tiny_models.KIN else []
+    )
     for name in (*tiny_models.NAMES, *tiny_models.KIN)
     for fused in (False, True)
 ]
@@ -81,7 +84,7 @@ def test_every_architecture_gets_the_scores_and_answers_of_the_plain_model(every
         assert any(result.needs_generation for results in found for result in results)
 
 
-@pytest.mark.parametrize("name", ["qwen2.5-0.5b", "smollm2-135m"])
+@pytest.mark.parametrize("name", ["qwen2.5-0.5b", pytest.param("smollm2-135m", marks=pytest.mark.slow)])
 def test_layers_that_share_an_input_share_a_product(every_model, monkeypatch, name):
     """Also gate and up, which a GPU's small batches take one by one; and where only some of q, k and v are adapted."""
     monkeypatch.setattr(stacked_model, "is_gated_faster", lambda *_: False)
@@ -103,7 +106,7 @@ def test_rotary_positions_of_rows_joined_into_one_are_the_same():
 
 
 @pytest.mark.parametrize("fused", [False, True], ids=["plain", "fused"])
-@pytest.mark.parametrize("name", ["mistral-7b", "gemma-3-text", "gemma-3-4b"])
+@pytest.mark.parametrize("name", ["mistral-7b", "gemma-3-text", pytest.param("gemma-3-4b", marks=pytest.mark.slow)])
 def test_rows_longer_than_the_sliding_window_are_scored_with_it(every_model, name, fused):
     """All of Mistral's layers and one of Gemma's two see the last 7 tokens alone, also in prefixes and options."""
     narrow, wide = (Scene(every_model / name, config={"sliding_window": window}, fused=fused) for window in (7, 128))

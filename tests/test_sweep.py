@@ -507,7 +507,7 @@ def test_a_stop_ends_a_run_that_is_just_starting(worker, tmp_path, monkeypatch):
     monkeypatch.setattr(cell_worker.forked, "start", start_slowly)
     started = time.monotonic()
     worker._run(ordinary.train, (), {}, tmp_path / "x.log")
-    assert time.monotonic() - started < 10
+    assert time.monotonic() - started < 40, "it would sleep for 60"
 
 
 def test_a_run_whose_fork_server_was_killed_counts_as_killed(worker, tmp_path, monkeypatch):
