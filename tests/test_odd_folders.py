@@ -13,7 +13,9 @@ from pathlib import Path
 import pytest
 from helpers.forked_python import PYTHON
 
-from paragen.collection.manifest import sealed
+from paragen.collection import checkpoints, index, verification
+from paragen.collection.manifest import require_manifest, sealed
+from paragen.common.cli import UserError
 
 ROOT = Path(__file__).resolve().parent.parent
 CATEGORY = "common-sense-reasoning"
@@ -107,3 +109,22 @@ def test_each_command_for_everything_does_the_others_and_names_each_odd_folder(o
     if made:
         found = {path.name.removesuffix(".archive") for path in (odd[0] / "saves" / made / CATEGORY / "Toy").iterdir()}
         assert found == set(WHOLE)
+
+
+@pytest.mark.parametrize(
+    "name", ["adapter_config.json", "evaluation.json", "checkpoint-96.safetensors", "manifest.json"]
+)
+@pytest.mark.parametrize("make", [os.mkfifo, Path.mkdir, lambda path: path.symlink_to(path.name)])
+def test_a_pipe_a_folder_or_a_link_to_itself_in_place_of_a_file_is_a_fault(tmp_path, name, make):
+    folder = tmp_path / "a run_finetune"
+    shutil.copytree(ROOT / "tests" / "collected_before" / "saves" / CATEGORY / "Toy" / WHOLE[0], folder)
+    manifest = require_manifest(folder)
+    (folder / name).unlink()
+    make(folder / name)
+    assert any(name in fault for fault in verification.faults_of(folder, manifest))
+    found, faults = index.update(tmp_path)
+    if name == "adapter_config.json":  # of which the index reads nothing
+        with pytest.raises(UserError, match=name):
+            checkpoints.adapter_config(folder, manifest)
+    else:
+        assert found.num_rows == 0 and name in faults[folder.name]

@@ -3,9 +3,9 @@
     python tests/helpers/hostile.py KIND|all COUNT SEED FOLDER     on a copy of tests/collected_before at FOLDER
 
 Each input is one that works, changed at random places, with its hashes made right again: what a stranger can write. A
-command may succeed or raise UserError, in SECONDS and with BYTES of memory. It may write below saves/ and data/ alone,
-start no process but the one that reads Parquet, and import no module that an input names. Prints a line for each input
-that did more, and ends with 1.
+command may succeed or raise UserError, in SECONDS of a processor and with BYTES of memory. It may write below saves/
+and data/ alone, start no process but the one that reads Parquet, and import no module that an input names. Prints a
+line for each input that did more, and ends with 1.
 """
 
 import contextlib
@@ -20,7 +20,6 @@ import shutil
 import signal
 import sys
 import tempfile
-import time
 import traceback
 from collections import Counter
 from collections.abc import Callable, Iterator
@@ -201,17 +200,22 @@ class Watch:
         self.found, self.on = [], True
         with contextlib.suppress(OSError):
             Path("/proc/self/clear_refs").write_text("5")  # the highest memory is that from now on
-        self.memory, self.started = memory("VmRSS"), time.monotonic()
+        self.memory, self.started = memory("VmRSS"), used_seconds()
 
     def faults(self) -> list[str]:
         self.on = False
-        seconds, grown = time.monotonic() - self.started, memory("VmHWM") - self.memory
+        seconds, grown = used_seconds() - self.started, memory("VmHWM") - self.memory
         found = [*self.found, *(f"imported {name}" for name in CANARIES if name in sys.modules)]
         found += [f"took {seconds:.1f} s"] if seconds > SECONDS else []
         found += [f"took {grown / 1e6:.0f} MB"] if grown > BYTES else []
         for name in CANARIES:
             sys.modules.pop(name, None)
         return found
+
+
+def used_seconds() -> float:
+    """The processor time that this process and its children have taken: other programs do not make it longer."""
+    return sum(os.times()[:4])
 
 
 def memory(name: str) -> int:

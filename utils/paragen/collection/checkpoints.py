@@ -53,6 +53,8 @@ def verified_length(path: Path, size: int) -> os.stat_result:
         stat = os.stat(path)
     except FileNotFoundError:
         raise UserError(f"{paths.relative(path)}: is gone; collect it again, or run: make index") from None
+    except OSError as error:
+        raise UserError(f"{paths.relative(path)}: cannot be read: {error.strerror}; {_way_out(path)}") from None
     if stat.st_size != size:
         raise UserError(f"{paths.relative(path)}: has {stat.st_size} bytes, {size} were recorded; {_way_out(path)}")
     return stat

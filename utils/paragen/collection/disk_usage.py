@@ -95,7 +95,7 @@ def _links_in(folder: Path) -> list[Path]:
     if not folder.is_dir():
         return []
     with os.scandir(folder) as entries:
-        return [folder / entry.name for entry in entries if entry.is_symlink() and entry.is_dir()]
+        return [path for path in map(Path, entries) if path.is_symlink() and path.is_dir()]
 
 
 def _kind_of(path: Path, info: os.stat_result, parent: str, collections: set[Path]) -> str:

@@ -176,16 +176,18 @@ def stamp_of(folder: Path) -> list[int]:
     except FileNotFoundError:
         raise UserError(f"{paths.relative(folder)}: has no {paths.MANIFEST}, so it is no finished collection") from None
     except OSError as error:
-        raise UserError(f"{paths.relative(folder)}: cannot be read: {error.strerror}") from None
+        raise UserError(f"{paths.relative(folder / paths.MANIFEST)}: cannot be read: {error.strerror}") from None
     return list(files.stamp_of(stat))
 
 
 def scores_stamp_of(folder: Path) -> list[int] | None:
-    """The same of evaluation.json, None where there is none."""
+    """The same of evaluation.json, None where there is none. Raises UserError where that cannot be known."""
     try:
         return list(files.stamp_of(os.stat(folder / evaluation.FILE)))
     except FileNotFoundError:
         return None
+    except OSError as error:
+        raise UserError(f"{paths.relative(folder / evaluation.FILE)}: cannot be read: {error.strerror}") from None
 
 
 def rows_of(name: str, folder: Path) -> "tuple[pa.Table, str]":

@@ -72,10 +72,13 @@ def strangers_in(folder: Path, manifest: Manifest) -> tuple[list[str], list[str]
 
 
 def sizes_in(folder: Path) -> dict[str, int]:
-    """The length of each file in a folder by its name, bytes; empty where there is no such folder."""
+    """The length of each file in a folder by its name, bytes; empty where there is no such folder.
+
+    A link that leads nowhere, or to itself, is no file.
+    """
     try:
         with os.scandir(folder) as entries:
-            return {entry.name: entry.stat().st_size for entry in entries if entry.is_file()}
+            return {path.name: path.stat().st_size for path in map(Path, entries) if path.is_file()}
     except (FileNotFoundError, NotADirectoryError):
         return {}
 

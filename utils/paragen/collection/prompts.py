@@ -152,4 +152,6 @@ def _stamp(path: Path) -> tuple:
         stat = os.stat(path)
     except FileNotFoundError:
         raise UserError(f"{paths.relative(path)}: the prompts are gone; put the file back (make data)") from None
+    except OSError as error:
+        raise UserError(f"{paths.relative(path)}: cannot be read: {error.strerror}") from None
     return files.stamp_of(stat)

@@ -23,7 +23,10 @@ from typing import IO, Any, NoReturn
 os.environ.setdefault("HF_HUB_OFFLINE", "1")
 
 STOP_SECONDS = 20  # that a stopped script has to clean up
-STORAGE_ERRORS = {errno.ENOSPC, errno.EDQUOT, errno.EROFS, errno.EACCES, errno.EPERM, errno.EFBIG}
+STORAGE_ERRORS = {
+    errno.ENOSPC, errno.EDQUOT, errno.EROFS, errno.EACCES, errno.EPERM, errno.EFBIG,
+    errno.EIO, errno.ESTALE, errno.ELOOP,
+}  # fmt: skip
 
 
 _received: list[int] = []  # signals to stop that this process got, see `run`
@@ -82,9 +85,9 @@ def print_table(head: tuple[str, ...], rows: Sequence[tuple[str, ...]]) -> None:
 def run(main: Callable[[], int | None]) -> None:
     """Run `main` and exit with the status that it returns (None: 0).
 
-    A UserError or a storage error (full disk, no permission) ends in one line on stderr and status 1. Ctrl-C, SIGTERM
-    and SIGHUP (a lost terminal) run every `finally` and end in status 130, 143 and 129. Any other exception is a bug
-    and keeps its traceback.
+    A UserError or a storage error (full or failing disk, no permission, a link to itself) ends in one line on stderr
+    and status 1. Ctrl-C, SIGTERM and SIGHUP (a lost terminal) run every `finally` and end in status 130, 143 and 129.
+    Any other exception is a bug and keeps its traceback.
     """
     received = _received
     received.clear()
