@@ -78,9 +78,9 @@ def rows_of(top: Path) -> list[dict]:
     return pyarrow.parquet.read_table(top / "saves" / "index.parquet").to_pylist()
 
 
-def without_marks(rows: list[dict]) -> list[dict]:
+def without_later(rows: list[dict]) -> list[dict]:
     """Rows of an index without the columns that the stored one lacks."""
-    return [{name: value for name, value in row.items() if name not in index.MARKS} for row in rows]
+    return [{name: value for name, value in row.items() if name not in index.LATER} for row in rows]
 
 
 def figures_in(evaluation: dict) -> dict[str, float]:
@@ -109,8 +109,8 @@ def test_the_index_has_the_same_rows_when_it_is_made_again(top, is_there):
     if not is_there:
         path.unlink()
     script(top, "index")
-    assert without_marks(rows_of(top)) == stored
-    assert [field for field in pyarrow.parquet.read_schema(path) if field.name not in index.MARKS] == list(schema)
+    assert without_later(rows_of(top)) == stored
+    assert [field for field in pyarrow.parquet.read_schema(path) if field.name not in index.LATER] == list(schema)
     assert {tuple(row[name] for name in index.MARKS) for row in rows_of(top)} == {(True, None, 12)}
     written = path.stat().st_mtime_ns
     script(top, "index")
@@ -150,7 +150,7 @@ def test_published_trees_can_be_pulled(empty):
     assert tree(empty / "data" / "common-sense-reasoning") == tree(STORED / "data" / "common-sense-reasoning")
     info = "data/dataset_info.json"
     assert json.loads((empty / info).read_bytes()) == json.loads((STORED / info).read_bytes())
-    assert without_marks(rows_of(empty)) == rows_of(STORED)
+    assert without_later(rows_of(empty)) == rows_of(STORED)
 
 
 def test_exports_are_known_again_and_come_out_the_same(top):

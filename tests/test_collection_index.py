@@ -474,16 +474,29 @@ def test_scores_of_few_rows_or_of_another_dataset_are_marked(saves, folder, monk
     )
 
 
-def test_an_index_of_the_format_before_is_read_and_gets_its_marks_with_the_next_update(saves, folder):
+def test_a_row_has_the_start_of_the_first_description_in_its_manifest(saves, folder):
+    assert index.update()[0]["description"].null_count == 6
+    texts = ["Answer toy questions. " * 20 + "End.", "Another text."]
+    edit(folder, lambda m: m["data"][0]["entry"].update(descriptions={"own": texts}))
+    found = set(index.update()[0]["description"].to_pylist())
+    assert found == {texts[0][: index.DESCRIPTION - 3] + "..."}
+
+
+@pytest.mark.parametrize(("number", "lacking"), [("3", index.LATER), ("4", ["description"])])
+def test_an_index_of_a_format_before_is_read_and_gets_later_columns_with_the_next_update(
+    saves, folder, number, lacking
+):
+    edit(folder, lambda m: m["data"][0]["entry"].update(descriptions=["Answer toy questions."]))
     scored.write(folder, scored.evaluated({12: 0.5}))
-    table, _ = index.update()
+    table, faults = index.update()
+    assert not faults and table["description"].null_count == 0
     known = index.read(saves)[1]
-    before = table.drop_columns(list(index.MARKS))
-    seal = {"format": index.BEFORE, "collections": known, "sha256": index.content_sha256(before, known)}
+    before = table.drop_columns(list(lacking))
+    seal = {"format": number, "collections": known, "sha256": index.content_sha256(before, known)}
     pyarrow.parquet.write_table(before.replace_schema_metadata({"paragen": json.dumps(seal)}), saves / "index.parquet")
     loaded = index.load(saves)
-    assert loaded.column_names == table.column_names and loaded["limit"].null_count == loaded["paired"].null_count == 6
-    assert loaded.drop_columns(list(index.MARKS)).equals(before)
+    assert loaded.column_names == table.column_names and all(loaded[name].null_count == 6 for name in lacking)
+    assert loaded.drop_columns(list(lacking)).equals(before)
     assert index.update()[0].equals(table) and index.load(saves).equals(table)
 
 

@@ -15,6 +15,7 @@ import pyarrow as pa
 import pyarrow.parquet
 import pytest
 from helpers import scored
+from helpers.copies import edit
 from helpers.forked_python import PYTHON
 from helpers.upload_server import READS, USER, WRITES, UploadHub
 
@@ -881,9 +882,10 @@ def test_scores_that_change_while_they_are_published_are_not_mixed(licensed, run
         run(publish, licensed, RAW="1", DRY_RUN="1")
 
 
-@pytest.mark.parametrize("lacking", [index.SCORES, index.MARKS])
-def test_what_was_published_before_there_were_scores_or_their_marks_can_be_pulled(licensed, empty, run, hub, lacking):
-    if lacking is index.MARKS:
+@pytest.mark.parametrize("lacking", [{*index.SCORES, *index.LATER}, {*index.LATER}])
+def test_what_was_published_before_there_were_scores_or_later_columns_can_be_pulled(licensed, empty, run, hub, lacking):
+    edit(licensed / "saves" / NAME, lambda m: m["data"][0]["entry"].update(descriptions=["Answer toy questions."]))
+    if "metric" not in lacking:
         label(licensed, FEW)
     run(publish, licensed)
     table = pa.parquet.read_table(pa.BufferReader(hub.repositories[REPO].files["index.parquet"]))

@@ -18,12 +18,13 @@ from paragen.collection import checkpoints, copies, discovery, evaluation, selec
 from paragen.collection.manifest import Manifest, read_manifest, require_manifest
 from paragen.common import cli, files, parquet_files, paths, settings
 from paragen.common.cli import UserError
+from paragen.dataset import descriptions
 from paragen.model import base_models
 
 if TYPE_CHECKING:
     import pyarrow as pa
 
-FORMAT, BEFORE = "4", "3"  # an index of the format before, which lacks MARKS, can be read
+FORMAT, BEFORE = "5", ("3", "4")  # an index of a format before, which lacks some of LATER, can be read
 # What an evaluation scored: whether its rows are the held-out ones of the collection's own dataset, how many of the
 # split's first rows LIMIT took (null: all), and how many rows that were.
 MARKS = {"paired": "bool_", "limit": "int64", "scored_rows": "int64"}
@@ -37,8 +38,10 @@ COLUMNS = {
     "category": "string", "dataset": "string", "model": "string", "base_model": "string", "rank": "int32",
     "seed": "int64", "step": "int64", "loss": "float64", "learning_rate": "float64", **SCORES,
     "file": "string", "bytes": "int64", "sha256": "string", "prompts_file": "string", "prompts_sha256": "string",
-    "rows": "int64", "collection": "string",
+    "rows": "int64", "description": "string", "collection": "string",
 }  # fmt: skip
+LATER = (*MARKS, "description")  # columns that indexes and published trees of earlier versions may lack
+DESCRIPTION = 240  # the most characters of a description in a row
 
 
 class Chosen(NamedTuple):
@@ -114,7 +117,7 @@ def read(saves: Path) -> "tuple[pa.Table, dict[str, dict]]":
     of its `scores`; for a second copy, which has no rows, also copies.COPY_OF.
 
     Both are empty where there is no index, or one of another format, damaged or edited: it can be made again. The
-    file's hash is checked before it is parsed. In one of the format before, MARKS are null.
+    file's hash is checked before it is parsed. In one of a format before, those of LATER that it lacks are null.
     """
     import pyarrow as pa
 
@@ -122,10 +125,10 @@ def read(saves: Path) -> "tuple[pa.Table, dict[str, dict]]":
         table = parquet_files.read_own(saves / paths.INDEX)
         marks = json.loads(table.schema.metadata[b"paragen"])
         table = table.replace_schema_metadata(None)
-        if marks["format"] in (FORMAT, BEFORE) and marks["sha256"] == content_sha256(table, marks["collections"]):
-            if marks["format"] == BEFORE:
+        if marks["format"] in (FORMAT, *BEFORE) and marks["sha256"] == content_sha256(table, marks["collections"]):
+            if marks["format"] in BEFORE:
                 for mark in marks["collections"].values():
-                    mark["scores"]["stamp"] = BEFORE  # so that `update` reads the scores again
+                    mark["scores"]["stamp"] = marks["format"]  # so that `update` makes the rows again
             table = with_all_columns(table)
             if table.schema.equals(schema()):
                 return table, marks["collections"]
@@ -135,11 +138,11 @@ def read(saves: Path) -> "tuple[pa.Table, dict[str, dict]]":
 
 
 def with_all_columns(table: "pa.Table") -> "pa.Table":
-    """A table of an earlier version with null for the columns of scores that it lacks; any other table as it is."""
+    """A table of an earlier version with null for the columns of SCORES and LATER that it lacks; others as they are."""
     import pyarrow as pa
 
     lacking = [name for name in COLUMNS if name not in table.column_names]
-    if not set(lacking) <= SCORES.keys() or table.column_names != [name for name in COLUMNS if name not in lacking]:
+    if not set(lacking) <= {*SCORES, *LATER} or table.column_names != [name for name in COLUMNS if name not in lacking]:
         return table
     for name in lacking:
         table = table.append_column(name, pa.nulls(table.num_rows, schema().field(name).type))
@@ -198,6 +201,7 @@ def rows_of(name: str, folder: Path) -> "tuple[pa.Table, str]":
     manifest = require_manifest(folder)
     scores = scores_by_step(evaluation.shown(evaluation.read(folder, manifest)))
     data = manifest.data[0] if manifest.data else None
+    texts = descriptions.descriptions_of(data.entry) if data else []
     shared = {
         "category": manifest.category,
         "dataset": manifest.dataset,
@@ -208,6 +212,7 @@ def rows_of(name: str, folder: Path) -> "tuple[pa.Table, str]":
         "prompts_file": data.file if data else None,
         "prompts_sha256": data.rows_sha256 if data else None,
         "rows": data.rows if data else None,
+        "description": descriptions.shortened(texts[0], DESCRIPTION) if texts else None,
         "collection": name,
     }
     rows = [

@@ -21,7 +21,7 @@ from paragen.common.cli import UserError
 KEY = "descriptions"
 UNKNOWN = "unknown"  # the source of a plain list
 TABLE = "descriptions.yaml"  # in data/
-SHOWN = 60  # characters of a text in a message
+SHOWN = 60  # the most characters of a text in a message
 
 
 def descriptions_of(entry: dict[str, Any]) -> list[str]:
@@ -70,9 +70,9 @@ def alike(text: str) -> str:
     return " ".join(text.casefold().split()).rstrip(".")
 
 
-def shortened(text: str) -> str:
-    """The start of a text, for a message."""
-    return text if len(text) <= SHOWN else text[: SHOWN - 3] + "..."
+def shortened(text: str, most: int = SHOWN) -> str:
+    """A text, or its start with `...` where it has more characters than `most`."""
+    return text if len(text) <= most else text[: most - 3] + "..."
 
 
 def added(entry: dict[str, Any], texts: list[str], source: str) -> tuple[dict[str, Any], int]:

@@ -290,6 +290,6 @@ def fault_of(folder: Path, name: str, mark: dict[str, Any], table: "pa.Table") -
     if faults:
         return f"is not whole: {faults[0]}"
     listed = table.filter(pc.field("collection") == name).combine_chunks()
-    unknown = [column for column in index.MARKS if listed[column].null_count == listed.num_rows]  # published without
+    unknown = [column for column in index.LATER if listed[column].null_count == listed.num_rows]  # published without
     same = rows.drop_columns(unknown).equals(listed.drop_columns(unknown))
     return None if same else f"has other checkpoints than {paths.INDEX} lists"
