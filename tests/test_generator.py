@@ -106,6 +106,18 @@ def test_it_writes_adapters_that_peft_loads_for_a_dataset_without_a_collection(t
     assert "generated with other prompts, seed; FORCE=1 replaces it" in refused(project, "generate", **asked, SEED=1)
 
 
+def test_prompts_are_rows_that_were_trained_on_where_a_collection_says_which(trained, tmp_path):
+    project = copied(trained, tmp_path / "my project")
+    run(project, "index")
+    data = project.top / "data" / f"{SEEN[0]}.json"
+    rows = json.loads(data.read_text())
+    data.write_text(json.dumps(rows + rows))  # the others are for scoring
+    run(project, "generate", GENERATOR="tiny-rank-4", DATASET=SEEN[0], SAMPLES=1, PROMPTS=1000, OUT=tmp_path / "my out")
+    record = json.loads((tmp_path / "my out" / SEEN[0] / "generated.json").read_text())
+    assert record["prompts"]["samples"] == [[*range(len(rows))]] and record["is_seen"]
+    assert record["description"].startswith("You are given")
+
+
 def assert_derived(project: Packable) -> None:
     """Generators and what they write are no collections, whoever looks for some."""
     saves = project.top / "saves"

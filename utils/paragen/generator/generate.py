@@ -11,11 +11,12 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 import numpy
+import pyarrow.compute as pc
 import torch
 from safetensors.torch import save_file
 from torch import Tensor
 
-from paragen.collection import checkpoints, prompts, run_identity
+from paragen.collection import checkpoints, index, prompts, run_identity
 from paragen.collection.adapter_folders import FORMAT, RECORD
 from paragen.collection.index import Chosen
 from paragen.collection.manifest import sealed
@@ -40,14 +41,18 @@ class Source(NamedTuple):
 
 
 def source_of(dataset: str) -> Source:
-    """The prompts of a registered dataset: its training rows, without those that its entry holds out.
+    """The prompts of a registered dataset: the rows that its collections were trained on, where there are some, else
+    all but those that its entry holds out.
 
     Raises UserError for a name that is not registered, and for a test split, whose rows are for scoring.
     """
     name, (entry, rows) = prompts.registered(dataset)
-    if names.without_split(name) != name:
+    if names.split_in(name) not in (None, "train"):
         raise UserError(f"{name}: holds rows to score on; name the dataset, {names.without_split(name)}")
-    part = (entry, rows[: len(rows) - (entry.get(dataset_info.HELD_OUT) or 0)])
+    table, _ = index.read(paths.SAVES)
+    trained = table.filter(pc.equal(table["dataset"], name))["rows"].to_pylist()
+    count = min([len(rows) - (entry.get(dataset_info.HELD_OUT) or 0), *(each for each in trained if each)])
+    part = (entry, rows[:count])
     texts = descriptions.descriptions_of(entry)
     file = dataset_info.data_file(name, paths.DATA).relative_to(paths.DATA).as_posix()
     return Source(name, file, conditions.texts_in(part), texts[0] if texts else None)
