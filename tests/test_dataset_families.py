@@ -42,7 +42,15 @@ def test_a_family_is_a_text(value):
     assert sources.entry_fault("OBQA_train.json", listed) == f"family {value or 0!r} is not a text"
 
 
-def test_a_family_makes_no_run_stale():
-    """It says with what a dataset is compared, not how it is trained on."""
+def test_neither_family_nor_metric_makes_a_run_stale():
+    """They say with what a dataset is compared and how it is scored, not how it is trained on."""
     entry = {"file_name": "math/A.json", "columns": COLUMNS}
-    assert dataset_info.without_marks(entry | {"family": "letters"}) == entry
+    assert dataset_info.without_marks(entry | {"family": "letters", "metric": "exact"}) == entry
+
+
+@pytest.mark.parametrize("value", ["loss", 3, None, ["exact"]])
+def test_a_metric_is_exact_or_left_out(value):
+    entry = {"file_name": "math/A.json", "columns": COLUMNS}
+    assert dataset_info.entry_faults(entry | {"metric": "exact"}) == []
+    (fault,) = dataset_info.entry_faults(entry | {"metric": value})
+    assert fault.startswith(f"metric is {value!r}; it can be 'exact'")

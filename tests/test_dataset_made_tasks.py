@@ -220,6 +220,7 @@ def test_what_is_written_is_registered_and_without_faults_or_warnings(data):
     info = dataset_info.read_info(data)
     assert len(info) == 2 * len(SOME)
     assert info["made-word-third"]["family"] == "made-word" and "family" not in info["made-word-third_test"]
+    assert {entry["metric"] for entry in info.values()} == {"exact"}
     assert [*info["made-word-third"]["descriptions"].values()] == [
         list(task.descriptions) for task in TASKS if task.name == "made-word-third"
     ]

@@ -250,3 +250,17 @@ def test_a_row_that_lacks_a_column_is_read_as_the_datasets_library_reads_it():
     entry = {"columns": {"prompt": "prompt", "response": "response", "system": "system"}}
     row = questions.convert_row({"prompt": "a", "response": "b"}, entry, DataArguments(template="qwen"))
     assert row["_prompt"] == [{"role": "user", "content": "a"}] and not row["_system"]
+
+
+def test_only_a_split_whose_entries_all_say_so_is_exact():
+    """Short free texts alone are not: what existing datasets are scored by stays."""
+    columns = {"prompt": "prompt", "response": "response"}
+    rows = [{"prompt": "Say it.", "response": "red"}, {"prompt": "Say it.", "response": "12"}]
+    plain, exact = {"columns": columns}, {"columns": columns, "metric": "exact"}
+
+    def metric_of(*parts) -> str:
+        return questions.Split("X", True, list(parts)).metric
+
+    assert metric_of((exact, rows)) == metric_of((exact, rows[:1]), (exact, rows[1:])) == "exact"
+    assert metric_of((plain, rows)) == metric_of((exact, rows), (plain, rows)) == "loss"
+    assert metric_of((plain, rows[1:])) == "math" and metric_of((exact, rows[1:])) == "exact"

@@ -64,6 +64,16 @@ def test_results_are_compared_by_value():
     assert "likelihood_score" not in scored.score and scored.answers == list(generated.values())
 
 
+def test_an_exact_answer_is_the_response_without_surrounding_blanks():
+    questions = [choice(response, [response]) for response in ("red, blue", " red\n", "red", "Red", "a  b")]
+    generated = dict(enumerate(["red, blue", "\n red ", "red.", "red", "a b"]))
+    scored = score_checkpoint("exact", questions, [result()] * 5, generated)
+    assert scored.score["score"] == 0.4 and scored.score["unparsed"] == 0 and scored.score["loss"] == 0.5
+    interval = binomtest(2, 5).proportion_ci(0.95, "wilson")
+    assert scored.score["interval"] == pytest.approx([interval.low, interval.high])
+    assert "likelihood_score" not in scored.score and scored.answers == list(generated.values())
+
+
 def test_the_loss_is_the_mean_over_tokens_not_over_rows():
     results = [result(loss=3.0, count=1), result(loss=4.0, count=9)]
     scored = score_checkpoint("loss", [choice("[A]")] * 2, results, {})

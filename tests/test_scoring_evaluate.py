@@ -757,6 +757,19 @@ def test_mathematics_is_scored_by_generated_results(ready):
         assert score["unparsed"] in range(4) and "likelihood_score" not in score
 
 
+def test_rows_of_an_exact_metric_are_scored_by_generated_answers(ready):
+    """The adapter has learned what follows these prompts; the base says something else."""
+    rows = choices()
+    register(ready, "Exact", rows, metric="exact")
+    one = evaluated(ready, SPLIT="Exact", STEPS="last")
+    assert (one["metric"], one["rows"], one["settings"]) == ("exact", 12, {"max_new_tokens": 64})
+    (known,) = evaluated(ready, SPLIT="Toy_test", STEPS="last")["checkpoints"]
+    (last,) = one["checkpoints"]
+    assert last["loss"] == pytest.approx(known["loss"])
+    assert last["score"] == pytest.approx(known["score"]) and one["base"]["score"] == last["unparsed"] == 0
+    assert last["interval"] == answers.share_interval(round(last["score"] * 12), 12)
+
+
 def test_a_conversation_is_scored_on_its_last_answer(ready, scored_once):
     """One of a single turn says what an alpaca row says; an earlier turn is part of the prompt."""
     said = [("system", "answer"), ("human", "is {} even?"), ("gpt", "{}")]

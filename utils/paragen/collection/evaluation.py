@@ -22,10 +22,11 @@ DEEPEST = 16  # levels of lists and objects
 METRICS = {
     "choice": "share of right choices, as generated",
     "math": "share of right results, as generated",
+    "exact": "share of answers that are the response, as generated",
     "loss": "mean loss per token of the responses",
 }
 BASE = 0  # the step that stands for the base model
-MOST = {"choice": 32, "math": 512}  # tokens that a generated answer may have
+MOST = {"choice": 32, "math": 512, "exact": 64}  # tokens that a generated answer may have
 # The keys of an evaluation (see `read`).
 KEYS = {
     "split", "paired", "limit", "metric", "rows", "prompts_sha256", "settings", "engine", "dtype", "device", "versions",

@@ -20,6 +20,8 @@ PROMPTS_ONLY = "prompts_only"
 HELD_OUT = "held_out"  # the number of last rows that are for scoring: no recipe trains on them
 ACCEPTED_ROWS = "accepted_rows"  # the numbers of rows that may lack a text or an answer
 FAMILY = "family"  # a text that datasets of one form or origin share: they are held out together (families.py)
+METRIC = "metric"  # how answers to its rows are scored, where the responses alone do not tell: EXACT
+EXACT = "exact"  # a generated answer is right where it is the response, without surrounding blanks
 PROVENANCE = ("license", "source", "citation", "language")  # of own data, for publishing; texts
 IMAGES = ("images", "image")
 # What an entry may map, by its formatting, and the columns that are used for it when the user names none.
@@ -235,7 +237,7 @@ def entry_faults(entry: Any) -> list[str]:
 
 def without_marks(entry: dict[str, Any]) -> dict[str, Any]:
     """The keys of an entry that decide how its rows are trained on."""
-    marks = (HELD_OUT, ACCEPTED_ROWS, FAMILY, descriptions.KEY, *PROVENANCE)
+    marks = (HELD_OUT, ACCEPTED_ROWS, FAMILY, METRIC, descriptions.KEY, *PROVENANCE)
     return {key: value for key, value in entry.items() if key not in marks}
 
 
@@ -245,6 +247,8 @@ def mark_faults(entry: dict[str, Any]) -> list[str]:
     faults = [] if type(held_out) is int and held_out >= 0 else [f"{HELD_OUT} {held_out!r} is not a number of rows"]
     if not isinstance(accepted, list) or not all(type(number) is int and number > 0 for number in accepted):
         faults.append(f"{ACCEPTED_ROWS} is not a list of row numbers")
+    if entry.get(METRIC, EXACT) != EXACT:
+        faults.append(f"{METRIC} is {entry[METRIC]!r}; it can be {EXACT!r}, and without it the responses decide")
     if fault := descriptions.fault_of(entry.get(descriptions.KEY, [])):
         faults.append(fault)
     return faults + [f"{key} is not a text" for key in (FAMILY, *PROVENANCE) if not isinstance(entry.get(key, ""), str)]

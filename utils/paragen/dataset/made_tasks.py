@@ -17,7 +17,7 @@ from paragen.common import files
 from paragen.common.cli import UserError
 from paragen.common.paths import MADE, relative
 from paragen.dataset import convert, descriptions, names, registration
-from paragen.dataset.dataset_info import FAMILY, read_info
+from paragen.dataset.dataset_info import EXACT, FAMILY, METRIC, read_info
 from paragen.dataset.made_rules import Task, all_tasks, draw, draw_line
 
 TEST_ROWS = 200
@@ -127,11 +127,11 @@ def rows_of(task: Task, lines: Sequence[list[str]], order: random.Random) -> lis
 
 def entries_of(task: Task) -> dict[str, dict[str, Any]]:
     """The entries of a task's two splits in dataset_info.json, by dataset name."""
-    provenance = {"license": "apache-2.0", "language": "en", "source": SOURCE}
+    both = {"columns": COLUMNS, METRIC: EXACT, "license": "apache-2.0", "language": "en", "source": SOURCE}
     known = {FAMILY: task.family, descriptions.KEY: {SOURCE: list(task.descriptions)}}
     return {
-        task.name: {"file_name": train_file(task), "columns": COLUMNS, **provenance, **known},
-        names.test_split_name(task.name): {"file_name": test_file(task), "columns": COLUMNS, **provenance},
+        task.name: {"file_name": train_file(task), **both, **known},
+        names.test_split_name(task.name): {"file_name": test_file(task), **both},
     }
 
 

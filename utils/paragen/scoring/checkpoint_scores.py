@@ -33,12 +33,11 @@ def score_checkpoint(
     score |= {"loss": float(sums.sum() / counts.sum()), "loss_interval": answers.loss_interval(sums, counts)}
     if metric == "loss":
         return CheckpointScore(score, [""] * len(questions))
-    is_right = is_right_option if metric == "choice" else is_right_result
     texts = [
         generated[number] if number in generated else question.options[one.answer] if one.answer is not None else ""
         for number, (question, one) in enumerate(zip(questions, results, strict=True))
     ]
-    verdicts = [is_right(question, text) for question, text in zip(questions, texts, strict=True)]
+    verdicts = [IS_RIGHT[metric](question, text) for question, text in zip(questions, texts, strict=True)]
     right = sum(verdict is True for verdict in verdicts)
     score |= {"score": right / len(questions), "interval": answers.share_interval(right, len(questions))}
     score["unparsed"] = sum(verdict is None for verdict in verdicts)
@@ -61,3 +60,11 @@ def is_right_option(question: Question, text: str) -> bool | None:
 def is_right_result(question: Question, text: str) -> bool | None:
     """Whether a text has the response's result; None where no result can be read in it."""
     return answers.same_result(question.response, text)
+
+
+def is_response(question: Question, text: str) -> bool:
+    """Whether a text is the response; blanks around either do not count."""
+    return text.strip() == question.response.strip()
+
+
+IS_RIGHT = {"choice": is_right_option, "math": is_right_result, "exact": is_response}

@@ -14,7 +14,7 @@ from paragen.collection.manifest import read_manifest
 from paragen.common import cli, devices, files, settings
 from paragen.common.cli import UserError, say
 from paragen.exports import peft
-from paragen.scoring import answers, questions
+from paragen.scoring import questions
 from paragen.scoring.questions import Question, Split
 from paragen.training import llamafactory_output
 
@@ -63,7 +63,7 @@ def plan_for(chosen: Chosen) -> Plan:
             "text; collect it here to score it"
         )
     split, limit = questions.split_for(manifest, settings.text("SPLIT")), settings.number("LIMIT")
-    metric = answers.metric_of(split.texts)
+    metric = split.metric
     if limit is not None and limit >= len(split.rows):
         limit = None
     entries = peft.selected(manifest.checkpoints, requested_steps())

@@ -61,6 +61,14 @@ class Split(NamedTuple):
         """The distinct responses of the whole split, also where only its first rows are scored."""
         return answers.distinct_responses(self._replace(parts=self.all_parts or self.parts).texts)
 
+    @property
+    def metric(self) -> str:
+        """What the rows are scored by, a key of evaluation.METRICS: what all their entries state, or else what their
+        responses tell."""
+        if all(entry.get(dataset_info.METRIC) == dataset_info.EXACT for entry, _ in self.parts):
+            return "exact"
+        return answers.metric_of(self.texts)
+
 
 def split_for(manifest: Manifest, requested: str) -> Split:
     """The rows that a collection is scored on.
