@@ -122,7 +122,7 @@ index: setup  ## one table over all collections: saves/index.parquet
 export: setup  ## FORMAT=dnd|peft|canonical|loragen|text-to-lora|table|w2t|archive [DATASET=..] [MODEL=..] [RANK=..] [OUT=..] [STEPS=..] ...
 	@$(PY) utils/export.py
 
-evaluate: setup  ## score checkpoints on held-out prompts: DATASET=ARC-c [RANK=8] [SPLIT=..] [STEPS=all|last|every:10] [LIMIT=n]
+evaluate: setup  ## score checkpoints on held-out prompts: DATASET=ARC-c [RANK=8] [SPLIT=..] [STEPS=last] [LIMIT=n]; GENERATED=folder: adapters
 	@exec $(PY) utils/evaluate.py
 
 stats: setup  ## norms, changes, effective ranks, importance of layers: [DATASET=..] [MODEL=..] [RANK=..]

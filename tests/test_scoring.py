@@ -3,7 +3,7 @@
 import pytest
 import torch
 from helpers import tiny_models
-from helpers.model_fixtures import CLOSE, LONGEST, STOPS, Scene, prompts, question
+from helpers.model_fixtures import CLOSE, LONGEST, STOPS, Scene, config_in, prompts, question
 from transformers import GenerationConfig
 from transformers.models.llama.modeling_llama import LlamaMLP, apply_rotary_pos_emb
 
@@ -333,7 +333,11 @@ def compared(every_model, tmp_path):
     scene = Scene(every_model / "llama-7b", count=1, dtype=torch.float32)
     scene.peft.save_pretrained(tmp_path)
     questions = [question(prompt, [[*range(20, 30)], [21]]) for prompt in prompts([5, 40])]
-    return scene, questions, peft_comparison.peft_losses(scene.fresh(), tmp_path, scene.adapters[1], questions)
+    return (
+        scene,
+        questions,
+        peft_comparison.peft_losses(scene.fresh(), config_in(tmp_path), scene.adapters[1], questions),
+    )
 
 
 def test_what_peft_computes_too_is_accepted(compared):
@@ -394,7 +398,7 @@ def test_scores_of_peft_leave_the_model_as_it_was(every_model, compared, tmp_pat
     model = scene.fresh()
     before = {name: tensor.clone() for name, tensor in model.state_dict().items()}
     for _ in range(2):
-        assert peft_comparison.peft_losses(model, tmp_path, scene.adapters[1], questions) == theirs
+        assert peft_comparison.peft_losses(model, config_in(tmp_path), scene.adapters[1], questions) == theirs
     after = model.state_dict()
     assert list(after) == list(before) and all(torch.equal(after[name], before[name]) for name in before)
 

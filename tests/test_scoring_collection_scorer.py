@@ -5,7 +5,7 @@ from types import SimpleNamespace
 
 import pytest
 import torch
-from helpers.model_fixtures import Scene, prompts, question
+from helpers.model_fixtures import Scene, config_in, prompts, question
 
 from paragen.collection.evaluation import BASE
 from paragen.common.cli import UserError
@@ -103,7 +103,7 @@ def test_a_model_that_our_attention_gets_wrong_continues_with_its_own(every_mode
     scene = Scene(every_model / "qwen2.5-0.5b", count=1, dtype=torch.float32, fused=True)
     scene.peft.save_pretrained(tmp_path)
     compared = [question(prompt, [[*range(20, 30)], [21]]) for prompt in prompts([5, 40], 12)]
-    expected = peft_comparison.peft_losses(scene.fresh(), tmp_path, scene.adapters[1], compared)
+    expected = peft_comparison.peft_losses(scene.fresh(), config_in(tmp_path), scene.adapters[1], compared)
     scorer = SceneScorer(scene, compared, False)
     scorer.check(compared, expected)
     assert attention.has_shared_attention(scene.model)

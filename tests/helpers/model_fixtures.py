@@ -14,7 +14,7 @@ from peft import LoraConfig, get_peft_model, get_peft_model_state_dict, set_peft
 from torch import Tensor, nn
 from transformers import AutoConfig, AutoModelForCausalLM, AutoModelForImageTextToText, GenerationConfig
 
-from paragen.collection import checkpoints, lora_config
+from paragen.collection import adapter_config, checkpoints, lora_config
 from paragen.scoring import questions
 from paragen.scoring.factors import Factors, stack_checkpoints
 from paragen.scoring.questions import Question
@@ -129,6 +129,11 @@ class Scene:
             some.shuffle(options)
             found.append(question(prompt, options, some.randrange(len(options))))
         return found
+
+
+def config_in(folder: Path) -> dict[str, Any]:
+    """The checked content of the adapter_config.json that PEFT wrote into a folder."""
+    return adapter_config.read(folder / "adapter_config.json")
 
 
 def question(prompt: list[int], options: list[list[int]], right: int = 0) -> Question:

@@ -72,6 +72,7 @@ SETTINGS = {
     "SPLIT": Setting("another registered dataset to score on"),
     "STEPS": Setting("all, last or every:10; table and w2t: also best; loragen and text-to-lora: last or best"),
     "LIMIT": Setting("score on the first rows alone", "number"),
+    "GENERATED": Setting("a folder of adapters to score, <dataset>/<sample>/, in place of collections"),
     "FORMAT": Setting(
         "the format to write",
         choices=("dnd", "peft", "canonical", "loragen", "text-to-lora", "table", "w2t", "archive"),
@@ -149,7 +150,7 @@ TARGETS: dict[str, dict[str, str]] = {
         OUT="saves/exports/<format>", STEPS="all; last for formats with one adapter a dataset",
     ),
     "import": _takes("FILE FORCE"),
-    "evaluate": _takes(f"{SELECTION} SPLIT STEPS LIMIT DEVICES FORCE ALLOW_OPEN_RAY", STEPS="all"),
+    "evaluate": _takes(f"{SELECTION} SPLIT STEPS LIMIT GENERATED DEVICES FORCE ALLOW_OPEN_RAY", STEPS="all"),
     "stats": _takes(f"{SELECTION} DEVICES FORCE"),
     "generator": _takes(
         f"{SELECTION} WITHOUT NAME TRAIN_STEPS BASE_STEPS TRAIN_SEED FORM IMPORTANCE MIX ANSWERS PROMPTS WIDTH STEPS "

@@ -14,6 +14,9 @@ class CheckpointScore(NamedTuple):
 
     score: dict[str, Any]  # the entry in evaluation.json, without its step
     answers: list[str]  # the answer to each question; empty where none was generated
+    losses: list[float]  # of each question: the negative log-likelihood of the right response, in nats
+    token_counts: list[int]  # that these are summed over
+    right: list[bool]  # whether each answer is right; empty where the metric is the loss
 
 
 def score_checkpoint(
@@ -32,14 +35,14 @@ def score_checkpoint(
     score: dict[str, Any] = {"score": None, "interval": None, "unparsed": 0}
     score |= {"loss": float(sums.sum() / counts.sum()), "loss_interval": answers.loss_interval(sums, counts)}
     if metric == "loss":
-        return CheckpointScore(score, [""] * len(questions))
+        return CheckpointScore(score, [""] * len(questions), sums.tolist(), counts.tolist(), [])
     texts = [
         generated[number] if number in generated else question.options[one.answer] if one.answer is not None else ""
         for number, (question, one) in enumerate(zip(questions, results, strict=True))
     ]
     verdicts = [IS_RIGHT[metric](question, text) for question, text in zip(questions, texts, strict=True)]
-    right = sum(verdict is True for verdict in verdicts)
-    score |= {"score": right / len(questions), "interval": answers.share_interval(right, len(questions))}
+    right = [verdict is True for verdict in verdicts]
+    score |= {"score": sum(right) / len(right), "interval": answers.share_interval(sum(right), len(right))}
     score["unparsed"] = sum(verdict is None for verdict in verdicts)
     if metric == "choice":
         likeliest = sum(
@@ -48,7 +51,7 @@ def score_checkpoint(
         )
         score["likelihood_score"] = likeliest / len(questions)
         score["likelihood_interval"] = answers.share_interval(likeliest, len(questions))
-    return CheckpointScore(score, texts)
+    return CheckpointScore(score, texts, sums.tolist(), counts.tolist(), right)
 
 
 def is_right_option(question: Question, text: str) -> bool | None:

@@ -1,14 +1,15 @@
-"""Scores a collection's base model and checkpoints on a split, in groups that go through the model together."""
+"""Scores a base model and adapters of it on a split, in groups that go through the model together."""
 
 import contextlib
 import functools
 import gc
 import sys
-from collections.abc import Callable, Generator, Iterator
+from collections.abc import Callable, Generator, Iterator, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
+from torch import Tensor
 
 from paragen.collection.evaluation import BASE, MOST
 from paragen.collection.index import Chosen
@@ -17,7 +18,7 @@ from paragen.common.cli import UserError
 from paragen.scoring import attention, factors, peft_comparison
 from paragen.scoring.base_model import BaseModel, naming
 from paragen.scoring.checkpoint_scores import CheckpointScore, score_checkpoint
-from paragen.scoring.factor_reader import FactorReader
+from paragen.scoring.factor_reader import CheckpointReader, FactorReader, MemoryReader
 from paragen.scoring.factors import Factors
 from paragen.scoring.generation import Answers
 from paragen.scoring.likelihoods import QuestionResult
@@ -39,19 +40,18 @@ class PendingGroup(NamedTuple):
     results: Future[list[list[QuestionResult]]]
 
 
-class CollectionScorer:
-    """Scores the checkpoints of one collection.
+class AdapterScorer:
+    """Scores the adapters that a reader reads.
 
     Args:
-        chosen: the collection.
-        base: its base model.
+        reader: the adapters; its numbers are the steps below.
+        base: their base model.
         split: the rows to score on.
         metric: what they are scored by, a key of evaluation.METRICS.
     """
 
-    def __init__(self, chosen: Chosen, base: BaseModel, split: Split, metric: str):
-        self.base, self.metric, self.folder = base, metric, chosen.folder
-        self.reader = FactorReader(chosen.folder, chosen.manifest, base)
+    def __init__(self, reader: FactorReader, base: BaseModel, split: Split, metric: str):
+        self.reader, self.base, self.metric = reader, base, metric
         with naming(base.folder):
             self.encoder = Encoder(base.tokenizer_module, base.data_args, base.max_tokens)
         self.questions = self.encoder.questions(split, metric)
@@ -66,7 +66,7 @@ class CollectionScorer:
             gc.freeze()  # imported modules stay, and looking through them again and again would hold up all threads
         compared = peft_comparison.questions_to_compare(self.questions)
         expected = peft_comparison.peft_losses(
-            self.base.model, self.folder, self.reader.read(self.reader.last), compared
+            self.base.model, self.reader.config, self.reader.read(self.reader.last), compared, self.reader.name
         )
         self.base.use_fused_kernels()
         stacked = StackedModel(self.base.model, self.reader.layers)
@@ -162,6 +162,45 @@ class CollectionScorer:
         stacked = retry_with_free_memory(selected, selected)
         found = scorer.generate(stacked, [*open_questions.values()], MOST[self.metric])
         return dict(zip(open_questions, found, strict=True))
+
+
+class CollectionScorer(AdapterScorer):
+    """Scores the checkpoints of one collection, by step.
+
+    Args:
+        chosen: the collection.
+        base, split, metric: as AdapterScorer takes them.
+    """
+
+    def __init__(self, chosen: Chosen, base: BaseModel, split: Split, metric: str):
+        super().__init__(CheckpointReader(chosen.folder, chosen.manifest, base), base, split, metric)
+
+
+def score_adapters(
+    adapters: Sequence[dict[str, Tensor] | None],
+    config: dict[str, Any],
+    base: BaseModel,
+    split: Split,
+    metric: str,
+    name: str = "adapters",
+) -> list[CheckpointScore]:
+    """Score adapters in memory as checkpoints are scored.
+
+    Args:
+        adapters: the tensors of each by PEFT's keys, of equal keys and shapes; None for the base model. At least one is
+            not None.
+        config: the content of their adapter_config.json, checked (collection/adapter_config.py).
+        base, split, metric: as AdapterScorer takes them.
+        name: what messages call the adapters.
+
+    Returns a score for each, in order. Raises UserError for a kind of LoRA that cannot be scored here, for adapters
+    that PEFT does not load onto the base model, and where what is computed here is not what PEFT computes.
+    """
+    numbered = {number: one for number, one in enumerate(adapters, BASE + 1) if one is not None}
+    scorer = AdapterScorer(MemoryReader(numbered, config, base, name), base, split, metric)
+    wanted = [*([BASE] if None in adapters else []), *numbered]
+    scores = {number: one for some in scorer.scores(wanted) for number, one in some.items()}
+    return [scores[BASE if one is None else number] for number, one in enumerate(adapters, BASE + 1)]
 
 
 @contextlib.contextmanager

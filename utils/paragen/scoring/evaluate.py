@@ -62,13 +62,17 @@ def plan_for(chosen: Chosen) -> Plan:
             f"{chosen.name}: its manifest has no recipe (it was made from a stock run), so it is unknown how it reads "
             "text; collect it here to score it"
         )
-    split, limit = questions.split_for(manifest, settings.text("SPLIT")), settings.number("LIMIT")
-    metric = split.metric
-    if limit is not None and limit >= len(split.rows):
-        limit = None
+    split, limit = limited(questions.split_for(manifest, settings.text("SPLIT")), settings.number("LIMIT"))
     entries = peft.selected(manifest.checkpoints, requested_steps())
     steps = [BASE, *(entry.step for entry in entries)]
-    return Plan(chosen, questions.first_rows(split, limit), metric, limit, steps)
+    return Plan(chosen, split, split.metric, limit, steps)
+
+
+def limited(split: Split, limit: int | None) -> tuple[Split, int | None]:
+    """A split's first rows, and how many they are: None where they are all."""
+    if limit is not None and limit >= len(split.rows):
+        limit = None
+    return questions.first_rows(split, limit), limit
 
 
 def score(plan: Plan, base: "BaseModel | None", show: int) -> "BaseModel | None":
@@ -121,19 +125,29 @@ def entry_for(plan: Plan, entries: list[dict[str, Any]]) -> dict[str, Any]:
 
     Raises UserError where the existing one's rows have changed or its settings are others.
     """
-    most = evaluation.MOST.get(plan.metric)
-    settings = {"max_new_tokens": most} if most else {}
-    new = {
-        "split": plan.split.name, "paired": plan.split.paired, "limit": plan.limit, "metric": plan.metric,
-        "rows": len(plan.split.rows), "prompts_sha256": files.sha256_of_value(plan.split.texts), "settings": settings,
-        "engine": ENGINE, "dtype": None, "device": None, "versions": {}, "base": None, "checkpoints": [],
-    }  # fmt: skip
+    new = new_entry(plan.split, plan.metric, plan.limit)
     old = next((one for one in entries if rows_key(one) == rows_key(new)), None)
     if old is None or run_identity.force_requested():
         return new
     if changed := list_changes(old, new):
         raise UserError(f"{plan}: its scores are stale, changed since: {', '.join(changed)}; FORCE=1 scores again")
     return old
+
+
+def new_entry(split: Split, metric: str, limit: int | None) -> dict[str, Any]:
+    """An evaluation without scores, as evaluation.json has it.
+
+    Args:
+        split: the rows that are scored.
+        metric: a key of evaluation.METRICS.
+        limit: how many of the split's first rows they are; None: all.
+    """
+    most = evaluation.MOST.get(metric)
+    return {
+        "split": split.name, "paired": split.paired, "limit": limit, "metric": metric, "rows": len(split.rows),
+        "prompts_sha256": files.sha256_of_value(split.texts), "settings": {"max_new_tokens": most} if most else {},
+        "engine": ENGINE, "dtype": None, "device": None, "versions": {}, "base": None, "checkpoints": [],
+    }  # fmt: skip
 
 
 def list_changes(old: dict[str, Any], new: dict[str, Any]) -> list[str]:
@@ -160,14 +174,21 @@ def provenance_of(plan: Plan, base: "BaseModel", entry: dict[str, Any]) -> dict[
 
     Raises UserError where its existing scores were computed in another dtype.
     """
-    dtype = str(base.dtype).removeprefix("torch.")
-    if entry["dtype"] not in (None, dtype):
+    found = computed_by(base)
+    if entry["dtype"] not in (None, found["dtype"]):
         raise UserError(
-            f"{plan}: {len(missing_steps(plan, entry))} models are to be scored in {dtype}, the others were in "
-            f"{entry['dtype']} ({entry['device']}); go on there, or score all again with FORCE=1"
+            f"{plan}: {len(missing_steps(plan, entry))} models are to be scored in {found['dtype']}, the others were "
+            f"in {entry['dtype']} ({entry['device']}); go on there, or score all again with FORCE=1"
         )
+    return found
+
+
+def computed_by(base: "BaseModel") -> dict[str, Any]:
+    """The dtype, device and package versions that scores are computed with now."""
     versions = {name: version(name) for name in PACKAGES}
-    return {"dtype": dtype, "device": devices.describe(), "versions": versions}
+    return {
+        "dtype": str(base.dtype).removeprefix("torch."), "device": devices.describe(), "versions": versions
+    }  # fmt: skip
 
 
 def add_scores(entry: dict[str, Any], scores: "dict[int, CheckpointScore]") -> None:

@@ -1,6 +1,6 @@
 """Makes sure that scores are right: PEFT's own forward pass on some questions has to give the same."""
 
-from pathlib import Path
+from typing import Any
 
 import torch
 from peft import PeftModel, set_peft_model_state_dict
@@ -8,7 +8,7 @@ from torch import Tensor
 from transformers import PreTrainedModel
 
 from paragen.collection import adapter_config
-from paragen.common import cli, paths
+from paragen.common import cli
 from paragen.common.cli import UserError
 from paragen.packed.model import unload_adapter
 from paragen.scoring import decoding
@@ -37,20 +37,24 @@ def _length(question: Question) -> int:
 
 
 def peft_losses(
-    model: PreTrainedModel, folder: Path, tensors: dict[str, Tensor], questions: list[Question]
+    model: PreTrainedModel,
+    config: dict[str, Any],
+    tensors: dict[str, Tensor],
+    questions: list[Question],
+    name: str = "the adapter",
 ) -> list[list[float]]:
     """What PEFT computes for some questions: the negative log-likelihood of each right response, in nats.
 
     Args:
         model: the base model; it is left as it was.
-        folder: the collection's, with its adapter_config.json.
-        tensors: a checkpoint by PEFT's keys.
+        config: the content of its adapter_config.json, checked.
+        tensors: an adapter by PEFT's keys.
         questions: the compared ones.
+        name: what messages call the adapter.
 
-    Returns two lists, for the base model and for the checkpoint. Raises UserError where PEFT does not load the
-    checkpoint onto the base model.
+    Returns two lists, for the base model and for the adapter. Raises UserError where PEFT does not load the adapter
+    onto the base model.
     """
-    config = adapter_config.read(folder / paths.ADAPTER_CONFIG)
     try:
         adapted = PeftModel(model, adapter_config.lora_config(config))
         set_peft_model_state_dict(adapted, tensors)
@@ -58,7 +62,7 @@ def peft_losses(
         if cli.storage_fault(error) is not None or cli.is_out_of_memory(error):
             raise
         text = " ".join(str(error).split())[:300]
-        raise UserError(f"{paths.relative(folder)}: PEFT does not load it onto its base model: {text}") from error
+        raise UserError(f"{name}: PEFT does not load it onto its base model: {text}") from error
     adapted.eval()
     with adapted.disable_adapter():
         base = [plain_loss(adapted, question) for question in questions]

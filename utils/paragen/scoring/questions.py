@@ -10,8 +10,9 @@ from typing import Any, NamedTuple
 
 from paragen.collection import prompts
 from paragen.collection.manifest import Manifest
+from paragen.common import paths
 from paragen.common.cli import UserError
-from paragen.dataset import dataset_info, row_faults, row_texts
+from paragen.dataset import dataset_info, names, row_faults, row_texts
 from paragen.scoring import answers
 
 
@@ -59,15 +60,20 @@ class Split(NamedTuple):
     @property
     def responses(self) -> list[str]:
         """The distinct responses of the whole split, also where only its first rows are scored."""
-        return answers.distinct_responses(self._replace(parts=self.all_parts or self.parts).texts)
+        return answers.distinct_responses(self.whole.texts)
+
+    @property
+    def whole(self) -> "Split":
+        """The split as it was before `first_rows`."""
+        return self._replace(parts=self.all_parts or self.parts, all_parts=None)
 
     @property
     def metric(self) -> str:
-        """What the rows are scored by, a key of evaluation.METRICS: what all their entries state, or else what their
-        responses tell."""
+        """What the rows are scored by, a key of evaluation.METRICS: what all their entries state, or else what the
+        responses of the whole split tell, also where only its first rows are scored."""
         if all(entry.get(dataset_info.METRIC) == dataset_info.EXACT for entry, _ in self.parts):
             return "exact"
-        return answers.metric_of(self.texts)
+        return answers.metric_of(self.whole.texts)
 
 
 def split_for(manifest: Manifest, requested: str) -> Split:
@@ -86,6 +92,31 @@ def split_for(manifest: Manifest, requested: str) -> Split:
     else:
         parts = prompts.parts(manifest, "test")
         split = Split("+".join(map(prompts.split_name, data)), True, parts)
+    return _checked(split)
+
+
+def split_of(dataset: str, requested: str) -> Split:
+    """The rows that adapters for a dataset are scored on of which there is no collection.
+
+    Args:
+        dataset: a registered dataset.
+        requested: as for `split_for`. Empty: the registered test split, or else the rows that its entry holds out.
+
+    Raises UserError like `split_for`.
+    """
+    paired = names.test_split_name(dataset)
+    if requested or paired in dataset_info.read_info(paths.DATA):
+        name, part = prompts.registered(requested or paired)
+        return _checked(Split(name, name == paired, [part]))
+    _, (entry, rows) = prompts.registered(dataset)
+    count = entry.get(dataset_info.HELD_OUT)
+    if not count or count > len(rows):
+        raise UserError(f"{dataset}: has no {paired} in dataset_info.json; register rows to score with as {paired}")
+    return _checked(Split(f"{dataset}[{len(rows) - count}:{len(rows)}]", True, [(entry, rows[-count:])]))
+
+
+def _checked(split: Split) -> Split:
+    """A split. Raises UserError where it cannot be scored."""
     for entry, rows in split.parts:
         if entry.get(dataset_info.PROMPTS_ONLY):
             raise UserError(
