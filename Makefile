@@ -22,7 +22,7 @@ CHECK := "$(PYTHON)" utils/settings.py check $(or $(MAKECMDGOALS),help)
 .DEFAULT_GOAL := help
 .PHONY: help setup setup-dev lock model data data-all register describe made-tasks check-data recipe check-recipes \
 	pretrain finetune collect collect-all plan status verify clean-checkpoints disk clean-up index export import evaluate \
-	stats generator generate report publish pull demo test test-all test-gpu test-runs test-others lint format
+	stats generator generate benchmark-generator report publish pull demo test test-all test-gpu test-runs test-others lint format
 
 help:  ## list the targets; FOR=collect explains one and its settings
 	@$(CHECK)
@@ -133,6 +133,9 @@ generator: setup  ## train a small generator on the pairs of one base and rank: 
 
 generate: setup  ## have it write adapters from a dataset's prompts: GENERATOR=.. DATASET=OBQA [PROMPTS=16] [SAMPLES=4] [OUT=..]
 	@exec $(PY) utils/generate.py
+
+benchmark-generator: setup  ## measure it on datasets that it has not seen: BY=family|dataset, or VARIANTS="1 3 6 12" ...
+	@exec $(PY) utils/benchmark_generator.py
 
 report: setup  ## a page to look at all of it, offline: saves/report/index.html
 	@$(PY) utils/report.py

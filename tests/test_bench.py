@@ -12,6 +12,7 @@ from helpers.forked_python import PYTHON
 sys.path.append(str(Path(__file__).resolve().parent.parent / "bench"))
 
 import every_target
+import generator
 import score_agreement
 import timed
 from shapes import ROOT, Seen, Work, adapter_parameters, base_parameters, flops, forward_flops, peak_of
@@ -26,7 +27,7 @@ def test_packed_says_what_it_measures(part):
     assert done.returncode == 0 and "usage" in done.stdout, done.stderr
 
 
-@pytest.mark.parametrize("name", ["deterministic", "every_target"])
+@pytest.mark.parametrize("name", ["deterministic", "every_target", "generator"])
 def test_a_script_of_one_part_says_what_it_measures(name):
     script = ROOT / "bench" / f"{name}.py"
     done = subprocess.run([PYTHON, script, "--help"], capture_output=True, text=True)
@@ -43,6 +44,17 @@ def test_another_likeliest_option_is_told_with_the_margin_by_the_reference():
     found = {"losses": [2.5, 3.0], "tokens": [1, 2], "likelihoods": [[-1.0, -2.0], [-2.5, -3.0]]}
     assert score_agreement.compare(found, reference) == ("1.83333", "+0.16667", "0.5000", "1 of 2", "0.500")
     assert score_agreement.compare(reference, reference)[1:] == ("+0.00000", "0.0000", "0 of 2", "")
+
+
+def test_a_task_of_one_file_is_split_by_its_prompts(tmp_path):
+    rows = [{"prompt": f"{number // 2}?", "response": str(number)} for number in range(40)]
+    (tmp_path / "deep").mkdir()
+    (tmp_path / "deep" / "GSM8K.json").write_text(json.dumps([*rows, {"prompt": "x" * 1500, "response": ""}]))
+    task = next(task for task in generator.TASKS if task.dataset == "GSM8K")
+    train, test = generator.split(task, tmp_path, 30)
+    assert (len(train), len(test), generator.name_of(task, 30)) == (30, 8, "GSM8K-30-by-prompt")
+    assert not {row["prompt"] for row in train} & {row["prompt"] for row in test}
+    assert (train, test) == generator.split(task, tmp_path, 30) and train[0]["system"] == ""
 
 
 def test_parameters_are_those_of_the_real_model():

@@ -11,7 +11,7 @@ UTILS = Path(__file__).resolve().parent.parent / "utils"
 PARAGEN = UTILS / "paragen"
 ROOMS = [
     "common", "hub", "model", "dataset", "recipes", "collection", "training", "archives", "packed", "analysis",
-    "exports", "publishing", "scoring", "generator", "sweep",
+    "exports", "publishing", "scoring", "generator", "sweep", "benchmark",
 ]  # fmt: skip
 SCRIPTS = {path.stem for path in UTILS.glob("*.py")}
 EDITED = "prompt_templates"  # the one script that rooms import: users add their templates there

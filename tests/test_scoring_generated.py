@@ -59,9 +59,9 @@ def record(project: Project, dataset: str, **changes) -> Path:
     known = {
         "format": adapter_folders.FORMAT, "generator": {"name": "mine", "sha256": "0"}, "rank": 4, "dataset": dataset,
         "base_model": {"name": base.name, "sha256": base.sha256}, "seen": ["Toy"], "is_seen": dataset == "Toy",
-        "samples": {
-            each.name: {name: files.sha256_of(each / name) for name in names}
-            for each in sorted(folder.iterdir()) if each.is_dir()
+        "files": {
+            f"{each.name}/{name}": files.sha256_of(each / name)
+            for each in sorted(folder.iterdir()) if each.is_dir() for name in names
         },
         **changes,
     }  # fmt: skip
@@ -139,7 +139,7 @@ FIRST = "base_model.model.model.layers.0.mlp.down_proj.lora_A.weight"
         (lambda p: tensors_with(p, lambda found: found.update({FIRST: found[FIRST][:2].clone()})), "has rank 2"),
         (lambda p: tensors_with(p, lambda found: found.update({FIRST: found[FIRST].int()})), "is no matrix of"),
         (lambda p: tensors_with(p, lambda found: found.update({FIRST: found[FIRST] / 0})), "not finite"),
-        (lambda p: record(p, "Toy", samples={}), "is of other adapters than those beside it"),
+        (lambda p: record(p, "Toy", files={}), "is of other adapters than those beside it"),
         (lambda p: record(p, "Toy", seen=3), "its seen is no list"),
         (lambda p: record(p, "Toy", base_model={"name": "Tiny-Llama", "sha256": "1"}), "no collection here has"),
         (lambda p: record(p, "Toy").write_text("{"), "generated.json: "),

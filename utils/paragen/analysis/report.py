@@ -13,7 +13,7 @@ import urllib.parse
 from pathlib import Path
 from typing import Any
 
-from paragen.analysis import report_cells, report_data, report_statistics
+from paragen.analysis import benchmark_page, report_cells, report_data, report_statistics
 from paragen.collection import checkpoints, evaluation, index, quality_warnings, selection
 from paragen.collection.manifest import require_manifest
 from paragen.common import files, paths
@@ -47,8 +47,8 @@ def gather(saves: Path) -> dict[str, Any]:
 
     Returns `collections` (a dict each: its row of the table, and `pictures`), `pairs` (the rows of the grid: a recipe
     pair and its cells by rank), `no_pairs` (why there are none), `ranks`, `map` (a panel per base model), `totals`,
-    `balance` (a sentence on collections and cells), `selection` (the settings and how many collections there are in
-    all, or None), `faults` (lines).
+    `balance` (a sentence on collections and cells), `benchmarks` (those of generators), `selection` (the settings and
+    how many collections there are in all, or None), `faults` (lines).
 
     Raises UserError for a name that no collection has, and where none is selected.
     """
@@ -84,6 +84,7 @@ def gather(saves: Path) -> dict[str, Any]:
         "map": checkpoint_map(found),
         "totals": totals(found, pairs),
         "balance": report_cells.balance(found, pairs),
+        "benchmarks": benchmark_page.sections(saves),
         "selection": {"settings": given, "of": everything} if given else None,
         "faults": [row["reason"] for row in found if row["state"] == "broken"],
     }
@@ -274,6 +275,7 @@ def render(facts: dict[str, Any]) -> str:
         evaluated=any(row["scores"] for row in facts["collections"]),
         states=[state for state in STATES if any(row["state"] == state for row in facts["collections"])],
         labels=[{key: row[key] for key in ("dataset", "model", "rank")} for row in facts["collections"]],
+        methods=benchmark_page.METHODS.values(),
         made=datetime.datetime.now(datetime.UTC).strftime("%Y-%m-%d %H:%M UTC"),
         scripts=[markupsafe.Markup(text) for text in scripts],
         policy=" ".join(f"'sha256-{value}'" for value in hashes),

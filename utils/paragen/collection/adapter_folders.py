@@ -31,7 +31,7 @@ class Samples(NamedTuple):
     folder: Path
     names: list[str]  # of the folders in it, in the order of their numbers
     config: dict[str, Any]  # adapter_config.json, checked
-    hashes: dict[str, dict[str, str]]  # by sample, by file name
+    hashes: dict[str, str]  # of the samples' files, by their path in the folder
     record: dict[str, Any] | None  # generated.json; None where there is none
 
     @property
@@ -45,7 +45,7 @@ class Samples(NamedTuple):
         from safetensors.torch import load_file
 
         path = self.folder / name / paths.ADAPTER
-        if files.sha256_of(path) != self.hashes[name][paths.ADAPTER]:
+        if files.sha256_of(path) != self.hashes[f"{name}/{paths.ADAPTER}"]:
             raise UserError(f"{paths.relative(path)}: changed while it was scored; score it again")
         found = load_file(path)
         for key, tensor in found.items():
@@ -80,7 +80,7 @@ def find(top: Path, wanted: list[str]) -> list[Samples]:
 def read(folder: Path) -> Samples:
     """The adapters of one dataset's folder, their settings and headers checked. Raises UserError for one not sound."""
     names = _sample_names(folder)
-    first, hashes = names[0], {}
+    first = names[0]
     configs = {name: adapter_config.read(folder / name / paths.ADAPTER_CONFIG) for name in names}
     layout = layout_of(folder / first / paths.ADAPTER, configs[first])
     for name in names:
@@ -90,9 +90,10 @@ def read(folder: Path) -> Samples:
                 raise UserError(f"{where}: {key} is {configs[name][key]!r}, that of {first} is {configs[first][key]!r}")
         if layout_of(folder / name / paths.ADAPTER, configs[name]) != layout:
             raise UserError(f"{paths.relative(folder / name / paths.ADAPTER)}: has other layers or shapes than {first}")
-        hashes[name] = {file: files.sha256_of(folder / name / file) for file in (paths.ADAPTER, paths.ADAPTER_CONFIG)}
+    used = [f"{name}/{file}" for name in names for file in (paths.ADAPTER, paths.ADAPTER_CONFIG)]
+    hashes = {path: files.sha256_of(folder / path) for path in used}
     record = read_record(folder)
-    if record is not None and record["samples"] != hashes:
+    if record is not None and record["files"] != hashes:
         raise UserError(
             f"{paths.relative(folder / RECORD)}: is of other adapters than those beside it; generate them again, or "
             "remove it to have them scored as adapters of unknown training tasks"
@@ -131,8 +132,8 @@ def read_record(folder: Path) -> dict[str, Any] | None:
     """The generated.json in a dataset's folder; None where there is none. Raises UserError for one that is not sound.
 
     It has `generator` (name, and sha256 of its manifest), `base_model` (name, sha256), `rank`, `dataset`, `seen` (the
-    datasets that the generator was trained on), `is_seen` (whether `dataset` is one), `prompts`, `seed`, and by sample
-    the hashes of its files in `samples`.
+    datasets that the generator was trained on), `is_seen` (whether `dataset` is one), `prompts`, `seed`, and the
+    hashes of the samples' files by their path in `files`.
     """
     path = folder / RECORD
     name, way_out = paths.relative(path), "generate the adapters again, or remove it"
@@ -153,7 +154,7 @@ def read_record(folder: Path) -> dict[str, Any] | None:
             raise ValueError("was edited after it was written")
     except (ValueError, RecursionError) as error:
         raise UserError(f"{name}: {error}; {way_out}") from None
-    kinds = {"generator": dict, "base_model": dict, "seen": list, "is_seen": bool, "samples": dict, "dataset": str}
+    kinds = {"generator": dict, "base_model": dict, "seen": list, "is_seen": bool, "files": dict, "dataset": str}
     for key, kind in kinds.items():
         if not isinstance(content.get(key), kind):
             raise UserError(f"{name}: its {key} is no {kind.__name__}; {way_out}")

@@ -11,7 +11,7 @@ from paragen.collection.manifest import phase_named_in
 from paragen.common import paths
 
 COLLECTIONS, PRETRAINS, EXPORTS, PUBLISHED = "collections", "pretrains", "exports", "published trees"
-GENERATED = "generators, and what they wrote"
+GENERATED = "generators, what they wrote, benchmarks"
 PAGES, CACHE, LOGS, LEFT, RUNNING = "index, report, statistics", "token cache", "logs", "left-overs", "runs in progress"
 OTHER, ARRIVING, MODELS, DATA = "other files in saves/", "unfinished downloads", "models", "data"
 ENVIRONMENT = "Python packages"
@@ -35,7 +35,7 @@ KINDS = {
     ENVIRONMENT: "make setup",
 }  # fmt: skip
 DERIVED = {"exports": EXPORTS, "publish": PUBLISHED, "report": PAGES, "stats": PAGES}
-DERIVED |= dict.fromkeys(("generators", "generated"), GENERATED)
+DERIVED |= dict.fromkeys(("generators", "generated", "benchmarks"), GENERATED)
 SHIPPED = ("README.md", ".gitkeep")  # in saves/, by git
 UNFINISHED = re.compile(r"\..+\.(download|part)|pull--.+")
 

@@ -24,7 +24,7 @@ ADAPTER_CONFIG = "adapter_config.json"  # PEFT's name for its settings
 MANIFEST = "manifest.json"
 INDEX = "index.parquet"  # in saves/
 # Folders in saves/ of what is made from collections and can be made again.
-DERIVED = ("exports", "stats", "report", "publish", "generators", "generated")
+DERIVED = ("exports", "stats", "report", "publish", "generators", "generated", "benchmarks")
 TOKENS = ".tokens"  # in saves/: tokenised rows, which the runs of sweeps share
 REMOVED_TOKENS = ".removed-"  # how some of them are called while they are deleted
 EXPORT_RECORD = "export.json"  # in the folder of an export

@@ -15,6 +15,10 @@ DEFAULT_MODEL = "qwen2.5-0.5b"  # where a dataset has several
 DEFAULT_RANK = 8  # of one cell
 SWEEP_RANKS = (2, 4, 8, 16, 64)  # of a sweep
 MADE_MODEL, MADE_ROWS = "smollm2-135m", 2000  # of made tasks: whose recipes are written, and the rows to train on
+# Of make benchmark-generator: datasets of a family that VARIANTS holds out, seeds, rows behind an adapter, samples, and
+# what is trained or computed to compare with.
+BENCHMARK_HOLD, BENCHMARK_REPEATS, BENCHMARK_PROMPTS, BENCHMARK_SAMPLES = 4, 3, 16, 4
+BASELINES = ("again", "union", "few", "context")
 YES, NO = ("1", "yes", "true", "on"), ("0", "no", "false", "off")
 ON_BY_DEFAULT = ("DETERMINISTIC",)  # switches that are on unless they are switched off
 
@@ -72,6 +76,15 @@ SETTINGS = {
     "SPLIT": Setting("another registered dataset to score on"),
     "STEPS": Setting("all, last or every:10; table and w2t: also best; loragen and text-to-lora: last or best"),
     "LIMIT": Setting("score on the first rows alone", "number"),
+    "BY": Setting("what a benchmark's fold holds out", choices=("family", "dataset")),
+    "VARIANTS": Setting("hold out HOLD datasets of each family; train on so many of its others", "numbers"),
+    "HOLD": Setting("how many datasets of each family VARIANTS holds out", "number"),
+    "REPEATS": Setting("how many seeds of a generator, or with VARIANTS random subsets, are measured", "number"),
+    "BASELINES": Setting(
+        "what a benchmark trains or computes to compare with, or none", "values", choices=(*BASELINES, "none")
+    ),
+    "LOSS_ONLY": Setting("the metrics of which a benchmark generates no answers", "values", choices=("math", "exact")),
+    "PER_DEVICE": Setting("how many processes of a benchmark share a device", "number"),
     "GENERATED": Setting("a folder of adapters to score, <dataset>/<sample>/, in place of collections"),
     "FORMAT": Setting(
         "the format to write",
@@ -161,6 +174,13 @@ TARGETS: dict[str, dict[str, str]] = {
     "generate": _takes(
         "GENERATOR DATASET PROMPTS SAMPLES SEED OUT DEVICES FORCE",
         PROMPTS="as trained", SAMPLES=4, SEED=0, OUT="saves/generated/<generator>",
+    ),
+    "benchmark-generator": _takes(
+        f"{SELECTION} BY VARIANTS HOLD REPEATS PROMPTS SAMPLES LIMIT LOSS_ONLY BASELINES TRAIN_STEPS BASE_STEPS FORM "
+        "IMPORTANCE MIX ANSWERS WIDTH STEPS OUT PER_DEVICE DEVICES DETERMINISTIC FORCE",
+        BY="family", HOLD=BENCHMARK_HOLD, REPEATS=BENCHMARK_REPEATS, PROMPTS=BENCHMARK_PROMPTS,
+        SAMPLES=BENCHMARK_SAMPLES, BASELINES=" ".join(BASELINES), TRAIN_STEPS=1000, BASE_STEPS=0, FORM="raw", WIDTH=512,
+        STEPS="all", OUT="saves/benchmarks/<model>_rank-<rank>_<what is held out>", PER_DEVICE=1,
     ),
     "report": _takes(f"{SELECTION} DEVICES"),
     "publish": _takes(f"{SELECTION} REPO PRIVATE RAW DRY_RUN ALLOW_UNKNOWN_LICENSE FORCE"),

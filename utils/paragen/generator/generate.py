@@ -16,6 +16,7 @@ from safetensors.torch import save_file
 from torch import Tensor
 
 from paragen.collection import checkpoints, prompts, run_identity
+from paragen.collection.adapter_folders import FORMAT, RECORD
 from paragen.collection.index import Chosen
 from paragen.collection.manifest import sealed
 from paragen.common import cli, files, paths
@@ -26,7 +27,6 @@ from paragen.generator import conditions
 from paragen.generator.conditions import Row
 from paragen.generator.saved import Generator
 
-FORMAT, RECORD = "paragen-generated-1", "generated.json"
 Adapter = dict[str, Tensor]
 
 

@@ -1,0 +1,134 @@
+"""`make benchmark-generator` in a real small project: parts, the table, what is reused, what is refused."""
+
+import json
+from pathlib import Path
+
+import pytest
+from conftest import CATEGORY
+from helpers import made_project
+from helpers.made_project import TASKS, refused, run
+from helpers.packed_project import Packable
+
+from paragen.analysis import benchmark_page
+from paragen.collection import discovery
+from paragen.common import files
+
+pytestmark = pytest.mark.runs
+
+FAST = {
+    "TRAIN_STEPS": 10, "WIDTH": 16, "PROMPTS": 4, "SAMPLES": 2, "REPEATS": 1, "LIMIT": 6, "LOSS_ONLY": "exact",
+    "BASELINES": "none",
+}  # fmt: skip
+FAMILIES = dict(zip(TASKS, ("one", "one", "two", "two"), strict=True))
+NEEDED = {"base", "mean", "nearest", "weighted", "generated", "generated-mean", "own", "swapped", "swapped-mean"}
+
+
+@pytest.fixture(scope="module")
+def collected(model_folder, tmp_path_factory) -> Packable:
+    """Four collections of a few steps, of two families. Read only but for saves/benchmarks."""
+    project = made_project.make(tmp_path_factory.mktemp("benchmark") / "my project", model_folder, TASKS, steps=6)
+    info = json.loads(project.info.read_text())
+    for name, family in FAMILIES.items():
+        info[name] |= {"family": family, "metric": "exact"}
+        info[f"{name}_test"]["metric"] = "exact"
+        for path in sorted((project.top / "collect_scripts" / CATEGORY / name).glob("*.yaml")):
+            path.rename(path.with_name(f"tiny_{name}_{path.stem.rpartition('_')[2]}.yaml"))
+    project.info.write_text(json.dumps(info))
+    return project
+
+
+@pytest.fixture(scope="module")
+def by_family(collected) -> str:
+    """The folder of a benchmark of both families without trainings of its own, and what it printed."""
+    return run(collected, "benchmark_generator", **FAST)
+
+
+def folder(project: Packable, name: str = "tiny_rank-4_by-family") -> Path:
+    return project.top / "saves" / "benchmarks" / name
+
+
+def content(project: Packable, name: str = "tiny_rank-4_by-family") -> dict:
+    return benchmark_page.read(folder(project, name) / "benchmark.json")
+
+
+def test_each_family_is_measured_by_generators_that_did_not_see_it(collected, by_family):
+    assert sorted(path.name for path in (folder(collected) / "generators").iterdir()) == ["one_0", "two_0"]
+    for name, seen in (("one_0", TASKS[2:]), ("two_0", TASKS[:2])):
+        manifest = json.loads((folder(collected) / "generators" / name / "manifest.json").read_text())
+        assert manifest["datasets"] == sorted(seen)
+    (group,) = content(collected)["groups"]
+    assert sorted(row["dataset"] for row in group["rows"]) == sorted(TASKS)
+    for row in group["rows"]:
+        assert row["methods"].keys() == NEEDED and row["rows"] == 6 and row["metric"] == "loss"
+        losses = {name: found["loss"]["value"] for name, found in row["methods"].items()}
+        assert losses["own"] < losses["base"] and losses["mean"] != losses["base"]
+        facts = {key: value for part in row["facts"] for key, value in part.items()}
+        assert FAMILIES[facts["nearest"]] != FAMILIES[row["dataset"]] != FAMILIES[facts["other"]]
+        assert losses["nearest"] != losses["own"] and row["closed"]["generated-mean"]["value"] is not None
+    assert "one family held out" in by_family and "4 datasets: generated adapters close" in by_family
+    assert (folder(collected) / "benchmark.png").stat().st_size > 10_000
+
+
+def test_losses_are_those_of_make_evaluate(collected, by_family):
+    run(collected, "evaluate", LIMIT=6, STEPS="last", DATASET=TASKS[3])
+    stored = json.loads((collected.folder("finetune", TASKS[3]) / "evaluation.json").read_text())["evaluations"][0]
+    row = next(row for row in content(collected)["groups"][0]["rows"] if row["dataset"] == TASKS[3])
+    for name, score in (("base", stored["base"]), ("own", stored["checkpoints"][0])):
+        assert row["methods"][name]["loss"]["value"] == pytest.approx(score["loss"], rel=1e-4)
+
+
+def test_what_was_measured_is_used_again_and_never_with_other_inputs(collected, by_family):
+    parts = {path: path.stat().st_mtime_ns for path in folder(collected).glob("*/*.json")}
+    (folder(collected) / "folds" / "two.json").unlink()
+    (folder(collected) / "benchmark.json").unlink()
+    again = run(collected, "benchmark_generator", **FAST)
+    assert "measured already: one" in again and "measured already: two" not in again
+    after = {path: path.stat().st_mtime_ns for path in folder(collected).glob("*/*.json")}
+    assert {path.name for path in parts if parts[path] != after[path]} == {"two.json"}
+    line = refused(collected, "benchmark_generator", **{**FAST, "LIMIT": 5})
+    assert "is of another benchmark (settings differ); take another OUT, or FORCE=1 replaces it" in line
+    (folder(collected) / "benchmark.json").unlink()
+    line = refused(collected, "benchmark_generator", **{**FAST, "LIMIT": 5})
+    assert "was measured with other inputs (limit); FORCE=1 measures again" in line
+    run(collected, "benchmark_generator", **FAST)
+
+
+def test_the_report_has_a_section_and_nothing_else_takes_the_benchmark_for_a_collection(collected, by_family):
+    run(collected, "report")
+    page = (collected.top / "saves" / "report" / "index.html").read_text()
+    assert "Generators on datasets that they have not seen" in page and "generated adapters close" in page
+    assert 'src="data:image/png;base64,' in page
+    assert len(discovery.find_collections([collected.top / "saves"])) == 4
+    path = folder(collected) / "benchmark.json"
+    kept = path.read_bytes()
+    path.write_bytes(kept.replace(b'"rank": 4', b'"rank": 5', 1))
+    run(collected, "report")
+    assert "was edited, or is of another format" in (collected.top / "saves" / "report" / "index.html").read_text()
+    path.write_bytes(kept)
+
+
+@pytest.mark.slow
+def test_everything_it_is_compared_with_is_trained_and_measured_on_all_slots(collected):
+    """Exact answers, own trainings by the collect path, variants of each family, several processes."""
+    full = {**FAST, "BASELINES": "again union few context", "LOSS_ONLY": "", "REPEATS": 2, "PER_DEVICE": 2}
+    variants = {**full, "VARIANTS": 1, "HOLD": 1}
+    printed = run(collected, "benchmark_generator", **variants)
+    assert "training 6 adapters to compare with" in printed
+    name = "tiny_rank-4_variants"
+    (group,) = content(collected, name)["groups"]
+    assert group["name"] == "1 variant of each family" and len(group["rows"]) == 2
+    for row in group["rows"]:
+        assert row["methods"].keys() == NEEDED | {"again", "union", "few", "context"} and row["metric"] == "exact"
+        assert all("accuracy" in found for found in row["methods"].values()) and len(row["seeds"]) == 2
+        losses = {method: found["loss"]["value"] for method, found in row["methods"].items()}
+        assert len({losses[method] for method in ("base", "own", "again", "union", "few", "context")}) == 6
+        assert abs(losses["again"] - losses["own"]) < (losses["base"] - losses["own"]) / 2, "the noise is small"
+    assert not list((collected.top / "saves").glob("*/*.again")) and "measured already" not in printed
+    trained = folder(collected, name) / "trained"
+    before = files.hashes_below(trained / "saves")
+    (folder(collected, name) / "benchmark.json").unlink()
+    assert "complete already" in run(collected, "benchmark_generator", **variants)
+    assert {path: before[path] for path in before if path.endswith(".safetensors")} == {
+        path: sha256 for path, sha256 in files.hashes_below(trained / "saves").items() if path.endswith(".safetensors")
+    }
+    run(collected, "report")

@@ -1,0 +1,181 @@
+"""What the benchmark holds out, and how its intervals and shares are computed."""
+
+import numpy as np
+import pytest
+from helpers import handmade
+
+from paragen.benchmark import bootstrap, plan, results, rows
+from paragen.benchmark.plan import Wanted
+from paragen.collection import index
+from paragen.common.cli import UserError
+
+FAMILIES = {f"{family}-{number:02}": family for family in ("copy", "sort", "swap") for number in range(16)}
+
+
+def test_a_fold_holds_a_whole_family_out():
+    folds = plan.folds_of(Wanted(repeats=2), FAMILIES)
+    assert [fold.name for fold in folds] == ["copy", "sort", "swap"]
+    for fold in folds:
+        assert {FAMILIES[name] for name in fold.held} == {fold.name} and len(fold.held) == 16
+        assert {FAMILIES[name] for name in fold.trained} == set(FAMILIES.values()) - {fold.name}
+        assert len(fold.trained) == 32 and fold.seeds == (0, 1)
+
+
+def test_or_a_single_dataset_out():
+    folds = plan.folds_of(Wanted(by="dataset", repeats=1), FAMILIES)
+    assert [fold.held for fold in folds] == [(name,) for name in sorted(FAMILIES)]
+    assert all(set(fold.trained) == FAMILIES.keys() - set(fold.held) for fold in folds)
+
+
+def test_or_some_variants_of_each_family_out_and_trains_on_random_subsets_of_the_others():
+    folds = plan.folds_of(Wanted(variants=(1, 6, 12), repeats=3), FAMILIES)
+    assert len(folds) == 9 and len({fold.name for fold in folds}) == 9
+    assert len({fold.held for fold in folds}) == 1, "the same ones in all, so that the numbers are of one set"
+    held = folds[0].held
+    assert (
+        len(held) == 12
+        and [sum(FAMILIES[name] == family for name in held) for family in ("copy", "sort", "swap")] == [4] * 3
+    )
+    for fold, (count, number) in zip(folds, [(c, n) for c in (1, 6, 12) for n in range(3)], strict=True):
+        assert not set(fold.held) & set(fold.trained) and fold.seeds == (number,)
+        assert all(sum(FAMILIES[name] == family for name in fold.trained) == count for family in set(FAMILIES.values()))
+    assert folds[3].trained != folds[4].trained and folds[6].trained == folds[7].trained, "12 of 12 are all"
+    assert folds == plan.folds_of(Wanted(variants=(1, 6, 12), repeats=3), dict(reversed(FAMILIES.items())))
+
+
+@pytest.mark.parametrize(
+    ("wanted", "known", "said"),
+    [
+        (Wanted(), {"A": "x", "B": "y"}, "x: leaves 1 datasets to train a generator on"),
+        (Wanted(variants=(13,)), FAMILIES, "VARIANTS=13: family copy has 16 datasets, 4 of which are held out"),
+        (Wanted(variants=(1,), hold=1), {"A": "x", "B": "x"}, "VARIANTS=1: leaves 1 datasets"),
+    ],
+)  # fmt: skip
+def test_too_few_datasets_are_one_line(wanted, known, said):
+    with pytest.raises(UserError, match=said):
+        plan.folds_of(wanted, known)
+
+
+@pytest.mark.parametrize(
+    ("settings", "said"),
+    [
+        ({"BY": "family", "VARIANTS": "1 3"}, "give one of the two"),
+        ({"BY": "rule"}, "BY is family or dataset"),
+        ({"VARIANTS": "0"}, "from 1 on"),
+        ({"VARIANTS": "x"}, "VARIANTS=x"),
+        ({"BASELINES": "none few"}, "none stands alone"),
+        ({"BASELINES": "fewer"}, "BASELINES=fewer"),
+        ({"REPEATS": "0"}, "REPEATS=0"),
+    ],
+)
+def test_settings_that_cannot_be_are_one_line(monkeypatch, settings, said):
+    for name, value in settings.items():
+        monkeypatch.setenv(name, value)
+    with pytest.raises(UserError, match=said):
+        plan.of_settings()
+
+
+def test_settings_say_what_is_measured(monkeypatch):
+    given = {"VARIANTS": "12 1", "REPEATS": "2", "LIMIT": "50", "LOSS_ONLY": "math", "BASELINES": "context again"}
+    for name, value in given.items():
+        monkeypatch.setenv(name, value)
+    wanted = plan.of_settings()
+    assert (wanted.variants, wanted.repeats, wanted.limit, wanted.hold) == ((1, 12), 2, 50, 4)
+    assert (wanted.loss_only, wanted.baselines) == (("math",), ("again", "context"))
+
+
+def test_the_rows_of_a_sample_are_its_own_and_the_same_each_time():
+    drawn = [plan.drawn_rows("A", 16, 100, number) for number in range(3)]
+    assert all(len(set(rows)) == 16 and max(rows) < 100 for rows in drawn)
+    assert drawn[0] != drawn[1] and drawn[0] == plan.drawn_rows("A", 16, 100, 0)
+    assert sorted(plan.drawn_rows("A", 16, 5, 0)) == [0, 1, 2, 3, 4]
+
+
+def test_a_prompt_that_was_trained_on_is_not_scored_and_rows_of_one_prompt_are_a_cluster(place):
+    trained = handmade.texts("A", 8)
+    place.collect(dataset="A", rows=trained)
+    test = [trained[0], {**trained[1], "system": "be long"}, *handmade.texts("B", 2), *handmade.texts("B", 1)]
+    handmade.register(place.data, handmade.CATEGORY, "A_test", test)
+    chosen = plan.collections_by_dataset(index.chosen())
+    made = plan.Plan(place.out, Wanted(limit=4), chosen, {"A": "A"}, [])
+    scored = rows.scored_rows(made, "A")
+    assert [text["prompt"] for text in scored.split.texts] == ["A 1?", "B 0?", "B 1?", "B 0?"]
+    assert (scored.clusters, scored.left_out, scored.metric) == ([0, 1, 2, 1], 1, "loss")
+    handmade.register(place.data, handmade.CATEGORY, "A_test", trained[:3])
+    with pytest.raises(UserError, match="A_test: all its prompts stand among the rows that A was trained on"):
+        rows.scored_rows(made, "A")
+
+
+def test_a_dataset_of_two_collections_has_to_be_chosen_by_a_setting(place):
+    for rank in (2, 4):
+        place.collect(dataset="A", rank=rank)
+    with pytest.raises(UserError, match="takes one collection of a dataset; choose by MODEL, RANK or SEED"):
+        plan.collections_by_dataset(index.chosen())
+
+
+# Intervals and shares
+
+
+def part(methods: dict[str, list[float]], clusters: list[int] | None = None, right: dict | None = None, **more) -> dict:
+    """A part of the benchmark: the loss of each row by method, rows of one token."""
+    count = len(next(iter(methods.values())))
+    runs = {
+        name: [{"losses": losses, "tokens": [1] * count, "right": (right or {}).get(name, []), "run": "0"}]
+        for name, losses in methods.items()
+    }
+    known = {"dataset": "A", "metric": "exact" if right else "loss", "chance": 0.1, "facts": {}}
+    return {**known, "clusters": clusters or [*range(count)], "methods": runs, **more}
+
+
+def measured(
+    base: float, own: float, made: float, rows: int = 200, noise: float = 0.5, seed: int = 0
+) -> results.Measured:
+    """A dataset on which three methods have these losses, with noise that all rows share."""
+    shared = np.random.default_rng(seed).normal(0, noise, rows)
+    methods = {"base": base, "own": own, "generated-mean": made, "swapped-mean": made + 0.1, "mean": made + 0.05}
+    return results.Measured([part({name: (shared + level).tolist() for name, level in methods.items()})])
+
+
+def test_differences_are_paired_so_that_what_rows_share_does_not_widen_them():
+    row = measured(3.0, 1.0, 2.0).row()
+    loss = row["methods"]["generated-mean"]["loss"]
+    assert loss["interval"][0] < 2 < loss["interval"][1] and loss["interval"][1] - loss["interval"][0] > 0.1
+    assert row["loss_difference"]["mean"]["interval"] == pytest.approx([-0.05, -0.05], abs=1e-9)
+    assert row["closed"]["generated-mean"]["value"] == pytest.approx(0.5)
+    assert row["uses_prompts"] and not results.uses_prompts({"value": 0.0, "interval": [-0.1, 0.1]}, None)
+
+
+def test_rows_of_one_prompt_are_drawn_together():
+    """Forty copies of two rows say no more than the two."""
+    twins = {name: [1.0, 2.0] * 40 for name in ("base", "own", "generated-mean", "swapped-mean")}
+    alone, together = (results.Measured([part(twins, clusters)]) for clusters in ([*range(80)], [0, 1] * 40))
+    widths = [np.ptp(one.row()["methods"]["base"]["loss"]["interval"]) for one in (alone, together)]
+    assert widths[1] == pytest.approx(1) and widths[0] < 0.3
+
+
+def test_the_interval_of_a_mean_holds_the_truth_as_often_as_it_claims():
+    drawn = np.random.default_rng(0)
+    held = 0
+    for number in range(100):
+        values = drawn.gamma(2, 0.5, 60)
+        weights = bootstrap.draws_of([*range(60)], number)
+        low, high = bootstrap.figure(bootstrap.ratio(weights, values, np.ones(60)))["interval"]
+        held += low <= 1 <= high
+    assert 0.88 <= held / 100 <= 0.99
+
+
+def test_the_share_closed_of_several_datasets_is_a_ratio_of_sums():
+    """A dataset with nothing to close does not blow the share up, as it would a mean of ratios."""
+    datasets = [measured(3.0, 1.0, 2.0), measured(2.0, 1.9999, 2.5, seed=1), measured(5.0, 1.0, 1.0, seed=2)]
+    total = results.total_of(datasets, [one.row() for one in datasets])
+    assert total["closed"]["generated-mean"]["value"] == pytest.approx((1 - 0.5 + 4) / (2 + 0.0001 + 4))
+    assert (total["better_loss"]["mean"], total["worse_loss"]["mean"], total["without_prompts"]) == (3, 0, [])
+
+
+def test_a_choice_at_chance_is_form_and_a_learned_one_is_skill():
+    methods = {name: [1.0] * 100 for name in ("base", "own", "generated-mean", "swapped-mean")}
+    for own, kind in (([1] * 52 + [0] * 48, "form"), ([1] * 90 + [0] * 10, "skill")):
+        right = {name: own if name == "own" else [0] * 100 for name in methods}
+        row = results.Measured([part(methods, right=right, metric="choice", chance=0.5)]).row()
+        assert row["kind"] == kind and row["methods"]["own"]["accuracy"]["value"] == sum(own) / 100
+    assert not row["uses_prompts"], "the loss is the same with other prompts"

@@ -1,0 +1,89 @@
+"""The benchmark's picture: per dataset what each method reaches, or the course over the number of variants."""
+
+import io
+from pathlib import Path
+from typing import Any
+
+from paragen.analysis.benchmark_page import METHODS, methods_of
+from paragen.common import files
+
+MARKS = {"base": "x", "mean": "s", "nearest": "^", "weighted": "D", "generated-mean": "o", "own": "*", "union": "v",
+         "few": "P", "context": "h", "swapped-mean": "1"}  # fmt: skip
+MOST_ROWS = 40  # datasets of which each has a place; of more, a group's means are drawn alone
+
+
+def draw(content: dict[str, Any], path: Path) -> None:
+    """Draw a benchmark.json's content as a PNG file, whole or not at all."""
+    from matplotlib.backends.backend_agg import FigureCanvasAgg
+    from matplotlib.figure import Figure
+
+    groups = content["groups"]
+    if len(groups) > 1:
+        figure = Figure(figsize=(11, 4.2), layout="constrained")
+        _course(figure, groups)
+    else:
+        rows = len(groups[0]["rows"])
+        figure = Figure(figsize=(10, 1.5 + 0.3 * min(rows, MOST_ROWS) + 0.5), layout="constrained")
+        _datasets(figure, groups[0])
+    image = io.BytesIO()
+    FigureCanvasAgg(figure).print_png(image)
+    files.write_atomically(path, image.getvalue())
+
+
+def _datasets(figure: Any, group: dict[str, Any]) -> None:
+    """A line per dataset with a mark per method: the loss, and the accuracy where answers are scored."""
+    rows = group["rows"][:MOST_ROWS]
+    kinds = ["loss", *(["accuracy"] if any("accuracy" in row["methods"]["base"] for row in rows) else [])]
+    for place, kind in enumerate(kinds, 1):
+        axes = figure.add_subplot(1, len(kinds), place)
+        for method in [name for name in methods_of(group) if name in MARKS]:
+            found = [(at, row["methods"].get(method, {}).get(kind)) for at, row in enumerate(rows)]
+            points = [(one["value"], at, one["interval"]) for at, one in found if one and one["value"] is not None]
+            if points:
+                values, places, spans = zip(*points, strict=True)
+                errors = [[v - s[0] for v, s in zip(values, spans, strict=True)],
+                          [s[1] - v for v, s in zip(values, spans, strict=True)]]  # fmt: skip
+                errors = [[max(0.0, one) for one in side] for side in errors]
+                label = f"{METHODS[method][0]} {METHODS[method][1]}"
+                axes.errorbar(values, places, xerr=errors, fmt=MARKS[method], label=label, elinewidth=0.6, markersize=5)
+        names = [row["dataset"] for row in rows] if place == 1 else [""] * len(rows)
+        axes.set_yticks(range(len(rows)), names)
+        axes.invert_yaxis()
+        axes.set_xlabel("loss per token of the right response, nats" if kind == "loss" else "share of right answers")
+        axes.grid(alpha=0.3)
+        if kind == "loss":
+            axes.set_xscale("log")
+        else:
+            axes.set_xlim(-0.03, 1.03)
+    figure.legend(*axes.get_legend_handles_labels(), loc="outside lower center", ncols=5, fontsize="small")
+
+
+def _course(figure: Any, groups: list[dict[str, Any]]) -> None:
+    """The mean loss and accuracy of each method over the groups, and the share that generated adapters close."""
+    names = [group["name"].split(" ")[0] for group in groups]
+    kinds = ("mean_loss", "mean_accuracy", "closed")
+    titles = ("mean loss per token, nats", "mean share of right answers", "share closed by generated adapters")
+    for place, (kind, title) in enumerate(zip(kinds, titles, strict=True), 1):
+        axes = figure.add_subplot(1, 3, place)
+        totals = [group["totals"]["all"] for group in groups]
+        if kind == "closed":
+            for key, label in (("closed", "of the loss"), ("closed_accuracy", "of the accuracy")):
+                found = [(at, total[key].get("generated-mean")) for at, total in enumerate(totals)]
+                points = [(at, one) for at, one in found if one and one["value"] is not None]
+                if points:
+                    values = [one["value"] for _, one in points]
+                    errors = [[max(0.0, one["value"] - one["interval"][0]) for _, one in points],
+                              [max(0.0, one["interval"][1] - one["value"]) for _, one in points]]  # fmt: skip
+                    axes.errorbar([at for at, _ in points], values, yerr=errors, fmt="o-", label=label, capsize=3)
+        else:
+            for method, mark in MARKS.items():
+                points = [(at, total[kind][method]) for at, total in enumerate(totals) if method in total[kind]]
+                if points:
+                    label = f"{METHODS[method][0]} {METHODS[method][1]}"
+                    axes.plot(*zip(*points, strict=True), f"{mark}-", label=label, linewidth=0.8)
+        axes.set_xticks(range(len(names)), names)
+        axes.set_xlabel("variants of each family to train on")
+        axes.set_title(title, fontsize="medium")
+        axes.grid(alpha=0.3)
+        if axes.get_legend_handles_labels()[0]:
+            axes.legend(fontsize="x-small")

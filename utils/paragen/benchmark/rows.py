@@ -1,0 +1,98 @@
+"""The rows that the benchmark scores a dataset on, and what each method's answers to them are worth."""
+
+import json
+from pathlib import Path
+from typing import Any, NamedTuple
+
+from paragen.benchmark.plan import Plan
+from paragen.collection import prompts
+from paragen.common import files, paths
+from paragen.common.cli import UserError
+from paragen.dataset import row_texts
+from paragen.scoring import questions
+from paragen.scoring.questions import Split
+
+FORMAT = "paragen-benchmark-part-1"
+
+
+class Scored(NamedTuple):
+    """The rows of one dataset."""
+
+    split: Split
+    metric: str  # a key of evaluation.METRICS
+    clusters: list[int]  # of each row, the number of its prompt: rows of one prompt are drawn together
+    left_out: int  # rows whose prompt was trained on
+
+
+def scored_rows(plan: Plan, dataset: str) -> Scored:
+    """The held-out rows of a dataset, without those whose prompt stands among the rows that its collection saw.
+
+    Raises UserError where none is left, or where `make evaluate` could not score them.
+    """
+    manifest = plan.chosen[dataset].manifest
+    split = questions.split_for(manifest, "")
+    seen = {_prompt(text) for text in prompts.of_collection(manifest)}
+    parts = [
+        (entry, [row for row in rows if _prompt(row_texts.texts_of(row, entry)) not in seen])
+        for entry, rows in split.parts
+    ]
+    kept = split._replace(parts=[part for part in parts if part[1]], all_parts=split.parts)
+    if not kept.parts:
+        raise UserError(f"{split.name}: all its prompts stand among the rows that {dataset} was trained on")
+    left_out = len(split.rows) - len(kept.rows)
+    metric = "loss" if split.metric in plan.wanted.loss_only else split.metric
+    limited = questions.first_rows(kept, plan.wanted.limit)
+    numbers: dict[tuple, int] = {}
+    clusters = [numbers.setdefault(_prompt(text), len(numbers)) for text in limited.texts]
+    return Scored(limited, metric, clusters, left_out)
+
+
+def _prompt(text: dict[str, Any]) -> tuple:
+    """What makes a prompt another one."""
+    turns = [(message["role"], message["content"]) for message in text.get("messages", [])[:-1]]
+    return text["system"], text["prompt"], *turns
+
+
+def inputs_of(plan: Plan, datasets: list[str], more: dict[str, Any]) -> dict[str, Any]:
+    """What decides a part's result: settings, the collections of some datasets by hash, and more."""
+    hashes = {name: plan.chosen[name].manifest.sha256 for name in datasets}
+    return {**plan.inputs, "collections": hashes, **more}
+
+
+def read_part(path: Path, inputs: dict[str, Any] | None, force: bool) -> dict[str, Any] | None:
+    """A part of the benchmark that was measured before: its content, None where it is not there or with `force`.
+
+    Args:
+        path: of the part.
+        inputs: what decides it now; None: not compared.
+        force: whether it is to be measured again.
+
+    Raises UserError where it is broken, or was measured with other inputs.
+    """
+    name = paths.relative(path)
+    try:
+        content = json.loads(path.read_bytes())
+        sealed = {key: value for key, value in content.items() if key != "sha256"}
+        if content["format"] != FORMAT or content["sha256"] != files.sha256_of_value(sealed):
+            raise ValueError("was edited, or is of another format")
+    except FileNotFoundError:
+        return None
+    except (ValueError, KeyError, TypeError, RecursionError) as error:
+        raise UserError(f"{name}: broken ({error}); remove it, and it is measured again") from None
+    if force:
+        return None
+    now, before = json.loads(json.dumps(inputs)) or content["inputs"], content["inputs"]
+    changed = sorted(key for key in now.keys() | before.keys() if now.get(key) != before.get(key))
+    if changed:
+        raise UserError(
+            f"{name}: was measured with other inputs ({', '.join(changed)}); FORCE=1 measures again, OUT= into another "
+            "folder"
+        )
+    return content
+
+
+def write_part(path: Path, inputs: dict[str, Any], result: dict[str, Any]) -> None:
+    """Write a part, whole or not at all."""
+    content = {"format": FORMAT, "inputs": inputs, **result}
+    path.parent.mkdir(parents=True, exist_ok=True)
+    files.write_json(path, {**content, "sha256": files.sha256_of_value(content)})

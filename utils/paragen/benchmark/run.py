@@ -1,0 +1,192 @@
+"""Runs the benchmark: what it trains itself, then a process per part on the devices there are, then the table.
+
+<benchmark>/trained/           adapters to compare with, in a project of their own (trainings.py)
+<benchmark>/generators/<fold>_<seed>/
+<benchmark>/datasets/<dataset>.json, folds/<fold>.json     parts, each whole; used again by the next call
+<benchmark>/benchmark.json, benchmark.png                  the table, and its picture
+"""
+
+import json
+import time
+from dataclasses import asdict
+from multiprocessing.context import ForkServerProcess
+from pathlib import Path
+from typing import Any, NamedTuple
+
+from paragen.analysis import benchmark_page
+from paragen.benchmark import picture, plan, results, rows, trainings
+from paragen.benchmark.plan import Plan, Wanted
+from paragen.collection import index, run_identity
+from paragen.common import cli, devices, files, paths, settings
+from paragen.common.cli import UserError, say
+from paragen.dataset import families
+from paragen.generator import sources
+from paragen.generator.options import Options
+from paragen.sweep import forked, ray_cluster
+from paragen.training import llamafactory_output
+
+LOOK_SECONDS = 0.2
+END_SECONDS = 20  # that a stopped process has to clean up
+
+
+class Job(NamedTuple):
+    """What one process measures."""
+
+    name: str  # of its log
+    datasets: tuple[str, ...] = ()
+    fold: int | None = None
+
+
+def make(wanted: Wanted) -> Path:
+    """Measure what is not measured yet, write the table and print it; returns benchmark.json.
+
+    Raises UserError where the collections do not fit, where another process is at work on the same benchmark, and where
+    a part could not be measured; the others are kept.
+    """
+    found = planned(wanted)
+    options = Options.of_settings()
+    say(
+        f"{paths.relative(found.folder)}: {len(found.folds)} folds of {len(found.chosen)} datasets, "
+        f"{sum(len(fold.seeds) for fold in found.folds)} generators"
+    )
+    found.folder.mkdir(parents=True, exist_ok=True)
+    try:
+        with files.lock(files.beside(found.folder, "lock")):
+            started = time.monotonic()
+            check_same(found, options)
+            trainings.run(found)
+            run_jobs(found, options, jobs_of(found, len(slots())))
+            path = write(found, options)
+            say(f"measured in {time.monotonic() - started:.0f} s: {paths.relative(path)}")
+            return path
+    except files.Busy:
+        raise UserError(f"{paths.relative(found.folder)}: another process is at work on it; wait for it") from None
+
+
+def check_same(found: Plan, options: Options) -> None:
+    """Raise UserError where the folder holds a benchmark of other collections or settings, unless FORCE=1."""
+    path = found.folder / benchmark_page.FILE
+    if not path.exists() or run_identity.force_requested():
+        return
+    old, new = benchmark_page.read(path), results.identity_of(found, asdict(options))
+    if changed := [key for key, value in new.items() if old.get(key) != json.loads(json.dumps(value))]:
+        raise UserError(
+            f"{paths.relative(path)}: is of another benchmark ({', '.join(changed)} differ); take another OUT, or "
+            "FORCE=1 replaces it"
+        )
+
+
+def planned(wanted: Wanted) -> Plan:
+    """What is measured of the collections that the settings select."""
+    chosen = plan.collections_by_dataset(index.chosen())
+    sources.check_alike(list(chosen.values()))
+    known = families.families_of(chosen, paths.DATA)
+    return Plan(plan.folder_of(wanted, chosen), wanted, chosen, known, plan.folds_of(wanted, known))
+
+
+def slots() -> list[str]:
+    """The device of each process that runs at a time: PER_DEVICE of them on each device."""
+    own = ["cpu"] if ray_cluster.trains_on_cpu() else ray_cluster.gpus_here()
+    return own * (settings.number("PER_DEVICE") or 1)
+
+
+def jobs_of(found: Plan, count: int) -> list[Job]:
+    """What `count` processes at a time measure: some datasets each, then a fold each."""
+    shares = [found.held[number::count] for number in range(count)]
+    single = [Job(f"datasets-{number + 1}", tuple(share)) for number, share in enumerate(shares) if share]
+    return single + [Job(fold.name, fold=number) for number, fold in enumerate(found.folds)]
+
+
+def work_on(found: Plan, options: Options, job: Job) -> None:
+    """Measure a job in this process, whose device is pinned."""
+    llamafactory_output.reduce()
+    from paragen.benchmark.work import Worker  # imports torch
+
+    worker = Worker(found, options)
+    for dataset in job.datasets:
+        worker.measure_dataset(dataset)
+    if job.fold is not None:
+        worker.measure_fold(found.folds[job.fold])
+
+
+def pinned_work(found: Plan, options: Options, job: Job, device: str) -> None:
+    """A task of a forked process: pin its device, and measure a job."""
+    devices.pin([device])
+    work_on(found, options, job)
+
+
+def run_jobs(found: Plan, options: Options, jobs: list[Job]) -> None:
+    """Measure jobs, as many at a time as there are slots.
+
+    With a single slot they run in this process. Raises UserError where some could not be measured, once all others are.
+    """
+    free = slots()
+    if len(free) == 1:
+        devices.pin(free)
+        for job in jobs:
+            work_on(found, options, job)
+        return
+    forked.preload()
+    waiting, failed = list(jobs), []
+    running: dict[ForkServerProcess, tuple[Job, str]] = {}
+    try:
+        while waiting or running:
+            while waiting and free:
+                job, device = waiting.pop(0), free.pop(0)
+                running[start(found, options, job, device)] = job, device
+            for process in [process for process in running if not process.is_alive()]:
+                job, device = running.pop(process)
+                free.append(device)
+                say(f"{job.name}: {'done' if process.exitcode == 0 else 'failed'}; {len(waiting)} jobs wait")
+                failed += [job.name] if process.exitcode else []
+            time.sleep(LOOK_SECONDS)
+    finally:
+        for process in running:
+            process.terminate()
+        for process in running:
+            process.join(END_SECONDS)
+    if failed:
+        log = paths.relative(log_of(found, failed[0]))
+        raise UserError(f"{', '.join(failed)}: could not be measured; {log} says why, and the next call goes on")
+
+
+def start(found: Plan, options: Options, job: Job, device: str) -> ForkServerProcess:
+    """Start the process of a job on a device."""
+    log = log_of(found, job.name)
+    log.parent.mkdir(parents=True, exist_ok=True)
+    environment = {"DEVICES": device, "CUDA_VISIBLE_DEVICES": "" if device == "cpu" else device}
+    return forked.start(pinned_work, (found, options, job, device), environment, log)
+
+
+def log_of(found: Plan, name: str) -> Path:
+    """The log of a job."""
+    return found.folder / "logs" / f"{name}.log"
+
+
+def write(found: Plan, options: Options) -> Path:
+    """Write benchmark.json and its picture from the parts, and print the tables; returns the file."""
+    parts = {name: part(found.folder / "datasets" / f"{name}.json") for name in found.held}
+    folds = [part(found.folder / "folds" / f"{fold.name}.json") for fold in found.folds]
+    content = results.content_of(found, asdict(options), parts, folds)
+    path = found.folder / benchmark_page.FILE
+    picture.draw(content, path.with_name(benchmark_page.PICTURE))
+    files.write_json(path, content)
+    show(content)
+    return path
+
+
+def part(path: Path) -> dict[str, Any]:
+    """A part that was just measured."""
+    content = rows.read_part(path, None, False)
+    if content is None:
+        raise UserError(f"{paths.relative(path)}: is gone; measure again")
+    return content
+
+
+def show(content: dict[str, Any]) -> None:
+    """Print the tables and what they show."""
+    for group in content["groups"]:
+        say(f"\n{group['name']}")
+        cli.print_table(benchmark_page.head_of(group), benchmark_page.lines_of(group))
+        for sentence in benchmark_page.sentences_of(group):
+            say(sentence)

@@ -1,0 +1,198 @@
+"""Adapters that the benchmark trains itself, by the project's own collect path, in a project of its own.
+
+    <benchmark>/trained/    a folder like the repository: models (a link), data, collect_scripts, saves
+
+Its collections are no part of saves/, of the index or of the report. The recipes are those of the measured dataset with
+other rows (few, union) or another order of the rows (again).
+"""
+
+import json
+import os
+import random
+import subprocess
+import sys
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any, NamedTuple
+
+from paragen.benchmark.plan import Plan, drawn_rows
+from paragen.collection import prompts
+from paragen.collection.index import Chosen
+from paragen.collection.manifest import require_manifest
+from paragen.common import files, paths, settings
+from paragen.common.cli import UserError, say
+from paragen.recipes import lookup, render
+
+AGAIN, UNION, FEW = "again", "union", "few"
+DATA_SEED = 1  # of the adapters that see the rows in another order; recipes have 42 unless they state one
+FEW_STEPS = 50  # of a few-shot adapter before the last ones: about 25 epochs of 16 rows, 8 at a time
+FEW_LAST = 10  # its last steps
+COLUMNS = {"prompt": "prompt", "response": "response", "system": "system"}
+
+
+class Training(NamedTuple):
+    """An adapter to train."""
+
+    name: str  # the dataset's in the project of its own
+    kind: str  # AGAIN, UNION or FEW
+    like: Chosen  # the collection whose recipes are taken
+    rows: list[dict[str, Any]]  # system, prompt and response
+
+
+def needed(plan: Plan) -> list[Training]:
+    """The adapters that a benchmark needs, in the order of `settings.BASELINES`.
+
+    Raises UserError where the rows that a dataset was trained on have changed, or are conversations.
+    """
+    found = []
+    for kind in plan.wanted.baselines:
+        if kind == AGAIN:
+            found += [Training(f"{name}.{AGAIN}", AGAIN, plan.chosen[name], rows_of(plan, name)) for name in plan.held]
+        if kind == UNION:
+            found += [union_of(plan, number) for number in range(len(plan.folds))]
+        if kind == FEW:
+            for name in plan.held:
+                rows = rows_of(plan, name)
+                drawn = [rows[place] for place in drawn_rows(name, plan.wanted.prompts, len(rows), 0)]
+                found.append(Training(f"{name}.{FEW}", FEW, plan.chosen[name], drawn))
+    return found
+
+
+def rows_of(plan: Plan, dataset: str) -> list[dict[str, Any]]:
+    """The rows that a dataset's collection was trained on: system, prompt and response."""
+    rows = prompts.of_collection(plan.chosen[dataset].manifest)
+    if any("messages" in row or row["images"] for row in rows):
+        raise UserError(
+            f"{dataset}: has conversations or pictures; the benchmark's own trainings take rows of one prompt and one "
+            "response (BASELINES=none measures without them)"
+        )
+    return [{key: row[key] for key in COLUMNS} for row in rows]
+
+
+def union_of(plan: Plan, number: int) -> Training:
+    """The training on the rows of all datasets that a fold's generator sees: as many as its recipe's steps use."""
+    fold = plan.folds[number]
+    like = plan.chosen[fold.held[0]]
+    rows = [row for name in fold.trained for row in rows_of(plan, name)]
+    used = sum(steps_and_batch(like))
+    random.Random(f"union {fold.name}").shuffle(rows)
+    return Training(f"{fold.name}.{UNION}", UNION, like, rows[:used])
+
+
+def recipes_of(like: Chosen) -> tuple[str, dict[str, Any], dict[str, Any]]:
+    """The model's name in the recipes of a collection's dataset and base model, the pretrain and the finetune recipe.
+
+    Raises UserError where there are none.
+    """
+    dataset, base = like.manifest.dataset, like.manifest.base_name
+    for (name, short), pair in lookup.pairs_in("").items():
+        pretrain, finetune = map(render.load, pair) if name == dataset else ({}, {})
+        if base and Path(str(finetune.get("model_name_or_path"))).name == base:
+            return short, pretrain, finetune
+    raise UserError(
+        f"collect_scripts: no recipes of {dataset} for {base}, which the benchmark's own trainings take; write them "
+        "with make recipe, or measure without these trainings (BASELINES=context, or none)"
+    )
+
+
+def steps_and_batch(like: Chosen) -> tuple[int, int]:
+    """How many rows the pretrain and the finetune of a collection's recipes see."""
+    seen, before = [], 0
+    for recipe in recipes_of(like)[1:]:
+        last = int(recipe.get("max_steps") or 0)
+        rows = int(recipe.get("per_device_train_batch_size", 8)) * int(recipe.get("gradient_accumulation_steps", 1))
+        seen.append(max(0, last - before) * rows)
+        before = last
+    return seen[0], seen[1]
+
+
+def place_of(plan: Plan) -> Path:
+    """The folder of the project of its own."""
+    return plan.folder / "trained"
+
+
+def run(plan: Plan) -> None:
+    """Train what is needed and not there yet, on all devices, by utils/collect_all.py.
+
+    Raises UserError where a training fails; the log beside its run folder says why.
+    """
+    wanted = needed(plan)
+    if not wanted:
+        return
+    write_project(plan, wanted)
+    short = recipes_of(wanted[0].like)[0]
+    environment = {key: value for key, value in os.environ.items() if key not in settings.SETTINGS}
+    environment |= {key: os.environ[key] for key in ("DEVICES", "DETERMINISTIC", "FORCE") if key in os.environ}
+    environment |= {
+        "PARAGEN_TOP": str(place_of(plan)), "MODEL": short, "RANK": str(wanted[0].like.manifest.rank), "KEEP": "1",
+        "PRUNE_PRETRAIN": "1", "MAKE_SETTINGS": "RANK MODEL KEEP",
+    }  # fmt: skip
+    say(f"training {len(wanted)} adapters to compare with, in {paths.relative(place_of(plan))}")
+    names = [one.name for one in wanted]
+    done = subprocess.run([sys.executable, paths.UTILS / "collect_all.py", "all", *names], env=environment)
+    if done.returncode:
+        raise UserError(f"{paths.relative(place_of(plan))}: not all adapters were trained; the lines above say why")
+
+
+def write_project(plan: Plan, wanted: Sequence[Training]) -> None:
+    """Write the project: a link to the models, the rows, dataset_info.json and the recipes. Unchanged files stay."""
+    top = place_of(plan)
+    for name in ("data", "collect_scripts", "saves"):
+        (top / name).mkdir(parents=True, exist_ok=True)
+    if not (top / "models").exists():
+        (top / "models").symlink_to(paths.MODELS.absolute(), target_is_directory=True)
+    info: dict[str, Any] = {}
+    for one in wanted:
+        file = f"{category_of(one)}/{one.name}.json"
+        info[one.name] = {"file_name": file, "columns": COLUMNS}
+        put(top / "data" / file, json.dumps(one.rows, ensure_ascii=False, indent=1))
+        short, *configs = configs_of(one)
+        for phase, config in zip(paths.PHASES, configs, strict=True):
+            folder = top / "collect_scripts" / category_of(one) / one.name
+            put(folder / f"{short}_{one.name}_{phase}.yaml", render.dump(config))
+    put(top / "data" / "dataset_info.json", json.dumps(info, indent=2))
+
+
+def put(path: Path, text: str) -> None:
+    """Write a file unless it has this text already."""
+    if not path.is_file() or path.read_bytes() != text.encode():
+        path.parent.mkdir(parents=True, exist_ok=True)
+        files.write_atomically(path, text.encode())
+
+
+def category_of(one: Training) -> str:
+    """The category whose folders a training uses."""
+    return one.like.manifest.category or paths.MADE
+
+
+def configs_of(one: Training) -> tuple[str, dict[str, Any], dict[str, Any]]:
+    """The model's name in recipes, and the two recipes of a training."""
+    short, pretrain, finetune = recipes_of(one.like)
+    rank, folder = one.like.manifest.rank, one.like.manifest.base_name
+    runs = {
+        phase: f"../../../saves/{category_of(one)}/{one.name}/{folder}_lora-rank_{rank}_{phase}"
+        for phase in paths.PHASES
+    }
+    for phase, config in (("pretrain", pretrain), ("finetune", finetune)):
+        config |= {
+            "dataset": one.name, "dataset_dir": "../../../data", "model_name_or_path": f"../../../models/{folder}",
+            "lora_rank": rank, "output_dir": runs[phase], "max_samples": len(one.rows),
+        }  # fmt: skip
+        if one.like.manifest.seed is not None:
+            config["seed"] = one.like.manifest.seed
+        if one.kind == AGAIN:
+            config["data_seed"] = DATA_SEED
+    if one.kind == FEW:
+        pretrain |= {"max_steps": FEW_STEPS, "save_steps": FEW_STEPS}
+        finetune["max_steps"] = FEW_STEPS + FEW_LAST
+    finetune["resume_from_checkpoint"] = f"{runs['pretrain']}/checkpoint-{pretrain['max_steps']}"
+    finetune["save_total_limit"] = 1
+    return short, pretrain, finetune
+
+
+def trained(plan: Plan, dataset: str, like: Chosen) -> Chosen:
+    """The collection of one of the trainings. Raises UserError where it is not there."""
+    where = place_of(plan) / "saves"
+    folder = f"{like.manifest.base_name}_lora-rank_{like.manifest.rank}_finetune"
+    name = f"{like.manifest.category or paths.MADE}/{dataset}/{folder}"
+    return Chosen(name, where / name, require_manifest(where / name))
