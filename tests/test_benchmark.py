@@ -66,6 +66,7 @@ def test_each_family_is_measured_by_generators_that_did_not_see_it(collected, by
         assert FAMILIES[facts["nearest"]] != FAMILIES[row["dataset"]] != FAMILIES[facts["other"]]
         assert losses["nearest"] != losses["own"] and row["closed"]["generated-mean"]["value"] is not None
     assert "one family held out" in by_family and "4 datasets: generated adapters close" in by_family
+    assert group["totals"]["all"]["closed_by_seed"].keys() == {"0"}
     assert (folder(collected) / "benchmark.png").stat().st_size > 10_000
 
 
@@ -89,7 +90,7 @@ def test_what_was_measured_is_used_again_and_never_with_other_inputs(collected, 
     assert "is of another benchmark (settings differ); take another OUT, or FORCE=1 replaces it" in line
     (folder(collected) / "benchmark.json").unlink()
     line = refused(collected, "benchmark_generator", **{**FAST, "LIMIT": 5})
-    assert "was measured with other inputs (limit); FORCE=1 measures again" in line
+    assert "was measured with other inputs (limit, rows); FORCE=1 measures again" in line
     run(collected, "benchmark_generator", **FAST)
 
 
@@ -126,8 +127,11 @@ def test_everything_it_is_compared_with_is_trained_and_measured_on_all_slots(col
     assert not list((collected.top / "saves").glob("*/*.again")) and "measured already" not in printed
     trained = folder(collected, name) / "trained"
     before = files.hashes_below(trained / "saves")
-    (folder(collected, name) / "benchmark.json").unlink()
-    assert "complete already" in run(collected, "benchmark_generator", **variants)
+    generators = files.hashes_below(folder(collected, name) / "generators")
+    again = run(collected, "benchmark_generator", **{**variants, "BASELINES": "again few"})
+    assert "complete already" in again, "fewer baselines: scored again, nothing trained again"
+    assert not {"union", "context"} & content(collected, name)["groups"][0]["rows"][0]["methods"].keys()
+    assert generators == files.hashes_below(folder(collected, name) / "generators")
     assert {path: before[path] for path in before if path.endswith(".safetensors")} == {
         path: sha256 for path, sha256 in files.hashes_below(trained / "saves").items() if path.endswith(".safetensors")
     }

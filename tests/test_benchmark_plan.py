@@ -2,12 +2,15 @@
 
 import numpy as np
 import pytest
-from helpers import handmade
+from helpers import handmade, tiny
 
-from paragen.benchmark import bootstrap, plan, results, rows
+from paragen.benchmark import bootstrap, plan, results, rows, trainings
 from paragen.benchmark.plan import Wanted
-from paragen.collection import index
+from paragen.collection import index, prompts
+from paragen.common import paths
 from paragen.common.cli import UserError
+from paragen.dataset import dataset_info
+from paragen.recipes import lookup, render
 
 FAMILIES = {f"{family}-{number:02}": family for family in ("copy", "sort", "swap") for number in range(16)}
 
@@ -113,6 +116,61 @@ def test_a_dataset_of_two_collections_has_to_be_chosen_by_a_setting(place):
         plan.collections_by_dataset(index.chosen())
 
 
+# Trainings of its own
+
+
+@pytest.fixture
+def three(place, monkeypatch) -> plan.Plan:
+    """A benchmark of three collections with recipes, of which one is held out."""
+    scripts = place.saves.parent / "collect_scripts"
+    monkeypatch.setattr(paths, "SCRIPTS", scripts)
+    monkeypatch.setattr(paths, "MODELS", place.saves.parent / "models")
+    for name in "ABC":
+        place.collect(dataset=name, rows=handmade.texts(name, 20))
+        (scripts / handmade.CATEGORY / name).mkdir(parents=True)
+        for phase, ending in (("pretrain", tiny.PRETRAIN), ("finetune", tiny.FINETUNE)):
+            text = (tiny.RECIPE.format(phase=phase, model="Tiny") + ending.format(model="Tiny")).replace("Toy", name)
+            (scripts / handmade.CATEGORY / name / f"tiny_{name}_{phase}.yaml").write_text(text)
+    chosen = plan.collections_by_dataset(index.chosen())
+    fold = plan.Fold("A", "one dataset held out", ("A",), ("B", "C"), (0,))
+    return plan.Plan(place.out, Wanted(prompts=3), chosen, {"A": "A", "B": "B", "C": "C"}, [fold])
+
+
+def test_its_own_trainings_are_recipes_of_the_dataset_with_other_rows_or_another_order(three):
+    wanted = trainings.needed(three)
+    assert [one.name for one in wanted] == ["A.again", "A.union", "A.few"]
+    again, union, few = (one.rows for one in wanted)
+    own = [{key: row[key] for key in trainings.COLUMNS} for row in prompts.of_collection(three.chosen["A"].manifest)]
+    assert again == own and len(few) == 3 and all(row in own for row in few)
+    assert {row["prompt"][0] for row in union} == {"B", "C"} and len(union) == 40, "all: the recipes see 8 x 4 + 4 x 2"
+    trainings.write_project(three, wanted)
+    top = trainings.place_of(three)
+    found = lookup.recipes(top / "collect_scripts")
+    config = {
+        name: [render.render(found[f"A.{name}", "tiny", phase], 4) for phase in paths.PHASES]
+        for name in ("again", "union", "few")
+    }
+    plain = render.load(lookup.find("A", "tiny", "finetune"))
+    for name, (pretrain, finetune) in config.items():
+        folder = f"../../../saves/{handmade.CATEGORY}/A.{name}/Tiny_lora-rank_4"
+        assert (pretrain["output_dir"], finetune["output_dir"]) == (f"{folder}_pretrain", f"{folder}_finetune")
+        assert finetune["learning_rate"] == plain["learning_rate"] and finetune["dataset"] == f"A.{name}"
+        assert finetune["resume_from_checkpoint"].startswith(f"{folder}_pretrain/checkpoint-")
+    assert config["again"][1]["data_seed"] != config["again"][1].get("seed") and "data_seed" not in config["union"][1]
+    assert [one["max_steps"] for one in config["few"]] == [50, 60]
+    assert [one["max_steps"] for one in config["union"]] == [8, 12] == [one["max_steps"] for one in config["again"]]
+    assert config["union"][1]["resume_from_checkpoint"].endswith("checkpoint-4"), "as the recipe of the dataset says"
+    assert sorted(dataset_info.read_info(top / "data")) == ["A.again", "A.few", "A.union"]
+    assert (top / "models").resolve() == paths.MODELS.resolve()
+
+
+def test_without_recipes_it_says_how_to_measure_without_trainings(three):
+    (path,) = paths.SCRIPTS.glob("*/A/*_pretrain.yaml")
+    path.unlink()
+    with pytest.raises(UserError, match="no recipes of A for Tiny.*BASELINES=context"):
+        trainings.write_project(three, trainings.needed(three))
+
+
 # Intervals and shares
 
 
@@ -167,7 +225,8 @@ def test_the_interval_of_a_mean_holds_the_truth_as_often_as_it_claims():
 def test_the_share_closed_of_several_datasets_is_a_ratio_of_sums():
     """A dataset with nothing to close does not blow the share up, as it would a mean of ratios."""
     datasets = [measured(3.0, 1.0, 2.0), measured(2.0, 1.9999, 2.5, seed=1), measured(5.0, 1.0, 1.0, seed=2)]
-    total = results.total_of(datasets, [one.row() for one in datasets])
+    total = results.total_of(datasets, [one.row() | {"seeds": {"0": {}}} for one in datasets])
+    assert total["closed_by_seed"] == {"0": total["closed"]["generated-mean"]["value"]}
     assert total["closed"]["generated-mean"]["value"] == pytest.approx((1 - 0.5 + 4) / (2 + 0.0001 + 4))
     assert (total["better_loss"]["mean"], total["worse_loss"]["mean"], total["without_prompts"]) == (3, 0, [])
 

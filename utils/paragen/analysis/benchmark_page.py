@@ -103,27 +103,27 @@ def sentences_of(group: dict[str, Any]) -> list[str]:
     """What a group shows, in words."""
     found = []
     for kind, total in group["totals"].items():
-        count, about = total["datasets"], "" if kind == "all" else f" of {kind}"
+        name = f"{total['datasets']} datasets" + ("" if kind == "all" else f" of {kind}")
         share = with_interval(total["closed"].get("generated-mean"), percent=True)
-        found.append(f"{count} datasets{about}: generated adapters close {share} of the loss from base to own")
+        closes = f"{name}: generated adapters close {share} of the loss from base to own"
         if right := with_interval(total["closed_accuracy"].get("generated-mean"), percent=True):
-            found[-1] += f", and {right} of the accuracy"
-        better = ", ".join(
-            f"{METHODS[name][1]} on {total['better_loss'][name]} (worse on {total['worse_loss'][name]})"
-            for name in total["better_loss"]
-        )
-        found.append(f"{count} datasets{about}: lower loss, by more than the interval, than {better}")
+            closes += f", and {right} of the accuracy"
+        by_seed = ", ".join(f"{100 * share:.0f} %" for share in total["closed_by_seed"].values())
+        found += [f"{closes}; by seed {by_seed} of the loss", f"{name}: lower loss {_comparison(total, 'loss')}"]
         if total["mean_accuracy"]:
-            right = ", ".join(
-                f"{METHODS[name][1]} on {total['better_accuracy'][name]} (worse on {total['worse_accuracy'][name]})"
-                for name in total["better_accuracy"]
-            )
-            found.append(f"{count} datasets{about}: higher accuracy, by more than the interval, than {right}")
+            found.append(f"{name}: higher accuracy {_comparison(total, 'accuracy')}")
     if without := group["totals"]["all"]["without_prompts"]:
-        found.append(
-            f"* The prompts are not used: another dataset's prompts do as well on {', '.join(without)}"
-        )  # fmt: skip
+        found.append(f"* The prompts are not used: another dataset's prompts do as well on {', '.join(without)}")
     return found
+
+
+def _comparison(total: dict[str, Any], kind: str) -> str:
+    """On how many datasets generated adapters are better, and worse, than each of what needs no generator."""
+    each = ", ".join(
+        f"{METHODS[name][1]} on {better} (worse on {total[f'worse_{kind}'][name]})"
+        for name, better in total[f"better_{kind}"].items()
+    )
+    return f"than {each}, all of these on {total['better_than_all'][kind]}; by more than the interval"
 
 
 def sections(saves: Path) -> list[dict[str, Any]]:

@@ -10,8 +10,9 @@ from typing import Any, NamedTuple
 
 from paragen.analysis import benchmark_page
 from paragen.collection.index import Chosen
-from paragen.common import paths, settings
+from paragen.common import files, paths, settings
 from paragen.common.cli import UserError
+from paragen.dataset import names
 from paragen.model import base_models
 
 FEWEST_TRAINED = 2  # datasets of a fold that a generator is trained on
@@ -110,10 +111,8 @@ def folds_of(wanted: Wanted, families: Mapping[str, str]) -> list[Fold]:
     Raises UserError where there are too few datasets for them.
     """
     if wanted.variants:
-        return [
-            fold for count in wanted.variants for number in range(wanted.repeats)
-            for fold in [_variants_fold(wanted, families, count, number)]
-        ]  # fmt: skip
+        numbers = range(wanted.repeats)
+        return [_variants_fold(wanted, families, count, number) for count in wanted.variants for number in numbers]
     groups = {name: [name] for name in sorted(families)}
     if wanted.by == "family":
         groups = {family: sorted(name for name in families if families[name] == family) for family in families.values()}
@@ -124,15 +123,14 @@ def folds_of(wanted: Wanted, families: Mapping[str, str]) -> list[Fold]:
             raise UserError(
                 f"{name}: leaves {len(trained)} datasets to train a generator on; collect others, or set BY=dataset"
             )
-        folds.append(
-            Fold(_file_name(name), f"one {wanted.by} held out", tuple(held), trained, tuple(range(wanted.repeats)))
-        )
+        group, seeds = f"one {wanted.by} held out", tuple(range(wanted.repeats))
+        folds.append(Fold(_file_name(name), group, tuple(held), trained, seeds))
     return folds
 
 
 def _file_name(text: str) -> str:
-    """A family as a fold's files are called."""
-    return re.sub(r"[^\w.+-]", "_", text)
+    """A family as a fold's files are called: with a hash where it has other characters than datasets have."""
+    return text if names.DATASET.fullmatch(text) else f"family-{files.sha256_of_value(text)[:12]}"
 
 
 def _variants_fold(wanted: Wanted, families: Mapping[str, str], count: int, number: int) -> Fold:

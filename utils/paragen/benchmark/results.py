@@ -1,6 +1,6 @@
 """The benchmark's table from the parts that were measured: figures, paired differences, the share that is closed."""
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Sequence
 from importlib.metadata import version
 from typing import Any
 
@@ -35,10 +35,11 @@ class Measured:
                 self.runs.setdefault(method, []).extend(runs)
         self.tokens = np.asarray(self.runs["base"][0]["tokens"], dtype=np.float64)
 
-    def loss(self, method: str) -> np.ndarray:
-        """The mean loss per token in each draw, nats."""
-        sums = np.mean([run["losses"] for run in self.runs[method]], axis=0)
-        counts = np.mean([run["tokens"] for run in self.runs[method]], axis=0)
+    def loss(self, method: str, seed: str = "") -> np.ndarray:
+        """The mean loss per token in each draw, nats; of a method with several runs with a `seed` those of it alone."""
+        runs = [run for run in self.runs[method] if seed in ("", run.get("run"))]
+        sums = np.mean([run["losses"] for run in runs], axis=0)
+        counts = np.mean([run["tokens"] for run in runs], axis=0)
         return bootstrap.ratio(self.weights, sums, counts)
 
     def accuracy(self, method: str) -> np.ndarray | None:
@@ -151,18 +152,33 @@ def total_of(measured: Sequence[Measured], rows: Sequence[dict[str, Any]]) -> di
         "closed_accuracy": {
             name: closed(with_answers, name, "accuracy") for name in methods if name not in ("base", "own")
         },
-        "better_loss": {name: _count(rows, "loss_difference", name, True) for name in RIVALS},
-        "worse_loss": {name: _count(rows, "loss_difference", name, False) for name in RIVALS},
-        "better_accuracy": {name: _count(rows, "accuracy_difference", name, False) for name in RIVALS},
-        "worse_accuracy": {name: _count(rows, "accuracy_difference", name, True) for name in RIVALS},
+        "closed_by_seed": {seed: _closed_by(measured, seed) for seed in sorted(rows[0]["seeds"])},
+        "better_loss": {name: [_sign(row, "loss_difference", name) for row in rows].count(-1) for name in RIVALS},
+        "worse_loss": {name: [_sign(row, "loss_difference", name) for row in rows].count(1) for name in RIVALS},
+        "better_accuracy": {
+            name: [_sign(row, "accuracy_difference", name) for row in rows].count(1) for name in RIVALS
+        },
+        "worse_accuracy": {
+            name: [_sign(row, "accuracy_difference", name) for row in rows].count(-1) for name in RIVALS
+        },
+        "better_than_all": {
+            "loss": sum(all(_sign(row, "loss_difference", name) < 0 for name in RIVALS) for row in rows),
+            "accuracy": sum(all(_sign(row, "accuracy_difference", name) > 0 for name in RIVALS) for row in rows),
+        },
         "without_prompts": [row["dataset"] for row in rows if not row["uses_prompts"]],
     }
 
 
-def _count(rows: Iterable[dict[str, Any]], key: str, name: str, below: bool) -> int:
-    """In how many rows the whole interval of a difference lies below zero, or above it."""
-    spans = [row[key][name]["interval"] for row in rows if name in row[key]]
-    return sum((span[1] < 0 if below else span[0] > 0) for span in spans if span is not None)
+def _sign(row: dict[str, Any], key: str, name: str) -> int:
+    """On which side of zero the whole interval of a row's difference lies: -1, 1, or 0 where zero is in it."""
+    span = row[key][name]["interval"] if name in row[key] else None
+    return 0 if span is None else -1 if span[1] < 0 else 1 if span[0] > 0 else 0
+
+
+def _closed_by(measured: Sequence[Measured], seed: str) -> float:
+    """The share of the loss that the generators of one seed close."""
+    gained = sum(one.loss("base")[0] - one.loss(GENERATED, seed)[0] for one in measured)
+    return float(gained / sum(one.loss("base")[0] - one.loss("own")[0] for one in measured))
 
 
 def identity_of(plan: Plan, options: dict[str, Any]) -> dict[str, Any]:

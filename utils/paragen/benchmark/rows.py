@@ -1,6 +1,7 @@
 """The rows that the benchmark scores a dataset on, and what each method's answers to them are worth."""
 
 import json
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -13,6 +14,7 @@ from paragen.scoring import questions
 from paragen.scoring.questions import Split
 
 FORMAT = "paragen-benchmark-part-1"
+COMPARED = ("trained", "context", "union")  # inputs that BASELINES decides: a part with others is measured again
 
 
 class Scored(NamedTuple):
@@ -53,14 +55,23 @@ def _prompt(text: dict[str, Any]) -> tuple:
     return text["system"], text["prompt"], *turns
 
 
-def inputs_of(plan: Plan, datasets: list[str], more: dict[str, Any]) -> dict[str, Any]:
-    """What decides a part's result: settings, the collections of some datasets by hash, and more."""
-    hashes = {name: plan.chosen[name].manifest.sha256 for name in datasets}
-    return {**plan.inputs, "collections": hashes, **more}
+def inputs_of(plan: Plan, held: Sequence[str], trained: Sequence[str], more: dict[str, Any]) -> dict[str, Any]:
+    """What decides a part's result.
+
+    Args:
+        plan: the benchmark, of which the settings count.
+        held: the datasets that are scored, of which the rows and the collections count.
+        trained: other datasets, of which the collections count.
+        more: further inputs.
+    """
+    hashes = {name: plan.chosen[name].manifest.sha256 for name in (*held, *trained)}
+    scored = {name: files.sha256_of_value(scored_rows(plan, name).split.texts) for name in held}
+    return {**plan.inputs, "collections": hashes, "rows": scored, **more}
 
 
 def read_part(path: Path, inputs: dict[str, Any] | None, force: bool) -> dict[str, Any] | None:
-    """A part of the benchmark that was measured before: its content, None where it is not there or with `force`.
+    """A part of the benchmark that was measured before: its content; None where it is not there, where it was compared
+    with other adapters of the benchmark's own, or with `force`.
 
     Args:
         path: of the part.
@@ -83,6 +94,8 @@ def read_part(path: Path, inputs: dict[str, Any] | None, force: bool) -> dict[st
         return None
     now, before = json.loads(json.dumps(inputs)) or content["inputs"], content["inputs"]
     changed = sorted(key for key in now.keys() | before.keys() if now.get(key) != before.get(key))
+    if changed and set(changed) <= set(COMPARED):
+        return None
     if changed:
         raise UserError(
             f"{name}: was measured with other inputs ({', '.join(changed)}); FORCE=1 measures again, OUT= into another "

@@ -15,7 +15,7 @@ from typing import Any, NamedTuple
 
 from paragen.analysis import benchmark_page
 from paragen.benchmark import picture, plan, results, rows, trainings
-from paragen.benchmark.plan import Plan, Wanted
+from paragen.benchmark.plan import Fold, Plan, Wanted
 from paragen.collection import index, run_identity
 from paragen.common import cli, devices, files, paths, settings
 from paragen.common.cli import UserError, say
@@ -30,11 +30,11 @@ END_SECONDS = 20  # that a stopped process has to clean up
 
 
 class Job(NamedTuple):
-    """What one process measures."""
+    """What one process measures, one after the other."""
 
     name: str  # of its log
-    datasets: tuple[str, ...] = ()
-    fold: int | None = None
+    datasets: list[str]
+    folds: list[Fold]
 
 
 def make(wanted: Wanted) -> Path:
@@ -64,12 +64,16 @@ def make(wanted: Wanted) -> Path:
 
 
 def check_same(found: Plan, options: Options) -> None:
-    """Raise UserError where the folder holds a benchmark of other collections or settings, unless FORCE=1."""
+    """Raise UserError where the folder holds a benchmark of other collections or settings, unless FORCE=1.
+
+    More or fewer BASELINES are the same benchmark.
+    """
     path = found.folder / benchmark_page.FILE
     if not path.exists() or run_identity.force_requested():
         return
     old, new = benchmark_page.read(path), results.identity_of(found, asdict(options))
-    if changed := [key for key, value in new.items() if old.get(key) != json.loads(json.dumps(value))]:
+    changed = [key for key, value in new.items() if old.get(key) != json.loads(json.dumps(value))]
+    if changed := [key for key in changed if key != "baselines"]:
         raise UserError(
             f"{paths.relative(path)}: is of another benchmark ({', '.join(changed)} differ); take another OUT, or "
             "FORCE=1 replaces it"
@@ -91,10 +95,15 @@ def slots() -> list[str]:
 
 
 def jobs_of(found: Plan, count: int) -> list[Job]:
-    """What `count` processes at a time measure: some datasets each, then a fold each."""
-    shares = [found.held[number::count] for number in range(count)]
-    single = [Job(f"datasets-{number + 1}", tuple(share)) for number, share in enumerate(shares) if share]
-    return single + [Job(fold.name, fold=number) for number, fold in enumerate(found.folds)]
+    """What `count` processes measure: some datasets and some folds each. A process keeps what it has loaded."""
+    jobs = [Job(f"job-{at + 1}", found.held[at::count], found.folds[at::count]) for at in range(count)]
+    return [job for job in jobs if job.datasets or job.folds]
+
+
+def parts_of(found: Plan) -> list[Path]:
+    """The files of all parts."""
+    folds = [found.folder / "folds" / f"{fold.name}.json" for fold in found.folds]
+    return [found.folder / "datasets" / f"{name}.json" for name in found.held] + folds
 
 
 def work_on(found: Plan, options: Options, job: Job) -> None:
@@ -105,8 +114,8 @@ def work_on(found: Plan, options: Options, job: Job) -> None:
     worker = Worker(found, options)
     for dataset in job.datasets:
         worker.measure_dataset(dataset)
-    if job.fold is not None:
-        worker.measure_fold(found.folds[job.fold])
+    for fold in job.folds:
+        worker.measure_fold(fold)
 
 
 def pinned_work(found: Plan, options: Options, job: Job, device: str) -> None:
@@ -116,29 +125,29 @@ def pinned_work(found: Plan, options: Options, job: Job, device: str) -> None:
 
 
 def run_jobs(found: Plan, options: Options, jobs: list[Job]) -> None:
-    """Measure jobs, as many at a time as there are slots.
+    """Measure jobs, each in a process on a slot of its own; a single one in this process.
 
-    With a single slot they run in this process. Raises UserError where some could not be measured, once all others are.
+    Raises UserError where some could not be measured, once all others are.
     """
-    free = slots()
-    if len(free) == 1:
-        devices.pin(free)
-        for job in jobs:
-            work_on(found, options, job)
+    devices_of = slots()
+    if len(jobs) == 1:
+        devices.pin(devices_of[:1])
+        work_on(found, options, jobs[0])
         return
     forked.preload()
-    waiting, failed = list(jobs), []
-    running: dict[ForkServerProcess, tuple[Job, str]] = {}
+    running: dict[ForkServerProcess, Job] = {}
+    failed, before = [], -1
     try:
-        while waiting or running:
-            while waiting and free:
-                job, device = waiting.pop(0), free.pop(0)
-                running[start(found, options, job, device)] = job, device
+        for job, device in zip(jobs, devices_of, strict=False):
+            running[start(found, options, job, device)] = job
+        while running:
             for process in [process for process in running if not process.is_alive()]:
-                job, device = running.pop(process)
-                free.append(device)
-                say(f"{job.name}: {'done' if process.exitcode == 0 else 'failed'}; {len(waiting)} jobs wait")
+                job = running.pop(process)
                 failed += [job.name] if process.exitcode else []
+            there, wanted = sum(path.is_file() for path in parts_of(found)), len(parts_of(found))
+            if there != before:
+                before = there
+                say(f"{there} of {wanted} parts are there, {len(running)} processes at work")
             time.sleep(LOOK_SECONDS)
     finally:
         for process in running:
@@ -147,7 +156,9 @@ def run_jobs(found: Plan, options: Options, jobs: list[Job]) -> None:
             process.join(END_SECONDS)
     if failed:
         log = paths.relative(log_of(found, failed[0]))
-        raise UserError(f"{', '.join(failed)}: could not be measured; {log} says why, and the next call goes on")
+        raise UserError(
+            f"{', '.join(failed)}: could not measure all of its parts; {log} says why, and the next call goes on"
+        )
 
 
 def start(found: Plan, options: Options, job: Job, device: str) -> ForkServerProcess:
@@ -165,8 +176,9 @@ def log_of(found: Plan, name: str) -> Path:
 
 def write(found: Plan, options: Options) -> Path:
     """Write benchmark.json and its picture from the parts, and print the tables; returns the file."""
-    parts = {name: part(found.folder / "datasets" / f"{name}.json") for name in found.held}
-    folds = [part(found.folder / "folds" / f"{fold.name}.json") for fold in found.folds]
+    measured = [part(path) for path in parts_of(found)]
+    parts = dict(zip(found.held, measured, strict=False))
+    folds = measured[len(parts) :]
     content = results.content_of(found, asdict(options), parts, folds)
     path = found.folder / benchmark_page.FILE
     picture.draw(content, path.with_name(benchmark_page.PICTURE))

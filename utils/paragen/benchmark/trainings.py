@@ -9,17 +9,16 @@ other rows (few, union) or another order of the rows (again).
 import json
 import os
 import random
-import subprocess
 import sys
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
-from paragen.benchmark.plan import Plan, drawn_rows
+from paragen.benchmark.plan import Fold, Plan, drawn_rows
 from paragen.collection import prompts
 from paragen.collection.index import Chosen
 from paragen.collection.manifest import require_manifest
-from paragen.common import files, paths, settings
+from paragen.common import cli, files, paths, settings
 from paragen.common.cli import UserError, say
 from paragen.recipes import lookup, render
 
@@ -44,17 +43,17 @@ def needed(plan: Plan) -> list[Training]:
 
     Raises UserError where the rows that a dataset was trained on have changed, or are conversations.
     """
-    found = []
-    for kind in plan.wanted.baselines:
-        if kind == AGAIN:
-            found += [Training(f"{name}.{AGAIN}", AGAIN, plan.chosen[name], rows_of(plan, name)) for name in plan.held]
-        if kind == UNION:
-            found += [union_of(plan, number) for number in range(len(plan.folds))]
-        if kind == FEW:
-            for name in plan.held:
-                rows = rows_of(plan, name)
-                drawn = [rows[place] for place in drawn_rows(name, plan.wanted.prompts, len(rows), 0)]
-                found.append(Training(f"{name}.{FEW}", FEW, plan.chosen[name], drawn))
+    found, kinds = [], plan.wanted.baselines
+    used = plan.chosen if UNION in kinds else plan.held if {AGAIN, FEW} & set(kinds) else ()
+    rows = {name: rows_of(plan, name) for name in used}
+    if AGAIN in kinds:
+        found += [Training(f"{name}.{AGAIN}", AGAIN, plan.chosen[name], rows[name]) for name in plan.held]
+    if UNION in kinds:
+        found += [union_of(plan, fold, rows) for fold in plan.folds]
+    if FEW in kinds:
+        for name in plan.held:
+            drawn = drawn_rows(name, plan.wanted.prompts, len(rows[name]), 0)
+            found.append(Training(f"{name}.{FEW}", FEW, plan.chosen[name], [rows[name][place] for place in drawn]))
     return found
 
 
@@ -69,14 +68,18 @@ def rows_of(plan: Plan, dataset: str) -> list[dict[str, Any]]:
     return [{key: row[key] for key in COLUMNS} for row in rows]
 
 
-def union_of(plan: Plan, number: int) -> Training:
-    """The training on the rows of all datasets that a fold's generator sees: as many as its recipe's steps use."""
-    fold = plan.folds[number]
+def union_of(plan: Plan, fold: Fold, rows: dict[str, list[dict[str, Any]]]) -> Training:
+    """The training on the rows of all datasets that a fold's generator sees: as many as its recipe's steps use.
+
+    Args:
+        plan: the benchmark.
+        fold: which.
+        rows: those that each collection was trained on.
+    """
     like = plan.chosen[fold.held[0]]
-    rows = [row for name in fold.trained for row in rows_of(plan, name)]
-    used = sum(steps_and_batch(like))
-    random.Random(f"union {fold.name}").shuffle(rows)
-    return Training(f"{fold.name}.{UNION}", UNION, like, rows[:used])
+    union = [row for name in fold.trained for row in rows[name]]
+    random.Random(f"union {fold.name}").shuffle(union)
+    return Training(f"{fold.name}.{UNION}", UNION, like, union[: rows_seen(like) or len(rows[fold.held[0]])])
 
 
 def recipes_of(like: Chosen) -> tuple[str, dict[str, Any], dict[str, Any]]:
@@ -95,15 +98,14 @@ def recipes_of(like: Chosen) -> tuple[str, dict[str, Any], dict[str, Any]]:
     )
 
 
-def steps_and_batch(like: Chosen) -> tuple[int, int]:
-    """How many rows the pretrain and the finetune of a collection's recipes see."""
-    seen, before = [], 0
+def rows_seen(like: Chosen) -> int:
+    """How many rows the steps of a collection's recipes see; 0 where epochs decide how many steps there are."""
+    seen, before = 0, 0
     for recipe in recipes_of(like)[1:]:
         last = int(recipe.get("max_steps") or 0)
         rows = int(recipe.get("per_device_train_batch_size", 8)) * int(recipe.get("gradient_accumulation_steps", 1))
-        seen.append(max(0, last - before) * rows)
-        before = last
-    return seen[0], seen[1]
+        seen, before = seen + max(0, last - before) * rows, last
+    return seen
 
 
 def place_of(plan: Plan) -> Path:
@@ -121,16 +123,15 @@ def run(plan: Plan) -> None:
         return
     write_project(plan, wanted)
     short = recipes_of(wanted[0].like)[0]
-    environment = {key: value for key, value in os.environ.items() if key not in settings.SETTINGS}
-    environment |= {key: os.environ[key] for key in ("DEVICES", "DETERMINISTIC", "FORCE") if key in os.environ}
+    environment = dict.fromkeys([*settings.SETTINGS, *settings.PLURALS], "")  # ours select what is measured
+    environment |= {key: os.environ.get(key, "") for key in ("DEVICES", "DETERMINISTIC", "FORCE")}
     environment |= {
         "PARAGEN_TOP": str(place_of(plan)), "MODEL": short, "RANK": str(wanted[0].like.manifest.rank), "KEEP": "1",
         "PRUNE_PRETRAIN": "1", "MAKE_SETTINGS": "RANK MODEL KEEP",
     }  # fmt: skip
     say(f"training {len(wanted)} adapters to compare with, in {paths.relative(place_of(plan))}")
     names = [one.name for one in wanted]
-    done = subprocess.run([sys.executable, paths.UTILS / "collect_all.py", "all", *names], env=environment)
-    if done.returncode:
+    if cli.call([sys.executable, paths.UTILS / "collect_all.py", "all", *names], environment):
         raise UserError(f"{paths.relative(place_of(plan))}: not all adapters were trained; the lines above say why")
 
 
@@ -182,10 +183,11 @@ def configs_of(one: Training) -> tuple[str, dict[str, Any], dict[str, Any]]:
             config["seed"] = one.like.manifest.seed
         if one.kind == AGAIN:
             config["data_seed"] = DATA_SEED
+    resumed = Path(finetune["resume_from_checkpoint"]).name
     if one.kind == FEW:
         pretrain |= {"max_steps": FEW_STEPS, "save_steps": FEW_STEPS}
-        finetune["max_steps"] = FEW_STEPS + FEW_LAST
-    finetune["resume_from_checkpoint"] = f"{runs['pretrain']}/checkpoint-{pretrain['max_steps']}"
+        finetune["max_steps"], resumed = FEW_STEPS + FEW_LAST, f"checkpoint-{FEW_STEPS}"
+    finetune["resume_from_checkpoint"] = f"{runs['pretrain']}/{resumed}"
     finetune["save_total_limit"] = 1
     return short, pretrain, finetune
 

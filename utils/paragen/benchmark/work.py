@@ -97,7 +97,7 @@ class Worker:
         extra = self.trained(dataset)
         hashes = {kind: chosen.manifest.sha256 for kind, chosen in extra.items()}
         context = "context" in self.plan.wanted.baselines
-        inputs = rows.inputs_of(self.plan, [dataset], {"trained": hashes, "context": context})
+        inputs = rows.inputs_of(self.plan, [dataset], [], {"trained": hashes, "context": context})
         if rows.read_part(path, inputs, run_identity.force_requested()) is not None:
             say(f"measured already: {dataset}")
             return
@@ -154,7 +154,7 @@ class Worker:
             "held": list(fold.held), "seeds": list(fold.seeds), "generator": vars(self.options),
             "union": None if union is None else union.manifest.sha256,
         }  # fmt: skip
-        inputs = rows.inputs_of(self.plan, [*fold.held, *fold.trained], more)
+        inputs = rows.inputs_of(self.plan, fold.held, fold.trained, more)
         if rows.read_part(path, inputs, run_identity.force_requested()) is not None:
             say(f"measured already: {fold.name}")
             return
