@@ -116,6 +116,16 @@ def test_a_dataset_of_two_collections_has_to_be_chosen_by_a_setting(place):
         plan.collections_by_dataset(index.chosen()[0])
 
 
+def test_its_folder_is_named_after_what_is_held_out_and_is_never_among_collections(place, monkeypatch):
+    place.collect(dataset="A")
+    chosen = plan.collections_by_dataset(index.chosen()[0])
+    assert plan.folder_of(Wanted(), chosen) == place.saves / "benchmarks" / "tiny_rank-4_by-family"
+    assert plan.folder_of(Wanted(variants=(1,)), chosen).name == "tiny_rank-4_variants"
+    monkeypatch.setenv("OUT", str(place.saves / "math" / "A"))
+    with pytest.raises(UserError, match="lies among the collections"):
+        plan.folder_of(Wanted(), chosen)
+
+
 # Trainings of its own
 
 

@@ -14,7 +14,7 @@ CONFIDENCE = 0.95
 Figure = dict[str, Any]  # `value` and `interval` ([low, high]); None where there is none
 
 
-def draws_of(clusters: list[int], seed: int = 0) -> np.ndarray:
+def draws_of(clusters: list[int], seed: int) -> np.ndarray:
     """How often each row is drawn, [DRAWS + 1, rows] float64; the first draw has each row once.
 
     Args:

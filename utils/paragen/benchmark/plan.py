@@ -1,6 +1,5 @@
 """What the benchmark measures: which datasets each fold holds out, and which it trains a generator on."""
 
-import os
 import random
 import re
 from collections.abc import Mapping
@@ -13,6 +12,7 @@ from paragen.collection.index import Chosen
 from paragen.common import files, paths, settings
 from paragen.common.cli import UserError
 from paragen.dataset import names
+from paragen.exports import parts
 from paragen.model import base_models
 
 FEWEST_TRAINED = 2  # datasets of a fold that a generator is trained on
@@ -170,9 +170,12 @@ def drawn_rows(dataset: str, count: int, rows: int, number: int) -> list[int]:
 
 
 def folder_of(wanted: Wanted, chosen: Mapping[str, Chosen]) -> Path:
-    """The benchmark's folder: OUT, or saves/benchmarks/<model>_rank-<rank>[_made]_<what is held out>."""
+    """The benchmark's folder: OUT, or saves/benchmarks/<model>_rank-<rank>[_made]_<what is held out>.
+
+    Raises UserError for an OUT among the collections.
+    """
     if out := settings.text("OUT"):
-        return Path(os.path.abspath(os.path.expanduser(out)))
+        return parts.out_folder(out)
     some = next(iter(chosen.values())).manifest
     made = "_made" if all(one.manifest.category == paths.MADE for one in chosen.values()) else ""
     held = "variants" if wanted.variants else f"by-{wanted.by}"

@@ -16,6 +16,7 @@ from paragen.benchmark.plan import Fold, Plan, drawn_rows
 from paragen.benchmark.rows import Scored
 from paragen.collection import adapter_config, checkpoints, prompts, run_identity, vectors
 from paragen.collection.evaluation import BASE
+from paragen.collection.index import Chosen
 from paragen.common import paths
 from paragen.common.cli import say
 from paragen.generator import conditions, generate, saved, train
@@ -114,7 +115,7 @@ class Worker:
         rows.write_part(path, inputs, part_of(dataset, scored, methods, facts))
         say(f"{dataset}: {len(scored.clusters)} rows, {len(methods)} methods, {time.monotonic() - started:.0f} s")
 
-    def trained(self, dataset: str) -> dict[str, Any]:
+    def trained(self, dataset: str) -> dict[str, Chosen]:
         """The collections of the adapters that the benchmark trained for a dataset, by kind."""
         kinds = [kind for kind in (trainings.AGAIN, trainings.FEW) if kind in self.plan.wanted.baselines]
         like = self.plan.chosen[dataset]
@@ -159,24 +160,8 @@ class Worker:
             say(f"measured already: {fold.name}")
             return
         started = time.monotonic()
-        others = Others({name: self.own(name) for name in fold.trained})
-        mean, temperature = others.mean(), self.choose_temperature(fold, others)
-        adapters: dict[str, dict[str, Adapter | None]] = {}
-        facts: dict[str, dict[str, Any]] = {}
-        for dataset in fold.held:
-            near = self.similarities(dataset, fold.trained)
-            facts[dataset] = {
-                "nearest": max(near, key=lambda name: near[name]), "temperature": temperature,
-                "other": self.other_prompts(fold, dataset),
-            }  # fmt: skip
-            adapters[dataset] = {
-                "mean": mean,
-                "nearest": self.own(facts[dataset]["nearest"]),
-                "weighted": others.weighted(near, temperature),
-            }
-            if union is not None:
-                adapters[dataset]["union"] = generate.last_checkpoint(union)
-        say(f"{fold.name}: temperature {temperature}, {time.monotonic() - started:.0f} s")
+        adapters, facts = self.without_generator(fold, union)
+        say(f"{fold.name}: compared with, {time.monotonic() - started:.0f} s")
         for seed in fold.seeds:
             self.add_generated(fold, seed, adapters, facts)
             say(f"{fold.name}: generator {seed} trained, {time.monotonic() - started:.0f} s")
@@ -191,7 +176,33 @@ class Worker:
         rows.write_part(path, inputs, {"fold": fold.name, "group": fold.group, "datasets": parts})
         say(f"{fold.name}: {len(fold.held)} datasets measured, {time.monotonic() - started:.0f} s")
 
-    def union_of(self, fold: Fold) -> Any:
+    def without_generator(
+        self, fold: Fold, union: Chosen | None
+    ) -> tuple[dict[str, dict[str, Adapter | None]], dict[str, dict[str, Any]]]:
+        """What a fold's held-out datasets can have without a generator: (adapters by method, facts), each by dataset.
+
+        Args:
+            fold: which.
+            union: the collection of the adapter trained on the union of the others' rows, where there is one.
+        """
+        others = Others({name: self.own(name) for name in fold.trained})
+        shared: dict[str, Adapter | None] = {"mean": others.mean()}
+        if union is not None:
+            shared["union"] = generate.last_checkpoint(union)
+        temperature = self.choose_temperature(fold, others)
+        adapters, facts = {}, {}
+        for dataset in fold.held:
+            near = self.similarities(dataset, fold.trained)
+            nearest = max(near, key=lambda name: near[name])
+            facts[dataset] = {
+                "nearest": nearest, "temperature": temperature, "other": self.other_prompts(fold, dataset)
+            }  # fmt: skip
+            adapters[dataset] = {
+                **shared, "nearest": self.own(nearest), "weighted": others.weighted(near, temperature)
+            }  # fmt: skip
+        return adapters, facts
+
+    def union_of(self, fold: Fold) -> Chosen | None:
         """The collection of the adapter trained on the union of the other datasets' rows; None without it."""
         if trainings.UNION not in self.plan.wanted.baselines:
             return None
@@ -274,9 +285,8 @@ class Others:
     def __init__(self, adapters: Mapping[str, Adapter]):
         self.names, device = list(adapters), torch.device("cuda" if torch.cuda.is_available() else "cpu")
         self.layout = vectors.layout_of(next(iter(adapters.values())))
-        self.stacked = torch.stack([vectors.to_vector(one) for one in adapters.values()]).to(
-            device
-        )  # [adapters, values]
+        flat = [vectors.to_vector(one) for one in adapters.values()]
+        self.stacked = torch.stack(flat).to(device)  # [adapters, values]
 
     def mean(self, weights: Mapping[str, float] | None = None) -> Adapter:
         """Their mean; with weights by name (0 for those without one) the sum of the weighted adapters."""
