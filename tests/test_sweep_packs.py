@@ -2,6 +2,7 @@
 
 import json
 import os
+import re
 import shutil
 import signal
 import subprocess
@@ -63,7 +64,7 @@ def test_a_mixed_sweep_packs_what_it_can_and_a_broken_cell_fails_alone(repositor
     logs = sorted((repository / "saves" / CATEGORY / "Other").glob("*.log"))
     assert len(logs) == 4 and sum(log.read_text().count("whole ") for log in logs) == 4
     assert all("packed with " in log.read_text() or "whole " in log.read_text() for log in logs)
-    assert output.count("started: ") == 8
+    assert output.count("started: ") == 8 and re.search(r"devices: 1, had work \d+ % of \d+ s", output)
 
 
 @pytest.mark.slow
@@ -120,24 +121,129 @@ def test_a_killed_pack_is_repeated(repository, victims_of):
 
 
 @pytest.mark.parametrize(
-    ("cells", "slots", "at_once"), [(5, 8, 1), (10, 2, 5), (32, 1, 32), (33, 1, 17), (100, 2, 25), (7, 0, 7)]
+    ("cells", "slots", "sizes"),
+    [(5, 8, [1] * 5), (10, 2, [5, 5]), (32, 1, [32]), (33, 1, [17, 16]), (100, 2, [25] * 4), (7, 0, [7])],
 )
-def test_cells_of_a_base_model_are_spread_evenly_over_slots(cells, slots, at_once):
+def test_equal_cells_of_a_base_model_are_spread_evenly_over_slots(cells, slots, sizes):
     from paragen.sweep import packs
 
-    assert packs.share(cells, slots) == at_once
+    dealt = packs.deal([1.0] * cells, packs.count_packs(cells, slots))
+    assert [len(pack) for pack in dealt] == sizes
+    assert sorted(place for pack in dealt for place in pack) == list(range(cells))
+
+
+def test_packs_have_about_the_same_work_and_never_too_many_cells():
+    from paragen.sweep import packs
+
+    steps = [steps for steps in (800, 1087, 1650, 4816) for _ in range(5)]
+    dealt = packs.deal(steps, 4)
+    loads = [sum(steps[place] for place in pack) for pack in dealt]
+    assert loads == sorted(loads, reverse=True) and loads[-1] > 0.75 * loads[0]
+    assert all(steps[pack[-1]] == 4816 for pack in dealt), "each device trains cells of the long dataset"
+    works = [100.0] + [1.0] * 63
+    assert [len(pack) for pack in packs.deal(works, 2)] == [packs.MOST] * 2
+
+
+class PretendedDevices:
+    """In the place of `Workers`: slots on which every pack takes as long as its work."""
+
+    def __init__(self, slots: int):
+        self.slots, self.idle, self.packs = slots, list(range(slots)), []
+        self.running: dict = {}
+
+    def start_missing(self, waiting: int) -> bool:
+        return False
+
+    def give(self, pack: list, call) -> None:
+        self.packs.append([job.cell for job in pack])
+        self.idle.pop()
+
+
+def given(project, monkeypatch, slots: int, lengths: tuple[int, ...], ranks: int) -> list[list]:
+    """The packs that a sweep gives to so many devices at once, of datasets of which each has so many steps."""
+    from paragen.recipes.run import Cell
+    from paragen.sweep import jobs, packs
+    from paragen.sweep.sweep import Sweep
+
+    monkeypatch.setattr(jobs, "claim_runs", lambda job: True)
+    cells = [
+        Cell("Toy", str(steps), rank, (project.pretrain, project.finetune), (f"max_steps={steps}",))
+        for steps in lengths
+        for rank in range(1, 1 + ranks)
+    ]
+    workers = PretendedDevices(slots)
+    sweep = Sweep(workers, cells, lambda *event: None, "abcd")
+    sweep.start_jobs()
+    assert sorted(map(str, (cell for pack in workers.packs for cell in pack))) == sorted(map(str, cells))
+    assert not sweep.waiting
+    shares = packs.expected_shares(sweep.works, slots)
+    assert len(shares) == slots and max(shares) == 1
+    return workers.packs
+
+
+def test_a_sweep_spreads_the_cells_of_a_long_dataset_over_all_devices(project, monkeypatch):
+    for pack in given(project, monkeypatch, 4, (800, 1087, 1650, 4816), 5):
+        assert "4816" in {cell.model for cell in pack}
+    assert sorted(map(len, given(project, monkeypatch, 3, (50,), 2))) == [1, 1]
+
+
+def test_the_work_of_a_cell_is_its_steps_times_their_tokens(project, monkeypatch):
+    """Of the phases that are left."""
+    from paragen.common import paths
+    from paragen.recipes.run import Cell
+    from paragen.sweep import estimate
+
+    def cell(*overrides: str) -> Cell:
+        return Cell("Toy", "tiny", 4, (project.pretrain, project.finetune), overrides)
+
+    plain, longer, broken = cell(), cell("max_steps=80"), cell("dataset=Absent")
+    works = estimate.works_of([plain, longer, broken])
+    by_rows = {one: sum(map(estimate.rows_of, one.runs)) for one in (plain, longer)}
+    assert works[longer] / works[plain] == pytest.approx(by_rows[longer] / by_rows[plain])
+    assert works[broken] == (works[plain] + works[longer]) / 2
+    cut = cell("cutoff_len=5")
+    assert estimate.works_of([cut])[cut] == 5 * by_rows[plain]
+    plain.pretrain.folder.mkdir(parents=True)
+    (plain.pretrain.folder / paths.MANIFEST).write_text("{}")
+    assert estimate.works_of([plain])[plain] < works[plain]
+    monkeypatch.setenv("FORCE", "1")
+    assert estimate.works_of([plain]) == {plain: works[plain]}
+
+
+def test_the_share_of_the_time_with_work_is_counted_by_device(monkeypatch):
+    """Also where a worker died, with or without its task's end, and another one took its place."""
+    from paragen.sweep import workers
+
+    clock = [0.0]
+    monkeypatch.setattr(workers.time, "monotonic", lambda: clock[0])
+    times = workers.WorkTimes()
+    assert times.shares() == []
+    for second, event, worker in (
+        (10, times.begin, "a"),
+        (10, times.begin, "b"),
+        (14, times.keep, ["a"]),
+        (16, times.begin, "c"),
+        (18, times.end, "c"),
+        (20, times.end, "a"),
+    ):
+        clock[0] = second
+        event(worker)
+    assert times.seconds == 10 and times.shares() == [1.0, 0.6]
 
 
 def test_the_plan_states_how_many_cells_are_packed(repository):
     add_to_recipes(repository, "To-y", "tiny-two", "use_dora: true")
     command = [PYTHON, repository / "utils" / "plan.py"]
 
-    def engine_line(**environment: str) -> str:
-        done = subprocess.run(
+    def planned(**environment: str) -> subprocess.CompletedProcess:
+        return subprocess.run(
             command, env={**os.environ, "RANKS": "2 4", **environment}, capture_output=True, text=True
         )
-        return next(line for line in done.stdout.splitlines() if line.startswith("engine: "))
 
+    def engine_line(**environment: str) -> str:
+        return next(line for line in planned(**environment).stdout.splitlines() if line.startswith("engine: "))
+
+    assert re.search(r"devices: \d+, expected to have work \d+ % .* of the time", planned().stdout)
     assert engine_line() == "engine: 6 cells packed, of 2 base models, 2 a cell at a time (use_dora is True)"
     assert engine_line(GPUS_PER_CELL="2").startswith("engine: 8 a cell at a time (it trains on one device")
     assert engine_line(ENGINE="stock").startswith("engine: the ordinary way")

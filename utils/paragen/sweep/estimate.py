@@ -1,11 +1,17 @@
-"""Estimates when a sweep ends, from how far its running cells are and how long the finished ones took."""
+"""Estimates of a sweep: the work of its cells, and its end from how far its cells are and how long others took."""
 
 import heapq
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 
-from paragen.recipes import batches
-from paragen.recipes.run import Run
+from paragen.collection import row_hashes, run_identity
+from paragen.common import paths
+from paragen.common.cli import UserError
+from paragen.dataset import dataset_info
+from paragen.recipes import batches, keys
+from paragen.recipes.run import Cell, Run
 from paragen.training.progress import Progress
+
+BYTES_PER_TOKEN = 4  # of a data file; only how cells compare matters
 
 
 def seconds_left(running: Sequence[tuple[float, float]], waiting: int, took: Sequence[float]) -> float | None:
@@ -50,3 +56,38 @@ def rows_of(run: Run) -> int:
     """How many rows a run trains, each as often as it is seen; 0 where its recipe has no max_steps."""
     at_a_time, accumulated = batches.rows_and_accumulation(run.config)
     return max(0, run.config.get("max_steps", 0) - run.resumed_step) * at_a_time * accumulated
+
+
+def works_of(cells: Iterable[Cell]) -> dict[Cell, float]:
+    """About how many tokens each cell has to train: its steps times the tokens of a step, in the phases that are left.
+
+    A cell of which that is not known (a broken recipe, missing data) counts as much as the others do on average.
+    """
+    known = {cell: _work_of(cell) for cell in cells}
+    found = [work for work in known.values() if work]
+    usual = sum(found) / len(found) if found else 1.0
+    return {cell: work or usual for cell, work in known.items()}
+
+
+def _work_of(cell: Cell) -> float | None:
+    """The tokens that a cell has to train; None where that is not known."""
+    try:
+        pretrain, finetune = cell.runs
+        is_left = run_identity.force_requested() or not (pretrain.folder / paths.MANIFEST).is_file()
+        return sum(_tokens_of(run) for run in ([pretrain, finetune] if is_left else [finetune]))
+    except (UserError, KeyError, OSError):
+        return None
+
+
+def _tokens_of(run: Run) -> float:
+    """About how many tokens a run trains, from the size of its data files. Raises UserError where they are missing."""
+    most = run.config.get("max_samples")
+    longest = run.config.get("cutoff_len") or keys.OMITTED_CUTOFF
+    rows, size = 0, 0.0
+    for name in run.datasets:
+        path = dataset_info.data_file(name, run.data_dir)
+        found = row_hashes.known(path, most)
+        rows += found.rows
+        size += found.rows * min(longest, path.stat().st_size / found.rows_in_file / BYTES_PER_TOKEN)
+    seen = rows_of(run) or run.config.get("num_train_epochs", 0) * rows
+    return seen * size / rows

@@ -1,10 +1,10 @@
-"""Which cells of a sweep the packed engine trains together, and how many in one pack.
+"""Which cells of a sweep the packed engine trains together, and which of them are in one pack.
 
-Cells that share a base model are spread evenly over the slots, so that every device has work. Cells that cannot be
-packed are trained one by one.
+Cells that share a base model are dealt out by their work (see estimate.py) as one pack per slot, so that a long
+dataset's cells are spread over all devices. Cells that cannot be packed are trained one by one.
 """
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 
 from paragen.common import settings
 from paragen.common.cli import UserError
@@ -53,11 +53,54 @@ def is_model_there(cell: Cell) -> bool:
         return True
 
 
-def share(count: int, slots: int) -> int:
-    """How many of `count` cells with one key go into a pack: as few rounds as MOST allows, all packs of equal size."""
+def count_packs(cells: int, slots: int) -> int:
+    """How many packs are made of so many cells with one key: as few rounds as MOST allows, a pack per slot in each."""
     slots = max(1, slots)
-    rounds = -(-count // (slots * MOST))
-    return max(1, -(-count // (slots * rounds))) if rounds else 1
+    rounds = -(-cells // (slots * MOST))
+    return min(cells, slots * rounds)
+
+
+def deal(works: Sequence[float], count: int) -> list[list[int]]:
+    """Deal cells out to packs of about the same work: the largest first, each to the pack with the least.
+
+    Args:
+        works: the work of each cell.
+        count: the number of packs, enough for MOST cells in each.
+
+    Returns the places of each pack's cells in `works`, ascending; the pack with the most work comes first.
+    """
+    packs: list[list[int]] = [[] for _ in range(max(1, min(count, len(works))))]
+    loads = [0.0] * len(packs)
+    for cell in sorted(range(len(works)), key=lambda cell: -works[cell]):
+        free = (number for number, pack in enumerate(packs) if len(pack) < MOST)
+        least = min(free, key=lambda number: loads[number])
+        packs[least].append(cell)
+        loads[least] += works[cell]
+    order = sorted(range(len(packs)), key=lambda number: -loads[number])
+    return [sorted(packs[number]) for number in order]
+
+
+def expected_shares(works: dict[Cell, float], slots: int) -> list[float]:
+    """Which share of a sweep's time each slot is expected to have work, if time goes by work.
+
+    Args:
+        works: the work of each cell, in the order in which they start.
+        slots: how many packs, or cells that are trained alone, can be at work at the same time.
+    """
+    by_key: dict[tuple, list[float]] = {}
+    for cell, work in works.items():
+        by_key.setdefault(pack_key(cell) or ("alone", cell), []).append(work)
+    loads = [0.0] * max(1, slots)
+    for together in by_key.values():
+        for pack in deal(together, count_packs(len(together), slots)):
+            loads[loads.index(min(loads))] += sum(together[place] for place in pack)
+    return [load / max(loads) for load in loads] if any(loads) else loads
+
+
+def busy_text(shares: list[float]) -> str:
+    """Shares of time as text: the mean, and each."""
+    each = ", ".join(f"{100 * share:.0f}" for share in shares)
+    return f"{100 * sum(shares) / len(shares):.0f} % on average ({each})" if len(shares) > 1 else f"{each} %"
 
 
 def engine_line(cells: Iterable[Cell]) -> str:

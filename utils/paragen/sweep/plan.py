@@ -3,6 +3,7 @@
 What is not known is None: the size of adapters before their base model is there, the time before a first run of it.
 """
 
+import os
 import shutil
 from collections.abc import Iterable
 from datetime import timedelta
@@ -17,7 +18,7 @@ from paragen.common import cli, paths
 from paragen.common.cli import UserError, say
 from paragen.model import model_files
 from paragen.recipes.run import Cell
-from paragen.sweep import packs
+from paragen.sweep import estimate, packs, ray_cluster
 from paragen.training import inputs, status
 from paragen.training.status import CellState
 
@@ -89,9 +90,19 @@ def show(plan: Plan) -> None:
         cli.print_table(("to do", "model", "rank", "state", "steps", "MB", "time"), [row_of(one) for one in plan.to_do])
         say(time_line(plan))
         say(packs.engine_line(plan.cells))
+        if len(shares := expected_shares(plan)) > 1:
+            say(f"devices: {len(shares)}, expected to have work {packs.busy_text(shares)} of the time")
     for line in plan.missing:
         say(f"missing: {line}")
     say(disk_line(plan))
+
+
+def expected_shares(plan: Plan) -> list[float]:
+    """Which share of the time each of this machine's devices would have work; empty where they are not known."""
+    slots = ray_cluster.slots_here() // packs.gpus_per_cell()
+    if os.environ.get("RAY_ADDRESS") or not slots:
+        return []
+    return packs.expected_shares(estimate.works_of(plan.cells), slots)
 
 
 def check_disk(plan: Plan) -> None:
@@ -137,6 +148,7 @@ def content_of(plan: Plan) -> dict[str, Any]:
         "bytes": None if any(planned.bytes is None for planned in plan.to_do) else plan.known_bytes,
         "bytes_free": plan.free,
         "seconds": None if None in known else sum(known),
+        "expected_shares": expected_shares(plan),
     }
 
 

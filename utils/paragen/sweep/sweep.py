@@ -14,9 +14,9 @@ from collections import Counter, deque
 from collections.abc import Callable, Iterable
 
 from paragen.common import files, paths
-from paragen.common.cli import UserError
+from paragen.common.cli import UserError, say
 from paragen.recipes.run import Cell
-from paragen.sweep import cell_worker, jobs, packs, ray_cluster, stage
+from paragen.sweep import cell_worker, estimate, jobs, packs, ray_cluster, stage
 from paragen.sweep.cell_worker import CellWorker
 from paragen.sweep.jobs import Job
 from paragen.sweep.session import Session
@@ -61,6 +61,8 @@ def collect(
             workers.run(sweep)
         finally:
             sweep.release_runs()
+        if shares := workers.times.shares():
+            say(f"devices: {len(shares)}, had work {packs.busy_text(shares)} of {workers.times.seconds:.0f} s")
     return sweep.outcomes
 
 
@@ -77,6 +79,8 @@ class Sweep:
         self.workers, self.report = workers, report
         self.waiting = deque(jobs.new_job(cell, packs.pack_key(cell), sweep_id) for cell in cells)
         self.counts = Counter(job.pack_key for job in self.waiting)
+        self.started: Counter = Counter()  # packs of first attempts, by key
+        self.works = estimate.works_of(job.cell for job in self.waiting if job.pack_key is not None)
         self.outcomes: dict[Cell, Outcome] = {}
 
     def step(self) -> None:
@@ -107,21 +111,28 @@ class Sweep:
     def start(self, pack: list[Job]) -> None:
         """Have an idle worker train a pack."""
         cells, first = [(job.cell, job.attempt) for job in pack], pack[0]
+        self.started[first.pack_key] += first.number == 1
         self.workers.give(pack, lambda worker: worker.collect.remote(cells, first.pack_key is not None, first.halved))
         for job in pack:
             self.report("started", job, None)
 
     def next_pack(self) -> list[Job]:
-        """Remove and return the first waiting job and those that are trained together with it."""
-        first = self.waiting.popleft()
+        """Remove and return the first waiting job, or the largest pack of those with its key."""
+        first = self.waiting[0]
         if first.pack_key is None:
-            return [first]
-        most = packs.share(self.counts[first.pack_key], self.workers.slots)
-        most = -(-most // first.number)  # a pack that was killed may have been too large: half of it
+            return [self.waiting.popleft()]
         alike = [job for job in self.waiting if (job.pack_key, job.number) == (first.pack_key, first.number)]
-        for job in alike[: most - 1]:
+        cells, count = self.counts[first.pack_key], packs.count_packs(self.counts[first.pack_key], self.workers.slots)
+        if first.number == 1:
+            count -= self.started[first.pack_key]
+        else:  # a pack that was killed may have been too large: half of it
+            most = -(-cells // count)
+            count = -(-len(alike) // -(-most // first.number))
+        count = max(count, -(-len(alike) // packs.MOST))
+        pack = [alike[place] for place in packs.deal([self.works[job.cell] for job in alike], count)[0]]
+        for job in pack:
             self.waiting.remove(job)
-        return [first, *alike[: most - 1]]
+        return pack
 
     def is_claimed(self, job: Job) -> bool:
         """Whether a job may start now. If not, it waits behind the others, or has ended already."""

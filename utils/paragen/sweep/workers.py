@@ -33,6 +33,50 @@ class Scheduler(Protocol):
         """Give what can be given, and take the results there are."""
 
 
+class WorkTimes:
+    """For which share of the time each worker has a task, one that takes the place of a dead one counted with it."""
+
+    def __init__(self) -> None:
+        self.workers: list[Any] = []  # None: it died
+        self.spent: list[float] = []  # seconds at tasks
+        self.began: list[float | None] = []  # when the present task began
+        self.first = self.last = 0.0  # when the first task began, and the last one ended
+
+    def begin(self, worker: Any) -> None:
+        """A worker begins a task."""
+        now = time.monotonic()
+        self.first = self.first or now
+        if worker not in self.workers and None not in self.workers:
+            self.workers.append(None)
+            self.spent.append(0.0)
+            self.began.append(None)
+        place = self.workers.index(worker if worker in self.workers else None)
+        self.workers[place], self.began[place] = worker, now
+
+    def end(self, worker: Any) -> None:
+        """A worker's task ended."""
+        place, self.last = self.workers.index(worker), time.monotonic()
+        self.spent[place] += self.last - (self.began[place] or self.last)
+        self.began[place] = None
+
+    def keep(self, alive: list[Any]) -> None:
+        """All workers but these have died."""
+        for place, worker in enumerate(self.workers):
+            if worker not in alive:
+                if self.began[place] is not None:
+                    self.end(worker)
+                self.workers[place] = None
+
+    @property
+    def seconds(self) -> float:
+        """The time from the begin of the first task to the end of the last."""
+        return self.last - self.first
+
+    def shares(self) -> list[float]:
+        """Which share of `seconds` each had a task."""
+        return [spent / self.seconds for spent in self.spent] if self.seconds > 0 else []
+
+
 class Workers:
     """Ray actors that are starting, idle, or at a task.
 
@@ -50,6 +94,7 @@ class Workers:
         self.idle: list[Any] = []
         self.lost = 0  # workers that died before their first task
         self.last_active = time.monotonic()  # when a task was at work, or `is_stuck` was True
+        self.times = WorkTimes()
 
     @property
     def slots(self) -> int:
@@ -59,6 +104,7 @@ class Workers:
     def start_missing(self, waiting: int) -> bool:
         """Start the workers missing for `waiting` more tasks. Returns whether any starts while nothing runs."""
         self.idle = [worker for worker in self.idle if self._is_alive(worker)]
+        self.times.keep([*self.idle, *(worker for worker, _ in self.running.values())])
         wanted = min(self.slots, waiting + len(self.running))
         new = wanted - len(self.running) - len(self.idle) - len(self.starting)
         is_first = new > 0 and not (self.running or self.starting)
@@ -86,6 +132,7 @@ class Workers:
         """
         worker = worker or self.idle[-1]
         self.idle.remove(worker)
+        self.times.begin(worker)
         self.running[call(worker)] = worker, task
 
     def wait(self) -> list[Ended]:
@@ -109,6 +156,7 @@ class Workers:
     def _end(self, future: Any) -> Ended:
         """Take the result of a task; its worker is idle unless it died."""
         worker, task = self.running.pop(future)
+        self.times.end(worker)
         try:
             result = self.session.ray.get(future)
         except self.session.ray.exceptions.RayError as error:
