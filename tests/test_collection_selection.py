@@ -14,10 +14,12 @@ from paragen.common.cli import UserError
 COLLECTED = {
     "verify": {}, "clean-checkpoints": {"DRY_RUN": "1"}, "index": {}, "export": {"FORMAT": "peft"}, "evaluate": {},
     "stats": {}, "report": {}, "publish": {"REPO": "user/name", "DRY_RUN": "1"}, "generator": {},
+    "benchmark-generator": {},
 }  # fmt: skip
 OF_RECIPES = {"recipe", "pretrain", "finetune", "collect", "collect-all", "plan", "status"}
 ELSEWHERE = {"pull"}  # selects by the same function from a repository's index: tests/test_publishing.py
-SCORED = ("evaluate", "publish", "generator")  # what they do with a selection takes a base model or a licence
+# What they do with a selection takes a base model or a licence.
+SCORED = ("evaluate", "publish", "generator", "benchmark-generator")
 
 
 @pytest.fixture

@@ -13,6 +13,8 @@ import pytest
 from helpers.forked_python import PYTHON
 from test_sweep import CATEGORY, left_over, runs_of, sweep, workers_of
 
+from paragen.training import interrupted
+
 pytestmark = pytest.mark.runs
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -249,7 +251,7 @@ def test_the_plan_states_how_many_cells_are_packed(repository):
     assert engine_line(ENGINE="stock").startswith("engine: the ordinary way")
 
 
-def test_status_shows_a_packs_progress_and_ctrl_c_leaves_no_files(repository):
+def test_status_shows_a_packs_progress_and_ctrl_c_leaves_what_the_next_call_resumes(repository):
     """`make status` reads step and loss of each of its runs from that run's staging folder."""
     add_to_recipes(repository, "Other", "tiny-one", "max_steps: 4000")
     add_to_recipes(repository, "Other", "tiny-one", "logging_steps: 1")
@@ -266,4 +268,6 @@ def test_status_shows_a_packs_progress_and_ctrl_c_leaves_no_files(repository):
     assert len(lines) == 2 and all("pretrain step " in line and " of 4000, loss " in line for line in lines)
     os.killpg(run.pid, signal.SIGINT)
     assert run.wait(60) != 0
-    assert left_over(repository) == []
+    left = {path.name: path for path in saves.glob("Other/.*")}
+    assert left.keys() == set(left_over(repository))
+    assert all((path / interrupted.RECORD).is_file() for path in left.values())
