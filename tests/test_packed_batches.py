@@ -309,7 +309,7 @@ def test_a_bfloat16_run_computes_what_peft_does_whatever_dtype_the_base_is_store
     from peft import LoraConfig, get_peft_model
     from transformers import AutoModelForCausalLM
 
-    from paragen.packed import frozen_base, memory, peft_comparison
+    from paragen.packed import frozen_base, initial_adapter, memory, peft_comparison
     from paragen.packed.engine import Engine
 
     model = AutoModelForCausalLM.from_pretrained(every_model / "smollm2-135m", dtype=getattr(torch, stored))
@@ -318,7 +318,7 @@ def test_a_bfloat16_run_computes_what_peft_does_whatever_dtype_the_base_is_store
         if parameter.requires_grad:
             parameter.data = parameter.data.float()
     peft_comparison.check_packable(adapted, torch.bfloat16)
-    first = frozen_base.initial_adapter_of(adapted)
+    first = initial_adapter.initial_adapter_of(adapted)
     rows = [row(40, 9), row(25, 12)]
     expected = peft_comparison.peft_gradient(adapted, rows, torch.bfloat16)
     plain = frozen_base.unload_adapter(adapted)

@@ -6,16 +6,13 @@ seeds.
 
 import copy
 from pathlib import Path
-from typing import Any, NamedTuple, cast
+from typing import Any, NamedTuple
 
 import torch
 from llamafactory.data import get_dataset, get_template_and_fix_tokenizer
-from llamafactory.hparams import get_train_args
 from llamafactory.model import load_model, load_tokenizer
 from llamafactory.model.adapter import init_adapter
-from peft import LoraConfig, PeftModel
-from peft.tuners.lora import LoraLayer
-from torch import Tensor, nn
+from peft import LoraConfig
 from transformers import PreTrainedModel, set_seed
 
 from paragen.collection import run_identity
@@ -24,6 +21,7 @@ from paragen.packed import peft_comparison, stock_checkpoint
 from paragen.packed.adapter import Adapter
 from paragen.packed.batches import IGNORED, Row
 from paragen.packed.continuation import CheckpointRecorder, Continuation, unlogged_losses
+from paragen.packed.initial_adapter import InitialAdapter, drawn, initial_adapter_of
 from paragen.packed.layers import NotPackable
 from paragen.packed.model import unload_adapter, use_fused_kernels
 from paragen.packed.schedule import TrainingLog, TrainingSchedule, rows_of
@@ -38,14 +36,6 @@ OVERRIDES = {
     "disable_gradient_checkpointing": True, "disable_tqdm": True, "report_to": "none", "dataloader_num_workers": 0,
     "dataloader_prefetch_factor": None, "dataloader_persistent_workers": False,
 }  # fmt: skip
-
-
-class InitialAdapter(NamedTuple):
-    """A new adapter as PEFT initialises it."""
-
-    config: LoraConfig
-    factors: dict[str, tuple[Tensor, Tensor]]  # lora_A [rank, in] and lora_B [out, rank] by layer; float32, on the CPU
-    scaling: float
 
 
 class PackedRun(NamedTuple):
@@ -75,6 +65,7 @@ class FrozenBase:
         self.dtype = torch.float32
         self.layers: list[str] = []  # the adapted layers
         self.initial_adapters: dict[tuple, InitialAdapter] = {}
+        self.first: InitialAdapter | None = None  # as PEFT made it; None where others cannot be drawn like it
         self.rows: dict[str | None, list[Row]] = {}  # by the key of the data and settings; None where there is none
 
     def admit(self, attempt: Attempt, continued: Continuation) -> PackedRun:
@@ -88,10 +79,10 @@ class FrozenBase:
         job["continued"] = str(continued.checkpoint) if continued.checkpoint else None
         arguments = process.arguments_of(job) | OVERRIDES
         templates.register()
-        process.check_arguments(attempt.run.recipe, arguments)
+        parsed = process.check_arguments(attempt.run.recipe, arguments)  # sets the seed, as a start of it does
         process.check_template(attempt.run.recipe, arguments, job["pictures"])
         try:
-            ready = self._admit(attempt, continued, job, arguments)
+            ready = self._admit(attempt, continued, job, parsed)
             progress.report(attempt.staging, "waiting for its pack")
             return ready
         except (NotPackable, OutOfMemory):
@@ -101,8 +92,7 @@ class FrozenBase:
                 raise
             raise process.refusal(attempt.run.recipe, error) from error
 
-    def _admit(self, attempt: Attempt, continued: Continuation, job: dict, arguments: dict) -> PackedRun:
-        parsed = get_train_args(dict(arguments))  # sets the seed, as every start of LLaMA-Factory does
+    def _admit(self, attempt: Attempt, continued: Continuation, job: dict, parsed: tuple) -> PackedRun:
         if parsed[3].lora_dropout >= 1:
             raise NotPackable(f"lora_dropout is {parsed[3].lora_dropout}, which leaves nothing to learn")
         rows = self._rows(attempt, job, parsed)
@@ -150,6 +140,11 @@ class FrozenBase:
             return self.initial_adapters[key]
         if self.refused is not None:
             raise self.refused
+        if self.model is not None and self.first is not None:
+            initial = drawn(self.model, self.first, finetuning_args, args.seed, bool(args.resume_from_checkpoint))
+            if initial.factors:
+                self.initial_adapters[key] = initial
+            return initial
         set_seed(args.seed)
         if self.model is None:
             self.initial_adapters[key] = self._load_once(model_args, finetuning_args, args, rows)
@@ -187,25 +182,12 @@ class FrozenBase:
         model = unload_adapter(adapted)
         use_fused_kernels(model)
         peft_comparison.check_against_peft(model, first.factors, first.scaling, compared, expected, self.dtype)
+        if first.equals(drawn(model, first, finetuning_args, args.seed)):
+            self.model, self.first = model, first
+            return first
         set_seed(args.seed)
         again = init_adapter(model.config, model, model_args, finetuning_args, True)
-        pairs = zip(first.factors.values(), initial_adapter_of(again).factors.values(), strict=True)
-        if not all(torch.equal(one, other) for pair in pairs for one, other in zip(*pair, strict=True)):
+        if not first.equals(initial_adapter_of(again)):
             raise NotPackable("its initial adapters depend on the loading of the model")
         self.model = unload_adapter(again)
         return first
-
-
-def initial_adapter_of(adapted: PeftModel) -> InitialAdapter:
-    """The adapter of a PEFT model, copied to the CPU. Raises NotPackable where its layers have different scalings."""
-    factors: dict[str, tuple[Tensor, Tensor]] = {}
-    scaling: set[float] = set()
-    for name, module in adapted.base_model.model.named_modules():
-        if isinstance(module, LoraLayer):
-            pair = (cast(nn.Linear, half["default"]) for half in (module.lora_A, module.lora_B))
-            a, b = (linear.weight.detach().to("cpu", torch.float32, copy=True) for linear in pair)
-            factors[name] = a, b
-            scaling.add(module.scaling["default"])
-    if len(scaling) != 1:
-        raise NotPackable("its layers are scaled differently")
-    return InitialAdapter(cast(LoraConfig, adapted.peft_config["default"]), factors, scaling.pop())

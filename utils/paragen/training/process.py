@@ -132,13 +132,16 @@ def refusal(recipe: Path, error: BaseException) -> UserError:
     )
 
 
-def check_arguments(recipe: Path, arguments: dict) -> None:
-    """Have LLaMA-Factory parse the arguments before anything is loaded. Raises UserError where it refuses them."""
+def check_arguments(recipe: Path, arguments: dict) -> tuple:
+    """Have LLaMA-Factory parse the arguments before anything is loaded, and return what it makes of them.
+
+    Raises UserError where it refuses them.
+    """
     from llamafactory.hparams import get_train_args
 
     check_bf16(recipe, arguments)
     try:
-        get_train_args(dict(arguments))
+        return get_train_args(dict(arguments))
     except SETTINGS_ERRORS as error:
         raise refusal(recipe, error) from None
 
