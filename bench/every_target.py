@@ -99,7 +99,12 @@ def commands(datasets: list[str], ranks: list[str], keep: str) -> list[list[str]
 
 def copy_repository(top: Path) -> None:
     """What git holds, as it is in the working tree."""
-    listed = subprocess.run(["git", "ls-files", "-z"], cwd=ROOT, capture_output=True, text=True).stdout
+    listed = subprocess.run(
+        ["git", "ls-files", "-z", "--cached", "--others", "--exclude-standard"],
+        cwd=ROOT,
+        capture_output=True,
+        text=True,
+    ).stdout
     names = listed.split("\0") if listed else [str(path.relative_to(ROOT)) for path in ROOT.rglob("*")]
     for name in filter(None, names):
         first = Path(name).parts[0]

@@ -18,7 +18,7 @@ from typing import Any
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent / "utils"))
 
-from paragen.collection import evaluation, index
+from paragen.collection import adapter_config, evaluation, index
 from paragen.common import cli, devices
 
 WAYS = [(who, where) for where in ("cpu", "0") for who in ("peft", "here")]  # the first is the reference
@@ -116,10 +116,9 @@ def by_peft(scorer: Any) -> list[dict[str, list]]:
     """The same by PEFT's own layers."""
     import contextlib
 
-    from peft import LoraConfig, PeftModel, set_peft_model_state_dict
+    from peft import PeftModel, set_peft_model_state_dict
 
-    config = LoraConfig.from_pretrained(str(scorer.folder))
-    config.inference_mode = True
+    config = adapter_config.lora_config(scorer.reader.config)
     model = PeftModel(scorer.base.model, config, autocast_adapter_dtype=False).eval()
     set_peft_model_state_dict(model, scorer.reader.read(scorer.reader.last))
     models = []

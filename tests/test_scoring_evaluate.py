@@ -62,6 +62,16 @@ def ready_once(trained_once, tmp_path_factory) -> Project:
     return project
 
 
+@pytest.mark.slow
+def test_the_benchmark_of_agreement_finds_pefts_losses(ready_once):
+    command = [PYTHON, ROOT / "bench" / "score_agreement.py", "6"]
+    environment = {**os.environ, "PARAGEN_TOP": str(ready_once.top), "DATASET": "Toy"}
+    done = subprocess.run(command, env=environment, capture_output=True, text=True)
+    rows = [re.split("  +", line) for line in done.stdout.splitlines() if line.startswith(("peft", "here"))]
+    assert done.returncode == 0 and len(rows) == 4, done.stdout + done.stderr
+    assert {float(row[5]) for row in rows} == {0.0} and {row[7] for row in rows} == {"0 of 6"}
+
+
 @pytest.fixture
 def ready(ready_once, tmp_path) -> Project:
     return ready_once.copy(tmp_path / "my project")
