@@ -1,6 +1,7 @@
 """Turns the staging folder of a finished training into a run folder: checks its checkpoints and completes its files."""
 
 import json
+import threading
 from collections.abc import Iterable
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
@@ -9,6 +10,8 @@ from paragen.collection.manifest import CheckpointEntry
 from paragen.collection.run_files import LOG, PICTURE, is_hashed_beside
 from paragen.common import devices, files
 from paragen.common.cli import UserError
+
+DRAWING = threading.Lock()  # pyplot draws one picture at a time
 
 
 def read_back(folder: Path, checkpoints: Iterable[CheckpointEntry]) -> None:
@@ -67,14 +70,15 @@ def draw_loss(folder: Path, title: str, kept_from: int | None = None) -> None:
 
     with open(folder / LOG, encoding="utf-8") as file:
         log = [json.loads(line) for line in file]
-    figure = gen_loss_plot(log)
-    axes = figure.axes[0]
-    axes.set_title(title, fontsize=9)
-    if kept_from is not None:
-        axes.axvspan(kept_from - 0.5, log[-1]["current_steps"] + 0.5, alpha=0.12, color="tab:green", label="kept")
-        axes.legend()
-    figure.savefig(folder / PICTURE, dpi=100)
-    plt.close(figure)
+    with DRAWING:
+        figure = gen_loss_plot(log)
+        axes = figure.axes[0]
+        axes.set_title(title, fontsize=9)
+        if kept_from is not None:
+            axes.axvspan(kept_from - 0.5, log[-1]["current_steps"] + 0.5, alpha=0.12, color="tab:green", label="kept")
+            axes.legend()
+        figure.savefig(folder / PICTURE, dpi=100)
+        plt.close(figure)
 
 
 def hashes_beside(folder: Path) -> dict[str, str]:

@@ -17,6 +17,7 @@ from paragen.packed.engine import Engine
 from paragen.packed.frozen_base import FrozenBase, PackedRun
 from paragen.packed.layers import NotPackable
 from paragen.training import attempts, collector, completion, progress
+from paragen.training.attempts import Attempt
 
 PROGRESS_SECONDS = 10  # between two lines of progress
 
@@ -55,8 +56,8 @@ def train_all(base: FrozenBase, ready: list[tuple[Any, Any, PackedRun]]) -> Iter
         count = len(pack.members)
         with pack:
             pack.train()
-            for number, (cell, run, _) in enumerate(waiting[:count]):
-                yield cell, run, pack.complete(number)
+            for (cell, run, _), ended in zip(waiting[:count], pack.complete_all(), strict=True):
+                yield cell, run, ended
         del pack
         devices.free_memory()
         waiting = waiting[count:]
@@ -197,33 +198,51 @@ class Pack:
             write = member.recorder.writing(write, step, member.log.unlogged)
             self.saving[index].append(self.threads.submit(write))
 
-    def complete(self, index: int) -> UserError | None:
-        """Complete a member's run and publish it; returns the error where that fails."""
+    def complete_all(self) -> Iterator[UserError | None]:
+        """Complete the members' runs and publish them; yields for each the error where that fails.
+
+        Files are written, read back and hashed for several members at a time, all in their staging folders. Only this
+        thread publishes, so that no run appears while its staging folder is being removed.
+        """
+        threads = ThreadPoolExecutor(min(checkpoint_writer.THREADS, devices.cpu_cores()), "completion")
+        try:
+            finished = [threads.submit(self._finish, index) for index in range(len(self.members))]
+            for member, counted in zip(self.members, finished, strict=True):
+                yield self._publish(member.schedule.attempt, counted)
+        finally:
+            threads.shutdown(cancel_futures=True)
+
+    def _finish(self, index: int) -> int:
+        """Complete the staging folder of a member; returns the number of its checkpoints."""
         member, writer = self.members[index], self.writers[index]
         attempt = member.schedule.attempt
+        for saving in self.saving[index]:
+            saving.result()
+        if index in self.engine.diverged:
+            step = member.schedule.begins + self.engine.diverged[index]
+            member.recorder.forget()
+            raise UserError(
+                f"{attempt.run}: the training diverged: at step {step} its loss or its gradient is not finite; lower "
+                "learning_rate"
+            )
+        member.log.finish()
+        if writer is not None:
+            written = writer.written()
+            records = {step: self.logged[index][step] | record for step, record in written.items()}
+            collector.write_collected(attempt.staging, records)
+        facts = {
+            "device": devices.describe(),
+            **member.schedule.facts(),
+            "engine": "packed",
+            "packed_with": len(self.members),
+            **({"dropout_stream": "packed"} if member.adapter.dropout else {}),
+        }
+        return completion.finish(attempt, facts)
+
+    def _publish(self, attempt: Attempt, finished: Future) -> UserError | None:
+        """Publish a run once its staging folder is complete; returns the error where one of both fails."""
         try:
-            for saving in self.saving[index]:
-                saving.result()
-            if index in self.engine.diverged:
-                step = member.schedule.begins + self.engine.diverged[index]
-                member.recorder.forget()
-                return UserError(
-                    f"{attempt.run}: the training diverged: at step {step} its loss or its gradient is not finite; "
-                    "lower learning_rate"
-                )
-            member.log.finish()
-            if writer is not None:
-                written = writer.written()
-                records = {step: self.logged[index][step] | record for step, record in written.items()}
-                collector.write_collected(attempt.staging, records)
-            facts = {
-                "device": devices.describe(),
-                **member.schedule.facts(),
-                "engine": "packed",
-                "packed_with": len(self.members),
-                **({"dropout_stream": "packed"} if member.adapter.dropout else {}),
-            }
-            completion.complete(attempt, facts)
+            completion.publish(attempt, finished.result())
             attempts.drop_claim(attempt.run.folder)
         except UserError as error:
             return error

@@ -63,31 +63,40 @@ def works_of(cells: Iterable[Cell]) -> dict[Cell, float]:
 
     A cell of which that is not known (a broken recipe, missing data) counts as much as the others do on average.
     """
-    known = {cell: _work_of(cell) for cell in cells}
+    seen: dict[tuple, tuple[int, float] | None] = {}  # what cells with the same data share
+    known = {cell: _work_of(cell, seen) for cell in cells}
     found = [work for work in known.values() if work]
     usual = sum(found) / len(found) if found else 1.0
     return {cell: work or usual for cell, work in known.items()}
 
 
-def _work_of(cell: Cell) -> float | None:
-    """The tokens that a cell has to train; None where that is not known."""
+def _work_of(cell: Cell, seen: dict[tuple, tuple[int, float] | None]) -> float:
+    """The tokens that a cell has to train; 0 where that is not known."""
+    work = 0.0
     try:
         pretrain, finetune = cell.runs
         is_left = run_identity.force_requested() or not (pretrain.folder / paths.MANIFEST).is_file()
-        return sum(_tokens_of(run) for run in ([pretrain, finetune] if is_left else [finetune]))
+        for run in [pretrain, finetune] if is_left else [finetune]:
+            key = run.data_dir, tuple(run.datasets), run.config.get("max_samples"), run.config.get("cutoff_len")
+            if key not in seen:
+                seen[key] = _rows_and_length(run)
+            rows, length = seen[key] or (0, 0.0)
+            work += length * (rows_of(run) or run.config.get("num_train_epochs", 0) * rows)
+    except (UserError, KeyError):
+        return 0.0
+    return work
+
+
+def _rows_and_length(run: Run) -> tuple[int, float] | None:
+    """The rows of a run's datasets, and about how many tokens one has, from the files' sizes; None where they lack."""
+    longest = run.config.get("cutoff_len") or keys.OMITTED_CUTOFF
+    rows, tokens = 0, 0.0
+    try:
+        for name in run.datasets:
+            path = dataset_info.data_file(name, run.data_dir)
+            found = row_hashes.known(path, run.config.get("max_samples"))
+            rows += found.rows
+            tokens += found.rows * min(longest, path.stat().st_size / max(1, found.rows_in_file) / BYTES_PER_TOKEN)
     except (UserError, KeyError, OSError):
         return None
-
-
-def _tokens_of(run: Run) -> float:
-    """About how many tokens a run trains, from the size of its data files. Raises UserError where they are missing."""
-    most = run.config.get("max_samples")
-    longest = run.config.get("cutoff_len") or keys.OMITTED_CUTOFF
-    rows, size = 0, 0.0
-    for name in run.datasets:
-        path = dataset_info.data_file(name, run.data_dir)
-        found = row_hashes.known(path, most)
-        rows += found.rows
-        size += found.rows * min(longest, path.stat().st_size / found.rows_in_file / BYTES_PER_TOKEN)
-    seen = rows_of(run) or run.config.get("num_train_epochs", 0) * rows
-    return seen * size / rows
+    return rows, tokens / max(1, rows)

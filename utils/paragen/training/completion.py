@@ -13,15 +13,20 @@ from paragen.training.attempts import Attempt
 
 
 def complete(attempt: Attempt, facts: dict[str, Any]) -> None:
-    """Complete a trained staging folder and publish it as the run folder.
+    """Complete a trained staging folder and publish it as the run folder; arguments and errors as for both."""
+    publish(attempt, finish(attempt, facts))
+
+
+def finish(attempt: Attempt, facts: dict[str, Any]) -> int:
+    """Complete a trained staging folder, manifest included; returns the number of its checkpoints.
 
     Args:
         attempt: the attempt whose training ended.
         facts: what the manifest records of the training: device, precision, rows, steps (see collector.facts_of), and
             as `data_warnings` what was noticed about the tokenised rows.
 
-    Raises UserError when checkpoints are missing or not finite, when the data changed during the training, or when a
-    sweep gave the run to another attempt.
+    Raises UserError when checkpoints are missing or not finite, or when the data changed during the training. Several
+    threads may do this for an attempt each.
     """
     staging, run = attempt.staging, attempt.run
     facts = facts | attempt_facts(attempt.id, attempt.started, attempts.now())
@@ -37,9 +42,18 @@ def complete(attempt: Attempt, facts: dict[str, Any]) -> None:
     if run.collects:
         files.sync_tree(staging)  # a collection's files are not synced one by one during the training
     write_manifest(staging, manifest)
-    attempts.check_claim(run.folder)
-    replacing.publish(staging, run.folder)
-    say(f"done: {paths.relative(run.folder)}, {len(checkpoints)} checkpoints")
+    return len(checkpoints)
+
+
+def publish(attempt: Attempt, count: int) -> None:
+    """Publish a complete staging folder, with so many checkpoints, as the run folder.
+
+    Raises UserError when a sweep gave the run to another attempt.
+    """
+    folder = attempt.run.folder
+    attempts.check_claim(folder)
+    replacing.publish(attempt.staging, folder)
+    say(f"done: {paths.relative(folder)}, {count} checkpoints")
 
 
 def check_last(staging: Path) -> None:
