@@ -38,6 +38,10 @@ def test_a_sealed_file_is_read_here_and_a_damaged_one_is_not_parsed(path, monkey
     path.write_bytes(data)
     with pytest.raises(ValueError, match="is damaged"):
         parquet_files.read_own(path)
+    path.unlink()
+    os.mkfifo(path)
+    with pytest.raises(OSError, match="no regular file"):
+        parquet_files.read_own(path)
 
 
 def test_a_child_reads_the_same_rows_with_their_metadata(path):

@@ -13,7 +13,18 @@ READERS = {"load_file", "safe_open", "load", "from_pretrained", "load_model", "r
 # Whose `load` reads something else, or has verified what it returns.
 OTHERS = {"json", "yaml", "OmegaConf", "render", "tl", "index", "checkpoints"}
 SAID = re.compile(r"\b[Vv]erif|\bhash|[Cc]hecked against|nothing of .* is believed|in a child process")
-ROOMS = ("archives", "collection", "exports", "analysis", "packed", "scoring", "training", "model", "publishing")
+ROOMS = (
+    "archives",
+    "collection",
+    "exports",
+    "analysis",
+    "packed",
+    "scoring",
+    "training",
+    "model",
+    "publishing",
+    "generator",
+)
 
 
 def readers() -> Iterator[tuple[str, str]]:

@@ -17,7 +17,7 @@ from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from paragen.common import cli
+from paragen.common import cli, files
 
 if TYPE_CHECKING:
     import pyarrow as pa
@@ -62,7 +62,7 @@ def read_own(path: Path) -> "pa.Table":
     import pyarrow as pa
     import pyarrow.parquet
 
-    data = path.read_bytes()
+    data = files.read_up_to(path, sys.maxsize)
     if SEAL not in data:
         return read_in_child(path)
     if not is_sealed(data):
