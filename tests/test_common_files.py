@@ -16,6 +16,7 @@ from helpers import killed
 from safetensors.torch import save, save_file
 
 from paragen.common import files, safetensors_header
+from paragen.common.cli import UserError
 
 
 @pytest.fixture
@@ -144,3 +145,10 @@ def test_the_end_of_a_process_removes_temporary_folders_of_killed_ones(tmp_path,
 def stand_still_in_a_folder(pause) -> None:
     with files.process_folder():
         pause()
+
+
+def test_a_folder_in_place_of_a_file_is_one_line_and_stays(tmp_path):
+    (tmp_path / "a.json").mkdir()
+    with pytest.raises(UserError, match="a.json: is a folder, where a file is to be written"):
+        files.write_json(tmp_path / "a.json", {})
+    assert [path.name for path in tmp_path.iterdir()] == ["a.json"] and (tmp_path / "a.json").is_dir()

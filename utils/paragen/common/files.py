@@ -31,6 +31,8 @@ GIT_LFS_POINTER = b"version https://git-lfs.github.com/spec/"  # how a file begi
 def write_atomically(path: Path, *parts: bytes | bytearray | memoryview, durable: bool = True) -> None:
     """Write `parts`, one after the other, to `path`. No reader ever sees an incomplete file, not even after a crash.
 
+    Raises UserError where a folder has that name.
+
     Without `durable` a power cut may lose the file: for a staging folder, whose files `sync_tree` syncs at the end.
     """
     path = Path(path)
@@ -42,7 +44,10 @@ def write_atomically(path: Path, *parts: bytes | bytearray | memoryview, durable
             if durable:
                 file.flush()
                 os.fsync(file.fileno())
-        os.replace(temporary, path)
+        try:
+            os.replace(temporary, path)
+        except IsADirectoryError:
+            raise cli.UserError(f"{path}: is a folder, where a file is to be written; move it away") from None
     except BaseException:
         temporary.unlink(missing_ok=True)
         raise
