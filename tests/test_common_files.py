@@ -152,3 +152,13 @@ def test_a_folder_in_place_of_a_file_is_one_line_and_stays(tmp_path):
     with pytest.raises(UserError, match="a.json: is a folder, where a file is to be written"):
         files.write_json(tmp_path / "a.json", {})
     assert [path.name for path in tmp_path.iterdir()] == ["a.json"] and (tmp_path / "a.json").is_dir()
+
+
+@pytest.mark.parametrize("make", [os.mkfifo, os.mkdir, lambda path: path.symlink_to("/dev/zero")])
+def test_what_is_no_lock_file_is_named_and_hangs_nothing(tmp_path, make):
+    path = tmp_path / ".x.lock"
+    make(path)
+    assert not files.is_held(path) and files.holder_of(path) is None
+    with pytest.raises(UserError, match=r"\.x\.lock: is .* where a lock file is to be; move it away"), files.lock(path):
+        pass
+    assert os.path.lexists(path)

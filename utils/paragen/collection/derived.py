@@ -140,9 +140,11 @@ def read_record(out: Path) -> dict[str, Any]:
     """
     path = out / RECORD
     try:
-        record = json.loads(path.read_bytes())
+        record = json.loads(files.read_up_to(path))
     except FileNotFoundError:
         return {}
+    except OSError as error:
+        raise UserError(f"{paths.relative(path)}: cannot be read: {error.strerror}; choose another OUT") from None
     except ValueError as error:
         raise UserError(f"{paths.relative(path)}: broken ({error}); remove the export and make it again") from None
     if not isinstance(record, dict) or not all(_is_entry(entry) for entry in record.values()):

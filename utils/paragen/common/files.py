@@ -10,6 +10,7 @@ import os
 import re
 import shutil
 import socket
+import sys
 import tempfile
 import time
 from collections.abc import Iterable, Iterator
@@ -56,7 +57,7 @@ def write_atomically(path: Path, *parts: bytes | bytearray | memoryview, durable
         remove_abandoned(path)
 
 
-def read_up_to(path: Path, most: int) -> bytes:
+def read_up_to(path: Path, most: int = sys.maxsize) -> bytes:
     """The first `most` bytes of a regular file. Raises OSError for a folder, a FIFO or a device, without waiting."""
     handle = os.open(path, os.O_RDONLY | os.O_NONBLOCK)
     with open(handle, "rb") as file:
@@ -95,7 +96,7 @@ def write_json(path: Path, value: Any) -> None:
 def read_cache(path: Path) -> dict[str, Any]:
     """The JSON object in a cache file; empty where that is missing or broken, which only costs work again."""
     try:
-        cache = json.loads(path.read_bytes())
+        cache = json.loads(read_up_to(path))
     except (OSError, ValueError):
         return {}
     return cache if isinstance(cache, dict) else {}
@@ -175,11 +176,12 @@ def lock(path: Path, waiting: str | None = None) -> Iterator[int]:
     """Hold the lock file `path`; yields its descriptor.
 
     When a live process holds it, Busy is raised at once; with a text for `waiting`, that is printed and this waits. The
-    kernel releases the lock when the process ends in any way; a normal end also removes the file.
+    kernel releases the lock when the process ends in any way; a normal end also removes the file. Raises UserError
+    where something else has its name.
     """
     path.parent.mkdir(parents=True, exist_ok=True)
     while True:
-        handle = os.open(path, os.O_RDWR | os.O_CREAT, 0o644)
+        handle = _open_lock(path)
         try:
             fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except BlockingIOError:
@@ -205,6 +207,18 @@ def lock(path: Path, waiting: str | None = None) -> Iterator[int]:
         HELD.discard(handle)
         path.unlink(missing_ok=True)
         os.close(handle)
+
+
+def _open_lock(path: Path) -> int:
+    """A descriptor of a lock file, which is made where there is none. Raises UserError for anything else."""
+    try:
+        handle = os.open(path, os.O_RDWR | os.O_CREAT | os.O_NONBLOCK, 0o644)
+    except IsADirectoryError:
+        raise cli.UserError(f"{path}: is a folder, where a lock file is to be; move it away") from None
+    if not S_ISREG(os.fstat(handle).st_mode):
+        os.close(handle)
+        raise cli.UserError(f"{path}: is no regular file, where a lock file is to be; move it away")
+    return handle
 
 
 def _lock_soon(handle: int) -> bool:
@@ -257,7 +271,7 @@ def holder_of(path: Path) -> Holder | None:
     try:
         found = LOCK_TEXT.fullmatch(read_up_to(path, 512))
     except OSError as error:
-        if error.errno in (errno.ENOENT, errno.EINVAL):  # gone, or a folder or a pipe of that name
+        if error.errno in (errno.ENOENT, errno.EINVAL, errno.EISDIR):  # gone, or a pipe or a folder of that name
             return None
         raise
     return Holder(int(found[1]), found[2].decode(errors="replace") == socket.gethostname()) if found else None

@@ -62,7 +62,7 @@ def read_own(path: Path) -> "pa.Table":
     import pyarrow as pa
     import pyarrow.parquet
 
-    data = files.read_up_to(path, sys.maxsize)
+    data = files.read_up_to(path)
     if SEAL not in data:
         return read_in_child(path)
     if not is_sealed(data):

@@ -12,6 +12,7 @@ from functools import lru_cache
 from pathlib import Path, PurePosixPath
 from typing import Any
 
+from paragen.common import files
 from paragen.common.cli import UserError
 from paragen.common.paths import CATEGORIES, DATA, relative
 from paragen.dataset import descriptions, names, sources
@@ -60,10 +61,16 @@ def read_info(data_dir: Path = DATA) -> dict[str, Any]:
     """The entries of `data_dir`/dataset_info.json by dataset name, in the file's order; empty without such a file.
 
     The file is read at each call, and parsed when it changed; callers share the entries and must not change them.
-    Raises UserError when it is not JSON, not an object, or names a dataset twice.
+    Raises UserError when it cannot be read, is not JSON, not an object, or names a dataset twice.
     """
     path = Path(data_dir) / "dataset_info.json"
-    return dict(_parse_once(path.read_bytes(), path)) if path.exists() else {}
+    try:
+        content = files.read_up_to(path)
+    except FileNotFoundError:
+        return {}
+    except OSError as error:
+        raise UserError(f"{relative(path)}: cannot be read: {error.strerror}") from None
+    return dict(_parse_once(content, path))
 
 
 @lru_cache(maxsize=2)

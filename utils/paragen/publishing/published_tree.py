@@ -120,7 +120,10 @@ def build(tree: Path, chosen: list[index.Chosen], table: "pa.Table", data_dir: P
     """
     import pyarrow.compute as pc
 
-    tree.mkdir(parents=True, exist_ok=True)
+    try:
+        tree.mkdir(parents=True, exist_ok=True)
+    except FileExistsError:
+        raise UserError(f"{paths.relative(tree)}: is there already, and no folder; move it away") from None
     record = read_record(tree)
     if record is None and any(tree.iterdir()):
         raise UserError(f"{paths.relative(tree)}: is there already, and no tree of ours; move it away")
