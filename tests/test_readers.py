@@ -23,7 +23,6 @@ ROOMS = (
     "training",
     "model",
     "publishing",
-    "generator",
 )
 
 
