@@ -17,7 +17,7 @@ from paragen.collection.manifest import Manifest
 from paragen.common.cli import UserError
 from paragen.dataset import row_texts
 from paragen.packed.model import text_config
-from paragen.scoring import base_model, questions
+from paragen.scoring import questions
 from paragen.scoring.questions import Question, Split
 from paragen.training import llamafactory_output
 
@@ -41,12 +41,16 @@ class Reader:
 
     def __init__(self, recipe: dict[str, Any], folder: Path):
         llamafactory_output.reduce()
+        from paragen.scoring import base_model  # imports LLaMA-Factory, which takes seconds
+
         self.base = base_model.BaseModel(recipe, folder)
         self.encoder = questions.Encoder(self.base.tokenizer_module, self.base.data_args, self.base.max_tokens)
 
     @classmethod
     def of(cls, manifest: Manifest) -> "Reader":
         """The reader of a collection. Raises UserError where its base model is not on disk, or another one."""
+        from paragen.scoring import base_model
+
         return cls(manifest.recipe or {}, base_model.folder_of(manifest))
 
     @property
