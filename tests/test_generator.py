@@ -12,6 +12,7 @@ from helpers.packed_project import MODEL, Packable
 from safetensors import safe_open
 from safetensors.torch import load_file
 
+import train_generator
 from paragen.collection import discovery, index
 from paragen.common import files, paths
 from paragen.common.cli import UserError
@@ -237,10 +238,18 @@ def test_collections_that_are_not_alike_are_refused_in_one_line(place, other, na
     assert named in str(error.value) and "\n" not in str(error.value)
 
 
-def test_datasets_are_left_out_by_name_and_two_are_needed(place):
+def test_datasets_are_left_out_by_name_and_two_are_needed(place, monkeypatch):
     for dataset in ("A-1", "B", "C"):
         place.collect(dataset=dataset)
-    assert [one.manifest.dataset for one in sources.chosen(["a1"])] == ["B", "C"]
+    left = sources.chosen(["a1"])
+    assert [one.manifest.dataset for one in left] == ["B", "C"]
+    named = {"a1": "Tiny_rank-4_without-A-1", "a1 b c": "Tiny_rank-4_without-A-1-B-C"}
+    for typed, name in named.items():
+        assert train_generator.name_of(left, typed.split(), options.Options()) == name
+    assert train_generator.name_of(left, [], options.Options(seed=3)) == "Tiny_rank-4_seed-3"
+    monkeypatch.setenv("NAME", "../up")
+    with pytest.raises(UserError, match="NAME=../up: cannot be a folder's name"):
+        train_generator.name_of(left, [], options.Options())
     with pytest.raises(UserError, match="at least 2 collections; selected: .*/C/"):
         sources.chosen(["A-1", "B"])
     with pytest.raises(UserError, match="dataset 'D' is not known"):

@@ -15,7 +15,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import torch
-from safetensors.torch import load_file, save_file
+from safetensors.torch import load_file, save
 from torch import Tensor
 
 from paragen.collection import checkpoints, manifest_recipe, run_files, run_identity
@@ -77,7 +77,7 @@ def write(staging: Path, name: str, identity: dict[str, Any], training: "Trainin
     tensors = {f"network.{key}": value for key, value in training.network.state_dict().items()}
     tensors |= {"mean": training.data.mean, "scale": training.data.scale}
     tensors |= {"condition.mean": training.condition_mean, "condition.std": training.condition_std}
-    save_file({key: value.cpu().contiguous() for key, value in tensors.items()}, staging / WEIGHTS)
+    files.write_atomically(staging / WEIGHTS, save({key: value.cpu().contiguous() for key, value in tensors.items()}))
     recipe = first.manifest.recipe or {}
     config = {
         "hidden_size": len(training.condition_mean),
