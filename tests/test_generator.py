@@ -1,5 +1,6 @@
 """The reference generator: from collections to adapters for a dataset that it has not seen, in a real small project."""
 
+import importlib
 import json
 import shutil
 from pathlib import Path
@@ -11,8 +12,10 @@ from helpers.packed_project import MODEL, Packable
 from safetensors import safe_open
 from safetensors.torch import load_file
 
+import train_generator
 from paragen.collection import discovery, index
 from paragen.common import files, paths
+from paragen.common.cli import UserError
 from paragen.generator import network, options, sources
 from paragen.generator.factor_layout import FactorLayout
 
@@ -57,27 +60,47 @@ def saved_step(top: Path) -> int:
     return 0
 
 
-def test_killed_in_either_stage_it_goes_on_and_ends_the_same_wherever_checkpoints_are_kept(trained, tmp_path):
+@pytest.mark.parametrize("stage", [pytest.param(0, marks=pytest.mark.slow), FEW["TRAIN_STEPS"]])
+def test_killed_in_either_stage_it_goes_on_and_ends_the_same_wherever_checkpoints_are_kept(trained, tmp_path, stage):
     project = copied(trained, tmp_path / "my project")
     folder, top = generator(project), generator(project).parent
     shutil.rmtree(folder)
     settings = {**FEW, "PLACE": "disk"}
-    for stage in (0, FEW["TRAIN_STEPS"]):
-        begun = start(project, "helpers.saving_generator", **settings)
-        assert begun.kill_when(lambda stage=stage: saved_step(top) > stage)
-        assert not folder.exists()
+    begun = start(project, "helpers.saving_generator", **settings)
+    assert begun.kill_when(lambda: saved_step(top) > stage)
+    assert not folder.exists()
     assert "continued after step" in run(project, "train_generator", **settings)
     assert files.hashes_below(folder) == files.hashes_below(generator(trained))
     assert list(top.iterdir()) == [folder]
 
 
-def test_what_is_there_is_not_trained_again_and_not_replaced_for_its_name(trained):
-    assert run(trained, "train_generator", **FEW).strip().endswith("there already: saves/generators/Tiny_rank-4")
-    line = refused(trained, "train_generator", **{**FEW, "TRAIN_STEPS": 20})
-    assert "trained with other steps (30, now 20); take another NAME, or FORCE=1 replaces it" in line
+@pytest.fixture
+def call(monkeypatch):
+    """Runs a script in this process, in a project: for calls that need no base model."""
+
+    def call(project: Packable, script: str, **settings: object) -> None:
+        with monkeypatch.context() as patch:
+            patch.setattr(paths, "SAVES", project.top / "saves")
+            patch.setattr(paths, "DATA", project.top / "data")
+            for name, value in {"DEVICES": "cpu", **settings}.items():
+                patch.setenv(name, str(value))
+            importlib.import_module(script).main()
+
+    return call
 
 
-def test_it_writes_adapters_that_peft_loads_for_a_dataset_without_a_collection(trained, tmp_path):
+def test_what_is_there_is_not_trained_again_and_not_replaced_for_its_name(trained, call, capsys):
+    call(trained, "train_generator", **FEW)
+    assert capsys.readouterr().out.strip().endswith("/Tiny_rank-4") and generator(trained).is_dir()
+    with pytest.raises(UserError) as error:
+        call(trained, "train_generator", **{**FEW, "TRAIN_STEPS": 20})
+    line = "was trained with TRAIN_STEPS=30, not 20; take another NAME, or FORCE=1 replaces it"
+    assert str(error.value).endswith(line)
+    with pytest.raises(UserError, match="was trained with STEPS=all, not last; take another NAME"):
+        call(trained, "train_generator", **FEW, STEPS="last", NAME=generator(trained).name)
+
+
+def test_it_writes_adapters_that_peft_loads_for_a_dataset_without_a_collection(trained, tmp_path, call, capsys):
     from peft import PeftModel
     from transformers import AutoModelForCausalLM
 
@@ -102,8 +125,10 @@ def test_it_writes_adapters_that_peft_loads_for_a_dataset_without_a_collection(t
         for name in ("adapter_config.json", "adapter_model.safetensors")
     }
     assert_derived(project)
-    assert "there already" in run(project, "generate", **asked)
-    assert "generated with other prompts, seed; FORCE=1 replaces it" in refused(project, "generate", **asked, SEED=1)
+    call(project, "generate", **asked)
+    assert "there already: " in capsys.readouterr().out
+    with pytest.raises(UserError, match="was generated with other prompts, seed; FORCE=1 replaces it"):
+        call(project, "generate", **asked, SEED=1)
 
 
 def test_prompts_are_rows_that_were_trained_on_where_a_collection_says_which(trained, tmp_path):
@@ -140,15 +165,15 @@ def test_all_settings_together(trained, tmp_path):
     manifest = json.loads((folder / "manifest.json").read_text())
     assert [pair["steps"] for pair in manifest["pairs"]] == [[12], [12]]
     assert manifest["losses"].keys() == {"stage 1", "stage 2"}
-    assert "has no statistics for IMPORTANCE=1; run make stats" in refused(
-        project, "train_generator", **FEW, NAME="weighted", IMPORTANCE=1
-    )
 
 
 @pytest.fixture(scope="module")
 def learnt(model_folder, tmp_path_factory) -> Packable:
     """Four made tasks and a mixture of two, learnt for 100 steps, and a generator that has seen all but the mixture."""
     project = made_project.make(tmp_path_factory.mktemp("learnt") / "my project", model_folder)
+    assert "has no statistics for IMPORTANCE=1; run make stats" in refused(
+        project, "train_generator", WITHOUT=MIXTURE, IMPORTANCE=1
+    )
     run(project, "stats")
     run(project, "train_generator", WITHOUT=MIXTURE, WIDTH=64, TRAIN_STEPS=400, BASE_STEPS=20, MIX=1, IMPORTANCE=1)
     return project
@@ -178,12 +203,19 @@ def test_for_an_unseen_mixture_it_is_nearer_to_its_own_than_the_mean_and_needs_i
     assert scores["of another"] > scores["generated"], scores
 
 
-def test_test_splits_and_unknown_names_are_refused(trained):
-    line = refused(trained, "generate", GENERATOR="tiny-rank-4", DATASET=f"{MIXTURE}_test")
-    assert "holds rows to score on; name the dataset" in line
-    assert "generator 'no' is not known; known: Tiny_rank-4" in refused(
-        trained, "generate", GENERATOR="no", DATASET="x"
-    )
+def test_test_splits_and_unknown_names_are_refused(trained, call):
+    with pytest.raises(UserError, match="holds rows to score on; name the dataset"):
+        call(trained, "generate", GENERATOR="tiny-rank-4", DATASET=f"{MIXTURE}_test")
+    with pytest.raises(UserError, match="generator 'no' is not known; known: Tiny_rank-4"):
+        call(trained, "generate", GENERATOR="no", DATASET="x")
+
+
+def test_an_edited_generator_is_refused(trained, tmp_path, call):
+    project = copied(trained, tmp_path / "my project")
+    config = generator(project) / "config.json"
+    config.write_text(config.read_text().replace("smollm", "qwen") + " ")
+    with pytest.raises(UserError, match="config.json: is gone, or not as manifest.json records it; train it again"):
+        call(project, "generate", GENERATOR="tiny-rank-4", DATASET=MIXTURE)
 
 
 @pytest.mark.parametrize(
@@ -201,18 +233,26 @@ def test_test_splits_and_unknown_names_are_refused(trained):
 def test_collections_that_are_not_alike_are_refused_in_one_line(place, other, named):
     place.collect(dataset="A")
     place.collect(dataset="B", **other)
-    with pytest.raises(Exception, match="a generator is trained on collections that are alike") as error:
+    with pytest.raises(UserError, match="a generator is trained on collections that are alike") as error:
         sources.check_alike(index.chosen()[0])
     assert named in str(error.value) and "\n" not in str(error.value)
 
 
-def test_datasets_are_left_out_by_name_and_two_are_needed(place):
+def test_datasets_are_left_out_by_name_and_two_are_needed(place, monkeypatch):
     for dataset in ("A-1", "B", "C"):
         place.collect(dataset=dataset)
-    assert [one.manifest.dataset for one in sources.chosen(["a1"])] == ["B", "C"]
-    with pytest.raises(Exception, match="at least 2 collections; selected: .*/C/"):
+    left = sources.chosen(["a1"])
+    assert [one.manifest.dataset for one in left] == ["B", "C"]
+    named = {"a1": "Tiny_rank-4_without-A-1", "a1 b c": "Tiny_rank-4_without-A-1-B-C"}
+    for typed, name in named.items():
+        assert train_generator.name_of(left, typed.split(), options.Options()) == name
+    assert train_generator.name_of(left, [], options.Options(seed=3)) == "Tiny_rank-4_seed-3"
+    monkeypatch.setenv("NAME", "../up")
+    with pytest.raises(UserError, match="NAME=../up: cannot be a folder's name"):
+        train_generator.name_of(left, [], options.Options())
+    with pytest.raises(UserError, match="at least 2 collections; selected: .*/C/"):
         sources.chosen(["A-1", "B"])
-    with pytest.raises(Exception, match="dataset 'D' is not known"):
+    with pytest.raises(UserError, match="dataset 'D' is not known"):
         sources.chosen(["D"])
 
 
@@ -233,5 +273,5 @@ def test_a_layout_keeps_every_value_and_an_untrained_network_gives_the_mean():
 
 def test_a_value_that_cannot_be_is_refused(monkeypatch):
     monkeypatch.setenv("PROMPTS", "1000")
-    with pytest.raises(Exception, match="PROMPTS=1000: a condition is the mean over at most 256"):
+    with pytest.raises(UserError, match="PROMPTS=1000: a condition is the mean over at most 256"):
         options.Options.of_settings()

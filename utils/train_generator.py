@@ -19,6 +19,8 @@ from paragen.common.cli import UserError
 from paragen.generator import sources
 from paragen.generator.options import Options
 
+SHOWN = 3  # omitted datasets that a generator's name lists
+
 
 def main() -> None:
     wanted, without = Options.of_settings(), settings.values("WITHOUT")
@@ -35,9 +37,11 @@ def name_of(chosen: Sequence[Chosen], without: Sequence[str], wanted: Options) -
     name = settings.text("NAME")
     if not name:
         manifest = chosen[0].manifest
-        omitted = f"_without-{'-'.join(without)}" if without else ""
+        omitted = sources.named(without)
+        shown = "-".join(omitted) if len(omitted) <= SHOWN else f"{len(omitted)}-datasets"
+        omitted_part = f"_without-{shown}" if omitted else ""
         seed = f"_seed-{wanted.seed}" if wanted.seed else ""
-        name = f"{manifest.base_name}_rank-{manifest.rank}{omitted}{seed}"
+        name = f"{manifest.base_name}_rank-{manifest.rank}{omitted_part}{seed}"
     if not re.fullmatch(r"[\w-][\w.+ -]{0,199}", name):
         raise UserError(f"NAME={name}: cannot be a folder's name; use letters, digits, -, _ and .")
     return name

@@ -12,12 +12,13 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from paragen.collection import prompts
+from paragen.collection import prompts, task_descriptions
 from paragen.collection.manifest import Manifest
+from paragen.common import paths
 from paragen.common.cli import UserError
 from paragen.dataset import row_texts
 from paragen.packed.model import text_config
-from paragen.scoring import base_model, questions
+from paragen.scoring import questions
 from paragen.scoring.questions import Question, Split
 from paragen.training import llamafactory_output
 
@@ -26,7 +27,8 @@ PLAIN = {"columns": {"prompt": "prompt", "system": "system", "response": "respon
 LONGEST = 512  # tokens of a text that are read, its last ones
 AT_ONCE = 4096  # tokens in a pass on the CPU; a GPU gets GPU_FACTOR as many
 GPU_FACTOR = 16
-NOISE_SEED = 1  # tells the draw of a pool from those of batches
+MOST_DESCRIPTIONS = 32  # of a task that are embedded
+POOL_SEED = 1  # tells the draw of a pool from those of batches
 
 
 class Reader:
@@ -41,12 +43,17 @@ class Reader:
 
     def __init__(self, recipe: dict[str, Any], folder: Path):
         llamafactory_output.reduce()
+        from paragen.scoring import base_model  # imports LLaMA-Factory, which takes seconds
+
         self.base = base_model.BaseModel(recipe, folder)
         self.encoder = questions.Encoder(self.base.tokenizer_module, self.base.data_args, self.base.max_tokens)
+        self.known: dict[tuple, tuple[Tensor, Tensor]] = {}  # what `of_task` returned
 
     @classmethod
     def of(cls, manifest: Manifest) -> "Reader":
         """The reader of a collection. Raises UserError where its base model is not on disk, or another one."""
+        from paragen.scoring import base_model
+
         return cls(manifest.recipe or {}, base_model.folder_of(manifest))
 
     @property
@@ -57,6 +64,20 @@ class Reader:
     def questions(self, parts: Sequence[prompts.Part]) -> list[Question]:
         """Rows as tokens, with their responses."""
         return self.encoder.questions(Split("", True, list(parts)), "loss")
+
+    def of_task(self, manifest: Manifest, most: int, answers: bool) -> tuple[Tensor, Tensor]:
+        """The embeddings of a collection's prompts (`pool_of`) and of its task's descriptions; computed once.
+
+        Args:
+            manifest: the collection's.
+            most: how many prompts at most.
+            answers: as for `embed`.
+        """
+        texts = task_descriptions.of_collection(manifest, paths.DATA)[:MOST_DESCRIPTIONS]
+        key = (manifest.sha256, most, answers, tuple(texts))
+        if key not in self.known:
+            self.known[key] = self.embed(pool_of(manifest, most), answers), self.embed_texts(texts)
+        return self.known[key]
 
     def embed(self, rows: Sequence[Row], answers: bool = False) -> Tensor:
         """The embeddings of rows, [rows, hidden size] float32 on the CPU.
@@ -106,7 +127,7 @@ def padded(sequences: Sequence[list[int]], device: torch.device) -> tuple[Tensor
 def pool_of(manifest: Manifest, most: int) -> list[Row]:
     """The rows of a collection that conditions are drawn from: at most so many of those trained on, in file order."""
     rows = prompts.of_collection(manifest)
-    order = random.Random(f"{NOISE_SEED} {manifest.dataset}")
+    order = random.Random(f"{POOL_SEED} {manifest.dataset}")
     return rows if len(rows) <= most else [rows[number] for number in sorted(order.sample(range(len(rows)), most))]
 
 

@@ -13,7 +13,7 @@ from typing import Any, NamedTuple
 import numpy
 import pyarrow.compute as pc
 import torch
-from safetensors.torch import save_file
+from safetensors.torch import save
 from torch import Tensor
 
 from paragen.collection import checkpoints, index, prompts, run_identity
@@ -164,7 +164,7 @@ def write(generator: Generator, adapters: Sequence[Adapter], record: dict[str, A
                     sample = staging / str(number)
                     sample.mkdir(parents=True)
                     tensors = {key: value.to(generator.dtype).contiguous() for key, value in adapter.items()}
-                    save_file(tensors, sample / paths.ADAPTER, metadata={"format": "pt"})
+                    files.write_atomically(sample / paths.ADAPTER, save(tensors, {"format": "pt"}))
                     checkpoint_copies.write_config(sample, generator.config["adapter_config"])
                 content = sealed({**record, "files": files.hashes_below(staging)})
                 files.write_json(staging / RECORD, content)

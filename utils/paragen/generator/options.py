@@ -6,6 +6,8 @@ from paragen.common import settings
 from paragen.common.cli import UserError
 from paragen.recipes import render
 
+NAMED = {"steps": "TRAIN_STEPS", "seed": "TRAIN_SEED", "steps_of": "STEPS"}  # the settings with another name
+
 
 @dataclass(frozen=True)
 class Options:
@@ -60,6 +62,11 @@ class Options:
         if found.prompts > found.pool:
             raise UserError(f"PROMPTS={found.prompts}: a condition is the mean over at most {found.pool} prompts")
         return found
+
+
+def setting_of(option: str) -> str:
+    """The setting, as a user types it, of an attribute of Options."""
+    return NAMED.get(option, option.upper())
 
 
 def only_seed(name: str, values: list[str]) -> int:

@@ -15,7 +15,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import torch
-from safetensors.torch import load_file, save_file
+from safetensors.torch import load_file, save
 from torch import Tensor
 
 from paragen.collection import checkpoints, manifest_recipe, run_files, run_identity
@@ -27,7 +27,7 @@ from paragen.generator import checkpoint_data, sources
 from paragen.generator.conditions import Reader
 from paragen.generator.factor_layout import FactorLayout
 from paragen.generator.network import Network
-from paragen.generator.options import Options
+from paragen.generator.options import Options, setting_of
 from paragen.model import base_models
 
 if TYPE_CHECKING:
@@ -36,7 +36,8 @@ if TYPE_CHECKING:
 FORMAT = "paragen-generator-1"
 WEIGHTS, CONFIG = "generator.safetensors", "config.json"
 OF_RECIPE = {**manifest_recipe.MODEL, **manifest_recipe.TEXT, **manifest_recipe.DTYPE}  # what a reader needs
-IDENTITY = ("settings", "base_model", "rank", "pairs")  # of a manifest: what decides a generator
+# The keys of a manifest that decide a generator, and what messages call them.
+IDENTITY = {"settings": "setting", "base_model": "base model", "rank": "rank", "pairs": "set of collections"}
 LOSSES = {1: "squared error of standardised factors", 2: "the base model's loss per token"}  # by stage
 WAY_OUT = "train it again with FORCE=1"
 
@@ -65,9 +66,9 @@ def is_there(folder: Path, identity: dict[str, Any]) -> bool:
     if not other:
         return True
     old, new = manifest["settings"], identity["settings"]
-    changed = [f"{key} ({old.get(key)}, now {new[key]})" for key in new if old.get(key) != new[key]]
-    shown = changed if other[0] == "settings" else [other[0].replace("_", " ")]
-    raise UserError(f"{name}: was trained with other {', '.join(shown)}; take another NAME, or FORCE=1 replaces it")
+    shown = [f"{setting_of(key)}={old.get(key)}, not {new[key]}" for key in new if old.get(key) != new[key]]
+    what = " and ".join(shown) or f"another {IDENTITY[other[0]]}"
+    raise UserError(f"{name}: was trained with {what}; take another NAME, or FORCE=1 replaces it")
 
 
 def write(staging: Path, name: str, identity: dict[str, Any], training: "Training") -> None:
@@ -76,7 +77,7 @@ def write(staging: Path, name: str, identity: dict[str, Any], training: "Trainin
     tensors = {f"network.{key}": value for key, value in training.network.state_dict().items()}
     tensors |= {"mean": training.data.mean, "scale": training.data.scale}
     tensors |= {"condition.mean": training.condition_mean, "condition.std": training.condition_std}
-    save_file({key: value.cpu().contiguous() for key, value in tensors.items()}, staging / WEIGHTS)
+    files.write_atomically(staging / WEIGHTS, save({key: value.cpu().contiguous() for key, value in tensors.items()}))
     recipe = first.manifest.recipe or {}
     config = {
         "hidden_size": len(training.condition_mean),

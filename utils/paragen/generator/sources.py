@@ -29,8 +29,7 @@ def chosen(without: Sequence[str] = ()) -> list[Chosen]:
     Raises UserError for a name that is not known, and where a collection is broken or is not like the others.
     """
     found = selected()
-    known = {*dataset_info.read_info(paths.DATA), *(one.manifest.dataset for one in found)}
-    omitted = {paths.choose(name, known, "dataset") for name in without}
+    omitted = set(named(without))
     left = [one for one in found if omitted.isdisjoint(datasets_of(one))]
     check_alike(left)
     return left
@@ -45,6 +44,12 @@ def selected() -> list[Chosen]:
             "them again, or select others"
         )
     return found
+
+
+def named(datasets: Sequence[str]) -> list[str]:
+    """The registered or indexed datasets that a user names. Raises UserError for one that is not known."""
+    known = {*dataset_info.read_info(paths.DATA), *index.read(paths.SAVES)[0]["dataset"].to_pylist()}
+    return [paths.choose(name, known, "dataset") for name in datasets]
 
 
 def datasets_of(one: Chosen) -> set[str]:
@@ -102,7 +107,7 @@ def _header_of(one: Chosen) -> dict[str, Any]:
     path = one.folder / one.manifest.checkpoints[0].file_name
     try:
         return safetensors_header.read_tensors(path)
-    except (OSError, ValueError) as error:
+    except (OSError, ValueError, AttributeError) as error:
         raise UserError(f"{paths.relative(path)}: cannot be read ({error}); run: make verify") from None
 
 

@@ -20,7 +20,6 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import load_file, save
 from torch import Tensor, nn
 
-from paragen.collection import task_descriptions
 from paragen.collection.index import Chosen
 from paragen.common import cli, files, paths
 from paragen.common.cli import UserError, say
@@ -42,10 +41,12 @@ NOISE = 0.05  # standard deviation of what is added to a condition
 DESCRIBED = 0.5  # how often a condition has a description, where a task has some
 MIXED = 0.4  # both parameters of the Beta distribution of a mixture's share
 WEIGHT_DECAY = 0.01
-EMBEDDED_DESCRIPTIONS = 32  # of a task at most
 
 
-def train(chosen: Sequence[Chosen], folder: Path, wanted: Options, place: str = "", quiet: bool = False) -> Path:
+def train(
+    chosen: Sequence[Chosen], folder: Path, wanted: Options, place: str = "", quiet: bool = False,
+    reader: Reader | None = None,
+) -> Path:  # fmt: skip
     """Train a generator on collections, unless `folder` holds it already; a killed training is continued.
 
     Args:
@@ -54,6 +55,7 @@ def train(chosen: Sequence[Chosen], folder: Path, wanted: Options, place: str = 
         wanted: the settings.
         place: where checkpoints are kept, see checkpoint_data.PLACES; it does not change the result.
         quiet: print no progress.
+        reader: of the collections' base model, where a process that trains several generators has one already.
 
     Returns `folder`. Raises UserError where the collections are not alike, where `folder` holds another generator and
     not FORCE=1, and where another process is training it.
@@ -71,7 +73,7 @@ def train(chosen: Sequence[Chosen], folder: Path, wanted: Options, place: str = 
                 return folder
             staging.mkdir(exist_ok=True)
             with cli.writing_to(folder):
-                training = Training(chosen, staging, wanted, place, quiet)
+                training = Training(chosen, staging, wanted, place, quiet, reader)
                 training.run()
                 saved.write(staging, folder.name, identity, training)
                 for name in (STATE, EMBEDDED):
@@ -86,14 +88,16 @@ def train(chosen: Sequence[Chosen], folder: Path, wanted: Options, place: str = 
 
 
 class Training:
-    """One training, in a staging folder."""
+    """One training, in a staging folder; arguments as for `train`."""
 
-    def __init__(self, chosen: Sequence[Chosen], staging: Path, wanted: Options, place: str, quiet: bool):
+    def __init__(
+        self, chosen: Sequence[Chosen], staging: Path, wanted: Options, place: str, quiet: bool, reader: Reader | None
+    ):
         self.chosen, self.staging, self.wanted, self.quiet = chosen, staging, wanted, quiet
         self.said_at = 0.0
         self.device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
         self.layout = FactorLayout(sources.layout_of(chosen[0]))
-        self.reader = Reader.of(chosen[0].manifest)
+        self.reader = reader or Reader.of(chosen[0].manifest)
         pools, described = self._embedded()
         self.condition_mean, self.condition_std = conditions.statistics(torch.cat(pools))
         self.pool, self.pools = self._joined(pools)
@@ -117,10 +121,8 @@ class Training:
             return [there[f"{n}.prompts"] for n in range(count)], [there[f"{n}.texts"] for n in range(count)]
         found = {}
         for number, one in enumerate(self.chosen):
-            rows = conditions.pool_of(one.manifest, self.wanted.pool)
-            texts = task_descriptions.of_collection(one.manifest, paths.DATA)[:EMBEDDED_DESCRIPTIONS]
-            found[f"{number}.prompts"] = self.reader.embed(rows, self.wanted.answers)
-            found[f"{number}.texts"] = self.reader.embed_texts(texts)
+            both = self.reader.of_task(one.manifest, self.wanted.pool, self.wanted.answers)
+            found[f"{number}.prompts"], found[f"{number}.texts"] = both
             self._say(f"read the prompts of {number + 1} of {count} tasks", number + 1 == count)
         files.write_atomically(path, save(found), durable=False)
         return self._embedded()
