@@ -126,6 +126,19 @@ def test_its_folder_is_named_after_what_is_held_out_and_is_never_among_collectio
         plan.folder_of(Wanted(), chosen)
 
 
+def test_a_part_is_used_again_only_with_the_same_inputs_and_unedited(tmp_path):
+    path, inputs = tmp_path / "datasets" / "A.json", {"limit": 4, "rows": {"A": "1"}, "trained": {}, "context": False}
+    assert rows.read_part(path, inputs, False) is None
+    rows.write_part(path, inputs, {"dataset": "A"})
+    assert rows.read_part(path, inputs, False)["dataset"] == "A" and rows.read_part(path, inputs, True) is None
+    assert rows.read_part(path, {**inputs, "context": True}, False) is None, "compared with more: scored again"
+    with pytest.raises(UserError, match=r"A.json: was measured with other inputs \(limit, rows\); FORCE=1"):
+        rows.read_part(path, {**inputs, "limit": 5, "rows": {"A": "2"}}, False)
+    path.write_text(path.read_text().replace('"A"', '"B"', 1))
+    with pytest.raises(UserError, match="A.json: broken .was edited.*; remove it"):
+        rows.read_part(path, inputs, False)
+
+
 # Trainings of its own
 
 
