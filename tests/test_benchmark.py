@@ -98,6 +98,19 @@ def test_the_report_has_a_section_and_nothing_else_takes_the_benchmark_for_a_col
     assert len(discovery.find_collections([collected.top / "saves"])) == 4
 
 
+def test_what_a_generator_writes_is_scored_with_what_it_saw(collected, by_family):
+    generator, out = folder(collected) / "generators" / "one_0", collected.top / "my adapters"
+    run(collected, "generate", GENERATOR=generator, DATASET=TASKS[0], SAMPLES=2, PROMPTS=4, OUT=out)
+    printed = run(collected, "evaluate", GENERATED=out, LIMIT=6)
+    scores = json.loads((out / TASKS[0] / "scores.json").read_text())
+    assert (scores["training"], scores["training_tasks"]) == ("unseen", sorted(TASKS[2:])) and "unseen" in printed
+    (one,) = scores["evaluations"]
+    row = next(row for row in content(collected)["groups"][0]["rows"] if row["dataset"] == TASKS[0])
+    assert one["base"]["loss"] == pytest.approx(row["methods"]["base"]["loss"]["value"], rel=1e-4)
+    assert one["metric"] == "exact" and len(one["samples"]) == 2
+    assert one["samples"][0]["loss"] == pytest.approx(row["methods"]["generated"]["loss"]["value"], rel=1e-2)
+
+
 def test_an_edited_benchmark_is_named_in_its_section(collected, by_family, tmp_path):
     made = tmp_path / "benchmarks" / "mine"
     made.mkdir(parents=True)
