@@ -115,7 +115,7 @@ def commands(found: Sequence[str], model: str) -> list[str]:
         f"make collect-all CATEGORY=made MODEL={model} RANK=8 KEEP=20",
         f'make benchmark-generator DATASET="{some}" RANK=8 LIMIT=240 LOSS_ONLY=math PER_DEVICE=4',
         'make benchmark-generator CATEGORY=made RANK=8 VARIANTS="1 3 6 12" LIMIT=96 SAMPLES=2 PER_DEVICE=4',
-        "make benchmark-generator CATEGORY=made RANK=8 LIMIT=96 SAMPLES=2 REPEATS=1 PER_DEVICE=4",
+        "make benchmark-generator CATEGORY=made RANK=8 LIMIT=96 SAMPLES=2 REPEATS=1 BASELINES=none PER_DEVICE=4",
         "make report",
     ]
 

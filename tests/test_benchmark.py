@@ -6,7 +6,7 @@ from pathlib import Path
 import pytest
 from conftest import CATEGORY
 from helpers import made_project
-from helpers.made_project import TASKS, refused, run
+from helpers.made_project import TASKS, refused, run, start
 from helpers.packed_project import Packable
 
 from paragen.analysis import benchmark_page
@@ -88,10 +88,6 @@ def test_what_was_measured_is_used_again_and_never_with_other_inputs(collected, 
     assert {path.name for path in parts if parts[path] != after[path]} == {"two.json"}
     line = refused(collected, "benchmark_generator", **{**FAST, "LIMIT": 5})
     assert "is of another benchmark (settings differ); take another OUT, or FORCE=1 replaces it" in line
-    (folder(collected) / "benchmark.json").unlink()
-    line = refused(collected, "benchmark_generator", **{**FAST, "LIMIT": 5})
-    assert "was measured with other inputs (limit, rows); FORCE=1 measures again" in line
-    run(collected, "benchmark_generator", **FAST)
 
 
 def test_the_report_has_a_section_and_nothing_else_takes_the_benchmark_for_a_collection(collected, by_family):
@@ -100,12 +96,28 @@ def test_the_report_has_a_section_and_nothing_else_takes_the_benchmark_for_a_col
     assert "Generators on datasets that they have not seen" in page and "generated adapters close" in page
     assert 'src="data:image/png;base64,' in page
     assert len(discovery.find_collections([collected.top / "saves"])) == 4
-    path = folder(collected) / "benchmark.json"
-    kept = path.read_bytes()
-    path.write_bytes(kept.replace(b'"rank": 4', b'"rank": 5', 1))
-    run(collected, "report")
-    assert "was edited, or is of another format" in (collected.top / "saves" / "report" / "index.html").read_text()
-    path.write_bytes(kept)
+
+
+def test_what_a_generator_writes_is_scored_with_what_it_saw(collected, by_family):
+    generator, out = folder(collected) / "generators" / "one_0", collected.top / "my adapters"
+    run(collected, "generate", GENERATOR=generator, DATASET=TASKS[0], SAMPLES=2, PROMPTS=4, OUT=out)
+    printed = run(collected, "evaluate", GENERATED=out, LIMIT=6)
+    scores = json.loads((out / TASKS[0] / "scores.json").read_text())
+    assert (scores["training"], scores["training_tasks"]) == ("unseen", sorted(TASKS[2:])) and "unseen" in printed
+    (one,) = scores["evaluations"]
+    row = next(row for row in content(collected)["groups"][0]["rows"] if row["dataset"] == TASKS[0])
+    assert one["base"]["loss"] == pytest.approx(row["methods"]["base"]["loss"]["value"], rel=1e-4)
+    assert one["metric"] == "exact" and len(one["samples"]) == 2
+    assert one["samples"][0]["loss"] == pytest.approx(row["methods"]["generated"]["loss"]["value"], rel=1e-2)
+
+
+def test_an_edited_benchmark_is_named_in_its_section(collected, by_family, tmp_path):
+    made = tmp_path / "benchmarks" / "mine"
+    made.mkdir(parents=True)
+    text = (folder(collected) / "benchmark.json").read_text()
+    (made / "benchmark.json").write_text(text.replace('"rank": 4', '"rank": 5', 1))
+    (section,) = benchmark_page.sections(tmp_path)
+    assert section["name"] == "mine" and "was edited, or is of another format" in section["fault"]
 
 
 @pytest.mark.slow
@@ -136,3 +148,15 @@ def test_everything_it_is_compared_with_is_trained_and_measured_on_all_slots(col
         path: sha256 for path, sha256 in files.hashes_below(trained / "saves").items() if path.endswith(".safetensors")
     }
     run(collected, "report")
+
+
+@pytest.mark.slow
+def test_killed_it_goes_on_and_ends_the_same(collected):
+    settings = {**FAST, "BY": "dataset"}
+    killed, whole = (collected.top / "saves" / "benchmarks" / name for name in ("killed", "whole"))
+    begun = start(collected, "benchmark_generator", **settings, OUT=killed)
+    assert begun.kill_when(lambda: any(killed.glob("folds/*.json")))
+    assert not (killed / "benchmark.json").exists()
+    assert "measured already" in run(collected, "benchmark_generator", **settings, OUT=killed)
+    run(collected, "benchmark_generator", **settings, OUT=whole)
+    assert benchmark_page.read(killed / "benchmark.json") == benchmark_page.read(whole / "benchmark.json")

@@ -4,7 +4,8 @@ import numpy as np
 import pytest
 from helpers import handmade, tiny
 
-from paragen.benchmark import bootstrap, plan, results, rows, trainings
+from paragen.analysis import benchmark_page
+from paragen.benchmark import bootstrap, picture, plan, results, rows, trainings
 from paragen.benchmark.plan import Wanted
 from paragen.collection import index, prompts
 from paragen.common import paths
@@ -126,6 +127,19 @@ def test_its_folder_is_named_after_what_is_held_out_and_is_never_among_collectio
         plan.folder_of(Wanted(), chosen)
 
 
+def test_a_part_is_used_again_only_with_the_same_inputs_and_unedited(tmp_path):
+    path, inputs = tmp_path / "datasets" / "A.json", {"limit": 4, "rows": {"A": "1"}, "trained": {}, "context": False}
+    assert rows.read_part(path, inputs, False) is None
+    rows.write_part(path, inputs, {"dataset": "A"})
+    assert rows.read_part(path, inputs, False)["dataset"] == "A" and rows.read_part(path, inputs, True) is None
+    assert rows.read_part(path, {**inputs, "context": True}, False) is None, "compared with more: scored again"
+    with pytest.raises(UserError, match=r"A.json: was measured with other inputs \(limit, rows\); FORCE=1"):
+        rows.read_part(path, {**inputs, "limit": 5, "rows": {"A": "2"}}, False)
+    path.write_text(path.read_text().replace('"A"', '"B"', 1))
+    with pytest.raises(UserError, match="A.json: broken .was edited.*; remove it"):
+        rows.read_part(path, inputs, False)
+
+
 # Trainings of its own
 
 
@@ -241,6 +255,12 @@ def test_the_share_closed_of_several_datasets_is_a_ratio_of_sums():
     assert (total["better_loss"]["mean"], total["worse_loss"]["mean"], total["without_prompts"]) == (3, 0, [])
 
 
+def test_where_own_is_no_better_than_base_no_share_is_known():
+    methods = {"base": [1.0] * 50, "own": [0.5, 1.5] * 25, "generated-mean": [0.9] * 50, "swapped-mean": [1.0] * 50}
+    row = results.Measured([part(methods)]).row()
+    assert row["closed"]["generated-mean"] == {"value": None, "interval": None}
+
+
 def test_a_choice_at_chance_is_form_and_a_learned_one_is_skill():
     methods = {name: [1.0] * 100 for name in ("base", "own", "generated-mean", "swapped-mean")}
     for own, kind in (([1] * 52 + [0] * 48, "form"), ([1] * 90 + [0] * 10, "skill")):
@@ -248,3 +268,20 @@ def test_a_choice_at_chance_is_form_and_a_learned_one_is_skill():
         row = results.Measured([part(methods, right=right, metric="choice", chance=0.5)]).row()
         assert row["kind"] == kind and row["methods"]["own"]["accuracy"]["value"] == sum(own) / 100
     assert not row["uses_prompts"], "the loss is the same with other prompts"
+
+
+def test_a_picture_shows_datasets_or_the_course_over_variants(tmp_path):
+    made = [measured(3.0, 1.0, level, seed=number) for number, level in enumerate((2.0, 1.5))]
+    right = {
+        name: [number % 3 == 0 for number in range(60)] for name in ("base", "own", "generated-mean", "swapped-mean")
+    }
+    methods = {name: [2.0 - number] * 60 for number, name in enumerate(right)}
+    made.append(results.Measured([part(methods, right=right)]))
+    groups = [results.group_of(f"{count} variants of each family", made) for count in (1, 3, 12)]
+    for count, name in ((1, "datasets.png"), (3, "course.png")):
+        picture.draw({"groups": groups[:count]}, tmp_path / name)
+        assert (tmp_path / name).read_bytes().startswith(b"\x89PNG") and (tmp_path / name).stat().st_size > 10_000
+    lines = benchmark_page.lines_of(groups[0])
+    assert [line[3] for line in lines] == ["loss", "loss", "loss", "accuracy"]
+    assert all(len(line) == len(benchmark_page.head_of(groups[0])) for line in lines)
+    assert any("all of these on" in sentence for sentence in benchmark_page.sentences_of(groups[0]))

@@ -104,12 +104,13 @@ def sentences_of(group: dict[str, Any]) -> list[str]:
     found = []
     for kind, total in group["totals"].items():
         name = f"{total['datasets']} datasets" + ("" if kind == "all" else f" of {kind}")
-        share = with_interval(total["closed"].get("generated-mean"), percent=True)
+        share = with_interval(total["closed"].get("generated-mean"), percent=True) or "no known share"
         closes = f"{name}: generated adapters close {share} of the loss from base to own"
         if right := with_interval(total["closed_accuracy"].get("generated-mean"), percent=True):
             closes += f", and {right} of the accuracy"
-        by_seed = ", ".join(f"{100 * share:.0f} %" for share in total["closed_by_seed"].values())
-        found += [f"{closes}; by seed {by_seed} of the loss", f"{name}: lower loss {_comparison(total, 'loss')}"]
+        if shares := [f"{100 * share:.0f} %" for share in total["closed_by_seed"].values()]:
+            closes += f"; by seed {', '.join(shares)} of the loss"
+        found += [closes, f"{name}: lower loss {_comparison(total, 'loss')}"]
         if total["mean_accuracy"]:
             found.append(f"{name}: higher accuracy {_comparison(total, 'accuracy')}")
     if without := group["totals"]["all"]["without_prompts"]:

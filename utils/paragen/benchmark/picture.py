@@ -67,6 +67,7 @@ def _course(figure: Any, groups: list[dict[str, Any]]) -> None:
         axes = figure.add_subplot(1, 3, place)
         totals = [group["totals"]["all"] for group in groups]
         if kind == "closed":
+            axes.set_ylim(-0.6, 1.2)
             for key, label in (("closed", "of the loss"), ("closed_accuracy", "of the accuracy")):
                 found = [(at, total[key].get("generated-mean")) for at, total in enumerate(totals)]
                 points = [(at, one) for at, one in found if one and one["value"] is not None]

@@ -114,6 +114,8 @@ def closed(measured: Sequence[Measured], method: str, kind: str = "loss") -> Fig
         measured: the datasets; of several, those in which a draw's rows lie are drawn, too.
         method: which.
         kind: `loss` or `accuracy`.
+
+    It is not known where own is better than base in less than 97.5 % of the draws.
     """
     gained, possible = [], []
     for one in measured:
@@ -124,9 +126,11 @@ def closed(measured: Sequence[Measured], method: str, kind: str = "loss") -> Fig
     if not gained:
         return {"value": None, "interval": None}
     weights = np.ones((bootstrap.DRAWS + 1, 1)) if len(gained) == 1 else bootstrap.draws_of([*range(len(gained))], 1)
+    distance = (weights * np.stack(possible, 1)).sum(1)
+    if np.mean(distance[1:] <= 0) > (1 - bootstrap.CONFIDENCE) / 2:
+        return {"value": None, "interval": None}  # own is not surely better than base, so there is nothing to close
     with np.errstate(divide="ignore", invalid="ignore"):
-        shares = (weights * np.stack(gained, 1)).sum(1) / (weights * np.stack(possible, 1)).sum(1)
-    return figure(shares)
+        return figure((weights * np.stack(gained, 1)).sum(1) / distance)
 
 
 def group_of(name: str, measured: Sequence[Measured]) -> dict[str, Any]:
@@ -153,7 +157,11 @@ def total_of(measured: Sequence[Measured], rows: Sequence[dict[str, Any]]) -> di
         "closed_accuracy": {
             name: closed(with_answers, name, "accuracy") for name in methods if name not in ("base", "own")
         },
-        "closed_by_seed": {seed: _closed_by(measured, seed) for seed in sorted(rows[0]["seeds"])},
+        "closed_by_seed": {
+            seed: _closed_by(measured, seed)
+            for seed in sorted(rows[0]["seeds"])
+            if closed(measured, GENERATED)["value"] is not None
+        },
         "better_loss": {name: [_sign(row, "loss_difference", name) for row in rows].count(-1) for name in RIVALS},
         "worse_loss": {name: [_sign(row, "loss_difference", name) for row in rows].count(1) for name in RIVALS},
         "better_accuracy": {

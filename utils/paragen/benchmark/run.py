@@ -118,9 +118,10 @@ def work_on(found: Plan, options: Options, job: Job) -> None:
         worker.measure_fold(fold)
 
 
-def pinned_work(found: Plan, options: Options, job: Job, device: str) -> None:
-    """A task of a forked process: pin its device, and measure a job."""
+def pinned_work(found: Plan, options: Options, job: Job, device: str, threads: int) -> None:
+    """A task of a forked process: pin its device, take its share of the CPU threads, and measure a job."""
     devices.pin([device])
+    devices.set_threads(threads)
     work_on(found, options, job)
 
 
@@ -130,6 +131,7 @@ def run_jobs(found: Plan, options: Options, jobs: list[Job]) -> None:
     Raises UserError where some could not be measured, once all others are.
     """
     devices_of = slots()
+    threads = devices.threads(len(devices_of))
     if len(jobs) == 1:
         devices.pin(devices_of[:1])
         work_on(found, options, jobs[0])
@@ -139,7 +141,7 @@ def run_jobs(found: Plan, options: Options, jobs: list[Job]) -> None:
     failed, before = [], -1
     try:
         for job, device in zip(jobs, devices_of, strict=False):
-            running[start(found, options, job, device)] = job
+            running[start(found, options, job, device, threads)] = job
         while running:
             for process in [process for process in running if not process.is_alive()]:
                 job = running.pop(process)
@@ -161,12 +163,12 @@ def run_jobs(found: Plan, options: Options, jobs: list[Job]) -> None:
         )
 
 
-def start(found: Plan, options: Options, job: Job, device: str) -> ForkServerProcess:
-    """Start the process of a job on a device."""
+def start(found: Plan, options: Options, job: Job, device: str, threads: int) -> ForkServerProcess:
+    """Start the process of a job on a device, with so many CPU threads."""
     log = log_of(found, job.name)
     log.parent.mkdir(parents=True, exist_ok=True)
     environment = {"DEVICES": device, "CUDA_VISIBLE_DEVICES": "" if device == "cpu" else device}
-    return forked.start(pinned_work, (found, options, job, device), environment, log)
+    return forked.start(pinned_work, (found, options, job, device, threads), environment, log)
 
 
 def log_of(found: Plan, name: str) -> Path:

@@ -161,7 +161,7 @@ class Worker:
             return
         started = time.monotonic()
         adapters, facts = self.without_generator(fold, union)
-        say(f"{fold.name}: compared with, {time.monotonic() - started:.0f} s")
+        say(f"{fold.name}: averages of the others made, {time.monotonic() - started:.0f} s")
         for seed in fold.seeds:
             self.add_generated(fold, seed, adapters, facts)
             say(f"{fold.name}: generator {seed} trained, {time.monotonic() - started:.0f} s")
