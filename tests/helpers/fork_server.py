@@ -48,7 +48,8 @@ class Run:
 
 def ready() -> None:
     """Start the process that others are forked from, unless it is there; it finds helpers.preloaded by PYTHONPATH."""
-    with mock.patch.dict(os.environ, PYTHONPATH=str(ROOT / "tests")):
+    path = os.pathsep.join(filter(None, (str(ROOT / "tests"), os.environ.get("PYTHONPATH"))))
+    with mock.patch.dict(os.environ, PYTHONPATH=path):
         multiprocessing.forkserver.ensure_running()
 
 

@@ -51,7 +51,7 @@ def forget_what_is_done_at_the_end() -> None:
     atexit.register(lambda: ray.is_initialized() and shutdown(True))
 
 
-os.environ.pop("PYTHONPATH")  # see fork_server.ready
+os.environ["PYTHONPATH"] = os.environ["PYTHONPATH"].partition(os.pathsep)[2]  # see fork_server.ready
 sys.dont_write_bytecode = False  # see conftest
 
 for name in (
