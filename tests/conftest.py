@@ -1,5 +1,6 @@
 """What the tests share: a tiny random model, a small dataset, recipes for both, and real LLaMA-Factory runs of them."""
 
+import compileall
 import gc
 import json
 import os
@@ -39,8 +40,10 @@ for name in (
 if not os.environ.get("TEST_GPU"):
     os.environ["DEVICES"] = "cpu"  # the same hashes on a machine with a GPU
 signal.signal(signal.SIGINT, signal.default_int_handler)  # where the tests run in the background, it is ignored
-os.environ.pop("PYTHONDONTWRITEBYTECODE", None)  # or each of hundreds of processes would compile the scripts anew
-sys.dont_write_bytecode = False
+# The scripts are compiled once, or each of hundreds of processes would do it. These processes compile nothing, or of a
+# script that is changed twice within a second the first would be kept.
+compileall.compile_dir(ROOT / "utils", quiet=1)
+sys.dont_write_bytecode, os.environ["PYTHONDONTWRITEBYTECODE"] = False, "1"
 os.environ["OMP_WAIT_POLICY"] = "PASSIVE"  # as runs have it; the process that runs are forked from reads it early
 os.environ["OMP_NUM_THREADS"] = "1"  # tiny tensors; two runs at once then do not fight for two cores
 

@@ -657,7 +657,7 @@ def many_rows(table: pa.Table) -> pa.Table:
 
 
 def long_texts(table: pa.Table) -> pa.Table:
-    rows = pa.repeat(0, 100_000)
+    rows = pa.repeat(0, 10_000)
     one = pa.Table.from_arrays([column.combine_chunks().take(rows) for column in table.columns],
                                table.column_names)  # fmt: skip
     return column(one, "file", "x" * 20_000)

@@ -52,6 +52,6 @@ def is_reader(node: ast.AST) -> bool:
     return isinstance(node.func, ast.Name) and node.func.id in READERS
 
 
-@pytest.mark.parametrize(("place", "said"), readers(), ids=lambda value: value if ": " in value[:80] else "")
+@pytest.mark.parametrize(("place", "said"), list(readers()), ids=lambda value: value if ": " in value[:80] else "")
 def test_a_reader_says_what_it_has_verified(place, said):
     assert SAID.search(said), f"{place}: its docstring does not say what has been verified of what it reads"

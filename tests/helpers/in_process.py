@@ -8,7 +8,6 @@ import importlib
 import io
 import signal
 import sys
-from pathlib import Path
 from typing import NamedTuple
 from unittest import mock
 
@@ -28,8 +27,8 @@ def stream(errors: str) -> io.TextIOWrapper:
     return io.TextIOWrapper(io.BytesIO(), encoding="utf-8", errors=errors, write_through=True)
 
 
-def call(script: str, *arguments: object, folder: Path | None = None, **environment: str) -> Ended:
-    """Run utils/<script>.py as a command would: with these arguments and settings, from `folder`.
+def call(script: str, *arguments: object, **environment: str) -> Ended:
+    """Run utils/<script>.py as a command would: with these arguments, and these settings beside the present ones.
 
     What is no UserError or storage error is raised here, where the command would end in a traceback.
     """
@@ -41,7 +40,6 @@ def call(script: str, *arguments: object, folder: Path | None = None, **environm
             for context in (
                 mock.patch.object(sys, "argv", [f"{script}.py", *map(str, arguments)]),
                 mock.patch.dict("os.environ", environment),
-                contextlib.chdir(folder or "."),
                 contextlib.redirect_stdout(out),
                 contextlib.redirect_stderr(err),
             ):

@@ -13,6 +13,7 @@ import atexit
 import ctypes
 import gc
 import importlib
+import io
 import os
 import re
 import sys
@@ -52,7 +53,7 @@ def forget_what_is_done_at_the_end() -> None:
 
 
 os.environ["PYTHONPATH"] = os.environ["PYTHONPATH"].partition(os.pathsep)[2]  # see fork_server.ready
-sys.dont_write_bytecode = False  # see conftest
+sys.dont_write_bytecode = True  # see conftest
 
 for name in (
     "llamafactory.train.tuner", "llamafactory.train.sft.workflow", "matplotlib.backends.backend_agg",
@@ -68,6 +69,19 @@ from transformers import AutoModelForImageTextToText, AutoModelForSeq2SeqLM, Aut
 for kind in (AutoModelForImageTextToText, AutoModelForSeq2SeqLM, AutoModelForTextToWaveform):
     list(kind._model_mapping.keys())
 
+
+def use_once() -> None:
+    """Do what takes longer the first time: a picture reads the fonts, a model's weights the list of renamed ones."""
+    from matplotlib import pyplot
+    from transformers.conversion_mapping import get_checkpoint_conversion_mapping
+
+    get_checkpoint_conversion_mapping("llama")
+    pyplot.title("loss")
+    pyplot.savefig(io.BytesIO(), format="png")
+    pyplot.close("all")
+
+
+use_once()
 forget_what_is_done_at_the_end()
 gc.collect()
 gc.freeze()

@@ -255,7 +255,7 @@ class Worker:
         prompts, single samples and their mean."""
         folder = self.plan.folder / "generators" / f"{fold.name}_{seed}"
         options = Options(**{**vars(self.options), "seed": seed})
-        train.train([self.plan.chosen[name] for name in fold.trained], folder, options, quiet=True)
+        train.train([self.plan.chosen[name] for name in fold.trained], folder, options, quiet=True, reader=self.reader)
         generator = saved.load(folder)
         generator.reader = self.reader
         for dataset, made in adapters.items():

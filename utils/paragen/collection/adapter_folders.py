@@ -40,8 +40,10 @@ class Samples(NamedTuple):
         return UNKNOWN if self.record is None else "seen" if self.record["is_seen"] else "unseen"
 
     def tensors(self, name: str) -> "dict[str, torch.Tensor]":
-        """A sample's factors by PEFT's keys. Raises UserError where the file changed, or has values that are not
-        finite."""
+        """A sample's factors by PEFT's keys, from a file that still has the hash with which it was found.
+
+        Raises UserError where it changed, or has values that are not finite.
+        """
         from safetensors.torch import load_file
 
         path = self.folder / name / paths.ADAPTER
