@@ -1,8 +1,8 @@
 """Parquet files that are damaged or of a stranger: read in a child process, or refused by their hash before that."""
 
+import os
 from pathlib import Path
 
-import os
 import psutil
 import pyarrow as pa
 import pyarrow.parquet
