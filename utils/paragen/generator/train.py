@@ -208,8 +208,9 @@ class Training:
         tasks, numbers, shares = self._drawn(step)
         inputs = self._conditions(tasks, numpy.random.default_rng((self.wanted.seed, step, 1)))
         started = self._now(is_measured)
-        targets = self.data.standardise(self.data.batch(numbers))
+        checkpoints = self.data.batch(numbers)
         self.loading = self._now(is_measured) - started
+        targets = self.data.standardise(checkpoints)
         if step + 1 < self.wanted.steps:
             self.data.prefetch(self._drawn(step + 1)[1])
         if shares is not None:
