@@ -6,17 +6,17 @@ import shutil
 from pathlib import Path
 
 import pytest
+import torch
 from helpers import made_project
 from helpers.made_project import MIXTURE, TASKS, generator, refused, run, start
 from helpers.packed_project import MODEL, Packable
-from safetensors import safe_open
 from safetensors.torch import load_file
 
 import train_generator
 from paragen.collection import discovery, index
 from paragen.common import files, paths
 from paragen.common.cli import UserError
-from paragen.generator import network, options, sources
+from paragen.generator import hashed_tensors, network, options, sources
 from paragen.generator.factor_layout import FactorLayout
 
 pytestmark = pytest.mark.runs
@@ -54,10 +54,25 @@ def test_a_generator_records_what_it_was_trained_on(trained):
 
 def saved_step(top: Path) -> int:
     """The step after which a training in a folder saved its state last; 0 before it has."""
-    for path in top.glob(".*.staging-*/state.safetensors"):
-        with safe_open(path, "pt") as file:
-            return json.loads(file.metadata()["paragen"])["step"]
+    for path in top.glob(".*.staging-*/state.hashed"):
+        tensors, about = hashed_tensors.read(path)
+        return about["step"]
     return 0
+
+
+def test_a_saved_state_with_a_flipped_bit_or_cut_short_is_not_used(tmp_path):
+    path, tensors = tmp_path / "state", {"a": torch.arange(6.0)}
+    hashed_tensors.write(path, tensors, {"step": 3})
+    found, about = hashed_tensors.read(path)
+    assert about == {"step": 3} and torch.equal(found["a"], tensors["a"])
+    content = path.read_bytes()
+    for place in range(len(content)):
+        path.write_bytes(content[:place] + bytes([content[place] ^ 1]) + content[place + 1 :])
+        assert hashed_tensors.read(path) is None
+        path.write_bytes(content[:place])
+        assert hashed_tensors.read(path) is None
+    path.unlink()
+    assert hashed_tensors.read(path) is None
 
 
 @pytest.mark.parametrize("stage", [pytest.param(0, marks=pytest.mark.slow), FEW["TRAIN_STEPS"]])

@@ -6,7 +6,6 @@ state, ends with the weights of one that was not.
 
 import contextlib
 import itertools
-import json
 import math
 import time
 from collections.abc import Sequence
@@ -16,14 +15,14 @@ from typing import Any
 
 import numpy
 import torch
-from safetensors import SafetensorError, safe_open
-from safetensors.torch import load_file, save
+from safetensors.torch import load_file
 from torch import Tensor, nn
 
+from paragen.analysis import stats_files
 from paragen.collection.index import Chosen
 from paragen.common import cli, files, paths
 from paragen.common.cli import UserError, say
-from paragen.generator import conditions, saved, sources
+from paragen.generator import conditions, hashed_tensors, saved, sources
 from paragen.generator.checkpoint_data import CheckpointData
 from paragen.generator.conditions import Reader
 from paragen.generator.factor_layout import FactorLayout
@@ -31,7 +30,7 @@ from paragen.generator.network import Network
 from paragen.generator.options import Options
 from paragen.generator.second_stage import TASKS, BaseLoss
 
-STATE, EMBEDDED = "state.safetensors", "embedded.safetensors"  # in a staging folder alone
+STATE, EMBEDDED = "state.hashed", "embedded.hashed"  # in a staging folder alone
 SAVE_SECONDS = 60  # between two saved states
 SAY_SECONDS = 10
 MEASURED = 20  # every so many steps are timed, because a GPU has to be waited for
@@ -115,16 +114,16 @@ class Training:
 
     def _embedded(self) -> tuple[list[Tensor], list[Tensor]]:
         """The embeddings of each task's prompts, and of its descriptions; computed once for a training."""
-        path, count = self.staging / EMBEDDED, len(self.chosen)
-        with contextlib.suppress(FileNotFoundError, SafetensorError):
-            there = load_file(path)
-            return [there[f"{n}.prompts"] for n in range(count)], [there[f"{n}.texts"] for n in range(count)]
+        count = len(self.chosen)
+        if known := hashed_tensors.read(self.staging / EMBEDDED):
+            found, _ = known
+            return [found[f"{n}.prompts"] for n in range(count)], [found[f"{n}.texts"] for n in range(count)]
         found = {}
         for number, one in enumerate(self.chosen):
             both = self.reader.of_task(one.manifest, self.wanted.pool, self.wanted.answers)
             found[f"{number}.prompts"], found[f"{number}.texts"] = both
             self._say(f"read the prompts of {number + 1} of {count} tasks", number + 1 == count)
-        files.write_atomically(path, save(found), durable=False)
+        hashed_tensors.write(self.staging / EMBEDDED, found)
         return self._embedded()
 
     def _joined(self, embeddings: Sequence[Tensor]) -> tuple[Tensor, list[range]]:
@@ -138,13 +137,11 @@ class Training:
         kinds = self.layout.kinds
         if not self.wanted.importance:
             return [torch.ones(len(kind.keys), device=self.device) for kind in kinds]
-        found = []
+        found, folder = [], paths.SAVES / "stats"
+        for one in stats_files.missing_of(list(self.chosen), folder):
+            raise UserError(f"{one.name}: has no statistics for IMPORTANCE=1; run make stats with this selection")
         for one in self.chosen:
-            path = paths.SAVES / "stats" / one.name / "importance.safetensors"
-            about = files.read_cache(path.with_name("stats.json"))
-            if about.get("manifest") != one.manifest.sha256 or not path.is_file():
-                raise UserError(f"{one.name}: has no statistics for IMPORTANCE=1; run make stats with this selection")
-            by_key = load_file(path)
+            by_key = load_file(folder / one.name / "importance.safetensors")
             found.append([torch.stack([by_key[key] for key in kind.keys]) for kind in kinds])
         means = [torch.stack(parts).mean(0) for parts in zip(*found, strict=True)]
         overall = torch.cat(means).mean()
@@ -266,12 +263,10 @@ class Training:
 
     def _saved_state(self) -> tuple[int, dict[str, Tensor]] | None:
         """(The step after which it was saved, the optimizer's tensors), with the network's loaded; None without one."""
-        try:
-            with safe_open(self.staging / STATE, "pt") as file:
-                about = json.loads(file.metadata()["paragen"])
-            tensors = load_file(self.staging / STATE)
-        except (FileNotFoundError, SafetensorError):
+        known = hashed_tensors.read(self.staging / STATE)
+        if known is None:
             return None
+        tensors, about = known
         self.network.load_state_dict(part_of(tensors, "network."))
         self.log = about["log"]
         self._say(f"continued after step {about['step']}", True)
@@ -282,9 +277,8 @@ class Training:
         tensors = {f"network.{name}": value for name, value in self.network.state_dict().items()}
         for number, values in (optimizer.state_dict()["state"] if optimizer else {}).items():
             tensors |= {f"optimizer.{number}.{name}": value for name, value in values.items()}
-        metadata = {"paragen": json.dumps({"step": step, "log": self.log})}
         tensors = {name: value.cpu().contiguous() for name, value in tensors.items()}
-        files.write_atomically(self.staging / STATE, save(tensors, metadata), durable=False)
+        hashed_tensors.write(self.staging / STATE, tensors, {"step": step, "log": self.log})
         self.saved_at = time.monotonic()
 
     def _now(self, is_exact: bool) -> float:
