@@ -21,6 +21,8 @@ from paragen.common import paths
 from paragen.common.cli import UserError
 from paragen.model import base_models, model_files
 
+pytestmark = pytest.mark.runs
+
 ROOT = Path(__file__).resolve().parent.parent
 QWEN = "Qwen/Qwen2.5-0.5B-Instruct"
 SHARDS = ["model-00001-of-00002.safetensors", "model-00002-of-00002.safetensors"]
