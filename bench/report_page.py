@@ -60,6 +60,7 @@ def facts_of(count: int, steps: int, layers: int) -> dict:
         "map": report.checkpoint_map(rows),
         "totals": report.totals(rows, list(pairs.values())),
         "balance": report_cells.balance(rows, list(pairs.values())),
+        "benchmarks": [],
         "selection": None,
         "faults": [],
     }

@@ -287,7 +287,7 @@ def test_a_page_is_made_of_what_is_selected(project, monkeypatch, capsys, settin
 def test_the_page_and_the_command_say_what_was_selected(project, monkeypatch, capsys):
     import report as script
 
-    monkeypatch.setattr(script.report, "make", lambda: paths.SAVES / "report" / "index.html")
+    monkeypatch.setattr(script.report, "make", lambda: (paths.SAVES / "report" / "index.html", 0))
     script.main()
     assert capsys.readouterr().out.endswith("report/index.html\n")
     facts = selected(monkeypatch, DATASET="Toy", RANKS="2 16")
