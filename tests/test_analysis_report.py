@@ -23,7 +23,7 @@ from selenium.webdriver.common.keys import Keys
 
 from paragen.analysis import report, report_data, report_statistics
 from paragen.collection.manifest import read_manifest, sealed
-from paragen.common import files, paths
+from paragen.common import files, locks, paths
 
 EVIL = "<img src=x onerror=\"document.title='owned'\"><script>document.title='owned'<b>'&amp;"  # may be a folder's name
 CLOSING = "</script><script>document.title='owned'</script>"  # may stand where a manifest has free text
@@ -290,7 +290,7 @@ def test_a_collection_that_is_being_made_is_no_broken_one(collected, monkeypatch
     monkeypatch.setattr(paths, "SCRIPTS", collected.top / "collect_scripts")
     folder = collected.run_folder("finetune")
     (folder / "manifest.json").unlink()
-    with files.lock(files.beside(folder, "lock")):
+    with locks.lock(files.beside(folder, "lock")):
         facts = report.gather(paths.SAVES)
     assert [row["state"] for row in facts["collections"]] == ["collecting"]
     assert facts["pairs"][0]["cells"][4]["state"] == "collecting"

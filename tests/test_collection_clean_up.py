@@ -18,7 +18,7 @@ from helpers.killed import context, killed, running
 import clean_up as script
 import disk
 from paragen.collection import clean_up
-from paragen.common import files, paths
+from paragen.common import files, locks, paths
 from paragen.recipes.run import Cell
 from paragen.sweep import jobs
 
@@ -85,7 +85,7 @@ def fill(folder: Path) -> Path:
 def a_training(pause) -> None:
     recipe = paths.SCRIPTS / CATEGORY / "Toy" / "tiny_Toy_finetune_temp_rank_8.yaml"
     run = folder_of("Tiny_lora-rank_8_finetune")
-    with files.lock(files.beside(run, "lock")), files.lock(recipe) as handle:
+    with locks.lock(files.beside(run, "lock")), locks.lock(recipe) as handle:
         os.truncate(handle, 0)
         os.write(handle, b"stage: sft\nlora_rank: 8\n")
         fill(files.beside(run, "staging-0a1b2c3d"))
@@ -94,7 +94,7 @@ def a_training(pause) -> None:
 
 def a_seeded_training(pause) -> None:
     recipe = paths.SCRIPTS / CATEGORY / "Toy" / "tiny_Toy_finetune_temp_rank_8_seed-7.yaml"
-    with files.lock(files.beside(folder_of("Tiny_lora-rank_8_seed-7_finetune"), "lock")), files.lock(recipe):
+    with locks.lock(files.beside(folder_of("Tiny_lora-rank_8_seed-7_finetune"), "lock")), locks.lock(recipe):
         pause()
 
 
@@ -103,12 +103,12 @@ def an_import_that_replaces(pause) -> None:
     staging = files.beside(folder_of(), "staging-00000000")
     shutil.copytree(folder_of(), staging)
     files.remove_folder = pause
-    with files.lock(files.beside(folder_of(), "lock")):
+    with locks.lock(files.beside(folder_of(), "lock")):
         files.publish_folder(staging, folder_of())
 
 
 def an_evaluation(pause) -> None:
-    with files.lock(files.beside(folder_of(), "evaluation.lock")):
+    with locks.lock(files.beside(folder_of(), "evaluation.lock")):
         os.replace = pause
         files.write_json(folder_of() / "evaluation.json", {})
 
@@ -133,13 +133,13 @@ def an_index(pause) -> None:
 
 
 def a_registration(pause) -> None:
-    with files.lock(files.beside(paths.DATA / "dataset_info.json", "lock")):
+    with locks.lock(files.beside(paths.DATA / "dataset_info.json", "lock")):
         os.replace = pause
         files.write_json(paths.DATA / "dataset_info.json", {})
 
 
 def a_model_that_is_made(pause) -> None:
-    with files.lock(files.beside(paths.MODELS / "New", "lock")):
+    with locks.lock(files.beside(paths.MODELS / "New", "lock")):
         fill(files.beside(paths.MODELS / "New", "staging-0a1b2c3d"))
         pause()
 
@@ -147,17 +147,17 @@ def a_model_that_is_made(pause) -> None:
 def a_sweep(pause) -> None:
     run = type("Run", (), {"folder": folder_of("Tiny_lora-rank_16_finetune")})
     cell = type("Cell", (Cell,), {"runs": (run,)})("Toy", "tiny", 16, (Path("a"), Path("b")))
-    with files.lock(paths.SAVES / ".sweep-0a1b2c3d.lock"):
+    with locks.lock(paths.SAVES / ".sweep-0a1b2c3d.lock"):
         assert jobs.claim_runs(jobs.new_job(cell, None, "0a1b"))
         fill(paths.SAVES / paths.TOKENS / KEY)
-        with files.process_folder() as folder:
+        with locks.process_folder() as folder:
             (folder / "results").write_text("{}")
             pause()
 
 
 def a_publishing(pause) -> None:
     tree = fill(paths.SAVES / "publish" / "user--toy")
-    with files.lock(files.beside(tree, "lock")):
+    with locks.lock(files.beside(tree, "lock")):
         pause()
 
 
@@ -230,7 +230,7 @@ def test_the_only_copy_of_a_run_stays(top, capsys):
         shutil.copytree(folder_of(), staging)
         rename = Path.rename
         Path.rename = lambda self, target: pause() if self == staging else rename(self, target)
-        with files.lock(files.beside(folder_of(), "lock")):
+        with locks.lock(files.beside(folder_of(), "lock")):
             files.publish_folder(staging, folder_of())
 
     content = tree(folder_of())
@@ -239,7 +239,7 @@ def test_the_only_copy_of_a_run_stays(top, capsys):
     call(capsys)
     assert tree(files.beside(folder_of(), "old")) == content
     assert [path.name for path in folder_of().parent.glob(".*")] == [f".{RUN}.old"]
-    with files.lock(files.beside(folder_of(), "lock")):
+    with locks.lock(files.beside(folder_of(), "lock")):
         files.recover_folder(folder_of())
     assert tree(folder_of()) == content
 
@@ -273,7 +273,7 @@ def strangers(top: Path, elsewhere: Path) -> None:
     for name in ("paragen-stage-0", "paragen-0a1b2c3d", "other-0a1b2c3d"):
         fill(Path(tempfile.gettempdir()) / name)
     fill(Path(tempfile.gettempdir()) / "paragen-mine")
-    (Path(tempfile.gettempdir()) / "paragen-mine" / files.PROCESS_LOCK).write_text("mine")
+    (Path(tempfile.gettempdir()) / "paragen-mine" / locks.PROCESS_LOCK).write_text("mine")
 
 
 def test_strangers_and_what_links_lead_to_stay(top, tmp_path, capsys):

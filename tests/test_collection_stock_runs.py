@@ -184,9 +184,9 @@ def test_a_pretrain_run_is_refused(stock, trained_once):
 def test_a_running_run_is_left_alone(stock):
     lock = stock.with_name(f".{stock.name}.lock")
     hold = (
-        f"import sys; sys.path.insert(0, {str(ROOT / 'utils')!r}); import pathlib; from paragen.common import files\n"
+        f"import sys; sys.path.insert(0, {str(ROOT / 'utils')!r}); import pathlib; from paragen.common import locks\n"
     )
-    hold += f"with files.lock(pathlib.Path({str(lock)!r})): print('held', flush=True); input()"
+    hold += f"with locks.lock(pathlib.Path({str(lock)!r})): print('held', flush=True); input()"
     holder = subprocess.Popen([PYTHON, "-c", hold], stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True)
     holder.stdout.readline()
     with pytest.raises(UserError, match="is being trained or cleaned right now"):

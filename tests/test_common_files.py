@@ -15,7 +15,7 @@ import torch
 from helpers import killed
 from safetensors.torch import save, save_file
 
-from paragen.common import files, safetensors_header
+from paragen.common import files, locks, safetensors_header
 from paragen.common.cli import UserError
 
 
@@ -64,32 +64,32 @@ def test_a_file_whose_size_or_header_is_wrong_has_a_fault(checkpoint):
 
 def test_a_lock_is_held_only_while_a_live_process_holds_it(tmp_path):
     lock = tmp_path / ".run.lock"
-    assert not files.is_held(lock)
-    with files.lock(lock):
-        assert files.is_held(lock)
+    assert not locks.is_held(lock)
+    with locks.lock(lock):
+        assert locks.is_held(lock)
     lock.write_text(f"{os.getpid()} {socket.gethostname()}\n")  # of a killed process, whose number another one has now
-    assert not files.is_held(lock) and lock.exists()
+    assert not locks.is_held(lock) and lock.exists()
     lock.write_text(f"{2**22 + 1} {socket.gethostname()}\n")
-    assert not files.is_held(lock)
+    assert not locks.is_held(lock)
 
 
 def test_a_lock_of_another_host_counts_until_its_run_has_been_silent_for_long(tmp_path):
     lock, staging = tmp_path / ".run.lock", tmp_path / ".run.staging-01234567"
     lock.write_text("1 another-host\n")
-    assert files.is_held(lock)
-    long_ago = time.time() - files.SILENT_SECONDS - 1
+    assert locks.is_held(lock)
+    long_ago = time.time() - locks.SILENT_SECONDS - 1
     os.utime(lock, (long_ago, long_ago))
-    assert not files.is_held(lock) and lock.exists()
+    assert not locks.is_held(lock) and lock.exists()
     staging.mkdir()
     (staging / "trainer_log.jsonl").touch()
-    assert files.is_held(lock), "its log grows"
+    assert locks.is_held(lock), "its log grows"
     for path in (staging / "trainer_log.jsonl", staging):
         os.utime(path, (long_ago, long_ago))
-    assert not files.is_held(lock)
-    with files.lock(lock):
+    assert not locks.is_held(lock)
+    with locks.lock(lock):
         lock.write_text("1 another-host\n")  # on a disk whose locks this host's kernel knows
         os.utime(lock, (long_ago, long_ago))
-        assert files.is_held(lock)
+        assert locks.is_held(lock)
 
 
 def test_looking_at_a_lock_does_not_turn_a_starting_run_away(tmp_path):
@@ -97,8 +97,8 @@ def test_looking_at_a_lock_does_not_turn_a_starting_run_away(tmp_path):
     lock.write_text(f"{os.getpid()} {socket.gethostname()}\n")
     looked = os.open(lock, os.O_RDONLY)
     fcntl.flock(looked, fcntl.LOCK_SH)  # as `is_held` does for a moment
-    threading.Timer(files.LOOK_SECONDS / 4, os.close, [looked]).start()
-    with files.lock(lock):
+    threading.Timer(locks.LOOK_SECONDS / 4, os.close, [looked]).start()
+    with locks.lock(lock):
         pass
 
 
@@ -136,14 +136,14 @@ def test_the_end_of_a_process_removes_temporary_folders_of_killed_ones(tmp_path,
     long_ago = time.time() - 2 * files.WRITING_SECONDS
     os.utime(left, (long_ago, long_ago))
     with killed.running(lambda pause: stand_still_in_a_folder(pause)):
-        with files.process_folder() as folder:
+        with locks.process_folder() as folder:
             assert left.exists()
         assert not left.exists() and not folder.exists() and (tmp_path / "paragen-notes").is_dir()
         assert len(list(tmp_path.glob("paragen-*"))) == 2, "one is of a live process"
 
 
 def stand_still_in_a_folder(pause) -> None:
-    with files.process_folder():
+    with locks.process_folder():
         pause()
 
 
@@ -158,7 +158,7 @@ def test_a_folder_in_place_of_a_file_is_one_line_and_stays(tmp_path):
 def test_what_is_no_lock_file_is_named_and_hangs_nothing(tmp_path, make):
     path = tmp_path / ".x.lock"
     make(path)
-    assert not files.is_held(path) and files.holder_of(path) is None
-    with pytest.raises(UserError, match=r"\.x\.lock: is .* where a lock file is to be; move it away"), files.lock(path):
+    assert not locks.is_held(path) and locks.holder_of(path) is None
+    with pytest.raises(UserError, match=r"\.x\.lock: is .* where a lock file is to be; move it away"), locks.lock(path):
         pass
     assert os.path.lexists(path)

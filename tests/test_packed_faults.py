@@ -5,7 +5,7 @@ import shutil
 import pytest
 from helpers import fork_server, packed_project
 
-from paragen.common import files
+from paragen.common import files, locks
 
 pytestmark = pytest.mark.slow
 
@@ -115,7 +115,7 @@ def test_a_stopped_pack_leaves_no_files(project):
 def test_a_run_that_another_process_trains_is_named_and_the_others_are_completed(project):
     cells = two(project)
     folder = project.folder("pretrain", rank=2)
-    with files.lock(files.beside(folder, "lock")):
+    with locks.lock(files.beside(folder, "lock")):
         result = project.packed(*cells)
     (line,) = errors_of(result)
     assert result.status == 1 and "rank 2 is running already" in line

@@ -600,13 +600,13 @@ def test_runs_share_tokenised_rows_only_where_they_are_equal(change, same):
 
 def test_a_cell_that_another_program_trains_is_not_claimed_by_a_first_attempt(project):
     """The other program may still publish its run. A second attempt takes the claim from the first."""
-    from paragen.common import files
+    from paragen.common import files, locks
     from paragen.recipes.run import Cell
     from paragen.sweep.jobs import Job, claim_runs
 
     cell = Cell("Toy", "tiny", 4, (project.pretrain, project.finetune))
     mark = project.run_folder("finetune").with_name(f".{project.run_folder('finetune').name}.attempt")
-    with files.lock(files.beside(project.run_folder("finetune"), "lock")):
+    with locks.lock(files.beside(project.run_folder("finetune"), "lock")):
         assert not claim_runs(Job(cell, "new", 1, False)) and not mark.exists()
         assert claim_runs(Job(cell, "second", 2, False)) and mark.read_text() == "second"
     assert claim_runs(Job(cell, "new", 1, False)) and mark.read_text() == "new"

@@ -11,7 +11,7 @@ from pathlib import Path
 import pytest
 from conftest import ROOT
 
-from paragen.common import files, paths
+from paragen.common import files, locks, paths
 from paragen.common.cli import UserError
 from paragen.recipes.run import Cell
 from paragen.sweep import jobs, ray_cluster, sweep
@@ -176,12 +176,12 @@ def test_a_second_sweep_may_use_other_gpus(held, monkeypatch):
     lock = paths.SAVES / f".sweep-on-{socket.gethostname()}-2.lock"
     monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "1,2")
     with (
-        files.lock(lock),
+        locks.lock(lock),
         pytest.raises(UserError, match="^another sweep is running on GPU 2 .*; wait for it, or choose"),
     ):
         ray_cluster.only_sweep_here().__enter__()
     monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "1,3")
-    with files.lock(lock), ray_cluster.only_sweep_here():
+    with locks.lock(lock), ray_cluster.only_sweep_here():
         pass
 
 
@@ -190,7 +190,7 @@ def test_a_cell_that_another_running_sweep_has_claimed_waits(project, monkeypatc
     cell = Cell("Toy", "tiny", 4, (project.pretrain, project.finetune))
     claim = files.beside(project.run_folder("finetune"), "attempt")
     mine, other = jobs.new_job(cell, None, "aaaa"), jobs.new_job(cell, None, "bbbb")
-    with files.lock(jobs.lock_of("bbbb")):
+    with locks.lock(jobs.lock_of("bbbb")):
         assert jobs.claim_runs(other) and claim.read_text() == other.attempt
         assert not jobs.claim_runs(mine) and claim.read_text() == other.attempt
         again = jobs.next_job(other, Outcome("killed"))

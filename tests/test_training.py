@@ -16,7 +16,7 @@ from helpers import fork_server
 from helpers.forked_python import PYTHON
 from safetensors.torch import load_file
 
-from paragen.common import files
+from paragen.common import files, locks
 from paragen.recipes.run import Cell
 from paragen.training import status
 
@@ -552,7 +552,7 @@ def test_what_a_running_forced_run_uses_is_not_removed(collected):
     staging.mkdir()
     claim = folder.parent / f".{folder.name}.attempt"
     claim.write_text("01234567")
-    with files.lock(files.beside(folder, "lock")):
+    with locks.lock(files.beside(folder, "lock")):
         assert status.is_complete(cell) and staging.is_dir()
     assert status.is_complete(cell) and not staging.is_dir() and claim.is_file(), "it may be about to start"
 

@@ -8,7 +8,7 @@ logs, models, data, and what is made from collections stay, as does everything t
 
 from paragen.collection import clean_up
 from paragen.collection.disk_usage import size_text
-from paragen.common import cli, files, paths, settings
+from paragen.common import cli, locks, paths, settings
 from paragen.common.cli import say
 
 
@@ -20,7 +20,7 @@ def main() -> int:
         print_in_use(found)
         say(f"make clean-up would free {size_text(sum(one.bytes for one in found.left_overs))}")
         return 0
-    with files.lock(paths.SAVES / clean_up.OWN_LOCK, waiting="another make clean-up is at work; waiting for it ..."):
+    with locks.lock(paths.SAVES / clean_up.OWN_LOCK, waiting="another make clean-up is at work; waiting for it ..."):
         found = clean_up.find()
         freed, faults = 0, 0
         for one in found.left_overs:

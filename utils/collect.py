@@ -11,7 +11,7 @@ where the last one ended. A complete collection needs no pretrain folder, but on
 
 import sys
 
-from paragen.common import cli, files, paths, settings
+from paragen.common import cli, locks, paths, settings
 from paragen.common.cli import UserError
 from paragen.packed import packed_train
 from paragen.recipes import lookup
@@ -85,7 +85,7 @@ def train_ordinary(cell: Cell, phases: tuple[str, ...]) -> int:
 
 def train_packed(chosen: list[Cell], phases: tuple[str, ...]) -> list[Cell]:
     """Train cells in one process of the packed engine; returns those of which a phase failed."""
-    with files.process_folder() as folder:
+    with locks.process_folder() as folder:
         results = folder / "results"
         named = [argument for cell in chosen for argument in packed_train.arguments_of(cell)]
         command = [sys.executable, "-m", packed_train.__name__, *named, "--phases", *phases, "--results", results]

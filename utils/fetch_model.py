@@ -9,7 +9,7 @@ A second call only checks what is there. A sample of text goes through tokenizer
 a warning.
 """
 
-from paragen.common import cli, files, paths, settings
+from paragen.common import cli, files, locks, paths, settings
 from paragen.model import base_models, download, embedded
 from paragen.recipes import round_trip
 
@@ -27,7 +27,7 @@ def fetch(name: str) -> None:
     entry = download.requested_entry(name)
     folder = paths.MODELS / entry["folder"]
     waiting = f"another process is downloading {folder.name}; waiting for it ..."
-    with files.lock(files.beside(folder, "lock"), waiting=waiting):
+    with locks.lock(files.beside(folder, "lock"), waiting=waiting):
         files.recover_folder(folder)
         if not folder.exists():
             if entry["hub_id"]:

@@ -11,7 +11,7 @@ RAW=1 publishes the collections' folders in place of archives.
 """
 
 from paragen.collection import index
-from paragen.common import cli, files, paths, settings
+from paragen.common import cli, files, locks, paths, settings
 from paragen.common.cli import say
 from paragen.hub import errors, transfer
 from paragen.publishing import card, published_tree, upload
@@ -28,7 +28,7 @@ def main() -> int:
     tree = paths.SAVES / "publish" / repository.replace("/", "--")
     entries = published_tree.data_plan(chosen, paths.DATA)
     published_tree.check_limits(table, 1 + len({entry["file_name"] for entry in entries.values()}), raw)
-    with files.lock(files.beside(tree, "lock"), waiting=f"{tree.name}: another process is publishing it; waiting ..."):
+    with locks.lock(files.beside(tree, "lock"), waiting=f"{tree.name}: another process is publishing it; waiting ..."):
         upload.check_publishable(chosen, tree, raw)
         marks = published_tree.build(tree, chosen, table, paths.DATA, raw)
         text = card.render(repository, chosen, table, marks, paths.DATA, paths.MODELS)

@@ -10,7 +10,7 @@ name, and other scores, are replaced only with FORCE=1. An interrupted download 
 """
 
 from paragen.collection import index, index_tables
-from paragen.common import cli, files, paths, settings
+from paragen.common import cli, files, locks, paths, settings
 from paragen.common.cli import UserError
 from paragen.hub import errors, transfer
 from paragen.publishing import pull
@@ -21,7 +21,7 @@ def main() -> None:
     revision = settings.text("REVISION") or None
     transfer.allow_hub()
     staging = paths.SAVES / "publish" / f"pull--{repository.replace('/', '--')}"
-    with files.lock(files.beside(staging, "lock"), waiting=f"another process is pulling {repository}; waiting ..."):
+    with locks.lock(files.beside(staging, "lock"), waiting=f"another process is pulling {repository}; waiting ..."):
         pulled = errors.translated(f"datasets/{repository}", revision, lambda: pull.pull(repository, revision, staging))
         if not pulled.summary:
             files.remove_folder(staging)

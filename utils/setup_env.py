@@ -15,7 +15,7 @@ import subprocess
 import sys
 from pathlib import Path
 
-from paragen.common import cli, files
+from paragen.common import cli, files, locks
 from paragen.common.cli import UserError, say
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -33,7 +33,7 @@ def main() -> None:
     lock = DEVELOPMENT if parser.parse_args().dev else RUNNING
     if is_ready(lock):
         return
-    with files.lock(ROOT / ".venv.lock", waiting="another make is setting up .venv; waiting for it ..."):
+    with locks.lock(ROOT / ".venv.lock", waiting="another make is setting up .venv; waiting for it ..."):
         if is_ready(lock):
             return  # another make did it meanwhile
         if DEVELOPMENT.name in installed_locks():

@@ -16,7 +16,7 @@ from typing import Any
 from paragen.analysis import benchmark_page, report_cells, report_data, report_statistics
 from paragen.collection import checkpoints, evaluation, index, quality_warnings, selection
 from paragen.collection.manifest import require_manifest
-from paragen.common import files, paths
+from paragen.common import files, locks, paths
 from paragen.common.cli import UserError
 from paragen.model import base_models
 
@@ -208,7 +208,7 @@ def named(name: str) -> dict[str, Any]:
 def described_broken(saves: Path, name: str, fault: str) -> dict[str, Any]:
     """The row of a folder that is not a whole collection, or not yet."""
     folder = saves / name
-    running = files.is_held(files.beside(folder, "lock"))
+    running = locks.is_held(files.beside(folder, "lock"))
     found = [path for path in folder.rglob("*") if path.is_file()] if folder.is_dir() else []
     return {
         **named(name),

@@ -20,7 +20,7 @@ from paragen.archives.read import FORMAT, load_step, manifest_in, opened, read_a
 from paragen.archives.write import SUFFIX, converted, write
 from paragen.collection import copies, derived, evaluation, replacing, run_files, run_identity, verification
 from paragen.collection.manifest import CheckpointEntry, Manifest, read_manifest, require_manifest
-from paragen.common import files, paths
+from paragen.common import files, locks, paths
 from paragen.common.cli import UserError, say
 
 __all__ = [
@@ -81,12 +81,12 @@ def restore(archives: list[Path], saves: Path) -> Path:
     folder = copies.find(saves, [manifest.sha256]).get(manifest.sha256, place)
     folder = folder.resolve() if folder.is_symlink() else folder
     try:
-        with files.lock(files.beside(folder, "lock")):
+        with locks.lock(files.beside(folder, "lock")):
             files.recover_folder(folder)
             if not _exists_already(folder, manifest, small):
                 derived.check_room(saves, sum(entry.bytes for entry in manifest.checkpoints), "or import less")
                 _unpack(archives, entries, small, folder)
-    except files.Busy as busy:
+    except locks.Busy as busy:
         raise UserError(f"{paths.relative(folder)}: is being trained or imported (by what holds {busy})") from None
     return folder
 

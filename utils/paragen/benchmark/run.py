@@ -17,7 +17,7 @@ from paragen.analysis import benchmark_page
 from paragen.benchmark import picture, plan, results, rows, trainings
 from paragen.benchmark.plan import Fold, Plan, Wanted
 from paragen.collection import run_identity
-from paragen.common import cli, devices, files, paths, settings
+from paragen.common import cli, devices, files, locks, paths, settings
 from paragen.common.cli import UserError, say
 from paragen.dataset import families
 from paragen.generator import sources
@@ -51,7 +51,7 @@ def make(wanted: Wanted) -> Path:
     )
     found.folder.mkdir(parents=True, exist_ok=True)
     try:
-        with files.lock(files.beside(found.folder, "lock")):
+        with locks.lock(files.beside(found.folder, "lock")):
             started = time.monotonic()
             check_same(found, options)
             trainings.run(found)
@@ -59,7 +59,7 @@ def make(wanted: Wanted) -> Path:
             path = write(found, options)
             say(f"measured in {time.monotonic() - started:.0f} s: {paths.relative(path)}")
             return path
-    except files.Busy:
+    except locks.Busy:
         raise UserError(f"{paths.relative(found.folder)}: another process is at work on it; wait for it") from None
 
 

@@ -15,7 +15,7 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import NamedTuple
 
-from paragen.common import files, paths
+from paragen.common import files, locks, paths
 
 STAGING = re.compile(r"\.(.+)\.staging-[0-9a-f]{8}(-back)?")
 REPLACED = re.compile(r"\.(.+)\.old")
@@ -75,10 +75,10 @@ def delete(one: LeftOver) -> bool:
         files.remove_folder(one.path)
         return True
     try:
-        with files.lock(one.lock):  # its end deletes the lock file itself
+        with locks.lock(one.lock):  # its end deletes the lock file itself
             if one.path != one.lock and not _is_only_copy(one.path):
                 files.remove_folder(one.path)
-    except files.Busy:
+    except locks.Busy:
         return False
     return True
 
@@ -101,21 +101,21 @@ def _delete_shared(path: Path) -> bool:
 
 def locks_in_use() -> list[Path]:
     """The locks of runs, sweeps and other work on this repository that is going on."""
-    locks = (path for path, info in _entries() if stat.S_ISREG(info.st_mode) and _is_lock(path))
-    return [path for path in locks if is_in_use(path)]
+    found = (path for path, info in _entries() if stat.S_ISREG(info.st_mode) and _is_lock(path))
+    return [path for path in found if is_in_use(path)]
 
 
 def is_in_use(lock: Path) -> bool:
     """Whether a process holds a lock file, or may hold it on another machine. Leaves the file as it is.
 
-    Other than files.is_held, this has no patience that ends: what is deleted cannot be had back.
+    Other than locks.is_held, this has no patience that ends: what is deleted cannot be had back.
     """
     try:
         if files.is_locked(lock):
             return True
     except FileNotFoundError:
         return False
-    holder = files.holder_of(lock)
+    holder = locks.holder_of(lock)
     return holder is not None and not holder.is_here
 
 
@@ -210,7 +210,7 @@ def _is_lock(path: Path) -> bool:
     """Whether a file is a lock of ours; a rendered recipe is one, too, beside its recipe."""
     if rendered := RENDERED.fullmatch(path.name):
         return path.is_relative_to(paths.SCRIPTS) and path.with_name(f"{rendered[1]}{path.suffix}").is_file()
-    return bool(LOCK.fullmatch(path.name) and files.LOCK_TEXT.fullmatch(_start_of(path)))
+    return bool(LOCK.fullmatch(path.name) and locks.LOCK_TEXT.fullmatch(_start_of(path)))
 
 
 def _start_of(path: Path) -> bytes:
@@ -233,13 +233,13 @@ def _process_folders() -> list[LeftOver]:
     """The temporary folders of killed processes of this user."""
     found = []
     for path, info in children(Path(tempfile.gettempdir())):
-        lock = path / files.PROCESS_LOCK
+        lock = path / locks.PROCESS_LOCK
         is_ours = stat.S_ISDIR(info.st_mode) and info.st_uid == os.getuid()
         if (
             is_ours
-            and path.name.startswith(files.PROCESS_PREFIX)
+            and path.name.startswith(locks.PROCESS_PREFIX)
             and lock.is_file()
-            and files.LOCK_TEXT.fullmatch(_start_of(lock))
+            and locks.LOCK_TEXT.fullmatch(_start_of(lock))
         ):
             found.append(LeftOver(path, bytes_in(path), RUN, lock))
     return found

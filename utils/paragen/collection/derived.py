@@ -13,7 +13,7 @@ from pathlib import Path, PurePosixPath
 from typing import Any
 
 from paragen.collection import run_identity
-from paragen.common import cli, files, paths
+from paragen.common import cli, files, locks, paths
 from paragen.common.cli import UserError, say
 
 RECORD = paths.EXPORT_RECORD
@@ -47,7 +47,7 @@ def make_part(
     except OSError as error:
         raise UserError(f"{paths.relative(out)}: cannot be made: {error.strerror}; choose another OUT") from None
     target = out / name
-    with files.lock(out / f".{RECORD}.lock", waiting=f"waiting for another export into {out}"):
+    with locks.lock(out / f".{RECORD}.lock", waiting=f"waiting for another export into {out}"):
         if target.parent.is_dir():
             files.recover_folder(target)
         if is_there(out, name, source):

@@ -25,7 +25,7 @@ from paragen.collection import (
     verification,
 )
 from paragen.collection.manifest import CheckpointEntry, new_manifest, read_manifest, write_manifest
-from paragen.common import files, paths, settings
+from paragen.common import files, locks, paths, settings
 from paragen.common.cli import UserError
 from paragen.model import base_models
 
@@ -85,7 +85,7 @@ def clean(folder: Path, keep: int = DEFAULT_KEEP, dry_run: bool = False) -> Outc
     if not folder.parent.is_dir():
         raise UserError(f"{folder}: no such folder")
     try:
-        with files.lock(files.beside(folder, "lock")):
+        with locks.lock(files.beside(folder, "lock")):
             if not dry_run:
                 files.recover_folder(folder)
             if not folder.is_dir():
@@ -100,7 +100,7 @@ def clean(folder: Path, keep: int = DEFAULT_KEEP, dry_run: bool = False) -> Outc
             if not dry_run:
                 rebuild(folder, kept, planned.others)
             return planned._replace(state="would clean" if dry_run else "cleaned")
-    except files.Busy:
+    except locks.Busy:
         raise UserError(f"{folder}: is being trained or cleaned right now") from None
 
 

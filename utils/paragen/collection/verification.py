@@ -9,7 +9,7 @@ from pathlib import Path
 from paragen.collection import adapter_config, evaluation, presence, run_identity
 from paragen.collection.manifest import CheckpointEntry, Manifest
 from paragen.collection.run_files import checkpoint_folder, checkpoint_name
-from paragen.common import devices, files, paths, safetensors_header
+from paragen.common import devices, files, locks, paths, safetensors_header
 from paragen.common.cli import UserError
 from paragen.model import loading
 
@@ -179,7 +179,7 @@ def _load_with_peft(folder: Path, step: int, base: Path) -> list[str]:
         kind = AutoModelForImageTextToText if reads_pictures else AutoModelForCausalLM
         model = kind.from_config(config, trust_remote_code=False)
     settings = adapter_config.read(folder / paths.ADAPTER_CONFIG)
-    with files.process_folder() as adapter:
+    with locks.process_folder() as adapter:
         os.symlink((folder / checkpoint_name(step)).absolute(), Path(adapter, paths.ADAPTER))
         try:
             made = adapter_config.lora_config(settings)

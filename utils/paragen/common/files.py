@@ -7,23 +7,18 @@ import glob
 import hashlib
 import json
 import os
-import re
 import shutil
-import socket
 import sys
-import tempfile
 import time
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from stat import S_ISREG
-from typing import Any, NamedTuple
+from typing import Any
 
 from paragen.common import cli
 
 CHUNK_BYTES = 1 << 20  # read at once from a file that is hashed
-SILENT_SECONDS = 6 * 3600  # after which a run of another host, that has written nothing, is taken for dead
-LOOK_SECONDS = 0.02
 WRITING_SECONDS = 1  # after the last change, a file that is written in one go may be one of a killed process
 HASHED_AT_ONCE = min(8, os.cpu_count() or 1)  # files
 GIT_LFS_POINTER = b"version https://git-lfs.github.com/spec/"  # how a file begins that Git LFS did not download
@@ -80,6 +75,32 @@ def remove_abandoned(path: Path) -> None:
             is_dead = number.isdigit() and not is_running(int(number)) and age > WRITING_SECONDS
             if is_dead and not is_locked(left_over):  # a process of another host holds a lock
                 left_over.unlink()
+
+
+def is_running(number: int) -> bool:
+    """Whether there is a process of this number on this host."""
+    try:
+        os.kill(number, 0)
+    except ProcessLookupError:
+        return False
+    except PermissionError:
+        pass
+    return True
+
+
+def is_locked(path: Path) -> bool:
+    """Whether a lock file is locked, as far as this host's kernel knows. Leaves the file as it is."""
+    try:
+        handle = os.open(path, os.O_RDONLY)
+    except PermissionError:  # another user's
+        return True
+    try:
+        fcntl.flock(handle, fcntl.LOCK_SH | fcntl.LOCK_NB)
+        return False
+    except BlockingIOError:
+        return True
+    finally:
+        os.close(handle)
 
 
 def remove_unfinished(path: Path) -> None:
@@ -153,193 +174,6 @@ def git_blob_id(path: Path) -> str:
 def sha256_of_value(value: Any) -> str:
     """The hexadecimal SHA-256 of a JSON value, the same for any order of its keys."""
     return hashlib.sha256(json.dumps(value, sort_keys=True, ensure_ascii=False).encode()).hexdigest()
-
-
-class Busy(Exception):
-    """Another process holds the lock."""
-
-
-HELD: set[int] = set()  # descriptors of the locks that this process holds
-
-
-def _leave_locks_to_parent() -> None:
-    """Close the locks in a forked child (a data loader's worker), which may outlive its killed parent."""
-    while HELD:
-        os.close(HELD.pop())
-
-
-os.register_at_fork(after_in_child=_leave_locks_to_parent)
-
-
-@contextlib.contextmanager
-def lock(path: Path, waiting: str | None = None) -> Iterator[int]:
-    """Hold the lock file `path`; yields its descriptor.
-
-    When a live process holds it, Busy is raised at once; with a text for `waiting`, that is printed and this waits. The
-    kernel releases the lock when the process ends in any way; a normal end also removes the file. Raises UserError
-    where something else has its name.
-    """
-    path.parent.mkdir(parents=True, exist_ok=True)
-    while True:
-        handle = _open_lock(path)
-        try:
-            fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except BlockingIOError:
-            if waiting is None:
-                if not _lock_soon(handle):
-                    os.close(handle)
-                    raise Busy(str(path)) from None
-            else:
-                print(waiting, flush=True)
-                fcntl.flock(handle, fcntl.LOCK_EX)
-        try:
-            if os.path.samestat(os.fstat(handle), os.stat(path)):
-                break
-        except FileNotFoundError:
-            pass
-        os.close(handle)  # its last holder removed the file between our open and our lock: take the new one
-    HELD.add(handle)
-    try:
-        os.truncate(handle, 0)
-        os.write(handle, f"{os.getpid()} {socket.gethostname()}\n".encode())
-        yield handle
-    finally:
-        HELD.discard(handle)
-        path.unlink(missing_ok=True)
-        os.close(handle)
-
-
-def _open_lock(path: Path) -> int:
-    """A descriptor of a lock file, which is made where there is none. Raises UserError for anything else."""
-    try:
-        handle = os.open(path, os.O_RDWR | os.O_CREAT | os.O_NONBLOCK, 0o644)
-    except IsADirectoryError:
-        raise cli.UserError(f"{path}: is a folder, where a lock file is to be; move it away") from None
-    if not S_ISREG(os.fstat(handle).st_mode):
-        os.close(handle)
-        raise cli.UserError(f"{path}: is no regular file, where a lock file is to be; move it away")
-    return handle
-
-
-def _lock_soon(handle: int) -> bool:
-    """Try again after the moment for which `is_held` and `make clean-up` may take a lock to look at it."""
-    time.sleep(LOOK_SECONDS)
-    try:
-        fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        return True
-    except BlockingIOError:
-        return False
-
-
-def is_free(path: Path) -> bool:
-    """Whether no process holds the lock file `path`; the lock is taken for a moment to find out."""
-    try:
-        with lock(path):
-            return True
-    except Busy:
-        return False
-
-
-def is_held(path: Path) -> bool:
-    """Whether a live process holds the lock file `path`, which stays as it is.
-
-    On this host the kernel knows: a process that has got the number of a killed holder does not hold its lock. The
-    kernel does not know of another host's where their common disk has no locks; such a holder counts as alive until its
-    lock and its staging folder have not changed for SILENT_SECONDS.
-    """
-    holder = holder_of(path)
-    if holder is None or (holder.is_here and not is_running(holder.process)):
-        return False
-    try:
-        return is_locked(path) or (not holder.is_here and time.time() - _last_change(path) < SILENT_SECONDS)
-    except FileNotFoundError:
-        return False
-
-
-class Holder(NamedTuple):
-    """Who wrote a lock file: the number of a process, and whether it is one of this host."""
-
-    process: int
-    is_here: bool
-
-
-LOCK_TEXT = re.compile(rb"(\d+) (\S+)\n")  # process and host
-
-
-def holder_of(path: Path) -> Holder | None:
-    """Who wrote the lock file `path`, whether or not it still holds it; None where it is gone or no lock file."""
-    try:
-        found = LOCK_TEXT.fullmatch(read_up_to(path, 512))
-    except OSError as error:
-        if error.errno in (errno.ENOENT, errno.EINVAL, errno.EISDIR):  # gone, or a pipe or a folder of that name
-            return None
-        raise
-    return Holder(int(found[1]), found[2].decode(errors="replace") == socket.gethostname()) if found else None
-
-
-def is_running(number: int) -> bool:
-    """Whether there is a process of this number on this host."""
-    try:
-        os.kill(number, 0)
-    except ProcessLookupError:
-        return False
-    except PermissionError:
-        pass
-    return True
-
-
-def is_locked(path: Path) -> bool:
-    """Whether a lock file is locked, as far as this host's kernel knows. Leaves the file as it is."""
-    try:
-        handle = os.open(path, os.O_RDONLY)
-    except PermissionError:  # another user's
-        return True
-    try:
-        fcntl.flock(handle, fcntl.LOCK_SH | fcntl.LOCK_NB)
-        return False
-    except BlockingIOError:
-        return True
-    finally:
-        os.close(handle)
-
-
-def _last_change(lock: Path) -> float:
-    """When a lock file, or a file in a staging folder that was made under it, changed last; seconds since the epoch."""
-    folder = lock.with_name(lock.name.removeprefix(".").removesuffix(".lock"))
-    staged = [path for staging in companions(folder, "staging-") for path in (staging, *staging.glob("*"))]
-    changed = [lock.stat().st_mtime]
-    for path in staged:
-        with contextlib.suppress(FileNotFoundError):  # it was published or renamed meanwhile
-            changed.append(path.stat().st_mtime)
-    return max(changed)
-
-
-PROCESS_PREFIX = "paragen-"  # of such a folder's name
-PROCESS_LOCK = "paragen.lock"  # in a process's own temporary folder
-
-
-@contextlib.contextmanager
-def process_folder() -> Iterator[Path]:
-    """A temporary folder for this process until the body ends.
-
-    It holds a lock inside, which tells it from the folder of a killed process; such folders are removed at the end.
-    """
-    with tempfile.TemporaryDirectory(prefix=PROCESS_PREFIX) as name, lock(Path(name, PROCESS_LOCK)):
-        yield Path(name)
-    for folder in abandoned_process_folders():
-        with contextlib.suppress(Busy, FileNotFoundError), lock(folder / PROCESS_LOCK):
-            remove_folder(folder)
-
-
-def abandoned_process_folders() -> list[Path]:
-    """The temporary folders of this user's killed processes."""
-    found = []
-    for path in Path(tempfile.gettempdir()).glob(f"{PROCESS_PREFIX}*"):
-        with contextlib.suppress(FileNotFoundError):
-            is_ours = path.stat().st_uid == os.getuid() and (path / PROCESS_LOCK).is_file() and not path.is_symlink()
-            if is_ours and time.time() - path.stat().st_mtime > WRITING_SECONDS and not is_held(path / PROCESS_LOCK):
-                found.append(path)
-    return found
 
 
 def beside(folder: Path, kind: str) -> Path:

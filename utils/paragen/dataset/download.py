@@ -11,7 +11,7 @@ from typing import Any, NamedTuple
 
 from tqdm import tqdm
 
-from paragen.common import cli, files
+from paragen.common import cli, files, locks
 from paragen.common.cli import UserError, say, storage_fault
 from paragen.common.paths import relative
 from paragen.dataset import file_sources, prepared
@@ -120,7 +120,7 @@ def download(
     """Download one file unless it is there. Returns what was done. Raises UserError or OSError."""
     target = data_dir / entry["category"] / name
     target.parent.mkdir(parents=True, exist_ok=True)
-    with files.lock(
+    with locks.lock(
         files.beside(target, "lock"), waiting=f"{name}: another process is downloading it; waiting for it ..."
     ):
         if target.is_dir():

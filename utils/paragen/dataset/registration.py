@@ -12,7 +12,7 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any, NamedTuple
 
-from paragen.common import files
+from paragen.common import files, locks
 from paragen.common.cli import UserError
 from paragen.common.paths import CATEGORIES, relative
 from paragen.dataset import comparison, convert, data_warnings, descriptions, names
@@ -261,10 +261,10 @@ def waiting_lock(path: Path) -> Iterator[None]:
     """Hold the lock `path`, waiting up to LOCK_SECONDS for another registration to end. Raises UserError after that."""
     for _ in range(LOCK_SECONDS * 20):
         try:
-            with files.lock(path):
+            with locks.lock(path):
                 yield
             return
-        except files.Busy:
+        except locks.Busy:
             time.sleep(0.05)
     raise UserError(f"{relative(path)}: another registration holds it for {LOCK_SECONDS} s; try again when it is done")
 

@@ -20,7 +20,7 @@ from paragen.collection import checkpoints, index, prompts, run_identity
 from paragen.collection.adapter_folders import FORMAT, RECORD
 from paragen.collection.index import Chosen
 from paragen.collection.manifest import sealed
-from paragen.common import cli, files, paths
+from paragen.common import cli, files, locks, paths
 from paragen.common.cli import UserError, say
 from paragen.dataset import dataset_info, descriptions, names
 from paragen.exports import checkpoint_copies
@@ -155,7 +155,7 @@ def write(generator: Generator, adapters: Sequence[Adapter], record: dict[str, A
     """
     folder = out / record["dataset"]
     out.mkdir(parents=True, exist_ok=True)
-    with files.lock(files.beside(folder, "lock"), waiting=f"waiting for what writes {paths.relative(folder)}"):
+    with locks.lock(files.beside(folder, "lock"), waiting=f"waiting for what writes {paths.relative(folder)}"):
         files.recover_folder(folder)
         staging = files.beside(folder, f"staging-{secrets.token_hex(4)}")
         try:

@@ -20,7 +20,7 @@ from torch import Tensor, nn
 
 from paragen.analysis import stats_files
 from paragen.collection.index import Chosen
-from paragen.common import cli, files, paths
+from paragen.common import cli, files, locks, paths
 from paragen.common.cli import UserError, say
 from paragen.generator import conditions, hashed_tensors, saved, sources
 from paragen.generator.checkpoint_data import CheckpointData
@@ -64,7 +64,7 @@ def train(
     staging = files.beside(folder, f"staging-{files.sha256_of_value(identity)[:8]}")
     folder.parent.mkdir(parents=True, exist_ok=True)
     try:
-        with files.lock(files.beside(folder, "lock")):
+        with locks.lock(files.beside(folder, "lock")):
             files.recover_folder(folder, staging)
             if saved.is_there(folder, identity):
                 if not quiet:
@@ -79,7 +79,7 @@ def train(
                     (staging / name).unlink()
                 files.sync_tree(staging)
                 files.publish_folder(staging, folder)
-    except files.Busy:
+    except locks.Busy:
         raise UserError(f"{paths.relative(folder)}: another process is training it; wait for it") from None
     if not quiet:
         say(f"trained: {paths.relative(folder)}, {training.speed()}")

@@ -17,7 +17,7 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 
 from paragen.collection import copies, evaluation, index, replacing, run_identity, selection, verification
 from paragen.collection.manifest import read_manifest, require_manifest
-from paragen.common import cli, files, paths
+from paragen.common import cli, files, locks, paths
 from paragen.common.cli import UserError, say
 from paragen.hub import transfer
 from paragen.publishing import published_tree, pulled_data
@@ -226,9 +226,9 @@ def restored(source: Source, unit: Unit, layout: str, table: "pa.Table") -> Path
 def locked(folder: Path) -> Iterator[None]:
     """Hold the lock of a collection's folder. Raises UserError where another process does."""
     try:
-        with files.lock(files.beside(folder, "lock")):
+        with locks.lock(files.beside(folder, "lock")):
             yield
-    except files.Busy:
+    except locks.Busy:
         raise UserError(f"{paths.relative(folder)}: is being trained right now; run it again later") from None
 
 

@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 from paragen.collection import evaluation, prompts, run_identity
 from paragen.collection.index import Chosen
 from paragen.collection.manifest import read_manifest
-from paragen.common import cli, devices, files, settings
+from paragen.common import cli, devices, files, locks, settings
 from paragen.common.cli import UserError, say
 from paragen.exports import peft
 from paragen.scoring import questions
@@ -88,7 +88,7 @@ def score(plan: Plan, base: "BaseModel | None", show: int) -> "BaseModel | None"
     """
     folder, manifest = plan.chosen.folder, plan.chosen.manifest
     try:
-        with files.lock(files.beside(folder, LOCK)):
+        with locks.lock(files.beside(folder, LOCK)):
             entry = entry_for(plan, evaluation.read(folder, manifest))
             wanted = missing_steps(plan, entry)
             if not wanted:
@@ -112,7 +112,7 @@ def score(plan: Plan, base: "BaseModel | None", show: int) -> "BaseModel | None"
                 shown |= {step: one for step, one in scores.items() if step in (BASE, plan.steps[-1])}
             show_answers(scorer.questions[:show], shown)
             return base
-    except files.Busy:
+    except locks.Busy:
         raise UserError(f"{plan}: another process is scoring it; wait for it") from None
 
 
@@ -208,7 +208,7 @@ def save(plan: Plan, entry: dict[str, Any]) -> None:
     Raises UserError where the collection has been replaced meanwhile.
     """
     folder = plan.chosen.folder
-    with files.lock(files.beside(folder, "lock"), waiting=f"waiting for what is at work on {plan.chosen.name}"):
+    with locks.lock(files.beside(folder, "lock"), waiting=f"waiting for what is at work on {plan.chosen.name}"):
         check_same(plan)
         files.remove_unfinished(folder / evaluation.FILE)
         others = [one for one in evaluation.read(folder, plan.chosen.manifest) if rows_key(one) != rows_key(entry)]

@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 from paragen.collection import adapter_folders, evaluation, index, manifest_recipe, run_identity
 from paragen.collection.adapter_folders import Samples
 from paragen.collection.manifest import Manifest, require_manifest
-from paragen.common import cli, files, paths, settings
+from paragen.common import cli, files, locks, paths, settings
 from paragen.common.cli import UserError, say
 from paragen.dataset import dataset_info, names
 from paragen.model import base_models
@@ -145,7 +145,7 @@ def score(plan: Plan, base: "BaseModel | None") -> "tuple[BaseModel | None, dict
     """
     folder, metric = plan.samples.folder, plan.split.metric
     try:
-        with files.lock(files.beside(folder, evaluate.LOCK)):
+        with locks.lock(files.beside(folder, evaluate.LOCK)):
             old, new = read(folder), evaluate.new_entry(plan.split, metric, plan.limit)
             del new["checkpoints"]
             there = next((one for one in old if evaluate.rows_key(one) == evaluate.rows_key(new)), None)
@@ -167,7 +167,7 @@ def score(plan: Plan, base: "BaseModel | None") -> "tuple[BaseModel | None, dict
             new["samples"] = [{"sample": name, **one.score} for name, one in pairs]
             write(plan, [*(one for one in old if one is not there), new])
             return base, new
-    except files.Busy:
+    except locks.Busy:
         raise UserError(f"{plan}: another process is scoring it; wait for it") from None
 
 

@@ -15,7 +15,7 @@ from multiprocessing.context import ForkServerProcess
 from pathlib import Path
 
 from paragen.collection import replacing, run_identity, verify
-from paragen.common import files, paths, settings
+from paragen.common import files, locks, paths, settings
 from paragen.common.cli import UserError
 from paragen.packed import packed_train
 from paragen.recipes.run import Cell, Run
@@ -76,7 +76,7 @@ class CellWorker:
         for run in cell.runs:
             if not run_identity.force_requested() and status.is_done(cell):
                 # removes the lock file of a run that was killed after it had published its collection
-                files.is_free(files.beside(cell.finetune.folder, "lock"))
+                locks.is_free(files.beside(cell.finetune.folder, "lock"))
                 break
             ended = self._run(ordinary.train, (run, halved), {"PARAGEN_ATTEMPT": attempt}, log)
             if not ended.is_done:
@@ -156,7 +156,7 @@ class CellWorker:
 
     def _run_packed(self, cells: list[Cell], settings: dict[str, str], log: Path) -> tuple[Outcome, dict[int, Outcome]]:
         """Train cells with the packed engine; returns the outcome of the process, and that of each cell that ended."""
-        with files.process_folder() as folder:
+        with locks.process_folder() as folder:
             results = folder / "results"
             return self._fork(train_packed, (cells, results), settings, log), packed_train.read_results(results)
 
@@ -175,7 +175,7 @@ class CellWorker:
 
     def _fork(self, task: Callable[..., None], arguments: tuple, settings: dict[str, str], log: Path) -> Outcome:
         """Run a task once in a process of its own; returns its outcome with the log's name."""
-        with files.process_folder() as folder:
+        with locks.process_folder() as folder:
             outcome_file = folder / "outcome.json"
             self.process = process = forked.start(task, arguments, settings, log, outcome_file)
             if self.stopping.is_set():  # was set during the start, which can take as long as the imports
@@ -230,6 +230,6 @@ def outcome_in_crashed_pack(ended: Outcome) -> Outcome:
 
 def prune(pretrain: Path) -> None:
     """Remove the pretrain folder of a cell whose collection has just been verified (see replacing.remove)."""
-    with contextlib.suppress(files.Busy), files.lock(files.beside(pretrain, "lock")):
+    with contextlib.suppress(locks.Busy), locks.lock(files.beside(pretrain, "lock")):
         if (pretrain / paths.MANIFEST).is_file():
             replacing.remove(pretrain)

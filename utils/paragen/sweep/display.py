@@ -10,7 +10,7 @@ import time
 from datetime import timedelta
 from typing import Any
 
-from paragen.common import files, paths
+from paragen.common import files, locks, paths
 from paragen.common.cli import say
 from paragen.recipes.run import Cell, Run
 from paragen.scoring import evaluate
@@ -100,7 +100,7 @@ class Display:
         """
         present, (pretrain, finetune) = progress.progress_of(cell), cell.runs
         if present is None and is_made(finetune, began):
-            scores = files.is_held(files.beside(finetune.folder, evaluate.LOCK))
+            scores = locks.is_held(files.beside(finetune.folder, evaluate.LOCK))
             return "scoring" if scores else "verifying", 1.0
         is_pretrained = is_made(pretrain, began)
         if present is None and is_pretrained:

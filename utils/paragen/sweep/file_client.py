@@ -10,7 +10,7 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
-from paragen.common import cli, files
+from paragen.common import cli, files, locks
 from paragen.common.cli import UserError
 from paragen.sweep.file_server import CHUNK_BYTES, FileInfo
 from paragen.sweep.received_run import SentFile
@@ -82,7 +82,7 @@ class Downloads:
             note = self.top / NOTES / info.name
             note.parent.mkdir(parents=True, exist_ok=True)
             waiting = f"another worker is downloading {info.name}"
-            with files.lock(note.with_name(f"{note.name}.lock"), waiting=waiting):
+            with locks.lock(note.with_name(f"{note.name}.lock"), waiting=waiting):
                 for _ in range(2):
                     if self.is_present(info):
                         break

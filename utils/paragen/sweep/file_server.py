@@ -13,7 +13,7 @@ from pathlib import Path
 from typing import NamedTuple
 
 from paragen.collection import replacing, run_files, run_identity
-from paragen.common import files, paths, settings
+from paragen.common import files, locks, paths, settings
 from paragen.common.cli import UserError
 from paragen.model import model_files
 from paragen.recipes.run import Cell, Run
@@ -89,17 +89,17 @@ class FileServer:
         for run in cell.runs:
             attempts.check_claim(run.folder, attempt)
         self.close_attempts_at(cell)
-        with contextlib.ExitStack() as locks:
+        with contextlib.ExitStack() as held:
             for run in cell.runs:
                 try:
-                    locks.enter_context(files.lock(files.beside(run.folder, "lock")))
-                except files.Busy:
+                    held.enter_context(locks.lock(files.beside(run.folder, "lock")))
+                except locks.Busy:
                     return None
                 files.recover_folder(run.folder)
             with self.identity_lock:
                 needed = self._files_for(cell)
             cell_worker.log_of(cell).write_bytes(b"")
-            self.open_cells[attempt] = OpenCell(cell, locks.pop_all())
+            self.open_cells[attempt] = OpenCell(cell, held.pop_all())
         return needed
 
     def _files_for(self, cell: Cell) -> FileManifest:

@@ -8,7 +8,7 @@ from dataclasses import replace
 from pathlib import Path
 from typing import NamedTuple
 
-from paragen.common import files, paths
+from paragen.common import files, locks, paths
 from paragen.recipes.run import Cell
 from paragen.sweep import cell_worker
 from paragen.training.outcome import Outcome
@@ -36,8 +36,8 @@ def new_sweep_id() -> str:
 def remove_dead_locks() -> None:
     """Remove the locks of killed sweeps."""
     for lock in paths.SAVES.glob(".sweep-*.lock"):
-        if not files.is_held(lock):
-            files.is_free(lock)
+        if not locks.is_held(lock):
+            locks.is_free(lock)
 
 
 def lock_of(sweep_id: str) -> Path:
@@ -88,7 +88,7 @@ def claim_runs(job: Job) -> bool:
     for dead.
     """
     folders = [run.folder for run in job.cell.runs]
-    if job.number == 1 and not all(files.is_free(files.beside(folder, "lock")) for folder in folders):
+    if job.number == 1 and not all(locks.is_free(files.beside(folder, "lock")) for folder in folders):
         return False
     if job.number == 1 and any(is_claimed_by_another(folder, job.attempt[:SWEEP_DIGITS]) for folder in folders):
         return False
@@ -104,7 +104,7 @@ def is_claimed_by_another(folder: Path, sweep_id: str) -> bool:
         owner = files.beside(folder, "attempt").read_text()[:SWEEP_DIGITS]
     except FileNotFoundError:
         return False
-    return owner != sweep_id and files.is_held(lock_of(owner))
+    return owner != sweep_id and locks.is_held(lock_of(owner))
 
 
 def release_runs(job: Job) -> None:

@@ -15,7 +15,7 @@ from typing import Any
 
 import psutil
 
-from paragen.common import devices, files, paths, settings
+from paragen.common import devices, locks, paths, settings
 from paragen.common.cli import UserError
 from paragen.sweep import packs
 
@@ -243,8 +243,8 @@ def only_sweep_here() -> Iterator[None]:
         for device in [] if os.environ.get("RAY_ADDRESS") else ["cpu"] if on_cpu else gpus_here():
             try:
                 gpu = uuids.get(device) or device  # containers of one host may number different GPUs alike
-                stack.enter_context(files.lock(paths.SAVES / f".sweep-on-{host}-{gpu}.lock"))
-            except files.Busy:
+                stack.enter_context(locks.lock(paths.SAVES / f".sweep-on-{host}-{gpu}.lock"))
+            except locks.Busy:
                 held = "the CPU" if on_cpu else f"GPU {device}"
                 way_out = "wait for it" if on_cpu else "wait for it, or choose other GPUs with DEVICES"
                 raise UserError(f"another sweep is running on {held} of this machine; {way_out}") from None

@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import IO
 
 from paragen.collection import index
-from paragen.common import cli, devices, files
+from paragen.common import cli, devices, locks
 from paragen.common.cli import UserError
 from paragen.scoring import evaluate
 from paragen.sweep import forked
@@ -59,7 +59,7 @@ class ScoringProcess:
 
     def _start(self) -> Connection:
         here, there = forked.context.Pipe()
-        with files.process_folder() as folder:
+        with locks.process_folder() as folder:
             log = self.log or folder / "output"
             if self.log is None:
                 log.touch()

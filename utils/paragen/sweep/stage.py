@@ -13,7 +13,7 @@ from collections.abc import Iterator
 from dataclasses import replace
 from typing import Any
 
-from paragen.common import cli, files, paths, settings
+from paragen.common import cli, locks, paths, settings
 from paragen.common.cli import UserError
 from paragen.recipes.run import Cell, Run
 from paragen.sweep import cell_worker, file_client, stage_folder
@@ -106,7 +106,7 @@ class StagedWorker(CellWorker):
         """
         try:
             copy = self._stage(stack, cell, attempt)
-        except (SweepStopped, files.Busy):
+        except (SweepStopped, locks.Busy):
             return STOPPED
         except (UserError, OSError) as error:
             fault = str(error) if isinstance(error, UserError) else cli.storage_fault(error)

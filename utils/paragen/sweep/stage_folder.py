@@ -8,7 +8,7 @@ from collections.abc import Iterator
 from pathlib import Path
 
 from paragen.collection import run_files
-from paragen.common import files, paths
+from paragen.common import files, locks, paths
 from paragen.common.cli import UserError
 from paragen.model import base_models
 from paragen.recipes.run import Cell
@@ -60,7 +60,7 @@ def own_runs(cell: Cell, attempt: str, stopping: threading.Event) -> Iterator[No
         yield
     finally:
         for folder in folders:
-            with contextlib.suppress(files.Busy):
+            with contextlib.suppress(locks.Busy):
                 remove_run(folder, None)
             files.beside(folder, "attempt").unlink(missing_ok=True)
         cell_worker.log_of(cell).unlink(missing_ok=True)
@@ -69,14 +69,14 @@ def own_runs(cell: Cell, attempt: str, stopping: threading.Event) -> Iterator[No
 def remove_run(folder: Path, stopping: threading.Event | None) -> None:
     """Remove a run folder and its hidden companions, as soon as no process trains the run.
 
-    Raises files.Busy where one does and `stopping` is None or gets set.
+    Raises locks.Busy where one does and `stopping` is None or gets set.
     """
     while True:
         try:
-            with files.lock(files.beside(folder, "lock")):
+            with locks.lock(files.beside(folder, "lock")):
                 files.recover_folder(folder)
                 files.remove_folder(folder)
                 return
-        except files.Busy:
+        except locks.Busy:
             if stopping is None or stopping.wait(1):
                 raise

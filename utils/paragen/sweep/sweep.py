@@ -13,7 +13,7 @@ All nodes of a cluster see this repository at the same path. With STAGE=1 they n
 from collections import Counter, deque
 from collections.abc import Callable, Iterable
 
-from paragen.common import files, paths
+from paragen.common import locks, paths
 from paragen.common.cli import UserError, say
 from paragen.recipes.run import Cell
 from paragen.sweep import cell_worker, estimate, jobs, packs, ray_cluster, stage
@@ -45,7 +45,7 @@ def run(cells: Iterable[Cell], report: Report, worker_class: type = CellWorker) 
     ray_cluster.check_settings()
     jobs.remove_dead_locks()
     sweep_id = jobs.new_sweep_id()
-    with ray_cluster.only_sweep_here(), files.lock(jobs.lock_of(sweep_id)):
+    with ray_cluster.only_sweep_here(), locks.lock(jobs.lock_of(sweep_id)):
         report("ray", None, None)
         return collect(cells, report, staged, worker_class, sweep_id)
 

@@ -13,7 +13,7 @@ from typing import Any
 
 from paragen.collection import discovery, manifest_recipe, replacing, run_identity
 from paragen.collection.run_identity import Snapshot
-from paragen.common import cli, files, paths
+from paragen.common import cli, files, locks, paths
 from paragen.common.cli import UserError, say
 from paragen.recipes import render
 from paragen.recipes.run import Run
@@ -55,9 +55,9 @@ def begin(run: Run, snapshot: Snapshot) -> Iterator[Attempt | None]:
     manifest_recipe.check_trainable(snapshot.identity["recipe"], str(run.recipe))
     with contextlib.ExitStack() as stack:
         try:
-            stack.enter_context(files.lock(files.beside(run.folder, "lock")))
+            stack.enter_context(locks.lock(files.beside(run.folder, "lock")))
             stack.enter_context(rendered(run))
-        except files.Busy as busy:
+        except locks.Busy as busy:
             raise AlreadyRunning(f"{run} is running already (it holds {busy})") from None
         left = interrupted.staging_of(run.folder)
         files.recover_folder(run.folder, spare=left)
@@ -75,9 +75,9 @@ def begin(run: Run, snapshot: Snapshot) -> Iterator[Attempt | None]:
 
 @contextlib.contextmanager
 def rendered(run: Run) -> Iterator[Path]:
-    """Write the rendered recipe beside the recipe until the body ends. The file is also a lock: raises files.Busy."""
+    """Write the rendered recipe beside the recipe until the body ends. The file is also a lock: raises locks.Busy."""
     path = render.temporary_path(run.recipe, run.config)
-    with files.lock(path) as handle:
+    with locks.lock(path) as handle:
         os.ftruncate(handle, 0)
         os.write(handle, render.dump(run.config).encode())
         yield path

@@ -2,7 +2,7 @@
 
 import contextlib
 
-from paragen.common import files, paths
+from paragen.common import files, locks, paths
 from paragen.recipes import render
 from paragen.recipes.run import Cell, Run
 
@@ -19,9 +19,9 @@ def remove_of(run: Run) -> None:
     if not files.companions(run.folder, "") and not rendered.exists():
         return
     lock = files.beside(run.folder, "lock")
-    if files.is_held(lock):
+    if locks.is_held(lock):
         return
-    with contextlib.suppress(files.Busy), files.lock(lock), files.lock(rendered):
+    with contextlib.suppress(locks.Busy), locks.lock(lock), locks.lock(rendered):
         files.recover_folder(run.folder)
         drop_old_claim(run)
 

@@ -9,7 +9,7 @@ from typing import Any, NamedTuple
 
 from paragen.collection import discovery, run_identity
 from paragen.collection.discovery import State
-from paragen.common import cli, files, paths
+from paragen.common import cli, files, locks, paths
 from paragen.common.cli import UserError, say
 from paragen.recipes.run import Cell, Run
 from paragen.training import left_overs, progress
@@ -27,7 +27,7 @@ class CellState(NamedTuple):
 def state_of(cell: Cell) -> CellState:
     """The state of a cell. The reason of a stale or broken one says what is wrong, and how to mend what is broken."""
     try:
-        if any(files.is_held(files.beside(run.folder, "lock")) for run in cell.runs):
+        if any(locks.is_held(files.beside(run.folder, "lock")) for run in cell.runs):
             return CellState("collecting", str(progress.progress_of(cell) or ""))
         return compare(cell)
     except UserError as error:
