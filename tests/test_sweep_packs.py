@@ -146,6 +146,16 @@ def test_packs_have_about_the_same_work_and_never_too_many_cells():
     assert [len(pack) for pack in packs.deal(works, 2)] == [packs.MOST] * 2
 
 
+def test_the_packs_of_a_thousand_devices_have_the_same_work():
+    from paragen.sweep import packs
+
+    works = [1.0 + number * 7919 % 1009 for number in range(20_000)]
+    dealt = packs.deal(works, packs.count_packs(len(works), 1000))
+    assert len(dealt) == 1000 and sorted(sum(dealt, [])) == list(range(20_000))
+    loads = [sum(works[place] for place in pack) for pack in dealt]
+    assert loads == sorted(loads, reverse=True) and loads[-1] > 0.98 * loads[0]
+
+
 class PretendedDevices:
     """In the place of `Workers`: slots on which every pack takes as long as its work."""
 
@@ -187,6 +197,16 @@ def test_a_sweep_spreads_the_cells_of_a_long_dataset_over_all_devices(project, m
     for pack in given(project, monkeypatch, 4, (800, 1087, 1650, 4816), 5):
         assert "4816" in {cell.model for cell in pack}
     assert sorted(map(len, given(project, monkeypatch, 3, (50,), 2))) == [1, 1]
+
+
+def test_all_cells_of_a_large_sweep_have_an_attempt_of_their_own(project):
+    """Packs and the files of other machines tell cells apart by it."""
+    from paragen.recipes.run import Cell
+    from paragen.sweep import jobs
+
+    cell = Cell("Toy", "tiny", 4, (project.pretrain, project.finetune))
+    attempts = {jobs.new_job(cell, None, "abcd").attempt for _ in range(20_000)}
+    assert len(attempts) == 20_000 and {attempt[: jobs.SWEEP_DIGITS] for attempt in attempts} == {"abcd"}
 
 
 def test_the_work_of_a_cell_is_its_steps_times_their_tokens(project, monkeypatch):
