@@ -13,12 +13,14 @@ sys.path.append(str(Path(__file__).resolve().parent.parent / "bench"))
 
 import every_target
 import generator
+import scaling
 import score_agreement
 import timed
 from shapes import ROOT, Seen, Work, adapter_parameters, base_parameters, flops, forward_flops, peak_of
 
 from paragen.scoring import questions
 from paragen.scoring.option_trees import build_tree
+from paragen.sweep import packs
 
 
 @pytest.mark.parametrize("part", [[], ["whole"], ["grow"], ["cpu"], ["--cpu"]])
@@ -27,7 +29,7 @@ def test_packed_says_what_it_measures(part):
     assert done.returncode == 0 and "usage" in done.stdout, done.stderr
 
 
-@pytest.mark.parametrize("name", ["deterministic", "every_target", "generator"])
+@pytest.mark.parametrize("name", ["deterministic", "every_target", "generator", "many_cells", "scaling"])
 def test_a_script_of_one_part_says_what_it_measures(name):
     script = ROOT / "bench" / f"{name}.py"
     done = subprocess.run([PYTHON, script, "--help"], capture_output=True, text=True)
@@ -37,6 +39,20 @@ def test_a_script_of_one_part_says_what_it_measures(name):
 def test_every_target_runs_targets_that_there_are():
     targets = set(re.findall(r"^([a-z-]+):", (ROOT / "Makefile").read_text(), re.MULTILINE))
     assert {command[0] for command in every_target.commands(["ARC-c"], ["2", "8"], "100")} <= targets
+
+
+def test_twice_the_devices_at_the_same_rate_each_are_fully_efficient():
+    one = scaling.Measured(1, 110.0, 10.0, [90.0], 100, 10**9, 1.0)
+    two = scaling.Measured(2, 60.0, 10.0, [90.0, 70.0], 100, 10**9, 2.0)
+    assert scaling.row_of(one, one)[-2:] == ("100 %", "100 %")
+    assert scaling.row_of(two, one) == ("2", "60.0", "10.0", "80", "90 70", "3,000", "16.7", "2.0", "92 %", "100 %")
+
+
+@pytest.mark.parametrize("shares", [[0.97], [1.0, 0.52]])
+def test_the_busy_shares_that_a_sweep_prints_are_read(shares):
+    text = f"verified\ndevices: {len(shares)}, had work {packs.busy_text(shares)} of 12 s\n"
+    assert scaling.told_shares(text) == pytest.approx([100 * share for share in shares])
+    assert scaling.told_shares("nothing was left to do\n") == []
 
 
 def test_another_likeliest_option_is_told_with_the_margin_by_the_reference():

@@ -93,6 +93,42 @@ def test_nothing_runs_has_a_reason_in_the_live_table(monkeypatch):
         assert console.export_text().strip() == f"0/3 done, {text}, 0 failed"
 
 
+def test_the_logs_of_many_running_cells_are_not_read_for_every_cell_that_ends(cell, monkeypatch):
+    """An estimate that took long stands for a while, and counts down."""
+    from paragen.sweep import display
+
+    clock, read = [1000.0], []
+
+    def state_of(self, one, began):
+        clock[0] += 0.01
+        read.append(one)
+        return "", 0.5
+
+    monkeypatch.setattr(display.time, "monotonic", lambda: clock[0])
+    monkeypatch.setattr(Display, "state_of", state_of)
+    shown = Display(200)
+    shown.running = {Cell("Toy", "tiny", rank, cell.recipes): time.time() - 60 for rank in range(1, 101)}
+    first, again = shown.left(), shown.left()
+    assert first == again == ", 0:03:00 left" and len(read) == 100, "100 cells wait, for which 100 places come free"
+    clock[0] += 30
+    assert shown.left() == ", 0:02:30 left" and len(read) == 100
+    clock[0] += 1 / display.LEFT_SHARE
+    assert shown.left() and len(read) == 200
+
+
+def test_the_live_table_has_no_more_rows_than_can_be_read(cell):
+    from rich.console import Console
+
+    from paragen.sweep import display
+
+    shown = Display(1000)
+    shown.running = {Cell("Toy", "tiny", rank, cell.recipes): time.time() for rank in range(1, 1001)}
+    console = Console(width=200, record=True, file=open(os.devnull, "w"))  # noqa: SIM115
+    console.print(shown.table())
+    lines = console.export_text().splitlines()
+    assert len(lines) == 2 + display.ROWS and "and 950 more" in lines[-1]
+
+
 @pytest.mark.parametrize(
     ("running", "waiting", "took", "expected"),
     [

@@ -8,12 +8,14 @@ import signal
 import subprocess
 import time
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 from helpers.forked_python import PYTHON
 from test_sweep import CATEGORY, left_over, runs_of, sweep, workers_of
 
 from paragen.training import interrupted
+from paragen.training.outcome import DONE
 
 pytestmark = pytest.mark.runs
 
@@ -146,6 +148,16 @@ def test_packs_have_about_the_same_work_and_never_too_many_cells():
     assert [len(pack) for pack in packs.deal(works, 2)] == [packs.MOST] * 2
 
 
+def test_the_packs_of_a_thousand_devices_have_the_same_work():
+    from paragen.sweep import packs
+
+    works = [1.0 + number * 7919 % 1009 for number in range(20_000)]
+    dealt = packs.deal(works, packs.count_packs(len(works), 1000))
+    assert len(dealt) == 1000 and sorted(sum(dealt, [])) == list(range(20_000))
+    loads = [sum(works[place] for place in pack) for pack in dealt]
+    assert loads == sorted(loads, reverse=True) and loads[-1] > 0.98 * loads[0]
+
+
 class PretendedDevices:
     """In the place of `Workers`: slots on which every pack takes as long as its work."""
 
@@ -187,6 +199,76 @@ def test_a_sweep_spreads_the_cells_of_a_long_dataset_over_all_devices(project, m
     for pack in given(project, monkeypatch, 4, (800, 1087, 1650, 4816), 5):
         assert "4816" in {cell.model for cell in pack}
     assert sorted(map(len, given(project, monkeypatch, 3, (50,), 2))) == [1, 1]
+
+
+def test_all_cells_of_a_large_sweep_have_an_attempt_of_their_own(project):
+    """Packs and the files of other machines tell cells apart by it."""
+    from paragen.recipes.run import Cell
+    from paragen.sweep import jobs
+
+    cell = Cell("Toy", "tiny", 4, (project.pretrain, project.finetune))
+    attempts = {jobs.new_job(cell, None, "abcd").attempt for _ in range(20_000)}
+    assert len(attempts) == 20_000 and {attempt[: jobs.SWEEP_DIGITS] for attempt in attempts} == {"abcd"}
+
+
+class PretendedNodes(PretendedDevices):
+    """Two nodes with two devices each, on which a pack takes no time; the second node dies during its first packs."""
+
+    def __init__(self):
+        super().__init__(4)
+        self.session = SimpleNamespace(is_dead=lambda: False)
+        self.killed: list = []
+
+    def give(self, pack: list, call) -> None:
+        device = self.idle[-1]
+        super().give(pack, call)
+        self.running[device] = device, pack
+
+    def wait(self) -> list:
+        from paragen.sweep.workers import Ended
+
+        if not self.killed:
+            self.slots, self.killed = 2, [self.running.pop(device) for device in (2, 3)]
+            return [Ended(pack, device, OSError("its node died")) for device, pack in self.killed]
+        device, pack = self.running.pop(next(iter(self.running)))
+        self.idle.append(device)
+        return [Ended(pack, device, [DONE] * len(pack))]
+
+    def is_fault(self, error: Exception) -> bool:
+        return False
+
+    def is_stuck(self, waiting: int) -> bool:
+        return False
+
+
+def test_the_cells_of_a_killed_node_are_trained_on_the_devices_of_the_other_one(project):
+    """Each of them once more, in smaller packs."""
+    from paragen.recipes.run import Cell
+    from paragen.sweep.display import Display
+    from paragen.sweep.sweep import Sweep
+
+    cells = [
+        Cell("Toy", "tiny", rank, (project.pretrain, project.finetune), (f"seed={seed}",))
+        for rank in (2, 4, 8, 16)
+        for seed in range(24)
+    ]
+    workers, events, display = PretendedNodes(), [], Display(len(cells))
+
+    def report(event, job, outcome):
+        events.append((event, job and job.attempt))
+        display.report(event, job, outcome)
+
+    sweep = Sweep(workers, cells, report, "abcd")
+    while sweep.waiting or workers.running:
+        sweep.step()
+    lost = {job.cell for _, pack in workers.killed for job in pack}
+    assert set(sweep.outcomes) == set(cells) and set(sweep.outcomes.values()) == {DONE} and len(lost) == 48
+    assert [len(pack) for pack in workers.packs[:4]] == [24] * 4
+    assert sum(map(len, workers.packs[4:])) == 48 and max(map(len, workers.packs[4:])) <= 12
+    assert {cell for pack in workers.packs[4:] for cell in pack} == lost
+    attempts = [attempt for event, attempt in events if event == "started"]
+    assert len(set(attempts)) == len(attempts) == 96 + 48
+    assert not list(project.saves.rglob("*.attempt")), "all claims are removed"
 
 
 def test_the_work_of_a_cell_is_its_steps_times_their_tokens(project, monkeypatch):

@@ -17,14 +17,15 @@ from typing import NamedTuple
 
 from paragen.common import files, locks, paths
 
-STAGING = re.compile(r"\.(.+)\.staging-[0-9a-f]{8}(-back)?")
+ATTEMPT = "[0-9a-f]{8}(?:[0-9a-f]{8})?"  # its id, the longer one in a sweep
+STAGING = re.compile(rf"\.(.+)\.staging-{ATTEMPT}(-back)?")
 REPLACED = re.compile(r"\.(.+)\.old")
 LOCK = re.compile(r"\..+\.lock")
 CLAIM = re.compile(r"\..+\.attempt")
 TEMPORARY = re.compile(r"\..+\.(\d+)\.tmp")
 RENDERED = re.compile(r"(.+)_temp_rank_\d+(_seed-\d+)?\.ya?ml")
 TOKENS_KEY = re.compile(r"[0-9a-f]{64}")
-CLAIM_TEXT = re.compile(rb"[0-9a-f]{8}")
+CLAIM_TEXT = re.compile(ATTEMPT.encode())
 OWN_LOCK = ".clean-up.lock"  # in saves/
 UNTOUCHED_SECONDS = 600  # after which no process, of another machine either, can be writing a file at one go
 

@@ -20,6 +20,9 @@ from paragen.training import progress
 from paragen.training.outcome import Outcome
 from paragen.training.progress import Progress
 
+LEFT_SHARE = 0.02  # of the time, at most, goes into estimating the time left
+ROWS = 50  # running cells in the live table
+
 
 class Display:
     """A context manager; pass its `report` to sweep.run.
@@ -33,6 +36,8 @@ class Display:
         self.took: list[float] = []  # seconds of each finished cell
         self.running: dict[Cell, float] = {}  # when each started, in seconds since the epoch
         self.preparing = ""  # what the sweep does while nothing runs
+        self.estimate: float | None = None  # seconds left, as last estimated
+        self.estimated_at, self.estimate_due = 0.0, 0.0  # in seconds of the monotonic clock
         self.live: Any = None
         if sys.stdout.isatty():
             from rich.live import Live
@@ -85,11 +90,25 @@ class Display:
             self.say(self.preparing)
 
     def left(self) -> str:
-        """The estimated time for the remaining cells, such as `, 0:01:20 left`; empty while nothing is known."""
+        """The estimated time for the remaining cells, such as `, 0:01:20 left`; empty while nothing is known.
+
+        An estimate reads the log of every running cell. Where these are many, it stands for a while.
+        """
+        began = time.monotonic()
+        if began >= self.estimate_due:
+            self.estimate = self.seconds_left()
+            self.estimated_at = time.monotonic()
+            self.estimate_due = self.estimated_at + (self.estimated_at - began) / LEFT_SHARE
+        if self.estimate is None:
+            return ""
+        seconds = max(0.0, self.estimate - (time.monotonic() - self.estimated_at))
+        return f", {timedelta(seconds=round(seconds))} left"
+
+    def seconds_left(self) -> float | None:
+        """The estimated seconds for the remaining cells; None while nothing is known."""
         now, running = time.time(), dict(self.running)
         parts = [(now - began, self.state_of(cell, began)[1]) for cell, began in running.items()]
-        seconds = estimate.seconds_left(parts, self.total - self.finished - len(running), self.took)
-        return "" if seconds is None else f", {timedelta(seconds=round(seconds))} left"
+        return estimate.seconds_left(parts, self.total - self.finished - len(running), self.took)
 
     def state_of(self, cell: Cell, began: float) -> tuple[str, float]:
         """What a running cell does, and which part of what it trains is done.
@@ -125,8 +144,11 @@ class Display:
         left = self.left() if self.running else ""
         head = f"{self.finished}/{self.total} done, {doing}, {self.failed} failed{left}"
         table = Table(head, box=None, pad_edge=False)
-        for cell, began in dict(self.running).items():
+        running = list(dict(self.running).items())
+        for cell, began in running[:ROWS]:
             table.add_row(f"  {cell}: {self.state_of(cell, began)[0]}")
+        if len(running) > ROWS:
+            table.add_row(f"  and {len(running) - ROWS} more; make status shows them")
         return table
 
 

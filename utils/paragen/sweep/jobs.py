@@ -20,7 +20,7 @@ class Job(NamedTuple):
     """One attempt at a cell."""
 
     cell: Cell
-    attempt: str  # 8 hexadecimal digits: its sweep's id, then random ones
+    attempt: str  # 16 hexadecimal digits: its sweep's id, then random ones
     number: int  # 1, or 2 for a second attempt
     halved: bool  # train with half the rows at a time
     pack_key: tuple | None = None  # jobs with the same key can be packed together; None: train it the ordinary way
@@ -46,8 +46,8 @@ def lock_of(sweep_id: str) -> Path:
 
 
 def new_attempt(sweep_id: str) -> str:
-    """The id of a new attempt."""
-    return sweep_id + secrets.token_hex(2)
+    """The id of a new attempt; long enough to be the only one in a sweep of a million cells (see file_server.py)."""
+    return sweep_id + secrets.token_hex(6)
 
 
 def new_job(cell: Cell, pack_key: tuple | None, sweep_id: str) -> Job:

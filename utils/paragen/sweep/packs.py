@@ -4,6 +4,7 @@ Cells that share a base model are dealt out by their work (see estimate.py) as o
 dataset's cells are spread over all devices. Cells that cannot be packed are trained one by one.
 """
 
+import heapq
 from collections.abc import Iterable, Sequence
 
 from paragen.common import settings
@@ -71,11 +72,13 @@ def deal(works: Sequence[float], count: int) -> list[list[int]]:
     """
     packs: list[list[int]] = [[] for _ in range(max(1, min(count, len(works))))]
     loads = [0.0] * len(packs)
+    free = [(0.0, number) for number in range(len(packs))]  # a heap of the packs with room, by their work
     for cell in sorted(range(len(works)), key=lambda cell: -works[cell]):
-        free = (number for number, pack in enumerate(packs) if len(pack) < MOST)
-        least = min(free, key=lambda number: loads[number])
+        _, least = heapq.heappop(free)
         packs[least].append(cell)
         loads[least] += works[cell]
+        if len(packs[least]) < MOST:
+            heapq.heappush(free, (loads[least], least))
     order = sorted(range(len(packs)), key=lambda number: -loads[number])
     return [sorted(packs[number]) for number in order]
 
@@ -93,7 +96,7 @@ def expected_shares(works: dict[Cell, float], slots: int) -> list[float]:
     loads = [0.0] * max(1, slots)
     for together in by_key.values():
         for pack in deal(together, count_packs(len(together), slots)):
-            loads[loads.index(min(loads))] += sum(together[place] for place in pack)
+            heapq.heapreplace(loads, loads[0] + sum(together[place] for place in pack))
     return [load / max(loads) for load in loads] if any(loads) else loads
 
 

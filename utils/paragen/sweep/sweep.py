@@ -130,8 +130,8 @@ class Sweep:
             count = -(-len(alike) // -(-most // first.number))
         count = max(count, -(-len(alike) // packs.MOST))
         pack = [alike[place] for place in packs.deal([self.works[job.cell] for job in alike], count)[0]]
-        for job in pack:
-            self.waiting.remove(job)
+        taken = {job.cell for job in pack}
+        self.waiting = deque(job for job in self.waiting if job.cell not in taken)
         return pack
 
     def is_claimed(self, job: Job) -> bool:
