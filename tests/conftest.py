@@ -56,6 +56,17 @@ os.environ["PY"] = PYTHON  # no test sets up a .venv, or changes this one, unles
 CATEGORY = "common-sense-reasoning"
 
 
+@pytest.fixture(autouse=True)
+def own_environment():
+    """Variables that a test sets, or code that it calls (such as devices.pin), are gone after it."""
+    before = dict(os.environ)
+    yield
+    before.update({key: value for key, value in os.environ.items() if key == "PYTEST_CURRENT_TEST"})
+    for name in os.environ.keys() - before.keys():
+        del os.environ[name]
+    os.environ.update(before)
+
+
 @pytest.fixture(scope="session")
 def model_folder(tmp_path_factory) -> Path:
     """A random two-layer Llama with its own tokenizer, made in another process so that this one stays fork-safe."""
