@@ -185,8 +185,12 @@ def dump(config: dict) -> str:
 
 def parse_overrides(overrides: Sequence[str]) -> dict:
     """The keys and values of `key=value` texts. Raises UserError for a text of another form."""
-    if not overrides:
-        return {}  # as OmegaConf would say, a thousand times for a thousand recipes
+    return copy.deepcopy(_parse_overrides(tuple(overrides)))
+
+
+@cache
+def _parse_overrides(overrides: tuple[str, ...]) -> dict:
+    """The same for overrides that many cells have, which are parsed once."""
     for text in overrides:
         if not re.match(r"[A-Za-z_]\w*=", text):
             raise UserError(f"{text!r} is not key=value; recipe keys are overridden like learning_rate=1e-4")
