@@ -156,6 +156,9 @@ def test_the_packs_of_a_thousand_devices_have_the_same_work():
     assert len(dealt) == 1000 and sorted(sum(dealt, [])) == list(range(20_000))
     loads = [sum(works[place] for place in pack) for pack in dealt]
     assert loads == sorted(loads, reverse=True) and loads[-1] > 0.98 * loads[0]
+    left = sorted(sum(dealt[1:], []))
+    again = packs.deal([works[place] for place in left], 999)
+    assert [[left[place] for place in pack] for pack in again] == dealt[1:], "a sweep need not deal the others again"
 
 
 class PretendedDevices:
@@ -209,6 +212,30 @@ def test_all_cells_of_a_large_sweep_have_an_attempt_of_their_own(project):
     cell = Cell("Toy", "tiny", 4, (project.pretrain, project.finetune))
     attempts = {jobs.new_job(cell, None, "abcd").attempt for _ in range(20_000)}
     assert len(attempts) == 20_000 and {attempt[: jobs.SWEEP_DIGITS] for attempt in attempts} == {"abcd"}
+
+
+def test_a_cell_that_was_busy_is_packed_when_it_is_free(project, monkeypatch):
+    """Packs are dealt once; what could not be claimed is in a later one, and other slots mean other packs."""
+    from paragen.recipes.run import Cell
+    from paragen.sweep import jobs
+    from paragen.sweep.sweep import Sweep
+
+    cells = [Cell("Toy", "tiny", rank, (project.pretrain, project.finetune)) for rank in range(1, 13)]
+    busy = {cells[0], cells[5]}
+    monkeypatch.setattr(jobs, "claim_runs", lambda job: job.cell not in busy)
+    workers = PretendedDevices(3)
+    sweep = Sweep(workers, cells, lambda *event: None, "abcd")
+    workers.idle = [0]
+    sweep.start_jobs()
+    workers.slots, workers.idle = 4, [1, 2, 3]
+    sweep.start_jobs()
+    assert sorted(job.cell.rank for job in sweep.waiting if job.cell in busy) == [1, 6]
+    busy.clear()
+    while sweep.waiting:
+        workers.idle = [0, 1, 2, 3]
+        sweep.start_jobs()
+    given = [cell for pack in workers.packs for cell in pack]
+    assert len(given) == len(set(given)) == 12
 
 
 class PretendedNodes(PretendedDevices):

@@ -80,6 +80,7 @@ class Sweep:
         self.waiting = deque(jobs.new_job(cell, packs.pack_key(cell), sweep_id) for cell in cells)
         self.counts = Counter(job.pack_key for job in self.waiting)
         self.started: Counter = Counter()  # packs of first attempts, by key
+        self.dealt: dict[tuple | None, tuple[int, list[list[Job]]]] = {}  # by key: slots, and packs, the largest last
         self.works = estimate.works_of(job.cell for job in self.waiting if job.pack_key is not None)
         self.outcomes: dict[Cell, Outcome] = {}
 
@@ -121,6 +122,25 @@ class Sweep:
         first = self.waiting[0]
         if first.pack_key is None:
             return [self.waiting.popleft()]
+        pack = self.next_first_attempts(first) if first.number == 1 else self.deal_waiting(first)[0]
+        taken = {job.cell for job in pack}
+        self.waiting = deque(job for job in self.waiting if job.cell not in taken)
+        return pack
+
+    def next_first_attempts(self, first: Job) -> list[Job]:
+        """The largest pack of the first attempts with a job's key.
+
+        They are dealt again when the number of slots changed, or when jobs are left that could not be claimed before.
+        """
+        slots = self.workers.slots
+        dealt_for, dealt = self.dealt.get(first.pack_key, (slots, []))
+        if not dealt or dealt_for != slots:
+            dealt = self.deal_waiting(first)[::-1]
+        self.dealt[first.pack_key] = slots, dealt
+        return dealt.pop()
+
+    def deal_waiting(self, first: Job) -> list[list[Job]]:
+        """Deal the waiting jobs with the key and the number of `first` out to packs, the largest first."""
         alike = [job for job in self.waiting if (job.pack_key, job.number) == (first.pack_key, first.number)]
         cells, count = self.counts[first.pack_key], packs.count_packs(self.counts[first.pack_key], self.workers.slots)
         if first.number == 1:
@@ -129,10 +149,7 @@ class Sweep:
             most = -(-cells // count)
             count = -(-len(alike) // -(-most // first.number))
         count = max(count, -(-len(alike) // packs.MOST))
-        pack = [alike[place] for place in packs.deal([self.works[job.cell] for job in alike], count)[0]]
-        taken = {job.cell for job in pack}
-        self.waiting = deque(job for job in self.waiting if job.cell not in taken)
-        return pack
+        return [[alike[place] for place in pack] for pack in packs.deal([self.works[job.cell] for job in alike], count)]
 
     def is_claimed(self, job: Job) -> bool:
         """Whether a job may start now. If not, it waits behind the others, or has ended already."""
