@@ -84,7 +84,7 @@ def deal(works: Sequence[float], count: int) -> list[list[int]]:
 
 
 def expected_shares(works: dict[Cell, float], slots: int) -> list[float]:
-    """Which share of a sweep's time each slot is expected to have work, if time goes by work.
+    """Which share of a sweep's time each slot is expected to have work, if time goes by work; the largest first.
 
     Args:
         works: the work of each cell, in the order in which they start.
@@ -97,7 +97,8 @@ def expected_shares(works: dict[Cell, float], slots: int) -> list[float]:
     for together in by_key.values():
         for pack in deal(together, count_packs(len(together), slots)):
             heapq.heapreplace(loads, loads[0] + sum(together[place] for place in pack))
-    return [load / max(loads) for load in loads] if any(loads) else loads
+    loads.sort(reverse=True)
+    return [load / loads[0] for load in loads] if any(loads) else loads
 
 
 def busy_text(shares: list[float]) -> str:
