@@ -17,6 +17,7 @@ import sys
 import tempfile
 import time
 from pathlib import Path
+from typing import IO
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent / "utils"))
 
@@ -32,27 +33,35 @@ def main() -> int:
     args = parse_arguments()
     environment = {name: value for name, value in os.environ.items() if name not in NOT_INHERITED}
     rows: list[list[str]] = []
-    with tempfile.TemporaryDirectory(prefix="every target ") as folder, open(args.log, "a") as log:
+    with tempfile.TemporaryDirectory(prefix="every target ") as folder:
         top = (args.folder or Path(folder)).absolute() / "copy"
         record = top.with_name("done.json")
         if record.exists():
             rows = json.loads(record.read_text())
         else:
             copy_repository(top)
-        for command in commands(args.datasets, args.ranks, args.keep)[len(rows) :]:
-            print("#", *command, file=log, flush=True)
-            if "FILE=ARCHIVES" in command:
-                command = [*command[:-1], f"FILE={set_aside(top)}"]
-            began = time.monotonic()
-            done = subprocess.run(["make", *command], cwd=top, env=environment, stdout=log, stderr=log)
-            rows.append([" ".join(command), f"{time.monotonic() - began:.1f}", str(done.returncode)])
-            cli.say("  ".join(reversed(rows[-1])))
-            if done.returncode == 0:
-                record.write_text(json.dumps(rows))
+            args.log.write_text("")
+        with open(args.log, "a") as log:
+            for command in commands(args.datasets, args.ranks, args.keep)[len(rows) :]:
+                rows.append(run(command, top, environment, log))
+                if rows[-1][-1] == "0":
+                    record.write_text(json.dumps(rows))
     cli.print_table(("make", "seconds", "status"), rows)
     tracebacks = args.log.read_text().count("Traceback (most recent call last)")
     cli.say(f"{tracebacks} tracebacks in {args.log}")
     return 1 if tracebacks or any(status != "0" for *_, status in rows) else 0
+
+
+def run(command: list[str], top: Path, environment: dict[str, str], log: IO[str]) -> list[str]:
+    """Run a target in a copy of the repository; returns it, its seconds and its status."""
+    print("#", *command, file=log, flush=True)
+    if "FILE=ARCHIVES" in command:
+        command = [*command[:-1], f"FILE={set_aside(top)}"]
+    began = time.monotonic()
+    done = subprocess.run(["make", *command], cwd=top, env=environment, stdout=log, stderr=log)
+    row = [" ".join(command), f"{time.monotonic() - began:.1f}", str(done.returncode)]
+    cli.say("  ".join(reversed(row)))
+    return row
 
 
 def parse_arguments() -> argparse.Namespace:

@@ -68,6 +68,17 @@ def test_what_cannot_be_kept_is_named_before_anything_is_done(collected):
         replacing.check(folder)
 
 
+def test_a_folder_that_cannot_be_written_to_is_named_before_anything_is_done(collected, monkeypatch):
+    folder = collected.run_folder("finetune")
+    (folder / "mine").mkdir()
+    (folder / "mine" / "notes.txt").write_text("x")
+    replacing.check(folder)
+    # the kernel lets root, as whom tests may run, write anywhere
+    monkeypatch.setattr(os, "access", lambda path, mode: path != folder / "mine")
+    with pytest.raises(UserError, match="mine: cannot be written to"):
+        replacing.check(folder)
+
+
 def test_a_run_folder_with_files_of_others_is_not_removed(collected, capsys):
     folder = collected.run_folder("pretrain")
     for name in ("a", "b", "c", "d"):

@@ -38,7 +38,7 @@ def _is_of_a_run(name: str) -> bool:
 
 def check(folder: Path) -> None:
     """Raise UserError where a run folder cannot be replaced, before anything is done to replace it: something of others
-    is in a folder that has the name of a run's file, or is neither a file nor a link."""
+    is in a folder that has the name of a run's file, or that cannot be written to, or is neither a file nor a link."""
     for name in others_in(folder):
         first, _, below = name.partition("/")
         if below and _is_of_a_run(first):
@@ -46,6 +46,11 @@ def check(folder: Path) -> None:
         path = folder / name
         if not (path.is_symlink() or path.is_file() or path.is_dir()):
             raise UserError(f"{paths.relative(path)}: is no regular file and cannot be kept; move it away first")
+        parent = path if name.endswith("/") else path.parent
+        if not os.access(parent, os.W_OK | os.X_OK):
+            raise UserError(
+                f"{paths.relative(parent)}: cannot be written to, so the run cannot be replaced; chmod u+w it"
+            )
 
 
 def publish(staging: Path, folder: Path) -> None:

@@ -1,5 +1,6 @@
 """Whether collections are sound enough to export, for every format: files, hashes, keys, shapes, values, scores."""
 
+import contextlib
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -29,7 +30,7 @@ def whole_of(chosen: Sequence[Chosen], out: Path) -> list[Chosen]:
         read |= source[READ] if isinstance(source.get(READ), dict) else {}
     whole, faults = [], []
     for one in chosen:
-        known = {path: files.stamp_of(path.stat()) for path in one.folder.iterdir() if path.is_file()}
+        known = stamps_in(one.folder)
         stamp = files.sha256_of_value(sorted([path.name, *stamp] for path, stamp in known.items()))
         is_read = read.get(one.manifest.sha256) == stamp
         if not is_read and one.manifest.sha256 not in copied:
@@ -50,6 +51,16 @@ def whole_of(chosen: Sequence[Chosen], out: Path) -> list[Chosen]:
     if last is not None:
         raise UserError(last)
     return whole
+
+
+def stamps_in(folder: Path) -> dict[Path, tuple[int, ...]]:
+    """The sizes and times of a collection's files, but for those that another process is writing now."""
+    found = {}
+    for path in folder.iterdir():
+        with contextlib.suppress(FileNotFoundError):
+            if path.is_file() and not path.name.startswith("."):
+                found[path] = files.stamp_of(path.stat())
+    return found
 
 
 def stamps(chosen: Sequence[Chosen]) -> dict[str, str]:
