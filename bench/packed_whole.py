@@ -216,6 +216,9 @@ def summary(args: argparse.Namespace, ranks: list[int], rank: int, results: dict
     return {"rates": rates, "phases": phases, "seconds": seconds, "parts": parts, "losses_apart": apart}
 
 
+SPANS = {"_load": "loading (within admit)", "__init__": "graphs", "_finish": "completing"}  # what they are printed as
+
+
 def packed_parts(noted: dict[str, Any]) -> dict[str, Any]:
     """Where the packed process's time went beside its steps, in seconds.
 
@@ -224,15 +227,23 @@ def packed_parts(noted: dict[str, Any]) -> dict[str, Any]:
     """
     first, last = ([pack for pack in noted["packs"] if pack["phase"] == phase] for phase in ("pretrain", "finetune"))
     spans = {"imports": noted["imported"] - noted["started"]}
-    for name, began, ended in noted["spans"]:
-        spans[name] = spans.get(name, 0.0) + ended - began
+    for name in dict.fromkeys(name for name, *_ in noted["spans"]):
+        spans[name] = covered([(began, ended) for other, began, ended in noted["spans"] if other == name])
     between = last[0]["began"] - first[-1]["ended"]
     return {
         "pretrain": {"before": first[0]["began"] - noted["started"], "after": 0.0},
         "finetune": {"before": between, "after": noted["exited"] - last[-1]["ended"]},
-        "spans": {{"_load": "loading (within admit)", "__init__": "graphs"}.get(name, name): took
-                  for name, took in spans.items()},
-    }  # fmt: skip
+        "spans": {SPANS.get(name, name): took for name, took in spans.items()},
+    }
+
+
+def covered(spans: list[tuple[float, float]]) -> float:
+    """For how long at least one of some spans, each its begin and end, lasts."""
+    total, last = 0.0, float("-inf")
+    for began, ended in sorted(spans):
+        total += max(0.0, ended - max(began, last))
+        last = max(last, ended)
+    return total
 
 
 def difference(results: dict[str, Any], phase: str) -> dict[str, float]:

@@ -97,7 +97,7 @@ def packed(noted: dict[str, Any], arguments: list[str]) -> None:
 
     noted |= {"imported": time.time(), "spans": [], "packs": []}
     for owner, name in ((frozen_base.FrozenBase, "_load"), (frozen_base.FrozenBase, "admit"), (loop, "count_fitting"),
-                        (loop.Pack, "__init__"), (loop.Pack, "complete")):  # fmt: skip
+                        (loop.Pack, "__init__"), (loop.Pack, "_finish")):  # fmt: skip
         note_spans(owner, name, noted["spans"])
     known: list[float] = []
     plain_steps, plain_train = Engine.train, loop.Pack.train

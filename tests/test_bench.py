@@ -13,6 +13,7 @@ sys.path.append(str(Path(__file__).resolve().parent.parent / "bench"))
 
 import every_target
 import generator
+import packed_whole
 import scaling
 import score_agreement
 import timed
@@ -53,6 +54,10 @@ def test_the_busy_shares_that_a_sweep_prints_are_read(shares):
     text = f"verified\ndevices: {len(shares)}, had work {packs.busy_text(shares)} of 12 s\n"
     assert scaling.told_shares(text) == pytest.approx([100 * share for share in shares])
     assert scaling.told_shares("nothing was left to do\n") == []
+
+
+def test_spans_that_overlap_count_once():
+    assert packed_whole.covered([(3.0, 5.0), (0.0, 2.0), (1.0, 1.5), (4.0, 6.0)]) == 5.0
 
 
 def test_another_likeliest_option_is_told_with_the_margin_by_the_reference():
