@@ -134,6 +134,8 @@ FIRST = "base_model.model.model.layers.0.mlp.down_proj.lora_A.weight"
     [
         (lambda p: config_with(p, megatron_core="os"), "adapter_config.json: megatron_core is 'os'"),
         (lambda p: config_with(p, r=8), "2/adapter_config.json: r is 8, that of 1 is 4"),
+        (lambda p: config_with(p, alpha_pattern={"q_proj": 2}), "alpha_pattern is {'q_proj': 2}, that of 1 is {}"),
+        (lambda p: config_with(p, use_dora=True), "2/adapter_config.json: use_dora is True, that of 1 is False"),
         (lambda p: tensors_with(p, lambda found: found.pop(FIRST)), "has only one of lora_A and lora_B"),
         (lambda p: tensors_with(p, lambda found: found.update(x=found[FIRST] + 1)), "x: is no LoRA factor"),
         (lambda p: tensors_with(p, lambda found: found.update({FIRST: found[FIRST][:2].clone()})), "has rank 2"),

@@ -86,7 +86,8 @@ def read(folder: Path) -> Samples:
     configs = {name: adapter_config.read(folder / name / paths.ADAPTER_CONFIG) for name in names}
     layout = layout_of(folder / first / paths.ADAPTER, configs[first])
     for name in names:
-        for key in ("r", "lora_alpha", "use_rslora", "base_model_name_or_path"):
+        own, others = (lora_config.beyond_plain(configs[one]) for one in (name, first))
+        for key in ("r", "lora_alpha", "use_rslora", "base_model_name_or_path", *own, *others):
             if configs[name][key] != configs[first][key]:
                 where = paths.relative(folder / name / paths.ADAPTER_CONFIG)
                 raise UserError(f"{where}: {key} is {configs[name][key]!r}, that of {first} is {configs[first][key]!r}")

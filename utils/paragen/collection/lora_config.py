@@ -6,6 +6,20 @@ from typing import Any
 
 from paragen.collection.checkpoints import PEFT_PREFIX
 
+BEYOND_PLAIN = (  # keys that make an adapter something else than plain LoRA of one rank and one scaling
+    "use_dora", "rank_pattern", "alpha_pattern", "modules_to_save", "bias", "use_qalora", "lora_bias",
+    "layer_replication", "trainable_token_indices", "alora_invocation_tokens",
+)  # fmt: skip
+
+
+def beyond_plain(config: dict[str, Any]) -> dict[str, Any]:
+    """The settings by which an adapter is more than plain LoRA; empty for plain LoRA.
+
+    Args:
+        config: the content of adapter_config.json.
+    """
+    return {key: config[key] for key in BEYOND_PLAIN if config.get(key) not in (None, False, "none", {}, [])}
+
 
 def rank_of(config: dict[str, Any], layer: str) -> int:
     """The rank of a layer's factors: `r`, unless `rank_pattern` gives the layer a rank of its own.

@@ -6,6 +6,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from paragen.collection import lora_config
 from paragen.collection.checkpoints import PEFT_PREFIX
 from paragen.common.cli import UserError
 
@@ -47,12 +48,8 @@ def concatenate(groups: list[Factors]) -> Factors:
 
 def check_plain_lora(config: dict[str, Any]) -> None:
     """Raise UserError for an adapter_config.json of a kind of LoRA that cannot be scored here."""
-    for key in (
-        "use_dora", "rank_pattern", "alpha_pattern", "modules_to_save", "bias", "use_qalora", "lora_bias",
-        "layer_replication", "trainable_token_indices", "alora_invocation_tokens",
-    ):  # fmt: skip
-        if config.get(key) not in (None, False, "none", {}, []):
-            raise UserError(f"adapter_config.json: {key} is {config[key]!r}; only plain LoRA is scored here")
+    for key, value in lora_config.beyond_plain(config).items():
+        raise UserError(f"adapter_config.json: {key} is {value!r}; only plain LoRA is scored here")
 
 
 def stack_checkpoints(
