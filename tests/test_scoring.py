@@ -501,6 +501,20 @@ def test_another_kind_of_lora_is_refused(key, value):
         check_plain_lora({"r": 4, "lora_alpha": 8, key: value})
 
 
+def test_factors_of_several_dtypes_keep_their_values():
+    key, exact = "base_model.model.q.lora_{}.weight", 1 + 2**-20  # which neither float16 nor bfloat16 holds
+    values = {"A": torch.tensor([[exact, 2.0]]), "B": torch.tensor([[3.0], [exact]])}
+    dtypes = [(torch.float16, torch.float32), (torch.float32, torch.bfloat16), (torch.bfloat16, torch.float16)]
+    adapters = [
+        {key.format(half): values[half].to(dtype) for half, dtype in zip("AB", pair, strict=True)} for pair in dtypes
+    ]
+    where = ["base_model.model.q"], 1.0, torch.device("cpu"), torch.float32
+    found = stack_checkpoints([*adapters, None], *where)
+    assert [(a[0, 0].item(), b[0, 1].item()) for a, b in zip(found.a["q"], found.b["q"], strict=True)] == [
+        (1.0, exact), (exact, 1.0), (1.0, 1.0), (0.0, 0.0),
+    ]  # fmt: skip
+
+
 def test_the_scaling_is_peft_s(every_model):
     for lora in ({"r": 3, "lora_alpha": 5}, {"r": 3, "lora_alpha": 5, "use_rslora": True}, {"r": 8, "lora_alpha": 16}):
         scene = Scene(every_model / "smollm2-135m", count=1, lora=lora)

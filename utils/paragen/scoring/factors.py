@@ -1,5 +1,6 @@
 """The LoRA factors of several checkpoints, stacked on the device."""
 
+import functools
 from dataclasses import dataclass
 from typing import Any
 
@@ -61,17 +62,20 @@ def stack_checkpoints(
     They are copied to the device in one piece and rearranged there; the host does not wait for it.
 
     Args:
-        adapters: the tensors of each checkpoint by PEFT's key; None for the base model, whose factors are zero. At
-            least one is not None.
+        adapters: the tensors of each checkpoint by PEFT's key, of any floating-point dtypes; None for the base model,
+            whose factors are zero. At least one is not None.
         layers: the adapted layers, as checkpoints.layers_of names them.
         scaling: PEFT's scaling of all layers. As in PEFT, multiplying by it is exact for powers of two alone.
         device, dtype: of the result.
     """
-    some = next(adapter for adapter in adapters if adapter is not None)
+    known = [adapter for adapter in adapters if adapter is not None]
+    some = known[0]
     keys = [f"{layer}.{half}.weight" for layer in layers for half in ("lora_A", "lora_B")]
     sizes = [some[key].numel() for key in keys]
     shape, is_pinned = (len(adapters), sum(sizes)), device.type == "cuda"
-    flat = torch.zeros(shape, dtype=some[keys[0]].dtype, device="cpu", pin_memory=is_pinned)
+    stored = {adapter[key].dtype for adapter in known for key in keys}
+    holds_all = functools.reduce(torch.promote_types, stored)
+    flat = torch.zeros(shape, dtype=holds_all, device="cpu", pin_memory=is_pinned)
     for row, adapter in zip(flat, adapters, strict=True):
         if adapter is not None:
             torch.cat([adapter[key].flatten() for key in keys], out=row)
