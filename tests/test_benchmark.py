@@ -117,7 +117,7 @@ def test_an_edited_benchmark_is_named_in_its_section(collected, by_family, tmp_p
     text = (folder(collected) / "benchmark.json").read_text()
     (made / "benchmark.json").write_text(text.replace('"rank": 4', '"rank": 5', 1))
     (section,) = benchmark_page.sections(tmp_path)
-    assert section["name"] == "mine" and "was edited, or is of another format" in section["fault"]
+    assert section["name"] == "mine" and "was edited after it was written" in section["fault"]
 
 
 @pytest.mark.slow

@@ -142,7 +142,7 @@ FIRST = "base_model.model.model.layers.0.mlp.down_proj.lora_A.weight"
         (lambda p: tensors_with(p, lambda found: found.update({FIRST: found[FIRST].int()})), "is no matrix of"),
         (lambda p: tensors_with(p, lambda found: found.update({FIRST: found[FIRST] / 0})), "not finite"),
         (lambda p: record(p, "Toy", files={}), "is of other adapters than those beside it"),
-        (lambda p: record(p, "Toy", seen=3), "its seen is no list"),
+        (lambda p: record(p, "Toy", seen=3), "broken (seen is 3, not a list of texts"),
         (lambda p: record(p, "Toy", base_model={"name": "Tiny-Llama", "sha256": "1"}), "no collection here has"),
         (lambda p: record(p, "Toy").write_text("{"), "generated.json: "),
         (lambda p: (p.top / "of others/Toy/2/adapter_model.safetensors").write_bytes(b"x"), "is cut off, or no safe"),

@@ -4,17 +4,21 @@ The report has a section for each saves/benchmarks/<name>/benchmark.json.
 """
 
 import base64
-import json
 from pathlib import Path
 from typing import Any
 
-from paragen.common import files, paths
+from paragen.collection import manifest_kinds, sealed_json
+from paragen.common import paths
 from paragen.common.cli import UserError
 
 FORMAT = "paragen-benchmark-1"
 FILE, PICTURE = "benchmark.json", "benchmark.png"
 FOLDER = "benchmarks"  # in saves/
-LARGEST_FILE = 2**28  # bytes
+WAY_OUT = "remove it and run: make benchmark-generator"
+KINDS = {  # of the values that tables, pictures and the report show
+    "base_model": manifest_kinds.TEXT, "rank": manifest_kinds.RANK, "collections": manifest_kinds.OBJECT,
+    "groups": manifest_kinds.LIST,
+}  # fmt: skip
 # Each method's letter in the tables, its short name, and what it is.
 METHODS = {
     "base": ("a", "base", "the base model"),
@@ -35,17 +39,10 @@ SHOWN = tuple(name for name in METHODS if name not in ("swapped",))
 
 
 def read(path: Path) -> dict[str, Any]:
-    """A benchmark.json. Raises UserError where it is broken, was edited or is of another format."""
-    name = paths.relative(path)
-    try:
-        content = json.loads(files.read_up_to(path, LARGEST_FILE))
-        sealed = {key: value for key, value in content.items() if key != "sha256"}
-        if content["format"] != FORMAT or content["sha256"] != files.sha256_of_value(sealed):
-            raise ValueError("was edited, or is of another format")
-    except OSError as error:
-        raise UserError(f"{name}: cannot be read: {error.strerror}") from None
-    except (ValueError, KeyError, TypeError, RecursionError) as error:
-        raise UserError(f"{name}: broken ({error}); run: make benchmark-generator") from None
+    """A benchmark.json. Raises UserError where it is missing, broken, was edited or is of another format."""
+    content = sealed_json.read(path, FORMAT, KINDS, WAY_OUT)
+    if content is None:
+        raise UserError(f"{paths.relative(path)}: is missing; {WAY_OUT}")
     return content
 
 
@@ -137,15 +134,24 @@ def sections(saves: Path) -> list[dict[str, Any]]:
         name = path.parent.name
         try:
             content = read(path)
+            groups = _tables_of(content, path)
         except UserError as error:
             found.append({"name": name, "fault": str(error)})
             continue
         picture = path.with_name(PICTURE)
         image = base64.b64encode(picture.read_bytes()).decode() if picture.is_file() else ""
-        groups = [
-            {"name": group["name"], "head": head_of(group), "lines": lines_of(group), "sentences": sentences_of(group)}
-            for group in content["groups"]
-        ]
         about = f"{content['base_model']}, rank {content['rank']}, {len(content['collections'])} collections"
         found.append({"name": name, "fault": "", "about": about, "groups": groups, "picture": image})
     return found
+
+
+def _tables_of(content: dict[str, Any], path: Path) -> list[dict[str, Any]]:
+    """The groups of a benchmark as the report shows them. Raises UserError where their tables lack something."""
+    try:
+        return [
+            {"name": group["name"], "head": head_of(group), "lines": lines_of(group), "sentences": sentences_of(group)}
+            for group in content["groups"]
+        ]
+    except (LookupError, TypeError, ValueError, AttributeError) as error:
+        fault = f"{type(error).__name__}: {error}"
+        raise UserError(f"{paths.relative(path)}: its tables cannot be shown ({fault}); {WAY_OUT}") from None

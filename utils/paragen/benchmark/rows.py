@@ -6,7 +6,7 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 from paragen.benchmark.plan import Plan
-from paragen.collection import prompts
+from paragen.collection import manifest_kinds, prompts, sealed_json
 from paragen.common import files, paths
 from paragen.common.cli import UserError
 from paragen.dataset import row_texts
@@ -80,17 +80,8 @@ def read_part(path: Path, inputs: dict[str, Any] | None, force: bool) -> dict[st
 
     Raises UserError where it is broken, or was measured with other inputs.
     """
-    name = paths.relative(path)
-    try:
-        content = json.loads(path.read_bytes())
-        sealed = {key: value for key, value in content.items() if key != "sha256"}
-        if content["format"] != FORMAT or content["sha256"] != files.sha256_of_value(sealed):
-            raise ValueError("was edited, or is of another format")
-    except FileNotFoundError:
-        return None
-    except (ValueError, KeyError, TypeError, RecursionError) as error:
-        raise UserError(f"{name}: broken ({error}); remove it, and it is measured again") from None
-    if force:
+    content = sealed_json.read(path, FORMAT, {"inputs": manifest_kinds.OBJECT}, "remove it, and it is measured again")
+    if content is None or force:
         return None
     now, before = json.loads(json.dumps(inputs)) or content["inputs"], content["inputs"]
     changed = sorted(key for key in now.keys() | before.keys() if now.get(key) != before.get(key))
@@ -98,8 +89,8 @@ def read_part(path: Path, inputs: dict[str, Any] | None, force: bool) -> dict[st
         return None
     if changed:
         raise UserError(
-            f"{name}: was measured with other inputs ({', '.join(changed)}); FORCE=1 measures again, OUT= into another "
-            "folder"
+            f"{paths.relative(path)}: was measured with other inputs ({', '.join(changed)}); FORCE=1 measures again, "
+            "OUT= into another folder"
         )
     return content
 

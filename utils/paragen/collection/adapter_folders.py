@@ -5,11 +5,10 @@ people's folders have none. All of it may come from a stranger: adapter_config.j
 (adapter_config.py), tensors by their header before they are read and for finite values after that.
 """
 
-import json
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NamedTuple
 
-from paragen.collection import adapter_config, checkpoints, lora_config, manifest_kinds
+from paragen.collection import adapter_config, checkpoints, lora_config, manifest_kinds, sealed_json
 from paragen.common import files, paths, safetensors_header
 from paragen.common.cli import UserError
 
@@ -18,8 +17,10 @@ if TYPE_CHECKING:
 
 RECORD = "generated.json"  # beside the samples of a dataset
 FORMAT = "paragen-generated-1"
-LARGEST_RECORD = 2**24  # bytes
-DEEPEST = 8  # levels of lists and objects in it
+KINDS = {  # of the record's values that are read
+    "generator": manifest_kinds.OBJECT, "base_model": manifest_kinds.OBJECT, "dataset": manifest_kinds.TEXT,
+    "seen": manifest_kinds.LINES, "is_seen": manifest_kinds.YES_OR_NO, "files": manifest_kinds.OBJECT,
+}  # fmt: skip
 DTYPES = ("F64", "F32", "F16", "BF16")  # of a factor, as safetensors names them
 UNKNOWN = "training tasks unknown"
 
@@ -138,30 +139,8 @@ def read_record(folder: Path) -> dict[str, Any] | None:
     datasets that the generator was trained on), `is_seen` (whether `dataset` is one), `prompts`, `seed`, and the
     hashes of the samples' files by their path in `files`.
     """
-    path = folder / RECORD
-    name, way_out = paths.relative(path), "generate the adapters again, or remove it"
-    try:
-        data = files.read_up_to(path, LARGEST_RECORD + 1)
-    except FileNotFoundError:
-        return None
-    except OSError as error:
-        raise UserError(f"{name}: cannot be read: {error.strerror}") from None
-    try:
-        content = json.loads(data) if len(data) <= LARGEST_RECORD else None
-        if not isinstance(content, dict) or content.get("format") != FORMAT:
-            raise ValueError(f"not of format {FORMAT}")
-        if not manifest_kinds.is_flat(content, DEEPEST):
-            raise ValueError(f"nested more than {DEEPEST} levels deep")
-        unsealed = {key: value for key, value in content.items() if key != "sha256"}
-        if content.get("sha256") != files.sha256_of_value(unsealed):
-            raise ValueError("was edited after it was written")
-    except (ValueError, RecursionError) as error:
-        raise UserError(f"{name}: {error}; {way_out}") from None
-    kinds = {"generator": dict, "base_model": dict, "seen": list, "is_seen": bool, "files": dict, "dataset": str}
-    for key, kind in kinds.items():
-        if not isinstance(content.get(key), kind):
-            raise UserError(f"{name}: its {key} is no {kind.__name__}; {way_out}")
-    return content
+    way_out = "generate the adapters again with FORCE=1, or remove it"
+    return sealed_json.read(folder / RECORD, FORMAT, KINDS, way_out)
 
 
 def _sample_names(folder: Path) -> list[str]:

@@ -103,27 +103,42 @@ def parse(data: bytes, manifest: Manifest, name: str) -> list[dict[str, Any]]:
 
 def _kind_fault(evaluations: Any, steps: set[int]) -> str | None:
     """What differs from the description in `read`, None for nothing. `steps` are those of the manifest."""
-    kinds = {"split": str, "paired": bool, "rows": int, "metric": str, "checkpoints": list}
-    if not isinstance(evaluations, list) or not all(isinstance(evaluation, dict) for evaluation in evaluations):
+    if not isinstance(evaluations, list):
         return "holds no list of evaluations"
     for evaluation in evaluations:
-        if not evaluation.keys() >= KEYS or not all(type(evaluation[key]) is kind for key, kind in kinds.items()):
-            return "holds an evaluation that lacks something, or has another kind of value"
-        if not evaluation["split"].isprintable() or abs(evaluation["rows"]) >= 2**53:
-            return "holds an evaluation of rows that cannot be"
-        limit = evaluation["limit"]
-        if limit is not None and (type(limit) is not int or not 0 < limit < 2**53):
-            return f"holds the limit {repr(limit)[:80]}, which is no number of rows"
-        if evaluation["metric"] not in METRICS:
-            return f"holds the metric {evaluation['metric'][:80]!r}, which is not known"
-        base, scores = evaluation["base"], evaluation["checkpoints"]
-        if not all(map(_is_score, scores if base is None else [base, *scores])):
-            return "holds a score that is none"
-        scored = [score.get("step") for score in scores]
+        if fault := fault_of(evaluation, "checkpoints"):
+            return fault
+        scored = [score.get("step") for score in evaluation["checkpoints"]]
         if not all(type(step) is int for step in scored) or scored != sorted(set(scored)):
             return "does not have its checkpoints in the order of their steps"
         if strange := sorted(set(scored) - steps):
             return f"has a score of step {strange[0]}, which is none of its manifest.json"
+    return None
+
+
+def fault_of(evaluation: Any, scored: str) -> str | None:
+    """What differs in an evaluation from the description in `read`, None for nothing.
+
+    Args:
+        evaluation: a JSON value.
+        scored: the key of its scores other than the base model's, `checkpoints` in `read`.
+    """
+    kinds = {"split": str, "paired": bool, "rows": int, "metric": str, scored: list}
+    if not isinstance(evaluation, dict):
+        return "holds no list of evaluations"
+    wanted = {*KEYS - {"checkpoints"}, scored}
+    if not evaluation.keys() >= wanted or not all(type(evaluation[key]) is kind for key, kind in kinds.items()):
+        return "holds an evaluation that lacks something, or has another kind of value"
+    if not evaluation["split"].isprintable() or abs(evaluation["rows"]) >= 2**53:
+        return "holds an evaluation of rows that cannot be"
+    limit = evaluation["limit"]
+    if limit is not None and (type(limit) is not int or not 0 < limit < 2**53):
+        return f"holds the limit {repr(limit)[:80]}, which is no number of rows"
+    if evaluation["metric"] not in METRICS:
+        return f"holds the metric {evaluation['metric'][:80]!r}, which is not known"
+    base, scores = evaluation["base"], evaluation[scored]
+    if not all(map(_is_score, scores if base is None else [base, *scores])):
+        return "holds a score that is none"
     return None
 
 

@@ -118,7 +118,7 @@ def read_cache(path: Path) -> dict[str, Any]:
     """The JSON object in a cache file; empty where that is missing or broken, which only costs work again."""
     try:
         cache = json.loads(read_up_to(path))
-    except (OSError, ValueError):
+    except (OSError, ValueError, RecursionError):
         return {}
     return cache if isinstance(cache, dict) else {}
 

@@ -16,7 +16,7 @@ import torch
 from safetensors.torch import save
 from torch import Tensor
 
-from paragen.collection import checkpoints, index, prompts, run_identity
+from paragen.collection import adapter_folders, checkpoints, index, prompts, run_identity
 from paragen.collection.adapter_folders import FORMAT, RECORD
 from paragen.collection.index import Chosen
 from paragen.collection.manifest import sealed
@@ -184,11 +184,11 @@ def is_there(record: dict[str, Any], out: Path) -> bool:
     folder = out / record["dataset"]
     if not folder.exists():
         return False
-    there = files.read_cache(folder / RECORD)
-    if there.get("format") != FORMAT:
+    if files.read_cache(folder / RECORD).get("format") != FORMAT:
         raise UserError(f"{paths.relative(folder)}: is there already, and was not generated here; choose another OUT")
     if run_identity.force_requested():
         return False
+    there = adapter_folders.read_record(folder) or {}
     if changed := [key for key in record if there.get(key) != json.loads(json.dumps(record[key]))]:
         raise UserError(
             f"{paths.relative(folder)}: was generated with other {', '.join(changed)}; FORCE=1 replaces it, or choose "

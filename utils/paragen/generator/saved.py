@@ -18,7 +18,7 @@ import torch
 from safetensors.torch import load_file, save
 from torch import Tensor
 
-from paragen.collection import checkpoints, manifest_recipe, run_files, run_identity
+from paragen.collection import checkpoints, manifest_kinds, manifest_recipe, run_files, run_identity, sealed_json
 from paragen.collection.index import Chosen
 from paragen.collection.manifest import PACKAGES, sealed
 from paragen.common import devices, files, paths
@@ -39,6 +39,10 @@ OF_RECIPE = {**manifest_recipe.MODEL, **manifest_recipe.TEXT, **manifest_recipe.
 # The keys of a manifest that decide a generator, and what messages call them.
 IDENTITY = {"settings": "setting", "base_model": "base model", "rank": "rank", "pairs": "set of collections"}
 LOSSES = {1: "squared error of standardised factors", 2: "the base model's loss per token"}  # by stage
+KINDS = {  # of the values in a manifest that are read
+    "settings": manifest_kinds.OBJECT, "base_model": manifest_kinds.OBJECT, "rank": manifest_kinds.RANK,
+    "pairs": manifest_kinds.LIST, "datasets": manifest_kinds.LINES, "files": manifest_kinds.OBJECT,
+}  # fmt: skip
 WAY_OUT = "train it again with FORCE=1"
 
 
@@ -126,16 +130,9 @@ def draw_losses(log: Sequence[dict[str, Any]], path: Path, title: str) -> None:
 
 def manifest_of(folder: Path) -> dict[str, Any]:
     """The manifest of a generator. Raises UserError where the folder holds none, or an edited one."""
-    path = folder / paths.MANIFEST
-    try:
-        content = json.loads(path.read_bytes())
-        is_sound = content["format"] == FORMAT and sealed(content)["sha256"] == content["sha256"]
-    except FileNotFoundError:
-        raise UserError(f"{paths.relative(folder)}: holds no generator; name one of saves/generators") from None
-    except (ValueError, KeyError, TypeError, OSError):
-        is_sound = False
-    if not is_sound:
-        raise UserError(f"{paths.relative(path)}: is no manifest of a generator, or was edited; {WAY_OUT}")
+    content = sealed_json.read(folder / paths.MANIFEST, FORMAT, KINDS, WAY_OUT)
+    if content is None:
+        raise UserError(f"{paths.relative(folder)}: holds no generator; name one of saves/generators")
     return content
 
 

@@ -4,13 +4,20 @@ The scores of a dataset's adapters stand in scores.json beside them, written whe
 prompts is that of the collections of the same base model, on whose rows the adapters are scored.
 """
 
-import json
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NamedTuple
 
-from paragen.collection import adapter_folders, evaluation, index, manifest_recipe, run_identity
+from paragen.collection import (
+    adapter_folders,
+    evaluation,
+    index,
+    manifest_kinds,
+    manifest_recipe,
+    run_identity,
+    sealed_json,
+)
 from paragen.collection.adapter_folders import Samples
-from paragen.collection.manifest import Manifest, require_manifest
+from paragen.collection.manifest import Manifest, require_manifest, sealed
 from paragen.common import cli, files, locks, paths, settings
 from paragen.common.cli import UserError, say
 from paragen.dataset import dataset_info, names
@@ -24,7 +31,7 @@ if TYPE_CHECKING:
 
 SCORES = "scores.json"  # beside the samples of a dataset
 FORMAT = "paragen-generated-scores-1"
-LARGEST_FILE = 2**26  # bytes
+KINDS = {"evaluations": manifest_kinds.LIST}  # of the values in it that are read
 NOT_TAKEN = ("CATEGORY", "RANK", "SEED", "STEPS")  # settings of `make evaluate` that select collections alone
 
 
@@ -184,19 +191,17 @@ def read(folder: Path) -> list[dict[str, Any]]:
 
     Raises UserError where the file is broken or was edited.
     """
-    path = folder / SCORES
-    try:
-        content = json.loads(files.read_up_to(path, LARGEST_FILE))
-        sealed = {key: value for key, value in content.items() if key != "sha256"}
-        if content["format"] != FORMAT or content["sha256"] != files.sha256_of_value(sealed):
-            raise ValueError("was edited, or is of another format")
-        return content["evaluations"]
-    except FileNotFoundError:
-        return []
-    except OSError as error:
-        raise UserError(f"{paths.relative(path)}: cannot be read: {error.strerror}") from None
-    except (ValueError, KeyError, AttributeError, RecursionError) as error:
-        raise UserError(f"{paths.relative(path)}: broken ({error}); remove it and score again") from None
+    path, way_out = folder / SCORES, "remove it and score again"
+    content = sealed_json.read(path, FORMAT, KINDS, way_out) or {"evaluations": []}
+    for one in content["evaluations"]:
+        fault = evaluation.fault_of(one, "samples")
+        if fault is None and not (
+            isinstance(one.get("adapters"), dict) and all("sample" in each for each in one["samples"])
+        ):
+            fault = "holds an evaluation that does not name its adapters"
+        if fault:
+            raise UserError(f"{paths.relative(path)}: {fault}; {way_out}")
+    return content["evaluations"]
 
 
 def write(plan: Plan, evaluations: list[dict[str, Any]]) -> None:
@@ -207,7 +212,7 @@ def write(plan: Plan, evaluations: list[dict[str, Any]]) -> None:
         "training_tasks": record.get("seen"), "generator": record.get("generator"), "text_of": plan.manifest.run,
         "evaluations": evaluations,
     }  # fmt: skip
-    files.write_json(plan.samples.folder / SCORES, {**content, "sha256": files.sha256_of_value(content)})
+    files.write_json(plan.samples.folder / SCORES, sealed(content))
 
 
 def row_of(plan: Plan, entry: dict[str, Any]) -> tuple[str, ...]:
