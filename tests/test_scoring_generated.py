@@ -51,7 +51,7 @@ def content(project: Project, dataset: str = "Toy") -> dict:
     return json.loads((project.top / "of others" / dataset / "scores.json").read_text())
 
 
-def record(project: Project, dataset: str, **changes) -> Path:
+def record(project: Project, dataset: str, /, **changes) -> Path:
     """Write a generated.json beside a dataset's samples, as our generator does."""
     folder = project.top / "of others" / dataset
     base = require_manifest(project.run_folder("finetune")).base_model
@@ -142,6 +142,7 @@ FIRST = "base_model.model.model.layers.0.mlp.down_proj.lora_A.weight"
         (lambda p: tensors_with(p, lambda found: found.update({FIRST: found[FIRST].int()})), "is no matrix of"),
         (lambda p: tensors_with(p, lambda found: found.update({FIRST: found[FIRST] / 0})), "not finite"),
         (lambda p: record(p, "Toy", files={}), "is of other adapters than those beside it"),
+        (lambda p: record(p, "Toy", dataset="Toy_test"), "is of adapters for Toy_test, not Toy; give their folder the"),
         (lambda p: record(p, "Toy", seen=3), "broken (seen is 3, not a list of texts"),
         (lambda p: record(p, "Toy", base_model={"name": "Tiny-Llama", "sha256": "1"}), "no collection here has"),
         (lambda p: record(p, "Toy").write_text("{"), "generated.json: "),
@@ -167,3 +168,10 @@ def test_a_folder_or_a_setting_that_cannot_be_is_one_line(written, monkeypatch):
         assert result.status and said in result.output and "Traceback" not in result.output
     result = evaluate(written, GENERATED=str(written.top / "data"))
     assert result.status and "no adapters: <dataset>/<sample>/" in result.output
+
+
+def test_whether_its_generator_saw_a_dataset_is_what_the_list_says():
+    known = {"seen": ["A", "B"], "is_seen": True}
+    samples = [adapter_folders.Samples(name, Path(name), ["1"], {}, {}, known) for name in ("A", "C")]
+    assert [one.training for one in samples] == ["seen", "unseen"]
+    assert samples[0]._replace(record=None).training == "training tasks unknown"

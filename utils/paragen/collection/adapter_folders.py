@@ -19,7 +19,7 @@ RECORD = "generated.json"  # beside the samples of a dataset
 FORMAT = "paragen-generated-1"
 KINDS = {  # of the record's values that are read
     "generator": manifest_kinds.OBJECT, "base_model": manifest_kinds.OBJECT, "dataset": manifest_kinds.TEXT,
-    "seen": manifest_kinds.LINES, "is_seen": manifest_kinds.YES_OR_NO, "files": manifest_kinds.OBJECT,
+    "seen": manifest_kinds.LINES, "files": manifest_kinds.OBJECT,
 }  # fmt: skip
 DTYPES = ("F64", "F32", "F16", "BF16")  # of a factor, as safetensors names them
 UNKNOWN = "training tasks unknown"
@@ -38,7 +38,7 @@ class Samples(NamedTuple):
     @property
     def training(self) -> str:
         """Whether the generator was trained on the dataset: seen, unseen, or UNKNOWN."""
-        return UNKNOWN if self.record is None else "seen" if self.record["is_seen"] else "unseen"
+        return UNKNOWN if self.record is None else "seen" if self.dataset in self.record["seen"] else "unseen"
 
     def tensors(self, name: str) -> "dict[str, torch.Tensor]":
         """A sample's factors by PEFT's keys, from a file that still has the hash with which it was found.
@@ -97,6 +97,12 @@ def read(folder: Path) -> Samples:
     used = [f"{name}/{file}" for name in names for file in (paths.ADAPTER, paths.ADAPTER_CONFIG)]
     hashes = {path: files.sha256_of(folder / path) for path in used}
     record = read_record(folder)
+    if record is not None and record["dataset"] != folder.name:
+        raise UserError(
+            f"{paths.relative(folder / RECORD)}: is of adapters for {record['dataset']}, not {folder.name}; give their "
+            f"folder the name {record['dataset']} again, or remove the file to have them scored as adapters of unknown "
+            "training tasks"
+        )
     if record is not None and record["files"] != hashes:
         raise UserError(
             f"{paths.relative(folder / RECORD)}: is of other adapters than those beside it; generate them again, or "
