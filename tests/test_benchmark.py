@@ -10,8 +10,10 @@ from helpers.made_project import TASKS, refused, run, start
 from helpers.packed_project import Packable
 
 from paragen.analysis import benchmark_page
+from paragen.benchmark import rows
 from paragen.collection import discovery
 from paragen.common import files
+from paragen.common.cli import UserError
 
 pytestmark = pytest.mark.runs
 
@@ -88,6 +90,20 @@ def test_what_was_measured_is_used_again_and_never_with_other_inputs(collected, 
     assert {path.name for path in parts if parts[path] != after[path]} == {"two.json"}
     line = refused(collected, "benchmark_generator", **{**FAST, "LIMIT": 5})
     assert "is of another benchmark (settings differ); take another OUT, or FORCE=1 replaces it" in line
+
+
+def test_a_part_knows_in_which_dtype_and_on_what_it_was_measured(collected, by_family):
+    """Parts of a benchmark that was stopped on a GPU are not continued in float32."""
+    found = content(collected)
+    assert (found["devices"], found["dtypes"]) == (["cpu"], ["float32"])
+    for path in folder(collected).glob("*/*.json"):
+        inputs = json.loads(path.read_text())["inputs"]
+        assert set(inputs["dtype"]) == set(inputs["collections"]) and set(inputs["dtype"].values()) == {"float32"}
+        other = {**inputs, "dtype": dict.fromkeys(inputs["dtype"], "bfloat16")}
+        with pytest.raises(UserError, match=r"was measured with other inputs \(dtype\)"):
+            rows.read_part(path, other, False)
+    one = json.loads((folder(collected) / "folds" / "one.json").read_text())["inputs"]
+    assert [pair["dataset"] for pair in one["pairs"]] == sorted(TASKS[2:]) and one["families"] == FAMILIES
 
 
 def test_the_report_has_a_section_and_nothing_else_takes_the_benchmark_for_a_collection(collected, by_family):

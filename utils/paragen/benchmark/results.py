@@ -2,6 +2,7 @@
 
 import zlib
 from collections.abc import Sequence
+from dataclasses import asdict
 from importlib.metadata import version
 from typing import Any
 
@@ -196,7 +197,7 @@ def identity_of(plan: Plan, options: dict[str, Any]) -> dict[str, Any]:
     return {
         "base_model": some.base_name,
         "rank": some.rank,
-        "settings": {**plan.inputs, "by": plan.wanted.by, "variants": list(plan.wanted.variants)},
+        "settings": {key: value for key, value in asdict(plan.wanted).items() if key != "baselines"},
         "baselines": list(plan.wanted.baselines),
         "generator": options,
         "collections": {one.name: one.manifest.sha256 for one in plan.chosen.values()},
@@ -222,6 +223,8 @@ def content_of(
         "format": benchmark_page.FORMAT,
         **identity_of(plan, options),
         "versions": {name: version(name) for name in ("torch", "transformers", "peft")},
+        "devices": sorted({part["device"] for part in (*parts.values(), *folds)}),
+        "dtypes": sorted({dtype for part in (*parts.values(), *folds) for dtype in part["inputs"]["dtype"].values()}),
         "groups": [
             group_of(name, [Measured(found) for found in by_dataset.values()]) for name, by_dataset in groups.items()
         ],

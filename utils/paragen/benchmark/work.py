@@ -17,9 +17,9 @@ from paragen.benchmark.rows import Scored
 from paragen.collection import adapter_config, checkpoints, prompts, run_identity, vectors
 from paragen.collection.evaluation import BASE
 from paragen.collection.index import Chosen
-from paragen.common import paths
+from paragen.common import devices, paths
 from paragen.common.cli import say
-from paragen.generator import conditions, generate, saved, train
+from paragen.generator import conditions, generate, saved, sources, train
 from paragen.generator.options import Options
 from paragen.scoring import base_model, collection_scorer
 from paragen.scoring.base_model import BaseModel
@@ -90,6 +90,12 @@ class Worker:
         )
         return dict(zip(adapters, map(per_row, found), strict=True))
 
+    def inputs_of(self, held: Sequence[str], trained: Sequence[str], more: dict[str, Any]) -> dict[str, Any]:
+        """What decides a part's result, as `rows.inputs_of`, with the dtype in which this device computes it."""
+        recipes = {name: self.plan.chosen[name].manifest.recipe or {} for name in (*held, *trained)}
+        dtypes = {name: str(base_model.dtype_of(one)).removeprefix("torch.") for name, one in recipes.items()}
+        return rows.inputs_of(self.plan, held, trained, {**more, "dtype": dtypes})
+
     # ------------------------------------------------------------------------------------------------ single datasets
 
     def measure_dataset(self, dataset: str) -> None:
@@ -98,7 +104,8 @@ class Worker:
         extra = self.trained(dataset)
         hashes = {kind: chosen.manifest.sha256 for kind, chosen in extra.items()}
         context = "context" in self.plan.wanted.baselines
-        inputs = rows.inputs_of(self.plan, [dataset], [], {"trained": hashes, "context": context})
+        more = {"trained": hashes, "context": self.plan.wanted.prompts if context else 0}
+        inputs = self.inputs_of([dataset], [], more)
         if rows.read_part(path, inputs, run_identity.force_requested()) is not None:
             say(f"measured already: {dataset}")
             return
@@ -112,7 +119,7 @@ class Worker:
             facts["context_rows"] = count
             if result is not None:
                 methods["context"] = [result]
-        rows.write_part(path, inputs, part_of(dataset, scored, methods, facts))
+        rows.write_part(path, inputs, {**part_of(dataset, scored, methods, facts), "device": devices.describe()})
         say(f"{dataset}: {len(scored.clusters)} rows, {len(methods)} methods, {time.monotonic() - started:.0f} s")
 
     def trained(self, dataset: str) -> dict[str, Chosen]:
@@ -151,11 +158,14 @@ class Worker:
         """Train a fold's generators and score its methods on the datasets that it holds out; writes the fold's part."""
         path = self.plan.folder / "folds" / f"{fold.name}.json"
         union = self.union_of(fold)
+        wanted, trained = self.plan.wanted, [self.plan.chosen[name] for name in fold.trained]
         more = {
             "held": list(fold.held), "seeds": list(fold.seeds), "generator": vars(self.options),
-            "union": None if union is None else union.manifest.sha256,
+            "union": None if union is None else union.manifest.sha256, "group": fold.group, "prompts": wanted.prompts,
+            "samples": wanted.samples, "pairs": sources.records_of(trained, self.options.steps_of),
+            "families": {name: self.plan.families[name] for name in (*fold.held, *fold.trained)},
         }  # fmt: skip
-        inputs = rows.inputs_of(self.plan, fold.held, fold.trained, more)
+        inputs = self.inputs_of(fold.held, fold.trained, more)
         if rows.read_part(path, inputs, run_identity.force_requested()) is not None:
             say(f"measured already: {fold.name}")
             return
@@ -173,7 +183,8 @@ class Worker:
                 kind, _, run = name.partition(" ")
                 methods.setdefault(kind, []).append({**one, "run": run})
             parts[dataset] = part_of(dataset, scored, methods, facts[dataset])
-        rows.write_part(path, inputs, {"fold": fold.name, "group": fold.group, "datasets": parts})
+        result = {"fold": fold.name, "group": fold.group, "datasets": parts, "device": devices.describe()}
+        rows.write_part(path, inputs, result)
         say(f"{fold.name}: {len(fold.held)} datasets measured, {time.monotonic() - started:.0f} s")
 
     def without_generator(
