@@ -210,12 +210,13 @@ def part(methods: dict[str, list[float]], clusters: list[int] | None = None, rig
 
 
 def measured(
-    base: float, own: float, made: float, rows: int = 200, noise: float = 0.5, seed: int = 0
+    base: float, own: float, made: float, rows: int = 200, noise: float = 0.5, seed: int = 0, family: str = ""
 ) -> results.Measured:
     """A dataset on which three methods have these losses, with noise that all rows share."""
     shared = np.random.default_rng(seed).normal(0, noise, rows)
     methods = {"base": base, "own": own, "generated-mean": made, "swapped-mean": made + 0.1, "mean": made + 0.05}
-    return results.Measured([part({name: (shared + level).tolist() for name, level in methods.items()})])
+    rows_by_method = {name: (shared + level).tolist() for name, level in methods.items()}
+    return results.Measured([part(rows_by_method)], family or str(seed))
 
 
 def test_differences_are_paired_so_that_what_rows_share_does_not_widen_them():
@@ -230,7 +231,7 @@ def test_differences_are_paired_so_that_what_rows_share_does_not_widen_them():
 def test_rows_of_one_prompt_are_drawn_together():
     """Forty copies of two rows say no more than the two."""
     twins = {name: [1.0, 2.0] * 40 for name in ("base", "own", "generated-mean", "swapped-mean")}
-    alone, together = (results.Measured([part(twins, clusters)]) for clusters in ([*range(80)], [0, 1] * 40))
+    alone, together = (results.Measured([part(twins, clusters)], "A") for clusters in ([*range(80)], [0, 1] * 40))
     widths = [np.ptp(one.row()["methods"]["base"]["loss"]["interval"]) for one in (alone, together)]
     assert widths[1] == pytest.approx(1) and widths[0] < 0.3
 
@@ -255,9 +256,20 @@ def test_the_share_closed_of_several_datasets_is_a_ratio_of_sums():
     assert (total["better_loss"]["mean"], total["worse_loss"]["mean"], total["without_prompts"]) == (3, 0, [])
 
 
+def test_variants_of_one_rule_count_as_one_rule_in_the_interval_of_a_total():
+    """Four variants each of two rules, of which one is closed wholly and one not at all: any share may be the truth."""
+    made = [measured(3.0, 1.0, 1.0 if number % 2 else 3.0, seed=number, family=str(number % 2)) for number in range(8)]
+    alone = [measured(3.0, 1.0, 1.0 if number % 2 else 3.0, seed=number) for number in range(8)]
+    together = results.closed(made, "generated-mean")
+    assert together["value"] == pytest.approx(0.5) and together["interval"] == pytest.approx([0, 1])
+    assert np.ptp(results.closed(alone, "generated-mean")["interval"]) < 0.8
+    one = results.closed([*made[::2], measured(3.0, 1.0, 1.0, family="0", seed=9)], "generated-mean")["interval"]
+    assert 0 < np.ptp(one) <= 0.8, "of a single family its datasets are drawn"
+
+
 def test_where_own_is_no_better_than_base_no_share_is_known():
     methods = {"base": [1.0] * 50, "own": [0.5, 1.5] * 25, "generated-mean": [0.9] * 50, "swapped-mean": [1.0] * 50}
-    row = results.Measured([part(methods)]).row()
+    row = results.Measured([part(methods)], "A").row()
     assert row["closed"]["generated-mean"] == {"value": None, "interval": None}
 
 
@@ -265,7 +277,7 @@ def test_a_choice_at_chance_is_form_and_a_learned_one_is_skill():
     methods = {name: [1.0] * 100 for name in ("base", "own", "generated-mean", "swapped-mean")}
     for own, kind in (([1] * 52 + [0] * 48, "form"), ([1] * 90 + [0] * 10, "skill")):
         right = {name: own if name == "own" else [0] * 100 for name in methods}
-        row = results.Measured([part(methods, right=right, metric="choice", chance=0.5)]).row()
+        row = results.Measured([part(methods, right=right, metric="choice", chance=0.5)], "A").row()
         assert row["kind"] == kind and row["methods"]["own"]["accuracy"]["value"] == sum(own) / 100
     assert not row["uses_prompts"], "the loss is the same with other prompts"
 
@@ -276,7 +288,7 @@ def test_a_picture_shows_datasets_or_the_course_over_variants(tmp_path):
         name: [number % 3 == 0 for number in range(60)] for name in ("base", "own", "generated-mean", "swapped-mean")
     }
     methods = {name: [2.0 - number] * 60 for number, name in enumerate(right)}
-    made.append(results.Measured([part(methods, right=right)]))
+    made.append(results.Measured([part(methods, right=right)], "A"))
     groups = [results.group_of(f"{count} variants of each family", made) for count in (1, 3, 12)]
     for count, name in ((1, "datasets.png"), (3, "course.png")):
         picture.draw({"groups": groups[:count]}, tmp_path / name)
