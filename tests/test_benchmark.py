@@ -18,7 +18,7 @@ from paragen.common.cli import UserError
 pytestmark = pytest.mark.runs
 
 FAST = {
-    "TRAIN_STEPS": 10, "WIDTH": 16, "PROMPTS": 4, "SAMPLES": 2, "REPEATS": 1, "LIMIT": 6, "LOSS_ONLY": "exact",
+    "TRAIN_STEPS": 10, "WIDTH": 16, "PROMPTS": made_project.ROWS, "SAMPLES": 2, "REPEATS": 1, "LIMIT": 6, "LOSS_ONLY": "exact",
     "BASELINES": "none",
 }  # fmt: skip
 FAMILIES = dict(zip(TASKS, ("one", "one", "two", "two"), strict=True))
@@ -116,7 +116,7 @@ def test_the_report_has_a_section_and_nothing_else_takes_the_benchmark_for_a_col
 
 def test_what_a_generator_writes_is_scored_with_what_it_saw(collected, by_family):
     generator, out = folder(collected) / "generators" / "one_0", collected.top / "my adapters"
-    run(collected, "generate", GENERATOR=generator, DATASET=TASKS[0], SAMPLES=2, PROMPTS=4, OUT=out)
+    run(collected, "generate", GENERATOR=generator, DATASET=TASKS[0], SAMPLES=2, OUT=out)
     printed = run(collected, "evaluate", GENERATED=out, LIMIT=6)
     scores = json.loads((out / TASKS[0] / "scores.json").read_text())
     assert (scores["training"], scores["training_tasks"]) == ("unseen", sorted(TASKS[2:])) and "unseen" in printed
@@ -124,7 +124,8 @@ def test_what_a_generator_writes_is_scored_with_what_it_saw(collected, by_family
     row = next(row for row in content(collected)["groups"][0]["rows"] if row["dataset"] == TASKS[0])
     assert one["base"]["loss"] == pytest.approx(row["methods"]["base"]["loss"]["value"], rel=1e-4)
     assert one["metric"] == "exact" and len(one["samples"]) == 2
-    assert one["samples"][0]["loss"] == pytest.approx(row["methods"]["generated"]["loss"]["value"], rel=1e-2)
+    loss = row["methods"]["generated"]["loss"]["value"]
+    assert one["samples"][0]["loss"] == pytest.approx(loss, rel=1e-6), "both have all prompts, and a description"
 
 
 def test_an_edited_benchmark_is_named_in_its_section(collected, by_family, tmp_path):
@@ -139,7 +140,14 @@ def test_an_edited_benchmark_is_named_in_its_section(collected, by_family, tmp_p
 @pytest.mark.slow
 def test_everything_it_is_compared_with_is_trained_and_measured_on_all_slots(collected):
     """Exact answers, own trainings by the collect path, variants of each family, several processes."""
-    full = {**FAST, "BASELINES": "again union few context", "LOSS_ONLY": "", "REPEATS": 2, "PER_DEVICE": 2}
+    full = {
+        **FAST,
+        "PROMPTS": 4,
+        "BASELINES": "again union few context",
+        "LOSS_ONLY": "",
+        "REPEATS": 2,
+        "PER_DEVICE": 2,
+    }
     variants = {**full, "VARIANTS": 1, "HOLD": 1}
     printed = run(collected, "benchmark_generator", **variants)
     assert "training 6 adapters to compare with" in printed

@@ -14,10 +14,10 @@ from torch import Tensor
 from paragen.benchmark import rows, trainings
 from paragen.benchmark.plan import Fold, Plan, drawn_rows
 from paragen.benchmark.rows import Scored
-from paragen.collection import adapter_config, checkpoints, prompts, run_identity, vectors
+from paragen.collection import adapter_config, checkpoints, prompts, run_identity, task_descriptions, vectors
 from paragen.collection.evaluation import BASE
 from paragen.collection.index import Chosen
-from paragen.common import devices, paths
+from paragen.common import devices, files, paths
 from paragen.common.cli import say
 from paragen.generator import conditions, generate, saved, sources, train
 from paragen.generator.options import Options
@@ -164,6 +164,7 @@ class Worker:
             "union": None if union is None else union.manifest.sha256, "group": fold.group, "prompts": wanted.prompts,
             "samples": wanted.samples, "pairs": sources.records_of(trained, self.options.steps_of),
             "families": {name: self.plan.families[name] for name in (*fold.held, *fold.trained)},
+            "description": {name: files.sha256_of_value(self.description_of(name)) for name in fold.held},
         }  # fmt: skip
         inputs = self.inputs_of(fold.held, fold.trained, more)
         if rows.read_part(path, inputs, run_identity.force_requested()) is not None:
@@ -254,7 +255,8 @@ class Worker:
         return min(losses, key=lambda temperature: losses[temperature])
 
     def other_prompts(self, fold: Fold, dataset: str) -> str:
-        """The dataset whose prompts the generator gets in place of the right ones: of another family, where it can."""
+        """The dataset whose prompts and description the generator gets in place of the right ones: of another family,
+        where it can."""
         names = [name for name in (*fold.held, *fold.trained) if name != dataset]
         far = [name for name in names if self.plan.families[name] != self.plan.families[dataset]] or names
         return random.Random(f"other {fold.name} {dataset}").choice(far)
@@ -262,8 +264,8 @@ class Worker:
     def add_generated(
         self, fold: Fold, seed: int, adapters: dict[str, dict[str, Adapter | None]], facts: dict[str, dict[str, Any]]
     ) -> None:
-        """Train a generator, and add what it writes for each held-out dataset: from its own and from another one's
-        prompts, single samples and their mean."""
+        """Train a generator, and add what it writes for each held-out dataset: from its own prompts and description, and
+        from another one's; single samples and their mean."""
         folder = self.plan.folder / "generators" / f"{fold.name}_{seed}"
         options = Options(**{**vars(self.options), "seed": seed})
         train.train([self.plan.chosen[name] for name in fold.trained], folder, options, quiet=True, reader=self.reader)
@@ -271,12 +273,17 @@ class Worker:
         generator.reader = self.reader
         for dataset, made in adapters.items():
             for kind, source in (("generated", dataset), ("swapped", facts[dataset]["other"])):
+                description = self.description_of(source)
                 samples = [
-                    generate.generate(generator, embedded, samples=1, seed=seed, each=len(embedded))[0]
+                    generate.generate(generator, embedded, 1, seed, len(embedded), description)[0]
                     for embedded in self.conditions_of(source)
                 ]
                 made |= {f"{kind} {seed}.{number}": one for number, one in enumerate(samples)}
                 made[f"{kind}-mean {seed}"] = generate.mean_of(samples)
+
+    def description_of(self, dataset: str) -> str | None:
+        """The description that a generator gets with a dataset's prompts, as `make generate` gives it."""
+        return next(iter(task_descriptions.of_collection(self.plan.chosen[dataset].manifest)), None)
 
     def conditions_of(self, dataset: str) -> list[Tensor]:
         """The embedded training rows behind each sample of a dataset."""
