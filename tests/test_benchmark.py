@@ -18,8 +18,8 @@ from paragen.common.cli import UserError
 pytestmark = pytest.mark.runs
 
 FAST = {
-    "TRAIN_STEPS": 10, "WIDTH": 16, "PROMPTS": made_project.ROWS, "SAMPLES": 2, "REPEATS": 1, "LIMIT": 6, "LOSS_ONLY": "exact",
-    "BASELINES": "none",
+    "TRAIN_STEPS": 10, "WIDTH": 16, "PROMPTS": made_project.ROWS, "SAMPLES": 2, "REPEATS": 1, "LIMIT": 6,
+    "LOSS_ONLY": "exact", "BASELINES": "none",
 }  # fmt: skip
 FAMILIES = dict(zip(TASKS, ("one", "one", "two", "two"), strict=True))
 NEEDED = {"base", "mean", "nearest", "weighted", "generated", "generated-mean", "own", "swapped", "swapped-mean"}

@@ -5,10 +5,10 @@ import pytest
 from helpers import handmade, tiny
 
 from paragen.analysis import benchmark_page
-from paragen.benchmark import bootstrap, picture, plan, results, rows, trainings
+from paragen.benchmark import bootstrap, picture, plan, results, rows, run, trainings
 from paragen.benchmark.plan import Wanted
 from paragen.collection import index, prompts
-from paragen.common import paths
+from paragen.common import devices, paths
 from paragen.common.cli import UserError
 from paragen.dataset import dataset_info
 from paragen.recipes import lookup, render
@@ -138,6 +138,27 @@ def test_a_part_is_used_again_only_with_the_same_inputs_and_unedited(tmp_path):
     path.write_text(path.read_text().replace('"A"', '"B"', 1))
     with pytest.raises(UserError, match="A.json: broken .was edited.*; remove it"):
         rows.read_part(path, inputs, False)
+
+
+def test_what_cannot_be_measured_is_named_and_the_others_are_measured(capsys):
+    measured = []
+
+    def broken() -> None:
+        raise UserError("has no rows")
+
+    parts = [("A", lambda: measured.append("A")), ("B", broken), ("C", lambda: measured.append("C"))]
+    with pytest.raises(UserError, match="1 of 3 parts could not be measured"):
+        run.measure_each(parts)
+    assert measured == ["A", "C"] and capsys.readouterr().err == "error: B: has no rows\n"
+    run.measure_each(parts[::2])
+
+
+def test_without_a_device_it_says_what_to_set(monkeypatch):
+    monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "")
+    monkeypatch.delenv("DEVICES", raising=False)
+    monkeypatch.setattr(devices, "nvidia_driver", lambda: "550")
+    with pytest.raises(UserError, match="no device: CUDA_VISIBLE_DEVICES is empty; set DEVICES=cpu"):
+        run.slots()
 
 
 # Trainings of its own

@@ -27,6 +27,7 @@ from paragen.scoring.checkpoint_scores import CheckpointScore
 from paragen.scoring.collection_scorer import AdapterScorer
 from paragen.scoring.factor_reader import MemoryReader
 from paragen.scoring.questions import Split
+from paragen.training import deterministic
 
 Adapter = dict[str, Tensor]
 TEMPERATURES = (0.02, 0.05, 0.1, 0.2, 0.5, 1.0)  # of the similarity-weighted mean; one is chosen on training tasks
@@ -70,9 +71,15 @@ class Worker:
 
     @property
     def reader(self) -> conditions.Reader:
-        """How the base model reads prompts."""
+        """How the base model reads prompts.
+
+        Fused kernels replace a function that all models of an architecture share. They are there before the first text
+        is read, so that it does not depend on what was scored before.
+        """
         if self._reader is None:
-            self._reader = conditions.Reader.of(next(iter(self.plan.chosen.values())).manifest)
+            dataset, some = next(iter(self.plan.chosen.items()))
+            self.base_for(dataset).use_fused_kernels()
+            self._reader = conditions.Reader.of(some.manifest)
         return self._reader
 
     def pool(self, dataset: str) -> Tensor:
@@ -264,11 +271,13 @@ class Worker:
     def add_generated(
         self, fold: Fold, seed: int, adapters: dict[str, dict[str, Adapter | None]], facts: dict[str, dict[str, Any]]
     ) -> None:
-        """Train a generator, and add what it writes for each held-out dataset: from its own prompts and description, and
-        from another one's; single samples and their mean."""
+        """Train a generator, and add what it writes for each held-out dataset, single samples and their mean: from its
+        own prompts and description, and from another one's."""
         folder = self.plan.folder / "generators" / f"{fold.name}_{seed}"
         options = Options(**{**vars(self.options), "seed": seed})
-        train.train([self.plan.chosen[name] for name in fold.trained], folder, options, quiet=True, reader=self.reader)
+        seen = [self.plan.chosen[name] for name in fold.trained]
+        with deterministic.chosen_kernels():
+            train.train(seen, folder, options, quiet=True, reader=self.reader)
         generator = saved.load(folder)
         generator.reader = self.reader
         for dataset, made in adapters.items():

@@ -1,4 +1,4 @@
-"""Generates adapters from prompts (and a description), and writes them as PEFT folders with a record of where they come from.
+"""Generates adapters from prompts (and a description), and writes them as PEFT folders with their origin.
 
 OUT/<dataset>/<sample>/adapter_model.safetensors, adapter_config.json      samples are numbered from 1
 OUT/<dataset>/generated.json    the generator, the datasets it saw, the prompts, the seed, the files' hashes
