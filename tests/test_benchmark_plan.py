@@ -303,6 +303,17 @@ def test_a_choice_at_chance_is_form_and_a_learned_one_is_skill():
     assert not row["uses_prompts"], "the loss is the same with other prompts"
 
 
+def test_a_picture_of_many_datasets_has_a_line_for_each_family_with_all_of_its_datasets():
+    rows = [
+        {"dataset": f"{family}-{number}", "family": family, "methods": {"base": {"loss": {"value": float(number)}}}}
+        for family in ("copy", "sort") for number in range(21)
+    ]  # fmt: skip
+    found = picture.rows_of({"rows": rows})
+    assert [row["dataset"] for row in found] == ["copy (21)", "sort (21)"]
+    assert all(row["methods"]["base"]["loss"]["value"] == 10 for row in found)
+    assert picture.rows_of({"rows": rows[:40]}) == rows[:40]
+
+
 def test_a_picture_shows_datasets_or_the_course_over_variants(tmp_path):
     made = [measured(3.0, 1.0, level, seed=number) for number, level in enumerate((2.0, 1.5))]
     right = {

@@ -81,7 +81,8 @@ class Measured:
             if right is not None and (other := self.accuracy(name)) is not None
         }  # fmt: skip
         return {
-            "dataset": self.dataset, "metric": self.metric, "kind": "form" if self.is_form else "skill",
+            "dataset": self.dataset, "family": self.family, "metric": self.metric,
+            "kind": "form" if self.is_form else "skill",
             "rows": len(self.tokens), "chance": self.chance, "methods": figures, "loss_difference": differences,
             "accuracy_difference": more_right,
             "closed": {name: closed([self], name) for name in (*RIVALS, GENERATED) if name in self.runs},
