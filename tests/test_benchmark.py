@@ -10,14 +10,16 @@ from helpers.made_project import TASKS, refused, run, start
 from helpers.packed_project import Packable
 
 from paragen.analysis import benchmark_page
+from paragen.benchmark import rows
 from paragen.collection import discovery
 from paragen.common import files
+from paragen.common.cli import UserError
 
 pytestmark = pytest.mark.runs
 
 FAST = {
-    "TRAIN_STEPS": 10, "WIDTH": 16, "PROMPTS": 4, "SAMPLES": 2, "REPEATS": 1, "LIMIT": 6, "LOSS_ONLY": "exact",
-    "BASELINES": "none",
+    "TRAIN_STEPS": 10, "WIDTH": 16, "PROMPTS": made_project.ROWS, "SAMPLES": 2, "REPEATS": 1, "LIMIT": 6,
+    "LOSS_ONLY": "exact", "BASELINES": "none",
 }  # fmt: skip
 FAMILIES = dict(zip(TASKS, ("one", "one", "two", "two"), strict=True))
 NEEDED = {"base", "mean", "nearest", "weighted", "generated", "generated-mean", "own", "swapped", "swapped-mean"}
@@ -90,6 +92,20 @@ def test_what_was_measured_is_used_again_and_never_with_other_inputs(collected, 
     assert "is of another benchmark (settings differ); take another OUT, or FORCE=1 replaces it" in line
 
 
+def test_a_part_knows_in_which_dtype_and_on_what_it_was_measured(collected, by_family):
+    """Parts of a benchmark that was stopped on a GPU are not continued in float32."""
+    found = content(collected)
+    assert (found["devices"], found["dtypes"]) == (["cpu"], ["float32"])
+    for path in folder(collected).glob("*/*.json"):
+        inputs = json.loads(path.read_text())["inputs"]
+        assert set(inputs["dtype"]) == set(inputs["collections"]) and set(inputs["dtype"].values()) == {"float32"}
+        other = {**inputs, "dtype": dict.fromkeys(inputs["dtype"], "bfloat16")}
+        with pytest.raises(UserError, match=r"was measured with other inputs \(dtype\)"):
+            rows.read_part(path, other, False)
+    one = json.loads((folder(collected) / "folds" / "one.json").read_text())["inputs"]
+    assert [pair["dataset"] for pair in one["pairs"]] == sorted(TASKS[2:]) and one["families"] == FAMILIES
+
+
 def test_the_report_has_a_section_and_nothing_else_takes_the_benchmark_for_a_collection(collected, by_family):
     run(collected, "report")
     page = (collected.top / "saves" / "report" / "index.html").read_text()
@@ -100,7 +116,7 @@ def test_the_report_has_a_section_and_nothing_else_takes_the_benchmark_for_a_col
 
 def test_what_a_generator_writes_is_scored_with_what_it_saw(collected, by_family):
     generator, out = folder(collected) / "generators" / "one_0", collected.top / "my adapters"
-    run(collected, "generate", GENERATOR=generator, DATASET=TASKS[0], SAMPLES=2, PROMPTS=4, OUT=out)
+    run(collected, "generate", GENERATOR=generator, DATASET=TASKS[0], SAMPLES=2, OUT=out)
     printed = run(collected, "evaluate", GENERATED=out, LIMIT=6)
     scores = json.loads((out / TASKS[0] / "scores.json").read_text())
     assert (scores["training"], scores["training_tasks"]) == ("unseen", sorted(TASKS[2:])) and "unseen" in printed
@@ -108,7 +124,8 @@ def test_what_a_generator_writes_is_scored_with_what_it_saw(collected, by_family
     row = next(row for row in content(collected)["groups"][0]["rows"] if row["dataset"] == TASKS[0])
     assert one["base"]["loss"] == pytest.approx(row["methods"]["base"]["loss"]["value"], rel=1e-4)
     assert one["metric"] == "exact" and len(one["samples"]) == 2
-    assert one["samples"][0]["loss"] == pytest.approx(row["methods"]["generated"]["loss"]["value"], rel=1e-2)
+    loss = row["methods"]["generated"]["loss"]["value"]
+    assert one["samples"][0]["loss"] == pytest.approx(loss, rel=1e-6), "both have all prompts, and a description"
 
 
 def test_an_edited_benchmark_is_named_in_its_section(collected, by_family, tmp_path):
@@ -123,7 +140,14 @@ def test_an_edited_benchmark_is_named_in_its_section(collected, by_family, tmp_p
 @pytest.mark.slow
 def test_everything_it_is_compared_with_is_trained_and_measured_on_all_slots(collected):
     """Exact answers, own trainings by the collect path, variants of each family, several processes."""
-    full = {**FAST, "BASELINES": "again union few context", "LOSS_ONLY": "", "REPEATS": 2, "PER_DEVICE": 2}
+    full = {
+        **FAST,
+        "PROMPTS": 4,
+        "BASELINES": "again union few context",
+        "LOSS_ONLY": "",
+        "REPEATS": 2,
+        "PER_DEVICE": 2,
+    }
     variants = {**full, "VARIANTS": 1, "HOLD": 1}
     printed = run(collected, "benchmark_generator", **variants)
     assert "training 6 adapters to compare with" in printed

@@ -5,10 +5,10 @@ import pytest
 from helpers import handmade, tiny
 
 from paragen.analysis import benchmark_page
-from paragen.benchmark import bootstrap, picture, plan, results, rows, trainings
+from paragen.benchmark import bootstrap, picture, plan, results, rows, run, trainings
 from paragen.benchmark.plan import Wanted
 from paragen.collection import index, prompts
-from paragen.common import paths
+from paragen.common import devices, paths
 from paragen.common.cli import UserError
 from paragen.dataset import dataset_info
 from paragen.recipes import lookup, render
@@ -140,6 +140,27 @@ def test_a_part_is_used_again_only_with_the_same_inputs_and_unedited(tmp_path):
         rows.read_part(path, inputs, False)
 
 
+def test_what_cannot_be_measured_is_named_and_the_others_are_measured(capsys):
+    measured = []
+
+    def broken() -> None:
+        raise UserError("has no rows")
+
+    parts = [("A", lambda: measured.append("A")), ("B", broken), ("C", lambda: measured.append("C"))]
+    with pytest.raises(UserError, match="1 of 3 parts could not be measured"):
+        run.measure_each(parts)
+    assert measured == ["A", "C"] and capsys.readouterr().err == "error: B: has no rows\n"
+    run.measure_each(parts[::2])
+
+
+def test_without_a_device_it_says_what_to_set(monkeypatch):
+    monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "")
+    monkeypatch.delenv("DEVICES", raising=False)
+    monkeypatch.setattr(devices, "nvidia_driver", lambda: "550")
+    with pytest.raises(UserError, match="no device: CUDA_VISIBLE_DEVICES is empty; set DEVICES=cpu"):
+        run.slots()
+
+
 # Trainings of its own
 
 
@@ -210,12 +231,13 @@ def part(methods: dict[str, list[float]], clusters: list[int] | None = None, rig
 
 
 def measured(
-    base: float, own: float, made: float, rows: int = 200, noise: float = 0.5, seed: int = 0
+    base: float, own: float, made: float, rows: int = 200, noise: float = 0.5, seed: int = 0, family: str = ""
 ) -> results.Measured:
     """A dataset on which three methods have these losses, with noise that all rows share."""
     shared = np.random.default_rng(seed).normal(0, noise, rows)
     methods = {"base": base, "own": own, "generated-mean": made, "swapped-mean": made + 0.1, "mean": made + 0.05}
-    return results.Measured([part({name: (shared + level).tolist() for name, level in methods.items()})])
+    rows_by_method = {name: (shared + level).tolist() for name, level in methods.items()}
+    return results.Measured([part(rows_by_method)], family or str(seed))
 
 
 def test_differences_are_paired_so_that_what_rows_share_does_not_widen_them():
@@ -230,7 +252,7 @@ def test_differences_are_paired_so_that_what_rows_share_does_not_widen_them():
 def test_rows_of_one_prompt_are_drawn_together():
     """Forty copies of two rows say no more than the two."""
     twins = {name: [1.0, 2.0] * 40 for name in ("base", "own", "generated-mean", "swapped-mean")}
-    alone, together = (results.Measured([part(twins, clusters)]) for clusters in ([*range(80)], [0, 1] * 40))
+    alone, together = (results.Measured([part(twins, clusters)], "A") for clusters in ([*range(80)], [0, 1] * 40))
     widths = [np.ptp(one.row()["methods"]["base"]["loss"]["interval"]) for one in (alone, together)]
     assert widths[1] == pytest.approx(1) and widths[0] < 0.3
 
@@ -255,9 +277,20 @@ def test_the_share_closed_of_several_datasets_is_a_ratio_of_sums():
     assert (total["better_loss"]["mean"], total["worse_loss"]["mean"], total["without_prompts"]) == (3, 0, [])
 
 
+def test_variants_of_one_rule_count_as_one_rule_in_the_interval_of_a_total():
+    """Four variants each of two rules, of which one is closed wholly and one not at all: any share may be the truth."""
+    made = [measured(3.0, 1.0, 1.0 if number % 2 else 3.0, seed=number, family=str(number % 2)) for number in range(8)]
+    alone = [measured(3.0, 1.0, 1.0 if number % 2 else 3.0, seed=number) for number in range(8)]
+    together = results.closed(made, "generated-mean")
+    assert together["value"] == pytest.approx(0.5) and together["interval"] == pytest.approx([0, 1])
+    assert np.ptp(results.closed(alone, "generated-mean")["interval"]) < 0.8
+    one = results.closed([*made[::2], measured(3.0, 1.0, 1.0, family="0", seed=9)], "generated-mean")["interval"]
+    assert 0 < np.ptp(one) <= 0.8, "of a single family its datasets are drawn"
+
+
 def test_where_own_is_no_better_than_base_no_share_is_known():
     methods = {"base": [1.0] * 50, "own": [0.5, 1.5] * 25, "generated-mean": [0.9] * 50, "swapped-mean": [1.0] * 50}
-    row = results.Measured([part(methods)]).row()
+    row = results.Measured([part(methods)], "A").row()
     assert row["closed"]["generated-mean"] == {"value": None, "interval": None}
 
 
@@ -265,9 +298,20 @@ def test_a_choice_at_chance_is_form_and_a_learned_one_is_skill():
     methods = {name: [1.0] * 100 for name in ("base", "own", "generated-mean", "swapped-mean")}
     for own, kind in (([1] * 52 + [0] * 48, "form"), ([1] * 90 + [0] * 10, "skill")):
         right = {name: own if name == "own" else [0] * 100 for name in methods}
-        row = results.Measured([part(methods, right=right, metric="choice", chance=0.5)]).row()
+        row = results.Measured([part(methods, right=right, metric="choice", chance=0.5)], "A").row()
         assert row["kind"] == kind and row["methods"]["own"]["accuracy"]["value"] == sum(own) / 100
     assert not row["uses_prompts"], "the loss is the same with other prompts"
+
+
+def test_a_picture_of_many_datasets_has_a_line_for_each_family_with_all_of_its_datasets():
+    rows = [
+        {"dataset": f"{family}-{number}", "family": family, "methods": {"base": {"loss": {"value": float(number)}}}}
+        for family in ("copy", "sort") for number in range(21)
+    ]  # fmt: skip
+    found = picture.rows_of({"rows": rows})
+    assert [row["dataset"] for row in found] == ["copy (21)", "sort (21)"]
+    assert all(row["methods"]["base"]["loss"]["value"] == 10 for row in found)
+    assert picture.rows_of({"rows": rows[:40]}) == rows[:40]
 
 
 def test_a_picture_shows_datasets_or_the_course_over_variants(tmp_path):
@@ -276,7 +320,7 @@ def test_a_picture_shows_datasets_or_the_course_over_variants(tmp_path):
         name: [number % 3 == 0 for number in range(60)] for name in ("base", "own", "generated-mean", "swapped-mean")
     }
     methods = {name: [2.0 - number] * 60 for number, name in enumerate(right)}
-    made.append(results.Measured([part(methods, right=right)]))
+    made.append(results.Measured([part(methods, right=right)], "A"))
     groups = [results.group_of(f"{count} variants of each family", made) for count in (1, 3, 12)]
     for count, name in ((1, "datasets.png"), (3, "course.png")):
         picture.draw({"groups": groups[:count]}, tmp_path / name)

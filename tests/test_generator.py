@@ -14,7 +14,7 @@ from safetensors.torch import load_file
 
 import train_generator
 from paragen.collection import discovery, index
-from paragen.common import files, paths
+from paragen.common import files, paths, settings
 from paragen.common.cli import UserError
 from paragen.generator import hashed_tensors, network, options, sources
 from paragen.generator.factor_layout import FactorLayout
@@ -290,3 +290,10 @@ def test_a_value_that_cannot_be_is_refused(monkeypatch):
     monkeypatch.setenv("PROMPTS", "1000")
     with pytest.raises(UserError, match="PROMPTS=1000: a condition is the mean over at most 256"):
         options.Options.of_settings()
+
+
+def test_no_second_stage_may_be_said_as_the_default_is_documented(monkeypatch):
+    monkeypatch.setenv("BASE_STEPS", "0")
+    monkeypatch.setenv("MAKE_SETTINGS", "BASE_STEPS")
+    settings.check(["generator"])
+    assert options.Options.of_settings() == options.Options()

@@ -6,9 +6,10 @@
 
 Each fold holds a family of datasets out (`family` in data/dataset_info.json; BY=dataset: a single one; VARIANTS: HOLD
 of each family, and trains on so many of the others, REPEATS random subsets each), trains REPEATS generators on the
-collections of the rest, and scores what they generate from the held-out datasets' training prompts, beside what there
-is without a generator. TRAIN_STEPS and the like are those of make generator. BASELINES="again union few context" names
-what is trained or computed besides, or none; LOSS_ONLY="math" leaves out generated answers of that metric.
+collections of the rest, and scores what they generate from the held-out datasets' training prompts (and
+description), beside what there is without a generator. TRAIN_STEPS and the like are those of make generator.
+BASELINES="again union few context" names what is trained or computed besides, or none;
+LOSS_ONLY="math" leaves out generated answers of that metric.
 
 Reads collections, data/ and models/; writes saves/benchmarks/<name>/: parts, each whole and used again by the next
 call, benchmark.json and benchmark.png. PER_DEVICE processes share a device.

@@ -1,4 +1,4 @@
-"""Have a generator write adapters for datasets, from prompts alone.
+"""Have a generator write adapters for datasets, from prompts (and a description).
 
     GENERATOR=.. DATASET="OBQA ..." [PROMPTS=16] [SAMPLES=4] [SEED=0] [OUT=..] [DEVICES=..] [FORCE=1] \\
         python utils/generate.py                                                            (make generate)

@@ -2,8 +2,8 @@
 
     MODEL=.. RANK=.. [CATEGORY=..] [DATASET=..] [SEED=..] [WITHOUT="OBQA ARC-c"] [NAME=..] [TRAIN_STEPS=1000] \\
         [BASE_STEPS=0] [TRAIN_SEED=0] [FORM=raw|canonical] [IMPORTANCE=1] [MIX=1] [ANSWERS=1] [PROMPTS=16] \\
-        [WIDTH=512] [STEPS=all|last|every:10] [PLACE=device|pinned|disk] [DEVICES=..] [FORCE=1] \\
-        python utils/train_generator.py                                                     (make generator)
+        [WIDTH=512] [STEPS=all|last|every:10] [PLACE=device|pinned|disk] [DEVICES=..] [DETERMINISTIC=0] \\
+        [FORCE=1] python utils/train_generator.py                                                     (make generator)
 
 Reads the collections of one base model and rank that the index has, their prompts and the base model. Writes
 saves/generators/<name>/ (paragen/generator/saved.py lists its files), whole or not at all. Killed, the next call goes
@@ -18,6 +18,7 @@ from paragen.common import cli, devices, paths, settings
 from paragen.common.cli import UserError
 from paragen.generator import sources
 from paragen.generator.options import Options
+from paragen.training import deterministic
 
 SHOWN = 3  # omitted datasets that a generator's name lists
 
@@ -27,6 +28,7 @@ def main() -> None:
     chosen = sources.chosen(without)
     folder = paths.SAVES / "generators" / name_of(chosen, without, wanted)
     devices.pin(devices.choose()[:1])
+    deterministic.choose_kernels()
     from paragen.generator import train  # imports torch: after the device is pinned
 
     train.train(chosen, folder, wanted, settings.text("PLACE"))

@@ -1,4 +1,4 @@
-"""The benchmark's picture: per dataset what each method reaches, or the course over the number of variants."""
+"""The benchmark's picture: per dataset or family what each method reaches, or the course over the number of variants."""
 
 import io
 from pathlib import Path
@@ -9,7 +9,7 @@ from paragen.common import files
 
 MARKS = {"base": "x", "mean": "s", "nearest": "^", "weighted": "D", "generated-mean": "o", "own": "*", "union": "v",
          "few": "P", "context": "h", "swapped-mean": "1"}  # fmt: skip
-MOST_ROWS = 40  # datasets of which each has a place; of more, a group's means are drawn alone
+MOST_ROWS = 40  # datasets that have a line each; of more, each family has one, of means without intervals
 
 
 def draw(content: dict[str, Any], path: Path) -> None:
@@ -22,18 +22,39 @@ def draw(content: dict[str, Any], path: Path) -> None:
         figure = Figure(figsize=(11, 4.2), layout="constrained")
         _course(figure, groups)
     else:
-        rows = len(groups[0]["rows"])
-        figure = Figure(figsize=(10, 1.5 + 0.3 * min(rows, MOST_ROWS) + 0.5), layout="constrained")
-        _datasets(figure, groups[0])
+        rows = rows_of(groups[0])
+        figure = Figure(figsize=(10, 2 + 0.3 * len(rows)), layout="constrained")
+        _datasets(figure, groups[0], rows)
     image = io.BytesIO()
     FigureCanvasAgg(figure).print_png(image)
     files.write_atomically(path, image.getvalue())
 
 
-def _datasets(figure: Any, group: dict[str, Any]) -> None:
-    """A line per dataset with a mark per method: the loss, and the accuracy where answers are scored."""
-    rows = group["rows"][:MOST_ROWS]
-    kinds = ["loss", *(["accuracy"] if any("accuracy" in row["methods"]["base"] for row in rows) else [])]
+def rows_of(group: dict[str, Any]) -> list[dict[str, Any]]:
+    """The lines of a group: its datasets, or its families where there are more than MOST_ROWS datasets."""
+    rows = group["rows"]
+    if len(rows) <= MOST_ROWS:
+        return rows
+    names = dict.fromkeys(row["family"] for row in rows)
+    return [_mean_row(name, [row for row in rows if row["family"] == name]) for name in names]
+
+
+def _mean_row(family: str, rows: list[dict[str, Any]]) -> dict[str, Any]:
+    """A family's line: the means over its datasets of what they all have."""
+    methods: dict[str, dict[str, Any]] = {}
+    for method in rows[0]["methods"]:
+        for kind in ("loss", "accuracy"):
+            found = [row["methods"].get(method, {}).get(kind) for row in rows]
+            values = [one["value"] for one in found if one and one["value"] is not None]
+            if len(values) == len(rows):
+                mean = sum(values) / len(values)
+                methods.setdefault(method, {})[kind] = {"value": mean, "interval": [mean, mean]}
+    return {"dataset": f"{family} ({len(rows)})", "methods": methods}
+
+
+def _datasets(figure: Any, group: dict[str, Any], rows: list[dict[str, Any]]) -> None:
+    """A line per row with a mark per method: the loss, and the accuracy where answers are scored."""
+    kinds = ["loss", *(["accuracy"] if any("accuracy" in row["methods"].get("base", {}) for row in rows) else [])]
     for place, kind in enumerate(kinds, 1):
         axes = figure.add_subplot(1, len(kinds), place)
         for method in [name for name in methods_of(group) if name in MARKS]:

@@ -3,7 +3,7 @@
 import random
 import re
 from collections.abc import Mapping
-from dataclasses import asdict, dataclass
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -82,9 +82,9 @@ class Plan(NamedTuple):
         return list(dict.fromkeys(name for fold in self.folds for name in fold.held))
 
     @property
-    def inputs(self) -> dict[str, Any]:
-        """What decides the results of every part, as a JSON object."""
-        return {key: value for key, value in asdict(self.wanted).items() if key not in ("baselines", "variants", "by")}
+    def scoring(self) -> dict[str, Any]:
+        """The settings that decide the results of every part, as a JSON object."""
+        return {"limit": self.wanted.limit, "loss_only": list(self.wanted.loss_only)}
 
 
 def collections_by_dataset(chosen: list[Chosen]) -> dict[str, Chosen]:

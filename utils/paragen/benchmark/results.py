@@ -2,6 +2,7 @@
 
 import zlib
 from collections.abc import Sequence
+from dataclasses import asdict
 from importlib.metadata import version
 from typing import Any
 
@@ -23,10 +24,11 @@ class Measured:
 
     Args:
         parts: what parts of the benchmark hold on the dataset; their runs of one method are averaged row by row.
+        family: the dataset's; those of one family are drawn together in intervals of totals.
     """
 
-    def __init__(self, parts: Sequence[dict[str, Any]]):
-        first = parts[0]
+    def __init__(self, parts: Sequence[dict[str, Any]], family: str):
+        first, self.family = parts[0], family
         self.dataset, self.metric, self.chance = first["dataset"], first["metric"], first["chance"]
         self.facts = [part["facts"] for part in parts]
         self.weights = bootstrap.draws_of(first["clusters"], zlib.crc32(self.dataset.encode()))  # its own draws
@@ -79,7 +81,8 @@ class Measured:
             if right is not None and (other := self.accuracy(name)) is not None
         }  # fmt: skip
         return {
-            "dataset": self.dataset, "metric": self.metric, "kind": "form" if self.is_form else "skill",
+            "dataset": self.dataset, "family": self.family, "metric": self.metric,
+            "kind": "form" if self.is_form else "skill",
             "rows": len(self.tokens), "chance": self.chance, "methods": figures, "loss_difference": differences,
             "accuracy_difference": more_right,
             "closed": {name: closed([self], name) for name in (*RIVALS, GENERATED) if name in self.runs},
@@ -111,21 +114,24 @@ def closed(measured: Sequence[Measured], method: str, kind: str = "loss") -> Fig
     """The share of the distance from base to own that a method closes, as a ratio of sums over datasets.
 
     Args:
-        measured: the datasets; of several, those in which a draw's rows lie are drawn, too.
+        measured: the datasets; of several families these are drawn, too, and of several datasets of one family those.
         method: which.
         kind: `loss` or `accuracy`.
 
     It is not known where own is better than base in less than 97.5 % of the draws.
     """
-    gained, possible = [], []
+    gained, possible, families = [], [], []
     for one in measured:
         base, own, found = ((one.loss if kind == "loss" else one.accuracy)(name) for name in ("base", "own", method))
         if base is not None and own is not None and found is not None:
             gained.append(base - found)
             possible.append(base - own)
+            families.append(one.family)
     if not gained:
         return {"value": None, "interval": None}
-    weights = np.ones((bootstrap.DRAWS + 1, 1)) if len(gained) == 1 else bootstrap.draws_of([*range(len(gained))], 1)
+    several = [*dict.fromkeys(families)]
+    clusters = [several.index(family) for family in families] if len(several) > 1 else [*range(len(gained))]
+    weights = np.ones((bootstrap.DRAWS + 1, 1)) if len(gained) == 1 else bootstrap.draws_of(clusters, 1)
     distance = (weights * np.stack(possible, 1)).sum(1)
     if np.mean(distance[1:] <= 0) > (1 - bootstrap.CONFIDENCE) / 2:
         return {"value": None, "interval": None}  # own is not surely better than base, so there is nothing to close
@@ -196,7 +202,7 @@ def identity_of(plan: Plan, options: dict[str, Any]) -> dict[str, Any]:
     return {
         "base_model": some.base_name,
         "rank": some.rank,
-        "settings": {**plan.inputs, "by": plan.wanted.by, "variants": list(plan.wanted.variants)},
+        "settings": {key: value for key, value in asdict(plan.wanted).items() if key != "baselines"},
         "baselines": list(plan.wanted.baselines),
         "generator": options,
         "collections": {one.name: one.manifest.sha256 for one in plan.chosen.values()},
@@ -222,8 +228,11 @@ def content_of(
         "format": benchmark_page.FORMAT,
         **identity_of(plan, options),
         "versions": {name: version(name) for name in ("torch", "transformers", "peft")},
+        "devices": sorted({part["device"] for part in (*parts.values(), *folds)}),
+        "dtypes": sorted({dtype for part in (*parts.values(), *folds) for dtype in part["inputs"]["dtype"].values()}),
         "groups": [
-            group_of(name, [Measured(found) for found in by_dataset.values()]) for name, by_dataset in groups.items()
+            group_of(name, [Measured(found, plan.families[dataset]) for dataset, found in by_dataset.items()])
+            for name, by_dataset in groups.items()
         ],
     }
     return {**content, "sha256": files.sha256_of_value(content)}

@@ -59,14 +59,14 @@ def inputs_of(plan: Plan, held: Sequence[str], trained: Sequence[str], more: dic
     """What decides a part's result.
 
     Args:
-        plan: the benchmark, of which the settings count.
+        plan: the benchmark, of which the settings of scoring count.
         held: the datasets that are scored, of which the rows and the collections count.
         trained: other datasets, of which the collections count.
         more: further inputs.
     """
     hashes = {name: plan.chosen[name].manifest.sha256 for name in (*held, *trained)}
     scored = {name: files.sha256_of_value(scored_rows(plan, name).split.texts) for name in held}
-    return {**plan.inputs, "collections": hashes, "rows": scored, **more}
+    return {**plan.scoring, "collections": hashes, "rows": scored, **more}
 
 
 def read_part(path: Path, inputs: dict[str, Any] | None, force: bool) -> dict[str, Any] | None:

@@ -6,8 +6,10 @@
 <benchmark>/benchmark.json, benchmark.png                  the table, and its picture
 """
 
+import functools
 import json
 import time
+from collections.abc import Callable, Sequence
 from dataclasses import asdict
 from multiprocessing.context import ForkServerProcess
 from pathlib import Path
@@ -18,12 +20,12 @@ from paragen.benchmark import picture, plan, results, rows, trainings
 from paragen.benchmark.plan import Fold, Plan, Wanted
 from paragen.collection import run_identity
 from paragen.common import cli, devices, files, locks, paths, settings
-from paragen.common.cli import UserError, say
+from paragen.common.cli import UserError, complain, say
 from paragen.dataset import families
 from paragen.generator import sources
 from paragen.generator.options import Options
 from paragen.sweep import forked, ray_cluster
-from paragen.training import llamafactory_output
+from paragen.training import deterministic, llamafactory_output
 
 LOOK_SECONDS = 0.2
 END_SECONDS = 20  # that a stopped process has to clean up
@@ -54,8 +56,9 @@ def make(wanted: Wanted) -> Path:
         with locks.lock(files.beside(found.folder, "lock")):
             started = time.monotonic()
             check_same(found, options)
+            jobs = jobs_of(found, len(slots()))
             trainings.run(found)
-            run_jobs(found, options, jobs_of(found, len(slots())))
+            run_jobs(found, options, jobs)
             path = write(found, options)
             say(f"measured in {time.monotonic() - started:.0f} s: {paths.relative(path)}")
             return path
@@ -89,8 +92,13 @@ def planned(wanted: Wanted) -> Plan:
 
 
 def slots() -> list[str]:
-    """The device of each process that runs at a time: PER_DEVICE of them on each device."""
+    """The device of each process that runs at a time: PER_DEVICE of them on each device.
+
+    Raises UserError where there is no device.
+    """
     own = ["cpu"] if ray_cluster.trains_on_cpu() else ray_cluster.gpus_here()
+    if not own:
+        raise UserError("no device: CUDA_VISIBLE_DEVICES is empty; set DEVICES=cpu")
     return own * (settings.number("PER_DEVICE") or 1)
 
 
@@ -107,15 +115,30 @@ def parts_of(found: Plan) -> list[Path]:
 
 
 def work_on(found: Plan, options: Options, job: Job) -> None:
-    """Measure a job in this process, whose device is pinned."""
+    """Measure a job in this process, whose device is pinned. Raises as `measure_each`."""
     llamafactory_output.reduce()
+    deterministic.choose_workspace()
     from paragen.benchmark.work import Worker  # imports torch
 
     worker = Worker(found, options)
-    for dataset in job.datasets:
-        worker.measure_dataset(dataset)
-    for fold in job.folds:
-        worker.measure_fold(fold)
+    parts = [(name, functools.partial(worker.measure_dataset, name)) for name in job.datasets]
+    measure_each([*parts, *((fold.name, functools.partial(worker.measure_fold, fold)) for fold in job.folds)])
+
+
+def measure_each(parts: Sequence[tuple[str, Callable[[], None]]]) -> None:
+    """Measure parts, named, one after the other; one that cannot be measured is named, and the others still are.
+
+    Raises UserError at the end where there was such a part.
+    """
+    failed = 0
+    for name, measure in parts:
+        try:
+            measure()
+        except UserError as error:
+            failed += 1
+            complain(f"{name}: {error}")
+    if failed:
+        raise UserError(f"{failed} of {len(parts)} parts could not be measured (see above); the next call goes on")
 
 
 def pinned_work(found: Plan, options: Options, job: Job, device: str, threads: int) -> None:

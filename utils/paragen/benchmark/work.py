@@ -14,12 +14,12 @@ from torch import Tensor
 from paragen.benchmark import rows, trainings
 from paragen.benchmark.plan import Fold, Plan, drawn_rows
 from paragen.benchmark.rows import Scored
-from paragen.collection import adapter_config, checkpoints, prompts, run_identity, vectors
+from paragen.collection import adapter_config, checkpoints, prompts, run_identity, task_descriptions, vectors
 from paragen.collection.evaluation import BASE
 from paragen.collection.index import Chosen
-from paragen.common import paths
+from paragen.common import devices, files, paths
 from paragen.common.cli import say
-from paragen.generator import conditions, generate, saved, train
+from paragen.generator import conditions, generate, saved, sources, train
 from paragen.generator.options import Options
 from paragen.scoring import base_model, collection_scorer
 from paragen.scoring.base_model import BaseModel
@@ -27,6 +27,7 @@ from paragen.scoring.checkpoint_scores import CheckpointScore
 from paragen.scoring.collection_scorer import AdapterScorer
 from paragen.scoring.factor_reader import MemoryReader
 from paragen.scoring.questions import Split
+from paragen.training import deterministic
 
 Adapter = dict[str, Tensor]
 TEMPERATURES = (0.02, 0.05, 0.1, 0.2, 0.5, 1.0)  # of the similarity-weighted mean; one is chosen on training tasks
@@ -70,9 +71,15 @@ class Worker:
 
     @property
     def reader(self) -> conditions.Reader:
-        """How the base model reads prompts."""
+        """How the base model reads prompts.
+
+        Fused kernels replace a function that all models of an architecture share. They are there before the first text
+        is read, so that it does not depend on what was scored before.
+        """
         if self._reader is None:
-            self._reader = conditions.Reader.of(next(iter(self.plan.chosen.values())).manifest)
+            dataset, some = next(iter(self.plan.chosen.items()))
+            self.base_for(dataset).use_fused_kernels()
+            self._reader = conditions.Reader.of(some.manifest)
         return self._reader
 
     def pool(self, dataset: str) -> Tensor:
@@ -90,6 +97,12 @@ class Worker:
         )
         return dict(zip(adapters, map(per_row, found), strict=True))
 
+    def inputs_of(self, held: Sequence[str], trained: Sequence[str], more: dict[str, Any]) -> dict[str, Any]:
+        """What decides a part's result, as `rows.inputs_of`, with the dtype in which this device computes it."""
+        recipes = {name: self.plan.chosen[name].manifest.recipe or {} for name in (*held, *trained)}
+        dtypes = {name: str(base_model.dtype_of(one)).removeprefix("torch.") for name, one in recipes.items()}
+        return rows.inputs_of(self.plan, held, trained, {**more, "dtype": dtypes})
+
     # ------------------------------------------------------------------------------------------------ single datasets
 
     def measure_dataset(self, dataset: str) -> None:
@@ -98,7 +111,8 @@ class Worker:
         extra = self.trained(dataset)
         hashes = {kind: chosen.manifest.sha256 for kind, chosen in extra.items()}
         context = "context" in self.plan.wanted.baselines
-        inputs = rows.inputs_of(self.plan, [dataset], [], {"trained": hashes, "context": context})
+        more = {"trained": hashes, "context": self.plan.wanted.prompts if context else 0}
+        inputs = self.inputs_of([dataset], [], more)
         if rows.read_part(path, inputs, run_identity.force_requested()) is not None:
             say(f"measured already: {dataset}")
             return
@@ -112,7 +126,7 @@ class Worker:
             facts["context_rows"] = count
             if result is not None:
                 methods["context"] = [result]
-        rows.write_part(path, inputs, part_of(dataset, scored, methods, facts))
+        rows.write_part(path, inputs, {**part_of(dataset, scored, methods, facts), "device": devices.describe()})
         say(f"{dataset}: {len(scored.clusters)} rows, {len(methods)} methods, {time.monotonic() - started:.0f} s")
 
     def trained(self, dataset: str) -> dict[str, Chosen]:
@@ -151,11 +165,15 @@ class Worker:
         """Train a fold's generators and score its methods on the datasets that it holds out; writes the fold's part."""
         path = self.plan.folder / "folds" / f"{fold.name}.json"
         union = self.union_of(fold)
+        wanted, trained = self.plan.wanted, [self.plan.chosen[name] for name in fold.trained]
         more = {
             "held": list(fold.held), "seeds": list(fold.seeds), "generator": vars(self.options),
-            "union": None if union is None else union.manifest.sha256,
+            "union": None if union is None else union.manifest.sha256, "group": fold.group, "prompts": wanted.prompts,
+            "samples": wanted.samples, "pairs": sources.records_of(trained, self.options.steps_of),
+            "families": {name: self.plan.families[name] for name in (*fold.held, *fold.trained)},
+            "description": {name: files.sha256_of_value(self.description_of(name)) for name in fold.held},
         }  # fmt: skip
-        inputs = rows.inputs_of(self.plan, fold.held, fold.trained, more)
+        inputs = self.inputs_of(fold.held, fold.trained, more)
         if rows.read_part(path, inputs, run_identity.force_requested()) is not None:
             say(f"measured already: {fold.name}")
             return
@@ -173,7 +191,8 @@ class Worker:
                 kind, _, run = name.partition(" ")
                 methods.setdefault(kind, []).append({**one, "run": run})
             parts[dataset] = part_of(dataset, scored, methods, facts[dataset])
-        rows.write_part(path, inputs, {"fold": fold.name, "group": fold.group, "datasets": parts})
+        result = {"fold": fold.name, "group": fold.group, "datasets": parts, "device": devices.describe()}
+        rows.write_part(path, inputs, result)
         say(f"{fold.name}: {len(fold.held)} datasets measured, {time.monotonic() - started:.0f} s")
 
     def without_generator(
@@ -243,7 +262,8 @@ class Worker:
         return min(losses, key=lambda temperature: losses[temperature])
 
     def other_prompts(self, fold: Fold, dataset: str) -> str:
-        """The dataset whose prompts the generator gets in place of the right ones: of another family, where it can."""
+        """The dataset whose prompts and description the generator gets in place of the right ones: of another family,
+        where it can."""
         names = [name for name in (*fold.held, *fold.trained) if name != dataset]
         far = [name for name in names if self.plan.families[name] != self.plan.families[dataset]] or names
         return random.Random(f"other {fold.name} {dataset}").choice(far)
@@ -251,21 +271,28 @@ class Worker:
     def add_generated(
         self, fold: Fold, seed: int, adapters: dict[str, dict[str, Adapter | None]], facts: dict[str, dict[str, Any]]
     ) -> None:
-        """Train a generator, and add what it writes for each held-out dataset: from its own and from another one's
-        prompts, single samples and their mean."""
+        """Train a generator, and add what it writes for each held-out dataset, single samples and their mean: from its
+        own prompts and description, and from another one's."""
         folder = self.plan.folder / "generators" / f"{fold.name}_{seed}"
         options = Options(**{**vars(self.options), "seed": seed})
-        train.train([self.plan.chosen[name] for name in fold.trained], folder, options, quiet=True, reader=self.reader)
+        seen = [self.plan.chosen[name] for name in fold.trained]
+        with deterministic.chosen_kernels():
+            train.train(seen, folder, options, quiet=True, reader=self.reader)
         generator = saved.load(folder)
         generator.reader = self.reader
         for dataset, made in adapters.items():
             for kind, source in (("generated", dataset), ("swapped", facts[dataset]["other"])):
+                description = self.description_of(source)
                 samples = [
-                    generate.generate(generator, embedded, samples=1, seed=seed, each=len(embedded))[0]
+                    generate.generate(generator, embedded, 1, seed, len(embedded), description)[0]
                     for embedded in self.conditions_of(source)
                 ]
                 made |= {f"{kind} {seed}.{number}": one for number, one in enumerate(samples)}
                 made[f"{kind}-mean {seed}"] = generate.mean_of(samples)
+
+    def description_of(self, dataset: str) -> str | None:
+        """The description that a generator gets with a dataset's prompts, as `make generate` gives it."""
+        return next(iter(task_descriptions.of_collection(self.plan.chosen[dataset].manifest)), None)
 
     def conditions_of(self, dataset: str) -> list[Tensor]:
         """The embedded training rows behind each sample of a dataset."""

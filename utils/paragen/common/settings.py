@@ -27,7 +27,9 @@ class Setting(NamedTuple):
     """What a setting means and which values it may have."""
 
     help: str
-    kind: str = "text"  # text; `values`: one or several texts; `numbers`; `number`: one; `switch`: yes or no
+    kind: str = (
+        "text"  # text; `values`: one or several texts; `numbers`; `number` and `count`: one; `switch`: yes or no
+    )
     choices: tuple[str, ...] = ()
 
 
@@ -62,7 +64,7 @@ SETTINGS = {
     "TEMPLATE": Setting("the prompt template"),
     "WITHOUT": Setting("the datasets that a generator does not see", "values"),
     "TRAIN_STEPS": Setting("how many steps a generator is trained towards collected factors", "number"),
-    "BASE_STEPS": Setting("how many steps it is then trained through the base model's own loss", "number"),
+    "BASE_STEPS": Setting("how many steps it is then trained through the base model's own loss", "count"),
     "TRAIN_SEED": Setting("a generator's own seed", "numbers"),
     "FORM": Setting("the factors that a generator learns: as collected, or canonical", choices=("raw", "canonical")),
     "IMPORTANCE": Setting("weight a generator's errors by the importance that make stats computes", "switch"),
@@ -167,7 +169,7 @@ TARGETS: dict[str, dict[str, str]] = {
     "stats": _takes(f"{SELECTION} DEVICES FORCE"),
     "generator": _takes(
         f"{SELECTION} WITHOUT NAME TRAIN_STEPS BASE_STEPS TRAIN_SEED FORM IMPORTANCE MIX ANSWERS PROMPTS WIDTH STEPS "
-        "PLACE DEVICES FORCE",
+        "PLACE DEVICES DETERMINISTIC FORCE",
         NAME="the model, rank, WITHOUT and TRAIN_SEED", TRAIN_STEPS=1000, BASE_STEPS=0, TRAIN_SEED=0, FORM="raw",
         PROMPTS=16, WIDTH=512, STEPS="all", PLACE="the device, where they fit",
     ),
@@ -217,10 +219,11 @@ def switch(name: str) -> bool:
 
 
 def number(name: str) -> int | None:
-    """The whole number of a setting, None where it is unset. Raises UserError where it is none, or less than 1."""
-    value = text(name)
-    if value and not re.fullmatch(r"[1-9][0-9]{0,17}", value):
-        raise UserError(f"{name}={value}: is not a whole number from 1 on")
+    """The whole number of a setting, None where it is unset. Raises UserError where it is none, or less than it may be:
+    0 of the kind `count`, otherwise 1."""
+    value, least = text(name), 0 if SETTINGS[name].kind == "count" else 1
+    if value and (not re.fullmatch(r"0|[1-9][0-9]{0,17}", value) or int(value) < least):
+        raise UserError(f"{name}={value}: is not a whole number from {least} on")
     return int(value) if value else None
 
 
@@ -294,7 +297,8 @@ def _check_value(name: str) -> None:
     """Raise UserError where the value of a setting cannot be one."""
     single = PLURALS.get(name, name)
     kind = SETTINGS[single].kind
-    {"switch": switch, "number": number, "values": values, "numbers": values, "text": text}[kind](single)
+    readers = {"switch": switch, "number": number, "count": number, "values": values, "numbers": values, "text": text}
+    readers[kind](single)
 
 
 def lines(target: str) -> list[str]:

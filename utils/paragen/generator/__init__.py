@@ -1,4 +1,4 @@
-"""The reference generator: trained on collected pairs, it writes an adapter for a task from prompts alone.
+"""The reference generator: trained on collected pairs, it writes adapters from prompts (and a description).
 
 May import: scoring and the rooms below it.
 """

@@ -1,4 +1,4 @@
-"""Generates adapters from prompts, and writes them as PEFT folders with a record of where they come from.
+"""Generates adapters from prompts (and a description), and writes them as PEFT folders with their origin.
 
 OUT/<dataset>/<sample>/adapter_model.safetensors, adapter_config.json      samples are numbered from 1
 OUT/<dataset>/generated.json    the generator, the datasets it saw, the prompts, the seed, the files' hashes
@@ -76,7 +76,7 @@ def generate(
     generator: Generator, prompts: Sequence[Row | str] | Tensor, samples: int = 1, seed: int = 0, each: int = 16,
     description: str | None = None,
 ) -> list[Adapter]:  # fmt: skip
-    """Adapters from prompts alone.
+    """Adapters from prompts, and a description where there is one.
 
     Args:
         generator: from `saved.load`.

@@ -1,7 +1,7 @@
 """Trains a generator: first towards collected factors, then, where asked, through the base model's own loss.
 
 What a step draws depends on the seed and its number alone, so that a killed training, continued from its last saved
-state, ends with the weights of one that was not.
+state, ends with the weights of one that was not: on the CPU, and with deterministic kernels on the same kind of GPU.
 """
 
 import contextlib
@@ -75,9 +75,9 @@ def train(
                 training = Training(chosen, staging, wanted, place, quiet, reader)
                 training.run()
                 saved.write(staging, folder.name, identity, training)
+                files.sync_tree(staging)  # before what a killed training is continued from is gone
                 for name in (STATE, EMBEDDED):
                     (staging / name).unlink()
-                files.sync_tree(staging)
                 files.publish_folder(staging, folder)
     except locks.Busy:
         raise UserError(f"{paths.relative(folder)}: another process is training it; wait for it") from None
@@ -222,7 +222,7 @@ class Training:
 
     def _base_loss(self, step: int, base: BaseLoss) -> Tensor:
         """The base model's loss with the adapters of some tasks."""
-        draws = numpy.random.default_rng((self.wanted.seed, step))
+        draws = numpy.random.default_rng((self.wanted.seed, step, 2))
         tasks = draws.integers(len(self.chosen), size=TASKS).tolist()
         inputs = self._conditions(tasks, draws)
         with self._autocast():

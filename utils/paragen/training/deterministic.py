@@ -4,8 +4,10 @@ On a GPU some kernels add up in another order at each call, above all the backwa
 300 tokens on. PyTorch has others that do not. DETERMINISTIC=0 trains with the fastest ones, whatever their order.
 """
 
+import contextlib
 import os
 import re
+from collections.abc import Iterator
 from typing import Any
 
 from paragen.common import settings
@@ -16,15 +18,40 @@ WORKSPACES = (":4096:8", ":16:8")  # those that PyTorch accepts; the first is as
 NO_KERNEL = re.compile(r"(\S+) does not have a deterministic implementation")  # PyTorch's message
 
 
+def choose_workspace() -> bool:
+    """Set cuBLAS's workspace as DETERMINISTIC says. Call it before a device is used.
+
+    Returns whether kernels are to be deterministic. Raises UserError for a value that is no switch.
+    """
+    wanted = settings.switch("DETERMINISTIC")
+    if wanted and os.environ.get(WORKSPACE) not in WORKSPACES:
+        os.environ[WORKSPACE] = WORKSPACES[0]
+    return wanted
+
+
 def choose_kernels() -> None:
     """Set this process's kernels as DETERMINISTIC says. Call it before a device is used.
 
     cuDNN's fused attention has no deterministic backward pass; PyTorch's own have one. Memory that an operation returns
     unfilled stays so: nothing here reads it before it is written. Raises UserError for a value that is no switch.
     """
-    wanted = settings.switch("DETERMINISTIC")
-    if wanted and os.environ.get(WORKSPACE) not in WORKSPACES:
-        os.environ[WORKSPACE] = WORKSPACES[0]
+    _use_deterministic(choose_workspace())
+
+
+@contextlib.contextmanager
+def chosen_kernels() -> Iterator[None]:
+    """While the body runs, kernels as DETERMINISTIC says; then the fastest ones, with which a process scores.
+
+    The process calls `choose_workspace` before a device is used.
+    """
+    choose_kernels()
+    try:
+        yield
+    finally:
+        _use_deterministic(False)
+
+
+def _use_deterministic(wanted: bool) -> None:
     import torch
     import torch.utils.deterministic
 
