@@ -9,6 +9,9 @@ import test_packed_divergence
 import torch
 from helpers import packed_project, triton_kernels
 from torch import Tensor, nn
+from triton.backends.compiler import GPUTarget
+from triton.compiler import make_backend
+from triton.runtime.jit import create_function_from_signature
 
 from paragen.packed import dropout, kernels
 from paragen.packed.batches import Row, Shape, Step, lay_out, to_batch
@@ -206,6 +209,22 @@ def test_the_kernel_compiles_for_the_gpus_that_it_is_for(monkeypatch, tmp_path, 
         kernels.keep(*arguments(4, 130, torch.bfloat16, adds))
     assert len(asked) == 2
     triton_kernels.assert_compiled(asked, capability)
+
+
+def test_the_kernel_has_one_variant_wherever_a_batch_has_its_keys():
+    """In a CUDA graph none can be loaded; a bucket's keys are at any multiple of 8 bytes (see StaticBatch)."""
+    binder = create_function_from_signature(
+        kernels._keep.signature, kernels._keep.params, make_backend(GPUTarget("cuda", 90, 32))
+    )
+    _, _, keys, thresholds, *_ = arguments(4, 130, torch.bfloat16, False)
+    x = torch.empty(4, 130, dtype=torch.bfloat16)
+    longer = torch.cat([keys, keys])
+    variants = [
+        binder(x, x, longer[first : first + 4], thresholds, layer, 130, False, kernels.BLOCK)[1]
+        for first in (0, 1)
+        for layer in (1, 16)
+    ]
+    assert all(variant == variants[0] for variant in variants), variants
 
 
 DROPS = {"lora_dropout": 0.2}
