@@ -8,6 +8,7 @@ from pathlib import Path
 import pytest
 from helpers import copies, packed_project
 
+from paragen.common import devices
 from paragen.training import interrupted
 
 pytestmark = pytest.mark.runs
@@ -183,6 +184,20 @@ def test_a_cell_that_diverges_leaves_nothing_to_go_on_from(tmp_path, model_folde
     result = train(project, bad)
     assert result.status == 1 and "the training diverged: at step" in result.output, result.output
     assert project.left_over() == []
+
+
+@pytest.mark.skipif(devices.cpu_cores() < 2, reason="completes one run at a time")
+def test_a_complete_run_is_published_while_others_are_not(tmp_path, model_folder):
+    """So that a kill costs less."""
+    project = packed_project.Packable(tmp_path / "my project", model_folder)
+    arguments = [text for rank in (2, 8) for text in project.cell(rank=rank).arguments()] + ["--phases", "pretrain"]
+    environment = {"ENGINE": "packed", "LATE_FINISH": str(project.folder("pretrain", rank=8))}
+    result = packed_project.fork_server.start(
+        "helpers.late_finish", arguments, environment, project.top / "late.txt"
+    ).wait()
+    assert result.status == 0, result.output
+    published = [line.split("rank_")[1][0] for line in result.output.splitlines() if line.startswith("done: ")]
+    assert published == ["8", "2"]
 
 
 @pytest.mark.parametrize(
