@@ -9,7 +9,8 @@ import test_packed_divergence
 import test_packed_dropout
 import torch
 
-from paragen.packed import dropout
+from paragen.packed import dropout, kernels, step_runners
+from paragen.packed.batches import Row, Step
 from paragen.packed.dropout import LayerDropout
 from paragen.packed.engine import Engine
 
@@ -48,3 +49,23 @@ def test_a_pack_with_dropout_trains_as_on_the_cpu_and_twice_to_the_same_bits():
     for one, two, expected in zip(found["once"], found["twice"], found["cpu"], strict=True):
         assert torch.equal(one, two)
         assert (one.cpu() - expected).norm() <= 1e-3 * expected.norm()
+
+
+def test_graphs_are_captured_whatever_the_alignment_of_a_batchs_keys(monkeypatch):
+    """An odd number of learned tokens puts them beside a multiple of 16 bytes; the largest graph is captured first."""
+    monkeypatch.setattr(step_runners, "STEPS_PER_BUCKET", 1)
+    kernels._keep.device_caches.clear()  # what other tests have loaded
+    base = test_packed_divergence.model().cuda()
+    adapters = test_packed_divergence.adapters_of(base, [0.01] * test_packed_divergence.STEPS, 1.0)
+    steps = []
+    for number in range(4):
+        tokens = np.arange(1, 20 * (number + 1) + number % 2)
+        steps.append(Step([[Row(tokens % 60, tokens % 60)]] * len(adapters), [number] * len(adapters)))
+    for adapter in adapters:
+        adapter.dropout = 0.1
+    engine = Engine(base, adapters, torch.float32)
+    engine.prepare(steps)
+    assert isinstance(engine.runner, step_runners.GraphRunner)
+    assert len({shape.learned % 2 for shape in engine.runner.shapes}) == 2
+    _, losses, _ = test_packed_divergence.train(engine, steps)
+    assert len(losses) == len(steps)

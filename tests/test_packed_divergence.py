@@ -16,6 +16,7 @@ from paragen.packed.engine import Engine
 RANKS = (4, 2, 8)  # in one group, so that stacked products multiply each one's factors by the others' tokens
 DIVERGES = 1
 STEPS = 7
+TOO_LARGE = "its factors become too large"
 LATE = "after its last step"  # where it has no rows, so that only its factors can reach the others
 
 
@@ -60,8 +61,14 @@ def train(engine: Engine, steps: list[Step]) -> tuple[list[Tensor], list[list[fl
     return [vector.detach().clone() for vector in engine.vectors], losses, after
 
 
+def stack(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Have adapters multiplied as on a GPU."""
+    laid_out = step_runners.to_batch
+    monkeypatch.setattr(step_runners, "to_batch", lambda *given: dataclasses.replace(laid_out(*given), spans=None))
+
+
 CASES = {
-    "its factors become too large": ([0.01, 0.01, 1e30, *[0.01] * 4], 1.0, 3),
+    TOO_LARGE: ([0.01, 0.01, 1e30, *[0.01] * 4], 1.0, 3),
     "its factors overflow": ([0.01, 0.01, 3e38, 3e38, *[0.01] * 3], 1.0, 3),
     "its first loss is not finite": ([0.01] * STEPS, 1e19, 0),
     LATE: ([0.01, float("inf"), *[0.0] * 5], 1.0, 2),
@@ -73,8 +80,7 @@ CASES = {
 @pytest.mark.parametrize("case", CASES)
 def test_the_others_train_as_without_it(monkeypatch, case, stacked, ahead):
     if stacked:
-        laid_out = step_runners.to_batch
-        monkeypatch.setattr(step_runners, "to_batch", lambda *given: dataclasses.replace(laid_out(*given), spans=None))
+        stack(monkeypatch)
     assert_the_others_train_as_without_it(model(), case, stacked, ahead)
 
 
@@ -100,6 +106,29 @@ def assert_the_others_train_as_without_it(
             assert (found[index] - expected[index]).norm() <= packed_project.BOUND * expected[index].norm()
             assert [one[index] for one in losses] == pytest.approx([one[index] for one in other_losses], rel=1e-4)
     assert not found[DIVERGES].any() if spreads else not found[DIVERGES].isfinite().all()
+
+
+@pytest.mark.parametrize("ahead", [0, 3], ids=["at once", "steps ahead"])
+@pytest.mark.parametrize("stacked", [True, False], ids=["stacked, as on a GPU", "sliced, as on a CPU"])
+def test_training_ends_where_the_last_one_with_rows_diverges(monkeypatch, stacked, ahead):
+    """The others are complete by then: they keep what they have."""
+    if stacked:
+        stack(monkeypatch)
+    base, others, complete = model(), {0, 2}, 2
+    rates, _, step = CASES[TOO_LARGE]
+    steps = steps_of(np.random.default_rng(0))
+    steps = [one.without(others) if number >= complete else one for number, one in enumerate(steps)]
+    adapters = adapters_of(base, rates, 1.0)
+    for index in others:
+        adapters[index].rates = adapters[index].rates[:complete]
+    engine = Engine(base, adapters, torch.float32)
+    engine.steps_ahead = ahead
+    found, losses, _ = train(engine, steps)
+    assert engine.diverged == {DIVERGES: step} and len(losses) == step
+    expected, *_ = train(Engine(base, adapters, torch.float32), steps[:complete])
+    for index in others:
+        assert (found[index] - expected[index]).norm() <= packed_project.BOUND * expected[index].norm()
+    assert not found[DIVERGES].any()
 
 
 def test_training_ends_where_all_have_diverged():

@@ -2,11 +2,13 @@
 
 import shutil
 import signal
+import threading
 from pathlib import Path
 
 import pytest
 from helpers import copies, packed_project
 
+from paragen.common import devices
 from paragen.training import interrupted
 
 pytestmark = pytest.mark.runs
@@ -150,7 +152,7 @@ def test_a_broken_checkpoint_of_one_sets_all_back_to_the_one_before(killed, undi
 def test_a_cell_that_is_new_starts_anew_beside_those_that_go_on(killed, undisturbed):
     new = killed.cell(rank=16, pretrain=LONG)
     result = train(killed, *cells_of(killed), new)
-    assert result.status == 0 and f"of which {common(undisturbed) if False else ''}" in result.output
+    assert result.status == 0, result.output
     assert "pretrain of 3 cells, packed, 33 steps, of which" in result.output
     assert "pretrain of 1 cells, packed, 33 steps\n" in result.output
     assert_equal(killed, undisturbed)
@@ -184,6 +186,20 @@ def test_a_cell_that_diverges_leaves_nothing_to_go_on_from(tmp_path, model_folde
     assert project.left_over() == []
 
 
+@pytest.mark.skipif(devices.cpu_cores() < 2, reason="completes one run at a time")
+def test_a_complete_run_is_published_while_others_are_not(tmp_path, model_folder):
+    """So that a kill costs less."""
+    project = packed_project.Packable(tmp_path / "my project", model_folder)
+    arguments = [text for rank in (2, 8) for text in project.cell(rank=rank).arguments()] + ["--phases", "pretrain"]
+    environment = {"ENGINE": "packed", "LATE_FINISH": str(project.folder("pretrain", rank=8))}
+    result = packed_project.fork_server.start(
+        "helpers.late_finish", arguments, environment, project.top / "late.txt"
+    ).wait()
+    assert result.status == 0, result.output
+    published = [line.split("rank_")[1][0] for line in result.output.splitlines() if line.startswith("done: ")]
+    assert published == ["8", "2"]
+
+
 @pytest.mark.parametrize(
     ("runs", "expected"),
     [
@@ -200,3 +216,50 @@ def test_the_last_common_step_is_found(runs, expected):
     from paragen.packed.continuation import _Saved, common_done
 
     assert common_done([_Saved(*run) for run in runs]) == expected
+
+
+def test_masks_of_an_earlier_version_are_not_gone_on_with(tmp_path, capsys):
+    """Without dropout, and by the ordinary engine, an earlier version's checkpoints are gone on with."""
+    identity = {"data": [], "recipe": {}, "base_model": {}, "tokenizer": {}, "pretrain": None}
+    for engine, dropped, goes_on in (("packed", 0.1, False), ("packed", 0.0, True), ("stock", 0.1, True)):
+        present = interrupted.circumstances(identity, {"lora_dropout": dropped}, ["cpu"], engine)
+        checkpoint = tmp_path / "checkpoint-4"
+        checkpoint.mkdir(exist_ok=True)
+        (checkpoint / "optimizer.pt").write_bytes(b"moments")
+        earlier = {key: value for key, value in present.items() if key != "dropout_stream"}
+        interrupted.record(tmp_path, earlier, {4: interrupted.hashes_of(checkpoint)})
+        assert interrupted.whole_steps(tmp_path, present) == ([4] if goes_on else [])
+        said = capsys.readouterr().out
+        assert (STARTS_OVER.format(4) + "dropout_stream (None -> 2)" in said) == (not goes_on)
+
+
+def test_checkpoints_are_recorded_in_order_whichever_is_written_first(tmp_path):
+    from paragen.packed.continuation import CheckpointRecorder
+
+    recorder = CheckpointRecorder(tmp_path, {"circumstances": {}, "stamps": {}})
+    recorder.begin()
+    may_end = threading.Event()
+    writes = []
+    for step, write in ((4, may_end.wait), (8, lambda: None)):
+        (tmp_path / f"checkpoint-{step}").mkdir()
+        writes.append(threading.Thread(target=recorder.writing(write, step, [])))
+    for each in writes:
+        each.start()
+    writes[1].join(0.2)
+    assert not interrupted.recorded(tmp_path)
+    may_end.set()
+    for each in writes:
+        each.join()
+    assert list(interrupted.recorded(tmp_path)) == [4, 8]
+
+
+def test_after_a_failed_write_nothing_is_recorded(tmp_path):
+    from paragen.packed.continuation import CheckpointRecorder
+
+    recorder = CheckpointRecorder(tmp_path, {"circumstances": {}, "stamps": {}})
+    recorder.begin()
+    (tmp_path / "checkpoint-8").mkdir()
+    with pytest.raises(FileNotFoundError):
+        recorder.writing(lambda: None, 4, [])()
+    recorder.writing(lambda: None, 8, [])()
+    assert not interrupted.recorded(tmp_path)

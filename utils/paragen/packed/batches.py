@@ -45,6 +45,11 @@ class Step:
     rows: list[list[Row]]  # by adapter; an adapter whose training is complete has none
     streams: list[int] | None = None  # by adapter, see dropout.py; None where no adapter has dropout
 
+    @property
+    def has_rows(self) -> bool:
+        """Whether any adapter has a row."""
+        return any(self.rows)
+
     def without(self, adapters: Container[int]) -> "Step":
         """The step without the rows of some adapters."""
         return Step([[] if index in adapters else rows for index, rows in enumerate(self.rows)], self.streams)

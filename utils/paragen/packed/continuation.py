@@ -85,6 +85,8 @@ def common_done(runs: list[_Saved]) -> int | None:
 class CheckpointRecorder:
     """Records the checkpoints of a run in its staging folder, after their files are written.
 
+    Several threads write them. They are recorded in order: those before the last recorded one count as deleted.
+
     Args:
         staging: the staging folder.
         record: as Continuation has it.
@@ -93,28 +95,37 @@ class CheckpointRecorder:
     def __init__(self, staging: Path, record: dict[str, Any] | None):
         self.staging, self.record = staging, record
         self.is_recording = False
-        self.lock = threading.Lock()  # several threads write checkpoints
+        self.latest: threading.Event | None = None  # set once the latest checkpoint is written and recorded
 
     def begin(self) -> None:
         """Begin with the training. Nothing is recorded where a file was touched before: its rows may be others."""
         self.is_recording = self.record is not None and interrupted.are_untouched(self.record["stamps"])
 
     def writing(self, write: Callable[[], None], step: int, unlogged: list[float]) -> Callable[[], None]:
-        """A function that writes a checkpoint with `write`, and records it.
+        """A function that writes a checkpoint with `write`, and records it once those asked for before are recorded.
 
         Args:
             write: writes the files into the checkpoint's folder.
             step: its step.
             unlogged: the losses since the last line of the log.
         """
-        unlogged = list(unlogged)
+        unlogged, before, ended = list(unlogged), self.latest, threading.Event()
+        self.latest = ended
 
         def write_and_record() -> None:
-            write()
-            if self.record is not None and self.is_recording:
-                files.write_json(self.staging / run_files.checkpoint_folder(step) / UNLOGGED, unlogged)
-                with self.lock:
-                    interrupted.add(self.staging, self.record["circumstances"], step)
+            try:
+                write()
+                if self.record is not None and self.is_recording:
+                    files.write_json(self.staging / run_files.checkpoint_folder(step) / UNLOGGED, unlogged)
+                    if before is not None:
+                        before.wait()
+                    if self.is_recording:
+                        interrupted.add(self.staging, self.record["circumstances"], step)
+            except BaseException:
+                self.is_recording = False  # nothing after it
+                raise
+            finally:
+                ended.set()
 
         return write_and_record
 

@@ -3,7 +3,8 @@
 The random number of a feature is a hash of the cell's seed, the step, the token's row and position, the layer and the
 feature. So a cell has the same masks alone and in any pack, whatever the layout of the batch, in a CUDA graph, and
 after an interruption. They are distributed as PEFT's, whose own come from torch's generators and cannot be repeated
-here. The hash is the finaliser of MurmurHash3; all arithmetic is modulo 2**32, in int32.
+here. The hash is the finaliser of MurmurHash3; all arithmetic is modulo 2**32, in int32. Another hash needs another
+interrupted.PACKED_DROPOUT.
 """
 
 from typing import NamedTuple
@@ -65,7 +66,7 @@ def threshold_of(probability: float) -> int:
 
 def streams(seed: int, steps: range) -> list[int]:
     """A number per step (an int32) that stands for a cell's seed and that step."""
-    start = torch.tensor([_as_int32(seed)], dtype=torch.int32)
+    start = _finalise(torch.tensor([_as_int32(seed)], dtype=torch.int32))
     return mixed(start, torch.arange(steps.start, steps.stop, dtype=torch.int32)).tolist()
 
 

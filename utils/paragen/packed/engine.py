@@ -173,7 +173,7 @@ class Engine:
             first: the step to begin with; those before are trained already.
 
         Yields (step, the loss of each adapter) in order, as soon as the losses are known; on a GPU that is up to
-        MAX_STEPS_AHEAD steps later. Ends early where all adapters have diverged.
+        MAX_STEPS_AHEAD steps later. Ends early where all adapters have diverged that were still training.
         """
         runner = self.runner or self.prepare(steps)
         self.restart()
@@ -197,7 +197,7 @@ class Engine:
             waiting.clear()  # those steps changed nothing
             number = known
             self._exclude_diverged(known, steps[known], [index for index, one in enumerate(finite) if not one])
-            if len(self.diverged) == len(self.adapters):
+            if not any(one.without(self.diverged).has_rows for one in steps[known:]):
                 return
 
     def _rates_at(self, number: int) -> list[float]:
@@ -219,12 +219,13 @@ class Engine:
         assert self.runner is not None  # see `train`
         found = [index for index, vector in enumerate(self.vectors) if not vector.detach().abs().max() <= MAX_FACTOR]
         self._set_to_zero(found)
-        for index in sorted({*suspects} - {*found, *self.diverged}):
+        active = [index for index in suspects if step.rows[index]]  # the others' training is complete
+        for index in sorted({*active} - {*found, *self.diverged}):
             others = {*range(len(self.adapters))} - {index}
             self.runner.run(step.without({*others, *found}), [0.0] * len(self.adapters))
             if not self.finite[index].item():
                 found.append(index)
-        found = found or suspects  # none alone: that is not expected, and none of them can go on together
+        found = found or active or suspects  # none alone: not expected, and none of them can go on together
         self._set_to_zero(found)
         self.diverged |= dict.fromkeys(found, number)
         self.stalled.zero_()

@@ -27,9 +27,12 @@ def _finalise(numbers):
     return numbers ^ (numbers >> 16)
 
 
-@triton.jit(do_not_specialize=["layer"])
+@triton.jit(do_not_specialize=["layer"], do_not_specialize_on_alignment=["keys"])
 def _keep(x, out, keys, thresholds, layer, features, ADDS: tl.constexpr, BLOCK: tl.constexpr):
-    """BLOCK features of a token."""
+    """BLOCK features of a token.
+
+    One variant serves all layers, wherever in memory the keys are: while a graph is captured, none can be loaded.
+    """
     token = tl.program_id(0).to(tl.int64)
     row = tl.load(keys + token).to(tl.int32).to(tl.uint32, bitcast=True) + 0x9E3779B9
     row = _finalise(row ^ layer.to(tl.uint32))

@@ -2,7 +2,7 @@
 
 import time
 from collections.abc import Iterator
-from concurrent.futures import Future, ThreadPoolExecutor
+from concurrent.futures import Future, ThreadPoolExecutor, as_completed
 from itertools import zip_longest
 from typing import Any
 
@@ -56,8 +56,8 @@ def train_all(base: FrozenBase, ready: list[tuple[Any, Any, PackedRun]]) -> Iter
         count = len(pack.members)
         with pack:
             pack.train()
-            for (cell, run, _), ended in zip(waiting[:count], pack.complete_all(), strict=True):
-                yield cell, run, ended
+            for index, ended in pack.complete_all():
+                yield *waiting[index][:2], ended
         del pack
         devices.free_memory()
         waiting = waiting[count:]
@@ -198,17 +198,20 @@ class Pack:
             write = member.recorder.writing(write, step, member.log.unlogged)
             self.saving[index].append(self.threads.submit(write))
 
-    def complete_all(self) -> Iterator[UserError | None]:
-        """Complete the members' runs and publish them; yields for each the error where that fails.
+    def complete_all(self) -> Iterator[tuple[int, UserError | None]]:
+        """Complete the members' runs and publish each as soon as it is complete.
 
         Files are written, read back and hashed for several members at a time, all in their staging folders. Only this
         thread publishes, so that no run appears while its staging folder is being removed.
+
+        Yields (member, None, or the error where that fails) for each.
         """
         threads = ThreadPoolExecutor(min(checkpoint_writer.THREADS, devices.cpu_cores()), "completion")
         try:
-            finished = [threads.submit(self._finish, index) for index in range(len(self.members))]
-            for member, counted in zip(self.members, finished, strict=True):
-                yield self._publish(member.schedule.attempt, counted)
+            finishing = {threads.submit(self._finish, index): index for index in range(len(self.members))}
+            for counted in as_completed(finishing):
+                index = finishing[counted]
+                yield index, self._publish(self.members[index].schedule.attempt, counted)
         finally:
             threads.shutdown(cancel_futures=True)
 

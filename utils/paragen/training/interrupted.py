@@ -20,6 +20,7 @@ from paragen.recipes import keys
 
 RECORD = "whole_checkpoints.json"  # in a staging folder
 UNLOGGED = "unlogged_loss_{}.json"  # in a checkpoint folder, per process: the loss since the last line of the log
+PACKED_DROPOUT = 2  # which random numbers the packed engine's dropout has (see packed/dropout.py)
 KEPT = (RECORD, run_files.LOG)  # beside the checkpoints
 
 
@@ -36,6 +37,7 @@ def circumstances(
     """
     present = {
         "engine": engine,
+        "dropout_stream": PACKED_DROPOUT if engine == "packed" and config.get("lora_dropout") else None,
         "identity": {**identity, "data": run_identity.data_trained_on(identity)},
         "config": {key: value for key, value in config.items() if key not in keys.PATHS},
         "devices": [devices.kind_of(device) for device in wanted],
@@ -174,7 +176,7 @@ def _whole_steps(staging: Path, known: dict[int, dict[str, str]]) -> list[int]:
 def _changes(before: Any, present: dict[str, Any]) -> list[str]:
     """The differences between two `circumstances`, a phrase each."""
     if isinstance(before, dict):
-        before = {"engine": "stock", **before}  # records from before the packed engine made some
+        before = {"engine": "stock", "dropout_stream": None, **before}  # older records lack these
     if before == present:
         return []
     if not isinstance(before, dict) or before.keys() != present.keys():
@@ -186,7 +188,7 @@ def _changes(before: Any, present: dict[str, Any]) -> list[str]:
         for key in sorted(before[section].keys() | present[section].keys()):
             old, new = before[section].get(key), present[section].get(key)
             changed += [f"{key} ({old} -> {new})"] if old != new else []
-    for key in ("engine", "devices", "threads", "DETERMINISTIC"):
+    for key in ("engine", "dropout_stream", "devices", "threads", "DETERMINISTIC"):
         changed += [f"{key} ({before[key]} -> {present[key]})"] if before[key] != present[key] else []
     return changed or ["what it is trained from"]
 
