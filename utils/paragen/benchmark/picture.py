@@ -1,4 +1,4 @@
-"""The benchmark's picture: what each method reaches by dataset or family, or its course over the number of variants."""
+"""The benchmark's picture: what each method reaches per dataset or family, or over the number of variants."""
 
 import io
 from pathlib import Path

@@ -69,18 +69,25 @@ def make(wanted: Wanted) -> Path:
 def check_same(found: Plan, options: Options) -> None:
     """Raise UserError where the folder holds a benchmark of other collections or settings, unless FORCE=1.
 
-    More or fewer BASELINES are the same benchmark.
+    More or fewer BASELINES, REPEATS and VARIANTS are the same benchmark.
     """
     path = found.folder / benchmark_page.FILE
     if not path.exists() or run_identity.force_requested():
         return
-    old, new = benchmark_page.read(path), results.identity_of(found, asdict(options))
-    changed = [key for key, value in new.items() if old.get(key) != json.loads(json.dumps(value))]
-    if changed := [key for key in changed if key != "baselines"]:
+    old, new = (_compared(one) for one in (benchmark_page.read(path), results.identity_of(found, asdict(options))))
+    if changed := [key for key, value in new.items() if old.get(key) != value]:
         raise UserError(
             f"{paths.relative(path)}: is of another benchmark ({', '.join(changed)} differ); take another OUT, or "
             "FORCE=1 replaces it"
         )
+
+
+def _compared(content: dict[str, Any]) -> dict[str, Any]:
+    """What of a benchmark.json tells one benchmark from another: all but how much of it is measured."""
+    known = json.loads(json.dumps(content))
+    wanted = {key: value for key, value in known["settings"].items() if key != "repeats"}
+    wanted["variants"] = bool(wanted["variants"])
+    return {**{key: value for key, value in known.items() if key != "baselines"}, "settings": wanted}
 
 
 def planned(wanted: Wanted) -> Plan:
@@ -164,7 +171,7 @@ def run_jobs(found: Plan, options: Options, jobs: list[Job]) -> None:
     failed, before = [], -1
     try:
         for job, device in zip(jobs, devices_of, strict=False):
-            running[start(found, options, job, device, threads)] = job
+            running[start(found, options, job, device, threads, len(devices_of))] = job
         while running:
             for process in [process for process in running if not process.is_alive()]:
                 job = running.pop(process)
@@ -186,11 +193,12 @@ def run_jobs(found: Plan, options: Options, jobs: list[Job]) -> None:
         )
 
 
-def start(found: Plan, options: Options, job: Job, device: str, threads: int) -> ForkServerProcess:
-    """Start the process of a job on a device, with so many CPU threads."""
+def start(found: Plan, options: Options, job: Job, device: str, threads: int, count: int) -> ForkServerProcess:
+    """Start the process of a job on a device, with so many CPU threads; `count` of them share the main memory."""
     log = log_of(found, job.name)
     log.parent.mkdir(parents=True, exist_ok=True)
-    environment = {"DEVICES": device, "CUDA_VISIBLE_DEVICES": "" if device == "cpu" else device}
+    visible = "" if device == "cpu" else device
+    environment = {"DEVICES": device, "CUDA_VISIBLE_DEVICES": visible, "PARAGEN_CPU_SLOTS": str(count)}
     return forked.start(pinned_work, (found, options, job, device, threads), environment, log)
 
 
