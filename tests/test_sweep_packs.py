@@ -321,6 +321,29 @@ def test_the_work_of_a_cell_is_its_steps_times_their_tokens(project, monkeypatch
     assert estimate.works_of([plain]) == {plain: works[plain]}
 
 
+@pytest.mark.parametrize(
+    "key",
+    ["max_steps", "per_device_train_batch_size", "gradient_accumulation_steps", "num_train_epochs", "cutoff_len",
+     "max_samples", "save_total_limit", "lora_target"],
+)  # fmt: skip
+def test_a_recipe_with_a_null_is_estimated_as_without_the_key(project, key):
+    """So that a sweep goes on, and its cell fails alone, if at all."""
+    from paragen.recipes.run import Cell
+    from paragen.sweep import estimate, plan
+
+    def figures(null: str) -> tuple:
+        copies = []
+        for recipe in (project.pretrain, project.finetune):
+            kept = [line for line in recipe.read_text().splitlines() if not line.startswith(f"{key}:")]
+            copies.append(recipe.with_name(f"other_{recipe.name}"))
+            copies[-1].write_text("\n".join([*kept, null, ""]))
+        cell = Cell("Toy", "tiny", 4, tuple(copies))
+        found = estimate.works_of([cell])[cell], [estimate.rows_of(run) for run in cell.runs], plan.steps_of(cell)
+        return *found, plan.bytes_of(cell)
+
+    assert figures(f"{key}: null") == figures("")
+
+
 def test_the_share_of_the_time_with_work_is_counted_by_device(monkeypatch):
     """Also where a worker died, with or without its task's end, and another one took its place."""
     from paragen.sweep import workers
