@@ -229,13 +229,35 @@ def test_a_cell_that_was_busy_is_packed_when_it_is_free(project, monkeypatch):
     sweep.start_jobs()
     workers.slots, workers.idle = 4, [1, 2, 3]
     sweep.start_jobs()
-    assert sorted(job.cell.rank for job in sweep.waiting if job.cell in busy) == [1, 6]
+    assert sorted(job.cell.rank for job in sweep.waiting.values() if job.cell in busy) == [1, 6]
     busy.clear()
     while sweep.waiting:
         workers.idle = [0, 1, 2, 3]
         sweep.start_jobs()
     given = [cell for pack in workers.packs for cell in pack]
     assert len(given) == len(set(given)) == 12
+
+
+def test_what_a_sweep_does_for_a_pack_does_not_grow_with_the_cells_that_wait(project, monkeypatch):
+    from paragen.recipes.run import Cell
+    from paragen.sweep import jobs, packs
+    from paragen.sweep.sweep import Sweep
+
+    looked_up = []
+
+    class CountedCell(Cell):
+        def __hash__(self) -> int:
+            looked_up.append(self)
+            return super().__hash__()
+
+    monkeypatch.setattr(jobs, "claim_runs", lambda job: True)
+    monkeypatch.setattr(packs, "pack_key", lambda cell: ("a base model",))
+    cells = [CountedCell("Toy", "tiny", rank, (project.pretrain, project.finetune)) for rank in range(1, 201)]
+    sweep = Sweep(PretendedDevices(100), cells, lambda *event: None, "abcd")
+    looked_up.clear()
+    sweep.start_jobs()
+    assert not sweep.waiting and len(sweep.workers.packs) == 100
+    assert len(looked_up) <= 5 * len(cells)
 
 
 class PretendedNodes(PretendedDevices):
