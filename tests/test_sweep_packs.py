@@ -229,13 +229,35 @@ def test_a_cell_that_was_busy_is_packed_when_it_is_free(project, monkeypatch):
     sweep.start_jobs()
     workers.slots, workers.idle = 4, [1, 2, 3]
     sweep.start_jobs()
-    assert sorted(job.cell.rank for job in sweep.waiting if job.cell in busy) == [1, 6]
+    assert sorted(job.cell.rank for job in sweep.waiting.values() if job.cell in busy) == [1, 6]
     busy.clear()
     while sweep.waiting:
         workers.idle = [0, 1, 2, 3]
         sweep.start_jobs()
     given = [cell for pack in workers.packs for cell in pack]
     assert len(given) == len(set(given)) == 12
+
+
+def test_what_a_sweep_does_for_a_pack_does_not_grow_with_the_cells_that_wait(project, monkeypatch):
+    from paragen.recipes.run import Cell
+    from paragen.sweep import jobs, packs
+    from paragen.sweep.sweep import Sweep
+
+    looked_up = []
+
+    class CountedCell(Cell):
+        def __hash__(self) -> int:
+            looked_up.append(self)
+            return super().__hash__()
+
+    monkeypatch.setattr(jobs, "claim_runs", lambda job: True)
+    monkeypatch.setattr(packs, "pack_key", lambda cell: ("a base model",))
+    cells = [CountedCell("Toy", "tiny", rank, (project.pretrain, project.finetune)) for rank in range(1, 201)]
+    sweep = Sweep(PretendedDevices(100), cells, lambda *event: None, "abcd")
+    looked_up.clear()
+    sweep.start_jobs()
+    assert not sweep.waiting and len(sweep.workers.packs) == 100
+    assert len(looked_up) <= 5 * len(cells)
 
 
 class PretendedNodes(PretendedDevices):
@@ -319,6 +341,29 @@ def test_the_work_of_a_cell_is_its_steps_times_their_tokens(project, monkeypatch
     assert estimate.works_of([plain])[plain] < works[plain]
     monkeypatch.setenv("FORCE", "1")
     assert estimate.works_of([plain]) == {plain: works[plain]}
+
+
+@pytest.mark.parametrize(
+    "key",
+    ["max_steps", "per_device_train_batch_size", "gradient_accumulation_steps", "num_train_epochs", "cutoff_len",
+     "max_samples", "save_total_limit", "lora_target"],
+)  # fmt: skip
+def test_a_recipe_with_a_null_is_estimated_as_without_the_key(project, key):
+    """So that a sweep goes on, and its cell fails alone, if at all."""
+    from paragen.recipes.run import Cell
+    from paragen.sweep import estimate, plan
+
+    def figures(null: str) -> tuple:
+        copies = []
+        for recipe in (project.pretrain, project.finetune):
+            kept = [line for line in recipe.read_text().splitlines() if not line.startswith(f"{key}:")]
+            copies.append(recipe.with_name(f"other_{recipe.name}"))
+            copies[-1].write_text("\n".join([*kept, null, ""]))
+        cell = Cell("Toy", "tiny", 4, tuple(copies))
+        found = estimate.works_of([cell])[cell], [estimate.rows_of(run) for run in cell.runs], plan.steps_of(cell)
+        return *found, plan.bytes_of(cell)
+
+    assert figures(f"{key}: null") == figures("")
 
 
 def test_the_share_of_the_time_with_work_is_counted_by_device(monkeypatch):

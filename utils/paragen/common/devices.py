@@ -192,13 +192,12 @@ def free_bytes(device: "torch.device") -> int:
 
     On the CPU: the share of this process where a sweep or a benchmark runs several (PARAGEN_CPU_SLOTS).
     """
-    import psutil
     import torch
 
     if device.type == "cuda":
         return torch.cuda.mem_get_info(device)[0] + torch.cuda.memory_reserved() - torch.cuda.memory_allocated()
     slots = int(os.environ.get("PARAGEN_CPU_SLOTS") or 1)
-    return psutil.virtual_memory().available // slots
+    return available_memory() // slots
 
 
 def describe() -> str:

@@ -101,7 +101,8 @@ class FrozenBase:
         factors, moments = initial.factors, None
         if schedule.resumed:
             factors = stock_checkpoint.load_factors(schedule.resumed, self.layers)
-            moments = stock_checkpoint.load_moments(schedule.resumed)
+            moments = stock_checkpoint.moments_of(schedule.moments)
+            schedule.moments = {}  # the adapter has them
         max_norm, dropout = schedule.args.max_grad_norm or 0.0, max(0.0, parsed[3].lora_dropout)
         rates = [0.0] * (schedule.first - schedule.begins) + schedule.rates
         adapter = Adapter(factors, initial.scaling, rates, schedule.optimizer, max_norm, moments, dropout)

@@ -187,6 +187,8 @@ class Pack:
         """Log the loss of a member's step, and save the checkpoint that waits for it."""
         schedule = member.schedule
         step = schedule.begins + number
+        if index in self.engine.diverged:
+            self.unsaved.pop((index, step), None)
         if step > schedule.last or index in self.engine.diverged:
             return
         if logged := member.log.add(loss):

@@ -1,6 +1,5 @@
 """How many adapters fit into memory together, found by measuring a step before training."""
 
-import psutil
 import torch
 from transformers import PreTrainedModel
 
@@ -39,7 +38,7 @@ def count_that_fit(model: PreTrainedModel, dtype: torch.dtype, adapters: list[Ad
 
 def count_within_host_memory(adapters: list[Adapter]) -> int:
     """How many of the adapters, from the first on, the host's memory serves while a GPU trains them; at least 1."""
-    free = USABLE * psutil.virtual_memory().available
+    free = USABLE * devices.available_memory()
     for number, adapter in enumerate(adapters):
         free -= HOST_BYTES * adapter.start.numel()
         if free < 0:

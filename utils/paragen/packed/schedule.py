@@ -13,6 +13,7 @@ import torch
 from accelerate import skip_first_batches
 from llamafactory.train.callbacks import LogCallback
 from llamafactory.train.sft.trainer import CustomSeq2SeqTrainer
+from torch import Tensor
 from transformers import PrinterCallback, ProgressCallback, set_seed
 from transformers.trainer_callback import DefaultFlowCallback
 
@@ -35,7 +36,8 @@ class TrainingSchedule:
     `first` and `last` are the first and last step to train; `begins` is the first one of a run without interruption.
     `rates[i]` is the learning rate of step `first + i`, and `optimizer_states[i]` are the optimizer's parameter groups
     and the scheduler's state after it. `optimizer` are AdamW's settings. `logged` and `saved` are the steps after which
-    a line is logged or a stock checkpoint saved; `resumed` is the checkpoint folder that the run starts from, if any.
+    a line is logged or a stock checkpoint saved; `resumed` is the checkpoint folder that the run starts from, if any,
+    and `moments` is AdamW's state in it, by parameter.
 
     Raises NotPackable where no step is left to train or the optimizer is not plain AdamW, UserError where the
     collection asks for more steps than there are.
@@ -71,19 +73,22 @@ class TrainingSchedule:
             state.log_history = []
         if self.last < self.first and not is_continued:
             raise NotPackable("it has no step left to train")
+        self.moments: dict[int, dict[str, Tensor]] = {}
         self._run_scheduler()
         self._plan_saves()
 
     def _run_scheduler(self) -> None:
         """Run the trainer's own scheduler over all steps; set `rates`, `optimizer_states` and `optimizer`.
 
-        The resumed checkpoint's files were verified by run_identity.pretrain_of when the attempt began.
+        The resumed checkpoint's files were verified by run_identity.pretrain_of when the attempt began; no pickled code
+        runs.
         """
         trainer = self.trainer
         optimizer = trainer.create_optimizer()
         scheduler = trainer.create_scheduler(self.last, optimizer)
         if self.resumed:
             stored = torch.load(self.resumed / "optimizer.pt", map_location="cpu", weights_only=True)
+            self.moments = stored["state"]
             for group, before in zip(optimizer.param_groups, stored["param_groups"], strict=True):
                 group.update({key: value for key, value in before.items() if key != "params"})
             scheduler.load_state_dict(torch.load(self.resumed / "scheduler.pt", weights_only=True))

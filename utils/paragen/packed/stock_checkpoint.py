@@ -99,13 +99,11 @@ def load_factors(checkpoint: Path, layers: list[str]) -> dict[str, tuple[Tensor,
     return {layer: (stored[a], stored[b]) for layer, (a, b) in zip(layers, keys, strict=True)}
 
 
-def load_moments(checkpoint: Path) -> dict[str, Tensor]:
-    """AdamW's state in a stock checkpoint folder, laid out as Adapter takes it.
+def moments_of(state: dict[int, dict[str, Tensor]]) -> dict[str, Tensor]:
+    """AdamW's state by parameter, as a stock checkpoint's optimizer.pt has it, laid out as Adapter takes it.
 
-    The folder's files were verified as for `load_factors`; no pickled code runs. Raises NotPackable where its
-    parameters took different numbers of steps.
+    Raises NotPackable where the parameters took different numbers of steps.
     """
-    state = torch.load(checkpoint / "optimizer.pt", map_location="cpu", weights_only=True)["state"]
     entries = [state[number] for number in sorted(state)]
     if len({float(entry["step"]) for entry in entries}) != 1:
         raise NotPackable("the parameters of its pretrain took different numbers of steps")

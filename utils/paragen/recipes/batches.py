@@ -57,5 +57,5 @@ def halve_batch(config: dict[str, Any], has_processor: bool) -> dict[str, int]:
 
 def rows_and_accumulation(config: dict[str, Any]) -> tuple[int, int]:
     """(rows in a micro-batch on each device, micro-batches in an optimizer step) of a recipe."""
-    rows = config.get("per_device_train_batch_size", keys.OMITTED_BATCH_SIZE)
-    return rows, config.get("gradient_accumulation_steps", keys.OMITTED_ACCUMULATION)
+    rows = keys.value_of(config, "per_device_train_batch_size", keys.OMITTED_BATCH_SIZE)
+    return rows, keys.value_of(config, "gradient_accumulation_steps", keys.OMITTED_ACCUMULATION)

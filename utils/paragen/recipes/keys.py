@@ -4,6 +4,8 @@ Recipes use LLaMA-Factory's own keys. What this repository knows about single ke
 the names and types of all keys are read from LLaMA-Factory's source (vocabulary.py).
 """
 
+from typing import Any
+
 # What LLaMA-Factory and transformers use for a key that a recipe omits.
 OMITTED_SEED = 42
 OMITTED_RANK = 8
@@ -121,3 +123,9 @@ PACKED_AT = {
         "eval_strategy", "predict_with_generate", "quantization_bit", "streaming", "dataloader_drop_last", "tf32",
     ), OFF),
 }  # fmt: skip
+
+
+def value_of(config: dict[str, Any], key: str, omitted: Any) -> Any:
+    """A recipe's value of a key; `omitted` where it has none, or null."""
+    value = config.get(key)
+    return omitted if value is None else value

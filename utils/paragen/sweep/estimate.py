@@ -55,7 +55,7 @@ def part_done(runs: Sequence[Run], present: Progress) -> float:
 def rows_of(run: Run) -> int:
     """How many rows a run trains, each as often as it is seen; 0 where its recipe has no max_steps."""
     at_a_time, accumulated = batches.rows_and_accumulation(run.config)
-    return max(0, run.config.get("max_steps", 0) - run.resumed_step) * at_a_time * accumulated
+    return max(0, keys.value_of(run.config, "max_steps", 0) - run.resumed_step) * at_a_time * accumulated
 
 
 def works_of(cells: Iterable[Cell]) -> dict[Cell, float]:
@@ -81,7 +81,7 @@ def _work_of(cell: Cell, seen: dict[tuple, tuple[int, float] | None]) -> float:
             if key not in seen:
                 seen[key] = _rows_and_length(run)
             rows, length = seen[key] or (0, 0.0)
-            work += length * (rows_of(run) or run.config.get("num_train_epochs", 0) * rows)
+            work += length * (rows_of(run) or keys.value_of(run.config, "num_train_epochs", 0) * rows)
     except (UserError, KeyError):
         return 0.0
     return work
@@ -89,7 +89,7 @@ def _work_of(cell: Cell, seen: dict[tuple, tuple[int, float] | None]) -> float:
 
 def _rows_and_length(run: Run) -> tuple[int, float] | None:
     """The rows of a run's datasets, and about how many tokens one has, from the files' sizes; None where they lack."""
-    longest = run.config.get("cutoff_len") or keys.OMITTED_CUTOFF
+    longest = keys.value_of(run.config, "cutoff_len", keys.OMITTED_CUTOFF)
     rows, tokens = 0, 0.0
     try:
         for name in run.datasets:

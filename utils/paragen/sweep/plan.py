@@ -17,6 +17,7 @@ from paragen.collection.manifest import read_manifest
 from paragen.common import cli, paths
 from paragen.common.cli import UserError, say
 from paragen.model import model_files
+from paragen.recipes import keys
 from paragen.recipes.run import Cell
 from paragen.sweep import estimate, packs, ray_cluster
 from paragen.training import inputs, status
@@ -156,8 +157,8 @@ def steps_of(cell: Cell) -> dict[str, int]:
     """The optimizer steps that each phase of a cell trains. Raises UserError for a broken recipe."""
     pretrain, finetune = cell.runs
     return {
-        "pretrain": pretrain.config.get("max_steps", 0),
-        "finetune": max(0, finetune.config.get("max_steps", 0) - finetune.resumed_step),
+        "pretrain": max(0, keys.value_of(pretrain.config, "max_steps", 0)),
+        "finetune": max(0, keys.value_of(finetune.config, "max_steps", 0) - finetune.resumed_step),
     }
 
 
@@ -213,8 +214,8 @@ def bytes_of(cell: Cell) -> int | None:
     run = cell.finetune
     if not model_files.has_weights(run.base):
         return None
-    adapter = run.rank * _bytes_at_rank_1(run.base, run.config.get("lora_target", "all"))
-    return adapter * (run.config.get("save_total_limit", 1) + PRETRAIN_FACTOR)
+    adapter = run.rank * _bytes_at_rank_1(run.base, keys.value_of(run.config, "lora_target", "all"))
+    return adapter * (keys.value_of(run.config, "save_total_limit", 1) + PRETRAIN_FACTOR)
 
 
 @cache

@@ -10,7 +10,7 @@ All nodes of a cluster see this repository at the same path. With STAGE=1 they n
 (see stage.py).
 """
 
-from collections import Counter, deque
+from collections import Counter, OrderedDict
 from collections.abc import Callable, Iterable
 
 from paragen.common import locks, paths
@@ -77,11 +77,12 @@ class Sweep:
 
     def __init__(self, workers: Workers, cells: Iterable[Cell], report: Report, sweep_id: str):
         self.workers, self.report = workers, report
-        self.waiting = deque(jobs.new_job(cell, packs.pack_key(cell), sweep_id) for cell in cells)
-        self.counts = Counter(job.pack_key for job in self.waiting)
+        # in the order in which they start
+        self.waiting = OrderedDict((cell, jobs.new_job(cell, packs.pack_key(cell), sweep_id)) for cell in cells)
+        self.counts = Counter(job.pack_key for job in self.waiting.values())
         self.started: Counter = Counter()  # packs of first attempts, by key
         self.dealt: dict[tuple | None, tuple[int, list[list[Job]]]] = {}  # by key: slots, and packs, the largest last
-        self.works = estimate.works_of(job.cell for job in self.waiting if job.pack_key is not None)
+        self.works = estimate.works_of(cell for cell, job in self.waiting.items() if job.pack_key is not None)
         self.outcomes: dict[Cell, Outcome] = {}
 
     def step(self) -> None:
@@ -119,12 +120,13 @@ class Sweep:
 
     def next_pack(self) -> list[Job]:
         """Remove and return the first waiting job, or the largest pack of those with its key."""
-        first = self.waiting[0]
+        first = next(iter(self.waiting.values()))
         if first.pack_key is None:
-            return [self.waiting.popleft()]
-        pack = self.next_first_attempts(first) if first.number == 1 else self.deal_waiting(first)[0]
-        taken = {job.cell for job in pack}
-        self.waiting = deque(job for job in self.waiting if job.cell not in taken)
+            pack = [first]
+        else:
+            pack = self.next_first_attempts(first) if first.number == 1 else self.deal_waiting(first)[0]
+        for job in pack:
+            del self.waiting[job.cell]
         return pack
 
     def next_first_attempts(self, first: Job) -> list[Job]:
@@ -141,7 +143,7 @@ class Sweep:
 
     def deal_waiting(self, first: Job) -> list[list[Job]]:
         """Deal the waiting jobs with the key and the number of `first` out to packs, the largest first."""
-        alike = [job for job in self.waiting if (job.pack_key, job.number) == (first.pack_key, first.number)]
+        alike = [job for job in self.waiting.values() if (job.pack_key, job.number) == (first.pack_key, first.number)]
         cells, count = self.counts[first.pack_key], packs.count_packs(self.counts[first.pack_key], self.workers.slots)
         if first.number == 1:
             count -= self.started[first.pack_key]
@@ -156,7 +158,7 @@ class Sweep:
         try:
             if jobs.claim_runs(job):
                 return True
-            self.waiting.append(job)
+            self.waiting[job.cell] = job
         except UserError as error:  # its recipe does not even name a run folder
             self.end(job, outcome_of(error))
         return False
@@ -179,7 +181,9 @@ class Sweep:
                 self.report("again", job, jobs.keep_log(job, outcome) if following_job.number > 1 else outcome)
             else:
                 self.end(job, outcome)
-        self.waiting.extendleft(reversed(following))
+        for following_job in reversed(following):
+            self.waiting[following_job.cell] = following_job
+            self.waiting.move_to_end(following_job.cell, last=False)
 
     def end(self, job: Job, outcome: Outcome) -> None:
         """Record the outcome of a cell."""
