@@ -1,5 +1,7 @@
 """What the benchmark holds out, and how its intervals and shares are computed."""
 
+import json
+
 import numpy as np
 import pytest
 from helpers import handmade, tiny
@@ -7,11 +9,11 @@ from helpers import handmade, tiny
 from paragen.analysis import benchmark_page
 from paragen.benchmark import bootstrap, picture, plan, results, rows, run, trainings
 from paragen.benchmark.plan import Wanted
-from paragen.collection import index, prompts
-from paragen.common import devices, paths
+from paragen.collection import index, manifest, prompts
+from paragen.common import devices, files, paths
 from paragen.common.cli import UserError
 from paragen.dataset import dataset_info
-from paragen.recipes import lookup, render
+from paragen.recipes import keys, lookup, render
 
 FAMILIES = {f"{family}-{number:02}": family for family in ("copy", "sort", "swap") for number in range(16)}
 
@@ -171,11 +173,16 @@ def three(place, monkeypatch) -> plan.Plan:
     monkeypatch.setattr(paths, "SCRIPTS", scripts)
     monkeypatch.setattr(paths, "MODELS", place.saves.parent / "models")
     for name in "ABC":
-        place.collect(dataset=name, rows=handmade.texts(name, 20))
+        folder = place.collect(dataset=name, rows=handmade.texts(name, 20))
         (scripts / handmade.CATEGORY / name).mkdir(parents=True)
         for phase, ending in (("pretrain", tiny.PRETRAIN), ("finetune", tiny.FINETUNE)):
             text = (tiny.RECIPE.format(phase=phase, model="Tiny") + ending.format(model="Tiny")).replace("Toy", name)
-            (scripts / handmade.CATEGORY / name / f"tiny_{name}_{phase}.yaml").write_text(text)
+            recipe = scripts / handmade.CATEGORY / name / f"tiny_{name}_{phase}.yaml"
+            recipe.write_text(text)
+        known = json.loads((folder / paths.MANIFEST).read_text())
+        trained = {key: value for key, value in render.load(recipe).items() if key not in keys.NOT_TRAINED}
+        kept = {"seed": 42, "max_steps": 24, "save_total_limit": 20}  # as KEEP=20 sets them
+        files.write_json(folder / paths.MANIFEST, manifest.sealed({**known, "recipe": {**trained, **kept}}))
     chosen = plan.collections_by_dataset(index.chosen()[0])
     fold = plan.Fold("A", "one dataset held out", ("A",), ("B", "C"), (0,))
     return plan.Plan(place.out, Wanted(prompts=3), chosen, {"A": "A", "B": "B", "C": "C"}, [fold])
@@ -207,6 +214,21 @@ def test_its_own_trainings_are_recipes_of_the_dataset_with_other_rows_or_another
     assert config["union"][1]["resume_from_checkpoint"].endswith("checkpoint-4"), "as the recipe of the dataset says"
     assert sorted(dataset_info.read_info(top / "data")) == ["A.again", "A.few", "A.union"]
     assert (top / "models").resolve() == paths.MODELS.resolve()
+
+
+def test_recipes_that_changed_since_the_collection_are_not_trained_with(three):
+    (path,) = paths.SCRIPTS.glob("*/A/*_finetune.yaml")
+    path.write_text(path.read_text() + "lora_alpha: 99\n")
+    with pytest.raises(UserError, match=r"its recipes have changed since it was made: lora_alpha \(None -> 99\); the"):
+        trainings.needed(three)
+
+
+def test_a_link_to_models_that_are_gone_is_made_anew(three):
+    top = trainings.place_of(three)
+    top.mkdir(parents=True)
+    (top / "models").symlink_to(top / "gone")
+    trainings.write_project(three, trainings.needed(three))
+    assert (top / "models").readlink() == paths.MODELS
 
 
 def test_without_recipes_it_says_how_to_measure_without_trainings(three):

@@ -10,22 +10,25 @@ import json
 import os
 import random
 import sys
-from collections.abc import Sequence
+from collections.abc import Sequence, Set
 from pathlib import Path
 from typing import Any, NamedTuple
 
 from paragen.benchmark.plan import Fold, Plan, drawn_rows
-from paragen.collection import prompts
+from paragen.collection import prompts, run_identity
 from paragen.collection.index import Chosen
-from paragen.collection.manifest import require_manifest
+from paragen.collection.manifest import read_manifest, require_manifest
 from paragen.common import cli, files, paths, settings
 from paragen.common.cli import UserError, say
-from paragen.recipes import lookup, render
+from paragen.recipes import keys, lookup, render
 
 AGAIN, UNION, FEW = "again", "union", "few"
 DATA_SEED = 1  # of the adapters that see the rows in another order; recipes have 42 unless they state one
 FEW_STEPS = 50  # of a few-shot adapter before the last ones: about 25 epochs of 16 rows, 8 at a time
 FEW_LAST = 10  # its last steps
+# Keys of a recipe that the benchmark sets itself or that only manifests have, and those that KEEP sets.
+REPLACED = frozenset(("dataset", "max_samples", "lora_rank", "seed", "template_sha256"))
+OF_KEEP = frozenset(("max_steps", "save_total_limit"))
 COLUMNS = {"prompt": "prompt", "response": "response", "system": "system"}
 
 
@@ -85,17 +88,54 @@ def union_of(plan: Plan, fold: Fold, rows: dict[str, list[dict[str, Any]]]) -> T
 def recipes_of(like: Chosen) -> tuple[str, dict[str, Any], dict[str, Any]]:
     """The model's name in the recipes of a collection's dataset and base model, the pretrain and the finetune recipe.
 
-    Raises UserError where there are none.
+    Raises UserError where there are none, or others than the collection was trained with.
     """
     dataset, base = like.manifest.dataset, like.manifest.base_name
     for (name, short), pair in lookup.pairs_in("").items():
         pretrain, finetune = map(render.load, pair) if name == dataset else ({}, {})
         if base and Path(str(finetune.get("model_name_or_path"))).name == base:
+            check_same_training(like, pretrain, finetune)
             return short, pretrain, finetune
     raise UserError(
         f"collect_scripts: no recipes of {dataset} for {base}, which the benchmark's own trainings take; write them "
         "with make recipe, or measure without these trainings (BASELINES=context, or none)"
     )
+
+
+def check_same_training(like: Chosen, pretrain: dict[str, Any], finetune: dict[str, Any]) -> None:
+    """Raise UserError where recipes train in another way than those that a collection was made with.
+
+    Those of a pretrain whose run folder is gone are compared by the step that was resumed.
+    """
+    before = like.manifest.pretrain
+    run = read_manifest(like.folder.parent / before.run) if before else None
+    found = changed_keys(like.manifest.recipe, finetune, REPLACED | OF_KEEP)
+    found += changed_keys(run.recipe if run else None, pretrain, REPLACED)
+    resumed = Path(str(finetune.get("resume_from_checkpoint"))).name
+    if before and resumed != f"checkpoint-{before.step}":
+        found.append(f"the resumed step (checkpoint-{before.step} -> {resumed})")
+    if found:
+        raise UserError(
+            f"{like.name}: its recipes have changed since it was made: {', '.join(dict.fromkeys(found))}; the "
+            "benchmark's own trainings take them: put them back, collect again with FORCE=1, or measure without these "
+            "trainings (BASELINES=context, or none)"
+        )
+
+
+def changed_keys(trained: dict[str, Any] | None, now: dict[str, Any], replaced: Set[str]) -> list[str]:
+    """The keys, with their values, in which a manifest's recipe and today's train differently; none without the former.
+
+    Args:
+        trained: the recipe in a manifest.
+        now: a recipe as it is in its file.
+        replaced: keys that do not count.
+    """
+    both = [
+        {"recipe": {key: value for key, value in recipe.items() if key not in keys.NOT_TRAINED | replaced}}
+        for recipe in (trained or {}, now)
+    ]
+    other = {"data": None, "base_model": None, "tokenizer": None, "pretrain": None}
+    return run_identity.changes({**both[0], **other}, {**both[1], **other}) if trained else []
 
 
 def rows_seen(like: Chosen) -> int:
@@ -141,6 +181,7 @@ def write_project(plan: Plan, wanted: Sequence[Training]) -> None:
     for name in ("data", "collect_scripts", "saves"):
         (top / name).mkdir(parents=True, exist_ok=True)
     if not (top / "models").exists():
+        (top / "models").unlink(missing_ok=True)  # a link to models that were elsewhere before
         (top / "models").symlink_to(paths.MODELS.absolute(), target_is_directory=True)
     info: dict[str, Any] = {}
     for one in wanted:
