@@ -16,7 +16,7 @@ import train_generator
 from paragen.collection import discovery, index
 from paragen.common import files, paths, settings
 from paragen.common.cli import UserError
-from paragen.generator import hashed_tensors, network, options, sources
+from paragen.generator import checkpoint_data, hashed_tensors, network, options, sources
 from paragen.generator.factor_layout import FactorLayout
 
 pytestmark = pytest.mark.runs
@@ -284,6 +284,15 @@ def test_a_layout_keeps_every_value_and_an_untrained_network_gives_the_mean():
     assert [len(kind.keys) for kind in layout.kinds] == [2, 2]
     outputs = network.Network(7, 8, layout.kinds)(torch.randn(3, 7))
     assert layout.join(outputs).shape == (3, layout.size) and not layout.join(outputs).any()
+
+
+def test_what_is_pinned_has_room_also_where_pytorch_rounds_it_up():
+    """17 GB are pinned as 32 GiB."""
+    free = 40 * 10**9
+    assert checkpoint_data.first_place(10 * 10**9, free, free) == "device"
+    assert checkpoint_data.first_place(2**34, 0, free) == "pinned", "a power of two is pinned as it is"
+    assert checkpoint_data.first_place(2**34 + 1, 0, free) == "disk"
+    assert checkpoint_data.first_place(1, 0, 0) == "disk"
 
 
 def test_a_value_that_cannot_be_is_refused(monkeypatch):

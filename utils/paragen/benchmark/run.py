@@ -164,7 +164,7 @@ def run_jobs(found: Plan, options: Options, jobs: list[Job]) -> None:
     failed, before = [], -1
     try:
         for job, device in zip(jobs, devices_of, strict=False):
-            running[start(found, options, job, device, threads)] = job
+            running[start(found, options, job, device, threads, len(devices_of))] = job
         while running:
             for process in [process for process in running if not process.is_alive()]:
                 job = running.pop(process)
@@ -186,11 +186,12 @@ def run_jobs(found: Plan, options: Options, jobs: list[Job]) -> None:
         )
 
 
-def start(found: Plan, options: Options, job: Job, device: str, threads: int) -> ForkServerProcess:
-    """Start the process of a job on a device, with so many CPU threads."""
+def start(found: Plan, options: Options, job: Job, device: str, threads: int, count: int) -> ForkServerProcess:
+    """Start the process of a job on a device, with so many CPU threads; `count` of them share the main memory."""
     log = log_of(found, job.name)
     log.parent.mkdir(parents=True, exist_ok=True)
-    environment = {"DEVICES": device, "CUDA_VISIBLE_DEVICES": "" if device == "cpu" else device}
+    visible = "" if device == "cpu" else device
+    environment = {"DEVICES": device, "CUDA_VISIBLE_DEVICES": visible, "PARAGEN_CPU_SLOTS": str(count)}
     return forked.start(pinned_work, (found, options, job, device, threads), environment, log)
 
 

@@ -190,7 +190,7 @@ def free_memory() -> None:
 def free_bytes(device: "torch.device") -> int:
     """The free memory of a device, bytes, with what torch has reserved but does not use.
 
-    On the CPU: the share of this process where a sweep runs several (PARAGEN_CPU_SLOTS).
+    On the CPU: the share of this process where a sweep or a benchmark runs several (PARAGEN_CPU_SLOTS).
     """
     import psutil
     import torch

@@ -67,10 +67,8 @@ class CheckpointData:
 
     def _first_place(self, size: int) -> str:
         """The first place with room for `size` bytes."""
-        if size < SHARE * devices.free_bytes(self.device):
-            return "device"
-        is_gpu = self.device.type == "cuda"
-        return "pinned" if is_gpu and size < SHARE * devices.free_bytes(torch.device("cpu")) else "disk"
+        on_device, on_cpu = devices.free_bytes(self.device), devices.free_bytes(torch.device("cpu"))
+        return first_place(size, on_device, on_cpu if self.device.type == "cuda" else 0)
 
     def _read(self, number: int) -> Tensor:
         return self.layout.vector_of(self._tensors(number), self.form)
@@ -125,6 +123,19 @@ class CheckpointData:
             parts = self.layout.split((values - mean).square_())
             squares += torch.cat([part.mean(2).sum(0) for part in parts]) * weight
         return mean, squares.sqrt().clamp(min=1e-8)
+
+
+def first_place(size: int, free_on_device: int, free_for_pinned: int) -> str:
+    """The first of PLACES with room for `size` bytes.
+
+    Args:
+        size: of all checkpoints, from 1 on.
+        free_on_device: bytes.
+        free_for_pinned: bytes of the main memory; PyTorch rounds what it pins up to a power of two.
+    """
+    if size < SHARE * free_on_device:
+        return "device"
+    return "pinned" if 1 << (size - 1).bit_length() < SHARE * free_for_pinned else "disk"
 
 
 def spread(layout: FactorLayout, scale: Tensor) -> Tensor:
