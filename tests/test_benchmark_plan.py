@@ -13,6 +13,7 @@ from paragen.collection import index, manifest, prompts
 from paragen.common import devices, files, paths
 from paragen.common.cli import UserError
 from paragen.dataset import dataset_info
+from paragen.generator import options
 from paragen.recipes import keys, lookup, render
 
 FAMILIES = {f"{family}-{number:02}": family for family in ("copy", "sort", "swap") for number in range(16)}
@@ -135,11 +136,28 @@ def test_a_part_is_used_again_only_with_the_same_inputs_and_unedited(tmp_path):
     rows.write_part(path, inputs, {"dataset": "A"})
     assert rows.read_part(path, inputs, False)["dataset"] == "A" and rows.read_part(path, inputs, True) is None
     assert rows.read_part(path, {**inputs, "context": True}, False) is None, "compared with more: scored again"
+    assert rows.read_part(path, {**inputs, "seeds": [0, 1]}, False) is None, "more REPEATS: scored again"
     with pytest.raises(UserError, match=r"A.json: was measured with other inputs \(limit, rows\); FORCE=1"):
         rows.read_part(path, {**inputs, "limit": 5, "rows": {"A": "2"}}, False)
     path.write_text(path.read_text().replace('"A"', '"B"', 1))
     with pytest.raises(UserError, match="A.json: broken .was edited.*; remove it"):
         rows.read_part(path, inputs, False)
+
+
+def test_a_later_call_may_measure_more_and_never_something_else(place):
+    for name in "AB":
+        place.collect(dataset=name)
+    chosen = plan.collections_by_dataset(index.chosen()[0])
+    first = Wanted(variants=(1, 3), repeats=1)
+    place.out.mkdir()
+    identity = results.identity_of(plan.Plan(place.out, first, chosen, {}, []), vars(options.Options()))
+    known = {"format": benchmark_page.FORMAT, **identity, "groups": []}
+    files.write_json(place.out / "benchmark.json", {**known, "sha256": files.sha256_of_value(known)})
+    for more in (first, Wanted(variants=(1, 3, 6), repeats=3), Wanted(variants=(1, 3), baselines=("context",))):
+        run.check_same(plan.Plan(place.out, more, chosen, {}, []), options.Options())
+    for other in (Wanted(variants=(1, 3), limit=5), Wanted(repeats=1), Wanted(variants=(1, 3), samples=9)):
+        with pytest.raises(UserError, match="is of another benchmark .settings differ.; take another OUT"):
+            run.check_same(plan.Plan(place.out, other, chosen, {}, []), options.Options())
 
 
 def test_what_cannot_be_measured_is_named_and_the_others_are_measured(capsys):

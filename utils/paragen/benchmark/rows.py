@@ -14,7 +14,8 @@ from paragen.scoring import questions
 from paragen.scoring.questions import Split
 
 FORMAT = "paragen-benchmark-part-1"
-COMPARED = ("trained", "context", "union")  # inputs that BASELINES decides: a part with others is measured again
+# Inputs that BASELINES or REPEATS decide: a part with others is measured again, with the generators that are there.
+COMPARED = ("trained", "context", "union", "seeds")
 
 
 class Scored(NamedTuple):
@@ -71,7 +72,7 @@ def inputs_of(plan: Plan, held: Sequence[str], trained: Sequence[str], more: dic
 
 def read_part(path: Path, inputs: dict[str, Any] | None, force: bool) -> dict[str, Any] | None:
     """A part of the benchmark that was measured before: its content; None where it is not there, where it was compared
-    with other adapters of the benchmark's own, or with `force`.
+    with other adapters of the benchmark's own or has other seeds, or with `force`.
 
     Args:
         path: of the part.

@@ -69,18 +69,26 @@ def make(wanted: Wanted) -> Path:
 def check_same(found: Plan, options: Options) -> None:
     """Raise UserError where the folder holds a benchmark of other collections or settings, unless FORCE=1.
 
-    More or fewer BASELINES are the same benchmark.
+    More or fewer BASELINES, REPEATS and VARIANTS are the same benchmark.
     """
     path = found.folder / benchmark_page.FILE
     if not path.exists() or run_identity.force_requested():
         return
-    old, new = benchmark_page.read(path), results.identity_of(found, asdict(options))
-    changed = [key for key, value in new.items() if old.get(key) != json.loads(json.dumps(value))]
-    if changed := [key for key in changed if key != "baselines"]:
+    old, new = (_compared(one) for one in (benchmark_page.read(path), results.identity_of(found, asdict(options))))
+    if changed := [key for key, value in new.items() if old.get(key) != value]:
         raise UserError(
             f"{paths.relative(path)}: is of another benchmark ({', '.join(changed)} differ); take another OUT, or "
             "FORCE=1 replaces it"
         )
+
+
+def _compared(content: dict[str, Any]) -> dict[str, Any]:
+    """What of a benchmark.json tells one benchmark from another: all but how much of it is measured."""
+    known = json.loads(json.dumps(content))
+    given = known["settings"] if isinstance(known.get("settings"), dict) else {}
+    wanted = {key: value for key, value in given.items() if key != "repeats"}
+    wanted["variants"] = bool(given.get("variants"))
+    return {**{key: value for key, value in known.items() if key != "baselines"}, "settings": wanted}
 
 
 def planned(wanted: Wanted) -> Plan:
