@@ -42,6 +42,14 @@ def test_kernels_are_deterministic_unless_the_setting_is_off(as_before, monkeypa
     assert os.environ[deterministic.WORKSPACE] == (":4096:8" if wanted else "")
 
 
+def test_a_process_that_also_scores_has_them_while_it_trains_alone(as_before, monkeypatch):
+    monkeypatch.setenv("DETERMINISTIC", "1")
+    with pytest.raises(UserError), deterministic.chosen_kernels():
+        assert deterministic.are_kernels_deterministic()
+        raise UserError("cannot be trained")
+    assert not torch.are_deterministic_algorithms_enabled() and torch.backends.cuda.cudnn_sdp_enabled()
+
+
 def test_a_workspace_of_the_users_own_is_kept_where_pytorch_accepts_it(as_before, monkeypatch):
     for own, taken in ((":16:8", ":16:8"), (":0:0", ":4096:8")):
         monkeypatch.setenv(deterministic.WORKSPACE, own)
@@ -64,6 +72,8 @@ def test_pytorchs_message_about_a_missing_kernel_is_known(as_before):
     deterministic.choose_kernels()
     with pytest.raises(RuntimeError) as raised:
         torch.zeros(1).put_(torch.tensor([0]), torch.tensor([1.0]))
+    with pytest.raises(UserError, match=LINE), deterministic.naming_missing_kernel():
+        raise raised.value
     assert deterministic.missing_kernel(raised.value) == deterministic.one_line(raised.value) == LINE
     other = RuntimeError("some\nthing else")
     assert deterministic.missing_kernel(other) is None and deterministic.one_line(other) == "some thing else"

@@ -111,7 +111,10 @@ def sentences_of(group: dict[str, Any]) -> list[str]:
         if total["mean_accuracy"]:
             found.append(f"{name}: higher accuracy {_comparison(total, 'accuracy')}")
     if without := group["totals"]["all"]["without_prompts"]:
-        found.append(f"* The prompts are not used: another dataset's prompts do as well on {', '.join(without)}")
+        found.append(
+            "* It is not shown that the prompts are used: with another dataset's prompts the adapters are not worse by "
+            f"more than the interval on {', '.join(without)}"
+        )
     return found
 
 

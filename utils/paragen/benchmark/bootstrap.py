@@ -48,6 +48,6 @@ def figure(values: np.ndarray) -> Figure:
     return {"value": float(values[0]), "interval": [float(low), float(high)]}
 
 
-def is_below(one: Figure, threshold: float = 0.0) -> bool:
-    """Whether a figure's whole interval lies below a threshold."""
-    return one["interval"] is not None and one["interval"][1] < threshold
+def is_below_zero(one: Figure) -> bool:
+    """Whether a figure's whole interval lies below zero."""
+    return one["interval"] is not None and one["interval"][1] < 0

@@ -107,7 +107,7 @@ def uses_prompts(loss: Figure, accuracy: Figure | None) -> bool:
         accuracy: the same of its accuracy, where there is one.
     """
     better = accuracy is not None and accuracy["interval"] is not None and accuracy["interval"][0] > 0
-    return bootstrap.is_below(loss) or better
+    return bootstrap.is_below_zero(loss) or better
 
 
 def closed(measured: Sequence[Measured], method: str, kind: str = "loss") -> Figure:

@@ -85,8 +85,9 @@ def check_same(found: Plan, options: Options) -> None:
 def _compared(content: dict[str, Any]) -> dict[str, Any]:
     """What of a benchmark.json tells one benchmark from another: all but how much of it is measured."""
     known = json.loads(json.dumps(content))
-    wanted = {key: value for key, value in known["settings"].items() if key != "repeats"}
-    wanted["variants"] = bool(wanted["variants"])
+    given = known["settings"] if isinstance(known.get("settings"), dict) else {}
+    wanted = {key: value for key, value in given.items() if key != "repeats"}
+    wanted["variants"] = bool(given.get("variants"))
     return {**{key: value for key, value in known.items() if key != "baselines"}, "settings": wanted}
 
 

@@ -26,8 +26,8 @@ AGAIN, UNION, FEW = "again", "union", "few"
 DATA_SEED = 1  # of the adapters that see the rows in another order; recipes have 42 unless they state one
 FEW_STEPS = 50  # of a few-shot adapter before the last ones: about 25 epochs of 16 rows, 8 at a time
 FEW_LAST = 10  # its last steps
-# Keys of a recipe that the benchmark sets itself, and those that KEEP sets.
-REPLACED = frozenset(("dataset", "max_samples", "lora_rank", "seed", "data_seed", "template_sha256"))
+# Keys of a recipe that the benchmark sets itself or that only manifests have, and those that KEEP sets.
+REPLACED = frozenset(("dataset", "max_samples", "lora_rank", "seed", "template_sha256"))
 OF_KEEP = frozenset(("max_steps", "save_total_limit"))
 COLUMNS = {"prompt": "prompt", "response": "response", "system": "system"}
 
@@ -109,7 +109,7 @@ def check_same_training(like: Chosen, pretrain: dict[str, Any], finetune: dict[s
     """
     before = like.manifest.pretrain
     run = read_manifest(like.folder.parent / before.run) if before else None
-    found = changed_keys(like.manifest.recipe, finetune, {*REPLACED, *OF_KEEP})
+    found = changed_keys(like.manifest.recipe, finetune, REPLACED | OF_KEEP)
     found += changed_keys(run.recipe if run else None, pretrain, REPLACED)
     resumed = Path(str(finetune.get("resume_from_checkpoint"))).name
     if before and resumed != f"checkpoint-{before.step}":

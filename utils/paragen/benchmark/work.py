@@ -83,11 +83,11 @@ class Worker:
         return self._reader
 
     def pool(self, dataset: str) -> Tensor:
-        """Embedded training prompts of a dataset: [prompts, hidden] float32."""
+        """Embedded training prompts of a dataset, read as the generator reads them: [prompts, hidden] float32."""
         if dataset not in self.pools:
             known = prompts.of_collection(self.plan.chosen[dataset].manifest)
             drawn = random.Random(f"pool {dataset}").sample(range(len(known)), min(POOL, len(known)))
-            self.pools[dataset] = self.reader.embed([known[place] for place in drawn])
+            self.pools[dataset] = self.reader.embed([known[place] for place in drawn], self.options.answers)
         return self.pools[dataset]
 
     def score(self, dataset: str, adapters: Mapping[str, Adapter | None], scored: Scored) -> dict[str, dict[str, Any]]:

@@ -131,11 +131,6 @@ def pool_of(manifest: Manifest, most: int) -> list[Row]:
     return rows if len(rows) <= most else [rows[number] for number in sorted(order.sample(range(len(rows)), most))]
 
 
-def plain_rows(given: Sequence[Row | str]) -> list[Row]:
-    """Rows, of which texts may be given alone."""
-    return [{"prompt": row} if isinstance(row, str) else row for row in given]
-
-
 def texts_in(part: prompts.Part) -> list[Row]:
     """The rows of a part of a dataset as texts."""
     return [row_texts.texts_of(row, part[0]) for row in part[1]]

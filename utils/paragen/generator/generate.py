@@ -73,14 +73,14 @@ def draw_prompts(count: int, samples: int, seed: int, each: int) -> list[list[in
 
 
 def generate(
-    generator: Generator, prompts: Sequence[Row | str] | Tensor, samples: int = 1, seed: int = 0, each: int = 16,
+    generator: Generator, prompts: Sequence[Row] | Tensor, samples: int = 1, seed: int = 0, each: int = 16,
     description: str | None = None,
 ) -> list[Adapter]:  # fmt: skip
     """Adapters from prompts, and a description where there is one.
 
     Args:
         generator: from `saved.load`.
-        prompts: texts or rows to draw from, or embeddings [n, hidden size] as `Reader.embed` returns them.
+        prompts: rows to draw from, or embeddings [n, hidden size] as `Reader.embed` returns them.
         samples: how many adapters, each from a draw of its own (`draw_prompts`).
         seed: of the draws.
         each: how many prompts a sample is conditioned on.
@@ -95,8 +95,10 @@ def generate(
     if isinstance(prompts, Tensor):
         embedded = {number: prompts[number] for rows in drawn for number in rows}
     else:
-        wanted, rows = sorted({number for rows in drawn for number in rows}), conditions.plain_rows(prompts)
-        found = generator.reader.embed([rows[number] for number in wanted], generator.manifest["settings"]["answers"])
+        wanted = sorted({number for rows in drawn for number in rows})
+        found = generator.reader.embed(
+            [prompts[number] for number in wanted], generator.manifest["settings"]["answers"]
+        )
         embedded = dict(zip(wanted, found, strict=True))
     texts = mean.new_zeros(0, len(mean))
     if description:
@@ -107,11 +109,9 @@ def generate(
     return [generator.layout.tensors_of(vector) for vector in generator.vectors(inputs).cpu()]
 
 
-def mean_of(adapters: Sequence[Adapter], weights: Sequence[float] | None = None) -> Adapter:
-    """The weighted sum of adapters' factors, float32; by default their mean. They have to have one start."""
-    shares = weights or [1 / len(adapters)] * len(adapters)
-    pairs = list(zip(adapters, shares, strict=True))
-    return {key: torch.stack([one[key].float() * share for one, share in pairs]).sum(0) for key in adapters[0]}
+def mean_of(adapters: Sequence[Adapter]) -> Adapter:
+    """The mean of adapters' factors, float32. They have to have one start."""
+    return {key: torch.stack([one[key].float() for one in adapters]).mean(0) for key in adapters[0]}
 
 
 def last_checkpoint(one: Chosen) -> Adapter:

@@ -29,6 +29,7 @@ from paragen.generator.factor_layout import FactorLayout
 from paragen.generator.network import Network
 from paragen.generator.options import Options
 from paragen.generator.second_stage import TASKS, BaseLoss
+from paragen.training import deterministic
 
 STATE, EMBEDDED = "state.hashed", "embedded.hashed"  # in a staging folder alone
 SAVE_SECONDS = 60  # between two saved states
@@ -73,7 +74,8 @@ def train(
             staging.mkdir(exist_ok=True)
             with cli.writing_to(folder):
                 training = Training(chosen, staging, wanted, place, quiet, reader)
-                training.run()
+                with deterministic.naming_missing_kernel():
+                    training.run()
                 saved.write(staging, folder.name, identity, training)
                 files.sync_tree(staging)  # before what a killed training is continued from is gone
                 for name in (STATE, EMBEDDED):

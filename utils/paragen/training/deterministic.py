@@ -11,6 +11,7 @@ from collections.abc import Iterator
 from typing import Any
 
 from paragen.common import settings
+from paragen.common.cli import UserError
 
 # What cuBLAS may use as workspace, so that its sums do not depend on what else runs; it is read when cuBLAS starts.
 WORKSPACE = "CUBLAS_WORKSPACE_CONFIG"
@@ -68,6 +69,17 @@ def are_kernels_deterministic() -> bool:
     import torch
 
     return torch.are_deterministic_algorithms_enabled() and not torch.is_deterministic_algorithms_warn_only_enabled()
+
+
+@contextlib.contextmanager
+def naming_missing_kernel() -> Iterator[None]:
+    """Turn an exception of the body that `missing_kernel` knows into a UserError."""
+    try:
+        yield
+    except RuntimeError as error:
+        if cause := missing_kernel(error):
+            raise UserError(cause) from None
+        raise
 
 
 def one_line(error: BaseException) -> str:
