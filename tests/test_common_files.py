@@ -162,3 +162,11 @@ def test_what_is_no_lock_file_is_named_and_hangs_nothing(tmp_path, make):
     with pytest.raises(UserError, match=r"\.x\.lock: is .* where a lock file is to be; move it away"), locks.lock(path):
         pass
     assert os.path.lexists(path)
+
+
+def test_what_a_process_left_that_was_killed_just_now_is_removed_by_the_next_write(tmp_path):
+    killed = subprocess.Popen(["true"])
+    killed.wait()
+    (tmp_path / f".x.json.{killed.pid}.tmp").write_bytes(b"half")
+    files.write_atomically(tmp_path / "x.json", b"whole")
+    assert [path.name for path in tmp_path.iterdir()] == ["x.json"]

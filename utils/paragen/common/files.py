@@ -67,14 +67,24 @@ def unfinished(path: Path) -> list[Path]:
 
 
 def remove_abandoned(path: Path) -> None:
-    """Remove what killed processes left of `write_atomically`; what a live one may be writing stays."""
+    """Remove what killed processes left of `write_atomically`; what a live one may be writing stays.
+
+    Of a file that was written to within WRITING_SECONDS it waits to see whether that goes on, as on another host.
+    """
     for left_over in unfinished(path):
         number = left_over.name.split(".")[-2]
+        if not number.isdigit() or is_running(int(number)):
+            continue
         with contextlib.suppress(FileNotFoundError):
-            age = time.time() - left_over.stat().st_mtime
-            is_dead = number.isdigit() and not is_running(int(number)) and age > WRITING_SECONDS
-            if is_dead and not is_locked(left_over):  # a process of another host holds a lock
+            time.sleep(max(0.0, min(WRITING_SECONDS, WRITING_SECONDS - _age_of(left_over))))
+            is_old = _age_of(left_over) >= WRITING_SECONDS
+            if is_old and not is_locked(left_over):  # a process of another host holds a lock
                 left_over.unlink()
+
+
+def _age_of(path: Path) -> float:
+    """The seconds since a file was last written to."""
+    return time.time() - path.stat().st_mtime
 
 
 def is_running(number: int) -> bool:
