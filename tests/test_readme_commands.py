@@ -22,6 +22,8 @@ NOT_HERE = {  # commands of README that cannot run here, by their beginning, and
     "make collect-all CATEGORY=math": "needs all datasets of the category, which are downloads",
     "make clean-checkpoints DATASET=ARC-c": "needs a stock run of downloaded data",
     "make evaluate DATASET=ARC-c RANK=8": "needs downloaded data; `make evaluate DATASET=MySet` runs",
+    "make generator": "needs collections of several downloaded datasets; tests/test_generator.py runs it on made tasks",
+    "make benchmark-generator": "likewise; tests/test_benchmark.py",
     "make publish": "needs a hub",
     "make pull": "needs a hub",
     "make import": "needs FILE, which README leaves out",
