@@ -8,8 +8,9 @@ from typing import Any
 
 import numpy as np
 
+from paragen.scoring.answers import CONFIDENCE
+
 DRAWS = 2000
-CONFIDENCE = 0.95
 
 Figure = dict[str, Any]  # `value` and `interval` ([low, high]); None where there is none
 

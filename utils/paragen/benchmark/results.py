@@ -13,7 +13,8 @@ from paragen.analysis.benchmark_page import METHODS
 from paragen.benchmark import bootstrap
 from paragen.benchmark.bootstrap import Figure, figure
 from paragen.benchmark.plan import Plan
-from paragen.common import files
+from paragen.collection.manifest import sealed
+from paragen.scoring.answers import CONFIDENCE
 
 GENERATED, SWAPPED = "generated-mean", "swapped-mean"
 RIVALS = ("mean", "nearest", "weighted")  # what a generator has to be better than
@@ -133,7 +134,7 @@ def closed(measured: Sequence[Measured], method: str, kind: str = "loss") -> Fig
     clusters = [several.index(family) for family in families] if len(several) > 1 else [*range(len(gained))]
     weights = np.ones((bootstrap.DRAWS + 1, 1)) if len(gained) == 1 else bootstrap.draws_of(clusters, 1)
     distance = (weights * np.stack(possible, 1)).sum(1)
-    if np.mean(distance[1:] <= 0) > (1 - bootstrap.CONFIDENCE) / 2:
+    if np.mean(distance[1:] <= 0) > (1 - CONFIDENCE) / 2:
         return {"value": None, "interval": None}  # own is not surely better than base, so there is nothing to close
     with np.errstate(divide="ignore", invalid="ignore"):
         return figure((weights * np.stack(gained, 1)).sum(1) / distance)
@@ -235,4 +236,4 @@ def content_of(
             for name, by_dataset in groups.items()
         ],
     }
-    return {**content, "sha256": files.sha256_of_value(content)}
+    return sealed(content)

@@ -7,6 +7,7 @@ from typing import Any, NamedTuple
 
 from paragen.benchmark.plan import Plan
 from paragen.collection import manifest_kinds, prompts, sealed_json
+from paragen.collection.manifest import sealed
 from paragen.common import files, paths
 from paragen.common.cli import UserError
 from paragen.dataset import row_texts
@@ -98,6 +99,5 @@ def read_part(path: Path, inputs: dict[str, Any] | None, force: bool) -> dict[st
 
 def write_part(path: Path, inputs: dict[str, Any], result: dict[str, Any]) -> None:
     """Write a part, whole or not at all."""
-    content = {"format": FORMAT, "inputs": inputs, **result}
     path.parent.mkdir(parents=True, exist_ok=True)
-    files.write_json(path, {**content, "sha256": files.sha256_of_value(content)})
+    files.write_json(path, sealed({"format": FORMAT, "inputs": inputs, **result}))
