@@ -148,6 +148,23 @@ def test_padding_is_exchanged_with_padding_only(roomy):
 
 
 @pytest.mark.parametrize("roomy", [False, True])
+def test_each_row_is_a_sequence_and_padding_is_in_others(roomy):
+    step, _, shape, out = laid_out(roomy)
+    starts, size = out["sequences"], len(out["adapter"])
+    assert starts[0] == 0 and starts[-1] == size
+    lengths, owners = np.diff(starts), out["adapter"]
+    assert 0 <= lengths.min() and lengths.max() <= shape.row_length
+    rows = []
+    for start, length in zip(starts, lengths, strict=False):
+        inside = set(owners[start : start + length])
+        assert len(inside) <= 1, "of one adapter, or of padding"
+        if inside - {len(step.rows)}:
+            assert list(out["positions"][0][start : start + length]) == list(range(length))
+            rows.append(int(length))
+    assert sorted(rows) == sorted(len(each.tokens) for adapter in step.rows for each in adapter)
+
+
+@pytest.mark.parametrize("roomy", [False, True])
 def test_an_adapters_losses_are_weighted_as_by_the_trainer(roomy):
     from paragen.packed.batches import IGNORED
 

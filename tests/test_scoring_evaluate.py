@@ -202,13 +202,17 @@ def stored_in_bfloat16(tmp_path) -> Path:
 DTYPES = """
 import sys
 from pathlib import Path
+import torch
 from paragen.scoring import base_model
 base = base_model.BaseModel({"template": "qwen", "stage": "sft", "finetuning_type": "lora"}, Path(sys.argv[1]))
-print(*{parameter.dtype for parameter in base.model.parameters()}, base.dtype, base.model.config.dtype)
+with torch.inference_mode():
+    parameters = list(base.model.parameters())
+assert not any(parameter.is_inference() for parameter in parameters)
+print(*{parameter.dtype for parameter in parameters}, base.dtype, base.model.config.dtype)
 """
 
 
-def test_a_base_has_the_dtype_that_is_computed_in(stored_in_bfloat16):
+def test_a_base_has_the_dtype_that_is_computed_in_and_takes_gradients(stored_in_bfloat16):
     settings = {**os.environ, "PYTHONPATH": str(ROOT / "utils")}
     command = [PYTHON, "-c", DTYPES, stored_in_bfloat16]
     done = subprocess.run(command, env=settings, capture_output=True, text=True)

@@ -60,7 +60,7 @@ class TinyProject:
 
     def run(self, script: str, **settings: str) -> str:
         """Run a script of utils/; what it printed."""
-        environment = {**os.environ, "PARAGEN_TOP": str(self.top), **settings}
+        environment = {**os.environ, "PY": sys.executable, "PARAGEN_TOP": str(self.top), **settings}
         command = [sys.executable, ROOT / "utils" / f"{script}.py"]
         done = subprocess.run(command, env=environment, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True)
         assert done.returncode == 0 and "Traceback" not in done.stdout, done.stdout

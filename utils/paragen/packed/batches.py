@@ -109,6 +109,7 @@ def lay_out(step: Step, groups: AdapterGroups, shape: Shape) -> dict[str, np.nda
         # padding is copied from padding, forwards and backwards, so that it contributes no gradient
         "to_rows": np.full(shape.rows * shape.row_length, shape.tokens - 1, np.int64),
         "to_tokens": np.full(size, shape.row_length - 1, np.int64),
+        "sequences": np.full(shape.rows + groups.count * -(-shape.tokens // shape.row_length) + 1, size, np.int64),
         "predicting": np.zeros(shape.learned, np.int64),
         "to_losses": np.full(size, shape.learned, np.int64),
         "targets": np.zeros(shape.learned, np.int64),
@@ -117,6 +118,7 @@ def lay_out(step: Step, groups: AdapterGroups, shape: Shape) -> dict[str, np.nda
     }
     streams, row_of = np.zeros(size, np.int64), np.zeros(size, np.int64)  # what the keys of dropout are made from
     filled = [group * shape.tokens for group in range(groups.count)]
+    starts: list[int] = []
     row_number = learned = 0
     for adapter, rows in enumerate(step.rows):
         labelled = sum(int((row.labels != IGNORED).sum()) for row in rows)
@@ -136,6 +138,10 @@ def lay_out(step: Step, groups: AdapterGroups, shape: Shape) -> dict[str, np.nda
             out["weights"][losses], out["loss_adapter"][losses] = 1 / labelled, adapter
             filled[groups.group_of[adapter]] += length
             row_number, learned = row_number + 1, learned + len(predicting)
+            starts.append(start)
+    for group, end in enumerate(filled):
+        starts.extend(range(end, (group + 1) * shape.tokens, shape.row_length))
+    out["sequences"][: len(starts)] = sorted(starts)
     if step.streams is not None:
         out["dropout_keys"] = dropout.token_keys(streams, row_of, out["positions"])
     out["tokens"], out["positions"] = out["tokens"][None], out["positions"][None]

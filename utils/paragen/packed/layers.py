@@ -12,6 +12,7 @@ from typing import Any, cast
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
+from torch.nn.attention.varlen import varlen_attn
 from transformers import AttentionInterface, PreTrainedModel
 
 from paragen.packed.dropout import LayerDropout
@@ -19,6 +20,7 @@ from paragen.packed.model import replace_submodule
 from paragen.packed.step_context import Batch, StepContext
 
 ATTENTION = "packed_rows"  # the name under which transformers finds attend_within_rows
+MAX_FLASH_SIZE, FLASH_CAPABILITY = 256, (8, 0)  # the largest head, and the oldest GPUs (Ampere), of FlashAttention
 CHUNK_LOGITS = 2**28  # elements of a chunk of logits (1 GB in float32)
 # Arguments with which transformers' attention functions compute something else than attend_within_rows.
 UNSUPPORTED_ARGUMENTS = ("softcap", "s_aux", "position_bias", "head_mask", "alibi")
@@ -204,7 +206,10 @@ def attend_within_rows(
         raise NotPackable(f"its attention uses {used}")
     if not (getattr(module, "is_causal", True) if is_causal is None else is_causal):
         raise NotPackable("its attention is not causal")
-    batch = cast(StepContext, module.step_context).batch
+    context = cast(StepContext, module.step_context)
+    if context.sequences is not None and takes_any_length(query, key, value):
+        return attend_within_sequences(query, key, value, context, scaling, sliding_window), None
+    batch = context.batch
     length = batch.row_length
     rows = [_as_rows(heads, batch) for heads in (query, key, value)]
     window = None
@@ -229,6 +234,28 @@ def attend_within_rows(
 
 
 AttentionInterface.register(ATTENTION, attend_within_rows)
+
+
+def takes_any_length(*heads: Tensor) -> bool:
+    """Whether the kernel for sequences of any length takes queries, keys and values: FlashAttention's, of PyTorch."""
+    dtypes, sizes = {one.dtype for one in heads}, {one.shape[3] for one in heads}
+    is_half = dtypes in ({torch.bfloat16}, {torch.float16})
+    is_fit = len(sizes) == 1 and max(sizes) <= MAX_FLASH_SIZE and max(sizes) % 8 == 0
+    return is_half and is_fit and torch.cuda.get_device_capability(heads[0].device) >= FLASH_CAPABILITY
+
+
+def attend_within_sequences(
+    query: Tensor, key: Tensor, value: Tensor, context: StepContext, scaling: float | None, window: int | None
+) -> Tensor:
+    """Causal attention within the sequences of the current batch, without padding them to one length.
+
+    Arguments as for `attend_within_rows`; returns [1, N, heads, head size].
+    """
+    longest = context.batch.row_length
+    tokens = [heads[0].transpose(0, 1).contiguous() for heads in (query, key, value)]
+    sequences = (context.sequences, context.sequences, longest, longest)
+    before = -1 if window is None else window - 1
+    return varlen_attn(*tokens, *sequences, scale=scaling, window_size=(before, 0))[None]
 
 
 def _as_rows(heads: Tensor, batch: Batch) -> Tensor:

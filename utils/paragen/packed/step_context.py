@@ -16,7 +16,8 @@ WIDTH_MULTIPLE = 16  # ranks; tensor cores want the width of a stack in multiple
 class Batch:
     """The rows of a step as one sequence of tokens, on the model's device.
 
-    N tokens, of which each group of adapters has N / groups; R rows of up to L tokens; P positions with a loss.
+    N tokens, of which each group of adapters has N / groups; R rows of up to L tokens; P positions with a loss; S
+    sequences, which are the rows, pieces of the groups' padding, and empty ones at the end.
     """
 
     tokens: Tensor  # [1, N] int64
@@ -24,6 +25,7 @@ class Batch:
     adapter: Tensor  # [N] int64, the token's adapter; the number of adapters for padding
     to_rows: Tensor  # [R * L] int64, the token at each place of the padded rows
     to_tokens: Tensor  # [N] int64, each token's place in the padded rows
+    sequences: Tensor  # [S + 1] int64, where each sequence begins, and N; for kernels that take rows of any length
     predicting: Tensor  # [P] int64, the tokens whose next token has a loss
     to_losses: Tensor  # [N] int64, each token's place among those; P for a token without a loss
     targets: Tensor  # [P] int64, those next tokens
@@ -105,11 +107,13 @@ class StepContext:
                 device
             )
         self.token_thresholds: Tensor | None = None
+        self.sequences: Tensor | None = None  # of the batch, [S + 1] int32; None on a CPU
         self.batch: Batch  # of the current step, see begin_step
 
     def begin_step(self, batch: Batch) -> None:
         """Set the step's batch and its mask: a token has its adapter's scaling at that adapter's ranks, else 0."""
         self.batch = batch
+        self.sequences = batch.sequences.int() if batch.sequences.is_cuda else None
         if self.thresholds is not None:
             self.token_thresholds = self.thresholds.index_select(0, batch.adapter)
         if batch.spans is None:  # otherwise adapters are multiplied one after another

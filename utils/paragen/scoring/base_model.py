@@ -60,10 +60,11 @@ class BaseModel:
             tokenizer = self.tokenizer_module["tokenizer"]
             if not os.isatty(2):
                 disable_progress_bar()
-            with naming(self.folder):
-                self.loaded = load_model(tokenizer, self.model_args, self.finetuning_args, False)
-            for parameter in self.loaded.parameters():  # LLaMA-Factory keeps the dtype in which the file stores them
-                parameter.data = parameter.data.to(self.dtype)
+            with torch.inference_mode(False):  # else gradients could not flow through it, whoever asked for it first
+                with naming(self.folder):
+                    self.loaded = load_model(tokenizer, self.model_args, self.finetuning_args, False)
+                for parameter in self.loaded.parameters():  # LLaMA-Factory keeps the dtype in which files store them
+                    parameter.data = parameter.data.to(self.dtype)
         return self.loaded
 
     @property
