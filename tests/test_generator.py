@@ -182,6 +182,13 @@ def test_all_settings_together(trained, tmp_path):
     assert manifest["losses"].keys() == {"stage 1", "stage 2"}
 
 
+def test_the_second_stage_has_pefts_loss_and_gradient(trained):
+    output = run(trained, "helpers.second_stage_gradient", GENERATOR=generator(trained).name)
+    (line,) = [line for line in output.splitlines() if line.startswith("off: ")]
+    off = json.loads(line.removeprefix("off: "))
+    assert off["loss"] < 1e-5 and off["gradient"] < 1e-3, off
+
+
 @pytest.fixture(scope="module")
 def learnt(model_folder, tmp_path_factory) -> Packable:
     """Four made tasks and a mixture of two, learnt for 100 steps, and a generator that has seen all but the mixture."""

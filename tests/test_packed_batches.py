@@ -153,7 +153,7 @@ def test_each_row_is_a_sequence_and_padding_is_in_others(roomy):
     starts, size = out["sequences"], len(out["adapter"])
     assert starts[0] == 0 and starts[-1] == size
     lengths, owners = np.diff(starts), out["adapter"]
-    assert 0 <= lengths.min() and lengths.max() <= shape.row_length
+    assert lengths.min() >= 0 and lengths.max() <= shape.row_length
     rows = []
     for start, length in zip(starts, lengths, strict=False):
         inside = set(owners[start : start + length])

@@ -8,34 +8,30 @@ import os
 
 
 def main() -> None:
-    import torch
-
-    from paragen.collection import index, prompts
+    from paragen.collection import adapter_config, checkpoints, index, prompts
     from paragen.common import paths
     from paragen.generator import generate, saved
-    from paragen.generator.second_stage import BaseLoss
+    from paragen.scoring import base_model, collection_scorer
+    from paragen.scoring.questions import Split
 
     dataset, other = os.environ["DATASET"], os.environ["OTHER"]
     generator = saved.load(paths.SAVES / "generators" / os.environ["GENERATOR"])
     os.environ.pop("DATASET")
     chosen = {one.manifest.dataset: one for one in index.chosen()[0]}
-    base = BaseLoss([*chosen.values()], generator.reader, generator.layout)
-    rows = generator.reader.questions(prompts.parts(chosen[dataset].manifest, "test"))
-
-    @torch.no_grad()
-    def loss(*adapters: generate.Adapter) -> float:
-        vectors = [generator.layout.vector_of(adapter)[None] for adapter in adapters]
-        return sum(base.loss(vector, rows).item() for vector in vectors) / len(vectors)
+    about = chosen[dataset]
+    config = adapter_config.parse(checkpoints.adapter_config_bytes(about.folder, about.manifest), dataset)
+    split = Split(dataset, True, list(prompts.parts(about.manifest, "test")))
+    own = generate.last_checkpoint(about)
+    others = [generate.last_checkpoint(chosen[name]) for name in generator.datasets if name != dataset]
 
     def generated(name: str) -> list[generate.Adapter]:
         return generate.generate(generator, generate.source_of(name).rows, samples=4)
 
-    own = generate.last_checkpoint(chosen[dataset])
-    others = [generate.last_checkpoint(chosen[name]) for name in generator.datasets if name != dataset]
+    adapters = [None, own, generate.mean_of(others), *generated(dataset), *generated(other)]
+    base = base_model.base_for(about.manifest, None)
+    found = collection_scorer.score_adapters(adapters, config, base, split, "loss", dataset)
+    base_loss, own_loss, others_loss, *losses = [sum(one.losses) / sum(one.token_counts) for one in found]
     print("scores: " + json.dumps({
-        "base": loss({key: torch.zeros_like(value) for key, value in own.items()}),
-        "own": loss(own),
-        "others": loss(generate.mean_of(others)),
-        "generated": loss(*generated(dataset)),
-        "of another": loss(*generated(other)),
+        "base": base_loss, "own": own_loss, "others": others_loss, "generated": sum(losses[:4]) / 4,
+        "of another": sum(losses[4:]) / 4,
     }))  # fmt: skip

@@ -55,7 +55,9 @@ def forget_what_is_done_at_the_end() -> None:
 os.environ["PYTHONPATH"] = os.environ["PYTHONPATH"].partition(os.pathsep)[2]  # see fork_server.ready
 sys.dont_write_bytecode = True  # see conftest
 
-for name in (
+IS_GPU = bool(os.environ.get("TEST_GPU"))  # LLaMA-Factory asks a GPU when imported; who has asked cannot be forked
+
+for name in () if IS_GPU else (
     "llamafactory.train.tuner", "llamafactory.train.sft.workflow", "matplotlib.backends.backend_agg",
     "matplotlib.pyplot", "peft", "safetensors.torch", "torchdata.stateful_dataloader", "PIL.BmpImagePlugin",
     "PIL.GifImagePlugin", "PIL.JpegImagePlugin", "PIL.PpmImagePlugin", "PIL.PngImagePlugin",
@@ -63,25 +65,26 @@ for name in (
 ):  # fmt: skip
     importlib.import_module(name)
 
-from transformers import AutoModelForImageTextToText, AutoModelForSeq2SeqLM, AutoModelForTextToWaveform  # noqa: E402
-
-# LLaMA-Factory looks a model up in these, which imports a module for each of their architectures.
-for kind in (AutoModelForImageTextToText, AutoModelForSeq2SeqLM, AutoModelForTextToWaveform):
-    list(kind._model_mapping.keys())
-
 
 def use_once() -> None:
-    """Do what takes longer the first time: a picture reads the fonts, a model's weights the list of renamed ones."""
+    """Do what takes longer the first time: a picture reads the fonts, a model's weights the list of renamed ones.
+
+    LLaMA-Factory looks a model up in lists of classes, which imports a module for each of their architectures.
+    """
     from matplotlib import pyplot
+    from transformers import AutoModelForImageTextToText, AutoModelForSeq2SeqLM, AutoModelForTextToWaveform
     from transformers.conversion_mapping import get_checkpoint_conversion_mapping
 
+    for kind in (AutoModelForImageTextToText, AutoModelForSeq2SeqLM, AutoModelForTextToWaveform):
+        list(kind._model_mapping.keys())
     get_checkpoint_conversion_mapping("llama")
     pyplot.title("loss")
     pyplot.savefig(io.BytesIO(), format="png")
     pyplot.close("all")
 
 
-use_once()
+if not IS_GPU:
+    use_once()
 forget_what_is_done_at_the_end()
 gc.collect()
 gc.freeze()

@@ -1,28 +1,32 @@
-"""The second stage's loss: the base model's own, on a task's rows, with the factors that the generator gives.
+"""The second stage's loss: the base model's own, on the tasks' rows, with the factors that the generator gives.
 
-It is the loss of the responses' tokens that training and scoring have, through the layers with which scoring applies
-several adapters at once. Gradients reach the factors; the base model stays frozen.
+It is the loss of the responses' tokens that training and scoring have. The packed engine computes it and its gradient
+by the factors, for some tasks at once; on an NVIDIA GPU as CUDA graphs, because Python would take longer than the GPU.
+The base model stays frozen.
 """
 
 from collections.abc import Sequence
+from typing import Any
 
+import numpy
 import torch
-from numpy.random import Generator as Draws
 from torch import Tensor
 
 from paragen.collection import checkpoints, lora_config, prompts
 from paragen.collection.index import Chosen
 from paragen.common.cli import UserError
-from paragen.generator.conditions import LONGEST, Reader, padded
+from paragen.generator.conditions import LONGEST, Reader
 from paragen.generator.factor_layout import FactorLayout
+from paragen.packed.adapter import Adapter
+from paragen.packed.batches import IGNORED, Row, Step
+from paragen.packed.engine import Engine
+from paragen.packed.layers import NotPackable
 from paragen.scoring import factors
-from paragen.scoring.decoding import logits_only_at
-from paragen.scoring.factors import Factors
 from paragen.scoring.questions import Question
-from paragen.scoring.stacked_model import StackedModel
 
-TASKS, ROWS = 4, 8  # of a step: so many adapters, each on so many rows
+TASKS, ROWS = 16, 8  # of a step: so many adapters, each on so many rows
 MOST_ROWS = 400  # of a task that are tokenised
+NO_OPTIMIZER = {"betas": (0.9, 0.999), "eps": 1e-8, "weight_decay": 0.0}  # the engine's own; its rates are zero
 
 
 class BaseLoss:
@@ -32,65 +36,101 @@ class BaseLoss:
         chosen: the collections, a task each.
         reader: reads their rows; its model is changed in place until `close`.
         layout: of the vectors.
+        steps: how many steps there are.
+        seed: of what they draw; a step's draw does not depend on the others.
 
-    Raises UserError for a kind of LoRA that is not applied here, and for a task whose rows are all too long.
+    `tasks` has the numbers of TASKS tasks for each step. Raises UserError for a kind of LoRA or a base model that the
+    packed engine does not compute, and for a task whose rows are all too long.
     """
 
-    def __init__(self, chosen: Sequence[Chosen], reader: Reader, layout: FactorLayout):
-        self.reader, self.layout = reader, layout
+    def __init__(self, chosen: Sequence[Chosen], reader: Reader, layout: FactorLayout, steps: int, seed: int):
+        self.reader, model = reader, reader.model
         config = checkpoints.adapter_config(chosen[0].folder, chosen[0].manifest)
         factors.check_plain_lora(config)
-        self.layers = checkpoints.layers_of(layout.shapes)
-        self.scaling = lora_config.scaling_of(config, self.layers[0])
-        self.rows = [self._rows_of(one) for one in chosen]
-        self.stacked = StackedModel(reader.model, self.layers, fused=False)
-        for parameter in reader.model.parameters():
-            parameter.requires_grad_(False)
+        rows = [self._rows_of(one) for one in chosen]
+        draws = [numpy.random.default_rng((seed, step, 3)) for step in range(steps)]
+        self.tasks = [one.integers(len(rows), size=TASKS).tolist() for one in draws]
+        self.steps = [
+            Step([[rows[task][at] for at in one.integers(len(rows[task]), size=ROWS)] for task in tasks])
+            for one, tasks in zip(draws, self.tasks, strict=True)
+        ]
+        self.order = engine_order(layout).to(model.device)
+        self.attention = model.config._attn_implementation
+        scaling = lora_config.scaling_of(config, checkpoints.layers_of(layout.shapes)[0])
+        adapter = Adapter(factors_of(layout, torch.zeros(layout.size)), scaling, [], NO_OPTIMIZER, 0.0)
+        try:
+            if reader.base.dtype is torch.float16:
+                raise NotPackable("its recipe computes in float16")
+            self.engine = Engine(model, [adapter] * TASKS, reader.base.dtype)
+            self.runner = self.engine.prepare(self.steps)
+        except NotPackable as error:
+            raise UserError(f"{chosen[0].name}: the second stage (BASE_STEPS) cannot train: {error}") from None
 
-    def _rows_of(self, one: Chosen) -> list[Question]:
+    def _rows_of(self, one: Chosen) -> list[Row]:
         """Some rows of a task, those that are not too long."""
         parts = [(entry, rows[:MOST_ROWS]) for entry, rows in prompts.parts(one.manifest)]
-        found = self.reader.questions(parts)
-        fitting = [row for row in found if len(row.tokens) + len(row.continuations[0].tokens) <= LONGEST]
+        found = [row_of(question) for question in self.reader.questions(parts)]
+        fitting = [row for row in found if len(row.tokens) <= LONGEST]
         if not fitting:
             raise UserError(f"{one.name}: has no row of at most {LONGEST} tokens for the second stage; omit it")
         return fitting
 
-    def draw(self, task: int, draws: Draws) -> list[Question]:
-        """ROWS rows of a task."""
-        rows = self.rows[task]
-        return [rows[number] for number in draws.integers(len(rows), size=ROWS)]
-
-    def loss(self, vectors: Tensor, rows: Sequence[Question]) -> Tensor:
-        """The mean loss per token of the responses.
+    def loss(self, vectors: Tensor, step: int) -> Tensor:
+        """The mean of the losses of a step's tasks, each the mean over its responses' tokens.
 
         Args:
-            vectors: [adapters, size], factors as collected or in canonical form.
-            rows: equally many for each adapter, in their order.
+            vectors: [TASKS, size] float32, factors as collected or in canonical form.
+            step: from 0.
         """
-        model = self.stacked.model
-        tokens, mask = padded([row.tokens + row.continuations[0].tokens for row in rows], model.device)
-        length = tokens.shape[1]
-        ends = [(len(row.tokens), len(row.tokens) + len(row.continuations[0].tokens)) for row in rows]
-        flat = [number * length + at - 1 for number, (start, end) in enumerate(ends) for at in range(start, end)]
-        places = torch.tensor(flat, device=model.device)
-        with self.stacked.using(self.factors_of(vectors)), logits_only_at(model, places):
-            logits = model(input_ids=tokens, attention_mask=mask, use_cache=False).logits[0]
-        return torch.nn.functional.cross_entropy(logits.float(), tokens.flatten()[places + 1])
-
-    def factors_of(self, vectors: Tensor) -> Factors:
-        """The factors of some adapters as the layers take them, with gradients."""
-        dtype, both = self.reader.base.dtype, Factors({}, {})
-        for kind, part in zip(self.layout.kinds, self.layout.split(vectors), strict=True):
-            for key, values in zip(kind.keys, part.unbind(1), strict=True):
-                layer, half, _ = key.removeprefix(checkpoints.PEFT_PREFIX).rsplit(".", 2)
-                value = values.unflatten(1, kind.shape).transpose(1, 2)
-                if half == "lora_A":
-                    both.a[layer] = value.to(dtype)
-                else:
-                    both.b[layer] = (value * self.scaling).to(dtype)
-        return both
+        return _Loss.apply(vectors, self, step)
 
     def close(self) -> None:
-        """Give the base model its own layers back."""
-        self.stacked.close()
+        """Give the base model its own layers and attention back."""
+        self.engine.close()
+        self.reader.model.set_attn_implementation(self.attention)
+
+
+class _Loss(torch.autograd.Function):
+    """What BaseLoss.loss returns. The engine computes the gradient in the same pass."""
+
+    @staticmethod
+    def forward(ctx: Any, vectors: Tensor, base: BaseLoss, step: int) -> Tensor:
+        engine, ordered = base.engine, vectors.detach()[:, base.order]
+        for own, vector in zip(engine.vectors, ordered, strict=True):
+            own.detach().copy_(vector)
+        with torch.enable_grad():
+            base.runner.run(base.steps[step], [0.0] * TASKS)
+        gradient = torch.empty_like(ordered)
+        gradient[:, base.order] = torch.stack(engine.gradients) / TASKS
+        ctx.save_for_backward(gradient)
+        return engine.losses.mean()
+
+    @staticmethod
+    def backward(ctx: Any, weight: Tensor) -> tuple[Tensor, None, None]:
+        (gradient,) = ctx.saved_tensors
+        return gradient * weight, None, None
+
+
+def row_of(question: Question) -> Row:
+    """A question with its response, as a row whose response alone is learned."""
+    answer = question.continuations[0].tokens
+    tokens = numpy.array(question.tokens + answer, dtype=numpy.int64)
+    return Row(tokens, numpy.where(numpy.arange(len(tokens)) < len(question.tokens), IGNORED, tokens))
+
+
+def factors_of(layout: FactorLayout, vector: Tensor) -> dict[str, tuple[Tensor, Tensor]]:
+    """A vector's factors lora_A [rank, in] and lora_B [out, rank] by layer, as the model names it."""
+    tensors = layout.tensors_of(vector)
+    return {
+        layer.removeprefix(checkpoints.PEFT_PREFIX): (
+            tensors[f"{layer}.lora_A.weight"],
+            tensors[f"{layer}.lora_B.weight"],
+        )
+        for layer in checkpoints.layers_of(layout.shapes)
+    }
+
+
+def engine_order(layout: FactorLayout) -> Tensor:
+    """Where each value of an engine's vector (packed/adapter.py) is in a vector of the layout, [size] int64."""
+    pairs = factors_of(layout, torch.arange(layout.size)).values()
+    return torch.cat([*(a.reshape(-1) for a, _ in pairs), *(b.t().reshape(-1) for _, b in pairs)])

@@ -28,7 +28,7 @@ from paragen.generator.conditions import Reader
 from paragen.generator.factor_layout import FactorLayout
 from paragen.generator.network import Network
 from paragen.generator.options import Options
-from paragen.generator.second_stage import TASKS, BaseLoss
+from paragen.generator.second_stage import BaseLoss
 from paragen.training import deterministic
 
 STATE, EMBEDDED = "state.hashed", "embedded.hashed"  # in a staging folder alone
@@ -165,8 +165,9 @@ class Training:
                 if state is not None and at > first:
                     optimizer.load_state_dict(restored(optimizer, state[1]))
                 with contextlib.ExitStack() as stack:
-                    base = BaseLoss(self.chosen, self.reader, self.layout) if stage else None
-                    if base is not None:
+                    base = None
+                    if stage:
+                        base = BaseLoss(self.chosen, self.reader, self.layout, steps, wanted.seed)
                         stack.callback(base.close)
                     for step in range(at, first + steps):
                         for group in optimizer.param_groups:
@@ -224,13 +225,12 @@ class Training:
 
     def _base_loss(self, step: int, base: BaseLoss) -> Tensor:
         """The base model's loss with the adapters of some tasks."""
-        draws = numpy.random.default_rng((self.wanted.seed, step, 2))
-        tasks = draws.integers(len(self.chosen), size=TASKS).tolist()
-        inputs = self._conditions(tasks, draws)
+        number = step - self.wanted.steps
+        inputs = self._conditions(base.tasks[number], numpy.random.default_rng((self.wanted.seed, step, 2)))
         with self._autocast():
             outputs = self.network(inputs)
         vectors = self.data.restore(self.layout.join([output.float() for output in outputs]))
-        return base.loss(vectors, [row for task in tasks for row in base.draw(task, draws)])
+        return base.loss(vectors, number)
 
     def _drawn(self, step: int) -> tuple[list[int], list[int], Tensor | None]:
         """(Tasks, a checkpoint of each, the shares of their mixtures) of a step; for mixtures, twice as many tasks."""
