@@ -207,10 +207,10 @@ def attend_within_rows(
     if not (getattr(module, "is_causal", True) if is_causal is None else is_causal):
         raise NotPackable("its attention is not causal")
     context = cast(StepContext, module.step_context)
-    if context.sequences is not None and takes_any_length(query, key, value):
-        return attend_within_sequences(query, key, value, context, scaling, sliding_window), None
-    batch = context.batch
+    batch, starts = context.batch, context.sequences
     length = batch.row_length
+    if starts is not None and takes_any_length(query, key, value):
+        return attend_within_sequences(query, key, value, starts, length, scaling, sliding_window), None
     rows = [_as_rows(heads, batch) for heads in (query, key, value)]
     window = None
     if sliding_window is not None and sliding_window < length:
@@ -245,17 +245,22 @@ def takes_any_length(*heads: Tensor) -> bool:
 
 
 def attend_within_sequences(
-    query: Tensor, key: Tensor, value: Tensor, context: StepContext, scaling: float | None, window: int | None
+    query: Tensor, key: Tensor, value: Tensor, starts: Tensor, longest: int, scale: float | None, window: int | None
 ) -> Tensor:
-    """Causal attention within the sequences of the current batch, without padding them to one length.
+    """Causal attention within sequences of any length.
 
-    Arguments as for `attend_within_rows`; returns [1, N, heads, head size].
+    Args:
+        query, key, value: as for `attend_within_rows`, for which `takes_any_length`.
+        starts: where each sequence begins, and N; int32.
+        longest: no sequence is longer.
+        window: how many tokens a token attends to, itself included; None: all before it.
+
+    Returns [1, N, heads, head size].
     """
-    longest = context.batch.row_length
-    tokens = [heads[0].transpose(0, 1).contiguous() for heads in (query, key, value)]
-    sequences = (context.sequences, context.sequences, longest, longest)
+    q, k, v = (heads[0].transpose(0, 1).contiguous() for heads in (query, key, value))
     before = -1 if window is None else window - 1
-    return varlen_attn(*tokens, *sequences, scale=scaling, window_size=(before, 0))[None]
+    out = varlen_attn(q, k, v, starts, starts, longest, longest, scale=scale, window_size=(before, 0))
+    return cast(Tensor, out)[None]
 
 
 def _as_rows(heads: Tensor, batch: Batch) -> Tensor:
