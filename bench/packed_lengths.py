@@ -42,7 +42,8 @@ class Counts(NamedTuple):
     learned_in_buckets: int
     pairs: int  # within rows
     pairs_of_sequences: int  # and within the padding's, as kernels for sequences of any length have them
-    pairs_of_rows: int  # with all rows as long as the bucket's longest
+    pairs_of_rows: int  # with all rows as long as the bucket's longest, as on GPUs in float32
+    pairs_on_cpu: int  # with all rows as long as the step's longest, as there are no graphs
 
 
 def run(args: argparse.Namespace, top: Path) -> int:
@@ -149,6 +150,7 @@ def count(steps: Sequence[Step], groups: AdapterGroups, buckets: Sequence[Shape]
             pairs=pairs_within(lengths),
             pairs_of_sequences=pairs_within(sequences),
             pairs_of_rows=pairs_within([bucket.row_length]) * bucket.rows,
+            pairs_on_cpu=pairs_within([own.row_length]) * own.rows,
         )
     return Counts(*totals.tolist())
 
@@ -184,7 +186,8 @@ def shares_of(model: str, counts: Counts, groups: AdapterGroups, ranks: list[int
         "attention": needed / flops(counts.tokens, counts.pairs_of_sequences, counts.learned),
         "together": needed / flops(*executed),
         "and products of zeros": needed / flops(*executed, widths=[groups.width]),
-        "with rows padded": needed / flops(*padded_rows),
+        "on GPUs in float32": needed / flops(*padded_rows),
+        "on a CPU": needed / flops(counts.in_groups, counts.pairs_on_cpu, counts.learned),
     }
 
 
@@ -207,7 +210,8 @@ def show_counts(counts: Counts) -> None:
         ("tokens, in graphs", counts.tokens, counts.in_buckets),
         ("tokens with a loss, in graphs", counts.learned, counts.learned_in_buckets),
         ("pairs of attention, by sequence", counts.pairs, counts.pairs_of_sequences),
-        ("pairs of attention, rows padded", counts.pairs, counts.pairs_of_rows),
+        ("the same on GPUs in float32", counts.pairs, counts.pairs_of_rows),
+        ("the same on a CPU", counts.pairs, counts.pairs_on_cpu),
     )
     say("")
     cli.print_table(

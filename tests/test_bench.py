@@ -77,8 +77,9 @@ def test_padding_is_counted_by_where_it_comes_from():
     assert counts.pairs == 55 + 210 + 136
     assert counts.pairs_of_sequences == counts.pairs + 18 * 19 // 2 + 32 * 33 // 2, "padding of 18 and 32 tokens"
     assert counts.pairs_of_rows == 3 * 32 * 33 // 2
+    assert counts.pairs_on_cpu == 3 * 21 * 22 // 2, "a row has room for a token of padding"
     shares = packed_lengths.shares_of("tiny", counts, groups, [128])
-    assert shares["with rows padded"] < shares["together"] < min(shares[one] for one in ("groups", "buckets"))
+    assert shares["on GPUs in float32"] < shares["together"] < min(shares[one] for one in ("groups", "buckets"))
     assert shares["and products of zeros"] == shares["together"], "each group has one adapter"
 
 

@@ -11,7 +11,7 @@ from paragen.packed.step_context import Batch
 if TYPE_CHECKING:
     from paragen.packed.engine import Engine
 
-MAX_BUCKETS = 8  # CUDA graphs per phase; `bench/packed.py lengths` tells what more would save
+MAX_BUCKETS = 8  # CUDA graphs per phase
 STEPS_PER_BUCKET = 50  # capturing a graph takes about as long as the padding of so many steps costs
 
 
