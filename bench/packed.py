@@ -3,6 +3,7 @@
     python bench/packed.py whole --data ARC-c_train.json     stock, ordinary and packed, in one run (for a GPU)
     python bench/packed.py grow [--shape qwen2.5-7b]         ms per step from 1 to 35 adapters (for a GPU)
     python bench/packed.py cpu                               packed beside one cell after the other, on this CPU
+    python bench/packed.py lengths --data FOLDER             what padding costs where rows differ in length
 
 Each part ends in a table and writes its raw numbers to --out; --tiny rehearses it in a minute on any machine. TOKENIZER
 names a folder with the random model's tokenizer (default: the embedded model's). All else is written to a temporary
@@ -34,6 +35,8 @@ def main() -> int | None:
             import packed_whole as part
         elif args.part == "grow":
             import packed_grow as part
+        elif args.part == "lengths":
+            import packed_lengths as part
         else:
             import packed_cpu as part
         return part.run(args, top)
@@ -62,7 +65,13 @@ def parse(words: list[str]) -> argparse.Namespace:
     cpu = parts.add_parser("cpu", help="packed beside one cell after the other, on this CPU")
     cpu.add_argument("--cells", type=int, default=5)
     cpu.add_argument("--steps", type=int, default=4, help="of each phase (default: %(default)s)")
-    for part in (whole, grow, cpu):
+    lengths = parts.add_parser("lengths", help="what padding costs ten real datasets in one pack; nothing is trained")
+    lengths.add_argument("--data", type=Path, required=True, help="folder of prepared files, at any depth")
+    lengths.add_argument("--ranks", default="8", help="of each dataset (default: %(default)s)")
+    lengths.add_argument("--batch", type=int, default=8, help="rows of a step (default: %(default)s)")
+    lengths.add_argument("--steps", type=int, default=700, help="of each run (default: %(default)s)")
+    lengths.add_argument("--epochs", type=int, help="in place of --steps: passes over each dataset's rows")
+    for part in (whole, grow, cpu, lengths):
         part.add_argument("--out", type=Path, help="JSON file for the raw numbers")
         part.add_argument(
             "--peak", type=float, default=989.0, help="TFLOPS of the device (default: an H100's, bfloat16)"
@@ -75,6 +84,7 @@ def parse(words: list[str]) -> argparse.Namespace:
                       "data": args.__dict__.get("data") or ROOT / "data/common-sense-reasoning/Demo_train.json"},
             "grow": {"shape": "tiny", "counts": "1,5", "steps": 4},
             "cpu": {"steps": 2},
+            "lengths": {"steps": 20},
         }  # fmt: skip
         vars(args).update(tiny[args.part])
     if args.part == "whole" and args.data is None:

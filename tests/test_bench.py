@@ -13,6 +13,8 @@ sys.path.append(str(Path(__file__).resolve().parent.parent / "bench"))
 
 import every_target
 import generator
+import numpy as np
+import packed_lengths
 import packed_whole
 import scaling
 import score_agreement
@@ -24,7 +26,7 @@ from paragen.scoring.option_trees import build_tree
 from paragen.sweep import packs
 
 
-@pytest.mark.parametrize("part", [[], ["whole"], ["grow"], ["cpu"], ["--cpu"]])
+@pytest.mark.parametrize("part", [[], ["whole"], ["grow"], ["cpu"], ["--cpu"], ["lengths"]])
 def test_packed_says_what_it_measures(part):
     done = subprocess.run([PYTHON, ROOT / "bench" / "packed.py", *part, "--help"], capture_output=True, text=True)
     assert done.returncode == 0 and "usage" in done.stdout, done.stderr
@@ -58,6 +60,27 @@ def test_the_busy_shares_that_a_sweep_prints_are_read(shares):
 
 def test_spans_that_overlap_count_once():
     assert packed_whole.covered([(3.0, 5.0), (0.0, 2.0), (1.0, 1.5), (4.0, 6.0)]) == 5.0
+
+
+def test_padding_is_counted_by_where_it_comes_from():
+    """Two groups, one step of 30 and 16 tokens, in a bucket of 48 tokens a group."""
+    from paragen.packed.batches import IGNORED, Row, Shape, Step
+    from paragen.packed.step_context import AdapterGroups
+
+    def row(length):
+        return Row(np.arange(length), np.where(np.arange(length) < length - 3, IGNORED, 1))
+
+    step, groups = Step([[row(10), row(20)], [row(16)]]), AdapterGroups([128, 128])
+    counts = packed_lengths.count([step], groups, [Shape(48, 3, 32, 12)])
+    assert (counts.tokens, counts.in_groups, counts.in_buckets) == (46, 60, 96)
+    assert (counts.learned, counts.learned_in_buckets) == (9, 12)
+    assert counts.pairs == 55 + 210 + 136
+    assert counts.pairs_of_sequences == counts.pairs + 18 * 19 // 2 + 32 * 33 // 2, "padding of 18 and 32 tokens"
+    assert counts.pairs_of_rows == 3 * 32 * 33 // 2
+    assert counts.pairs_on_cpu == 3 * 21 * 22 // 2, "a row has room for a token of padding"
+    shares = packed_lengths.shares_of("tiny", counts, groups, [128])
+    assert shares["on GPUs in float32"] < shares["together"] < min(shares[one] for one in ("groups", "buckets"))
+    assert shares["and products of zeros"] == shares["together"], "each group has one adapter"
 
 
 def test_another_likeliest_option_is_told_with_the_margin_by_the_reference():

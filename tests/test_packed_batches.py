@@ -106,6 +106,40 @@ def test_each_step_has_a_bucket_that_covers_it():
             assert found == sorted(found), "the runner takes the first that covers, the smallest"
 
 
+def test_no_other_buckets_of_that_number_need_fewer_tokens():
+    """Compared with every other choice."""
+    from itertools import combinations
+
+    from paragen.packed.batches import ROUND_TO, Shape, choose_buckets
+
+    draw = np.random.default_rng(0)
+    for count in (1, 2, 3, 5):
+        for _ in range(5):
+            tokens = [ROUND_TO * int(value) for value in draw.integers(1, 30, 12)]
+            found = [bucket.tokens for bucket in choose_buckets([Shape(one, 1, 1, 1) for one in tokens], count)]
+            sizes = sorted(set(tokens))
+            others = [(*some, sizes[-1]) for some in combinations(sizes[:-1], min(count, len(sizes)) - 1)]
+            totals = [sum(min(end for end in ends if end >= one) for one in tokens) for ends in (found, *others)]
+            assert totals[0] == min(totals)
+
+
+def test_a_few_long_steps_pad_no_others():
+    """Equal numbers of steps per bucket would pad a half of all to the longest."""
+    from paragen.packed.batches import Shape, choose_buckets
+
+    shapes = [Shape(160, 8, 32, 20)] * 98 + [Shape(1600, 8, 800, 10)] * 2
+    assert choose_buckets(shapes, 2) == [Shape(160, 8, 32, 20), Shape(1600, 8, 800, 10)]
+
+
+def test_a_graph_is_captured_for_so_many_steps():
+    from paragen.packed.batches import Shape
+    from paragen.packed.step_runners import MAX_BUCKETS, STEPS_PER_BUCKET, buckets_of
+
+    for steps, expected in ((1, 1), (2 * STEPS_PER_BUCKET, 2), (1000 * STEPS_PER_BUCKET, MAX_BUCKETS)):
+        shapes = [Shape(1 + 16 * (step % 100), 8, 32, 20) for step in range(steps)]
+        assert len(buckets_of(shapes)) == expected
+
+
 def laid_out(roomy: bool):
     """Four adapters in two groups, the training of one complete, laid out in the smallest shape or a larger one."""
     from paragen.packed.batches import Shape, Step, lay_out

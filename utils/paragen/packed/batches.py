@@ -66,28 +66,52 @@ class Step:
 
 
 def choose_buckets(shapes: list[Shape], count: int) -> list[Shape]:
-    """A few shapes, ascending: each of the given ones is covered by one of them, with little padding.
+    """A few shapes, ascending in tokens: each of the given ones is covered by one of them, with the fewest tokens.
 
     Args:
         shapes: those of all steps.
         count: the largest number of buckets.
     """
-    by_size = sorted(shapes)
-    ends = sorted({-(-len(by_size) * part // count) - 1 for part in range(1, count + 1)})
+    by_tokens: dict[int, list[Shape]] = {}
+    for shape in shapes:
+        by_tokens.setdefault(round_up(shape.tokens), []).append(shape)
+    sizes = sorted(by_tokens)
     chosen: list[Shape] = []
     start = 0
-    for end in ends:
-        part = by_size[start : end + 1]
-        shape = Shape(*(max(values) for values in zip(*part, strict=True)))
-        shape = shape._replace(tokens=round_up(shape.tokens), row_length=round_up(shape.row_length))
-        if chosen and chosen[-1].covers(shape):
-            pass
-        elif chosen and chosen[-1].tokens == shape.tokens:
-            chosen[-1] = Shape(*(max(pair) for pair in zip(chosen[-1], shape, strict=True)))
-        else:
-            chosen.append(shape)
-        start = end + 1
+    for end in cut_sizes(sizes, [len(by_tokens[size]) for size in sizes], count):
+        part = [shape for size in sizes[start:end] for shape in by_tokens[size]]
+        largest = Shape(*(max(values) for values in zip(*part, strict=True)))
+        chosen.append(largest._replace(tokens=sizes[end - 1], row_length=round_up(largest.row_length)))
+        start = end
     return chosen
+
+
+def cut_sizes(sizes: list[int], steps: list[int], count: int) -> list[int]:
+    """Cut sizes into parts so that all steps together are smallest, each padded to the largest size of its part.
+
+    Args:
+        sizes: ascending, without repetition.
+        steps: how many steps each size has.
+        count: the largest number of parts.
+
+    Returns the ends of the parts, each one past the place of its last size. Dynamic programming: the best cut of the
+    first sizes into n + 1 parts has a best cut of fewer sizes into n parts before its last part.
+    """
+    before = np.cumsum([0, *steps])  # by place, the steps of the sizes before it
+    least = [0.0, *[np.inf] * len(sizes)]  # by end, the total of the best cut of the sizes before it
+    begins: list[list[int]] = []  # by number of parts and end, where the last part begins
+    for _ in range(min(count, len(sizes))):
+        totals, begin = np.array(least), [0]
+        least = [np.inf]
+        for end, size in enumerate(sizes, 1):
+            candidates = totals[:end] + (before[end] - before[:end]) * size
+            begin.append(int(candidates.argmin()))
+            least.append(float(candidates.min()))
+        begins.append(begin)
+    ends = [len(sizes)]
+    for begin in reversed(begins[1:]):
+        ends.append(begin[ends[-1]])
+    return ends[::-1]
 
 
 def round_up(tokens: int) -> int:

@@ -11,8 +11,13 @@ from paragen.packed.step_context import Batch
 if TYPE_CHECKING:
     from paragen.packed.engine import Engine
 
-MAX_BUCKETS = 6  # CUDA graphs per phase
+MAX_BUCKETS = 8  # CUDA graphs per phase
 STEPS_PER_BUCKET = 50  # capturing a graph takes about as long as the padding of so many steps costs
+
+
+def buckets_of(shapes: list[Shape]) -> list[Shape]:
+    """The shapes of the CUDA graphs for steps of these shapes, ascending."""
+    return choose_buckets(shapes, max(1, min(MAX_BUCKETS, len(shapes) // STEPS_PER_BUCKET)))
 
 
 class EagerRunner:
@@ -44,8 +49,7 @@ class GraphRunner:
 
     def __init__(self, engine: "Engine", steps: list[Step]):
         self.engine = engine
-        count = max(1, min(MAX_BUCKETS, len(steps) // STEPS_PER_BUCKET))
-        self.shapes = choose_buckets([step.shape(engine.groups) for step in steps], count)
+        self.shapes = buckets_of([step.shape(engine.groups) for step in steps])
         empty = steps[0].without(range(len(engine.adapters)))
         self.batches: dict[Shape, StaticBatch] = {}
         for shape in reversed(self.shapes):
