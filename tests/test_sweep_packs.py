@@ -278,7 +278,7 @@ class PretendedNodes(PretendedDevices):
 
         if not self.killed:
             self.slots, self.killed = 2, [self.running.pop(device) for device in (2, 3)]
-            return [Ended(pack, device, OSError("its node died")) for device, pack in self.killed]
+            return [Ended(pack, device, OSError("its node died"), "gpu-2") for device, pack in self.killed]
         device, pack = self.running.pop(next(iter(self.running)))
         self.idle.append(device)
         return [Ended(pack, device, [DONE] * len(pack))]
@@ -290,8 +290,8 @@ class PretendedNodes(PretendedDevices):
         return False
 
 
-def test_the_cells_of_a_killed_node_are_trained_on_the_devices_of_the_other_one(project):
-    """Each of them once more, in smaller packs."""
+def test_the_cells_of_a_killed_node_are_trained_on_the_devices_of_the_other_one(project, capsys):
+    """Each of them once more, in smaller packs. A line for each names the machine."""
     from paragen.recipes.run import Cell
     from paragen.sweep.display import Display
     from paragen.sweep.sweep import Sweep
@@ -315,6 +315,7 @@ def test_the_cells_of_a_killed_node_are_trained_on_the_devices_of_the_other_one(
     assert [len(pack) for pack in workers.packs[:4]] == [24] * 4
     assert sum(map(len, workers.packs[4:])) == 48 and max(map(len, workers.packs[4:])) <= 12
     assert {cell for pack in workers.packs[4:] for cell in pack} == lost
+    assert capsys.readouterr().out.count("failed: its worker died on gpu-2 (OSError)\n") == 48
     attempts = [attempt for event, attempt in events if event == "started"]
     assert len(set(attempts)) == len(attempts) == 96 + 48
     assert not list(project.saves.rglob("*.attempt")), "all claims are removed"

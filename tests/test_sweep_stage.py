@@ -4,16 +4,16 @@ import json
 import os
 import shutil
 import signal
-import socket
 import subprocess
-import sys
 import threading
 import time
 from pathlib import Path
 from types import SimpleNamespace
 
 import pytest
-from test_sweep import CATEGORY, hashes, left_over, sweep
+from helpers import ray_nodes
+from helpers.forked_python import PYTHON
+from test_sweep import CATEGORY, alive_of, hashes, left_over, sweep
 
 from paragen.common import paths
 from paragen.common.cli import UserError
@@ -24,71 +24,17 @@ from paragen.sweep import file_client, file_server
 pytestmark = pytest.mark.runs
 
 ROOT = Path(__file__).resolve().parent.parent
-PYTHON = sys.executable
-# Runs a node that has another folder at the repository's path, as on another machine: in its own mount namespace.
-ELSEWHERE = ["unshare", "--map-root-user", "--mount", "sh", "-c", 'mount --bind "$0" "$1" && shift && exec "$@"']
-
-
-class Cluster:
-    """Ray nodes on loopback: the driver's, without a slot, and others with a copy of the repository's scripts only."""
-
-    def __init__(self, repository: Path, folder: Path, port: int):
-        self.repository, self.folder, self.address = repository, folder, f"127.0.0.1:{port}"
-        self.bare = folder / "bare"
-        self.bare.mkdir()
-        shutil.copytree(repository / "utils", self.bare / "utils")
-        head = ["--head", f"--port={port}", "--include-dashboard=false", f"--temp-dir={folder / 'ray'}", "--num-cpus=0"]
-        self.nodes = [self.start([], head, {})]
-        deadline = time.monotonic() + 60
-        while not self.answers(port):
-            assert time.monotonic() < deadline
-            time.sleep(0.2)
-
-    @staticmethod
-    def answers(port: int) -> bool:
-        with socket.socket() as connection:
-            return connection.connect_ex(("127.0.0.1", port)) == 0
-
-    def add(self) -> Path:
-        """One more node, with one slot; returns its STAGE_DIR."""
-        stage = self.folder / f"stage {len(self.nodes)}"
-        prefix = [*ELSEWHERE, self.bare, self.repository]
-        node = self.start(prefix, [f"--address={self.address}", "--num-cpus=1"], {"STAGE_DIR": str(stage)})
-        self.nodes.append(node)
-        deadline = time.monotonic() + 60
-        while (self.folder / "nodes.log").read_text().count("Ray runtime started") < len(self.nodes):
-            assert node.poll() is None and time.monotonic() < deadline, (self.folder / "nodes.log").read_text()
-            time.sleep(0.2)
-        return stage
-
-    def start(self, prefix: list, arguments: list[str], environment: dict[str, str]) -> subprocess.Popen:
-        shared = ["--num-gpus=0", "--block", "--disable-usage-stats", "--node-ip-address=127.0.0.1"]
-        command = [*prefix, PYTHON, "-m", "ray.scripts.scripts", "start", *arguments, *shared]
-        with open(self.folder / "nodes.log", "ab") as log:
-            return subprocess.Popen(
-                command, env={**os.environ, **environment}, stdout=log, stderr=log, start_new_session=True
-            )
-
-    def kill(self, number: int) -> None:
-        node = self.nodes[number]
-        if node.poll() is None:
-            os.killpg(node.pid, signal.SIGKILL)
-            node.wait()
 
 
 @pytest.fixture
 def cluster(repository, tmp_path_factory, monkeypatch):
-    if subprocess.run([*ELSEWHERE, repository, repository, "true"], capture_output=True).returncode:
+    if not ray_nodes.are_allowed(repository):
         pytest.skip("mount namespaces are not allowed here")
-    monkeypatch.setenv("RAY_AUTH_TOKEN", "0123456789abcdef" * 4)
-    monkeypatch.setenv("RAY_AUTH_MODE", "token")
-    with socket.socket() as free:
-        free.bind(("127.0.0.1", 0))
-        port = free.getsockname()[1]
-    started = Cluster(repository, tmp_path_factory.mktemp("c"), port)
+    for name, value in ray_nodes.TOKEN.items():
+        monkeypatch.setenv(name, value)
+    started = ray_nodes.Cluster(repository, tmp_path_factory.mktemp("c"))
     yield started
-    for number in range(len(started.nodes)):
-        started.kill(number)
+    started.end()
 
 
 @pytest.mark.alone
@@ -146,6 +92,56 @@ def test_cells_of_other_machines_have_the_same_hashes_also_after_one_was_killed(
         assert done.status == 0, done.output
     alone = hashes(repository)
     assert len(alone) == 2 and alone.items() <= together.items()
+
+
+@pytest.mark.alone
+@pytest.mark.slow
+def test_a_killed_node_of_two_slots_costs_nothing(repository, cluster):
+    """Two nodes of two slots each. What the killed one trained runs on the other, from the pretrain that came back."""
+    lost, kept = cluster.add(slots=2), cluster.add(slots=2)
+    cells = {"RANKS": "2 4 8", "MODELS": "tiny-one", "ENGINE": "stock"}
+    run = sweep(repository, RAY_ADDRESS=cluster.address, STAGE="1", STAGE_DIR="", **cells)
+    try:
+        while not is_at_work(lost, slots=2):
+            assert run.poll() is None, run.communicate()[0]
+            time.sleep(0.02)
+        processes = cluster.below(1)
+        cluster.kill(1)
+        output = run.communicate(timeout=400)[0]
+    finally:
+        if run.poll() is None:
+            os.killpg(run.pid, signal.SIGKILL)
+            print(run.communicate()[0])
+    assert run.returncode == 0 and output.count("collected: ") == 6, output
+    again = [line for line in output.splitlines() if line.startswith("will try again: ")]
+    assert again and all(f"its worker died on {os.uname().nodename} (" in line for line in again), output
+    firsts = list(repository.glob(f"saves/{CATEGORY}/*/*_attempt-1.log"))
+    seconds = [path.with_name(path.name.replace("_attempt-1", "")) for path in firsts]
+    assert len(firsts) == len(again) == output.count("started again: ") <= 2, output
+    for stage, logs in ((lost, firsts), (kept, seconds)):
+        assert all(str(stage) in log.read_text().splitlines()[0] for log in logs)
+    assert list(kept.glob(f"*/.staged/saves/{CATEGORY}/*/*_pretrain/manifest.json")), "not trained a second time"
+    together = hashes(repository)
+    assert len(together) == 12 and left_over(repository) == []
+    assert not list(cluster.folder.glob(f"stage */*/saves/{CATEGORY}/*/.*staging*"))
+    assert not list(kept.glob(f"*/saves/{CATEGORY}/*/*")), "a node keeps no runs"
+    deadline = time.monotonic() + 60
+    while left := alive_of(processes) + [each for each in alive_of(cluster.below(2)) if "forkserver" in each]:
+        assert time.monotonic() < deadline, left
+        time.sleep(0.5)
+    done = subprocess.run([PYTHON, repository / "utils" / "verify.py"], capture_output=True, text=True)
+    assert done.returncode == 0 and done.stdout.count("whole ") == 6, done.stdout + done.stderr
+    (repository / "saves").rename(repository / "swept")
+    undisturbed = sweep(repository, **cells)
+    output = undisturbed.communicate(timeout=400)[0]
+    assert undisturbed.returncode == 0, output
+    assert hashes(repository) == together
+
+
+def is_at_work(stage: Path, slots: int) -> bool:
+    """Whether a node has a cell on each slot, and the training of a finetune has begun."""
+    logs = list(stage.glob(f"*/saves/{CATEGORY}/*/*_finetune.log"))
+    return len(logs) == slots and any(stage.glob(f"*/saves/{CATEGORY}/*/.*_finetune.staging*"))
 
 
 class LocalServer:

@@ -93,7 +93,7 @@ class Sweep:
                 self.end_pack(pack, RayDied())
         self.start_jobs()
         for ended in self.workers.wait():
-            self.end_pack(ended.task, ended.result)
+            self.end_pack(ended.task, ended.result, ended.machine)
         if self.workers.is_stuck(len(self.waiting)):
             self.report("waiting", None, None)
         self.report("tick", None, None)
@@ -163,8 +163,8 @@ class Sweep:
             self.end(job, outcome_of(error))
         return False
 
-    def end_pack(self, pack: list[Job], result: list[Outcome] | Exception) -> None:
-        """Take the outcomes of the jobs of a worker, and queue the attempts that follow."""
+    def end_pack(self, pack: list[Job], result: list[Outcome] | Exception, machine: str | None = None) -> None:
+        """Take the outcomes of the jobs of a worker, on `machine`, and queue the attempts that follow."""
         if not isinstance(result, Exception):
             outcomes = result
         elif self.workers.is_fault(result):  # a bug of ours: keep the traceback
@@ -172,7 +172,8 @@ class Sweep:
             log.write_text(str(result))
             outcomes = [Outcome("failed", repr(getattr(result, "cause", result)), paths.relative(log))] * len(pack)
         else:
-            outcomes = [Outcome("killed", f"its worker died ({type(result).__name__})")] * len(pack)
+            where = f" on {machine}" if machine else ""
+            outcomes = [Outcome("killed", f"its worker died{where} ({type(result).__name__})")] * len(pack)
         following = []
         for job, outcome in zip(pack, outcomes, strict=True):
             jobs.release_runs(job)

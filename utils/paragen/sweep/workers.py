@@ -22,6 +22,7 @@ class Ended(NamedTuple):
     task: Any
     worker: Any
     result: Any  # what the worker returned, or the exception that ended the task
+    machine: str | None = None  # the name of the one that the worker ran on, where that is known
 
 
 class Scheduler(Protocol):
@@ -92,6 +93,7 @@ class Workers:
         self.running: dict[Any, tuple[Any, Any]] = {}  # future -> (worker, its task)
         self.starting: dict[Any, Any] = {}  # future -> worker that is not ready yet
         self.idle: list[Any] = []
+        self.machines: dict[Any, str | None] = {}  # the names, by worker
         self.lost = 0  # workers that died before their first task
         self.last_active = time.monotonic()  # when a task was at work, or `is_stuck` was True
         self.times = WorkTimes()
@@ -163,7 +165,7 @@ class Workers:
             result = error
         if not isinstance(result, Exception) or self.is_fault(result):
             self.idle.append(worker)
-        return Ended(task, worker, result)
+        return Ended(task, worker, result, self.machines.get(worker))
 
     def is_fault(self, error: Exception) -> bool:
         """Whether the exception that ended a task is of its own code, and not the death of its worker."""
@@ -211,7 +213,7 @@ class Workers:
         """Add a worker that is ready to the idle ones; one whose node died meanwhile is replaced at the next step."""
         worker = self.starting.pop(future)
         try:
-            self.session.ray.get(future)
+            self.machines[worker] = self.session.ray.get(future)
             self.idle.append(worker)
         except self.session.ray.exceptions.RayError as error:
             self.lost += 1
