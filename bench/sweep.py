@@ -1,11 +1,13 @@
 """What a sweep saves against one process per phase, on tiny models, both in this run.
 
     .venv/bin/python bench/sweep.py [--cells 12] [--no-op 1000] [--kill 3]
+    .venv/bin/python bench/sweep.py --staged [--cells 12] [--kill 1]
 
 Makes a copy of this repository in a temporary folder with random one-layer models and recipes of a few steps; runs its
 cells through train_with_rank.sh, phase after phase, then (into other folders) through the sweep, and prints both, with
 the time that went into import, train and the rest. --kill SIGKILLs that many workers at random moments of the sweep.
---no-op measures the scheduler alone on cells that do nothing.
+--no-op measures the scheduler alone on cells that do nothing. --staged counts the bytes that the cells take to nodes
+that share no storage, and back (see sweep_staged.py).
 """
 
 import argparse
@@ -24,6 +26,9 @@ from pathlib import Path
 
 ROOT = Path(__file__).resolve().parent.parent
 sys.path[:0] = [str(ROOT / "utils"), str(ROOT / "tests")]
+
+import sweep_staged  # noqa: E402
+
 CATEGORY = "math"
 
 
@@ -31,12 +36,16 @@ def main() -> None:
     parser = argparse.ArgumentParser(description="Time a sweep against a process per phase.")
     parser.add_argument("--cells", type=int, default=12)
     parser.add_argument("--no-op", type=int, default=1000, help="cells that do nothing, for the scheduler's own cost")
-    parser.add_argument("--kill", type=int, default=0, help="workers to kill at random moments of the sweep")
+    parser.add_argument("--kill", type=int, default=0, help="workers to kill at random moments; a node with --staged")
     parser.add_argument("--sweep-only", action="store_true", help="leave out the process per phase")
+    parser.add_argument("--staged", action="store_true", help="count the bytes to and from nodes, and nothing else")
     args = parser.parse_args()
     with tempfile.TemporaryDirectory(prefix="sweep bench ") as folder:
         top = make_repository(Path(folder), args.cells)
         cells = len(RANKS) * len(list((top / "collect_scripts" / CATEGORY).iterdir()))
+        if args.staged:
+            sweep_staged.measure(top, CATEGORY, cells, environment(), bool(args.kill))
+            return
         alone = None
         if not args.sweep_only:
             alone = process_per_phase(top)

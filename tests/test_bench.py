@@ -18,6 +18,7 @@ import packed_lengths
 import packed_whole
 import scaling
 import score_agreement
+import sweep_staged
 import timed
 from shapes import ROOT, Seen, Work, adapter_parameters, base_parameters, flops, forward_flops, peak_of
 
@@ -32,7 +33,7 @@ def test_packed_says_what_it_measures(part):
     assert done.returncode == 0 and "usage" in done.stdout, done.stderr
 
 
-@pytest.mark.parametrize("name", ["deterministic", "every_target", "generator", "many_cells", "scaling"])
+@pytest.mark.parametrize("name", ["deterministic", "every_target", "generator", "many_cells", "scaling", "sweep"])
 def test_a_script_of_one_part_says_what_it_measures(name):
     script = ROOT / "bench" / f"{name}.py"
     done = subprocess.run([PYTHON, script, "--help"], capture_output=True, text=True)
@@ -42,6 +43,13 @@ def test_a_script_of_one_part_says_what_it_measures(name):
 def test_every_target_runs_targets_that_there_are():
     targets = set(re.findall(r"^([a-z-]+):", (ROOT / "Makefile").read_text(), re.MULTILINE))
     assert {command[0] for command in every_target.commands(["ARC-c"], ["2", "8"], "100")} <= targets
+
+
+def test_the_bytes_of_a_staged_sweep_are_given_by_node_and_by_cell():
+    rows = sweep_staged.rows_of({"sent: base model": 2_000_000, "back: finetune run": 9_000}, cells=3)
+    assert rows == [
+        ("sent: base model", "2,000,000", "1,000,000", "666,667"), ("back: finetune run", "9,000", "4,500", "3,000"),
+    ]  # fmt: skip
 
 
 def test_twice_the_devices_at_the_same_rate_each_are_fully_efficient():
