@@ -75,6 +75,25 @@ def test_rows_made_ahead_are_those_of_a_run_alone_and_a_broken_dataset_fails_alo
             assert_equal(rows, alone.rows())
 
 
+def test_rows_that_a_killed_process_did_not_finish_are_made_again(project, tmp_path, capsys):
+    """With what it left of the datasets library's files, the library would take them for whole."""
+    from types import SimpleNamespace
+
+    from paragen.packed import tokenised_rows
+    from paragen.packed.frozen_base import FrozenBase
+
+    source = source_of(project, "Toy", tmp_path / "Toy", tokenised_rows.Tokenizers())
+    expected = source.rows()
+    (source.staging / "tokens").mkdir()
+    (source.staging / "tokens" / "half").write_text("a part")
+    source.parsed[1].tokenized_path = str(source.staging / "tokens")
+    base = FrozenBase(["cpu"])
+    killed = SimpleNamespace(fault_of=lambda number: "it was killed")
+    base.ahead = tokenised_rows.RowsAhead({"its key": source}, killed)
+    assert_equal(base._new_rows("its key", source, "this run"), expected)
+    assert "this run: a process that tokenised its rows failed (it was killed)" in capsys.readouterr().out
+
+
 def test_rows_are_read_as_the_dataset_has_them(tmp_path):
     from datasets import Dataset, concatenate_datasets
 
@@ -148,6 +167,15 @@ def test_a_pack_of_many_datasets_keeps_what_each_cell_alone_keeps(project, tmp_p
     packed_project.assert_same_adapters(project.saves, aside)
     assert tokens_in(tmp_path / "together") == tokens_in(tmp_path / "alone")
     assert len(tokens_in(tmp_path / "alone")) == len(names)
+
+
+@pytest.mark.runs
+def test_a_file_that_is_no_table_is_one_error_line_of_the_ordinary_path(project):
+    project.data("Mixed", rows=MIXED)
+    result = project.ordinary(project.cell("Mixed"), "pretrain")
+    (line,) = [line for line in result.output.splitlines() if line.startswith("error: ")]
+    assert result.status == 1 and "Mixed.json" in line and "Traceback" not in result.output, result.output
+    assert project.left_over() == []
 
 
 @pytest.mark.runs

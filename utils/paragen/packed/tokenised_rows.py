@@ -23,7 +23,7 @@ TEMPLATE_KEYS = (*keys.TEXT, "train_on_prompt")  # the data arguments that decid
 
 
 class Tokenizers:
-    """LLaMA-Factory's tokenizers with their templates. Loading one takes a second: runs with equal settings share it."""
+    """LLaMA-Factory's tokenizers with templates. Loading one takes a second: runs with equal settings share it."""
 
     def __init__(self) -> None:
         self.known: dict[str, tuple[dict[str, Any], Any, dict[str, Any]]] = {}
