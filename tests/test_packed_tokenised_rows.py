@@ -170,6 +170,17 @@ def test_a_pack_of_many_datasets_keeps_what_each_cell_alone_keeps(project, tmp_p
 
 
 @pytest.mark.runs
+def test_rows_are_made_ahead_for_a_second_base_model_after_a_training(project):
+    """The process has trained by then, on several CPU threads, which those forked from it have not."""
+    few = {"lora_target": "q_proj,v_proj"}
+    cells = [project.cell(name) for name in ("Toy", "Other")]
+    cells += [project.cell(name, pretrain=few, finetune=few) for name in ("Third", "Fourth")]
+    result = project.packed(*cells, **SIDE)
+    assert result.status == 0 and "failed (" not in result.output, result.output
+    assert project.left_over() == [] and len(list(project.saves.glob("*/*_finetune/manifest.json"))) == len(cells)
+
+
+@pytest.mark.runs
 def test_a_file_that_is_no_table_is_one_error_line_of_the_ordinary_path(project):
     project.data("Mixed", rows=MIXED)
     result = project.ordinary(project.cell("Mixed"), "pretrain")

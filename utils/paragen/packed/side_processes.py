@@ -1,14 +1,15 @@
 """Calls of a function in processes forked from this one, while it does other work.
 
-A forked process has all that was imported and loaded, without a copy of it, and starts in milliseconds. It must not use
-the GPU: CUDA does not survive a fork.
+A forked process has all that was imported and loaded, without a copy of it, and starts in milliseconds. The function
+must not use the GPU, which CUDA forbids after a fork, nor torch's CPU threads, for which libgomp would wait for ever.
 """
 
 import gc
 import multiprocessing
 import os
 import signal
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from multiprocessing import connection
 from multiprocessing.connection import Connection
 from multiprocessing.process import BaseProcess
@@ -19,6 +20,21 @@ from paragen.common import cli
 context = multiprocessing.get_context("fork")
 DIGITS = 4  # bytes of a number in the queue
 STOPPED = "it was killed"
+STOPPING = (signal.SIGTERM, signal.SIGHUP, signal.SIGINT)  # the signals that end this process, and what it started
+
+
+@contextmanager
+def _undisturbed() -> Iterator[None]:
+    """Have the signals that stop this process wait until the body ends. A mask holds for one thread only."""
+    received: list[int] = []
+    before = {each: signal.signal(each, lambda number, _frame: received.append(number)) for each in STOPPING}
+    try:
+        yield
+    finally:
+        for number, handler in before.items():
+            signal.signal(number, handler)
+        for number in received:
+            os.kill(os.getpid(), number)
 
 
 class Calls:
@@ -46,12 +62,7 @@ class Calls:
             os.write(numbers, b"".join(number.to_bytes(DIGITS, "big") for number in range(self.count)))
             os.close(numbers)
             for _ in range(self.width):
-                here, there = context.Pipe(duplex=False)
-                self.pipes.append(here)
-                process = context.Process(target=self._serve, args=(queue, there))
-                process.start()
-                self.processes.append(process)
-                there.close()  # so that the end of the process is the end of the pipe
+                self._start(queue)
         except BaseException:
             self._stop()
             raise
@@ -76,8 +87,17 @@ class Calls:
                     self.ended[ended] = text
         return self.ended.get(number, STOPPED) or None
 
+    def _start(self, queue: int) -> None:
+        here, there = context.Pipe(duplex=False)
+        self.pipes.append(here)
+        with _undisturbed():  # else `_stop` might not know the new process
+            process = context.Process(target=self._serve, args=(queue, there))
+            process.start()
+            self.processes.append(process)
+        there.close()  # so that the end of the process is the end of the pipe
+
     def _serve(self, queue: int, out: Connection) -> None:
-        for stopping in (signal.SIGTERM, signal.SIGHUP, signal.SIGINT):
+        for stopping in STOPPING:
             signal.signal(stopping, signal.SIG_DFL)  # else it would unwind as its parent does
         cli.end_with_parent()
         gc.freeze()  # what the parent has is the parent's to free

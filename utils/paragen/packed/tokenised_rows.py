@@ -1,6 +1,7 @@
 """The tokenised rows of a pack's runs, as LLaMA-Factory makes them: several datasets at a time, in other processes."""
 
 import copy
+import sys
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -96,13 +97,17 @@ class RowsAhead:
 
 @contextmanager
 def ahead(sources: dict[str, Source]) -> Iterator[RowsAhead | None]:
-    """Until the body ends, other processes make rows, on as many cores as a run may use; None where one is too few."""
+    """Until the body ends, other processes make rows, on as many cores as a run may use.
+
+    Args:
+        sources: what they are made from, by the key of the data and settings. Their tokenizers are loaded already.
+
+    Yields None where there is too little to divide, or a single core to use.
+    """
     width = min(devices.threads(), parallel.WORKERS)
-    if width < 2 or len(sources) < 2:
+    if width < 2 or len(sources) < 2 or sys.platform != "linux":  # elsewhere a fork is not safe, or there is none
         yield None
         return
-    for source in sources.values():
-        source.tokenizers.of(source.parsed)  # loaded here, the processes have it without loading
     with Calls(_maker(list(sources.values())), len(sources), width) as calls:
         yield RowsAhead(sources, calls)
 
