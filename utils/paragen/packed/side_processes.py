@@ -33,8 +33,8 @@ def _undisturbed() -> Iterator[None]:
     finally:
         for number, handler in before.items():
             signal.signal(number, handler)
-        for number in received:
-            os.kill(os.getpid(), number)
+        for signal_number in received:
+            os.kill(os.getpid(), signal_number)
 
 
 class Calls:
