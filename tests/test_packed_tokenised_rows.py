@@ -204,3 +204,13 @@ def test_stopped_while_rows_are_tokenised(project, kind):
     assert result.status == 0, result.output
     assert project.left_over() == [] and len(list(project.saves.glob("*/*_finetune/manifest.json"))) == 3
     assert json.loads(project.info.read_text()).keys() == {"Toy", "Other", "Third"}
+
+
+def test_processes_that_answer_nothing_are_stopped(monkeypatch):
+    from paragen.packed import side_processes
+
+    monkeypatch.setattr(side_processes, "PATIENCE", 0.2)
+    with side_processes.Calls(lambda number: time.sleep(600), 2, 2) as calls:
+        assert calls.fault_of(0) == side_processes.HUNG
+        assert calls.fault_of(1) == side_processes.STOPPED
+        assert not calls.processes

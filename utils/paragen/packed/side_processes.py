@@ -19,7 +19,8 @@ from paragen.common import cli
 
 context = multiprocessing.get_context("fork")
 DIGITS = 4  # bytes of a number in the queue
-STOPPED = "it was killed"
+STOPPED, HUNG = "it was killed", "it answered nothing for too long"
+PATIENCE = 900  # seconds without a call that ends; a fork can inherit a lock that nobody will release
 STOPPING = (signal.SIGTERM, signal.SIGHUP, signal.SIGINT)  # the signals that end this process, and what it started
 
 
@@ -74,9 +75,16 @@ class Calls:
         self._stop()
 
     def fault_of(self, number: int) -> str | None:
-        """Wait until a call has ended; returns None where it succeeded, else why not."""
+        """Wait until a call has ended; returns None where it succeeded, else why not.
+
+        Where none ends for PATIENCE seconds, all processes are stopped.
+        """
         while number not in self.ended and self.pipes:
-            for pipe in connection.wait(self.pipes):
+            ready = connection.wait(self.pipes, PATIENCE)
+            if not ready:
+                self._stop()
+                return HUNG
+            for pipe in ready:
                 assert isinstance(pipe, Connection)
                 try:
                     ended, text = pipe.recv()
