@@ -108,14 +108,16 @@ def prepare(task: Task, folder: Path, rows: int, model: str) -> str:
 
 
 def commands(found: Sequence[str], model: str) -> list[str]:
-    """The make commands that follow."""
-    some = " ".join(found)
+    """The commands that follow."""
+    some, shared = " ".join(found), "RANK=8 STEPS=every:2 PER_DEVICE=2"
     return [
-        f'make collect-all CATEGORY=all DATASET="{some}" MODEL={model} RANK=8 KEEP=20',
-        f"make collect-all CATEGORY=made MODEL={model} RANK=8 KEEP=20",
-        f'make benchmark-generator DATASET="{some}" RANK=8 LIMIT=240 LOSS_ONLY=math PER_DEVICE=4',
-        'make benchmark-generator CATEGORY=made RANK=8 VARIANTS="1 3 6 12" LIMIT=96 SAMPLES=2 PER_DEVICE=4',
-        "make benchmark-generator CATEGORY=made RANK=8 LIMIT=96 SAMPLES=2 REPEATS=1 BASELINES=none PER_DEVICE=4",
+        f'make collect-all CATEGORY=all DATASET="{some}" MODEL={model} RANK=8 KEEP=8',
+        f"make collect-all CATEGORY=made MODEL={model} RANK=8 KEEP=8",
+        'python bench/generator_settings.py "BASE_STEPS=0" "BASE_STEPS=400" "BASE_STEPS=400 WIDTH=1024"',
+        "(with the best of these settings:)",
+        f'make benchmark-generator CATEGORY=made {shared} VARIANTS="1 3 6 12" LIMIT=64 SAMPLES=2',
+        f"make benchmark-generator CATEGORY=made {shared} LIMIT=64 SAMPLES=2 REPEATS=1 BASELINES=none",
+        f'make benchmark-generator DATASET="{some}" {shared} LIMIT=240 LOSS_ONLY=math',
         "make report",
     ]
 

@@ -13,6 +13,7 @@ sys.path.append(str(Path(__file__).resolve().parent.parent / "bench"))
 
 import every_target
 import generator
+import generator_settings
 import numpy as np
 import packed_lengths
 import packed_whole
@@ -22,6 +23,7 @@ import sweep_staged
 import timed
 from shapes import ROOT, Seen, Work, adapter_parameters, base_parameters, flops, forward_flops, peak_of
 
+from paragen.benchmark import plan
 from paragen.scoring import questions
 from paragen.scoring.option_trees import build_tree
 from paragen.sweep import packs
@@ -33,7 +35,9 @@ def test_packed_says_what_it_measures(part):
     assert done.returncode == 0 and "usage" in done.stdout, done.stderr
 
 
-@pytest.mark.parametrize("name", ["deterministic", "every_target", "generator", "many_cells", "scaling", "sweep"])
+@pytest.mark.parametrize(
+    "name", ["deterministic", "every_target", "generator", "generator_settings", "many_cells", "scaling", "sweep"]
+)
 def test_a_script_of_one_part_says_what_it_measures(name):
     script = ROOT / "bench" / f"{name}.py"
     done = subprocess.run([PYTHON, script, "--help"], capture_output=True, text=True)
@@ -107,6 +111,15 @@ def test_a_task_of_one_file_is_split_by_its_prompts(tmp_path):
     assert (len(train), len(test), generator.name_of(task, 30)) == (30, 8, "GSM8K-30-by-prompt")
     assert not {row["prompt"] for row in train} & {row["prompt"] for row in test}
     assert (train, test) == generator.split(task, tmp_path, 30) and train[0]["system"] == ""
+
+
+def test_settings_are_chosen_on_tasks_that_no_table_holds_out():
+    known = {f"{rule}-{number}": rule for rule in ("a", "b") for number in range(6)}
+    names = generator_settings.tuning_tasks(known, 2)
+    assert len(names) == 8
+    for count in (1, 4):
+        folds = plan.folds_of(plan.Wanted(variants=(count,), hold=2, repeats=3), known)
+        assert not {name for fold in folds for name in fold.held} & set(names)
 
 
 def test_parameters_are_those_of_the_real_model():

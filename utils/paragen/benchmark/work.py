@@ -310,7 +310,7 @@ class Others:
     """
 
     def __init__(self, adapters: Mapping[str, Adapter]):
-        self.names, device = list(adapters), torch.device("cuda" if torch.cuda.is_available() else "cpu")
+        self.names, device = list(adapters), devices.own()
         self.layout = vectors.layout_of(next(iter(adapters.values())))
         flat = [vectors.to_vector(one) for one in adapters.values()]
         self.stacked = torch.stack(flat).to(device)  # [adapters, values]

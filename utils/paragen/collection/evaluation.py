@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import Any
 
 from paragen.collection import run_files, run_identity
-from paragen.collection.manifest import Manifest
+from paragen.collection.manifest import Manifest, sealed
 from paragen.collection.manifest_kinds import is_flat
 from paragen.common import files, paths
 from paragen.common.cli import UserError, say
@@ -90,7 +90,7 @@ def parse(data: bytes, manifest: Manifest, name: str) -> list[dict[str, Any]]:
         content = json.loads(data) if len(data) <= LARGEST_FILE else None
         if not isinstance(content, dict) or content.get("format") != FORMAT or not is_flat(content, DEEPEST):
             raise _unsound(name, f"not of format {FORMAT}")
-        if content.get("sha256") != _seal(content):
+        if content != sealed(content):
             raise _unsound(name, "was edited after it was written")
     except (ValueError, RecursionError) as error:
         raise _unsound(name, f"broken ({error})") from None
@@ -191,7 +191,7 @@ def _holds(evaluations: list[dict], others: list[dict]) -> bool:
 def write(folder: Path, manifest: Manifest, evaluations: list[dict[str, Any]]) -> None:
     """Write a collection's evaluations, whole or not at all."""
     content = {"format": FORMAT, "manifest_sha256": manifest.sha256, "evaluations": evaluations}
-    files.write_json(folder / FILE, {**content, "sha256": _seal(content)})
+    files.write_json(folder / FILE, sealed(content))
 
 
 def import_scores(folder: Path, manifest: Manifest, incoming: bytes | None) -> None:
@@ -252,10 +252,6 @@ def rows_text(evaluation: dict[str, Any]) -> str:
     first = "the first " if evaluation["limit"] is not None else ""
     foreign = "" if evaluation["paired"] else ", of another dataset"
     return f"{first}{evaluation['rows']} rows of {evaluation['split']}{foreign}"
-
-
-def _seal(content: dict[str, Any]) -> str:
-    return files.sha256_of_value({key: value for key, value in content.items() if key != "sha256"})
 
 
 def _unsound(name: str, why: str) -> UserError:

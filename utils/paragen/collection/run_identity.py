@@ -119,8 +119,13 @@ def tokens_key(identity: dict) -> str | None:
     if any(data["pictures"] for data in identity["data"]) or keys.UNSHARED_TOKENS & identity["recipe"].keys():
         return None
     recipe = {key: value for key, value in identity["recipe"].items() if key not in keys.NOT_TOKENISED}
-    versions = {name: version(name) for name in ("llamafactory", "transformers", "tokenizers", "datasets")}
-    return files.sha256_of_value([recipe, data_trained_on(identity), identity["tokenizer"], versions])
+    return files.sha256_of_value([recipe, data_trained_on(identity), identity["tokenizer"], _tokenising_versions()])
+
+
+@cache
+def _tokenising_versions() -> dict[str, str]:
+    """The versions of the packages that make tokens, read once: looking them up takes milliseconds."""
+    return {name: version(name) for name in ("llamafactory", "transformers", "tokenizers", "datasets")}
 
 
 def data_trained_on(identity: dict) -> list[dict]:

@@ -187,6 +187,13 @@ def free_memory() -> None:
         torch.cuda.empty_cache()
 
 
+def own() -> "torch.device":
+    """The device that this process computes on, which is pinned: its first GPU, or the CPU where it sees none."""
+    import torch
+
+    return torch.device("cuda:0" if torch.cuda.is_available() else "cpu")
+
+
 def free_bytes(device: "torch.device") -> int:
     """The free memory of a device, bytes, with what torch has reserved but does not use.
 

@@ -1,7 +1,7 @@
 """What a generator is conditioned on: the frozen base model's hidden states over prompts, and over a description.
 
-An embedding is the mean of hidden states over a text's tokens, those of some layers side by side. Prompts are built by
-the recipe's template, as in training and in scoring.
+An embedding is the mean of the last layer's hidden states over a text's tokens. Prompts are built by the recipe's
+template, as in training and in scoring.
 """
 
 import random
@@ -24,7 +24,6 @@ from paragen.training import llamafactory_output
 
 Row = dict[str, Any]  # texts, as row_texts.texts_of gives them: prompt and, where there are some, system, response
 PLAIN = {"columns": {"prompt": "prompt", "system": "system", "response": "response"}}  # how a Row is registered
-DEPTHS = (1.0,)  # which hidden states: 0 is the embedded tokens, 1 what the last layer gives
 LONGEST = 512  # tokens of a text that are read, its last ones
 AT_ONCE = 4096  # tokens in a pass on the CPU; a GPU gets GPU_FACTOR as many
 GPU_FACTOR = 16
@@ -103,7 +102,7 @@ class Reader:
     def _embed(self, sequences: Sequence[list[int]]) -> Tensor:
         """The mean hidden state of each sequence; those of similar lengths go through the model together."""
         model = self.model
-        found = torch.zeros(len(sequences), len(DEPTHS) * text_config(model).hidden_size)
+        found = torch.zeros(len(sequences), text_config(model).hidden_size)
         limit = AT_ONCE * (GPU_FACTOR if model.device.type == "cuda" else 1)
         left = sorted(range(len(sequences)), key=lambda number: len(sequences[number]))
         while left:
@@ -111,13 +110,9 @@ class Reader:
             some = left[-max(1, limit // max(1, longest)) :]
             left = left[: -len(some)]
             tokens, mask = padded([sequences[number][-LONGEST:] for number in some], model.device)
-            states = model.base_model(
-                input_ids=tokens, attention_mask=mask, use_cache=False, output_hidden_states=True
-            ).hidden_states  # of the embedded tokens and of each layer
+            states = model.base_model(input_ids=tokens, attention_mask=mask, use_cache=False).last_hidden_state.float()
             weights = mask[..., None].float()
-            chosen = [states[round(depth * (len(states) - 1))].float() for depth in DEPTHS]
-            means = [(one * weights).sum(1) / weights.sum(1).clamp(min=1) for one in chosen]
-            found[some] = torch.cat(means, 1).cpu()
+            found[some] = ((states * weights).sum(1) / weights.sum(1).clamp(min=1)).cpu()
         return found.clone()
 
 

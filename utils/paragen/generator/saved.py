@@ -142,7 +142,7 @@ class Generator:
     def __init__(self, folder: Path, manifest: dict[str, Any], config: dict[str, Any], tensors: dict[str, Tensor]):
         self.folder, self.manifest, self.config = folder, manifest, config
         self.sha256, self.rank, self.datasets = manifest["sha256"], manifest["rank"], manifest["datasets"]
-        self.device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
+        self.device = devices.own()
         self.layout = FactorLayout({key: tuple(shape) for key, shape in config["shapes"].items()})
         self.dtype: torch.dtype = getattr(torch, config["dtype"])
         self.mean, self.scale = tensors["mean"].to(self.device), tensors["scale"].to(self.device)

@@ -20,7 +20,7 @@ from torch import Tensor, nn
 
 from paragen.analysis import stats_files
 from paragen.collection.index import Chosen
-from paragen.common import cli, files, locks, paths
+from paragen.common import cli, devices, files, locks, paths
 from paragen.common.cli import UserError, say
 from paragen.generator import conditions, hashed_tensors, saved, sources
 from paragen.generator.checkpoint_data import CheckpointData
@@ -96,7 +96,7 @@ class Training:
     ):
         self.chosen, self.staging, self.wanted, self.quiet = chosen, staging, wanted, quiet
         self.said_at = 0.0
-        self.device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
+        self.device = devices.own()
         self.layout = FactorLayout(sources.layout_of(chosen[0]))
         self.reader = reader or Reader.of(chosen[0].manifest)
         pools, described = self._embedded()

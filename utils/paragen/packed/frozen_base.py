@@ -4,29 +4,32 @@ Tokenised rows, initial adapters and the model itself come from LLaMA-Factory's 
 seeds.
 """
 
+import contextlib
 import copy
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any, NamedTuple
 
 import torch
-from llamafactory.data import get_dataset, get_template_and_fix_tokenizer
-from llamafactory.model import load_model, load_tokenizer
+from llamafactory.model import load_model
 from llamafactory.model.adapter import init_adapter
 from peft import LoraConfig
 from transformers import PreTrainedModel, set_seed
 
 from paragen.collection import run_identity
 from paragen.common import cli
-from paragen.packed import peft_comparison, stock_checkpoint
+from paragen.common.cli import UserError, say
+from paragen.packed import peft_comparison, stock_checkpoint, tokenised_rows
 from paragen.packed.adapter import Adapter
 from paragen.packed.batches import IGNORED, Row
 from paragen.packed.continuation import CheckpointRecorder, Continuation, unlogged_losses
 from paragen.packed.initial_adapter import InitialAdapter, drawn, initial_adapter_of
 from paragen.packed.layers import NotPackable
 from paragen.packed.model import unload_adapter, use_fused_kernels
-from paragen.packed.schedule import TrainingLog, TrainingSchedule, rows_of
+from paragen.packed.schedule import TrainingLog, TrainingSchedule
+from paragen.packed.tokenised_rows import RowsAhead, Source, Tokenizers
 from paragen.recipes import templates
-from paragen.training import data_notes, llamafactory_output, ordinary, process, progress, token_cache
+from paragen.training import data_notes, llamafactory_output, ordinary, process, progress
 from paragen.training.attempts import Attempt
 
 OutOfMemory = torch.OutOfMemoryError
@@ -58,8 +61,10 @@ class FrozenBase:
 
     def __init__(self, wanted: list[str]):
         llamafactory_output.log_examples()
+        process.keep_parser()
         self.wanted = wanted
         self.model: PreTrainedModel | None = None
+        self.tokenizers = Tokenizers()
         self.tokenizer: Any = None  # of the run admitted last; runs differ in what their templates add to it
         self.refused: NotPackable | None = None  # why the model cannot be packed, once that is known
         self.dtype = torch.float32
@@ -67,6 +72,30 @@ class FrozenBase:
         self.initial_adapters: dict[tuple, InitialAdapter] = {}
         self.first: InitialAdapter | None = None  # as PEFT made it; None where others cannot be drawn like it
         self.rows: dict[str | None, list[Row]] = {}  # by the key of the data and settings; None where there is none
+        self.ahead: RowsAhead | None = None  # those that other processes make
+
+    @contextlib.contextmanager
+    def tokenising_ahead(self, attempts: list[Attempt]) -> Iterator[None]:
+        """Within it, other processes tokenise the rows of some attempts, while this one admits them.
+
+        Those that cannot be made so are left to `admit`, which then raises what is wrong with them.
+        """
+        sources: dict[str, Source] = {}
+        for attempt in attempts:
+            key = run_identity.tokens_key(attempt.identity)
+            if key is not None and key not in self.rows and key not in sources:
+                with contextlib.suppress(UserError, *process.SETTINGS_ERRORS):  # `admit` meets it again
+                    job = ordinary.job_of(attempt, self.wanted, False)
+                    source = self._source(attempt, job, self._parse(attempt, job))
+                    if source.cached is None or not source.cached.is_dir():
+                        self.tokenizers.of(source.parsed)  # loaded here, the other processes have it
+                        sources[key] = source
+                        progress.report(attempt.staging, "tokenising rows")
+        with tokenised_rows.ahead(sources) as self.ahead:
+            try:
+                yield
+            finally:
+                self.ahead = None
 
     def admit(self, attempt: Attempt, continued: Continuation) -> PackedRun:
         """Prepare a run, from where it goes on.
@@ -74,13 +103,11 @@ class FrozenBase:
         Raises UserError for a mistake in its recipe or data, NotPackable where it cannot be packed.
         """
         progress.report(attempt.staging, f"tokenising rows{', loading the model' if self.model is None else ''}")
-        loads_rows = run_identity.tokens_key(attempt.identity) not in self.rows
-        job = ordinary.job_of(attempt, self.wanted, loads_rows)
+        key = run_identity.tokens_key(attempt.identity)
+        is_made = key in self.rows or (self.ahead is not None and key in self.ahead.sources)
+        job = ordinary.job_of(attempt, self.wanted, not is_made)
         job["continued"] = str(continued.checkpoint) if continued.checkpoint else None
-        arguments = process.arguments_of(job) | OVERRIDES
-        templates.register()
-        parsed = process.check_arguments(attempt.run.recipe, arguments)  # sets the seed, as a start of it does
-        process.check_template(attempt.run.recipe, arguments, job["pictures"])
+        parsed = self._parse(attempt, job)
         try:
             ready = self._admit(attempt, continued, job, parsed)
             progress.report(attempt.staging, "waiting for its pack")
@@ -92,9 +119,21 @@ class FrozenBase:
                 raise
             raise process.refusal(attempt.run.recipe, error) from error
 
+    def _parse(self, attempt: Attempt, job: dict) -> tuple:
+        """LLaMA-Factory's parsed arguments for a job. Sets the seed, as a start of the run does."""
+        arguments = process.arguments_of(job) | OVERRIDES
+        templates.register()
+        parsed = process.check_arguments(attempt.run.recipe, arguments)
+        process.check_template(attempt.run.recipe, arguments, job["pictures"])
+        return parsed
+
+    def _source(self, attempt: Attempt, job: dict, parsed: tuple) -> Source:
+        return Source(attempt.staging, Path(job["tokens"]) if job["tokens"] else None, parsed, self.tokenizers)
+
     def _admit(self, attempt: Attempt, continued: Continuation, job: dict, parsed: tuple) -> PackedRun:
         if parsed[3].lora_dropout >= 1:
             raise NotPackable(f"lora_dropout is {parsed[3].lora_dropout}, which leaves nothing to learn")
+        self.tokenizer = self.tokenizers.of(parsed)[0]["tokenizer"]
         rows = self._rows(attempt, job, parsed)
         initial = self._initial_adapter(parsed, rows)
         schedule = TrainingSchedule(attempt, parsed, self.tokenizer, rows, continued.checkpoint is not None)
@@ -114,13 +153,7 @@ class FrozenBase:
         """The run's tokenised rows; runs with the same data and settings share them."""
         key = run_identity.tokens_key(attempt.identity)
         if key is None or key not in self.rows:
-            tokenizer_module = load_tokenizer(parsed[0])
-            self.tokenizer = tokenizer_module["tokenizer"]
-            template = get_template_and_fix_tokenizer(self.tokenizer, parsed[1])
-            data = get_dataset(template, *parsed[:3], stage="sft", **tokenizer_module)
-            if job["tokens"] and (attempt.staging / "tokens").is_dir():
-                token_cache.keep(attempt.staging / "tokens", Path(job["tokens"]))
-            self.rows[key] = rows_of(data["train_dataset"])
+            self.rows[key] = self._new_rows(key, self._source(attempt, job, parsed), str(attempt.run))
             if attempt.run.resumed is None:
                 lengths = [len(row.tokens) for row in self.rows[key]]
                 data_notes.announce(data_notes.cut_rows(lengths, attempt.run.config))
@@ -129,6 +162,16 @@ class FrozenBase:
                 "a row has nothing to learn, and the mean loss of a step with such rows alone is undefined"
             )
         return self.rows[key]
+
+    def _new_rows(self, key: str | None, source: Source, name: str) -> list[Row]:
+        """Rows that another process has made, or make them here."""
+        if self.ahead is None or key not in self.ahead.sources:
+            return source.rows()
+        rows, fault = self.ahead.take(key)
+        if rows is None:
+            rows = source.rows()  # raises what is wrong with the data
+            say(f"{name}: a process that tokenised its rows failed ({fault}); they were made without it")
+        return rows
 
     def _initial_adapter(self, parsed: tuple, rows: list[Row]) -> InitialAdapter:
         """The run's initial adapter; runs with the same seed and LoRA settings share it. Loads the model at first."""

@@ -8,7 +8,6 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
-import numpy as np
 import torch
 from accelerate import skip_first_batches
 from llamafactory.train.callbacks import LogCallback
@@ -202,9 +201,3 @@ class TrainingLog:
     def end(self) -> None:
         """Write the lines that are still in memory; may be called more than once."""
         self.trainer.callback_handler.on_train_end(self.schedule.args, self.trainer.state, self.trainer.control)
-
-
-def rows_of(dataset: Any) -> list[Row]:
-    """LLaMA-Factory's tokenised dataset as rows."""
-    columns = zip(dataset["input_ids"], dataset["labels"], strict=True)
-    return [Row(np.asarray(tokens, np.int64), np.asarray(labels, np.int64)) for tokens, labels in columns]

@@ -14,7 +14,7 @@ from transformers.utils.logging import disable_progress_bar
 from paragen.collection import manifest as manifest_records
 from paragen.collection import manifest_recipe
 from paragen.collection.manifest import Manifest
-from paragen.common import paths
+from paragen.common import devices, paths
 from paragen.common.cli import UserError
 from paragen.model import base_models, loading, model_files
 from paragen.packed.model import use_fused_kernels
@@ -48,7 +48,7 @@ class BaseModel:
         }
         with naming(folder):
             self.model_args, self.data_args, self.finetuning_args, _ = get_infer_args(given)
-            self.model_args.device_map = {"": "cuda:0" if torch.cuda.is_available() else "cpu"}
+            self.model_args.device_map = {"": str(devices.own())}
             self.tokenizer_module = load_tokenizer(self.model_args)
         self.loaded = loaded
 

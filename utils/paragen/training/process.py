@@ -6,12 +6,14 @@ Writes LLaMA-Factory's own files, the collected checkpoints and facts.json into 
 """
 
 import contextlib
+import functools
 import json
 import os
 import sys
 import traceback
 from pathlib import Path
 
+from datasets.exceptions import DatasetGenerationError, DatasetsError
 from safetensors import SafetensorError
 
 from paragen.common import cli, devices, files, paths
@@ -31,6 +33,7 @@ SETTINGS_ERRORS = (
     RuntimeError,
     AssertionError,
     SafetensorError,
+    DatasetsError,
 )
 
 
@@ -125,6 +128,8 @@ def refusal(recipe: Path, error: BaseException) -> UserError:
     """An exception of LLaMA-Factory or its libraries that the recipe or a setting caused, as an error in one line."""
     if cause := deterministic.missing_kernel(error):
         return UserError(f"{recipe}: cannot be trained: {cause}")
+    if isinstance(error, DatasetGenerationError) and error.__cause__:
+        error = error.__cause__  # it names the file
     where = traceback.extract_tb(error.__traceback__)[-1] if error.__traceback__ else None
     place = f" ({Path(where.filename).name}:{where.lineno})" if where else ""
     return UserError(
@@ -144,6 +149,15 @@ def check_arguments(recipe: Path, arguments: dict) -> tuple:
         return get_train_args(dict(arguments))
     except SETTINGS_ERRORS as error:
         raise refusal(recipe, error) from None
+
+
+def keep_parser() -> None:
+    """Have LLaMA-Factory make its argument parser once per process. Each takes 40 ms, and a dict needs none of it."""
+    from llamafactory.hparams import parser
+    from transformers import HfArgumentParser
+
+    made = functools.cache(HfArgumentParser)
+    vars(parser)["HfArgumentParser"] = lambda types: made(tuple(types))
 
 
 def check_bf16(recipe: Path, arguments: dict) -> None:
