@@ -5,6 +5,7 @@ import json
 import shutil
 from pathlib import Path
 
+import numpy
 import pytest
 import torch
 from helpers import made_project
@@ -187,6 +188,19 @@ def test_the_second_stage_has_pefts_loss_and_gradient(trained):
     (line,) = [line for line in output.splitlines() if line.startswith("off: ")]
     off = json.loads(line.removeprefix("off: "))
     assert off["loss"] < 1e-5 and off["gradient"] < 1e-3, off
+    assert "the model changes its logits (logits_scaling); set BASE_STEPS=0" in off["refused"]
+
+
+def test_long_rows_are_fewer_in_a_step_of_the_second_stage():
+    from paragen.generator import second_stage
+    from paragen.packed.batches import Row
+
+    def lengths(*given: int) -> list[int]:
+        rows = [Row(numpy.zeros(length, numpy.int64), numpy.zeros(length, numpy.int64)) for length in given]
+        return [len(row.tokens) for row in second_stage.fitting(rows)]
+
+    assert lengths(*[60] * 8) == [60] * 8
+    assert lengths(500, 500, 500) == [500, 500] and lengths(2000, 1) == [2000]
 
 
 @pytest.fixture(scope="module")

@@ -214,3 +214,14 @@ def test_processes_that_answer_nothing_are_stopped(monkeypatch):
         assert calls.fault_of(0) == side_processes.HUNG
         assert calls.fault_of(1) == side_processes.STOPPED
         assert not calls.processes
+
+
+def test_processes_that_have_just_been_forked_are_stopped_too():
+    from paragen.packed import side_processes
+
+    for _ in range(5):
+        with side_processes.Calls(lambda number: time.sleep(600), 2, 2) as calls:
+            processes = [process.pid for process in calls.processes]
+        for pid in processes:
+            with pytest.raises(ProcessLookupError):
+                os.kill(pid, 0)

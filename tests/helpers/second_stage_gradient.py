@@ -5,6 +5,8 @@ Setting: GENERATOR.
 
 import json
 import os
+from collections.abc import Callable
+from typing import Any
 
 STEP = 1  # the compared one
 
@@ -21,6 +23,7 @@ def main() -> None:
     generator = saved.load(paths.SAVES / "generators" / os.environ["GENERATOR"])
     chosen = index.chosen()[0]
     attention = generator.reader.model.config._attn_implementation
+    refused = refusal(lambda: second_stage.BaseLoss(chosen, generator.reader, generator.layout, 1, 0), generator)
     base = second_stage.BaseLoss(chosen, generator.reader, generator.layout, STEP + 1, 0)
     torch.manual_seed(0)
     vectors = (0.1 * torch.randn(second_stage.TASKS, generator.layout.size)).requires_grad_()
@@ -51,4 +54,24 @@ def main() -> None:
         for key, value in found.items():
             known = expected[key.replace(".weight", ".default.weight")]
             off = max(off, ((value - known).norm() / known.norm().clamp(min=1e-9)).item())
-    print("off: " + json.dumps({"loss": abs(loss.item() - sum(losses) / len(losses)), "gradient": off}))
+    print(
+        "off: "
+        + json.dumps({"loss": abs(loss.item() - sum(losses) / len(losses)), "gradient": off, "refused": refused})
+    )
+
+
+def refusal(make: Callable[[], object], generator: Any) -> str:
+    """How a base model is refused that changes its logits; it has its own layers and attention afterwards."""
+    from paragen.common.cli import UserError
+
+    model = generator.reader.model
+    before = model.config._attn_implementation, [type(one) for one in model.modules()]
+    model.config.logits_scaling = 8.0
+    try:
+        make()
+    except UserError as error:
+        assert before == (model.config._attn_implementation, [type(one) for one in model.modules()])
+        return str(error)
+    finally:
+        del model.config.logits_scaling
+    raise AssertionError("it is not refused")

@@ -14,6 +14,7 @@ from torch import Tensor
 
 from paragen.collection import checkpoints, lora_config, prompts
 from paragen.collection.index import Chosen
+from paragen.common import devices
 from paragen.common.cli import UserError
 from paragen.generator.conditions import LONGEST, Reader
 from paragen.generator.factor_layout import FactorLayout
@@ -21,10 +22,12 @@ from paragen.packed.adapter import Adapter
 from paragen.packed.batches import IGNORED, Row, Step
 from paragen.packed.engine import Engine
 from paragen.packed.layers import NotPackable
+from paragen.packed.peft_comparison import check_model
 from paragen.scoring import factors
 from paragen.scoring.questions import Question
 
-TASKS, ROWS = 16, 8  # of a step: so many adapters, each on so many rows
+TASKS, ROWS = 16, 8  # of a step: so many adapters, each on so many rows at most
+TOKENS = 1024  # of a task in a step, which has fewer rows where they are long: a step's activations have to fit
 MOST_ROWS = 400  # of a task that are tokenised
 NO_OPTIMIZER = {"betas": (0.9, 0.999), "eps": 1e-8, "weight_decay": 0.0}  # the engine's own; its rates are zero
 
@@ -51,29 +54,42 @@ class BaseLoss:
         draws = [numpy.random.default_rng((seed, step, 3)) for step in range(steps)]
         self.tasks = [one.integers(len(rows), size=TASKS).tolist() for one in draws]
         self.steps = [
-            Step([[rows[task][at] for at in one.integers(len(rows[task]), size=ROWS)] for task in tasks])
+            Step([fitting([rows[task][at] for at in one.integers(len(rows[task]), size=ROWS)]) for task in tasks])
             for one, tasks in zip(draws, self.tasks, strict=True)
         ]
         self.order = engine_order(layout).to(model.device)
         self.attention = model.config._attn_implementation
+        self.engine: Engine | None = None
         scaling = lora_config.scaling_of(config, checkpoints.layers_of(layout.shapes)[0])
         adapter = Adapter(factors_of(layout, torch.zeros(layout.size)), scaling, [], NO_OPTIMIZER, 0.0)
         try:
-            if reader.base.dtype is torch.float16:
-                raise NotPackable("its recipe computes in float16")
-            self.engine = Engine(model, [adapter] * TASKS, reader.base.dtype)
-            self.runner = self.engine.prepare(self.steps)
-        except NotPackable as error:
-            raise UserError(f"{chosen[0].name}: the second stage (BASE_STEPS) cannot train: {error}") from None
+            self._prepare(adapter)
+        except (NotPackable, torch.OutOfMemoryError) as error:
+            self.close()
+            cause = "a step does not fit into memory" if isinstance(error, torch.OutOfMemoryError) else error
+            raise UserError(
+                f"{chosen[0].name}: the second stage cannot train: {cause}; set BASE_STEPS=0 to do without it"
+            ) from None
+        except BaseException:
+            self.close()
+            raise
+
+    def _prepare(self, adapter: Adapter) -> None:
+        """Make the engine, and take a step whose result is not used: what the engine cannot do shows there."""
+        if self.reader.base.dtype is torch.float16:
+            raise NotPackable("its recipe computes in float16")
+        check_model(self.reader.model)
+        self.engine = Engine(self.reader.model, [adapter] * TASKS, self.reader.base.dtype)
+        self.engine.prepare(self.steps).run(self.steps[0], [0.0] * TASKS)
 
     def _rows_of(self, one: Chosen) -> list[Row]:
         """Some rows of a task, those that are not too long."""
         parts = [(entry, rows[:MOST_ROWS]) for entry, rows in prompts.parts(one.manifest)]
         found = [row_of(question) for question in self.reader.questions(parts)]
-        fitting = [row for row in found if len(row.tokens) <= LONGEST]
-        if not fitting:
+        short = [row for row in found if len(row.tokens) <= LONGEST]
+        if not short:
             raise UserError(f"{one.name}: has no row of at most {LONGEST} tokens for the second stage; omit it")
-        return fitting
+        return short
 
     def loss(self, vectors: Tensor, step: int) -> Tensor:
         """The mean of the losses of a step's tasks, each the mean over its responses' tokens.
@@ -86,8 +102,12 @@ class BaseLoss:
 
     def close(self) -> None:
         """Give the base model its own layers and attention back."""
-        self.engine.close()
+        if self.engine is not None:
+            self.engine.close()
+            self.engine.runner = None  # which refers to the engine
+            self.engine = None
         self.reader.model.set_attn_implementation(self.attention)
+        devices.free_memory()
 
 
 class _Loss(torch.autograd.Function):
@@ -96,10 +116,11 @@ class _Loss(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, vectors: Tensor, base: BaseLoss, step: int) -> Tensor:
         engine, ordered = base.engine, vectors.detach()[:, base.order]
+        assert engine is not None and engine.runner is not None  # until `close`
         for own, vector in zip(engine.vectors, ordered, strict=True):
             own.detach().copy_(vector)
         with torch.enable_grad():
-            base.runner.run(base.steps[step], [0.0] * TASKS)
+            engine.runner.run(base.steps[step], [0.0] * TASKS)
         gradient = torch.empty_like(ordered)
         gradient[:, base.order] = torch.stack(engine.gradients) / TASKS
         ctx.save_for_backward(gradient)
@@ -116,6 +137,12 @@ def row_of(question: Question) -> Row:
     answer = question.continuations[0].tokens
     tokens = numpy.array(question.tokens + answer, dtype=numpy.int64)
     return Row(tokens, numpy.where(numpy.arange(len(tokens)) < len(question.tokens), IGNORED, tokens))
+
+
+def fitting(rows: list[Row]) -> list[Row]:
+    """The first rows, as many as have at most TOKENS tokens together; at least one."""
+    ends = numpy.cumsum([len(row.tokens) for row in rows])
+    return rows[: max(1, int((ends <= TOKENS).sum()))]
 
 
 def factors_of(layout: FactorLayout, vector: Tensor) -> dict[str, tuple[Tensor, Tensor]]:

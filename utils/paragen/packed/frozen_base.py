@@ -34,10 +34,11 @@ from paragen.training.attempts import Attempt
 
 OutOfMemory = torch.OutOfMemoryError
 
-# Settings that LLaMA-Factory gets here whatever the recipe sets: no progress bar per run, nothing computed twice.
+# Settings that LLaMA-Factory gets here whatever the recipe sets: no progress bar per run, nothing computed twice, and
+# no processes of its own that tokenise, which would outlive those that tokenise ahead.
 OVERRIDES = {
     "disable_gradient_checkpointing": True, "disable_tqdm": True, "report_to": "none", "dataloader_num_workers": 0,
-    "dataloader_prefetch_factor": None, "dataloader_persistent_workers": False,
+    "dataloader_prefetch_factor": None, "dataloader_persistent_workers": False, "preprocessing_num_workers": None,
 }  # fmt: skip
 
 

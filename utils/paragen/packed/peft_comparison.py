@@ -29,26 +29,31 @@ def check_packable(adapted: PeftModel, dtype: torch.dtype) -> None:
     """
     model = adapted.base_model.model
     for name, module in model.named_modules():
-        if isinstance(module, nn.Dropout) and module.p > 0 and ".lora_dropout." not in f".{name}.":
-            raise NotPackable(f"the model has dropout ({name})")
         if isinstance(module, LoraLayer):
             if type(module) is not LoraLinear or type(module.base_layer) is not nn.Linear:
                 raise NotPackable(f"{name} is not a linear layer with plain LoRA")
             if dtype is torch.float32 and module.base_layer.weight.dtype is not torch.float32:
                 raise NotPackable(f"{name} computes in {module.base_layer.weight.dtype}, its adapter in float32")
+    check_model(model)
+    if any(isinstance(module, LoraLayer) for module in (model.get_input_embeddings(), model.get_output_embeddings())):
+        raise NotPackable("its embeddings or its output layer are adapted")
+    trained = {name for name, parameter in adapted.named_parameters() if parameter.requires_grad}
+    if any(".lora_A.default." not in name and ".lora_B.default." not in name for name in trained):
+        raise NotPackable("more than LoRA's factors are trained")
+
+
+def check_model(model: PreTrainedModel) -> None:
+    """Raise NotPackable where a base model, with or without an adapter, computes what the packed layers do not."""
+    for name, module in model.named_modules():
+        if isinstance(module, nn.Dropout) and module.p > 0 and ".lora_dropout." not in f".{name}.":
+            raise NotPackable(f"the model has dropout ({name})")
     config = model.config.to_dict()
     if changed := [key for key in LOGITS_SETTINGS if config.get(key) not in (None, 1, 1.0)]:
         raise NotPackable(f"the model changes its logits ({changed[0]})")
     if positions_depend_on_batch(model):
         raise NotPackable("its rotary positions depend on the longest row of a batch")
-    if any(isinstance(module, LoraLayer) for module in (model.get_input_embeddings(), model.get_output_embeddings())):
-        raise NotPackable("its embeddings or its output layer are adapted")
-    dropouts = [key for key, value in config.items() if key.endswith("dropout") and value]
-    if dropouts:
+    if dropouts := [key for key, value in config.items() if key.endswith("dropout") and value]:
         raise NotPackable(f"the model has dropout ({dropouts[0]})")
-    trained = {name for name, parameter in adapted.named_parameters() if parameter.requires_grad}
-    if any(".lora_A.default." not in name and ".lora_B.default." not in name for name in trained):
-        raise NotPackable("more than LoRA's factors are trained")
 
 
 def rows_to_compare(rows: list[Row]) -> list[Row]:

@@ -119,7 +119,7 @@ class Calls:
 
     def _stop(self) -> None:
         for process in self.processes:
-            process.terminate()
+            process.kill()  # one that has just been forked does not yet end at SIGTERM
         for process in self.processes:
             process.join()
             process.close()
