@@ -8,6 +8,7 @@ import signal
 import socket
 import subprocess
 import sys
+import tempfile
 import threading
 import time
 from pathlib import Path
@@ -306,7 +307,8 @@ def test_a_sweep_scores_what_it_collects_and_what_was_complete(repository):
     (repository / "data" / CATEGORY / "test.json").write_text(json.dumps(rows))
     entries["Other_test"] = {**entries["Other"], "file_name": f"{CATEGORY}/test.json"}
     info.write_text(json.dumps(entries))
-    settings = {"RANKS": "2 4", "MODELS": "tiny-one", "EVALUATE": "1"}
+    temporary = Path(tempfile.mkdtemp())  # with a short name, as sockets lie in it
+    settings = {"RANKS": "2 4", "MODELS": "tiny-one", "EVALUATE": "1", "TMPDIR": str(temporary), "RAY_TMPDIR": "/tmp"}
     run = sweep(repository, slots=1, **settings)
     output = run.communicate()[0]
     assert run.returncode == 1 and "Traceback" not in output, output
@@ -315,6 +317,7 @@ def test_a_sweep_scores_what_it_collects_and_what_was_complete(repository):
     assert len(hashes(repository)) == 8 and [path.parent.parent.name for path in scored] == ["Other", "Other"]
     logs = "".join(path.read_text() for path in repository.glob(f"saves/{CATEGORY}/Other/*.log"))
     assert logs.count("scoring ") == 2 and left_over(repository) == []
+    assert not list(temporary.glob("pymp-*")), "which nobody would remove"
     entries["To-y_test"] = entries["Other_test"]
     info.write_text(json.dumps(entries))
     run = sweep(repository, slots=1, **settings)
@@ -322,6 +325,7 @@ def test_a_sweep_scores_what_it_collects_and_what_was_complete(repository):
     assert run.returncode == 0 and "4 complete" in output and output.count("scored already: ") == 2, output
     assert [line.split()[1] for line in output.splitlines()[-4:]] == ["Other_test"] * 2 + ["To-y_test"] * 2
     assert len(list(repository.glob(f"saves/{CATEGORY}/*/*_finetune/evaluation.json"))) == 4
+    shutil.rmtree(temporary)
 
 
 def test_scoring_does_not_go_with_staged_files(monkeypatch):

@@ -164,6 +164,11 @@ def process_folder() -> Iterator[Path]:
     """
     with tempfile.TemporaryDirectory(prefix=PROCESS_PREFIX) as name, lock(Path(name, PROCESS_LOCK)):
         yield Path(name)
+    remove_abandoned_process_folders()
+
+
+def remove_abandoned_process_folders() -> None:
+    """Remove the temporary folders of this user's killed processes."""
     for folder in abandoned_process_folders():
         with contextlib.suppress(Busy, FileNotFoundError), lock(folder / PROCESS_LOCK):
             files.remove_folder(folder)

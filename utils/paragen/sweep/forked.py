@@ -6,8 +6,11 @@ patched classes, memory) reaches the next. It can be killed alone, and is stoppe
 however that ends.
 """
 
+import atexit
+import contextlib
 import multiprocessing
 import multiprocessing.forkserver
+import multiprocessing.process
 import os
 import signal
 import sys
@@ -19,7 +22,7 @@ from multiprocessing.context import ForkServerProcess
 from pathlib import Path
 from typing import Any
 
-from paragen.common import cli, devices, paths
+from paragen.common import cli, devices, locks, paths
 from paragen.training import outcome
 from paragen.training.outcome import Outcome
 
@@ -38,8 +41,17 @@ _lifelines: "weakref.WeakKeyDictionary[ForkServerProcess, Connection]" = weakref
 
 
 def preload() -> None:
-    """Start the process that others are forked from. It imports in the background."""
+    """Start the process that others are forked from. It imports in the background.
+
+    Its socket lies in a process folder: where this process is killed, as Ray's workers are at the end of a sweep, the
+    folder is removed as those of all killed processes are.
+    """
     devices.let_threads_sleep()
+    config: dict[str, Any] = vars(multiprocessing.process.current_process())["_config"]
+    if "tempdir" not in config:  # in which multiprocessing makes its sockets
+        kept = contextlib.ExitStack()
+        config["tempdir"] = str(kept.enter_context(locks.process_folder()))
+        atexit.register(kept.close)
     also = [] if devices.nvidia_driver() else ["llamafactory.train.tuner"]
     context.set_forkserver_preload([*PRELOADED, *also])
     multiprocessing.forkserver.ensure_running()
