@@ -130,7 +130,7 @@ def write(path: Path, rows: list[Row]) -> None:
 
 
 def read(path: Path) -> list[Row]:
-    """The rows in a file of `write`, which is removed."""
+    """The rows in a file of `write`, which is removed. Not verified: a process of this run has just written it."""
     with np.load(path, allow_pickle=False) as found:
         rows = _split(found["tokens"], found["labels"], found["lengths"])
     path.unlink()
