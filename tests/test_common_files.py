@@ -1,6 +1,7 @@
 """Hashes and headers that several rooms read: git's blob ids, and what a safetensors file begins with."""
 
 import fcntl
+import itertools
 import json
 import os
 import socket
@@ -140,6 +141,29 @@ def test_the_end_of_a_process_removes_temporary_folders_of_killed_ones(tmp_path,
             assert left.exists()
         assert not left.exists() and not folder.exists() and (tmp_path / "paragen-notes").is_dir()
         assert len(list(tmp_path.glob("paragen-*"))) == 2, "one is of a live process"
+
+
+@pytest.mark.parametrize("place", range(4))
+def test_a_process_killed_while_its_temporary_folder_is_removed_leaves_one_that_is_known(tmp_path, monkeypatch, place):
+    monkeypatch.setattr(tempfile, "tempdir", str(tmp_path))
+    killed.killed(lambda pause: stand_still_while_removing(pause, place))
+    (left,) = tmp_path.glob("paragen-*")
+    long_ago = time.time() - 2 * files.WRITING_SECONDS
+    os.utime(left, (long_ago, long_ago))
+    locks.remove_abandoned_process_folders()
+    assert list(tmp_path.iterdir()) == []
+
+
+def stand_still_while_removing(pause, place: int) -> None:
+    """Call `pause` before the deletion number `place` of a process's folder: of two files, the lock and the folder."""
+    calls = itertools.count()
+    with locks.process_folder() as folder:
+        (folder / "a").write_text("a")
+        (folder / "b").write_text("b")
+        for name in ("unlink", "rmdir"):
+            real = getattr(os, name)
+            setattr(os, name, lambda *path, real=real, **more: (next(calls) == place and pause(), real(*path, **more)))
+    raise AssertionError("it was not stopped")
 
 
 def stand_still_in_a_folder(pause) -> None:

@@ -10,7 +10,6 @@ import array
 import atexit
 import contextlib
 import marshal
-import multiprocessing
 import os
 import runpy
 import select
@@ -200,6 +199,7 @@ def run(request: list, files: list[int], path: list[str], command: str) -> None:
         os.chdir(folder)
         os.environ.clear()
         os.environ.update(environment)
+        tempfile.tempdir = None  # found anew, as TMPDIR may be another
         sys.executable = command
         own = [entry for entry in environment.get("PYTHONPATH", "").split(os.pathsep) if entry]
         sys.path[:] = [str(Path(arguments[0]).resolve().parent) if arguments[0][0] != "-" else "", *own, *path]
@@ -244,6 +244,7 @@ def status_of(first: str, *rest: str) -> int:
     return 0
 
 
-PYTHON = make() if multiprocessing.parent_process() is None else sys.executable
-# An ordinary Python at a path without blanks, which PY needs, wherever this checkout lies.
-PLAIN = str(Path(PYTHON).with_name("plain")) if multiprocessing.parent_process() is None else sys.executable
+# Made once: what is started from here, the process that forks for helpers.fork_server among it, finds it in MADE.
+MADE = "FORKED_PYTHON"
+PYTHON = os.environ[MADE] = os.environ.get(MADE) or make()
+PLAIN = str(Path(PYTHON).with_name("plain"))  # an ordinary Python at a path without blanks, which PY needs

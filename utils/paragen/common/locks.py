@@ -10,7 +10,7 @@ import tempfile
 import time
 from collections.abc import Iterator
 from pathlib import Path
-from stat import S_ISREG
+from stat import S_ISDIR, S_ISREG
 from typing import NamedTuple
 
 from paragen.common import cli, files
@@ -153,6 +153,7 @@ def _last_change(lock: Path) -> float:
 
 
 PROCESS_PREFIX = "paragen-"  # of such a folder's name
+PROCESS_NAME = re.compile(PROCESS_PREFIX + "[a-z0-9_]{8}")  # as tempfile makes it
 PROCESS_LOCK = "paragen.lock"  # in a process's own temporary folder
 
 
@@ -163,27 +164,42 @@ def process_folder() -> Iterator[Path]:
     It holds a lock inside, which tells it from the folder of a killed process; such folders are removed at the end.
     """
     with tempfile.TemporaryDirectory(prefix=PROCESS_PREFIX) as name, lock(Path(name, PROCESS_LOCK)):
-        yield Path(name)
+        try:
+            yield Path(name)
+        finally:
+            _empty(Path(name))
     remove_abandoned_process_folders()
+
+
+def _empty(folder: Path) -> None:
+    """Remove all from a process's folder but its lock, which shows what the folder is, should this be killed."""
+    for path in folder.iterdir():
+        if path.is_dir() and not path.is_symlink():
+            files.remove_folder(path)
+        elif path.name != PROCESS_LOCK:
+            path.unlink()
 
 
 def remove_abandoned_process_folders() -> None:
     """Remove the temporary folders of this user's killed processes."""
     for folder in abandoned_process_folders():
-        with contextlib.suppress(Busy, FileNotFoundError), lock(folder / PROCESS_LOCK):
-            files.remove_folder(folder)
+        with contextlib.suppress(Busy, FileNotFoundError):
+            if (folder / PROCESS_LOCK).exists():
+                with lock(folder / PROCESS_LOCK):
+                    _empty(folder)
+        with contextlib.suppress(OSError):  # another process has removed it, or is using it
+            folder.rmdir()
 
 
 def abandoned_process_folders() -> list[Path]:
-    """The temporary folders of this user's killed processes."""
+    """The temporary folders of this user's killed processes; those without a lock are empty."""
     found = []
     for path in Path(tempfile.gettempdir()).glob(f"{PROCESS_PREFIX}*"):
         with contextlib.suppress(FileNotFoundError):
-            is_ours = path.stat().st_uid == os.getuid() and (path / PROCESS_LOCK).is_file() and not path.is_symlink()
-            if (
-                is_ours
-                and time.time() - path.stat().st_mtime > files.WRITING_SECONDS
-                and not is_held(path / PROCESS_LOCK)
-            ):
+            info = path.lstat()
+            is_ours = S_ISDIR(info.st_mode) and info.st_uid == os.getuid() and PROCESS_NAME.fullmatch(path.name)
+            if not is_ours or time.time() - info.st_mtime <= files.WRITING_SECONDS:
+                continue
+            if not is_held(path / PROCESS_LOCK) if (path / PROCESS_LOCK).is_file() else not any(path.iterdir()):
                 found.append(path)
     return found
