@@ -11,7 +11,7 @@ from paragen.collection.evaluation import BASE
 from paragen.common.cli import UserError
 from paragen.scoring import attention, collection_scorer, peft_comparison
 from paragen.scoring.collection_scorer import CollectionScorer
-from paragen.scoring.factor_reader import FactorReader
+from paragen.scoring.factor_reader import FactorReader, MemoryReader
 from paragen.scoring.questions import Question
 
 
@@ -23,7 +23,7 @@ class SceneReader(FactorReader):
     """
 
     def __init__(self, scene: Scene, on_gpu: bool, broken: int | None):
-        self.scene, self.on_gpu, self.broken, self.last = scene, on_gpu, broken, 1
+        self.scene, self.on_gpu, self.broken, self.compared = scene, on_gpu, broken, 1
         self.sizes = []  # of the groups that were stacked
 
     def stack(self, steps):
@@ -112,3 +112,15 @@ def test_a_model_that_our_attention_gets_wrong_continues_with_its_own(every_mode
     assert not attention.has_shared_attention(scene.model)
     with pytest.raises(UserError, match="the scores of this model would be wrong"):
         scorer.check(compared, [[one + 1 for one in losses] for losses in expected])
+
+
+def test_of_adapters_in_memory_the_smallest_is_compared_with_peft():
+    """A wild one, as a generator can write it, is not: it amplifies what bfloat16 rounds."""
+    key = "base_model.model.model.layers.0.self_attn.q_proj.lora_{}.weight"
+    adapters = {
+        number: {key.format("A"): torch.full((2, 4), size), key.format("B"): torch.full((4, 2), size)}
+        for number, size in ((1, 3.0), (2, 0.5), (3, 90.0))
+    }
+    config = {"peft_type": "LORA", "r": 2, "lora_alpha": 4, "target_modules": ["q_proj"]}
+    reader = MemoryReader(adapters, config, SimpleNamespace(), "adapters")
+    assert reader.compared == 2 and len(reader.layers) == 1

@@ -66,7 +66,7 @@ class AdapterScorer:
             gc.freeze()  # imported modules stay, and looking through them again and again would hold up all threads
         compared = peft_comparison.questions_to_compare(self.questions)
         expected = peft_comparison.peft_losses(
-            self.base.model, self.reader.config, self.reader.read(self.reader.last), compared, self.reader.name
+            self.base.model, self.reader.config, self.reader.read(self.reader.compared), compared, self.reader.name
         )
         self.base.use_fused_kernels()
         stacked = StackedModel(self.base.model, self.reader.layers)
@@ -86,7 +86,7 @@ class AdapterScorer:
 
         A model for which our attention gives other losses continues with its own attention.
         """
-        both = self.reader.stack([BASE, self.reader.last])
+        both = self.reader.stack([BASE, self.reader.compared])
         try:
             peft_comparison.check_losses(scorer.score(both), expected, self.base.dtype)
         except (UserError, RuntimeError, ValueError):

@@ -22,7 +22,7 @@ class FactorReader:
 
     Args:
         config: the content of adapter_config.json, checked.
-        last: the number of an adapter, which has the layers of all.
+        compared: the number of an adapter, which has the layers of all; what is computed is compared with PEFT on it.
         base: the base model, on whose device and in whose dtype factors are stacked.
         name: what messages call the adapters.
 
@@ -30,11 +30,11 @@ class FactorReader:
     of LoRA that cannot be scored here.
     """
 
-    def __init__(self, config: dict[str, Any], last: int, base: BaseModel, name: str):
-        self.config, self.last, self.base, self.name = config, last, base, name
+    def __init__(self, config: dict[str, Any], compared: int, base: BaseModel, name: str):
+        self.config, self.compared, self.base, self.name = config, compared, base, name
         self.on_gpu = torch.cuda.is_available()
         factors.check_plain_lora(config)
-        self.layers = checkpoints.layers_of(self.read(last))
+        self.layers = checkpoints.layers_of(self.read(compared))
         self.scaling = lora_config.scaling_of(config, self.layers[0])
 
     def read(self, step: int) -> dict[str, Tensor]:
@@ -45,8 +45,8 @@ class FactorReader:
         """The factors of some adapters (evaluation.BASE: the base model, whose factors are zero), on the device."""
         adapters = [None if step == BASE else self.read(step) for step in steps]
         where = self.layers, self.scaling, self.base.model.device, self.base.dtype
-        if all(adapter is None for adapter in adapters):  # the base alone gets the shapes of its factors from the last
-            alone = factors.stack_checkpoints([None, self.read(self.last)], *where)
+        if all(adapter is None for adapter in adapters):  # the base alone gets the shapes of its factors from another
+            alone = factors.stack_checkpoints([None, self.read(self.compared)], *where)
             return alone.select([0] * len(adapters))
         return factors.stack_checkpoints(adapters, *where)
 
@@ -106,6 +106,9 @@ class CheckpointReader(FactorReader):
 class MemoryReader(FactorReader):
     """Adapters in memory, by number.
 
+    The smallest is compared with PEFT: the larger an adapter is, the more it amplifies what bfloat16 rounds, and a
+    generator can write larger ones than any that was trained, for example from the prompts of another task.
+
     Args:
         adapters: the tensors of each by PEFT's keys, of equal keys and shapes; numbers are from 1 on.
         config: the content of adapter_config.json, checked.
@@ -115,8 +118,13 @@ class MemoryReader(FactorReader):
 
     def __init__(self, adapters: Mapping[int, dict[str, Tensor]], config: dict[str, Any], base: BaseModel, name: str):
         self.adapters = adapters
-        super().__init__(config, max(adapters), base, name)
+        super().__init__(config, min(adapters, key=lambda number: _size(adapters[number])), base, name)
 
     def read(self, step: int) -> dict[str, Tensor]:
         """The tensors of an adapter by PEFT's keys."""
         return self.adapters[step]
+
+
+def _size(adapter: dict[str, Tensor]) -> float:
+    """The sum of the squares of an adapter's values."""
+    return sum(float(tensor.float().square().sum()) for tensor in adapter.values())
