@@ -126,7 +126,7 @@ def test_a_killed_pack_is_repeated(repository, victims_of):
 
 @pytest.mark.parametrize(
     ("cells", "slots", "sizes"),
-    [(5, 8, [1] * 5), (10, 2, [5, 5]), (32, 1, [32]), (33, 1, [17, 16]), (100, 2, [25] * 4), (7, 0, [7])],
+    [(5, 8, [1] * 5), (10, 2, [5, 5]), (64, 1, [64]), (65, 1, [33, 32]), (200, 2, [50] * 4), (7, 0, [7])],
 )
 def test_equal_cells_of_a_base_model_are_spread_evenly_over_slots(cells, slots, sizes):
     from paragen.sweep import packs
@@ -144,7 +144,7 @@ def test_packs_have_about_the_same_work_and_never_too_many_cells():
     loads = [sum(steps[place] for place in pack) for pack in dealt]
     assert loads == sorted(loads, reverse=True) and loads[-1] > 0.75 * loads[0]
     assert all(steps[pack[-1]] == 4816 for pack in dealt), "each device trains cells of the long dataset"
-    works = [100.0] + [1.0] * 63
+    works = [100.0] + [1.0] * (2 * packs.MOST - 1)
     assert [len(pack) for pack in packs.deal(works, 2)] == [packs.MOST] * 2
 
 

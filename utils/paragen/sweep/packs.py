@@ -13,7 +13,7 @@ from paragen.packed import packed_train
 from paragen.recipes.run import Cell
 from paragen.training import engines
 
-MOST = 32  # cells in a pack; the packed engine makes it smaller where memory requires that
+MOST = 64  # cells in a pack; the packed engine makes it smaller where memory requires that
 
 
 def gpus_per_cell() -> int:
