@@ -568,6 +568,21 @@ def test_runs_that_share_a_cpu_share_its_cores_and_memory(monkeypatch, driver, r
     assert found == (("2", "4") if shared else (None, None))
 
 
+@pytest.mark.parametrize(("requested", "threads"), [({}, "7"), ({"OMP_NUM_THREADS": "3"}, "3")])
+def test_a_run_on_a_gpu_has_its_share_of_the_cores_though_ray_gives_its_worker_one(monkeypatch, requested, threads):
+    """They tokenise the rows of a pack ahead."""
+    from paragen.common import devices
+    from paragen.sweep import cell_worker
+
+    monkeypatch.setattr(os, "environ", {**os.environ, "OMP_NUM_THREADS": "1", "CUDA_VISIBLE_DEVICES": "1"})
+    monkeypatch.setattr(cell_worker.forked, "preload", lambda: None)
+    monkeypatch.setattr(devices, "physical_cores", lambda: 15)
+    monkeypatch.setattr(devices, "nvidia_gpus", lambda: {"0": "GPU-a", "1": "GPU-b"})
+    worker = cell_worker.CellWorker(requested, None)
+    assert (worker.settings["OMP_NUM_THREADS"], worker.settings["DEVICES"]) == (threads, "1")
+    assert os.environ["OMP_NUM_THREADS"] == threads
+
+
 def test_half_the_rows_on_several_devices_is_half_of_each_devices_share():
     """Dividing by the devices must not undo the halving."""
     from paragen.recipes import batches

@@ -15,7 +15,7 @@ from multiprocessing.context import ForkServerProcess
 from pathlib import Path
 
 from paragen.collection import replacing, run_identity, verify
-from paragen.common import files, locks, paths, settings
+from paragen.common import devices, files, locks, paths, settings
 from paragen.common.cli import UserError
 from paragen.packed import packed_train
 from paragen.recipes.run import Cell, Run
@@ -30,12 +30,14 @@ class CellWorker:
 
     Args:
         settings: environment variables for every run: FORCE, PRUNE_PRETRAIN, OMP_NUM_THREADS and others.
-        devices: the value of DEVICES for every run; None: the GPUs in this process's CUDA_VISIBLE_DEVICES.
+        requested: the value of DEVICES for every run; None: the GPUs in this process's CUDA_VISIBLE_DEVICES.
     """
 
-    def __init__(self, settings: dict[str, str], devices: str | None):
-        own = os.environ.get("CUDA_VISIBLE_DEVICES", "") if devices is None else devices
+    def __init__(self, settings: dict[str, str], requested: str | None):
+        own = os.environ.get("CUDA_VISIBLE_DEVICES", "") if requested is None else requested
         self.settings = {**settings, "DEVICES": own}
+        if requested is None and "OMP_NUM_THREADS" not in settings:
+            self.settings["OMP_NUM_THREADS"] = str(threads_beside_gpu())
         self.process: ForkServerProcess | None = None
         self.stopping = threading.Event()
         self.scoring = ScoringProcess(self.stopping)
@@ -233,3 +235,9 @@ def prune(pretrain: Path) -> None:
     with contextlib.suppress(locks.Busy), locks.lock(files.beside(pretrain, "lock")):
         if (pretrain / paths.MANIFEST).is_file():
             replacing.remove(pretrain)
+
+
+def threads_beside_gpu() -> int:
+    """The CPU threads of a run on a GPU: its share of the cores but one. Ray has given its worker a single one."""
+    os.environ.pop("OMP_NUM_THREADS", None)
+    return devices.threads(len(devices.nvidia_gpus()) or 1)
