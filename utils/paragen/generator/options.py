@@ -41,7 +41,7 @@ class Options:
     width: int = 512
     batch: int = 16
     learning_rate: float = 1e-3
-    base_learning_rate: float = 3e-4
+    base_learning_rate: float = 1e-3
     steps_of: str = "all"
 
     @classmethod
