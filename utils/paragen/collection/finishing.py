@@ -1,5 +1,7 @@
 """Turns the staging folder of a finished training into a run folder: checks its checkpoints and completes its files."""
 
+import functools
+import io
 import json
 import threading
 from collections.abc import Iterable
@@ -78,6 +80,19 @@ def draw_loss(folder: Path, title: str, kept_from: int | None = None) -> None:
             axes.axvspan(kept_from - 0.5, log[-1]["current_steps"] + 0.5, alpha=0.12, color="tab:green", label="kept")
             axes.legend()
         figure.savefig(folder / PICTURE, dpi=100)
+        plt.close(figure)
+
+
+@functools.cache
+def prepare_drawing() -> None:
+    """Draw a picture that nobody sees. The first one of a process imports matplotlib, which may look for fonts, for
+    seconds; a thread can have that done before a run is complete."""
+    import matplotlib.pyplot as plt
+    from llamafactory.extras.ploting import gen_loss_plot
+
+    with DRAWING:
+        figure = gen_loss_plot([{"current_steps": step, "loss": 1.0} for step in (1, 2)])
+        figure.savefig(io.BytesIO(), dpi=100)
         plt.close(figure)
 
 

@@ -9,6 +9,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from paragen.collection import finishing
 from paragen.common import cli, devices
 from paragen.common.cli import UserError, say
 from paragen.packed import checkpoint_writer, dropout, memory, stock_checkpoint
@@ -154,6 +155,7 @@ class Pack:
     def train(self) -> None:
         """Train all steps, and write or queue what is saved. A member that diverges is left out from there on."""
         began = printed = time.monotonic()
+        self.threads.submit(finishing.prepare_drawing)
         for member in self.members:
             member.log.begin()
             member.recorder.begin()
