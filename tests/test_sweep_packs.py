@@ -321,6 +321,30 @@ def test_the_cells_of_a_killed_node_are_trained_on_the_devices_of_the_other_one(
     assert not list(project.saves.rglob("*.attempt")), "all claims are removed"
 
 
+def test_a_killed_pack_is_halved_whatever_other_packs_had(project, monkeypatch):
+    """Packs of equal work have very different sizes."""
+    from paragen.recipes.run import Cell
+    from paragen.sweep import jobs
+    from paragen.sweep.sweep import Sweep
+    from paragen.training.outcome import Outcome
+
+    monkeypatch.setattr(jobs, "claim_runs", lambda job: True)
+    cells = [
+        Cell("Toy", "tiny", 4, (project.pretrain, project.finetune), (f"max_steps={steps}", f"seed={seed}"))
+        for steps, count in ((4000, 6), (40, 40))
+        for seed in range(count)
+    ]
+    workers = PretendedNodes()
+    sweep = Sweep(workers, cells, lambda *event: None, "abcd")
+    sweep.start_jobs()
+    given = sorted((pack for _, pack in workers.running.values()), key=len)
+    small = given[0]
+    assert list(map(len, given)) == [2, 2, 21, 21]
+    sweep.end_pack(small, [Outcome("killed", "by the kernel")] * len(small))
+    again = sweep.deal_waiting(next(iter(sweep.waiting.values())))
+    assert sum(map(len, again)) == len(small) and max(map(len, again)) == -(-len(small) // 2)
+
+
 def test_the_work_of_a_cell_is_its_steps_times_their_tokens(project, monkeypatch):
     """Of the phases that are left."""
     from paragen.common import paths

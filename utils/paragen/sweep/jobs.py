@@ -24,6 +24,7 @@ class Job(NamedTuple):
     number: int  # 1, or 2 for a second attempt
     halved: bool  # train with half the rows at a time
     pack_key: tuple | None = None  # jobs with the same key can be packed together; None: train it the ordinary way
+    packed_with: int = 0  # how many cells its pack had; of a second attempt, the one before
 
 
 def new_sweep_id() -> str:
@@ -68,7 +69,7 @@ def next_job(job: Job, outcome: Outcome) -> Job | None:
     if job.number > 1 or outcome.kind not in ("killed", "out_of_memory"):
         return None
     halved = outcome.kind == "out_of_memory"
-    return Job(job.cell, following, 2, halved, None if halved else job.pack_key)
+    return Job(job.cell, following, 2, halved, None if halved else job.pack_key, job.packed_with)
 
 
 def keep_log(job: Job, outcome: Outcome) -> Outcome:

@@ -61,12 +61,13 @@ def count_packs(cells: int, slots: int) -> int:
     return min(cells, slots * rounds)
 
 
-def deal(works: Sequence[float], count: int) -> list[list[int]]:
+def deal(works: Sequence[float], count: int, most: int = MOST) -> list[list[int]]:
     """Deal cells out to packs of about the same work: the largest first, each to the pack with the least.
 
     Args:
         works: the work of each cell.
-        count: the number of packs, enough for MOST cells in each.
+        count: the number of packs, enough for `most` cells in each.
+        most: cells in a pack.
 
     Returns the places of each pack's cells in `works`, ascending; the pack with the most work comes first.
     """
@@ -77,7 +78,7 @@ def deal(works: Sequence[float], count: int) -> list[list[int]]:
         _, least = heapq.heappop(free)
         packs[least].append(cell)
         loads[least] += works[cell]
-        if len(packs[least]) < MOST:
+        if len(packs[least]) < most:
             heapq.heappush(free, (loads[least], least))
     order = sorted(range(len(packs)), key=lambda number: -loads[number])
     return [sorted(packs[number]) for number in order]

@@ -81,7 +81,6 @@ class Sweep:
         self.waiting = OrderedDict((cell, jobs.new_job(cell, packs.pack_key(cell), sweep_id)) for cell in cells)
         self.counts = Counter(job.pack_key for job in self.waiting.values())
         self.started: Counter = Counter()  # packs of first attempts, by key
-        self.largest: Counter = Counter()  # the cells of the largest of them
         self.dealt: dict[tuple | None, tuple[int, list[list[Job]]]] = {}  # by key: slots, and packs, the largest last
         self.works = estimate.works_of(cell for cell, job in self.waiting.items() if job.pack_key is not None)
         self.outcomes: dict[Cell, Outcome] = {}
@@ -114,9 +113,8 @@ class Sweep:
     def start(self, pack: list[Job]) -> None:
         """Have an idle worker train a pack."""
         cells, first = [(job.cell, job.attempt) for job in pack], pack[0]
-        if first.number == 1:
-            self.started[first.pack_key] += 1
-            self.largest[first.pack_key] = max(self.largest[first.pack_key], len(pack))
+        self.started[first.pack_key] += first.number == 1
+        pack = [job._replace(packed_with=len(pack)) for job in pack]
         self.workers.give(pack, lambda worker: worker.collect.remote(cells, first.pack_key is not None, first.halved))
         for job in pack:
             self.report("started", job, None)
@@ -147,12 +145,13 @@ class Sweep:
     def deal_waiting(self, first: Job) -> list[list[Job]]:
         """Deal the waiting jobs with the key and the number of `first` out to packs, the largest first."""
         alike = [job for job in self.waiting.values() if (job.pack_key, job.number) == (first.pack_key, first.number)]
+        count, most = 0, packs.MOST
         if first.number == 1:
             count = packs.count_packs(self.counts[first.pack_key], self.workers.slots) - self.started[first.pack_key]
         else:  # a pack that was killed may have been too large: half of it
-            count = -(-len(alike) // -(-self.largest[first.pack_key] // first.number))
-        count = max(count, -(-len(alike) // packs.MOST))
-        return [[alike[place] for place in pack] for pack in packs.deal([self.works[job.cell] for job in alike], count)]
+            most = -(-min(job.packed_with for job in alike) // 2)
+        dealt = packs.deal([self.works[job.cell] for job in alike], max(count, -(-len(alike) // most)), most)
+        return [[alike[place] for place in pack] for pack in dealt]
 
     def is_claimed(self, job: Job) -> bool:
         """Whether a job may start now. If not, it waits behind the others, or has ended already."""
