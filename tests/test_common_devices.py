@@ -70,6 +70,30 @@ def test_a_run_gets_all_cores_but_one_and_processes_share_them(monkeypatch, core
     assert devices.threads(processes) == expected
 
 
+@pytest.mark.parametrize(
+    ("groups", "limit", "free"),
+    [
+        ({"": {}}, None, None),
+        ({"job/step": {"max": "max", "current": "5"}, "job": {"max": "1000", "current": "400"}}, 1000, 600),
+        ({"job/step": {"max": "1000", "current": "900", "stat": "anon 1\ninactive_file 300\n"}}, 1000, 400),
+        ({"job/step": {"max": "800", "current": "900"}, "job": {"max": "1000", "current": "900"}}, 800, 0),
+    ],
+)
+def test_memory_is_what_slurm_or_a_container_leaves_to_a_process(tmp_path, monkeypatch, groups, limit, free):
+    (tmp_path / "cgroup").write_text("0::/job/step\n")
+    for name, values in groups.items():
+        (tmp_path / name).mkdir(parents=True, exist_ok=True)
+        for key, value in {"stat": "", **values}.items():
+            (tmp_path / name / f"memory.{key}").write_text(value)
+    monkeypatch.setattr(devices, "CGROUP", tmp_path / "absent")
+    whole = devices.total_memory()
+    assert devices.available_memory() <= whole
+    monkeypatch.setattr(devices, "CGROUP", tmp_path / "cgroup")
+    monkeypatch.setattr(devices, "CGROUPS", tmp_path)
+    assert devices.total_memory() == (limit or whole)
+    assert devices.available_memory() == free if limit else devices.available_memory() > 0
+
+
 def test_the_number_of_threads_that_openmp_reads_is_taken(monkeypatch):
     for value, count in (("3", 3), ("4,2", 4)):
         monkeypatch.setenv("OMP_NUM_THREADS", value)

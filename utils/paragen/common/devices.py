@@ -10,6 +10,7 @@ on what else the machine does, because sums of another number of threads have ot
 the threads wait for each other after each operation, so that a single one that shares its core delays all of them.
 """
 
+import contextlib
 import functools
 import gc
 import os
@@ -17,6 +18,7 @@ import re
 import shutil
 import subprocess
 import sys
+from collections.abc import Iterator
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -25,6 +27,7 @@ from paragen.common.cli import UserError, say
 if TYPE_CHECKING:
     import torch
 
+CGROUP, CGROUPS = Path("/proc/self/cgroup"), Path("/sys/fs/cgroup")  # this process's control group, and all of them
 # The keys of recipes for GPUs that a CPU cannot follow, set for float32 there.
 CPU_SETTINGS = {"use_cpu": True, "bf16": False, "fp16": False, "pure_bf16": False, "tf32": False}
 
@@ -172,10 +175,30 @@ def physical_cores() -> int:
 
 
 def available_memory() -> int:
-    """The bytes of main memory that a process can take without anything being swapped out."""
+    """The bytes of main memory that a process can take without anything being swapped out, or this being killed."""
     import psutil
 
-    return psutil.virtual_memory().available
+    return min([psutil.virtual_memory().available, *(max(0, limit - used) for limit, used in _memory_limits())])
+
+
+def total_memory() -> int:
+    """The bytes of main memory that this process and those beside it may have."""
+    import psutil
+
+    return min([psutil.virtual_memory().total, *(limit for limit, _ in _memory_limits())])
+
+
+def _memory_limits() -> Iterator[tuple[int, int]]:
+    """(The limit, what is used of it) of the control groups that this process is in, as Slurm and containers set them.
+
+    Files that the system keeps in memory and could drop do not count as used.
+    """
+    own = re.search(r"^0::/(.*)$", CGROUP.read_text(), re.MULTILINE) if CGROUP.is_file() else None
+    for group in [CGROUPS / own[1], *(CGROUPS / own[1]).parents] if own else []:
+        with contextlib.suppress(OSError, ValueError, TypeError):  # no such file, or "max": this group has no limit
+            limit, used = (int((group / f"memory.{name}").read_text()) for name in ("max", "current"))
+            kept = re.search(r"^inactive_file (\d+)$", (group / "memory.stat").read_text(), re.MULTILINE)
+            yield limit, max(0, used - int(kept[1])) if kept else used
 
 
 def free_memory() -> None:

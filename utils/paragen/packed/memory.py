@@ -6,14 +6,15 @@ from transformers import PreTrainedModel
 from paragen.common import devices
 from paragen.packed.adapter import Adapter
 from paragen.packed.batches import Step, to_batch
+from paragen.packed.checkpoint_writer import BUFFERS
 from paragen.packed.engine import Engine
 from paragen.packed.layers import PackedLinear
 
 USABLE = 0.85  # of the free memory; the rest is for what the measurement does not see
 # Bytes per element of an adapter on its device: its value, its gradient, AdamW's two moments, a copy being written ...
 ADAPTER_BYTES = 20
-# ... and in the host's memory beside a GPU: its initial value, its moments, three copies on their way to disk.
-HOST_BYTES = 24
+# ... and in the host's memory beside a GPU: its initial value and moments; copies on their way to disk come to that.
+HOST_BYTES = 12
 STACK_COPIES = 2  # of an adapter in the layers' stacks: the factors and their gradients
 
 
@@ -38,9 +39,10 @@ def count_that_fit(model: PreTrainedModel, dtype: torch.dtype, adapters: list[Ad
 
 def count_within_host_memory(adapters: list[Adapter]) -> int:
     """How many of the adapters, from the first on, the host's memory serves while a GPU trains them; at least 1."""
-    free = USABLE * devices.available_memory()
+    free = USABLE * devices.free_bytes(torch.device("cpu"))
     for number, adapter in enumerate(adapters):
-        free -= HOST_BYTES * adapter.start.numel()
+        copy = 1 << (adapter.start.nbytes - 1).bit_length()  # pinned memory is rounded up to a power of two
+        free -= HOST_BYTES * adapter.start.numel() + BUFFERS * copy
         if free < 0:
             return max(1, number)
     return len(adapters)
