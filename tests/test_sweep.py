@@ -12,6 +12,7 @@ import tempfile
 import threading
 import time
 from pathlib import Path
+from unittest import mock
 
 import pytest
 from helpers import fork_server
@@ -552,35 +553,89 @@ def test_a_terminated_sweep_cleans_up_and_exits_with_143(repository):
     assert left_over(repository) == []
 
 
-@pytest.mark.parametrize(("driver", "requested", "shared"), [(None, "", True), ("1", "cpu", True), ("1", "", False)])
-def test_runs_that_share_a_cpu_share_its_cores_and_memory(monkeypatch, driver, requested, shared):
-    """Also with DEVICES=cpu on a machine that has a GPU."""
+@pytest.mark.parametrize("on_cpu", [True, False])
+def test_runs_that_share_a_cpu_share_its_cores_and_memory(monkeypatch, on_cpu):
+    """Those of a GPU machine do not get the share of the machine that starts the sweep, which may have no GPU."""
     from paragen.common import devices
     from paragen.sweep import ray_cluster
 
     monkeypatch.delenv("OMP_NUM_THREADS")
-    monkeypatch.setenv("DEVICES", requested)
-    monkeypatch.setattr(devices, "nvidia_driver", lambda: driver)
+    monkeypatch.setattr(devices, "nvidia_driver", lambda: None)
     monkeypatch.setattr(devices, "physical_cores", lambda: 9)
     monkeypatch.setattr(ray_cluster, "cpu_slots", lambda: 4)
-    given = ray_cluster.run_settings()
+    given = ray_cluster.run_settings(on_cpu)
     found = given.get("OMP_NUM_THREADS"), given.get("PARAGEN_CPU_SLOTS")
-    assert found == (("2", "4") if shared else (None, None))
+    assert found == (("2", "4") if on_cpu else (None, None))
 
 
-@pytest.mark.parametrize(("requested", "threads"), [({}, "7"), ({"OMP_NUM_THREADS": "3"}, "3")])
-def test_a_run_on_a_gpu_has_its_share_of_the_cores_though_ray_gives_its_worker_one(monkeypatch, requested, threads):
-    """They tokenise the rows of a pack ahead."""
+@pytest.mark.parametrize(
+    ("settings", "on_cpu"),
+    [
+        ({}, False),
+        ({"DEVICES": "cpu"}, True),
+        ({"CUDA_VISIBLE_DEVICES": ""}, True),
+        ({"CUDA_VISIBLE_DEVICES": "-1"}, True),
+        ({"CUDA_VISIBLE_DEVICES": "1"}, False),
+        ({"CUDA_VISIBLE_DEVICES": "", "RAY_ADDRESS": "auto"}, False),
+    ],
+)
+def test_a_machine_whose_gpus_are_hidden_trains_on_its_cpu(monkeypatch, settings, on_cpu):
+    """Its slots are those of the CPU, with memory for each, and a sweep holds the CPU."""
+    from paragen.common import devices
+    from paragen.sweep import ray_cluster
+
+    monkeypatch.setattr(devices, "nvidia_driver", lambda: "1")
+    for name in ("DEVICES", "CUDA_VISIBLE_DEVICES", "RAY_ADDRESS"):
+        monkeypatch.delenv(name, raising=False)
+    for name, value in settings.items():
+        monkeypatch.setenv(name, value)
+    assert ray_cluster.trains_on_cpu() == on_cpu
+
+
+@pytest.mark.parametrize(
+    ("requested", "of_node", "threads"),
+    [({}, "1", "7"), ({}, "4", "4"), ({"OMP_NUM_THREADS": "3"}, "1", "3")],
+)
+def test_a_run_on_a_gpu_has_its_share_of_cores_and_memory(monkeypatch, requested, of_node, threads):
+    """Though Ray gives its worker one thread: they tokenise the rows of a pack ahead."""
     from paragen.common import devices
     from paragen.sweep import cell_worker
 
-    monkeypatch.setattr(os, "environ", {**os.environ, "OMP_NUM_THREADS": "1", "CUDA_VISIBLE_DEVICES": "1"})
+    monkeypatch.setattr(os, "environ", {**os.environ, "OMP_NUM_THREADS": of_node, "CUDA_VISIBLE_DEVICES": "1"})
     monkeypatch.setattr(cell_worker.forked, "preload", lambda: None)
     monkeypatch.setattr(devices, "physical_cores", lambda: 15)
     monkeypatch.setattr(devices, "nvidia_gpus", lambda: {"0": "GPU-a", "1": "GPU-b"})
     worker = cell_worker.CellWorker(requested, None)
     assert (worker.settings["OMP_NUM_THREADS"], worker.settings["DEVICES"]) == (threads, "1")
+    assert worker.settings["PARAGEN_CPU_SLOTS"] == "2"
     assert os.environ["OMP_NUM_THREADS"] == threads
+
+
+def test_a_worker_that_does_not_answer_is_ended_as_it_holds_a_device():
+    import ray
+
+    from paragen.sweep.workers import Workers
+
+    ended = []
+
+    def no_answer(future, timeout):
+        raise ray.exceptions.GetTimeoutError("it is busy")
+
+    workers, silent = object.__new__(Workers), mock.Mock()
+    workers.session = mock.Mock()
+    workers.session.ray = mock.Mock(get=no_answer, kill=ended.append, exceptions=ray.exceptions)
+    workers.machines = {silent: "gpu-1"}
+    assert not workers._is_alive(silent) and ended == [silent] and workers.machines == {}
+
+
+def test_the_cells_of_a_pack_that_a_full_disk_ended_are_not_trained_alone():
+    """Each would run for hours against the same disk."""
+    from paragen.sweep import cell_worker
+    from paragen.training.outcome import Outcome
+
+    full = Outcome("storage", "saves/x: No space left on device")
+    assert cell_worker.outcome_in_crashed_pack(full) == full
+    assert cell_worker.outcome_in_crashed_pack(Outcome("failed", "a bug")).kind == "not_packable"
 
 
 def test_half_the_rows_on_several_devices_is_half_of_each_devices_share():

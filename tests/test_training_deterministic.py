@@ -65,7 +65,7 @@ def test_a_value_that_is_no_switch_is_refused(monkeypatch):
 
 def test_a_sweeps_workers_get_the_setting(monkeypatch):
     monkeypatch.setenv("DETERMINISTIC", "0")
-    assert ray_cluster.run_settings()["DETERMINISTIC"] == "0"
+    assert ray_cluster.run_settings(on_cpu=False)["DETERMINISTIC"] == "0"
 
 
 def test_pytorchs_message_about_a_missing_kernel_is_known(as_before):

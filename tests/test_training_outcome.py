@@ -29,7 +29,7 @@ NO_SPACE = "saves/x: No space left on device; no file is left half-written, run 
         (AlreadyRunning(RUNNING), "running", RUNNING),
         (UserError("x.yaml: out of memory, almost"), "failed", "x.yaml: out of memory, almost"),
         (RuntimeError(RUNNING), "failed", f"RuntimeError: {RUNNING}"),
-        (DISK, "failed", NO_SPACE),
+        (DISK, "storage", NO_SPACE),
         (KeyboardInterrupt(), "stopped", ""),
         (SystemExit(143), "stopped", ""),
     ],
@@ -77,3 +77,11 @@ def test_a_collection_that_does_not_verify_fails_with_its_fault(collected, monke
     (run.folder / "checkpoint-9.safetensors").write_bytes(b"?")
     with pytest.raises(UserError, match="^FAULTY .*: checkpoint-9.safetensors has 1 bytes"):
         cell_worker.verify_runs([run])
+
+
+@pytest.mark.parametrize(("status", "kind"), [(-9, "killed"), (137, "killed"), (1, "failed")])
+def test_a_training_on_several_devices_that_was_killed_is_repeated(status, kind):
+    """One of its processes, or the one that starts them."""
+    from paragen.training import ordinary
+
+    assert ordinary.outcome_of_status(status, 2).kind == kind

@@ -24,7 +24,7 @@ port=$((20000 + SLURM_JOB_ID % 20000))
 RAY_AUTH_TOKEN=${RAY_AUTH_TOKEN:-$(od -An -tx1 -N32 /dev/urandom | tr -d ' \n')} # for this job's cluster only
 export RAY_AUTH_TOKEN RAY_AUTH_MODE=token
 
-trap 'kill $(jobs -p) 2>/dev/null || true; wait' EXIT
+trap 'kill $(jobs -p) 2>/dev/null || true; wait; rm -rf "${folder:-}"' EXIT
 trap 'exit 143' TERM INT
 folder=$(mktemp -d "${TMPDIR:-/tmp}/ray.XXXXXX") # a short path: Ray's sockets lie below it
 "${ray[@]}" --head --node-ip-address="$head" --port="$port" --temp-dir="$folder" --include-dashboard=false >"$folder/log" 2>&1 &

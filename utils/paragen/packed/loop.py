@@ -2,7 +2,7 @@
 
 import time
 from collections.abc import Iterator
-from concurrent.futures import Future, ThreadPoolExecutor, as_completed
+from concurrent.futures import Future, ThreadPoolExecutor, as_completed, wait
 from itertools import zip_longest
 from typing import Any
 
@@ -200,6 +200,7 @@ class Pack:
                 schedule, member.adapter, *self.unsaved.pop((index, step)), member.config
             )
             write = member.recorder.writing(write, step, member.log.unlogged)
+            wait(self.saving[index][-1:])  # each that waits is a copy in memory
             self.saving[index].append(self.threads.submit(write))
 
     def complete_all(self) -> Iterator[tuple[int, UserError | None]]:
@@ -256,7 +257,8 @@ class Pack:
         except (OSError, RuntimeError) as error:
             if cli.storage_fault(error) is not None:
                 raise
-            return UserError(f"{attempt.run}: cannot be completed: {type(error).__name__}: {error}")
+            told = f"{attempt.run}: cannot be completed: {type(error).__name__}: {error}"
+            return attempts.full_disk(attempt.run.folder) or UserError(told)
         return None
 
 

@@ -36,8 +36,9 @@ class CellWorker:
     def __init__(self, settings: dict[str, str], requested: str | None):
         own = os.environ.get("CUDA_VISIBLE_DEVICES", "") if requested is None else requested
         self.settings = {**settings, "DEVICES": own}
-        if requested is None and "OMP_NUM_THREADS" not in settings:
-            self.settings["OMP_NUM_THREADS"] = str(threads_beside_gpu())
+        if requested is None:
+            self.settings.setdefault("OMP_NUM_THREADS", str(threads_beside_gpu()))
+            self.settings.setdefault("PARAGEN_CPU_SLOTS", str(gpu_slots()))
         self.process: ForkServerProcess | None = None
         self.stopping = threading.Event()
         self.scoring = ScoringProcess(self.stopping)
@@ -224,8 +225,9 @@ def outcome_of_exit(code: int | None) -> Outcome:
 
 
 def outcome_in_crashed_pack(ended: Outcome) -> Outcome:
-    """The outcome of a cell whose pack ended before it: it is trained alone, unless ENGINE=packed forbids that."""
-    if engines.requested_engine() == "packed":
+    """The outcome of a cell whose pack ended before it: it is trained alone, unless ENGINE=packed forbids that, or a
+    full or failing disk ended the pack."""
+    if ended.kind == "storage" or engines.requested_engine() == "packed":
         return ended
     return Outcome("not_packable", f"failed in a pack: {ended.cause}; it is trained the ordinary way")
 
@@ -238,6 +240,13 @@ def prune(pretrain: Path) -> None:
 
 
 def threads_beside_gpu() -> int:
-    """The CPU threads of a run on a GPU: its share of the cores but one. Ray has given its worker a single one."""
-    os.environ.pop("OMP_NUM_THREADS", None)
-    return devices.threads(len(devices.nvidia_gpus()) or 1)
+    """The CPU threads of a run on a GPU: its share of the cores but one. Ray has given its worker a single one, unless
+    the user started the node with another number."""
+    if os.environ.get("OMP_NUM_THREADS") == "1":
+        del os.environ["OMP_NUM_THREADS"]
+    return devices.threads(gpu_slots())
+
+
+def gpu_slots() -> int:
+    """How many runs on GPUs, of one GPU each, this machine may have at a time."""
+    return len(devices.nvidia_gpus()) or 1

@@ -13,8 +13,6 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
-import psutil
-
 from paragen.common import devices, locks, paths, settings
 from paragen.common.cli import UserError
 from paragen.sweep import packs
@@ -77,7 +75,7 @@ def start_ray(ray: Any) -> None:
             logging_level="error",
             # Ray puts the interpreter's path into a shell command without quoting it
             runtime_env={
-                "env_vars": {"PYTHONPATH": python_path, **run_settings()},
+                "env_vars": {"PYTHONPATH": python_path, **run_settings(on_cpu=False)},
                 "py_executable": shlex.quote(sys.executable),
             },
         )
@@ -193,17 +191,21 @@ def has_ray_token() -> bool:
     return bool(named) or (Path.home() / ".ray" / "auth_token").is_file()
 
 
-def run_settings() -> dict[str, str]:
-    """The environment variables that every run gets."""
+def run_settings(on_cpu: bool) -> dict[str, str]:
+    """The environment variables that every run gets; those on a CPU share its cores and memory."""
     per_slot = {"OMP_NUM_THREADS": str(devices.threads(cpu_slots())), "PARAGEN_CPU_SLOTS": str(cpu_slots())}
-    threads = per_slot if trains_on_cpu() else {}
+    threads = per_slot if on_cpu else {}
     tokens = {"PARAGEN_TOKENS": str(paths.SAVES / paths.TOKENS)}
     # make exports unset variables as empty ones, which must not hide what is set on a node
     return threads | tokens | {name: os.environ[name] for name in SETTINGS if os.environ.get(name)}
 
 
 def trains_on_cpu() -> bool:
-    """Whether this machine's workers train on its CPU: it has no NVIDIA GPU, or DEVICES=cpu requests it."""
+    """Whether this machine's workers train on its CPU: it has no NVIDIA GPU, DEVICES=cpu requests it, or the user
+    hides all GPUs from this machine's own Ray."""
+    hidden = os.environ.get("CUDA_VISIBLE_DEVICES") in ("", "-1")
+    if hidden and not os.environ.get("DEVICES") and not os.environ.get("RAY_ADDRESS"):
+        return True
     return os.environ.get("DEVICES") == "cpu" or not devices.nvidia_driver()
 
 
@@ -212,7 +214,7 @@ def cpu_slots() -> int:
 
     On a Mac it is one: torch uses its GPU, which Ray does not know.
     """
-    return 1 if sys.platform == "darwin" else max(1, min(devices.cpu_cores(), psutil.virtual_memory().total >> 33))
+    return 1 if sys.platform == "darwin" else max(1, min(devices.cpu_cores(), devices.total_memory() >> 33))
 
 
 def slots_here() -> int:
@@ -291,7 +293,7 @@ def new_worker(ray: Any, worker_class: type, on_cpu: bool, count: int | None = N
     """A new slot: a Ray actor that sees its own devices alone, `count` GPUs (default: GPUS_PER_CELL) or a CPU core."""
     if on_cpu:
         actor = ray.remote(num_cpus=1, num_gpus=0, max_concurrency=2, max_restarts=0)(worker_class)
-        return actor.remote(run_settings(), "" if sys.platform == "darwin" else "cpu")
+        return actor.remote(run_settings(on_cpu), "" if sys.platform == "darwin" else "cpu")
     gpus = count or packs.gpus_per_cell()
     actor = ray.remote(num_cpus=1, num_gpus=gpus, max_concurrency=2, max_restarts=0)(worker_class)
-    return actor.remote(run_settings(), None)
+    return actor.remote(run_settings(on_cpu), None)

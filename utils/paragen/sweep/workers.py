@@ -202,10 +202,12 @@ class Workers:
             _, left = self.session.ray.wait(left, num_returns=1, timeout=1)
 
     def _is_alive(self, worker: Any) -> bool:
-        """Whether an idle worker still answers; its node may be gone."""
+        """Whether an idle worker still answers; its node may be gone. One that does not is ended: it holds a device."""
         try:
             self.session.ray.get(worker.ready.remote(), timeout=STOP_SECONDS)
         except self.session.ray.exceptions.RayError:
+            self.machines.pop(worker, None)
+            self.session.ray.kill(worker)
             return False
         return True
 

@@ -157,15 +157,19 @@ def staged(run: Run, snapshot: Snapshot, left: Path | None) -> Iterator[Attempt]
         with cli.writing_to(run.folder):
             yield Attempt(run, snapshot, staging, attempt, started)
     except RuntimeError as error:
-        # on a full disk, torch.save raises "unexpected pos" without the cause
-        if shutil.disk_usage(run.folder.parent).free < FULL_DISK_BYTES:
-            raise UserError(
-                f"{paths.relative(run.folder.parent)}: the disk is full; free some space and run it again"
-            ) from error
+        if full := full_disk(run.folder):
+            raise full from error
         raise
     finally:
         if not interrupted.recorded(staging):
             files.remove_folder(staging)
+
+
+def full_disk(folder: Path) -> UserError | None:
+    """The error for a full disk below a run folder, or None: torch.save raises "unexpected pos" without the cause."""
+    if shutil.disk_usage(folder.parent).free >= FULL_DISK_BYTES:
+        return None
+    return UserError(f"{paths.relative(folder.parent)}: the disk is full; free some space and run it again")
 
 
 def check_claim(folder: Path, attempt: str | None = None) -> None:

@@ -39,8 +39,7 @@ def finish(attempt: Attempt, facts: dict[str, Any]) -> int:
         raise UserError(f"{'; '.join(changed)}: changed while it was trained on; run it again")
     facts["data_warnings"] = data_notes.warnings_of(run, attempt.identity["data"]) + facts.get("data_warnings", [])
     manifest = new_manifest(run.folder, run.phase, run.rank, attempt.identity, checkpoints, facts)
-    if run.collects:
-        files.sync_tree(staging)  # a collection's files are not synced one by one during the training
+    files.sync_tree(staging)  # most files are not synced when they are written
     write_manifest(staging, manifest)
     return len(checkpoints)
 

@@ -133,6 +133,7 @@ def train_distributed(job: dict[str, Any], count: int) -> None:
 
 def outcome_of_status(status: int, count: int) -> outcome.Outcome:
     """The outcome of a training on several devices, of whose processes none recorded a cause."""
-    if status > 128:
-        return outcome.Outcome("killed", f"a process of the {count} {cli.killed_text(128 - status)}")
+    if status < 0 or status > 128:
+        ended = cli.killed_text(status if status < 0 else 128 - status)
+        return outcome.Outcome("killed", f"a process of the {count} {ended}")
     return outcome.Outcome("failed", f"training on {count} devices failed with status {status}; see the cause above")

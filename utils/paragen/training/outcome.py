@@ -9,7 +9,7 @@ from typing import Literal
 from paragen.common import cli, files
 from paragen.common.cli import UserError, is_out_of_memory
 
-Kind = Literal["done", "running", "out_of_memory", "not_packable", "killed", "stopped", "failed"]
+Kind = Literal["done", "running", "out_of_memory", "not_packable", "killed", "stopped", "storage", "failed"]
 
 
 @dataclass(frozen=True)
@@ -69,7 +69,9 @@ def outcome_of(error: BaseException) -> Outcome:
         return STOPPED
     if is_out_of_memory(error):
         return Outcome("out_of_memory", one_line(error))
-    return Outcome("failed", cli.storage_fault(error) or one_line(error))
+    if fault := cli.storage_fault(error):
+        return Outcome("storage", fault)
+    return Outcome("failed", one_line(error))
 
 
 def one_line(error: BaseException) -> str:

@@ -201,6 +201,7 @@ def main() -> int:
 
     What the user can correct is printed once, by the process that reads the outcomes.
     """
+    cli.end_with_parent()
     job = json.loads(Path(sys.argv[1]).read_bytes())
     devices.pin(job["devices"])
     try:
