@@ -120,6 +120,14 @@ def test_a_dataset_of_two_collections_has_to_be_chosen_by_a_setting(place):
         plan.collections_by_dataset(index.chosen()[0])
 
 
+def test_a_collection_of_several_datasets_is_refused_because_no_fold_could_hold_one_of_them_out(place):
+    for dataset in ("A", "B", "C"):
+        place.collect(dataset=dataset)
+    place.collect(dataset="A,B")
+    with pytest.raises(UserError, match=r"A,B.*: was trained on several datasets \(A,B\).*with DATASET="):
+        plan.collections_by_dataset(index.chosen()[0])
+
+
 def test_its_folder_is_named_after_what_is_held_out_and_is_never_among_collections(place, monkeypatch):
     place.collect(dataset="A")
     chosen = plan.collections_by_dataset(index.chosen()[0])

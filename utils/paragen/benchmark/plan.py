@@ -13,6 +13,7 @@ from paragen.common import files, paths, settings
 from paragen.common.cli import UserError
 from paragen.dataset import names
 from paragen.exports import parts
+from paragen.generator import sources
 from paragen.model import base_models
 
 FEWEST_TRAINED = 2  # datasets of a fold that a generator is trained on
@@ -88,10 +89,15 @@ class Plan(NamedTuple):
 
 
 def collections_by_dataset(chosen: list[Chosen]) -> dict[str, Chosen]:
-    """The collections by their datasets. Raises UserError where a dataset has several."""
+    """The collections by their datasets. Raises UserError where a dataset has several, or a collection has."""
     found: dict[str, Chosen] = {}
     for one in chosen:
         dataset = one.manifest.dataset
+        if len(sources.datasets_of(one)) > 1:
+            raise UserError(
+                f"{one.name}: was trained on several datasets ({dataset}), so that a fold which holds one of them out "
+                "would still train on it; select collections of one dataset each with DATASET="
+            )
         if dataset in found:
             raise UserError(
                 f"{found[dataset].name} and {one.name}: the benchmark takes one collection of a dataset; choose by "
