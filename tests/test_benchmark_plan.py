@@ -152,6 +152,27 @@ def test_a_part_is_used_again_only_with_the_same_inputs_and_unedited(tmp_path):
         rows.read_part(path, inputs, False)
 
 
+def test_a_part_is_refused_where_its_dataset_has_another_metric_or_other_options_now(place):
+    """Its rows and its collection are the same."""
+    place.collect(dataset="A")
+    made = plan.Plan(place.out, Wanted(limit=3), plan.collections_by_dataset(index.chosen()[0]), {"A": "A"}, [])
+    path = place.out / "datasets" / "A.json"
+
+    def inputs_with(letters: str, **entry: str) -> dict:
+        columns = {"columns": {"prompt": "prompt", "response": "response"}}
+        test = [{"prompt": f"which {number}?", "response": f"[{letter}]"} for number, letter in enumerate(letters)]
+        handmade.register(place.data, handmade.CATEGORY, "A_test", test, {**columns, **entry})
+        return rows.inputs_of(made, ["A"], [], {})
+
+    first = inputs_with("ABAB")
+    rows.write_part(path, first, {"dataset": "A"})
+    assert first["metric"]["A"][0] == "choice" and rows.read_part(path, inputs_with("ABAB"), False) is not None
+    assert rows.read_part(path, inputs_with("ABAA"), False) is not None, "the same options, in a row that is not scored"
+    for other in (inputs_with("ABAB", metric="exact"), inputs_with("ABAC")):
+        with pytest.raises(UserError, match=r"A.json: was measured with other inputs \(metric\); FORCE=1"):
+            rows.read_part(path, other, False)
+
+
 def test_a_later_call_may_measure_more_and_never_something_else(place):
     for name in "AB":
         place.collect(dataset=name)
