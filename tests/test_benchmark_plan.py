@@ -210,6 +210,14 @@ def test_without_a_device_it_says_what_to_set(monkeypatch):
         run.slots()
 
 
+def test_a_process_knows_how_many_share_its_device_and_the_main_memory():
+    found = [run.environment_of(device, ["0", "1", "0"]) for device in ("0", "1")]
+    assert [one["PARAGEN_GPU_SLOTS"] for one in found] == ["2", "1"]
+    assert [one["PARAGEN_CPU_SLOTS"] for one in found] == ["3", "3"]
+    assert [one["CUDA_VISIBLE_DEVICES"] for one in found] == ["0", "1"]
+    assert run.environment_of("cpu", ["cpu"])["CUDA_VISIBLE_DEVICES"] == ""
+
+
 # Trainings of its own
 
 

@@ -161,18 +161,18 @@ def run_jobs(found: Plan, options: Options, jobs: list[Job]) -> None:
 
     Raises UserError where some could not be measured, once all others are.
     """
-    devices_of = slots()
-    threads = devices.threads(len(devices_of))
+    all_slots = slots()
+    threads, devices_of = devices.threads(len(all_slots)), all_slots[: len(jobs)]
     if len(jobs) == 1:
-        devices.pin(devices_of[:1])
+        devices.pin(devices_of)
         work_on(found, options, jobs[0])
         return
     forked.preload()
     running: dict[ForkServerProcess, Job] = {}
     failed, before = [], -1
     try:
-        for job, device in zip(jobs, devices_of, strict=False):
-            running[start(found, options, job, device, threads, len(devices_of))] = job
+        for job, device in zip(jobs, devices_of, strict=True):
+            running[start(found, options, job, device, threads, devices_of)] = job
         while running:
             for process in [process for process in running if not process.is_alive()]:
                 job = running.pop(process)
@@ -194,13 +194,34 @@ def run_jobs(found: Plan, options: Options, jobs: list[Job]) -> None:
         )
 
 
-def start(found: Plan, options: Options, job: Job, device: str, threads: int, count: int) -> ForkServerProcess:
-    """Start the process of a job on a device, with so many CPU threads; `count` of them share the main memory."""
+def start(
+    found: Plan, options: Options, job: Job, device: str, threads: int, devices_of: list[str]
+) -> ForkServerProcess:
+    """Start the process of a job on a device, with so many CPU threads.
+
+    Args:
+        found: the benchmark.
+        options: those of the generators.
+        job: what the process measures.
+        device: its own.
+        threads: of the CPU.
+        devices_of: the device of each process, with which it shares memory.
+    """
     log = log_of(found, job.name)
     log.parent.mkdir(parents=True, exist_ok=True)
-    visible = "" if device == "cpu" else device
-    environment = {"DEVICES": device, "CUDA_VISIBLE_DEVICES": visible, "PARAGEN_CPU_SLOTS": str(count)}
-    return forked.start(pinned_work, (found, options, job, device, threads), environment, log)
+    arguments = (found, options, job, device, threads)
+    return forked.start(pinned_work, arguments, environment_of(device, devices_of), log)
+
+
+def environment_of(device: str, devices_of: list[str]) -> dict[str, str]:
+    """The variables of a process on a device, of processes on all of these: its share of memory depends on the others
+    (devices.free_bytes)."""
+    return {
+        "DEVICES": device,
+        "CUDA_VISIBLE_DEVICES": "" if device == "cpu" else device,
+        "PARAGEN_CPU_SLOTS": str(len(devices_of)),
+        "PARAGEN_GPU_SLOTS": str(devices_of.count(device)),
+    }
 
 
 def log_of(found: Plan, name: str) -> Path:

@@ -167,6 +167,7 @@ class Training:
                 with contextlib.ExitStack() as stack:
                     base = None
                     if stage:
+                        self.data.release()  # a step's activations need the memory, and nothing reads checkpoints here
                         base = BaseLoss(self.chosen, self.reader, self.layout, steps, wanted.seed)
                         stack.callback(base.close)
                     for step in range(at, first + steps):
