@@ -164,6 +164,11 @@ class Generator:
             )
         return Reader(self.config["recipe"], folder)
 
+    def move(self, device: torch.device) -> None:
+        """Have its weights on another device, where it computes from now on."""
+        self.device, self.mean, self.scale = device, self.mean.to(device), self.scale.to(device)
+        self.network.to(device)
+
     @torch.inference_mode()
     def vectors(self, conditions: Tensor) -> Tensor:
         """The adapters of conditions [n, inputs], as vectors [n, size] float32 on the device."""
