@@ -1,4 +1,4 @@
-"""What a process of the benchmark does in which order, and how one that is killed is named."""
+"""What a process of the benchmark does in which order."""
 
 from paragen.benchmark import rows, work
 

@@ -169,14 +169,15 @@ def run_jobs(found: Plan, options: Options, jobs: list[Job]) -> None:
         return
     forked.preload()
     running: dict[ForkServerProcess, Job] = {}
-    failed, before = [], -1
+    failed: dict[str, int] = {}
+    before = -1
     try:
         for job, device in zip(jobs, devices_of, strict=True):
             running[start(found, options, job, device, threads, devices_of)] = job
         while running:
             for process in [process for process in running if not process.is_alive()]:
                 job = running.pop(process)
-                failed += [job.name] if process.exitcode else []
+                failed |= {job.name: process.exitcode} if process.exitcode else {}
             there, wanted = sum(path.is_file() for path in parts_of(found)), len(parts_of(found))
             if there != before:
                 before = there
@@ -188,10 +189,23 @@ def run_jobs(found: Plan, options: Options, jobs: list[Job]) -> None:
         for process in running:
             process.join(END_SECONDS)
     if failed:
-        log = paths.relative(log_of(found, failed[0]))
-        raise UserError(
-            f"{', '.join(failed)}: could not measure all of its parts; {log} says why, and the next call goes on"
-        )
+        raise UserError(f"{faults_of(found, failed)}; the next call goes on")
+
+
+def faults_of(found: Plan, failed: dict[str, int]) -> str:
+    """Why jobs have failed, as a message says it: a process that was killed left nothing in its log.
+
+    Args:
+        found: the benchmark.
+        failed: the exit code of each job's process, by the job's name.
+    """
+    lost = forked.LOST_EXIT_CODE
+    faults = [f"{name}: its process {cli.killed_text(code)}" for name, code in failed.items() if code < 0]
+    faults += [f"{name}: the process that it was forked from died" for name, code in failed.items() if code == lost]
+    if others := [name for name, code in failed.items() if 0 < code != lost]:
+        log = paths.relative(log_of(found, others[0]))
+        faults.append(f"{', '.join(others)}: could not measure all of its parts, {log} says why")
+    return "; ".join(faults)
 
 
 def start(
