@@ -1,6 +1,7 @@
 """What the benchmark holds out, and how its intervals and shares are computed."""
 
 import json
+import re
 
 import numpy as np
 import pytest
@@ -218,6 +219,17 @@ def test_a_process_knows_how_many_share_its_device_and_the_main_memory():
     assert run.environment_of("cpu", ["cpu"])["CUDA_VISIBLE_DEVICES"] == ""
 
 
+def test_a_process_that_was_killed_is_said_to_be_and_is_not_looked_for_in_its_log(place):
+    made = plan.Plan(place.out, Wanted(), {}, {}, [])
+    killed = "was killed by SIGKILL, as the kernel does where memory runs out (see dmesg)"
+    assert run.faults_of(made, {"job-2": -9}) == f"job-2: its process {killed}"
+    text = run.faults_of(made, {"job-1": 1, "job-2": -9, "job-3": 1, "job-4": 255})
+    first, lost, others = text.split("; ")
+    assert first.endswith(killed) and lost == "job-4: the process that it was forked from died"
+    assert others.startswith("job-1, job-3: could not measure all of its parts, ")
+    assert others.endswith("logs/job-1.log says why")
+
+
 # Trainings of its own
 
 
@@ -236,7 +248,7 @@ def three(place, monkeypatch) -> plan.Plan:
             recipe.write_text(text)
         known = json.loads((folder / paths.MANIFEST).read_text())
         trained = {key: value for key, value in render.load(recipe).items() if key not in keys.NOT_TRAINED}
-        kept = {"seed": 42, "max_steps": 24, "save_total_limit": 20}  # as KEEP=20 sets them
+        kept = {"seed": 42, "save_total_limit": 4}  # as KEEP=4 sets it
         files.write_json(folder / paths.MANIFEST, manifest.sealed({**known, "recipe": {**trained, **kept}}))
     chosen = plan.collections_by_dataset(index.chosen()[0])
     fold = plan.Fold("A", "one dataset held out", ("A",), ("B", "C"), (0,))
@@ -271,10 +283,15 @@ def test_its_own_trainings_are_recipes_of_the_dataset_with_other_rows_or_another
     assert (top / "models").resolve() == paths.MODELS.resolve()
 
 
-def test_recipes_that_changed_since_the_collection_are_not_trained_with(three):
+@pytest.mark.parametrize(
+    ("old", "new", "named"),
+    [("", "\nlora_alpha: 99\n", "lora_alpha (None -> 99)"), ("max_steps: 12", "max_steps: 20", "max_steps (12 -> 20)")],
+)
+def test_recipes_that_changed_since_the_collection_are_not_trained_with(three, old, new, named):
     (path,) = paths.SCRIPTS.glob("*/A/*_finetune.yaml")
-    path.write_text(path.read_text() + "lora_alpha: 99\n")
-    with pytest.raises(UserError, match=r"its recipes have changed since it was made: lora_alpha \(None -> 99\); the"):
+    text = path.read_text()
+    path.write_text(text.replace(old, new) if old else text + new)
+    with pytest.raises(UserError, match=re.escape(f"its recipes have changed since it was made: {named}; the")):
         trainings.needed(three)
 
 
