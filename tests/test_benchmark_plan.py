@@ -52,6 +52,20 @@ def test_or_some_variants_of_each_family_out_and_trains_on_random_subsets_of_the
 
 
 @pytest.mark.parametrize(
+    ("wanted", "families", "left"),
+    [
+        (Wanted(), "xxyy", ["C", "D"]),
+        (Wanted(), "xxxx", ["B", "C", "D"]),  # as in each fold of two families
+        (Wanted(by="dataset"), "xxyy", ["B", "C", "D"]),
+        (Wanted(variants=(1,)), "xxyy", ["B", "C", "D"]),
+    ],
+)
+def test_a_training_dataset_is_left_out_like_a_held_one_and_others_are_always_left(tmp_path, wanted, families, left):
+    made = plan.Plan(tmp_path, wanted, {}, dict(zip("ABCD", families, strict=True)), [])
+    assert made.others_of("A", list("ABCD")) == left
+
+
+@pytest.mark.parametrize(
     ("wanted", "known", "said"),
     [
         (Wanted(), {"A": "x", "B": "y"}, "x: leaves 1 datasets to train a generator on"),

@@ -2,7 +2,7 @@
 
 import random
 import re
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -81,6 +81,18 @@ class Plan(NamedTuple):
     def held(self) -> list[str]:
         """All datasets that some fold holds out."""
         return list(dict.fromkeys(name for fold in self.folds for name in fold.held))
+
+    def others_of(self, dataset: str, trained: Sequence[str]) -> list[str]:
+        """The datasets that are left where a training dataset is held out like those of a fold.
+
+        Args:
+            dataset: one of `trained`.
+            trained: the datasets that a fold trains on. Where all are of one family, `dataset` alone is left out.
+        """
+        others = [name for name in trained if name != dataset]
+        if self.wanted.variants or self.wanted.by == "dataset":
+            return others
+        return [name for name in others if self.families[name] != self.families[dataset]] or others
 
     @property
     def scoring(self) -> dict[str, Any]:

@@ -254,7 +254,7 @@ class Worker:
 
     def choose_temperature(self, fold: Fold, others: "Others") -> float:
         """The temperature of the weighted mean with the least loss on some training tasks, each left out like the held
-        ones.
+        ones (`Plan.others_of`).
 
         Args:
             fold: which.
@@ -263,15 +263,7 @@ class Worker:
         tuned = random.Random(f"temperature {fold.name}").sample(fold.trained, min(TUNED, len(fold.trained)))
         losses = dict.fromkeys(TEMPERATURES, 0.0)
         for dataset in tuned:
-            family = self.plan.families[dataset]
-            by_family = self.plan.wanted.by == "family" and not self.plan.wanted.variants
-            left = [
-                name for name in fold.trained
-                if name != dataset and not (by_family and self.plan.families[name] == family)
-            ]  # fmt: skip
-            if not left:
-                continue
-            near = self.similarities(dataset, left)
+            near = self.similarities(dataset, self.plan.others_of(dataset, fold.trained))
             made = [others.weighted(near, temperature) for temperature in TEMPERATURES]
             (entry, known), *_ = prompts.parts(self.plan.chosen[dataset].manifest)
             split = Split(dataset, True, [(entry, list(known[:TUNED_ROWS]))])
