@@ -2,6 +2,7 @@
 
 import json
 import re
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -188,20 +189,35 @@ def test_a_part_is_refused_where_its_dataset_has_another_metric_or_other_options
             rows.read_part(path, other, False)
 
 
-def test_a_later_call_may_measure_more_and_never_something_else(place):
-    for name in "AB":
-        place.collect(dataset=name)
+def sealed_in(path: Path, content: dict) -> None:
+    files.write_json(path, {**content, "sha256": files.sha256_of_value(content)})
+
+
+@pytest.mark.parametrize("name", ["identity.json", "benchmark.json"])
+def test_a_later_call_may_measure_more_and_never_something_else(place, name):
+    for dataset in "AB":
+        place.collect(dataset=dataset)
     chosen = plan.collections_by_dataset(index.chosen()[0])
     first = Wanted(variants=(1, 3), repeats=1)
-    place.out.mkdir()
-    identity = results.identity_of(plan.Plan(place.out, first, chosen, {}, []), vars(options.Options()))
-    known = {"format": benchmark_page.FORMAT, **identity, "groups": []}
-    files.write_json(place.out / "benchmark.json", {**known, "sha256": files.sha256_of_value(known)})
+    identity = run.identity_of(plan.Plan(place.out, first, chosen, {}, []), options.Options())
+    (place.out / "trained").mkdir(parents=True)
+    formats = {"identity.json": run.IDENTITY_FORMAT, "benchmark.json": benchmark_page.FORMAT}
+    sealed_in(place.out / name, {"format": formats[name], **identity, "groups": []})
+
+    def check(wanted: Wanted, **given: object) -> None:
+        run.check_same(plan.Plan(place.out, wanted, chosen, {}, []), options.Options(**given))
+
     for more in (first, Wanted(variants=(1, 3, 6), repeats=3), Wanted(variants=(1, 3), baselines=("context",))):
-        run.check_same(plan.Plan(place.out, more, chosen, {}, []), options.Options())
+        check(more)
+    check(first, base_learning_rate=0.5)  # of a stage that there is not
     for other in (Wanted(variants=(1, 3), limit=5), Wanted(repeats=1), Wanted(variants=(1, 3), samples=9)):
         with pytest.raises(UserError, match="is of another benchmark .settings differ.; take another OUT"):
-            run.check_same(plan.Plan(place.out, other, chosen, {}, []), options.Options())
+            check(other)
+    with pytest.raises(UserError, match="is of another benchmark .generator differ.; take another OUT"):
+        check(first, steps=5)
+    (place.out / "trained").rmdir()
+    if name == "identity.json":
+        check(Wanted(repeats=1))  # nothing was made for the other one
 
 
 def test_what_cannot_be_measured_is_named_and_the_others_are_measured(capsys):

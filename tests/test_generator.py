@@ -4,6 +4,7 @@ import importlib
 import json
 import shutil
 import types
+import unittest.mock
 from pathlib import Path
 
 import numpy
@@ -18,7 +19,7 @@ import train_generator
 from paragen.collection import discovery, index
 from paragen.common import files, paths, settings
 from paragen.common.cli import UserError
-from paragen.generator import checkpoint_data, hashed_tensors, network, options, second_stage, sources, train
+from paragen.generator import checkpoint_data, hashed_tensors, network, options, saved, second_stage, sources, train
 from paragen.generator.factor_layout import FactorLayout
 from paragen.packed.batches import Row
 
@@ -116,6 +117,22 @@ def test_what_is_there_is_not_trained_again_and_not_replaced_for_its_name(traine
     assert str(error.value).endswith(line)
     with pytest.raises(UserError, match="was trained with STEPS=all, not last; take another NAME"):
         call(trained, "train_generator", **FEW, STEPS="last", NAME=generator(trained).name)
+
+
+def test_the_rate_of_a_second_stage_that_there_is_not_replaces_no_generator(trained):
+    """An older generator records one; the default has changed since."""
+    folder, manifest = generator(trained), json.loads((generator(trained) / "manifest.json").read_text())
+    without = {**manifest["settings"], "base_steps": 0}
+
+    def identity(given: dict) -> dict:
+        return {**manifest, "settings": options.deciding(given)}
+
+    with unittest.mock.patch.object(saved, "manifest_of", lambda _: {**manifest, "settings": without}):
+        assert saved.is_there(folder, identity({**without, "base_learning_rate": 0.5}))
+        with pytest.raises(UserError, match=r"was trained with WIDTH=16, not 8; take another OUT, or FORCE=1"):
+            saved.is_there(folder, identity({**without, "width": 8}), "OUT")
+    with pytest.raises(UserError, match="was trained with another base_learning_rate; take another NAME"):
+        saved.is_there(folder, identity({**manifest["settings"], "base_learning_rate": 0.5}))
 
 
 def test_it_writes_adapters_that_peft_loads_for_a_dataset_without_a_collection(trained, tmp_path, call, capsys):

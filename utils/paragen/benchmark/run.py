@@ -1,5 +1,6 @@
 """Runs the benchmark: what it trains itself, then a process per part on the devices there are, then the table.
 
+<benchmark>/identity.json      what it is measured of and with: another benchmark is refused in its folder
 <benchmark>/trained/           adapters to compare with, in a project of their own (trainings.py)
 <benchmark>/generators/<fold>_<seed>/
 <benchmark>/datasets/<dataset>.json, folds/<fold>.json     parts, each whole; used again by the next call
@@ -18,15 +19,18 @@ from typing import Any, NamedTuple
 from paragen.analysis import benchmark_page
 from paragen.benchmark import picture, plan, results, rows, trainings
 from paragen.benchmark.plan import Fold, Plan, Wanted
-from paragen.collection import run_identity
+from paragen.collection import run_identity, sealed_json
+from paragen.collection.manifest import sealed
 from paragen.common import cli, devices, files, locks, paths, settings
 from paragen.common.cli import UserError, complain, say
 from paragen.dataset import families
 from paragen.generator import sources
-from paragen.generator.options import Options
+from paragen.generator.options import Options, deciding
 from paragen.sweep import forked, ray_cluster
 from paragen.training import deterministic, llamafactory_output
 
+IDENTITY, IDENTITY_FORMAT = "identity.json", "paragen-benchmark-identity-1"
+MADE = ("trained", "generators", "datasets", "folds", benchmark_page.FILE)  # what a benchmark's folder holds of it
 LOOK_SECONDS = 0.2
 END_SECONDS = 20  # that a stopped process has to clean up
 
@@ -57,6 +61,9 @@ def make(wanted: Wanted) -> Path:
             started = time.monotonic()
             check_same(found, options)
             jobs = jobs_of(found, len(slots()))
+            files.write_json(
+                found.folder / IDENTITY, sealed({"format": IDENTITY_FORMAT, **identity_of(found, options)})
+            )
             trainings.run(found)
             run_jobs(found, options, jobs)
             path = write(found, options)
@@ -66,29 +73,39 @@ def make(wanted: Wanted) -> Path:
         raise UserError(f"{paths.relative(found.folder)}: another process is at work on it; wait for it") from None
 
 
+def identity_of(found: Plan, options: Options) -> dict[str, Any]:
+    """What a benchmark's figures depend on."""
+    return results.identity_of(found, asdict(options))
+
+
 def check_same(found: Plan, options: Options) -> None:
-    """Raise UserError where the folder holds a benchmark of other collections or settings, unless FORCE=1.
+    """Raise UserError where the folder holds something of a benchmark of other collections or settings, unless FORCE=1.
 
     More or fewer BASELINES, REPEATS and VARIANTS are the same benchmark.
     """
-    path = found.folder / benchmark_page.FILE
-    if not path.exists() or run_identity.force_requested():
+    if run_identity.force_requested() or not any((found.folder / name).exists() for name in MADE):
         return
-    old, new = (_compared(one) for one in (benchmark_page.read(path), results.identity_of(found, asdict(options))))
+    known = sealed_json.read(found.folder / IDENTITY, IDENTITY_FORMAT, {}, benchmark_page.WAY_OUT)
+    if known is None and (path := found.folder / benchmark_page.FILE).exists():
+        known = benchmark_page.read(path)  # of a benchmark that was measured before there was the other file
+    if known is None:
+        return
+    old, new = _compared(known), _compared(identity_of(found, options))
     if changed := [key for key, value in new.items() if old.get(key) != value]:
         raise UserError(
-            f"{paths.relative(path)}: is of another benchmark ({', '.join(changed)} differ); take another OUT, or "
-            "FORCE=1 replaces it"
+            f"{paths.relative(found.folder)}: is of another benchmark ({', '.join(changed)} differ); take another OUT, "
+            "or FORCE=1 replaces it"
         )
 
 
 def _compared(content: dict[str, Any]) -> dict[str, Any]:
-    """What of a benchmark.json tells one benchmark from another: all but how much of it is measured."""
+    """What of an identity tells one benchmark from another: all but how much of it is measured."""
     known = json.loads(json.dumps(content))
-    given = known["settings"] if isinstance(known.get("settings"), dict) else {}
+    given, trained = (known[key] if isinstance(known.get(key), dict) else {} for key in ("settings", "generator"))
     wanted = {key: value for key, value in given.items() if key != "repeats"}
     wanted["variants"] = bool(given.get("variants"))
-    return {**{key: value for key, value in known.items() if key != "baselines"}, "settings": wanted}
+    others = {key: value for key, value in known.items() if key != "baselines"}
+    return {**others, "settings": wanted, "generator": deciding(trained)}
 
 
 def planned(wanted: Wanted) -> Plan:

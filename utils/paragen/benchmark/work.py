@@ -20,7 +20,7 @@ from paragen.collection.index import Chosen
 from paragen.common import devices, files, paths
 from paragen.common.cli import say
 from paragen.generator import conditions, generate, saved, sources, train
-from paragen.generator.options import Options
+from paragen.generator.options import Options, deciding
 from paragen.scoring import base_model, collection_scorer
 from paragen.scoring.base_model import BaseModel
 from paragen.scoring.checkpoint_scores import CheckpointScore
@@ -167,7 +167,7 @@ class Worker:
         union = self.union_of(fold)
         wanted, trained = self.plan.wanted, [self.plan.chosen[name] for name in fold.trained]
         more = {
-            "held": list(fold.held), "seeds": list(fold.seeds), "generator": vars(self.options),
+            "held": list(fold.held), "seeds": list(fold.seeds), "generator": deciding(vars(self.options)),
             "union": None if union is None else union.manifest.sha256, "group": fold.group, "prompts": wanted.prompts,
             "samples": wanted.samples, "pairs": sources.records_of(trained, self.options.steps_of),
             "families": {name: self.plan.families[name] for name in (*fold.held, *fold.trained)},
@@ -286,7 +286,7 @@ class Worker:
         options = Options(**{**vars(self.options), "seed": seed})
         seen = [self.plan.chosen[name] for name in fold.trained]
         with deterministic.chosen_kernels():
-            train.train(seen, folder, options, quiet=True, reader=self.reader)
+            train.train(seen, folder, options, quiet=True, reader=self.reader, naming="OUT")
         generator = saved.load(folder)
         generator.reader = self.reader
         generator.move(torch.device("cpu"))
