@@ -84,6 +84,7 @@ def test_too_few_datasets_are_one_line(wanted, known, said):
     [
         ({"BY": "family", "VARIANTS": "1 3"}, "give one of the two"),
         ({"BY": "rule"}, "BY is family or dataset"),
+        ({"HOLD": "2"}, "HOLD=2: says how many datasets of each family VARIANTS holds out; set VARIANTS, too"),
         ({"VARIANTS": "0"}, "from 1 on"),
         ({"VARIANTS": "x"}, "VARIANTS=x"),
         ({"BASELINES": "none few"}, "none stands alone"),

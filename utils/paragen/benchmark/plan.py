@@ -42,13 +42,16 @@ def of_settings() -> Wanted:
     variants = tuple(sorted(map(int, typed)))
     if variants and by:
         raise UserError(f"BY={by}: VARIANTS holds out datasets of every family; give one of the two")
+    hold = settings.number("HOLD")
+    if hold and not variants:
+        raise UserError(f"HOLD={hold}: says how many datasets of each family VARIANTS holds out; set VARIANTS, too")
     baselines = settings.values("BASELINES")
     if "none" in baselines and len(baselines) > 1:
         raise UserError(f"BASELINES={' '.join(baselines)}: none stands alone")
     return Wanted(
         by=by or Wanted.by,
         variants=variants,
-        hold=settings.number("HOLD") or Wanted.hold,
+        hold=hold or Wanted.hold,
         repeats=settings.number("REPEATS") or Wanted.repeats,
         prompts=settings.number("PROMPTS") or Wanted.prompts,
         samples=settings.number("SAMPLES") or Wanted.samples,
