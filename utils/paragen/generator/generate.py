@@ -84,7 +84,7 @@ def generate(
         samples: how many adapters, each from a draw of its own (`draw_prompts`).
         seed: of the draws.
         each: how many prompts a sample is conditioned on.
-        description: of the task, where it has one; or its embedding [1, hidden size], as `Reader.embed_texts` returns it.
+        description: of the task, where it has one; or its embedding [1, hidden size] by `Reader.embed_texts`.
 
     Returns the tensors of each adapter by PEFT's key, float32 on the CPU. Raises UserError without prompts.
     """
