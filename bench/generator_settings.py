@@ -12,6 +12,7 @@ import argparse
 import concurrent.futures
 import json
 import os
+import re
 import subprocess
 import sys
 from collections.abc import Sequence
@@ -43,11 +44,25 @@ def tuning_tasks(known: dict[str, str], hold: int) -> list[str]:
     return sorted(known.keys() - set(fold.held))
 
 
+def parsed(settings: str) -> dict[str, str]:
+    """Settings as make takes them, by name. Raises UserError for a word that is none."""
+    words = settings.split()
+    if wrong := [word for word in words if not re.fullmatch("[A-Z_]+=.*", word)]:
+        raise UserError(f"{settings!r}: {wrong[0]!r} is no setting such as BASE_STEPS=400")
+    return dict(word.split("=", 1) for word in words)
+
+
+def folder_of(settings: str, names: Sequence[str], args: argparse.Namespace) -> Path:
+    """The folder of what is measured with some settings: all that decides it is in the hash of its name."""
+    shared = [args.also, args.rank, args.hold, args.variants, args.limit, os.environ.get("MODEL", "")]
+    return FOLDER / files.sha256_of_value([settings, *shared, list(names)])[:12]
+
+
 def measure(settings: str, names: Sequence[str], args: argparse.Namespace, device: str) -> dict[str, Any] | None:
     """The benchmark's totals with some settings; None where it failed, which its log explains."""
-    out = FOLDER / files.sha256_of_value([settings, args.also, args.hold, args.limit, list(names)])[:12]
+    out = folder_of(settings, names, args)
     out.mkdir(parents=True, exist_ok=True)
-    given = dict(word.split("=", 1) for word in f"{args.also} {settings}".split())
+    given = parsed(f"{args.also} {settings}")
     environment = {
         **os.environ, "CATEGORY": paths.MADE, "DATASET": " ".join(names), "RANK": args.rank, "OUT": str(out),
         "HOLD": str(args.hold), "VARIANTS": str(args.variants), "REPEATS": "1", "SAMPLES": "1", "BASELINES": "none",
@@ -85,6 +100,8 @@ def main() -> None:
     parser.add_argument("--limit", default="48", help="rows to score on (default: %(default)s)")
     parser.add_argument("--per-device", type=int, default=1, help="how many share a device at a time")
     args = parser.parse_args()
+    for settings in args.settings:
+        parsed(f"{args.also} {settings}")
     os.environ.update(CATEGORY=paths.MADE, RANK=args.rank)
     known = families.families_of({one.manifest.dataset for one in index.chosen()[0]}, paths.DATA)
     names = tuning_tasks(known, args.hold)
@@ -103,6 +120,8 @@ def main() -> None:
     with concurrent.futures.ThreadPoolExecutor(len(free)) as executor:
         found = list(executor.map(one, args.settings))
     cli.print_table(HEADS, [row_of(settings, totals) for settings, totals in zip(args.settings, found, strict=True)])
+    if failed := found.count(None):
+        raise UserError(f"{failed} of {len(found)} settings could not be measured (see above); the next call goes on")
 
 
 if __name__ == "__main__":

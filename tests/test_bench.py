@@ -1,9 +1,11 @@
 """The measurements under bench/ take minutes; what is tested here is that they start, and what they count."""
 
+import argparse
 import json
 import re
 import subprocess
 import sys
+import types
 from pathlib import Path
 
 import pytest
@@ -24,6 +26,7 @@ import timed
 from shapes import ROOT, Seen, Work, adapter_parameters, base_parameters, flops, forward_flops, peak_of
 
 from paragen.benchmark import plan
+from paragen.common.cli import UserError
 from paragen.scoring import questions
 from paragen.scoring.option_trees import build_tree
 from paragen.sweep import packs
@@ -120,6 +123,52 @@ def test_settings_are_chosen_on_tasks_that_no_table_holds_out():
     for count in (1, 4):
         folds = plan.folds_of(plan.Wanted(variants=(count,), hold=2, repeats=3), known)
         assert not {name for fold in folds for name in fold.held} & set(names)
+
+
+def settings_measured(monkeypatch, *arguments: str) -> list[Path]:
+    """The folders of what bench/generator_settings.py measures; it fails with WIDTH=1."""
+    known = [
+        types.SimpleNamespace(manifest=types.SimpleNamespace(dataset=f"made-{n}{rule}"))
+        for rule in "ab"
+        for n in range(12)
+    ]
+    monkeypatch.setattr(generator_settings.index, "chosen", lambda: (known, 0))
+    monkeypatch.setattr(generator_settings.families, "families_of", lambda names, _: {name: name[-1] for name in names})
+    monkeypatch.setattr(sys, "argv", ["generator_settings.py", *arguments])
+    monkeypatch.setenv("DEVICES", "cpu")
+    done = []
+
+    def measure(settings: str, names: list[str], args: argparse.Namespace, _: str) -> dict | None:
+        done.append(generator_settings.folder_of(settings, names, args))
+        figures = {name: 0.5 for name in ("mean", "nearest", "swapped-mean", "generated-mean")}
+        shares = {"generated-mean": {"value": 0.5}}
+        totals = {"mean_loss": figures, "mean_accuracy": figures, "closed": shares, "closed_accuracy": shares}
+        return None if settings == "WIDTH=1" else totals
+
+    monkeypatch.setattr(generator_settings, "measure", measure)
+    try:
+        generator_settings.main()
+    finally:
+        done.sort()
+    return done
+
+
+def test_what_was_measured_with_other_settings_model_rank_or_variants_is_not_used_again(monkeypatch):
+    first = settings_measured(monkeypatch, "WIDTH=64")
+    assert first == settings_measured(monkeypatch, "WIDTH=64")
+    others = [settings_measured(monkeypatch, "WIDTH=64", *more) for more in (["--rank", "4"], ["--variants", "2"])]
+    monkeypatch.setenv("MODEL", "tiny")
+    others.append(settings_measured(monkeypatch, "WIDTH=64"))
+    assert len({*first, *(folder for some in others for folder in some)}) == 4
+
+
+def test_settings_that_fail_are_counted_and_a_word_that_is_none_is_named(monkeypatch, capsys):
+    with pytest.raises(UserError, match="^1 of 2 settings could not be measured"):
+        settings_measured(monkeypatch, "WIDTH=1", "WIDTH=64")
+    assert "failed" in capsys.readouterr().out
+    for arguments in (["WIDTH"], ["WIDTH=64", "--also", "width=1"]):
+        with pytest.raises(UserError, match="is no setting such as BASE_STEPS=400"):
+            settings_measured(monkeypatch, *arguments)
 
 
 def test_parameters_are_those_of_the_real_model():

@@ -84,6 +84,8 @@ def test_what_was_measured_is_used_again_and_never_with_other_inputs(collected, 
     parts = {path: path.stat().st_mtime_ns for path in folder(collected).glob("*/*.json")}
     (folder(collected) / "folds" / "two.json").unlink()
     (folder(collected) / "benchmark.json").unlink()
+    line = refused(collected, "benchmark_generator", **{**FAST, "TRAIN_STEPS": 9})
+    assert "is of another benchmark (generator differ); take another OUT" in line, "also before it is measured wholly"
     again = run(collected, "benchmark_generator", **FAST)
     assert "measured already: one" in again and "measured already: two" not in again
     after = {path: path.stat().st_mtime_ns for path in folder(collected).glob("*/*.json")}

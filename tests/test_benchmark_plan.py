@@ -1,6 +1,8 @@
 """What the benchmark holds out, and how its intervals and shares are computed."""
 
 import json
+import re
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -51,6 +53,20 @@ def test_or_some_variants_of_each_family_out_and_trains_on_random_subsets_of_the
 
 
 @pytest.mark.parametrize(
+    ("wanted", "families", "left"),
+    [
+        (Wanted(), "xxyy", ["C", "D"]),
+        (Wanted(), "xxxx", ["B", "C", "D"]),  # as in each fold of two families
+        (Wanted(by="dataset"), "xxyy", ["B", "C", "D"]),
+        (Wanted(variants=(1,)), "xxyy", ["B", "C", "D"]),
+    ],
+)
+def test_a_training_dataset_is_left_out_like_a_held_one_and_others_are_always_left(tmp_path, wanted, families, left):
+    made = plan.Plan(tmp_path, wanted, {}, dict(zip("ABCD", families, strict=True)), [])
+    assert made.others_of("A", list("ABCD")) == left
+
+
+@pytest.mark.parametrize(
     ("wanted", "known", "said"),
     [
         (Wanted(), {"A": "x", "B": "y"}, "x: leaves 1 datasets to train a generator on"),
@@ -68,6 +84,7 @@ def test_too_few_datasets_are_one_line(wanted, known, said):
     [
         ({"BY": "family", "VARIANTS": "1 3"}, "give one of the two"),
         ({"BY": "rule"}, "BY is family or dataset"),
+        ({"HOLD": "2"}, "HOLD=2: says how many datasets of each family VARIANTS holds out; set VARIANTS, too"),
         ({"VARIANTS": "0"}, "from 1 on"),
         ({"VARIANTS": "x"}, "VARIANTS=x"),
         ({"BASELINES": "none few"}, "none stands alone"),
@@ -120,6 +137,14 @@ def test_a_dataset_of_two_collections_has_to_be_chosen_by_a_setting(place):
         plan.collections_by_dataset(index.chosen()[0])
 
 
+def test_a_collection_of_several_datasets_is_refused_because_no_fold_could_hold_one_of_them_out(place):
+    for dataset in ("A", "B", "C"):
+        place.collect(dataset=dataset)
+    place.collect(dataset="A,B")
+    with pytest.raises(UserError, match=r"A,B.*: was trained on several datasets \(A,B\).*with DATASET="):
+        plan.collections_by_dataset(index.chosen()[0])
+
+
 def test_its_folder_is_named_after_what_is_held_out_and_is_never_among_collections(place, monkeypatch):
     place.collect(dataset="A")
     chosen = plan.collections_by_dataset(index.chosen()[0])
@@ -144,20 +169,56 @@ def test_a_part_is_used_again_only_with_the_same_inputs_and_unedited(tmp_path):
         rows.read_part(path, inputs, False)
 
 
-def test_a_later_call_may_measure_more_and_never_something_else(place):
-    for name in "AB":
-        place.collect(dataset=name)
+def test_a_part_is_refused_where_its_dataset_has_another_metric_or_other_options_now(place):
+    """Its rows and its collection are the same."""
+    place.collect(dataset="A")
+    made = plan.Plan(place.out, Wanted(limit=3), plan.collections_by_dataset(index.chosen()[0]), {"A": "A"}, [])
+    path = place.out / "datasets" / "A.json"
+
+    def inputs_with(letters: str, **entry: str) -> dict:
+        columns = {"columns": {"prompt": "prompt", "response": "response"}}
+        test = [{"prompt": f"which {number}?", "response": f"[{letter}]"} for number, letter in enumerate(letters)]
+        handmade.register(place.data, handmade.CATEGORY, "A_test", test, {**columns, **entry})
+        return rows.inputs_of(made, ["A"], [], {})
+
+    first = inputs_with("ABAB")
+    rows.write_part(path, first, {"dataset": "A"})
+    assert first["metric"]["A"][0] == "choice" and rows.read_part(path, inputs_with("ABAB"), False) is not None
+    assert rows.read_part(path, inputs_with("ABAA"), False) is not None, "the same options, in a row that is not scored"
+    for other in (inputs_with("ABAB", metric="exact"), inputs_with("ABAC")):
+        with pytest.raises(UserError, match=r"A.json: was measured with other inputs \(metric\); FORCE=1"):
+            rows.read_part(path, other, False)
+
+
+def sealed_in(path: Path, content: dict) -> None:
+    files.write_json(path, {**content, "sha256": files.sha256_of_value(content)})
+
+
+@pytest.mark.parametrize("name", ["identity.json", "benchmark.json"])
+def test_a_later_call_may_measure_more_and_never_something_else(place, name):
+    for dataset in "AB":
+        place.collect(dataset=dataset)
     chosen = plan.collections_by_dataset(index.chosen()[0])
     first = Wanted(variants=(1, 3), repeats=1)
-    place.out.mkdir()
-    identity = results.identity_of(plan.Plan(place.out, first, chosen, {}, []), vars(options.Options()))
-    known = {"format": benchmark_page.FORMAT, **identity, "groups": []}
-    files.write_json(place.out / "benchmark.json", {**known, "sha256": files.sha256_of_value(known)})
+    identity = run.identity_of(plan.Plan(place.out, first, chosen, {}, []), options.Options())
+    (place.out / "trained").mkdir(parents=True)
+    formats = {"identity.json": run.IDENTITY_FORMAT, "benchmark.json": benchmark_page.FORMAT}
+    sealed_in(place.out / name, {"format": formats[name], **identity, "groups": []})
+
+    def check(wanted: Wanted, **given: object) -> None:
+        run.check_same(plan.Plan(place.out, wanted, chosen, {}, []), options.Options(**given))
+
     for more in (first, Wanted(variants=(1, 3, 6), repeats=3), Wanted(variants=(1, 3), baselines=("context",))):
-        run.check_same(plan.Plan(place.out, more, chosen, {}, []), options.Options())
+        check(more)
+    check(first, base_learning_rate=0.5)  # of a stage that there is not
     for other in (Wanted(variants=(1, 3), limit=5), Wanted(repeats=1), Wanted(variants=(1, 3), samples=9)):
         with pytest.raises(UserError, match="is of another benchmark .settings differ.; take another OUT"):
-            run.check_same(plan.Plan(place.out, other, chosen, {}, []), options.Options())
+            check(other)
+    with pytest.raises(UserError, match="is of another benchmark .generator differ.; take another OUT"):
+        check(first, steps=5)
+    (place.out / "trained").rmdir()
+    if name == "identity.json":
+        check(Wanted(repeats=1))  # nothing was made for the other one
 
 
 def test_what_cannot_be_measured_is_named_and_the_others_are_measured(capsys):
@@ -181,6 +242,25 @@ def test_without_a_device_it_says_what_to_set(monkeypatch):
         run.slots()
 
 
+def test_a_process_knows_how_many_share_its_device_and_the_main_memory():
+    found = [run.environment_of(device, ["0", "1", "0"]) for device in ("0", "1")]
+    assert [one["PARAGEN_GPU_SLOTS"] for one in found] == ["2", "1"]
+    assert [one["PARAGEN_CPU_SLOTS"] for one in found] == ["3", "3"]
+    assert [one["CUDA_VISIBLE_DEVICES"] for one in found] == ["0", "1"]
+    assert run.environment_of("cpu", ["cpu"])["CUDA_VISIBLE_DEVICES"] == ""
+
+
+def test_a_process_that_was_killed_is_said_to_be_and_is_not_looked_for_in_its_log(place):
+    made = plan.Plan(place.out, Wanted(), {}, {}, [])
+    killed = "was killed by SIGKILL, as the kernel does where memory runs out (see dmesg)"
+    assert run.faults_of(made, {"job-2": -9}) == f"job-2: its process {killed}"
+    text = run.faults_of(made, {"job-1": 1, "job-2": -9, "job-3": 1, "job-4": 255})
+    first, lost, others = text.split("; ")
+    assert first.endswith(killed) and lost == "job-4: the process that it was forked from died"
+    assert others.startswith("job-1, job-3: could not measure all of its parts, ")
+    assert others.endswith("logs/job-1.log says why")
+
+
 # Trainings of its own
 
 
@@ -199,7 +279,7 @@ def three(place, monkeypatch) -> plan.Plan:
             recipe.write_text(text)
         known = json.loads((folder / paths.MANIFEST).read_text())
         trained = {key: value for key, value in render.load(recipe).items() if key not in keys.NOT_TRAINED}
-        kept = {"seed": 42, "max_steps": 24, "save_total_limit": 20}  # as KEEP=20 sets them
+        kept = {"seed": 42, "save_total_limit": 4}  # as KEEP=4 sets it
         files.write_json(folder / paths.MANIFEST, manifest.sealed({**known, "recipe": {**trained, **kept}}))
     chosen = plan.collections_by_dataset(index.chosen()[0])
     fold = plan.Fold("A", "one dataset held out", ("A",), ("B", "C"), (0,))
@@ -234,10 +314,15 @@ def test_its_own_trainings_are_recipes_of_the_dataset_with_other_rows_or_another
     assert (top / "models").resolve() == paths.MODELS.resolve()
 
 
-def test_recipes_that_changed_since_the_collection_are_not_trained_with(three):
+@pytest.mark.parametrize(
+    ("old", "new", "named"),
+    [("", "\nlora_alpha: 99\n", "lora_alpha (None -> 99)"), ("max_steps: 12", "max_steps: 20", "max_steps (12 -> 20)")],
+)
+def test_recipes_that_changed_since_the_collection_are_not_trained_with(three, old, new, named):
     (path,) = paths.SCRIPTS.glob("*/A/*_finetune.yaml")
-    path.write_text(path.read_text() + "lora_alpha: 99\n")
-    with pytest.raises(UserError, match=r"its recipes have changed since it was made: lora_alpha \(None -> 99\); the"):
+    text = path.read_text()
+    path.write_text(text.replace(old, new) if old else text + new)
+    with pytest.raises(UserError, match=re.escape(f"its recipes have changed since it was made: {named}; the")):
         trainings.needed(three)
 
 

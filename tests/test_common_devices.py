@@ -52,6 +52,20 @@ def test_a_gpu_that_is_not_there_is_refused_with_those_that_are(machine, monkeyp
     assert message in str(error.value)
 
 
+def test_of_the_free_memory_a_process_gets_its_share_and_what_torch_holds_unused_is_its_own(monkeypatch):
+    import torch
+
+    gpu, cpu = torch.device("cuda:0"), torch.device("cpu")
+    for name, value in {"mem_get_info": (90, 140), "memory_reserved": 30, "memory_allocated": 10}.items():
+        monkeypatch.setattr(torch.cuda, name, lambda device, value=value: value)
+    monkeypatch.setattr(devices, "available_memory", lambda: 80)
+    monkeypatch.delenv("PARAGEN_CPU_SLOTS", raising=False)
+    assert (devices.free_bytes(gpu), devices.free_bytes(cpu)) == (110, 80)
+    monkeypatch.setenv("PARAGEN_GPU_SLOTS", "3")
+    monkeypatch.setenv("PARAGEN_CPU_SLOTS", "4")
+    assert (devices.free_bytes(gpu), devices.free_bytes(cpu)) == (50, 20)
+
+
 @pytest.mark.skipif(bool(devices.nvidia_driver()) or Path("/dev/kfd").exists(), reason="this machine has a GPU")
 @pytest.mark.parametrize("requested", ["0,1", "7"])
 def test_gpus_on_a_machine_without_one_are_refused(monkeypatch, requested):

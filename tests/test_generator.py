@@ -3,6 +3,8 @@
 import importlib
 import json
 import shutil
+import types
+import unittest.mock
 from pathlib import Path
 
 import numpy
@@ -17,8 +19,9 @@ import train_generator
 from paragen.collection import discovery, index
 from paragen.common import files, paths, settings
 from paragen.common.cli import UserError
-from paragen.generator import checkpoint_data, hashed_tensors, network, options, sources
+from paragen.generator import checkpoint_data, hashed_tensors, network, options, saved, second_stage, sources, train
 from paragen.generator.factor_layout import FactorLayout
+from paragen.packed.batches import Row
 
 pytestmark = pytest.mark.runs
 
@@ -116,6 +119,22 @@ def test_what_is_there_is_not_trained_again_and_not_replaced_for_its_name(traine
         call(trained, "train_generator", **FEW, STEPS="last", NAME=generator(trained).name)
 
 
+def test_the_rate_of_a_second_stage_that_there_is_not_replaces_no_generator(trained):
+    """An older generator records one; the default has changed since."""
+    folder, manifest = generator(trained), json.loads((generator(trained) / "manifest.json").read_text())
+    without = {**manifest["settings"], "base_steps": 0}
+
+    def identity(given: dict) -> dict:
+        return {**manifest, "settings": options.deciding(given)}
+
+    with unittest.mock.patch.object(saved, "manifest_of", lambda _: {**manifest, "settings": without}):
+        assert saved.is_there(folder, identity({**without, "base_learning_rate": 0.5}))
+        with pytest.raises(UserError, match=r"was trained with WIDTH=16, not 8; take another OUT, or FORCE=1"):
+            saved.is_there(folder, identity({**without, "width": 8}), "OUT")
+    with pytest.raises(UserError, match="was trained with another base_learning_rate; take another NAME"):
+        saved.is_there(folder, identity({**manifest["settings"], "base_learning_rate": 0.5}))
+
+
 def test_it_writes_adapters_that_peft_loads_for_a_dataset_without_a_collection(trained, tmp_path, call, capsys):
     from peft import PeftModel
     from transformers import AutoModelForCausalLM
@@ -183,6 +202,58 @@ def test_all_settings_together(trained, tmp_path):
     assert manifest["losses"].keys() == {"stage 1", "stage 2"}
 
 
+class Reading:
+    """A reader of random embeddings, whose base model can do nothing."""
+
+    def __init__(self):
+        config = types.SimpleNamespace(_attn_implementation="eager")
+        self.model = types.SimpleNamespace(
+            device=torch.device("cpu"), config=config, set_attn_implementation=lambda name: None
+        )
+
+    def of_task(self, *_: object) -> tuple[torch.Tensor, torch.Tensor]:
+        return torch.randn(8, 4), torch.zeros(0, 4)
+
+
+def test_the_second_stage_has_the_memory_that_checkpoints_took_in_the_first(place, tmp_path, monkeypatch):
+    for dataset in "AB":
+        place.collect(dataset=dataset)
+    wanted = options.Options(steps=2, base_steps=1, width=8, batch=2, prompts=2)
+    training = train.Training(index.chosen()[0], tmp_path, wanted, "pinned", True, Reading())
+    assert training.data.store is not None
+    kept = []
+
+    class Loss:
+        tasks = ((0, 1),)
+
+        def __init__(self, *_: object):
+            kept.append(training.data.store)
+
+        def loss(self, vectors: torch.Tensor, step: int) -> torch.Tensor:
+            return vectors.square().mean()
+
+        def close(self) -> None:
+            pass
+
+    monkeypatch.setattr(train, "BaseLoss", Loss)
+    training.run()
+    assert kept == [None] and training.data.mean.any() and "pinned" in training.speed()
+
+
+def test_a_second_stage_without_memory_says_who_may_have_it(place, monkeypatch):
+    def full(*_: object) -> None:
+        raise torch.OutOfMemoryError
+
+    place.collect(dataset="A")
+    chosen = index.chosen()[0]
+    monkeypatch.setattr(second_stage.BaseLoss, "_prepare", full)
+    monkeypatch.setattr(second_stage.BaseLoss, "_rows_of", lambda *_: [Row(*numpy.zeros((2, 3), numpy.int64))])
+    with pytest.raises(
+        UserError, match="does not fit into what other processes leave of the device's memory; set BASE"
+    ):
+        second_stage.BaseLoss(chosen, Reading(), FactorLayout(sources.layout_of(chosen[0])), 1, 0)
+
+
 def test_the_second_stage_has_pefts_loss_and_gradient(trained):
     output = run(trained, "helpers.second_stage_gradient", GENERATOR=generator(trained).name)
     (line,) = [line for line in output.splitlines() if line.startswith("off: ")]
@@ -192,9 +263,6 @@ def test_the_second_stage_has_pefts_loss_and_gradient(trained):
 
 
 def test_long_rows_are_fewer_in_a_step_of_the_second_stage():
-    from paragen.generator import second_stage
-    from paragen.packed.batches import Row
-
     def lengths(*given: int) -> list[int]:
         rows = [Row(numpy.zeros(length, numpy.int64), numpy.zeros(length, numpy.int64)) for length in given]
         return [len(row.tokens) for row in second_stage.fitting(rows)]

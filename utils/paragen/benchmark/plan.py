@@ -2,7 +2,7 @@
 
 import random
 import re
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -13,6 +13,7 @@ from paragen.common import files, paths, settings
 from paragen.common.cli import UserError
 from paragen.dataset import names
 from paragen.exports import parts
+from paragen.generator import sources
 from paragen.model import base_models
 
 FEWEST_TRAINED = 2  # datasets of a fold that a generator is trained on
@@ -41,13 +42,16 @@ def of_settings() -> Wanted:
     variants = tuple(sorted(map(int, typed)))
     if variants and by:
         raise UserError(f"BY={by}: VARIANTS holds out datasets of every family; give one of the two")
+    hold = settings.number("HOLD")
+    if hold and not variants:
+        raise UserError(f"HOLD={hold}: says how many datasets of each family VARIANTS holds out; set VARIANTS, too")
     baselines = settings.values("BASELINES")
     if "none" in baselines and len(baselines) > 1:
         raise UserError(f"BASELINES={' '.join(baselines)}: none stands alone")
     return Wanted(
         by=by or Wanted.by,
         variants=variants,
-        hold=settings.number("HOLD") or Wanted.hold,
+        hold=hold or Wanted.hold,
         repeats=settings.number("REPEATS") or Wanted.repeats,
         prompts=settings.number("PROMPTS") or Wanted.prompts,
         samples=settings.number("SAMPLES") or Wanted.samples,
@@ -81,6 +85,18 @@ class Plan(NamedTuple):
         """All datasets that some fold holds out."""
         return list(dict.fromkeys(name for fold in self.folds for name in fold.held))
 
+    def others_of(self, dataset: str, trained: Sequence[str]) -> list[str]:
+        """The datasets that are left where a training dataset is held out like those of a fold.
+
+        Args:
+            dataset: one of `trained`.
+            trained: the datasets that a fold trains on. Where all are of one family, `dataset` alone is left out.
+        """
+        others = [name for name in trained if name != dataset]
+        if self.wanted.variants or self.wanted.by == "dataset":
+            return others
+        return [name for name in others if self.families[name] != self.families[dataset]] or others
+
     @property
     def scoring(self) -> dict[str, Any]:
         """The settings that decide the results of every part, as a JSON object."""
@@ -88,10 +104,15 @@ class Plan(NamedTuple):
 
 
 def collections_by_dataset(chosen: list[Chosen]) -> dict[str, Chosen]:
-    """The collections by their datasets. Raises UserError where a dataset has several."""
+    """The collections by their datasets. Raises UserError where a dataset has several, or a collection has."""
     found: dict[str, Chosen] = {}
     for one in chosen:
         dataset = one.manifest.dataset
+        if len(sources.datasets_of(one)) > 1:
+            raise UserError(
+                f"{one.name}: was trained on several datasets ({dataset}), so that a fold which holds one of them out "
+                "would still train on it; select collections of one dataset each with DATASET="
+            )
         if dataset in found:
             raise UserError(
                 f"{found[dataset].name} and {one.name}: the benchmark takes one collection of a dataset; choose by "

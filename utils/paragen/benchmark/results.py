@@ -14,6 +14,7 @@ from paragen.benchmark import bootstrap
 from paragen.benchmark.bootstrap import Figure, figure
 from paragen.benchmark.plan import Plan
 from paragen.collection.manifest import sealed
+from paragen.generator.options import deciding
 from paragen.scoring.answers import CONFIDENCE
 
 GENERATED, SWAPPED = "generated-mean", "swapped-mean"
@@ -205,7 +206,7 @@ def identity_of(plan: Plan, options: dict[str, Any]) -> dict[str, Any]:
         "rank": some.rank,
         "settings": {key: value for key, value in asdict(plan.wanted).items() if key != "baselines"},
         "baselines": list(plan.wanted.baselines),
-        "generator": options,
+        "generator": deciding(options),
         "collections": {one.name: one.manifest.sha256 for one in plan.chosen.values()},
     }
 

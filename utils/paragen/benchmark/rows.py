@@ -62,13 +62,20 @@ def inputs_of(plan: Plan, held: Sequence[str], trained: Sequence[str], more: dic
 
     Args:
         plan: the benchmark, of which the settings of scoring count.
-        held: the datasets that are scored, of which the rows and the collections count.
+        held: the datasets that are scored, of which the rows, the metric and the collections count.
         trained: other datasets, of which the collections count.
         more: further inputs.
     """
     hashes = {name: plan.chosen[name].manifest.sha256 for name in (*held, *trained)}
-    scored = {name: files.sha256_of_value(scored_rows(plan, name).split.texts) for name in held}
-    return {**plan.scoring, "collections": hashes, "rows": scored, **more}
+    scored = {name: scored_rows(plan, name) for name in held}
+    texts = {name: files.sha256_of_value(one.split.texts) for name, one in scored.items()}
+    metrics = {name: [one.metric, _options_sha256(one)] for name, one in scored.items()}
+    return {**plan.scoring, "collections": hashes, "rows": texts, "metric": metrics, **more}
+
+
+def _options_sha256(scored: Scored) -> str | None:
+    """The hash of what a choice's options are taken from, rows that are not scored among it; None for others."""
+    return files.sha256_of_value(scored.split.responses) if scored.metric == "choice" else None
 
 
 def read_part(path: Path, inputs: dict[str, Any] | None, force: bool) -> dict[str, Any] | None:

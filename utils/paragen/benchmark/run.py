@@ -1,5 +1,6 @@
 """Runs the benchmark: what it trains itself, then a process per part on the devices there are, then the table.
 
+<benchmark>/identity.json      what it is measured of and with: another benchmark is refused in its folder
 <benchmark>/trained/           adapters to compare with, in a project of their own (trainings.py)
 <benchmark>/generators/<fold>_<seed>/
 <benchmark>/datasets/<dataset>.json, folds/<fold>.json     parts, each whole; used again by the next call
@@ -18,15 +19,18 @@ from typing import Any, NamedTuple
 from paragen.analysis import benchmark_page
 from paragen.benchmark import picture, plan, results, rows, trainings
 from paragen.benchmark.plan import Fold, Plan, Wanted
-from paragen.collection import run_identity
+from paragen.collection import run_identity, sealed_json
+from paragen.collection.manifest import sealed
 from paragen.common import cli, devices, files, locks, paths, settings
 from paragen.common.cli import UserError, complain, say
 from paragen.dataset import families
 from paragen.generator import sources
-from paragen.generator.options import Options
+from paragen.generator.options import Options, deciding
 from paragen.sweep import forked, ray_cluster
 from paragen.training import deterministic, llamafactory_output
 
+IDENTITY, IDENTITY_FORMAT = "identity.json", "paragen-benchmark-identity-1"
+MADE = ("trained", "generators", "datasets", "folds", benchmark_page.FILE)  # what a benchmark's folder holds of it
 LOOK_SECONDS = 0.2
 END_SECONDS = 20  # that a stopped process has to clean up
 
@@ -57,6 +61,9 @@ def make(wanted: Wanted) -> Path:
             started = time.monotonic()
             check_same(found, options)
             jobs = jobs_of(found, len(slots()))
+            files.write_json(
+                found.folder / IDENTITY, sealed({"format": IDENTITY_FORMAT, **identity_of(found, options)})
+            )
             trainings.run(found)
             run_jobs(found, options, jobs)
             path = write(found, options)
@@ -66,29 +73,39 @@ def make(wanted: Wanted) -> Path:
         raise UserError(f"{paths.relative(found.folder)}: another process is at work on it; wait for it") from None
 
 
+def identity_of(found: Plan, options: Options) -> dict[str, Any]:
+    """What a benchmark's figures depend on."""
+    return results.identity_of(found, asdict(options))
+
+
 def check_same(found: Plan, options: Options) -> None:
-    """Raise UserError where the folder holds a benchmark of other collections or settings, unless FORCE=1.
+    """Raise UserError where the folder holds something of a benchmark of other collections or settings, unless FORCE=1.
 
     More or fewer BASELINES, REPEATS and VARIANTS are the same benchmark.
     """
-    path = found.folder / benchmark_page.FILE
-    if not path.exists() or run_identity.force_requested():
+    if run_identity.force_requested() or not any((found.folder / name).exists() for name in MADE):
         return
-    old, new = (_compared(one) for one in (benchmark_page.read(path), results.identity_of(found, asdict(options))))
+    known = sealed_json.read(found.folder / IDENTITY, IDENTITY_FORMAT, {}, benchmark_page.WAY_OUT)
+    if known is None and (path := found.folder / benchmark_page.FILE).exists():
+        known = benchmark_page.read(path)  # of a benchmark that was measured before there was the other file
+    if known is None:
+        return
+    old, new = _compared(known), _compared(identity_of(found, options))
     if changed := [key for key, value in new.items() if old.get(key) != value]:
         raise UserError(
-            f"{paths.relative(path)}: is of another benchmark ({', '.join(changed)} differ); take another OUT, or "
-            "FORCE=1 replaces it"
+            f"{paths.relative(found.folder)}: is of another benchmark ({', '.join(changed)} differ); take another OUT, "
+            "or FORCE=1 replaces it"
         )
 
 
 def _compared(content: dict[str, Any]) -> dict[str, Any]:
-    """What of a benchmark.json tells one benchmark from another: all but how much of it is measured."""
+    """What of an identity tells one benchmark from another: all but how much of it is measured."""
     known = json.loads(json.dumps(content))
-    given = known["settings"] if isinstance(known.get("settings"), dict) else {}
+    given, trained = (known[key] if isinstance(known.get(key), dict) else {} for key in ("settings", "generator"))
     wanted = {key: value for key, value in given.items() if key != "repeats"}
     wanted["variants"] = bool(given.get("variants"))
-    return {**{key: value for key, value in known.items() if key != "baselines"}, "settings": wanted}
+    others = {key: value for key, value in known.items() if key != "baselines"}
+    return {**others, "settings": wanted, "generator": deciding(trained)}
 
 
 def planned(wanted: Wanted) -> Plan:
@@ -161,22 +178,23 @@ def run_jobs(found: Plan, options: Options, jobs: list[Job]) -> None:
 
     Raises UserError where some could not be measured, once all others are.
     """
-    devices_of = slots()
-    threads = devices.threads(len(devices_of))
+    all_slots = slots()
+    threads, devices_of = devices.threads(len(all_slots)), all_slots[: len(jobs)]
     if len(jobs) == 1:
-        devices.pin(devices_of[:1])
+        devices.pin(devices_of)
         work_on(found, options, jobs[0])
         return
     forked.preload()
     running: dict[ForkServerProcess, Job] = {}
-    failed, before = [], -1
+    failed: dict[str, int] = {}
+    before = -1
     try:
-        for job, device in zip(jobs, devices_of, strict=False):
-            running[start(found, options, job, device, threads, len(devices_of))] = job
+        for job, device in zip(jobs, devices_of, strict=True):
+            running[start(found, options, job, device, threads, devices_of)] = job
         while running:
             for process in [process for process in running if not process.is_alive()]:
                 job = running.pop(process)
-                failed += [job.name] if process.exitcode else []
+                failed |= {job.name: process.exitcode} if process.exitcode else {}
             there, wanted = sum(path.is_file() for path in parts_of(found)), len(parts_of(found))
             if there != before:
                 before = there
@@ -188,19 +206,53 @@ def run_jobs(found: Plan, options: Options, jobs: list[Job]) -> None:
         for process in running:
             process.join(END_SECONDS)
     if failed:
-        log = paths.relative(log_of(found, failed[0]))
-        raise UserError(
-            f"{', '.join(failed)}: could not measure all of its parts; {log} says why, and the next call goes on"
-        )
+        raise UserError(f"{faults_of(found, failed)}; the next call goes on")
 
 
-def start(found: Plan, options: Options, job: Job, device: str, threads: int, count: int) -> ForkServerProcess:
-    """Start the process of a job on a device, with so many CPU threads; `count` of them share the main memory."""
+def faults_of(found: Plan, failed: dict[str, int]) -> str:
+    """Why jobs have failed, as a message says it: a process that was killed left nothing in its log.
+
+    Args:
+        found: the benchmark.
+        failed: the exit code of each job's process, by the job's name.
+    """
+    lost = forked.LOST_EXIT_CODE
+    faults = [f"{name}: its process {cli.killed_text(code)}" for name, code in failed.items() if code < 0]
+    faults += [f"{name}: the process that it was forked from died" for name, code in failed.items() if code == lost]
+    if others := [name for name, code in failed.items() if 0 < code != lost]:
+        log = paths.relative(log_of(found, others[0]))
+        faults.append(f"{', '.join(others)}: could not measure all of its parts, {log} says why")
+    return "; ".join(faults)
+
+
+def start(
+    found: Plan, options: Options, job: Job, device: str, threads: int, devices_of: list[str]
+) -> ForkServerProcess:
+    """Start the process of a job on a device, with so many CPU threads.
+
+    Args:
+        found: the benchmark.
+        options: those of the generators.
+        job: what the process measures.
+        device: its own.
+        threads: of the CPU.
+        devices_of: the device of each process, with which it shares memory.
+    """
     log = log_of(found, job.name)
     log.parent.mkdir(parents=True, exist_ok=True)
-    visible = "" if device == "cpu" else device
-    environment = {"DEVICES": device, "CUDA_VISIBLE_DEVICES": visible, "PARAGEN_CPU_SLOTS": str(count)}
-    return forked.start(pinned_work, (found, options, job, device, threads), environment, log)
+    arguments = (found, options, job, device, threads)
+    return forked.start(pinned_work, arguments, environment_of(device, devices_of), log)
+
+
+def environment_of(device: str, devices_of: list[str]) -> dict[str, str]:
+    """The variables of a process on a device, of processes on all of these: its share of memory depends on the others
+    (devices.free_bytes)."""
+    return {
+        "DEVICES": device,
+        "CUDA_VISIBLE_DEVICES": "" if device == "cpu" else device,
+        "PARAGEN_CPU_SLOTS": str(len(devices_of)),
+        "PARAGEN_GPU_SLOTS": str(devices_of.count(device)),
+    }
 
 
 def log_of(found: Plan, name: str) -> Path:

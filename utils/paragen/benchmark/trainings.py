@@ -26,9 +26,9 @@ AGAIN, UNION, FEW = "again", "union", "few"
 DATA_SEED = 1  # of the adapters that see the rows in another order; recipes have 42 unless they state one
 FEW_STEPS = 50  # of a few-shot adapter before the last ones: about 25 epochs of 16 rows, 8 at a time
 FEW_LAST = 10  # its last steps
-# Keys of a recipe that the benchmark sets itself or that only manifests have, and those that KEEP sets.
+# Keys of a recipe that the benchmark sets itself or that only manifests have, and the one that KEEP sets.
 REPLACED = frozenset(("dataset", "max_samples", "lora_rank", "seed", "template_sha256"))
-OF_KEEP = frozenset(("max_steps", "save_total_limit"))
+OF_KEEP = frozenset(("save_total_limit",))
 COLUMNS = {"prompt": "prompt", "response": "response", "system": "system"}
 
 

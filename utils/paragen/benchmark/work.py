@@ -6,7 +6,7 @@ Imports torch: the process pins its device first (run.py).
 import random
 import time
 from collections.abc import Mapping, Sequence
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
@@ -20,7 +20,7 @@ from paragen.collection.index import Chosen
 from paragen.common import devices, files, paths
 from paragen.common.cli import say
 from paragen.generator import conditions, generate, saved, sources, train
-from paragen.generator.options import Options
+from paragen.generator.options import Options, deciding
 from paragen.scoring import base_model, collection_scorer
 from paragen.scoring.base_model import BaseModel
 from paragen.scoring.checkpoint_scores import CheckpointScore
@@ -167,7 +167,7 @@ class Worker:
         union = self.union_of(fold)
         wanted, trained = self.plan.wanted, [self.plan.chosen[name] for name in fold.trained]
         more = {
-            "held": list(fold.held), "seeds": list(fold.seeds), "generator": vars(self.options),
+            "held": list(fold.held), "seeds": list(fold.seeds), "generator": deciding(vars(self.options)),
             "union": None if union is None else union.manifest.sha256, "group": fold.group, "prompts": wanted.prompts,
             "samples": wanted.samples, "pairs": sources.records_of(trained, self.options.steps_of),
             "families": {name: self.plan.families[name] for name in (*fold.held, *fold.trained)},
@@ -180,20 +180,40 @@ class Worker:
         started = time.monotonic()
         adapters, facts = self.without_generator(fold, union)
         say(f"{fold.name}: averages of the others made, {time.monotonic() - started:.0f} s")
+        generators = {}
         for seed in fold.seeds:
-            self.add_generated(fold, seed, adapters, facts)
+            generators[seed] = self.generator(fold, seed)
             say(f"{fold.name}: generator {seed} trained, {time.monotonic() - started:.0f} s")
+        parts = self.scored_parts(adapters, facts, generators)
+        result = {"fold": fold.name, "group": fold.group, "datasets": parts, "device": devices.describe()}
+        rows.write_part(path, inputs, result)
+        say(f"{fold.name}: {len(fold.held)} datasets measured, {time.monotonic() - started:.0f} s")
+
+    def scored_parts(
+        self, adapters: dict[str, dict[str, Adapter | None]], facts: dict[str, dict[str, Any]],
+        generators: Mapping[int, saved.Generator],
+    ) -> dict[str, dict[str, Any]]:  # fmt: skip
+        """The results of a fold's held-out datasets, one after the other: what is generated for all of them would take
+        too much memory. What the generators get is read before the first is scored, so that it does not depend on that.
+
+        Args:
+            adapters, facts: as `without_generator` returns them; `adapters` is emptied.
+            generators: by seed.
+        """
+        given = {name: {"generated": name, "swapped": one["other"]} for name, one in facts.items()}
+        names = dict.fromkeys(name for both in given.values() for name in both.values())
+        read = {name: self.condition_of(name) for name in names}
         parts = {}
-        for dataset, made in adapters.items():
-            scored = rows.scored_rows(self.plan, dataset)
+        for dataset, by_kind in given.items():
+            made, scored = adapters.pop(dataset), rows.scored_rows(self.plan, dataset)
+            for seed, generator in generators.items():
+                made |= generated(generator, seed, {kind: read[name] for kind, name in by_kind.items()})
             methods: dict[str, list[dict[str, Any]]] = {}
             for name, one in self.score(dataset, made, scored).items():
                 kind, _, run = name.partition(" ")
                 methods.setdefault(kind, []).append({**one, "run": run})
             parts[dataset] = part_of(dataset, scored, methods, facts[dataset])
-        result = {"fold": fold.name, "group": fold.group, "datasets": parts, "device": devices.describe()}
-        rows.write_part(path, inputs, result)
-        say(f"{fold.name}: {len(fold.held)} datasets measured, {time.monotonic() - started:.0f} s")
+        return parts
 
     def without_generator(
         self, fold: Fold, union: Chosen | None
@@ -234,7 +254,7 @@ class Worker:
 
     def choose_temperature(self, fold: Fold, others: "Others") -> float:
         """The temperature of the weighted mean with the least loss on some training tasks, each left out like the held
-        ones.
+        ones (`Plan.others_of`).
 
         Args:
             fold: which.
@@ -243,15 +263,7 @@ class Worker:
         tuned = random.Random(f"temperature {fold.name}").sample(fold.trained, min(TUNED, len(fold.trained)))
         losses = dict.fromkeys(TEMPERATURES, 0.0)
         for dataset in tuned:
-            family = self.plan.families[dataset]
-            by_family = self.plan.wanted.by == "family" and not self.plan.wanted.variants
-            left = [
-                name for name in fold.trained
-                if name != dataset and not (by_family and self.plan.families[name] == family)
-            ]  # fmt: skip
-            if not left:
-                continue
-            near = self.similarities(dataset, left)
+            near = self.similarities(dataset, self.plan.others_of(dataset, fold.trained))
             made = [others.weighted(near, temperature) for temperature in TEMPERATURES]
             (entry, known), *_ = prompts.parts(self.plan.chosen[dataset].manifest)
             split = Split(dataset, True, [(entry, list(known[:TUNED_ROWS]))])
@@ -268,38 +280,56 @@ class Worker:
         far = [name for name in names if self.plan.families[name] != self.plan.families[dataset]] or names
         return random.Random(f"other {fold.name} {dataset}").choice(far)
 
-    def add_generated(
-        self, fold: Fold, seed: int, adapters: dict[str, dict[str, Adapter | None]], facts: dict[str, dict[str, Any]]
-    ) -> None:
-        """Train a generator, and add what it writes for each held-out dataset, single samples and their mean: from its
-        own prompts and description, and from another one's."""
+    def generator(self, fold: Fold, seed: int) -> saved.Generator:
+        """A fold's generator of one seed, which is trained unless it is there; its weights are in main memory."""
         folder = self.plan.folder / "generators" / f"{fold.name}_{seed}"
         options = Options(**{**vars(self.options), "seed": seed})
         seen = [self.plan.chosen[name] for name in fold.trained]
         with deterministic.chosen_kernels():
-            train.train(seen, folder, options, quiet=True, reader=self.reader)
+            train.train(seen, folder, options, quiet=True, reader=self.reader, naming="OUT")
         generator = saved.load(folder)
         generator.reader = self.reader
-        for dataset, made in adapters.items():
-            for kind, source in (("generated", dataset), ("swapped", facts[dataset]["other"])):
-                description = self.description_of(source)
-                samples = [
-                    generate.generate(generator, embedded, 1, seed, len(embedded), description)[0]
-                    for embedded in self.conditions_of(source)
-                ]
-                made |= {f"{kind} {seed}.{number}": one for number, one in enumerate(samples)}
-                made[f"{kind}-mean {seed}"] = generate.mean_of(samples)
+        generator.move(torch.device("cpu"))
+        return generator
 
     def description_of(self, dataset: str) -> str | None:
         """The description that a generator gets with a dataset's prompts, as `make generate` gives it."""
         return next(iter(task_descriptions.of_collection(self.plan.chosen[dataset].manifest)), None)
 
-    def conditions_of(self, dataset: str) -> list[Tensor]:
-        """The embedded training rows behind each sample of a dataset."""
+    def condition_of(self, dataset: str) -> "Condition":
+        """What generators get for a dataset."""
         known, wanted = prompts.of_collection(self.plan.chosen[dataset].manifest), self.plan.wanted
         drawn = [drawn_rows(dataset, wanted.prompts, len(known), number) for number in range(wanted.samples)]
         flat = self.reader.embed([known[at] for some in drawn for at in some], self.options.answers)
-        return list(flat.split([len(some) for some in drawn]))
+        text = self.description_of(dataset)
+        return Condition(
+            list(flat.split([len(some) for some in drawn])), self.reader.embed_texts([text]) if text else None
+        )
+
+
+class Condition(NamedTuple):
+    """What generators get for a dataset, embedded."""
+
+    samples: list[Tensor]  # the training rows behind each sample, [rows, hidden size]
+    description: Tensor | None  # [1, hidden size]
+
+
+def generated(generator: saved.Generator, seed: int, known: Mapping[str, Condition]) -> dict[str, Adapter]:
+    """What a generator writes, by method: single samples and their mean. Its weights are on the device meanwhile.
+
+    Args:
+        generator: which.
+        seed: its own.
+        known: by kind of method, what it gets: of the dataset itself, and of another one in its place.
+    """
+    made: dict[str, Adapter] = {}
+    generator.move(devices.own())
+    for kind, one in known.items():
+        samples = [generate.generate(generator, rows, 1, seed, len(rows), one.description)[0] for rows in one.samples]
+        made |= {f"{kind} {seed}.{number}": adapter for number, adapter in enumerate(samples)}
+        made[f"{kind}-mean {seed}"] = generate.mean_of(samples)
+    generator.move(torch.device("cpu"))
+    return made
 
 
 class Others:

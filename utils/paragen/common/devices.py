@@ -220,14 +220,15 @@ def own() -> "torch.device":
 def free_bytes(device: "torch.device") -> int:
     """The free memory of a device, bytes, with what torch has reserved but does not use.
 
-    On the CPU: the share of this process where a sweep or a benchmark runs several (PARAGEN_CPU_SLOTS).
+    Of what is free, the share of this process: where a sweep or a benchmark runs several (PARAGEN_CPU_SLOTS), or a
+    benchmark several on a GPU (PARAGEN_GPU_SLOTS).
     """
     import torch
 
     if device.type == "cuda":
-        return torch.cuda.mem_get_info(device)[0] + torch.cuda.memory_reserved() - torch.cuda.memory_allocated()
-    slots = int(os.environ.get("PARAGEN_CPU_SLOTS") or 1)
-    return available_memory() // slots
+        unused = torch.cuda.memory_reserved(device) - torch.cuda.memory_allocated(device)
+        return torch.cuda.mem_get_info(device)[0] // int(os.environ.get("PARAGEN_GPU_SLOTS") or 1) + unused
+    return available_memory() // int(os.environ.get("PARAGEN_CPU_SLOTS") or 1)
 
 
 def describe() -> str:

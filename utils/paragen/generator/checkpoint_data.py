@@ -98,6 +98,12 @@ class CheckpointData:
         found = ahead[1].result() if ahead is not None and is_ready else self._fetch(numbers)
         return found.to(self.device, non_blocking=True).float()
 
+    def release(self) -> None:
+        """Free the memory of the checkpoints. What standardises vectors stays; there are no batches any more."""
+        self.store = self.ahead = None
+        self.executor.shutdown()
+        devices.free_memory()
+
     def standardise(self, values: Tensor) -> Tensor:
         """Vectors [n, size] less their mean, each tensor divided by its scale."""
         return (values - self.mean) / self.spread

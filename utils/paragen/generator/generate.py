@@ -74,7 +74,7 @@ def draw_prompts(count: int, samples: int, seed: int, each: int) -> list[list[in
 
 def generate(
     generator: Generator, prompts: Sequence[Row] | Tensor, samples: int = 1, seed: int = 0, each: int = 16,
-    description: str | None = None,
+    description: str | Tensor | None = None,
 ) -> list[Adapter]:  # fmt: skip
     """Adapters from prompts, and a description where there is one.
 
@@ -84,7 +84,7 @@ def generate(
         samples: how many adapters, each from a draw of its own (`draw_prompts`).
         seed: of the draws.
         each: how many prompts a sample is conditioned on.
-        description: of the task, where it has one.
+        description: of the task, where it has one; or its embedding [1, hidden size] by `Reader.embed_texts`.
 
     Returns the tensors of each adapter by PEFT's key, float32 on the CPU. Raises UserError without prompts.
     """
@@ -100,11 +100,11 @@ def generate(
             [prompts[number] for number in wanted], generator.manifest["settings"]["answers"]
         )
         embedded = dict(zip(wanted, found, strict=True))
-    texts = mean.new_zeros(0, len(mean))
-    if description:
-        texts = (generator.reader.embed_texts([description]) - mean) / std
+    if not isinstance(description, Tensor):
+        description = generator.reader.embed_texts([description]) if description else mean.new_zeros(0, len(mean))
+    texts = (description - mean) / std
     means = torch.stack([torch.stack([embedded[number] for number in rows]).cpu().mean(0) for rows in drawn])
-    numbers = torch.full((samples,), 0 if description else -1)
+    numbers = torch.full((samples,), 0 if len(texts) else -1)
     inputs = conditions.joined((means - mean) / std, texts, numbers)
     return [generator.layout.tensors_of(vector) for vector in generator.vectors(inputs).cpu()]
 

@@ -1,6 +1,8 @@
 """What a generator is trained with. Standard library alone."""
 
+from collections.abc import Mapping
 from dataclasses import dataclass
+from typing import Any
 
 from paragen.common import settings
 from paragen.common.cli import UserError
@@ -64,9 +66,15 @@ class Options:
         return found
 
 
-def setting_of(option: str) -> str:
-    """The setting, as a user types it, of an attribute of Options."""
-    return NAMED.get(option, option.upper())
+def deciding(options: Mapping[str, Any]) -> dict[str, Any]:
+    """The attributes of Options, by name, that decide a generator: the second stage's rate only where there is one."""
+    return {key: value for key, value in options.items() if key != "base_learning_rate" or options.get("base_steps")}
+
+
+def setting_of(option: str) -> str | None:
+    """The setting, as a user types it, of an attribute of Options; None where it has none."""
+    name = NAMED.get(option, option.upper())
+    return name if name in settings.SETTINGS else None
 
 
 def only_seed(name: str, values: list[str]) -> int:

@@ -23,11 +23,11 @@ from paragen.collection.index import Chosen
 from paragen.collection.manifest import PACKAGES, sealed
 from paragen.common import devices, files, paths
 from paragen.common.cli import UserError
-from paragen.generator import checkpoint_data, sources
+from paragen.generator import checkpoint_data, options, sources
 from paragen.generator.conditions import Reader
 from paragen.generator.factor_layout import FactorLayout
 from paragen.generator.network import Network
-from paragen.generator.options import Options, setting_of
+from paragen.generator.options import Options
 from paragen.model import base_models
 
 if TYPE_CHECKING:
@@ -51,28 +51,41 @@ def identity_of(chosen: Sequence[Chosen], wanted: Options) -> dict[str, Any]:
     manifest = chosen[0].manifest
     base = manifest.base_model
     return {
-        "settings": asdict(wanted),
+        "settings": options.deciding(asdict(wanted)),
         "base_model": {"name": manifest.base_name, "sha256": base.sha256 if base else None},
         "rank": manifest.rank,
         "pairs": sources.records_of(chosen, wanted.steps_of),
     }
 
 
-def is_there(folder: Path, identity: dict[str, Any]) -> bool:
+def is_there(folder: Path, identity: dict[str, Any], naming: str = "NAME") -> bool:
     """Whether a folder holds the generator of this identity; not with FORCE=1.
+
+    Args:
+        folder: of a generator.
+        identity: as `identity_of` gives it.
+        naming: the setting with which a user takes another folder.
 
     Raises UserError where it holds something else.
     """
     if not folder.exists() or run_identity.force_requested():
         return False
-    name, manifest = paths.relative(folder), manifest_of(folder)
-    other = [key for key in IDENTITY if manifest[key] != identity[key]]
+    manifest = manifest_of(folder)
+    known = {**manifest, "settings": options.deciding(manifest["settings"])}
+    other = [key for key in IDENTITY if known[key] != identity[key]]
     if not other:
         return True
-    old, new = manifest["settings"], identity["settings"]
-    shown = [f"{setting_of(key)}={old.get(key)}, not {new[key]}" for key in new if old.get(key) != new[key]]
-    what = " and ".join(shown) or f"another {IDENTITY[other[0]]}"
-    raise UserError(f"{name}: was trained with {what}; take another NAME, or FORCE=1 replaces it")
+    what = " and ".join(differences(known["settings"], identity["settings"])) or f"another {IDENTITY[other[0]]}"
+    raise UserError(f"{paths.relative(folder)}: was trained with {what}; take another {naming}, or FORCE=1 replaces it")
+
+
+def differences(old: dict[str, Any], new: dict[str, Any]) -> list[str]:
+    """What differs between two generators' options, with the values of those that are settings."""
+    return [
+        f"{name}={old.get(key)}, not {new[key]}" if (name := options.setting_of(key)) else f"another {key}"
+        for key in new
+        if old.get(key) != new[key]
+    ]
 
 
 def write(staging: Path, name: str, identity: dict[str, Any], training: "Training") -> None:
@@ -163,6 +176,11 @@ class Generator:
                 "files back"
             )
         return Reader(self.config["recipe"], folder)
+
+    def move(self, device: torch.device) -> None:
+        """Have its weights on another device, where it computes from now on."""
+        self.device, self.mean, self.scale = device, self.mean.to(device), self.scale.to(device)
+        self.network.to(device)
 
     @torch.inference_mode()
     def vectors(self, conditions: Tensor) -> Tensor:

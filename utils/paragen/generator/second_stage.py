@@ -66,7 +66,8 @@ class BaseLoss:
             self._prepare(adapter)
         except (NotPackable, torch.OutOfMemoryError) as error:
             self.close()
-            cause = "a step does not fit into memory" if isinstance(error, torch.OutOfMemoryError) else error
+            is_memory = isinstance(error, torch.OutOfMemoryError)
+            cause = "a step does not fit into what other processes leave of the device's memory" if is_memory else error
             raise UserError(
                 f"{chosen[0].name}: the second stage cannot train: {cause}; set BASE_STEPS=0 to do without it"
             ) from None

@@ -45,7 +45,7 @@ WEIGHT_DECAY = 0.01
 
 def train(
     chosen: Sequence[Chosen], folder: Path, wanted: Options, place: str = "", quiet: bool = False,
-    reader: Reader | None = None,
+    reader: Reader | None = None, naming: str = "NAME",
 ) -> Path:  # fmt: skip
     """Train a generator on collections, unless `folder` holds it already; a killed training is continued.
 
@@ -56,6 +56,7 @@ def train(
         place: where checkpoints are kept, see checkpoint_data.PLACES; it does not change the result.
         quiet: print no progress.
         reader: of the collections' base model, where a process that trains several generators has one already.
+        naming: the setting with which a user takes another folder.
 
     Returns `folder`. Raises UserError where the collections are not alike, where `folder` holds another generator and
     not FORCE=1, and where another process is training it.
@@ -67,7 +68,7 @@ def train(
     try:
         with locks.lock(files.beside(folder, "lock")):
             files.recover_folder(folder, staging)
-            if saved.is_there(folder, identity):
+            if saved.is_there(folder, identity, naming):
                 if not quiet:
                     say(f"there already: {paths.relative(folder)}")
                 return folder
@@ -167,6 +168,7 @@ class Training:
                 with contextlib.ExitStack() as stack:
                     base = None
                     if stage:
+                        self.data.release()  # a step's activations need the memory, and nothing reads checkpoints here
                         base = BaseLoss(self.chosen, self.reader, self.layout, steps, wanted.seed)
                         stack.callback(base.close)
                     for step in range(at, first + steps):
