@@ -71,7 +71,7 @@ def optimizer_state(adapter: Adapter, moments: dict[str, Tensor], groups: list[d
 
 
 def _in_one_storage(tensors: list[Tensor]) -> list[Tensor]:
-    """Copies of tensors in one storage: torch.save and torch.load take three times as long for as many storages."""
+    """Copies of tensors in one storage: torch.save and torch.load take twice as long for as many storages."""
     parts = torch.cat([one.reshape(-1) for one in tensors]).split([one.numel() for one in tensors])
     return [part.view(one.shape) for part, one in zip(parts, tensors, strict=True)]
 
