@@ -177,7 +177,7 @@ def _empty(folder: Path) -> None:
         if path.is_dir() and not path.is_symlink():
             files.remove_folder(path)
         elif path.name != PROCESS_LOCK:
-            path.unlink()
+            path.unlink(missing_ok=True)
 
 
 def remove_abandoned_process_folders() -> None:
