@@ -114,7 +114,7 @@ def commands(found: Sequence[str], model: str) -> list[str]:
         f'make collect-all CATEGORY=all DATASET="{some}" MODEL={model} RANK=8 KEEP=8',
         f"make collect-all CATEGORY=made MODEL={model} RANK=8 KEEP=8",
         'python bench/generator_settings.py "BASE_STEPS=0" "BASE_STEPS=400" "BASE_STEPS=400 WIDTH=1024"',
-        "(with the best of these settings:)",
+        "(with the best of these settings, or all of them by bench/generator_tables.py:)",
         f'make benchmark-generator CATEGORY=made {shared} VARIANTS="1 3 6 12" LIMIT=64 SAMPLES=2',
         f"make benchmark-generator CATEGORY=made {shared} LIMIT=64 SAMPLES=2 REPEATS=1 BASELINES=none",
         f'make benchmark-generator DATASET="{some}" {shared} LIMIT=240 LOSS_ONLY=math',

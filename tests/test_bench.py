@@ -16,6 +16,7 @@ sys.path.append(str(Path(__file__).resolve().parent.parent / "bench"))
 import every_target
 import generator
 import generator_settings
+import generator_tables
 import numpy as np
 import packed_lengths
 import packed_whole
@@ -39,7 +40,17 @@ def test_packed_says_what_it_measures(part):
 
 
 @pytest.mark.parametrize(
-    "name", ["deterministic", "every_target", "generator", "generator_settings", "many_cells", "scaling", "sweep"]
+    "name",
+    [
+        "deterministic",
+        "every_target",
+        "generator",
+        "generator_settings",
+        "generator_tables",
+        "many_cells",
+        "scaling",
+        "sweep",
+    ],
 )
 def test_a_script_of_one_part_says_what_it_measures(name):
     script = ROOT / "bench" / f"{name}.py"
@@ -50,6 +61,61 @@ def test_a_script_of_one_part_says_what_it_measures(name):
 def test_every_target_runs_targets_that_there_are():
     targets = set(re.findall(r"^([a-z-]+):", (ROOT / "Makefile").read_text(), re.MULTILINE))
     assert {command[0] for command in every_target.commands(["ARC-c"], ["2", "8"], "100")} <= targets
+
+
+@pytest.fixture
+def listed(tmp_path, monkeypatch):
+    """bench/generator_tables.py with three commands, in whose place programs run that append to a file."""
+
+    def make(*programs: str) -> None:
+        lines = [[sys.executable, "-c", program] for program in programs]
+        monkeypatch.setattr(generator_tables, "commands", lambda args, made: lines)
+        monkeypatch.setattr(sys, "argv", ["generator_tables.py", str(tmp_path), "--seconds", "20"])
+
+    monkeypatch.setattr(generator_tables.paths, "SAVES", tmp_path / "saves")
+    return make
+
+
+def test_the_list_behind_the_tables_goes_on_where_it_was_stopped(tmp_path, listed, capsys):
+    said = f"open({str(tmp_path / 'said')!r}, 'a').write('{{}}')"
+    listed(said.format("a"), "raise SystemExit(3)", said.format("b"))
+    with pytest.raises(UserError, match=r"stopped in command 2 of 3 \(status 3\); call this again"):
+        generator_tables.main()
+    listed(said.format("a"), said.format("-"), said.format("b"))
+    generator_tables.main()
+    assert (tmp_path / "said").read_text() == "a-b" and "seconds" in capsys.readouterr().out
+    generator_tables.main()
+    assert (tmp_path / "said").read_text() == "a-b", "all are done"
+
+
+def test_the_list_behind_the_tables_interrupts_a_command_when_there_is_no_more_time(tmp_path, listed, monkeypatch):
+    waits = f"""import time
+try:
+    time.sleep(60)
+except KeyboardInterrupt:
+    open({str(tmp_path / "cleaned")!r}, "w")
+    raise"""
+    listed(waits)
+    monkeypatch.setattr(sys, "argv", ["generator_tables.py", str(tmp_path), "--seconds", "2"])
+    with pytest.raises(UserError, match="there was no more time"):
+        generator_tables.main()
+    assert (tmp_path / "cleaned").exists()
+
+
+def test_the_tables_commands_name_every_task_and_targets_that_there_are(monkeypatch):
+    monkeypatch.setattr(sys, "argv", ["generator_tables.py", "files", "--rows", "1120", "--made-rows", "1200"])
+    seen = []
+    monkeypatch.setattr(generator_tables, "run", lambda command, seconds: seen.append(command) or 1)
+    with pytest.raises(UserError, match="stopped in command 1"):
+        generator_tables.main()
+    args = argparse.Namespace(
+        folder=Path("files"), rows=1120, made_rows=1200, settings="BASE_STEPS=4", baselines="none", per_device=3
+    )
+    found = generator_tables.commands(args, ["made-a"])
+    targets = set(re.findall(r"^([a-z-]+):", (ROOT / "Makefile").read_text(), re.MULTILINE))
+    assert {words[1] for words in found if words[0] == "make"} <= targets
+    assert "DATASET=ARC-c-1120 ARC-e-1120" in " ".join(found[3]) and "made-a" in " ".join(found[3])
+    assert all("BASE_STEPS=4" in words for words in found if "benchmark-generator" in words)
 
 
 def test_the_bytes_of_a_staged_sweep_are_given_by_node_and_by_cell():

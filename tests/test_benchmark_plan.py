@@ -235,10 +235,14 @@ def test_what_cannot_be_measured_is_named_and_the_others_are_measured(capsys):
 
 
 def test_without_a_device_it_says_what_to_set(monkeypatch):
+    """A machine whose GPUs are hidden has its CPU, as in a sweep."""
     monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "")
     monkeypatch.delenv("DEVICES", raising=False)
     monkeypatch.setattr(devices, "nvidia_driver", lambda: "550")
-    with pytest.raises(UserError, match="no device: CUDA_VISIBLE_DEVICES is empty; set DEVICES=cpu"):
+    assert run.slots() == ["cpu"]
+    monkeypatch.delenv("CUDA_VISIBLE_DEVICES")
+    monkeypatch.setattr(devices, "nvidia_gpus", lambda: {})
+    with pytest.raises(UserError, match="no device: this machine has a driver, but shows no GPU; set DEVICES=cpu"):
         run.slots()
 
 

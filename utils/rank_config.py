@@ -4,6 +4,7 @@
 
 Rendering sets `lora_rank` and the `_lora-rank_<r>_` part of `output_dir` and `resume_from_checkpoint` (with a seed
 other than the recipe's: `_lora-rank_<r>_seed-<s>_`); `key=value` arguments override recipe keys as in LLaMA-Factory.
+Where no rank is named, make's targets take DEFAULT_RANK of paragen/common/settings.py.
 """
 
 from pathlib import Path

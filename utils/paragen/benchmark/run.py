@@ -123,7 +123,7 @@ def slots() -> list[str]:
     """
     own = ["cpu"] if ray_cluster.trains_on_cpu() else ray_cluster.gpus_here()
     if not own:
-        raise UserError("no device: CUDA_VISIBLE_DEVICES is empty; set DEVICES=cpu")
+        raise UserError("no device: this machine has a driver, but shows no GPU; set DEVICES=cpu")
     return own * (settings.number("PER_DEVICE") or 1)
 
 
