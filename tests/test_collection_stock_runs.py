@@ -59,6 +59,16 @@ def test_a_stock_run_becomes_a_collection_of_its_newest_checkpoints(stock, stock
     assert str(stock.parent) not in (stock / "manifest.json").read_text()
 
 
+def test_without_a_number_all_saved_steps_are_kept(stock, monkeypatch):
+    import argparse
+
+    monkeypatch.delenv("KEEP", raising=False)
+    parser = argparse.ArgumentParser()
+    stock_runs.add_options(parser)
+    saved = len(list(stock.glob("checkpoint-*")))
+    assert saved > 5 and stock_runs.clean(stock, parser.parse_args([]).keep).checkpoints == saved
+
+
 def test_cleaning_again_keeps_the_scores_of_a_collection(stock):
     stock_runs.clean(stock, keep=2)
     scored.write(stock, scored.evaluated({11: 0.5}))

@@ -1,6 +1,6 @@
-"""Turn a finished stock LLaMA-Factory finetune run into a collection: the adapters of its newest steps, and a manifest.
+"""Turn a finished stock LLaMA-Factory finetune run into a collection: the adapters of its saved steps, and a manifest.
 
-    python utils/checkpoint_cleaner.py RUN_FOLDER [--keep 100] [--dry-run]
+    python utils/checkpoint_cleaner.py RUN_FOLDER [--keep 100] [--dry-run]          --keep: of the newest steps alone
 
 Replaces checkpoint-*/, with their optimizer states and tokenizer files, by checkpoint-<step>.safetensors and the other
 files of a collection. Files that LLaMA-Factory does not write stay where they are; --dry-run lists every file. The

@@ -1,4 +1,5 @@
-"""Makes a collection of a finished stock LLaMA-Factory finetune run: the adapters of its newest steps, and a manifest.
+"""Makes a collection of a finished stock LLaMA-Factory finetune run: the adapters of its saved steps, or of the newest,
+and a manifest.
 
 The collection is built and read back beside the run folder before it replaces it, so that a crash loses nothing. Only
 files that stock runs write are removed (see stock_files.py); all others stay where they are. Facts that a stock run
@@ -28,8 +29,6 @@ from paragen.collection.manifest import CheckpointEntry, new_manifest, read_mani
 from paragen.common import files, locks, paths, settings
 from paragen.common.cli import UserError
 from paragen.model import base_models
-
-DEFAULT_KEEP = 100
 
 
 class Outcome(NamedTuple):
@@ -62,23 +61,24 @@ class Outcome(NamedTuple):
 
 def add_options(parser: argparse.ArgumentParser) -> None:
     """Add the options that cleaning one folder and cleaning many share."""
-    keep = settings.number("KEEP") or DEFAULT_KEEP
-    parser.add_argument("--keep", type=int, default=keep, help="keep the newest N steps (default: %(default)s)")
+    parser.add_argument(
+        "--keep", type=int, default=settings.number("KEEP"), help="keep the newest N steps (default: all)"
+    )
     dry = settings.switch("DRY_RUN")
     parser.add_argument("--dry-run", action="store_true", default=dry, help="only list what would be removed and kept")
 
 
-def clean(folder: Path, keep: int = DEFAULT_KEEP, dry_run: bool = False) -> Outcome:
+def clean(folder: Path, keep: int | None = None, dry_run: bool = False) -> Outcome:
     """Turn a stock finetune run folder into a collection.
 
     Args:
         folder: the run folder.
-        keep: how many checkpoints to keep, the newest by step number.
+        keep: how many checkpoints to keep, the newest by step number; None: all.
         dry_run: change nothing.
 
     Raises UserError, with nothing changed, for a folder that is no finished finetune run or holds a broken checkpoint.
     """
-    if keep < 1:
+    if keep is not None and keep < 1:
         raise UserError(f"--keep {keep}: keep at least one checkpoint")
     folder = Path(os.path.normpath(folder.absolute()))
     folder = folder.resolve() if folder.is_symlink() else folder
@@ -95,7 +95,7 @@ def clean(folder: Path, keep: int = DEFAULT_KEEP, dry_run: bool = False) -> Outc
                 if manifest.phase != "finetune":
                     raise UserError(f"{folder}: is a pretrain run; only a finetune run becomes a collection")
                 return Outcome("clean", len(manifest.checkpoints))
-            kept = finished_checkpoints(folder)[-keep:]
+            kept = finished_checkpoints(folder)[-(keep or 0) :]
             planned = plan(folder, kept)
             if not dry_run:
                 rebuild(folder, kept, planned.others)
