@@ -114,3 +114,22 @@ def test_an_unknown_name_lists_the_known_ones_and_starts_nothing(repository, arg
     output = run.communicate()[0]
     assert run.returncode == 1 and message in output and "Traceback" not in output
     assert not (repository / "saves").exists()
+
+
+@pytest.mark.parametrize(("arguments", "chosen"), [([], "ARC-c"), (["OBQA", "My set"], "OBQA Myset")])
+def test_a_categorys_script_takes_datasets_from_its_arguments_else_from_the_environment(monkeypatch, arguments, chosen):
+    import collect_all as script
+
+    class Chosen(Exception):
+        pass
+
+    def chosen_cells():
+        raise Chosen(os.environ["CATEGORY"], os.environ["DATASET"])
+
+    monkeypatch.setattr(script.lookup, "chosen_cells", chosen_cells)
+    monkeypatch.setattr(script.sys, "argv", ["collect_all.py", CATEGORY, *arguments])
+    monkeypatch.setenv("CATEGORY", "")
+    monkeypatch.setenv("DATASET", "ARC-c")
+    with pytest.raises(Chosen) as found:
+        script.main()
+    assert found.value.args == (CATEGORY, chosen)

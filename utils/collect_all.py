@@ -26,7 +26,9 @@ from paragen.training.outcome import Outcome
 
 def main() -> int:
     if sys.argv[1:]:
-        os.environ |= {"CATEGORY": sys.argv[1], "DATASET": " ".join("".join(name.split()) for name in sys.argv[2:])}
+        os.environ["CATEGORY"] = sys.argv[1]
+    if sys.argv[2:]:
+        os.environ["DATASET"] = " ".join("".join(name.split()) for name in sys.argv[2:])
     if not settings.text("CATEGORY"):
         known = ", ".join(paths.CATEGORIES)
         raise UserError(f"name a category: make collect-all CATEGORY=..., one of {known}, or CATEGORY=all")
