@@ -39,3 +39,29 @@ def test_the_packed_engine_renders_each_run_once_and_identifies_it_once_per_phas
     again = counts(project, "paragen.packed.packed_train", *cell)  # its collection is complete
     assert again["rendered"] == dict.fromkeys(names, 1)
     assert again["compared"] == {project.finetune.name: 1} == again["identified"], "once in each phase"
+
+
+def test_the_recipe_that_lies_beside_a_run_is_what_is_trained(project):
+    """The file is a lock, too, and held a process number before."""
+    import yaml
+
+    from paragen.recipes.run import run_of
+    from paragen.training import attempts
+
+    run = run_of(project.pretrain, 4)
+    with attempts.rendered(run) as path:
+        assert yaml.safe_load(path.read_text()) == run.config
+
+
+def test_rows_that_are_held_out_are_not_trained_on(project):
+    """A recipe written before they were, or by hand."""
+    info = project.top / "data" / "dataset_info.json"
+    known = json.loads(info.read_text())
+    known["Toy"]["held_out"] = 3
+    info.write_text(json.dumps(known))
+    result = project.train(project.pretrain, "max_samples=100000")
+    rows = len(json.loads(project.data.read_text()))
+    assert result.status == 1 and "Traceback" not in result.output
+    assert "Toy: the last 3 rows are held out for scoring" in result.output
+    assert f"set max_samples to {rows - 3} in it" in result.output
+    assert project.train(project.pretrain, f"max_samples={rows - 3}").status == 0

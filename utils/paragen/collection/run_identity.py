@@ -211,9 +211,18 @@ def resumed_changes(old: dict, new: dict) -> list[str]:
 
 
 def _data_of(name: str, run: Run) -> dict[str, Any]:
-    """The section of one dataset. Raises UserError where it is missing, or cannot be trained on."""
+    """The section of one dataset. Raises UserError where it is missing, cannot be trained on, or some of its rows are
+    held out and the recipe would train on them."""
     entry = dataset_info.entry_of(name, run.data_dir)
-    return _section_of(name, entry, dataset_info.data_file(name, run.data_dir), run, row_hashes.read)
+    section = _section_of(name, entry, dataset_info.data_file(name, run.data_dir), run, row_hashes.read)
+    free = section["rows_in_file"] - (entry.get(dataset_info.HELD_OUT) or 0)
+    if section["rows"] > free:
+        raise UserError(
+            f"{name}: the last {entry[dataset_info.HELD_OUT]} rows are held out for scoring, and "
+            f"{paths.relative(run.recipe)} would train on some of them: set max_samples to {free} in it (make recipe "
+            "does so), or register the file with HELD_OUT=0"
+        )
+    return section
 
 
 def _known_data_of(name: str, run: Run) -> dict[str, Any] | None:

@@ -40,7 +40,9 @@ def register(name: str, entry: dict[str, Any], force: bool, data_dir: Path) -> l
         prompts_only = True
         found = infer_entry(rows, named, prompts_only)
     gaps = find_gaps(rows, found)
-    marks: dict[str, Any] = {dataset_info.HELD_OUT: held_out(entry, len(rows)), dataset_info.ACCEPTED_ROWS: list(gaps)}
+    known = old.get(dataset_info.HELD_OUT) if named else None  # of the same file: the user may have set another number
+    last = held_out(entry, len(rows)) if known is None else known
+    marks: dict[str, Any] = {dataset_info.HELD_OUT: last, dataset_info.ACCEPTED_ROWS: list(gaps)}
     if entry.get(dataset_info.FAMILY):
         marks[dataset_info.FAMILY] = entry[dataset_info.FAMILY]
     request = registration.Request(dataset, named, prompts_only, force, marks)

@@ -157,7 +157,7 @@ def rows_of(dataset: str) -> tuple[int | None, int | None]:
     entry = dataset_info.read_info().get(dataset)
     entry = entry if isinstance(entry, dict) else {}
     held_out = entry.get("held_out", prepared.get("held_out", None if prepared else 0))
-    rows = prepared.get("rows") or _rows_in(paths.DATA / str(entry.get("file_name")))
+    rows = _rows_in(paths.DATA / str(entry.get("file_name"))) or prepared.get("rows")
     return rows, held_out
 
 

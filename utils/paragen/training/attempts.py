@@ -79,7 +79,7 @@ def rendered(run: Run) -> Iterator[Path]:
     path = render.temporary_path(run.recipe, run.config)
     with locks.lock(path) as handle:
         os.ftruncate(handle, 0)
-        os.write(handle, render.dump(run.config).encode())
+        os.pwrite(handle, render.dump(run.config).encode(), 0)
         yield path
 
 
