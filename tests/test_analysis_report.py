@@ -444,3 +444,27 @@ def test_statistics_that_are_there_already_are_not_told_one_by_one(project, caps
     capsys.readouterr()
     report.make()
     assert capsys.readouterr().out == ""
+
+
+def test_lines_of_a_strangers_log_that_no_training_writes_are_noted(tmp_path):
+
+    good = '{"current_steps": 3, "loss": 0.5, "lr": null}'
+    lines = [good, "[" * 100_000, '{"current_steps": 1e999, "loss": 1}', "{}", "[]"]
+    (tmp_path / "trainer_log.jsonl").write_text("\n".join(lines))
+    notes: list[str] = []
+    assert report_data.read_log(tmp_path / "trainer_log.jsonl", notes) == [(3, 0.5, None)]
+    assert notes == [f"3 lines of {tmp_path.name}/trainer_log.jsonl cannot be read"]
+
+
+def test_a_data_file_that_may_not_be_read_is_one_line(tmp_path, monkeypatch):
+    from paragen.common.cli import UserError
+    from paragen.dataset import dataset_info
+
+    (tmp_path / "a.json").write_text("[]")
+
+    def refuse(*arguments, **settings):
+        raise PermissionError(13, "Permission denied")
+
+    monkeypatch.setattr(Path, "read_text", refuse)
+    with pytest.raises(UserError, match="a.json: cannot be read: Permission denied"):
+        dataset_info.load_rows(tmp_path / "a.json")

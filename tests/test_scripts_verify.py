@@ -102,6 +102,9 @@ def test_a_fresh_collection_is_whole_and_loads_with_peft(folder, capsys):
         (lambda f: rewrite(f, lambda t: t.pop(min(t))), "other keys, shapes or types"),
         (lambda f: rewrite(f, lambda t: t.update({min(t): t[min(t)].half()})), "other keys, shapes or types"),
         (lambda f: edit_manifest(f, lambda m: m.update(rank=8)), "holds rank [4], not 8"),
+        (lambda f: rewrite(f, lambda t: t.update({min(t): torch.tensor(1.0)})), "lora_A.weight, which is no matrix"),
+        (lambda f: rewrite(f, lambda t: t.update({max(t): torch.ones(8)})), "lora_B.weight, which is no matrix"),
+        (lambda f: rewrite(f, lambda t: t.update({max(t): torch.ones(8, 2)})), "holds rank [2, 4], not 4"),
         (lambda f: (f / "evaluation.json").write_text("{"), "evaluation.json: broken"),
         (lambda f: (f / "evaluation.json").write_text("{}"), "evaluation.json: not of format 1"),
         (

@@ -131,6 +131,8 @@ def measure(
     layout = step_reader.first_layout(folder, entries)
     layers = checkpoints.layers_of(layout)
     keys = [(f"{layer}.lora_A.weight", f"{layer}.lora_B.weight") for layer in layers]
+    if odd := [key for pair in keys for key in pair if len(layout[key].shape) != 2]:
+        raise UserError(f"{paths.relative(folder)}: {odd[0]} is no matrix; statistics are of linear layers alone")
     shapes = [(layout[b].shape[0], layout[a].shape[1], layout[a].shape[0]) for a, b in keys]
     kept = {name: torch.zeros(len(layers), len(entries), dtype=torch.float64) for name in PER_LAYER}
     kept |= {name: torch.zeros(len(layers), 2, len(entries), dtype=torch.float64) for name in PER_FACTOR}

@@ -96,7 +96,7 @@ def read_log(path: Path, notes: list[str]) -> list[tuple[int, float | None, floa
             row = json.loads(line)
             if row.get("loss") is not None:
                 rows.append((int(row["current_steps"]), float(row["loss"]), _number(row.get("lr"))))
-        except (ValueError, TypeError, KeyError, AttributeError):
+        except (ValueError, TypeError, KeyError, AttributeError, RecursionError, OverflowError):
             broken += 1
     if broken:
         notes.append(f"{broken} lines of {path.parent.name}/{path.name} cannot be read")

@@ -71,7 +71,11 @@ def _checkpoint_faults(folder: Path, entries: Sequence[CheckpointEntry], rank: i
         layout = layout or found
         if found != layout:
             faults.append(f"{name} has other keys, shapes or types than the first checkpoint")
-        ranks = {shape[0] for key, (shape, _) in found.items() if key.endswith("lora_A.weight")}
+        shapes = {key: shape for key, (shape, _) in found.items() if key.endswith(("lora_A.weight", "lora_B.weight"))}
+        if flat := [key for key, shape in shapes.items() if len(shape) < 2]:
+            faults.append(f"{name} holds {flat[0]}, which is no matrix")
+            continue
+        ranks = {shape[key.endswith("lora_B.weight")] for key, shape in shapes.items()}  # of lora_B, the columns
         if ranks != {rank}:
             faults.append(f"{name} holds rank {sorted(ranks)}, not {rank}")
         faults += of_file

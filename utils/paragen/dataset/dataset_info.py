@@ -152,6 +152,8 @@ def load_rows(path: Path) -> list[dict[str, Any]]:
         rows = json.loads(Path(path).read_text(encoding="utf-8"))
     except (ValueError, RecursionError) as error:
         raise UserError(f"{label}: broken JSON: {error}") from None
+    except OSError as error:
+        raise UserError(f"{label}: cannot be read: {error.strerror}") from None
     if not isinstance(rows, list):
         raise UserError(f"{label}: is {kind_of(rows)}, not a list of rows")
     if not rows:
