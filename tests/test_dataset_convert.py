@@ -286,3 +286,17 @@ def test_what_the_hub_does_not_have_is_named_in_one_line(data, hub):
     assert "hub:me/none: cannot be loaded: " in refused(data, "hub:me/none", "--category", "math", **hub)
     assert "say it as hub:<repo>[:<config>[:<split>]]" in refused(data, "hub:../x", "--category", "math")
     assert "say which CATEGORY it is of" in refused(data, "hub:me/sums")
+
+
+def test_a_hub_dataset_with_pictures_is_refused(monkeypatch):
+    """As text alone, its questions could not be answered."""
+    import datasets
+
+    from paragen.common.cli import UserError
+    from paragen.dataset import convert
+
+    features = datasets.Features({"question": datasets.Value("string"), "image": datasets.Image()})
+    table = datasets.Dataset.from_dict({"question": ["what is it?"], "image": [None]}, features)
+    monkeypatch.setattr(datasets, "load_dataset", lambda *names, split: table)
+    with pytest.raises(UserError, match="hub:me/pets: the column 'image' holds pictures"):
+        list(convert.read_hub("hub:me/pets"))

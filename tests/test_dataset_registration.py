@@ -566,3 +566,17 @@ def test_an_entry_that_would_run_code_or_leave_data_is_not_handed_out(data):
         dataset_info.entry_of("A", data)
     with pytest.raises(UserError, match="script_url"):
         dataset_info.data_file("B", data)
+
+
+def test_a_row_number_that_is_none_is_named(data, monkeypatch):
+    monkeypatch.setenv("ACCEPT", "17,40")
+    told = refused(data, put(data, "math/Sums.json", sums()))
+    assert told == ["error: ACCEPT=17,40: '17,40' is no number of a row; give them with blanks between"]
+
+
+def test_a_file_below_the_home_folder_is_found_where_the_shell_leaves_its_tilde(data, tmp_path, monkeypatch):
+    from paragen.dataset import registration
+
+    monkeypatch.setenv("HOME", str(tmp_path))
+    (tmp_path / "table.csv").write_text("a")
+    assert registration.find_file("~/table.csv", data) == tmp_path / "table.csv"

@@ -403,6 +403,16 @@ def test_rows_that_a_dataset_holds_out_are_not_trained_on(repository):
     assert config["max_samples"] == 720 and config["max_steps"] == 270
 
 
+def test_a_recipe_can_be_taken_from_one_that_does_not_say_when_it_saves(repository):
+    new_dataset(repository, "Sums", 800)
+    pretrain = pair_in(repository, "qwen2.5-0.5b_ARC-c_pretrain.yaml")
+    kept = [line for line in pretrain.read_text().splitlines(True) if not line.startswith("save_steps:")]
+    pretrain.write_text("".join(kept))
+    done = run(repository, "make_recipe.py", MODEL="gpt2", DATASET="Sums", FROM="ARC-c/qwen2.5-0.5b")
+    assert done.returncode == 0, errors_of(done)
+    assert "save_steps" in yaml.safe_load(pair_in(repository, "gpt2_Sums_pretrain.yaml").read_text())
+
+
 @pytest.mark.parametrize(
     ("asked", "said"),
     [

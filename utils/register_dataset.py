@@ -79,12 +79,16 @@ def parser_of_settings() -> cli.ArgumentParser:
         metavar="ROWS",
         help="the number of last rows that are for scoring, not training",
     )
-    accepted = [int(row) for row in settings.values("ACCEPT")] or None
+    accepted = settings.values("ACCEPT")
+    if wrong := [row for row in accepted if not row.isdecimal()]:
+        raise UserError(
+            f"ACCEPT={' '.join(accepted)}: {wrong[0]!r} is no number of a row; give them with blanks between"
+        )
     add(
         "--accept-rows",
         nargs="+",
         type=int,
-        default=accepted,
+        default=list(map(int, accepted)) or None,
         metavar="ROW",
         help="the numbers of rows that may lack a text or answer",
     )

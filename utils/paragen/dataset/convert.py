@@ -185,8 +185,12 @@ def read_hub(source: str) -> Iterator[dict[str, Any]]:
         if storage_fault(error):
             raise
         raise UserError(f"{source}: cannot be loaded: {first_line(error)}") from None
-    pictures = [name for name, kind in table.features.items() if type(kind).__name__ in ("Image", "Audio", "Video")]
-    table = table.remove_columns(pictures)  # LLaMA-Factory reads paths of files, not what these columns hold
+    media = [name for name, kind in table.features.items() if type(kind).__name__ in ("Image", "Audio", "Video")]
+    if media:  # LLaMA-Factory reads paths of files, not what these columns hold
+        raise UserError(
+            f"{source}: the column {media[0]!r} holds pictures, sound or films, which are not converted; save them as "
+            "files, and register a .json whose rows name them (data/README.md)"
+        )
     labels = {name: kind for name, kind in table.features.items() if isinstance(kind, datasets.ClassLabel)}
     for row in table:
         for name, kind in labels.items():

@@ -109,7 +109,11 @@ def register_converted(source: str, target: Path, request: Request, data_dir: Pa
 
 
 def find_file(file: str, data_dir: Path) -> Path:
-    """`file`, or the one of that name in the repository where a user types data/... in another folder."""
+    """`file`, or the one of that name in the repository where a user types data/... in another folder.
+
+    Some shells leave the ~ of FILE=~/table.csv to programs.
+    """
+    file = os.path.expanduser(file)
     from_root = data_dir.parent / file
     return from_root if not os.path.exists(file) and os.path.exists(from_root) else Path(file)
 

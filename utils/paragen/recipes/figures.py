@@ -59,7 +59,7 @@ def figures_from(typed: str, pair: NewPair) -> dict[str, Any]:
         )
     figures["resume_step"] = int(resumed[1])
     if dataset != pair.dataset:
-        del figures["save_steps"]
+        figures.pop("save_steps", None)
         rows = vocabulary.trainable_rows(dataset, rows=read_figures()["datasets"].get(dataset, {}).get("rows"))
         if rows and pair.usable:
             per_epoch = steps_per_epoch(min(rows, figures.get("max_samples", rows)), figures["pretrain_batch"])
