@@ -531,6 +531,17 @@ def test_files_of_other_things_in_the_repository_are_removed_only_with_force(lic
     assert "collections/math/Old/x.archive" not in hub.repositories[REPO].files
 
 
+def test_a_tree_whose_first_call_wrote_nothing_but_its_cache_is_built_and_one_of_others_is_not(licensed, run, hub):
+    mine = tree_of(licensed) / "mine.txt"
+    (mine.parent / published_tree.RECORD).parent.mkdir(parents=True)
+    mine.write_text("mine")
+    with pytest.raises(UserError, match="is there already, and no tree of ours; move it away"):
+        run(publish, licensed, RAW="1")
+    mine.unlink()
+    run(publish, licensed, RAW="1")
+    assert published_tree.read_record(mine.parent) is not None and hub.repositories[REPO].files
+
+
 def test_a_stopped_upload_ends_at_once_and_goes_on_without_sending_a_file_twice(licensed, run, hub):
     without_peft_check(licensed)
     hub.hold_puts = 3
