@@ -27,6 +27,7 @@ from paragen.collection.manifest import BaseModel, sealed
 from paragen.common import files, paths
 from paragen.common.cli import UserError
 from paragen.dataset import dataset_info, registration
+from paragen.model import base_models
 from paragen.publishing import card, licenses, published_tree
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -715,6 +716,14 @@ def test_whatever_is_wrong_in_a_repository_is_named_and_not_brought(licensed, em
         assert not (empty / "saves" / NAME).exists(), case
         assert not list((empty / "data").rglob("*.json")), case
         assert {path.name for path in empty.parent.iterdir()} == {"another project", "my project"}, case
+
+
+def test_a_collection_comes_into_a_project_that_calls_its_model_something_else(licensed, empty, run, hub, monkeypatch):
+    run(publish, licensed, RAW="1")
+    monkeypatch.setattr(base_models, "short_names", lambda: {"Tiny-Llama": "mine"})
+    assert re.search(r"Toy +mine ", run(pull, empty))
+    assert hashes(empty / "saves" / NAME) == hashes(licensed / "saves" / NAME)
+    assert set(index.load(empty / "saves")["model"].to_pylist()) == {"mine"}
 
 
 def test_of_two_collections_the_whole_one_comes_and_the_last_line_names_both(licensed, empty, run, hub, capsys):
