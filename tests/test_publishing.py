@@ -726,6 +726,14 @@ def test_a_collection_comes_into_a_project_that_calls_its_model_something_else(l
     assert set(index.load(empty / "saves")["model"].to_pylist()) == {"mine"}
 
 
+@pytest.mark.parametrize(("given", "missing"), [({"RANK": "4 16"}, "RANK=16"), ({"SEED": "5"}, "SEED=5")])
+def test_a_rank_or_a_seed_that_a_repository_lacks_is_refused(licensed, empty, run, hub, given, missing):
+    run(publish, licensed, RAW="1")
+    with pytest.raises(UserError, match=f"^{REPO}: no collection fits {missing}$"):
+        run(pull, empty, **given)
+    assert not list((empty / "saves").rglob("*.safetensors"))
+
+
 def test_of_two_collections_the_whole_one_comes_and_the_last_line_names_both(licensed, empty, run, hub, capsys):
     other = with_twin(licensed)
     run(publish, licensed, RAW="1")

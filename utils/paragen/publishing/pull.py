@@ -79,9 +79,11 @@ def pull(repository: str, revision: str | None, staging: Path) -> Pulled:
     assert info.sha is not None  # the hub names the commit of every revision
     source = Source(repository, info.sha, {file.rfilename: file for file in info.siblings or []}, staging)
     table, marks = read_index(source)
-    table = index.selected(table, selection.requested_filters())
+    wanted = selection.requested_filters()
+    table = index.selected(table, wanted)
     if not table.num_rows:
-        raise UserError(f"{repository}: has no collection that fits the selection")
+        raise selection.none_fits(repository, wanted)
+    selection.require_each(selection.places_in(table).values(), wanted, repository)
     units = [unit_of(source, name, folder, table, marks) for name, folder in places_of(table, marks).items()]
     check_disk(source, {unit.name: unit.mark for unit in units if not unit.is_here}, table)
     downloaded: list[str] = []
