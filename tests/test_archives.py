@@ -509,6 +509,23 @@ def test_other_scores_than_those_here_are_brought_only_with_force(imported, monk
     assert figures_in(imported(FEW, OTHER)) == OTHER
 
 
+@pytest.mark.parametrize("here, coming, then", [(MORE, FEW, MORE), (MORE, None, MORE), (FEW, MORE, MORE)])
+def test_force_keeps_the_scores_of_the_same_whole_collection(imported, monkeypatch, here, coming, then):
+    monkeypatch.setenv("FORCE", "1")
+    assert figures_in(imported(here, coming)) == then
+
+
+def test_force_replaces_a_folder_whose_manifest_cannot_be_read(synthetic, tmp_path, monkeypatch):
+    monkeypatch.delenv("FORCE", raising=False)
+    (path,) = archived(synthetic, tmp_path / "x.archive")
+    folder = archive.restore([path], tmp_path / "saves")
+    (folder / paths.MANIFEST).write_text("{")
+    with pytest.raises(UserError, match=r"manifest\.json: broken"):
+        archive.restore([path], tmp_path / "saves")
+    monkeypatch.setenv("FORCE", "1")
+    assert same_folders(synthetic, archive.restore([path], tmp_path / "saves"))
+
+
 def test_parts_of_different_ages_bring_the_fullest_scores(synthetic, tmp_path):
     scored.write(synthetic, scored.evaluated(FEW))
     older = archived(synthetic, tmp_path / "older.archive", part_bytes=25_000)

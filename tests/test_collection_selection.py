@@ -20,6 +20,7 @@ OF_RECIPES = {"recipe", "pretrain", "finetune", "collect", "collect-all", "plan"
 ELSEWHERE = {"pull"}  # selects by the same function from a repository's index: tests/test_publishing.py
 # What they do with a selection takes a base model or a licence.
 SCORED = ("evaluate", "publish", "generator", "benchmark-generator")
+SHOWING = {"index", "report"}  # show what there is of the requested ranks and seeds, the report with empty cells
 
 
 @pytest.fixture
@@ -56,8 +57,8 @@ def test_every_target_that_selects_is_tested_here():
     [
         ({"DATASET": "arcc MySet"}, {"ARC-c", "My Set"}),
         ({"DATASET": "ARC-C"}, {"ARC-c"}),
-        ({"RANKS": "8 9"}, {"My Set"}),
-        ({"MODELS": "OTHER", "SEED": "42 7"}, {"My Set"}),
+        ({"RANKS": "8 4"}, {"ARC-c", "My Set"}),
+        ({"MODELS": "OTHER", "SEED": "42 042"}, {"My Set"}),
     ],
 )
 def test_several_names_in_any_spelling_are_taken(two, monkeypatch, capsys, target, given, meant):
@@ -92,3 +93,27 @@ def test_what_nothing_fits_is_refused_by_every_target_in_the_same_words(two, mon
     assert said in str(error.value) and "\n" not in str(error.value)
     if said.startswith("no collection fits"):
         assert str(error.value).endswith("; make index lists those there are")
+
+
+@pytest.mark.parametrize("target", sorted(COLLECTED.keys() - SHOWING))
+@pytest.mark.parametrize(
+    ("given", "missing"),
+    [
+        ({"RANK": "4 16 8 2"}, "RANK='16 2'"),
+        ({"DATASET": "arcc", "RANK": "4 8"}, "RANK=8"),
+        ({"RANK": "4", "SEED": "42 7"}, "RANK=4 SEED=7"),
+    ],
+)
+def test_a_rank_or_a_seed_that_nothing_has_is_refused_beside_those_there_are(two, monkeypatch, target, given, missing):
+    before = sorted(two.saves.rglob("*"))
+    with pytest.raises(UserError) as error:
+        call(target, monkeypatch, **given)
+    said = str(error.value)
+    assert "no collection fits " in said and said.endswith(f" {missing}; make index lists those there are")
+    assert set(two.saves.rglob("*")) - set(before) <= {two.saves / "index.parquet"}
+
+
+@pytest.mark.parametrize("target", sorted(SHOWING))
+def test_what_shows_collections_shows_those_there_are(two, monkeypatch, capsys, target):
+    call(target, monkeypatch, RANK="8 9")
+    assert "FAULTY" not in capsys.readouterr().err

@@ -59,12 +59,13 @@ def test_with_copy_the_adapters_lie_beside_the_table_and_can_be_moved_with_it(pl
         assert (out / row["file"]).read_bytes() == (run / f"checkpoint-{row['step']}.safetensors").read_bytes()
 
 
-def test_a_cast_copy_has_the_hash_of_its_own_file(place):
+def test_a_cast_copy_has_the_hash_and_the_dtype_of_its_own_file(place):
     place.collect(dataset="A")
     out = place.export("table", COPY="1", DTYPE="bfloat16", STEPS="last")
     (row,) = rows_in(out)
     assert row["sha256"] == files.sha256_of(out / row["file"]) != row["collected_sha256"]
     assert {str(tensor.dtype) for tensor in load_file(out / row["file"]).values()} == {"torch.bfloat16"}
+    assert row["dtype"] == "bfloat16"
 
 
 def test_recipe_keys_that_vary_are_columns_and_those_that_do_not_are_none(place):

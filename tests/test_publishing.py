@@ -27,6 +27,7 @@ from paragen.collection.manifest import BaseModel, sealed
 from paragen.common import files, paths
 from paragen.common.cli import UserError
 from paragen.dataset import dataset_info, registration
+from paragen.model import base_models
 from paragen.publishing import card, licenses, published_tree
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -531,6 +532,17 @@ def test_files_of_other_things_in_the_repository_are_removed_only_with_force(lic
     assert "collections/math/Old/x.archive" not in hub.repositories[REPO].files
 
 
+def test_a_tree_whose_first_call_wrote_nothing_but_its_cache_is_built_and_one_of_others_is_not(licensed, run, hub):
+    mine = tree_of(licensed) / "mine.txt"
+    (mine.parent / published_tree.RECORD).parent.mkdir(parents=True)
+    mine.write_text("mine")
+    with pytest.raises(UserError, match="is there already, and no tree of ours; move it away"):
+        run(publish, licensed, RAW="1")
+    mine.unlink()
+    run(publish, licensed, RAW="1")
+    assert published_tree.read_record(mine.parent) is not None and hub.repositories[REPO].files
+
+
 def test_a_stopped_upload_ends_at_once_and_goes_on_without_sending_a_file_twice(licensed, run, hub):
     without_peft_check(licensed)
     hub.hold_puts = 3
@@ -704,6 +716,22 @@ def test_whatever_is_wrong_in_a_repository_is_named_and_not_brought(licensed, em
         assert not (empty / "saves" / NAME).exists(), case
         assert not list((empty / "data").rglob("*.json")), case
         assert {path.name for path in empty.parent.iterdir()} == {"another project", "my project"}, case
+
+
+def test_a_collection_comes_into_a_project_that_calls_its_model_something_else(licensed, empty, run, hub, monkeypatch):
+    run(publish, licensed, RAW="1")
+    monkeypatch.setattr(base_models, "short_names", lambda: {"Tiny-Llama": "mine"})
+    assert re.search(r"Toy +mine ", run(pull, empty))
+    assert hashes(empty / "saves" / NAME) == hashes(licensed / "saves" / NAME)
+    assert set(index.load(empty / "saves")["model"].to_pylist()) == {"mine"}
+
+
+@pytest.mark.parametrize(("given", "missing"), [({"RANK": "4 16"}, "RANK=16"), ({"SEED": "5"}, "SEED=5")])
+def test_a_rank_or_a_seed_that_a_repository_lacks_is_refused(licensed, empty, run, hub, given, missing):
+    run(publish, licensed, RAW="1")
+    with pytest.raises(UserError, match=f"^{REPO}: no collection fits {missing}$"):
+        run(pull, empty, **given)
+    assert not list((empty / "saves").rglob("*.safetensors"))
 
 
 def test_of_two_collections_the_whole_one_comes_and_the_last_line_names_both(licensed, empty, run, hub, capsys):

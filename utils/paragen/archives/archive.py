@@ -55,7 +55,8 @@ def restore(archives: list[Path], saves: Path) -> Path:
 
     Returns the collection's folder. Where the same collection exists anywhere below `saves` and is whole, it stays
     there, and gets the archive's evaluation.json unless that would lose a score. Raises UserError, with nothing
-    changed, when a part is damaged or missing, or when its folder holds something else (FORCE=1 replaces that).
+    changed, when a part is damaged or missing, or when its folder holds something else (FORCE=1 replaces that, and
+    scores that the archive's differ from).
     """
     manifest = manifest_in(archives[0])
     for path in archives:
@@ -117,25 +118,38 @@ def place_of(manifest: Manifest, name: str) -> Path:
 
 
 def _exists_already(folder: Path, manifest: Manifest, small: dict[str, bytes]) -> bool:
-    """Whether the collection exists and is whole. Raises UserError where something else does, unless FORCE=1."""
-    if not folder.exists() or run_identity.force_requested():
+    """Whether the collection exists and is whole; then it gets the archive's scores. Raises UserError where something
+    else exists, unless FORCE=1."""
+    if not folder.exists():
         return False
-    name, way_out = paths.relative(folder), "FORCE=1 replaces it by the archive's"
+    try:
+        fault = _fault_of(folder, manifest, small)
+    except UserError:
+        if not run_identity.force_requested():
+            raise
+        return False
+    if fault is None:
+        say(f"there already: {paths.relative(folder)}")
+        evaluation.import_scores(folder, manifest, small.get(evaluation.FILE))
+        return True
+    if not run_identity.force_requested():
+        raise UserError(f"{paths.relative(folder)}: {fault}; FORCE=1 replaces it by the archive's")
+    return False
+
+
+def _fault_of(folder: Path, manifest: Manifest, small: dict[str, bytes]) -> str | None:
+    """Why an existing folder is not the archive's collection, or not whole; None where it is both. Raises UserError for
+    a manifest that cannot be read."""
     there = read_manifest(folder)
     if there is None:
-        raise UserError(f"{name}: is there already, without a {paths.MANIFEST}; {way_out}")
+        return f"is there already, without a {paths.MANIFEST}"
     if there.sha256 != manifest.sha256:
         dtypes = [f" (in {one.converted.to_dtype})" if one.converted else "" for one in (there, manifest)]
-        what = f"another collection{dtypes[0]} than the archive's{dtypes[1]}"
-        raise UserError(f"{name}: {what} is there already; {way_out}")
+        return f"another collection{dtypes[0]} than the archive's{dtypes[1]} is there already"
     faults = verification.faults_of(folder, manifest)
     beside = [file for file in small if file != evaluation.FILE]
     faults += [f"{file} differs" for file in beside if not _holds(folder / file, small[file])]
-    if faults:
-        raise UserError(f"{name}: is there already, but {faults[0]}; {way_out}")
-    say(f"there already: {name}")
-    evaluation.import_scores(folder, manifest, small.get(evaluation.FILE))
-    return True
+    return f"is there already, but {faults[0]}" if faults else None
 
 
 def _holds(path: Path, data: bytes) -> bool:

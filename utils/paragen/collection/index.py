@@ -331,19 +331,16 @@ def chosen(saves: Path | None = None) -> tuple[list[Chosen], int]:
     case and punctuation; each variable may list several. Updates the index first.
 
     Returns the whole ones among them, and how many are broken: a line on stderr names each of those, and a command that
-    leaves them out ends with status 1. Raises UserError for a name that no collection has, when none is selected, or
-    when all that are selected are broken.
+    leaves them out ends with status 1. Raises UserError for a name, a rank or a seed that no collection has, when none
+    is selected, or when all that are selected are broken.
     """
     saves = saves or paths.SAVES
     table, faults = update(saves)
     wanted = selection.requested_filters()
-    broken = [
-        fault
-        for name, fault in faults.items()
-        if selection.may_fit(selection.place_of(name), wanted) and _is_taken(name)
-    ]
-    fitting = sorted(set(selected(table, wanted, faults)["collection"].to_pylist()))
-    names = [name for name in fitting if _is_taken(name)]
+    unread = [name for name in faults if selection.may_fit(selection.place_of(name), wanted) and _is_taken(name)]
+    broken = [faults[name] for name in unread]
+    fitting = selection.places_in(selected(table, wanted, faults))
+    names = sorted(name for name in fitting if _is_taken(name))
     if broken and not names:
         for fault in broken[:-1]:
             cli.complain(fault)
@@ -353,6 +350,7 @@ def chosen(saves: Path | None = None) -> tuple[list[Chosen], int]:
         raise UserError(f"{paths.relative(saves)}: {what}; CATEGORY={paths.MADE} takes them")
     if not names:
         raise selection.none_fits(saves, wanted)
+    selection.require_each([*(fitting[name] for name in names), *map(selection.place_of, unread)], wanted, saves)
     for fault in broken:
         cli.complain(f"{fault}; it is left out")
     return [Chosen(name, saves / name, require_manifest(saves / name)) for name in names], len(broken)

@@ -1,14 +1,18 @@
 """Selects run folders by CATEGORY, DATASET, MODEL, RANK and SEED: also those whose manifest cannot be read."""
 
 import shlex
+from collections.abc import Iterable
 from pathlib import Path
-from typing import NamedTuple
+from typing import TYPE_CHECKING, NamedTuple
 
 from paragen.collection.manifest import read_manifest
 from paragen.common import paths, settings
 from paragen.common.cli import UserError
 from paragen.model import base_models
 from paragen.recipes import render
+
+if TYPE_CHECKING:
+    import pyarrow as pa
 
 
 class Place(NamedTuple):
@@ -33,6 +37,14 @@ def place_of(folder: Path | str) -> Place:
     if rank is None:
         return Place(category, dataset, None, None, None)
     return Place(category, dataset, base_models.short_name(Path(parts[-1][: rank.start()])), rank[1], rank[2])
+
+
+def places_in(table: "pa.Table") -> dict[str, Place]:
+    """What the rows of an index say of each collection, by its name; an empty text where its manifest does not know."""
+    keys = ["collection", *Place._fields]
+    rows = table.group_by(keys).aggregate([]).to_pylist()
+    texts = [{key: "" if row[key] is None else str(row[key]) for key in keys} for row in rows]
+    return {row.pop("collection"): Place(**row) for row in texts}
 
 
 def requested_filters() -> dict[str, list[str]]:
@@ -75,7 +87,7 @@ def _with_seed(folder: Path, place: Place) -> Place:
 def selected_folders(found: list[Path]) -> list[Path]:
     """Those of some run folders that CATEGORY, DATASET, MODEL, RANK and SEED select, all without them.
 
-    Raises UserError with the known names for one that no folder has, and where none is left.
+    Raises UserError for a name, a rank or a seed that no folder has, and where none is left.
     """
     wanted = requested_filters()
     places = {folder: _with_seed(folder, place_of(folder)) if wanted["seed"] else place_of(folder) for folder in found}
@@ -85,11 +97,30 @@ def selected_folders(found: list[Path]) -> list[Path]:
     chosen = [folder for folder, place in places.items() if may_fit(place, wanted)]
     if settings_of(wanted) and not chosen:
         raise none_fits(paths.SAVES, wanted)
+    require_each((places[folder] for folder in chosen), wanted, paths.SAVES)
     return chosen
 
 
-def none_fits(saves: Path, wanted: dict[str, list[str]]) -> UserError:
-    """The error of a selection that no collection below `saves` fits."""
+def require_each(places: Iterable[Place], wanted: dict[str, list[str]], where: Path | str) -> None:
+    """Raise UserError naming the requested ranks, or else seeds, that none of the selected run folders has.
+
+    Args:
+        places: what is known of each selected one; one whose rank or seed is not known may have any.
+        wanted: the selection.
+        where: the folder that holds the run folders, or a repository's name.
+    """
+    places = list(places)
+    for name in ("rank", "seed"):
+        each = {value: {**wanted, name: [value]} for value in wanted[name]}
+        missing = [value for value, one in each.items() if not any(may_fit(place, one) for place in places)]
+        if missing:
+            raise none_fits(where, {**wanted, name: missing})
+
+
+def none_fits(where: Path | str, wanted: dict[str, list[str]]) -> UserError:
+    """The error of a selection that no collection fits, below a folder or in a repository of this name."""
     given = settings_of(wanted)
     what = f"no collection fits {given}" if given else "no collections yet"
-    return UserError(f"{paths.relative(saves)}: {what}; make index lists those there are")
+    if isinstance(where, str):
+        return UserError(f"{where}: {what}")
+    return UserError(f"{paths.relative(where)}: {what}; make index lists those there are")

@@ -50,7 +50,7 @@ def export(chosen: list[Chosen], out: Path, dtype: str | None) -> None:
     plan = [adapters.planned(one, steps) for one in chosen]
     if copied:
         adapters.check(plan, out, FORMAT, dtype)
-    rows = rows_of(plan, out, copied)
+    rows = rows_of(plan, out, copied, dtype)
     for name in NAMES:
         derived.check_replaceable(out, name, {"format": FORMAT})
     if copied:
@@ -65,8 +65,15 @@ def export(chosen: list[Chosen], out: Path, dtype: str | None) -> None:
         say(f"note: without descriptions of their task: {index.listed(bare)}; make describe adds them")
 
 
-def rows_of(plan: Sequence[Planned], out: Path, copied: bool) -> list[dict[str, Any]]:
-    """The table's rows, by collection and step; `copied`: the adapters lie below `out`, not in their collections."""
+def rows_of(plan: Sequence[Planned], out: Path, copied: bool, dtype: str | None) -> list[dict[str, Any]]:
+    """The table's rows, by collection and step.
+
+    Args:
+        plan: what is exported.
+        out: the folder to write below.
+        copied: the adapters lie below `out`, not in their collections.
+        dtype: what the copied adapters are cast to; None keeps theirs.
+    """
     varying = varying_keys([one.chosen.manifest.recipe or {} for one in plan])
     rows = []
     for one in plan:
@@ -78,7 +85,7 @@ def rows_of(plan: Sequence[Planned], out: Path, copied: bool) -> list[dict[str, 
             row = {"id": f"{one.chosen.name}/checkpoint-{entry.step}", **{name: known[name] for name in FROM_INDEX}}
             row["base_model"] = manifest.base_model and (manifest.base_model.hub_id or manifest.base_model.name)
             row["prompts_file"] = known["prompts_file"] and relative(paths.DATA / known["prompts_file"], out)
-            row |= {"descriptions": texts, "alpha": one.config.get("lora_alpha"), "dtype": one.stored}
+            row |= {"descriptions": texts, "alpha": one.config.get("lora_alpha"), "dtype": dtype or one.stored}
             row |= {RECIPE + key: recipe.get(key) for key in varying}
             path = adapters.path_of(one, entry) if copied else relative(folder / entry.file_name, out)
             config = f"{path}/{paths.ADAPTER_CONFIG}" if copied else relative(folder / paths.ADAPTER_CONFIG, out)

@@ -125,7 +125,7 @@ def build(tree: Path, chosen: list[index.Chosen], table: "pa.Table", data_dir: P
     except FileExistsError:
         raise UserError(f"{paths.relative(tree)}: is there already, and no folder; move it away") from None
     record = read_record(tree)
-    if record is None and any(tree.iterdir()):
+    if record is None and any(path.name != ".cache" for path in tree.iterdir()):  # .cache alone: an earlier call began
         raise UserError(f"{paths.relative(tree)}: is there already, and no tree of ours; move it away")
     record = record or {}
     (tree / RECORD).parent.mkdir(exist_ok=True)

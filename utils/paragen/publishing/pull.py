@@ -20,6 +20,7 @@ from paragen.collection.manifest import read_manifest, require_manifest
 from paragen.common import cli, files, locks, paths
 from paragen.common.cli import UserError, say
 from paragen.hub import transfer
+from paragen.model import base_models
 from paragen.publishing import published_tree, pulled_data
 from paragen.publishing.repository import Source, fetch, read_index
 
@@ -31,7 +32,7 @@ class Pulled(NamedTuple):
     """What a pull downloaded.
 
     Attributes:
-        table: the repository's index rows of the collections that are here now.
+        table: the repository's index rows of the collections that are here now; `model` is this project's name for it.
         summary: which were downloaded and which were not; empty when all were.
     """
 
@@ -78,9 +79,11 @@ def pull(repository: str, revision: str | None, staging: Path) -> Pulled:
     assert info.sha is not None  # the hub names the commit of every revision
     source = Source(repository, info.sha, {file.rfilename: file for file in info.siblings or []}, staging)
     table, marks = read_index(source)
-    table = index.selected(table, selection.requested_filters())
+    wanted = selection.requested_filters()
+    table = index.selected(table, wanted)
     if not table.num_rows:
-        raise UserError(f"{repository}: has no collection that fits the selection")
+        raise selection.none_fits(repository, wanted)
+    selection.require_each(selection.places_in(table).values(), wanted, repository)
     units = [unit_of(source, name, folder, table, marks) for name, folder in places_of(table, marks).items()]
     check_disk(source, {unit.name: unit.mark for unit in units if not unit.is_here}, table)
     downloaded: list[str] = []
@@ -98,7 +101,16 @@ def pull(repository: str, revision: str | None, staging: Path) -> Pulled:
         say(summary_of(repository, downloaded, left | faults))
         raise
     table = table.filter(pc.is_in(table["collection"], pa.array(downloaded, pa.string())))
-    return Pulled(table, summary_of(repository, downloaded, faults) if faults else "")
+    return Pulled(with_own_names(table), summary_of(repository, downloaded, faults) if faults else "")
+
+
+def with_own_names(table: "pa.Table") -> "pa.Table":
+    """Index rows of another project with the short names that this project's models/models.yaml gives their models."""
+    import pyarrow as pa
+
+    names = [name and base_models.short_name(Path(name)) for name in table["base_model"].to_pylist()]
+    at = table.column_names.index("model")
+    return table.set_column(at, table.schema.field(at), pa.array(names, pa.string()))
 
 
 def summary_of(repository: str, downloaded: list[str], faults: dict[str, str]) -> str:
@@ -291,5 +303,6 @@ def fault_of(folder: Path, name: str, mark: dict[str, Any], table: "pa.Table") -
         return f"is not whole: {faults[0]}"
     listed = table.filter(pc.field("collection") == name).combine_chunks()
     unknown = [column for column in index.LATER if listed[column].null_count == listed.num_rows]  # published without
+    unknown.append("model")  # a short name by models/models.yaml, which differs between projects
     same = rows.drop_columns(unknown).equals(listed.drop_columns(unknown))
     return None if same else f"has other checkpoints than {paths.INDEX} lists"
