@@ -182,24 +182,31 @@ def _empty(folder: Path) -> None:
 
 def remove_abandoned_process_folders() -> None:
     """Remove the temporary folders of this user's killed processes."""
-    for folder in abandoned_process_folders():
+    for folder in Path(tempfile.gettempdir()).glob(f"{PROCESS_PREFIX}*"):
         with contextlib.suppress(Busy, FileNotFoundError):
+            if not _is_abandoned(folder):
+                continue
             if (folder / PROCESS_LOCK).exists():
                 with lock(folder / PROCESS_LOCK):
                     _empty(folder)
-        with contextlib.suppress(OSError):  # another process has removed it, or is using it
-            folder.rmdir()
+            with contextlib.suppress(OSError):  # another process has removed it, or is using it
+                folder.rmdir()
 
 
-def abandoned_process_folders() -> list[Path]:
-    """The temporary folders of this user's killed processes; those without a lock are empty."""
-    found = []
-    for path in Path(tempfile.gettempdir()).glob(f"{PROCESS_PREFIX}*"):
-        with contextlib.suppress(FileNotFoundError):
-            info = path.lstat()
-            is_ours = S_ISDIR(info.st_mode) and info.st_uid == os.getuid() and PROCESS_NAME.fullmatch(path.name)
-            if not is_ours or time.time() - info.st_mtime <= files.WRITING_SECONDS:
-                continue
-            if not is_held(path / PROCESS_LOCK) if (path / PROCESS_LOCK).is_file() else not any(path.iterdir()):
-                found.append(path)
-    return found
+def _is_abandoned(folder: Path) -> bool:
+    """Whether a folder is that of a killed process of this user.
+
+    One without a process in its lock may be a live one's that is just starting: this waits for a moment then.
+    """
+    info, known = folder.lstat(), folder / PROCESS_LOCK
+    if not S_ISDIR(info.st_mode) or info.st_uid != os.getuid() or not PROCESS_NAME.fullmatch(folder.name):
+        return False
+    if holder_of(known) is None:
+        if {path.name for path in folder.iterdir()} - {PROCESS_LOCK}:
+            return False  # not ours
+        time.sleep(max(0.0, files.WRITING_SECONDS - (time.time() - info.st_mtime)))
+        return holder_of(known) is None and not {path.name for path in folder.iterdir()} - {PROCESS_LOCK}
+    return not is_held(known)
+
+
+cli.AT_END.append(remove_abandoned_process_folders)
