@@ -166,6 +166,18 @@ def stand_still_while_removing(pause, place: int) -> None:
     raise AssertionError("it was not stopped")
 
 
+def test_the_temporary_folder_is_found_without_trying_it(tmp_path, monkeypatch):
+    """tempfile writes a file to try it, which stays where it is killed at that moment."""
+    monkeypatch.setattr(tempfile, "tempdir", None)
+    monkeypatch.setattr(tempfile, "gettempdir", lambda: "tried")
+    monkeypatch.setenv("TMPDIR", str(tmp_path))
+    assert locks.temporary_folder() == tmp_path
+    with locks.process_folder() as folder:
+        assert folder.parent == tmp_path
+    monkeypatch.setenv("TMPDIR", str(tmp_path / "absent"))
+    assert locks.temporary_folder() == Path("tried")
+
+
 def stand_still_in_a_folder(pause) -> None:
     with locks.process_folder():
         pause()

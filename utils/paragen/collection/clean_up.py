@@ -9,7 +9,6 @@ import os
 import re
 import secrets
 import stat
-import tempfile
 import time
 from collections.abc import Iterator
 from pathlib import Path
@@ -233,7 +232,7 @@ def _is_being_written(process: int, info: os.stat_result) -> bool:
 def _process_folders() -> list[LeftOver]:
     """The temporary folders of killed processes of this user."""
     found = []
-    for path, info in children(Path(tempfile.gettempdir())):
+    for path, info in children(locks.temporary_folder()):
         lock = path / locks.PROCESS_LOCK
         is_ours = stat.S_ISDIR(info.st_mode) and info.st_uid == os.getuid()
         if (

@@ -157,13 +157,20 @@ PROCESS_NAME = re.compile(PROCESS_PREFIX + "[a-z0-9_]{8}")  # as tempfile makes 
 PROCESS_LOCK = "paragen.lock"  # in a process's own temporary folder
 
 
+def temporary_folder() -> Path:
+    """Where temporary files go, as tempfile finds it. That writes a file to try it, which stays where it is killed."""
+    named = tempfile.tempdir or os.environ.get("TMPDIR") or "/tmp"
+    return Path(named if os.path.isdir(named) else tempfile.gettempdir())
+
+
 @contextlib.contextmanager
 def process_folder() -> Iterator[Path]:
     """A temporary folder for this process until the body ends.
 
     It holds a lock inside, which tells it from the folder of a killed process; such folders are removed at the end.
     """
-    with tempfile.TemporaryDirectory(prefix=PROCESS_PREFIX) as name, lock(Path(name, PROCESS_LOCK)):
+    made = tempfile.TemporaryDirectory(prefix=PROCESS_PREFIX, dir=temporary_folder())
+    with made as name, lock(Path(name, PROCESS_LOCK)):
         try:
             yield Path(name)
         finally:
@@ -182,7 +189,7 @@ def _empty(folder: Path) -> None:
 
 def remove_abandoned_process_folders() -> None:
     """Remove the temporary folders of this user's killed processes."""
-    for folder in Path(tempfile.gettempdir()).glob(f"{PROCESS_PREFIX}*"):
+    for folder in temporary_folder().glob(f"{PROCESS_PREFIX}*"):
         with contextlib.suppress(Busy, FileNotFoundError):
             if not _is_abandoned(folder):
                 continue

@@ -17,7 +17,7 @@ from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from paragen.common import cli, files
+from paragen.common import cli, files, locks
 
 if TYPE_CHECKING:
     import pyarrow as pa
@@ -114,7 +114,7 @@ def batches_in_child(
     }  # fmt: skip
     command = [sys.executable, "-m", "paragen.common.parquet_files", str(path.absolute()), json.dumps(options)]
     environment = {**cli.environment_for_modules(), **CHILD_SETTINGS}
-    with tempfile.TemporaryFile() as complaints:
+    with tempfile.TemporaryFile(dir=locks.temporary_folder()) as complaints:
         child = subprocess.Popen(command, stdout=subprocess.PIPE, stderr=complaints, env=environment)
         assert child.stdout is not None
         broken: Exception | None = None
