@@ -100,7 +100,7 @@ def by_this(scorer: Any) -> list[dict[str, list]]:
     scorer.base.use_fused_kernels()
     stacked = StackedModel(scorer.base.model, scorer.reader.layers)
     found = scorer.scorer_of(stacked, scorer.questions).score(
-        scorer.reader.stack([evaluation.BASE, scorer.reader.last])
+        scorer.reader.stack([evaluation.BASE, scorer.reader.compared])
     )
     return [
         {
@@ -120,7 +120,7 @@ def by_peft(scorer: Any) -> list[dict[str, list]]:
 
     config = adapter_config.lora_config(scorer.reader.config)
     model = PeftModel(scorer.base.model, config, autocast_adapter_dtype=False).eval()
-    set_peft_model_state_dict(model, scorer.reader.read(scorer.reader.last))
+    set_peft_model_state_dict(model, scorer.reader.read(scorer.reader.compared))
     models = []
     for without in (model.disable_adapter, contextlib.nullcontext):
         found: dict[str, list] = {"likelihoods": [], "losses": [], "tokens": []}

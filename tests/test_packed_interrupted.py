@@ -225,7 +225,8 @@ def test_masks_of_an_earlier_version_are_not_gone_on_with(tmp_path, capsys):
         present = interrupted.circumstances(identity, {"lora_dropout": dropped}, ["cpu"], engine)
         checkpoint = tmp_path / "checkpoint-4"
         checkpoint.mkdir(exist_ok=True)
-        (checkpoint / "optimizer.pt").write_bytes(b"moments")
+        for name in interrupted.NEEDED:
+            (checkpoint / name).write_bytes(b"moments")
         earlier = {key: value for key, value in present.items() if key != "dropout_stream"}
         interrupted.record(tmp_path, earlier, {4: interrupted.hashes_of(checkpoint)})
         assert interrupted.whole_steps(tmp_path, present) == ([4] if goes_on else [])

@@ -267,3 +267,17 @@ def test_two_processes_go_on_as_one(project, undisturbed, tmp_path):
     result = project.train(project.pretrain, *LONG, DEVICES="cpu,cpu")
     assert result.status == 0 and GOES_ON.format(last) in result.output, result.output
     assert_equal(project, other)
+
+
+@pytest.mark.parametrize("missing", sorted(interrupted.NEEDED))
+def test_a_checkpoint_that_was_recorded_while_its_folder_was_removed_is_not_gone_on_from(tmp_path, missing):
+    """A second signal can end the wait for the threads that write, before the folder is removed."""
+    checkpoint, present = tmp_path / "checkpoint-4", interrupted.circumstances({"data": []}, {}, ["cpu"])
+    checkpoint.mkdir()
+    for name in interrupted.NEEDED:
+        (checkpoint / name).write_text("whole")
+    interrupted.add(tmp_path, present, 4)
+    assert interrupted.whole_steps(tmp_path, present) == [4]
+    (checkpoint / missing).unlink()
+    interrupted.add(tmp_path, present, 4)
+    assert interrupted.whole_steps(tmp_path, present) == []

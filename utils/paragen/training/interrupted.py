@@ -14,7 +14,7 @@ from typing import Any
 
 from paragen.collection import run_files, run_identity
 from paragen.collection.manifest import PACKAGES
-from paragen.common import devices, files, settings
+from paragen.common import devices, files, paths, settings
 from paragen.common.cli import say
 from paragen.recipes import keys
 
@@ -22,6 +22,7 @@ RECORD = "whole_checkpoints.json"  # in a staging folder
 UNLOGGED = "unlogged_loss_{}.json"  # in a checkpoint folder, per process: the loss since the last line of the log
 PACKED_DROPOUT = 2  # which random numbers the packed engine's dropout has (see packed/dropout.py)
 KEPT = (RECORD, run_files.LOG)  # beside the checkpoints
+NEEDED = {paths.ADAPTER, "optimizer.pt", run_files.STATE}  # of a checkpoint, to go on from it
 
 
 def circumstances(
@@ -167,8 +168,8 @@ def _whole_steps(staging: Path, known: dict[int, dict[str, str]]) -> list[int]:
         checkpoint = staging / run_files.checkpoint_folder(step)
         if not checkpoint.exists():  # save_total_limit deletes the oldest before the next one is recorded
             continue
-        if hashes_of(checkpoint) != known[step]:
-            break
+        if hashes_of(checkpoint) != known[step] or not known[step].keys() >= NEEDED:
+            break  # files may be missing that a process was removing when the rest was recorded
         whole.append(step)
     return whole
 
