@@ -212,6 +212,7 @@ class Hub(BaseHTTPRequestHandler):
     """One data set, me/sums, at one commit."""
 
     protocol_version = "HTTP/1.1"
+    disable_nagle_algorithm = True  # headers and content are sent apart, and each would wait for the other's receipt
     commit = "a" * 40
     files: dict[str, bytes] = {}
 

@@ -119,6 +119,7 @@ class Site(ThreadingHTTPServer):
 
 class Handler(BaseHTTPRequestHandler):
     protocol_version = "HTTP/1.1"
+    disable_nagle_algorithm = True  # headers and content are sent apart, and each would wait for the other's receipt
 
     def do_GET(self):
         path = self.path.removeprefix("/mirror/")

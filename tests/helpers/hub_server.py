@@ -72,6 +72,7 @@ class Hub:
 
 class Handler(BaseHTTPRequestHandler):
     protocol_version = "HTTP/1.1"
+    disable_nagle_algorithm = True  # headers and content are sent apart, and each would wait for the other's receipt
     hub: Hub
 
     def do_HEAD(self) -> None:

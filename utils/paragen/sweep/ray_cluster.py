@@ -67,6 +67,7 @@ def start_ray(ray: Any) -> None:
         os.environ["CUDA_VISIBLE_DEVICES"] = ",".join(devices.choose())  # Ray then sees these GPUs alone
     if not address:
         check_temporary_room()
+        os.environ.setdefault("RAY_prestart_worker_first_driver", "0")  # else a Python is started for each core
     handler = signal.getsignal(signal.SIGTERM)
     try:
         ray.init(
