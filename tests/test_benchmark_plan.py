@@ -406,6 +406,18 @@ def test_the_share_closed_of_several_datasets_is_a_ratio_of_sums():
     assert (total["better_loss"]["mean"], total["worse_loss"]["mean"], total["without_prompts"]) == (3, 0, [])
 
 
+def test_the_share_of_the_accuracy_is_from_base_to_own_as_that_of_the_loss_is():
+    right = {"base": [0] * 100, "own": [1] * 80 + [0] * 20, "generated-mean": [1] * 20 + [0] * 80}
+    levels = {"base": 3.0, "own": 1.0, "generated-mean": 2.0, "swapped-mean": 3.0}
+    losses = {name: [level] * 100 for name, level in levels.items()}
+    one = results.Measured([part(losses, right={**right, "swapped-mean": [0] * 100})], "A")
+    assert results.closed([one], "generated-mean", "accuracy")["value"] == pytest.approx(0.25)
+    group = results.group_of("A", [one])
+    assert "25 %" in next(line for line in benchmark_page.sentences_of(group) if "of the accuracy" in line)
+    worse = results.Measured([part(losses, right={**right, "own": [0] * 100, "swapped-mean": [0] * 100})], "A")
+    assert results.closed([worse], "generated-mean", "accuracy")["value"] is None, "there is nothing to close"
+
+
 def test_variants_of_one_rule_count_as_one_rule_in_the_interval_of_a_total():
     """Four variants each of two rules, of which one is closed wholly and one not at all: any share may be the truth."""
     made = [measured(3.0, 1.0, 1.0 if number % 2 else 3.0, seed=number, family=str(number % 2)) for number in range(8)]

@@ -126,8 +126,9 @@ def closed(measured: Sequence[Measured], method: str, kind: str = "loss") -> Fig
     for one in measured:
         base, own, found = ((one.loss if kind == "loss" else one.accuracy)(name) for name in ("base", "own", method))
         if base is not None and own is not None and found is not None:
-            gained.append(base - found)
-            possible.append(base - own)
+            sign = -1 if kind == "loss" else 1  # less of the one is better, and more of the other
+            gained.append(sign * (found - base))
+            possible.append(sign * (own - base))
             families.append(one.family)
     if not gained:
         return {"value": None, "interval": None}
