@@ -24,6 +24,7 @@ class SceneReader(FactorReader):
 
     def __init__(self, scene: Scene, on_gpu: bool, broken: int | None):
         self.scene, self.on_gpu, self.broken, self.compared = scene, on_gpu, broken, 1
+        self.layers, self.config, self.name = scene.layers, {}, "adapters"
         self.sizes = []  # of the groups that were stacked
 
     def stack(self, steps):
@@ -35,6 +36,9 @@ class SceneReader(FactorReader):
     def verify(self, steps):
         pass
 
+    def read(self, step):
+        return self.scene.adapters[step]
+
 
 class SceneScorer(CollectionScorer):
     """Scores a scene's adapters on choices."""
@@ -42,11 +46,12 @@ class SceneScorer(CollectionScorer):
     def __init__(self, scene: Scene, questions: list[Question], on_gpu: bool, broken: int | None = None):
         self.reader = SceneReader(scene, on_gpu, broken)
         self.base, self.questions, self.metric = (
-            SimpleNamespace(model=scene.model, dtype=scene.dtype),
+            SimpleNamespace(model=scene.model, dtype=scene.dtype, use_fused_kernels=lambda: None),
             questions,
             "choice",
         )
-        self.encoder, self.scene = SimpleNamespace(decode=str), scene
+        tokenizer = SimpleNamespace(pad_token_id=3)
+        self.encoder, self.scene = SimpleNamespace(decode=str, stops=[1], tokenizer=tokenizer), scene
 
     def groups(self) -> Iterator[dict]:
         return self._score_all(self.scene.scorer(self.questions), [BASE, 1, 2, 3, 4, 5, 6])
@@ -112,6 +117,33 @@ def test_a_model_that_our_attention_gets_wrong_continues_with_its_own(every_mode
     assert not attention.has_shared_attention(scene.model)
     with pytest.raises(UserError, match="the scores of this model would be wrong"):
         scorer.check(compared, [[one + 1 for one in losses] for losses in expected])
+
+
+@pytest.mark.parametrize("is_mistake", [False, True])
+def test_where_rounding_moves_a_short_response_many_are_compared_together(every_model, monkeypatch, is_mistake):
+    """Of large adapters bfloat16 rounds so much that a short response is off by half a nat, here and by PEFT itself."""
+    scene = Scene(every_model / "llama-7b", count=1, dtype=torch.float32)
+    questions = [question(prompt, [[*range(20, 22)], [21]]) for prompt in prompts([*range(5, 45)])]
+    scorer, compared = SceneScorer(scene, questions, False), []
+    scorer.base.dtype = torch.bfloat16
+
+    def losses(_model, _config, _tensors, some, _name):
+        compared.append(len(some))
+        off = [0.5 if is_mistake or number % 2 else -0.5 for number in range(len(some))]
+        both = scene.scorer(some).score(scene.factors())
+        return [[one.loss * (1 + share) for one, share in zip(results, off, strict=True)] for results in both]
+
+    monkeypatch.setattr(peft_comparison, "peft_losses", losses)
+    if is_mistake:
+        with pytest.raises(UserError, match="the scores of this model would be wrong"):
+            next(scorer.scores([1]))
+    else:
+        assert next(scorer.scores([1])).keys() == {1}
+    assert compared == [2, peft_comparison.MANY]
+    scorer.base.dtype = torch.float32
+    with pytest.raises(UserError, match="the scores of this model would be wrong"):
+        next(scorer.scores([1]))
+    assert compared[2:] == [2], "float32 does not round so much"
 
 
 def test_of_adapters_in_memory_the_smallest_is_compared_with_peft():

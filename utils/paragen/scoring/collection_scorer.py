@@ -64,17 +64,35 @@ class AdapterScorer:
         """
         if not gc.get_freeze_count():
             gc.freeze()  # imported modules stay, and looking through them again and again would hold up all threads
-        compared = peft_comparison.questions_to_compare(self.questions)
+        try:
+            stacked = self._compared(peft_comparison.questions_to_compare(self.questions))
+        except UserError:
+            if self.base.dtype is torch.float32:
+                raise
+            # A large adapter, as a generator can write it, amplifies what half precision rounds in a short response.
+            stacked = self._compared(peft_comparison.questions_to_compare(self.questions, peft_comparison.MANY))
+        try:
+            yield from self._score_all(self.scorer_of(stacked, self.questions), steps)
+        finally:
+            stacked.close()
+
+    def _compared(self, questions: list[Question]) -> StackedModel:
+        """The model with stacked adapters, which gives these questions the losses that PEFT does.
+
+        Raises UserError where it gives others, and where PEFT does not load the compared adapter.
+        """
+        adapter = self.reader.read(self.reader.compared)
         expected = peft_comparison.peft_losses(
-            self.base.model, self.reader.config, self.reader.read(self.reader.compared), compared, self.reader.name
+            self.base.model, self.reader.config, adapter, questions, self.reader.name
         )
         self.base.use_fused_kernels()
         stacked = StackedModel(self.base.model, self.reader.layers)
         try:
-            self._check(self.scorer_of(stacked, compared), expected)
-            yield from self._score_all(self.scorer_of(stacked, self.questions), steps)
-        finally:
+            self._check(self.scorer_of(stacked, questions), expected)
+        except BaseException:
             stacked.close()
+            raise
+        return stacked
 
     def scorer_of(self, stacked: StackedModel, questions: list[Question]) -> Scorer:
         """A scorer of some questions for the model with stacked adapters."""

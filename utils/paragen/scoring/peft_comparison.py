@@ -19,19 +19,22 @@ from paragen.scoring.questions import Question
 from paragen.scoring.scorer import Scorer
 
 MAX_TOKENS = 1024  # of a compared question; PEFT's forward pass computes the logits of all tokens
+MANY = 32  # questions that are compared together where one of two was off
 ANSWER_TOKENS = 8  # of an answer that are compared
 # Nats per token. In bfloat16, of 48 short responses of SmolLM2-135M the worst is off by 0.12, here and by PEFT itself
 # (bench/score_agreement.py, against float32); float16 has three bits more.
 TOLERANCE = {torch.float32: 1e-3, torch.float16: 5e-2, torch.bfloat16: 0.25}
+TOGETHER = 4  # so many times less where many questions are compared together: rounding averages out, a mistake does not
 TIE = {torch.float32: 1e-2, torch.float16: 0.2, torch.bfloat16: 1.0}  # nats between tokens that are as good as equal
 LARGE_LOGIT = 32  # which bfloat16 rounds to an eighth
 
 
-def questions_to_compare(questions: list[Question]) -> list[Question]:
-    """Two of the questions: the shortest, and the longest of at most MAX_TOKENS tokens."""
+def questions_to_compare(questions: list[Question], most: int = 2) -> list[Question]:
+    """Some questions, from the shortest to the longest of at most MAX_TOKENS tokens; two, where there is one, too."""
     by_length = sorted(questions, key=_length)
     short = [question for question in by_length if _length(question) <= MAX_TOKENS] or by_length[:1]
-    return [short[0], short[-1]]
+    count = max(2, min(most, len(short)))
+    return [short[number * (len(short) - 1) // (count - 1)] for number in range(count)]
 
 
 def _length(question: Question) -> int:
@@ -74,7 +77,7 @@ def peft_losses(
 
 
 def check_losses(found: list[list[QuestionResult]], expected: list[list[float]], dtype: torch.dtype) -> None:
-    """Raise UserError unless losses are PEFT's, within TOLERANCE.
+    """Raise UserError unless losses are PEFT's, within TOLERANCE: each of two questions, or more of them together.
 
     Args:
         found: what the base model and a checkpoint make of the compared questions.
@@ -82,9 +85,11 @@ def check_losses(found: list[list[QuestionResult]], expected: list[list[float]],
         dtype: what the model computes in.
     """
     for results, losses in zip(found, expected, strict=True):
-        for result, loss in zip(results, losses, strict=True):
-            off = abs(result.loss - loss) / result.token_count
-            if not off <= TOLERANCE[dtype] * max(1.0, loss / result.token_count):
+        pairs = [(one.loss, loss, one.token_count) for one, loss in zip(results, losses, strict=True)]
+        together = len(pairs) > 2
+        for own, loss, tokens in [tuple(map(sum, zip(*pairs, strict=True)))] if together else pairs:
+            off = abs(own - loss) / tokens
+            if not off <= TOLERANCE[dtype] / (TOGETHER if together else 1) * max(1.0, loss / tokens):
                 raise _wrong_scores(off, "PEFT's own forward pass")
 
 
