@@ -268,7 +268,7 @@ def test_long_rows_are_fewer_in_a_step_of_the_second_stage():
         return [len(row.tokens) for row in second_stage.fitting(rows)]
 
     assert lengths(*[60] * 8) == [60] * 8
-    assert lengths(500, 500, 500) == [500, 500] and lengths(2000, 1) == [2000]
+    assert lengths(300, 300, 300) == [300, 300] and lengths(2000, 1) == [2000]
 
 
 @pytest.fixture(scope="module")

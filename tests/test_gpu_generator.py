@@ -12,6 +12,9 @@ pytestmark = [pytest.mark.gpu, pytest.mark.skipif(not torch.cuda.is_available(),
 
 SETTINGS = {"TRAIN_STEPS": 60, "BASE_STEPS": 6, "WIDTH": 64, "MIX": 1}
 CLOSE = 0.05  # of the losses in bfloat16, beside those in float32
+# Of the factors from prompts that are read in bfloat16, beside float32: what tells prompts from each other is a small
+# part of their hidden states, so that their rounding counts for more (0.13 on an H200).
+ALIKE = 0.3
 
 
 def losses_of(project, name: str) -> dict[str, float]:
@@ -31,4 +34,4 @@ def test_a_generator_has_the_losses_it_has_on_the_cpu_wherever_checkpoints_are_k
         run(project, "generate", GENERATOR="device", DATASET=MIXTURE, SAMPLES=1, OUT=out, DEVICES=device)
         made[device] = load_file(out / MIXTURE / "1" / "adapter_model.safetensors")
     for key, value in made["cpu"].items():
-        assert (made["0"][key] - value).norm() <= CLOSE * value.norm(), key
+        assert (made["0"][key] - value).norm() <= ALIKE * value.norm(), key

@@ -27,7 +27,7 @@ from paragen.scoring import factors
 from paragen.scoring.questions import Question
 
 TASKS, ROWS = 16, 8  # of a step: so many adapters, each on so many rows at most
-TOKENS = 1024  # of a task in a step, which has fewer rows where they are long: a step's activations have to fit
+TOKENS = 640  # of a task in a step, which has fewer rows where they are long: its time and memory grow with them
 MOST_ROWS = 400  # of a task that are tokenised
 NO_OPTIMIZER = {"betas": (0.9, 0.999), "eps": 1e-8, "weight_decay": 0.0}  # the engine's own; its rates are zero
 
@@ -58,6 +58,7 @@ class BaseLoss:
             for one, tasks in zip(draws, self.tasks, strict=True)
         ]
         self.order = engine_order(layout).to(model.device)
+        self.place = torch.argsort(self.order)  # the inverse; scattering would sort all indices in each step
         self.attention = model.config._attn_implementation
         self.engine: Engine | None = None
         scaling = lora_config.scaling_of(config, checkpoints.layers_of(layout.shapes)[0])
@@ -122,9 +123,7 @@ class _Loss(torch.autograd.Function):
             own.detach().copy_(vector)
         with torch.enable_grad():
             engine.runner.run(base.steps[step], [0.0] * TASKS)
-        gradient = torch.empty_like(ordered)
-        gradient[:, base.order] = torch.stack(engine.gradients) / TASKS
-        ctx.save_for_backward(gradient)
+        ctx.save_for_backward(torch.stack(engine.gradients)[:, base.place] / TASKS)
         return engine.losses.mean()
 
     @staticmethod
