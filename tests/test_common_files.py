@@ -129,7 +129,7 @@ def test_the_next_write_removes_what_a_killed_one_left_and_nothing_that_lives(tm
     assert not remote.exists()
 
 
-def test_the_end_of_a_process_removes_temporary_folders_of_killed_ones(tmp_path, monkeypatch):
+def test_temporary_folders_of_killed_processes_are_removed_and_those_of_live_ones_stay(tmp_path, monkeypatch):
     monkeypatch.setattr(tempfile, "tempdir", str(tmp_path))
     killed.killed(lambda pause: stand_still_in_a_folder(pause))
     (left,) = tmp_path.glob("paragen-*")
@@ -138,9 +138,9 @@ def test_the_end_of_a_process_removes_temporary_folders_of_killed_ones(tmp_path,
     os.utime(left, (long_ago, long_ago))
     with killed.running(lambda pause: stand_still_in_a_folder(pause)):
         with locks.process_folder() as folder:
-            assert left.exists()
-        assert not left.exists() and not folder.exists() and (tmp_path / "paragen-notes").is_dir()
-        assert len(list(tmp_path.glob("paragen-*"))) == 2, "one is of a live process"
+            locks.remove_abandoned_process_folders()
+            assert not left.exists() and folder.exists() and (tmp_path / "paragen-notes").is_dir()
+        assert not folder.exists() and len(list(tmp_path.glob("paragen-*"))) == 2, "one is of a live process"
 
 
 @pytest.mark.parametrize("place", range(4))

@@ -167,7 +167,7 @@ def temporary_folder() -> Path:
 def process_folder() -> Iterator[Path]:
     """A temporary folder for this process until the body ends.
 
-    It holds a lock inside, which tells it from the folder of a killed process; such folders are removed at the end.
+    It holds a lock inside, which tells it from the folder of a killed process: each command removes such at its end.
     """
     made = tempfile.TemporaryDirectory(prefix=PROCESS_PREFIX, dir=temporary_folder())
     with made as name, lock(Path(name, PROCESS_LOCK)):
@@ -175,7 +175,6 @@ def process_folder() -> Iterator[Path]:
             yield Path(name)
         finally:
             _empty(Path(name))
-    remove_abandoned_process_folders()
 
 
 def _empty(folder: Path) -> None:

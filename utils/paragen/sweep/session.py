@@ -7,7 +7,7 @@ import os
 
 import psutil
 
-from paragen.common import cli, locks
+from paragen.common import cli
 from paragen.common.cli import UserError
 from paragen.sweep import ray_cluster, stage
 
@@ -45,7 +45,6 @@ class Session:
                 stage.stop_file_server(self.ray, self.file_server)
             self.is_up = False
             self.ray.shutdown()
-        locks.remove_abandoned_process_folders()  # of workers that have ended already; later calls remove the others'
 
     def is_dead(self) -> bool:
         """Whether this machine's own Ray died; on a cluster always False.

@@ -2,7 +2,6 @@
 
 import contextlib
 import os
-import tempfile
 import threading
 from collections.abc import Iterator
 from pathlib import Path
@@ -21,7 +20,7 @@ def parent_folder(settings: dict[str, str]) -> Path:
     It is STAGE_DIR of the sweep, else of the node, else a folder in the node's temporary one.
     """
     named = settings.get("STAGE_DIR") or os.environ.get("STAGE_DIR")
-    return Path(named or Path(tempfile.gettempdir(), f"paragen-stage-{os.getuid()}")).expanduser().resolve()
+    return Path(named or locks.temporary_folder() / f"paragen-stage-{os.getuid()}").expanduser().resolve()
 
 
 def make_private(folder: Path) -> None:
