@@ -1,7 +1,7 @@
 """The list of commands behind bench/README.md's tables of generators, one after the other, with the time of each.
 
     .venv/bin/python bench/generator_tables.py FOLDER [--rows 1120] [--made-rows 1200] [--seconds 1500]
-        [--settings "TRAIN_STEPS=100 BASE_STEPS=1200"] [--baselines none] [--per-device 3]
+        [--settings "TRAIN_STEPS=100 BASE_STEPS=1200"] [--baselines none] [--per-device 3] [--tables real rules]
 
 From prepared files in FOLDER (see bench/generator.py) to the report, in a clone of the repository, whose data and saves
 it fills. saves/benchmarks/commands.json records what is done: a call that was killed, or stopped after --seconds, is
@@ -29,6 +29,7 @@ from paragen.common import cli, files, paths
 from paragen.common.cli import UserError, say
 
 MODEL = "smollm2-135m"
+TABLES = ["real", "variants", "rules"]
 STOPPED = 128 + signal.SIGINT
 
 
@@ -52,15 +53,18 @@ def commands(args: argparse.Namespace, made: Sequence[str]) -> list[list[str]]:
     ]
     table += [*args.settings.split(), f"BASELINES={args.baselines}"]
     prepare = [str(Path(__file__).with_name("generator.py")), str(args.folder), "--rows", str(args.rows)]
+    tables = {
+        "real": [f"DATASET={' '.join(real)}", "LIMIT=240", "LOSS_ONLY=math"],
+        "variants": ["CATEGORY=made", "VARIANTS=1 3 6 12", "LIMIT=64", "SAMPLES=2"],
+        "rules": ["CATEGORY=made", "LIMIT=64", "SAMPLES=2", "REPEATS=1"],
+    }
     return [
         ["make", "model", f"MODEL={MODEL}"],
         [sys.executable, *prepare, "--model", MODEL],
         ["make", "made-tasks", f"MODEL={MODEL}", *rows],
         ["make", "collect-all", "CATEGORY=all", f"DATASET={' '.join([*real, *made])}", *cells],
         ["make", "verify", "CATEGORY=all"],
-        [*table, "CATEGORY=made", "VARIANTS=1 3 6 12", "LIMIT=64", "SAMPLES=2"],
-        [*table, f"DATASET={' '.join(real)}", "LIMIT=240", "LOSS_ONLY=math"],
-        [*table, "CATEGORY=made", "LIMIT=64", "SAMPLES=2", "REPEATS=1"],
+        *([*table, *tables[name]] for name in args.tables),
         ["make", "report"],
     ]
 
@@ -84,6 +88,7 @@ def main() -> None:
     parser.add_argument("--made-rows", type=int, help="rows of a made task to train on (default: make made-tasks's)")
     parser.add_argument("--settings", default="TRAIN_STEPS=100 BASE_STEPS=1200", help="of generators: %(default)s")
     parser.add_argument("--baselines", default="none", help="BASELINES (default: %(default)s)")
+    parser.add_argument("--tables", nargs="+", default=TABLES, choices=TABLES, help="which, and in which order")
     parser.add_argument("--per-device", type=int, default=3, help="processes on a device (default: %(default)s)")
     parser.add_argument("--seconds", type=float, default=float("inf"), help="stop after so many")
     args = parser.parse_args()

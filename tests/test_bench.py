@@ -109,13 +109,16 @@ def test_the_tables_commands_name_every_task_and_targets_that_there_are(monkeypa
     with pytest.raises(UserError, match="stopped in command 1"):
         generator_tables.main()
     args = argparse.Namespace(
-        folder=Path("files"), rows=1120, made_rows=1200, settings="BASE_STEPS=4", baselines="none", per_device=3
-    )
+        folder=Path("files"), rows=1120, made_rows=1200, settings="BASE_STEPS=4", baselines="none", per_device=3,
+        tables=["rules", "real"],
+    )  # fmt: skip
     found = generator_tables.commands(args, ["made-a"])
     targets = set(re.findall(r"^([a-z-]+):", (ROOT / "Makefile").read_text(), re.MULTILINE))
     assert {words[1] for words in found if words[0] == "make"} <= targets
     assert "DATASET=ARC-c-1120 ARC-e-1120" in " ".join(found[3]) and "made-a" in " ".join(found[3])
-    assert all("BASE_STEPS=4" in words for words in found if "benchmark-generator" in words)
+    made = [words for words in found if "benchmark-generator" in words]
+    assert all("BASE_STEPS=4" in words for words in made)
+    assert ["CATEGORY=made" in words for words in made] == [True, False] and "ARC-c-1120" in " ".join(made[1])
 
 
 def test_the_bytes_of_a_staged_sweep_are_given_by_node_and_by_cell():

@@ -17,7 +17,7 @@ UNSUPPORTED = {
 MODELS = {
     "gemma-3-4b": "processor",
     "qwen2.5-vl-3b": "processor",
-    "gpt2": "dropout",
+    "gpt2": "is not a linear layer with plain LoRA",
     "bert": "dropout",
 }
 
