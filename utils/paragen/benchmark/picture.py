@@ -9,6 +9,7 @@ from paragen.common import files
 
 MARKS = {"base": "x", "mean": "s", "nearest": "^", "weighted": "D", "generated-mean": "o", "own": "*", "union": "v",
          "few": "P", "context": "h", "swapped-mean": "1"}  # fmt: skip
+FARTHEST = 1.5  # share closed, either way, that is shown
 MOST_ROWS = 40  # datasets that have a line each; of more, each family has one, of means without intervals
 
 
@@ -88,7 +89,6 @@ def _course(figure: Any, groups: list[dict[str, Any]]) -> None:
         axes = figure.add_subplot(1, 3, place)
         totals = [group["totals"]["all"] for group in groups]
         if kind == "closed":
-            axes.set_ylim(-0.6, 1.2)
             for key, label in (("closed", "of the loss"), ("closed_accuracy", "of the accuracy")):
                 found = [(at, total[key].get("generated-mean")) for at, total in enumerate(totals)]
                 points = [(at, one) for at, one in found if one and one["value"] is not None]
@@ -97,6 +97,8 @@ def _course(figure: Any, groups: list[dict[str, Any]]) -> None:
                     errors = [[max(0.0, one["value"] - one["interval"][0]) for _, one in points],
                               [max(0.0, one["interval"][1] - one["value"]) for _, one in points]]  # fmt: skip
                     axes.errorbar([at for at, _ in points], values, yerr=errors, fmt="o-", label=label, capsize=3)
+                    axes.legend(fontsize="small", loc="upper left")
+            axes.set_ylim(max(axes.get_ylim()[0], -FARTHEST), min(axes.get_ylim()[1], FARTHEST))
         else:
             for method, mark in MARKS.items():
                 points = [(at, total[kind][method]) for at, total in enumerate(totals) if method in total[kind]]
@@ -107,5 +109,5 @@ def _course(figure: Any, groups: list[dict[str, Any]]) -> None:
         axes.set_xlabel("variants of each family to train on")
         axes.set_title(title, fontsize="medium")
         axes.grid(alpha=0.3)
-        if axes.get_legend_handles_labels()[0]:
-            axes.legend(fontsize="x-small")
+    methods = figure.axes[0].get_legend_handles_labels()
+    figure.legend(*methods, loc="outside lower center", ncols=len(methods[0]), fontsize="small")
