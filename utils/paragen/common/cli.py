@@ -82,11 +82,11 @@ def print_table(head: tuple[str, ...], rows: Sequence[tuple[str, ...]]) -> None:
         say("  ".join(text.ljust(width) for text, width in zip(row, widths, strict=True)).rstrip())
 
 
-AT_END: list[Callable[[], None]] = []  # what a command does when its `main` has returned: rooms above add to it
+AT_END: list[Callable[[], None]] = []  # what a command does when its `main` has ended: rooms above add to it
 
 
 def run(main: Callable[[], int | None]) -> None:
-    """Run `main`, then what is in AT_END, and exit with the status that `main` returned (None: 0).
+    """Run `main`, then, however it ended, what is in AT_END; exit with the status that `main` returned (None: 0).
 
     A UserError or a storage error (full or failing disk, no permission, a link to itself) ends in one line on stderr
     and status 1. Ctrl-C, SIGTERM and SIGHUP (a lost terminal) run every `finally` and end in status 130, 143 and 129.
@@ -103,9 +103,12 @@ def run(main: Callable[[], int | None]) -> None:
         if number != signal.SIGINT or signal.getsignal(number) is not signal.SIG_IGN:  # a shell's background jobs
             signal.signal(number, stop)
     try:
-        status = main() or 0
-        for task in AT_END:
-            task()
+        try:
+            status = main() or 0
+        finally:
+            for task in AT_END:
+                with contextlib.suppress(OSError):  # how `main` ended matters more
+                    task()
         sys.exit(status)
     except KeyboardInterrupt:
         print("stopped", file=sys.stderr)

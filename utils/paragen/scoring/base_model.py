@@ -38,7 +38,8 @@ class BaseModel:
 
     def __init__(self, recipe: dict[str, Any], folder: Path, loaded: PreTrainedModel | None = None):
         templates.register()
-        self.folder, self.key, self.dtype = folder, base_key(recipe, folder), dtype_of(recipe)
+        self.recipe, self.folder = recipe, folder
+        self.key, self.dtype = base_key(recipe, folder), dtype_of(recipe)
         given = {
             **loading_settings(recipe, folder),
             **manifest_recipe.text_settings(recipe),
@@ -66,6 +67,10 @@ class BaseModel:
                 for parameter in self.loaded.parameters():  # LLaMA-Factory keeps the dtype in which files store them
                     parameter.data = parameter.data.to(self.dtype)
         return self.loaded
+
+    def another(self) -> "BaseModel":
+        """The same, loaded from its folder again, as nothing has changed it."""
+        return BaseModel(self.recipe, self.folder)
 
     @property
     def max_tokens(self) -> int:

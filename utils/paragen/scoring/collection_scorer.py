@@ -64,27 +64,39 @@ class AdapterScorer:
         """
         if not gc.get_freeze_count():
             gc.freeze()  # imported modules stay, and looking through them again and again would hold up all threads
+        few = peft_comparison.questions_to_compare(self.questions)
         try:
-            stacked = self._compared(peft_comparison.questions_to_compare(self.questions))
-        except UserError:
-            if self.base.dtype is torch.float32:
-                raise
-            # A large adapter, as a generator can write it, amplifies what half precision rounds in a short response.
-            stacked = self._compared(peft_comparison.questions_to_compare(self.questions, peft_comparison.MANY))
+            stacked = self._compared(few, self._expected(few, self.base))
+        except peft_comparison.WrongScores as wrong:
+            stacked = self._compared_again(wrong)
         try:
             yield from self._score_all(self.scorer_of(stacked, self.questions), steps)
         finally:
             stacked.close()
 
-    def _compared(self, questions: list[Question]) -> StackedModel:
-        """The model with stacked adapters, which gives these questions the losses that PEFT does.
+    def _compared_again(self, wrong: peft_comparison.WrongScores) -> StackedModel:
+        """As `_compared`, where one of two questions was off: a large adapter, as a generator can write it, amplifies
+        what half precision rounds in a short response, so that many questions tell more.
 
-        Raises UserError where it gives others, and where PEFT does not load the compared adapter.
+        The model has got kernels for scoring by now, so that PEFT's losses are those of a model that is loaded again.
         """
+        if self.base.dtype is torch.float32:
+            raise wrong
+        many = peft_comparison.questions_to_compare(self.questions, peft_comparison.MANY)
+        try:
+            expected = self._expected(many, self.base.another())
+        except torch.OutOfMemoryError:
+            raise wrong from None
+        devices.free_memory()
+        return self._compared(many, expected)
+
+    def _expected(self, questions: list[Question], base: BaseModel) -> list[list[float]]:
+        """PEFT's losses of questions. Raises UserError where PEFT does not load the compared adapter."""
         adapter = self.reader.read(self.reader.compared)
-        expected = peft_comparison.peft_losses(
-            self.base.model, self.reader.config, adapter, questions, self.reader.name
-        )
+        return peft_comparison.peft_losses(base.model, self.reader.config, adapter, questions, self.reader.name)
+
+    def _compared(self, questions: list[Question], expected: list[list[float]]) -> StackedModel:
+        """The model with stacked adapters. Raises WrongScores where it does not give questions the expected losses."""
         self.base.use_fused_kernels()
         stacked = StackedModel(self.base.model, self.reader.layers)
         try:
