@@ -36,6 +36,28 @@ def test_a_signal_decides_the_status_whatever_a_library_makes_of_it(number, stat
     assert (ended.returncode, "Traceback" in ended.stderr) == (status, False), ended.stderr
 
 
+@pytest.mark.parametrize(("end", "status"), [
+    ("return 0", 0), ("raise cli.UserError('wrong')", 1), ("os.kill(os.getpid(), 15); time.sleep(20)", 143),
+])  # fmt: skip
+def test_what_is_done_at_the_end_is_done_however_a_command_ends(end, status):
+    script = f"""
+import os, sys, time
+sys.path.insert(0, sys.argv[1])
+from paragen.common import cli
+
+def main():
+    {end}
+
+def fail():
+    raise OSError("not told")
+
+cli.AT_END.extend([fail, lambda: print("done")])
+cli.run(main)
+"""
+    ended = subprocess.run([sys.executable, "-c", script, ROOT / "utils"], capture_output=True, text=True)
+    assert (ended.returncode, ended.stdout, "not told" in ended.stderr) == (status, "done\n", False), ended.stderr
+
+
 def test_ctrl_c_that_the_shell_ignores_stays_ignored():
     """So do shells for what they start in the background."""
     script = SCRIPT.replace("time.sleep(20)", "print('went on')")

@@ -169,13 +169,23 @@ def stand_still_while_removing(pause, place: int) -> None:
 def test_the_temporary_folder_is_found_without_trying_it(tmp_path, monkeypatch):
     """tempfile writes a file to try it, which stays where it is killed at that moment."""
     monkeypatch.setattr(tempfile, "tempdir", None)
-    monkeypatch.setattr(tempfile, "gettempdir", lambda: "tried")
-    monkeypatch.setenv("TMPDIR", str(tmp_path))
+    monkeypatch.setattr(tempfile, "gettempdir", lambda: pytest.fail("it was tried"))
+    for name in ("TMPDIR", "TEMP", "TMP"):
+        monkeypatch.delenv(name, raising=False)
+    assert locks.temporary_folder() == Path("/tmp")
+    monkeypatch.setenv("TMP", str(tmp_path))
     assert locks.temporary_folder() == tmp_path
     with locks.process_folder() as folder:
         assert folder.parent == tmp_path
+    (tmp_path / "own").mkdir()
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setenv("TMPDIR", "own")
+    assert locks.temporary_folder() == tmp_path / "own"
     monkeypatch.setenv("TMPDIR", str(tmp_path / "absent"))
-    assert locks.temporary_folder() == Path("tried")
+    assert locks.temporary_folder() == tmp_path
+    monkeypatch.setattr(os, "access", lambda *_: False)
+    with pytest.raises(UserError, match="set TMPDIR to one that can"):
+        locks.temporary_folder()
 
 
 def stand_still_in_a_folder(pause) -> None:

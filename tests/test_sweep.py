@@ -1,6 +1,7 @@
 """A sweep makes what single runs make, and repeats cells whose process, worker or node was killed."""
 
 import contextlib
+import errno
 import json
 import os
 import shutil
@@ -19,7 +20,7 @@ from helpers import fork_server
 from helpers.forked_python import PYTHON
 
 from paragen.common.cli import UserError
-from paragen.sweep import ray_cluster
+from paragen.sweep import ray_cluster, scoring_process
 
 pytestmark = pytest.mark.runs
 
@@ -397,6 +398,15 @@ def test_each_worker_sees_its_own_devices(tmp_path, gpus_per_cell, groups):
     assert done.returncode == 0, done.stderr
     given = [text.split(":")[1].split(",") for text in done.stderr.splitlines()[-1].split()]
     assert sorted(sum(given, [])) == ["0", "1", "2", "3"] and len(given) == groups
+
+
+def test_a_full_disk_where_scoring_starts_is_no_death_of_its_process(monkeypatch):
+    def full():
+        raise OSError(errno.ENOSPC, "No space left on device", "/tmp/paragen-x")
+
+    monkeypatch.setattr(scoring_process.locks, "process_folder", full)
+    ended = scoring_process.ScoringProcess(threading.Event()).score(Path("a"))
+    assert ended.kind == "storage" and "No space left on device" in ended.cause and "/tmp/paragen-x" in ended.cause
 
 
 @pytest.mark.parametrize(

@@ -107,7 +107,7 @@ def run(main: Callable[[], int | None]) -> None:
             status = main() or 0
         finally:
             for task in AT_END:
-                with contextlib.suppress(OSError):  # how `main` ended matters more
+                with contextlib.suppress(OSError, UserError):  # how `main` ended matters more
                     task()
         sys.exit(status)
     except KeyboardInterrupt:

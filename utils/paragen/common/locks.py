@@ -14,6 +14,7 @@ from stat import S_ISDIR, S_ISREG
 from typing import NamedTuple
 
 from paragen.common import cli, files
+from paragen.common.cli import UserError
 
 SILENT_SECONDS = 6 * 3600  # after which a run of another host, that has written nothing, is taken for dead
 LOOK_SECONDS = 0.02
@@ -158,9 +159,22 @@ PROCESS_LOCK = "paragen.lock"  # in a process's own temporary folder
 
 
 def temporary_folder() -> Path:
-    """Where temporary files go, as tempfile finds it. That writes a file to try it, which stays where it is killed."""
-    named = tempfile.tempdir or os.environ.get("TMPDIR") or "/tmp"
-    return Path(named if os.path.isdir(named) else tempfile.gettempdir())
+    """Where temporary files go: the first of the folders that tempfile tries which can be written to.
+
+    tempfile writes a file to try each, which stays where it is killed. Raises UserError where none can be written to.
+    """
+    named = [
+        tempfile.tempdir,
+        *map(os.environ.get, ("TMPDIR", "TEMP", "TMP")),
+        "/tmp",
+        "/var/tmp",
+        "/usr/tmp",
+        os.curdir,
+    ]
+    for folder in filter(None, named):
+        if os.path.isdir(folder) and os.access(folder, os.W_OK | os.X_OK):
+            return Path(folder).absolute()
+    raise UserError("no folder for temporary files can be written to; set TMPDIR to one that can")
 
 
 @contextlib.contextmanager

@@ -50,8 +50,14 @@ class ScoringProcess:
             show: the number of questions whose answers are printed.
         """
         try:
-            if self.connection is None:
-                self.connection = self._start()
+            self.connection = self.connection or self._start()
+        except (EOFError, ConnectionError):
+            return self._died()
+        except OSError as error:
+            if cli.storage_fault(error) is None:
+                raise
+            return outcome.outcome_of(error)
+        try:
             self.connection.send((folder, show))
             return self.connection.recv()
         except (EOFError, OSError):  # it died
