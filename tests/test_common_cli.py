@@ -58,6 +58,29 @@ cli.run(main)
     assert (ended.returncode, ended.stdout, "not told" in ended.stderr) == (status, "done\n", False), ended.stderr
 
 
+def test_a_second_signal_waits_for_what_the_first_one_began():
+    script = """
+import os, sys, threading, time
+sys.path.insert(0, sys.argv[1])
+from paragen.common import cli
+
+def main():
+    try:
+        os.kill(os.getpid(), 15)
+        time.sleep(20)
+    finally:
+        with cli.unstoppable():
+            os.kill(os.getpid(), 15)
+            time.sleep(0.01)
+            print("removed")
+
+threading.Thread(target=time.sleep, args=(30,), daemon=True).start()  # may get the signal
+cli.run(main)
+"""
+    ended = subprocess.run([sys.executable, "-c", script, ROOT / "utils"], capture_output=True, text=True)
+    assert (ended.returncode, ended.stdout) == (143, "removed\n"), ended.stderr
+
+
 def test_ctrl_c_that_the_shell_ignores_stays_ignored():
     """So do shells for what they start in the background."""
     script = SCRIPT.replace("time.sleep(20)", "print('went on')")

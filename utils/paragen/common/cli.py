@@ -30,6 +30,7 @@ STORAGE_ERRORS = {
 
 
 _received: list[int] = []  # signals to stop that this process got, see `run`
+_finishing: list[int] = []  # how many there were when each `unstoppable` that is at work began
 
 
 class ArgumentParser(argparse.ArgumentParser):
@@ -82,6 +83,7 @@ def print_table(head: tuple[str, ...], rows: Sequence[tuple[str, ...]]) -> None:
         say("  ".join(text.ljust(width) for text, width in zip(row, widths, strict=True)).rstrip())
 
 
+STOPPING = (signal.SIGTERM, signal.SIGHUP, signal.SIGINT)
 AT_END: list[Callable[[], None]] = []  # what a command does when its `main` has ended: rooms above add to it
 
 
@@ -97,9 +99,10 @@ def run(main: Callable[[], int | None]) -> None:
 
     def stop(number: int, _frame: FrameType | None) -> None:
         received.append(number)
-        _stop(number)
+        if not _finishing:
+            _stop(number)
 
-    for number in (signal.SIGTERM, signal.SIGHUP, signal.SIGINT):
+    for number in STOPPING:
         if number != signal.SIGINT or signal.getsignal(number) is not signal.SIG_IGN:  # a shell's background jobs
             signal.signal(number, stop)
     try:
@@ -124,6 +127,17 @@ def run(main: Callable[[], int | None]) -> None:
         if fault is None:
             raise
         fail(fault)
+
+
+@contextlib.contextmanager
+def unstoppable() -> Iterator[None]:
+    """While the body runs, signals that stop a command wait: a second one must not cut short what the first began."""
+    _finishing.append(len(_received))
+    try:
+        yield
+    finally:
+        if len(_received) > _finishing.pop():
+            check_stopped()
 
 
 def _stop(number: int) -> NoReturn:

@@ -161,8 +161,9 @@ def staged(run: Run, snapshot: Snapshot, left: Path | None) -> Iterator[Attempt]
             raise full from error
         raise
     finally:
-        if not interrupted.recorded(staging):
-            files.remove_folder(staging)
+        with cli.unstoppable():
+            if not interrupted.recorded(staging):
+                files.remove_folder(staging)
 
 
 def full_disk(folder: Path) -> UserError | None:
