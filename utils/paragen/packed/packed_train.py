@@ -228,11 +228,13 @@ class CellGroup:
             progress.report(attempt.staging, "importing LLaMA-Factory")
         from paragen.packed import frozen_base, loop  # they import LLaMA-Factory: after the devices are pinned
 
+        cli.check_stopped()  # a library that is imported may have taken the signal's exception for a fault of its own
         keep_imports()
         self.base = self.base or frozen_base.FrozenBase(self.wanted)
         ready = []
         with self.base.tokenising_ahead([attempt for _, _, attempt, _ in started]):
             for cell, run, attempt, continued in started:
+                cli.check_stopped()
                 with self._one_cell(cell):
                     try:
                         ready.append((cell, run, self.base.admit(attempt, continued)))
