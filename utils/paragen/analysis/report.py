@@ -14,13 +14,14 @@ from pathlib import Path
 from typing import Any
 
 from paragen.analysis import benchmark_page, report_cells, report_data, report_statistics
-from paragen.collection import checkpoints, evaluation, index, quality_warnings, selection
+from paragen.collection import checkpoints, derived, evaluation, index, quality_warnings, selection
 from paragen.collection.manifest import require_manifest
 from paragen.common import files, locks, paths
 from paragen.common.cli import UserError
 from paragen.model import base_models
 
 TEMPLATE, SCRIPT = "report.html", "report.js"
+NO_FAULTS = (checkpoints.UnsupportedAdapter, derived.NotReplaceable)  # of a collection without statistics
 STATES = ("complete", "stale", "broken", "collecting", "pretrained", "missing")
 
 
@@ -158,7 +159,7 @@ def described(
         pictures["heat"] = report_data.heat([checkpoints.short_layer(layer) for layer in layers], steps, change)
         places = report_data.chosen_places(len(steps), total)
         shown = steps[places], sketch[places]
-    elif isinstance(without, checkpoints.UnsupportedAdapter) or str(without) == report_statistics.NOT_MADE:
+    elif isinstance(without, NO_FAULTS) or str(without) == report_statistics.NOT_MADE:
         pictures["none"] = report_data.without_places(str(without), saves)
     else:
         raise without
