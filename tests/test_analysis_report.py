@@ -5,6 +5,7 @@ import contextlib
 import io
 import json
 import os
+import pwd
 import shutil
 import socket
 import sys
@@ -468,3 +469,35 @@ def test_a_data_file_that_may_not_be_read_is_one_line(tmp_path, monkeypatch):
     monkeypatch.setattr(Path, "read_text", refuse)
     with pytest.raises(UserError, match="a.json: cannot be read: Permission denied"):
         dataset_info.load_rows(tmp_path / "a.json")
+
+
+@pytest.mark.parametrize("whole", [True, False])
+def test_a_folder_whose_name_is_no_utf8_is_on_the_page(own, whole):
+    folder = own.top / "saves" / "math" / os.fsdecode(b"a\xff") / RUN
+    shutil.copytree(own.run_folder("finetune"), folder)
+    reseal(folder, dataset="Odd")
+    if not whole:
+        (folder / "manifest.json").unlink()
+    text = report.make()[0].read_text()
+    assert f'data-name="math/a?/{RUN}"' in text and text.count('class="open"') == 2
+    assert ("the name is not UTF-8" if whole else "has no manifest.json") in text
+
+
+@pytest.mark.parametrize(
+    "home, text, expected",
+    [
+        ("/", "/data/x/y: is gone", "/data/x/y: is gone"),
+        ("", "/data/x: is gone", "/data/x: is gone"),
+        ("/root", "/rootfs/x and /root/x and /mnt/root/x", "/rootfs/x and ~/x and /mnt/root/x"),
+        ("/home/me/", "(/home/me/x)", "(~/x)"),
+    ],
+)
+def test_the_home_folder_alone_is_shortened(tmp_path, monkeypatch, home, text, expected):
+    monkeypatch.setenv("HOME", home)
+    assert report_data.without_places(text, tmp_path / "saves") == expected
+
+
+def test_a_user_without_a_home_folder_has_none_shortened(tmp_path, monkeypatch):
+    monkeypatch.delenv("HOME", raising=False)
+    monkeypatch.setattr(pwd, "getpwuid", lambda number: {}[number])
+    assert report_data.without_places("/data/x: is gone", tmp_path / "saves") == "/data/x: is gone"

@@ -8,6 +8,7 @@ import base64
 import datetime
 import hashlib
 import json
+import os
 import sys
 import urllib.parse
 from pathlib import Path
@@ -36,7 +37,7 @@ def make(saves: Path | None = None) -> tuple[Path, int]:
         print(f"FAULTY {fault}", file=sys.stderr, flush=True)
     path = page_of(saves)
     path.parent.mkdir(parents=True, exist_ok=True)
-    files.write_atomically(path, render(facts).encode())
+    files.write_atomically(path, render(facts).encode(errors="replace"))  # a folder's name may be no UTF-8
     return path, len(facts["faults"])
 
 
@@ -196,8 +197,8 @@ def named(name: str) -> dict[str, Any]:
     rank, seed = paths.rank_in(name) or (None, None)
     return {
         "name": name,
-        "href": "../" + urllib.parse.quote(name) + "/",
-        "anchor": urllib.parse.quote(name),
+        "href": "../" + urllib.parse.quote(os.fsencode(name)) + "/",
+        "anchor": urllib.parse.quote(name, errors="replace"),
         "category": parts[0] if len(parts) > 2 else "?",
         "dataset": parts[-2] if len(parts) > 1 else "?",
         "model": selection.place_of(name).model or parts[-1].split("_lora-rank_")[0],
