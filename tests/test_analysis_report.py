@@ -6,6 +6,7 @@ import io
 import json
 import os
 import pwd
+import re
 import shutil
 import socket
 import sys
@@ -341,17 +342,27 @@ def test_statistics_for_which_no_time_is_left_are_said_and_made_later(own, monke
     assert "No pictures of its weights" not in text and len(list((own.top / "saves").rglob("stats.parquet"))) == 2
 
 
-def test_an_adapter_of_another_kind_is_a_collection_without_pictures_of_its_weights(own, monkeypatch, capsys):
+CONVOLUTION = {"x.lora_A.weight": torch.ones(4, 3, 1, 1), "x.lora_B.weight": torch.ones(5, 4, 1, 1)}
+OTHER_KINDS = {
+    "DoRA": ({"x.lora_magnitude_vector": torch.ones(3)}, ": x.lora_magnitude_vector: is no LoRA factor"),
+    "convolution": (CONVOLUTION, ": x.lora_A.weight is no matrix"),
+    "float8": ({"x.lora_A.weight": torch.ones(4, 3).to(torch.float8_e4m3fn)}, "x.lora_A.weight is F8_E4M3"),
+}
+
+
+@pytest.mark.parametrize("added, message", OTHER_KINDS.values(), ids=OTHER_KINDS)
+def test_an_adapter_of_another_kind_is_a_collection_without_pictures_of_its_weights(own, capsys, added, message):
     folder = own.run_folder("finetune")
     entries = []
     for path in sorted(folder.glob("*.safetensors"), key=lambda path: int(path.stem.split("-")[1])):
         tensors = load_file(path)
-        save_file(tensors | {"x.lora_magnitude_vector": torch.ones(3)}, path)
+        save_file(tensors | added, path)
         entries.append({"sha256": files.sha256_of(path), "bytes": path.stat().st_size})
     content = read_manifest(folder).content["checkpoints"]
     reseal(folder, checkpoints=[{**old, **new} for old, new in zip(content, entries, strict=True)])
     text = report.make()[0].read_text()
-    assert "No pictures of its weights: x.lora_magnitude_vector: is no LoRA factor" in text
+    (why,) = re.findall("No pictures of its weights: (.*)", text)
+    assert why.startswith(f"saves/common-sense-reasoning/Toy/{RUN}") and message in why
     assert "FAULTY" not in capsys.readouterr().err
 
 
