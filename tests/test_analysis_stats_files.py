@@ -1,6 +1,7 @@
 """Statistics of collections that cannot be made: the collection is named, and the others have theirs."""
 
 import json
+import re
 import shutil
 
 import pytest
@@ -40,8 +41,8 @@ def replace_parent(folder):
 
 
 BLOCKED = {
-    "a stray file": (lambda folder: (folder / ".DS_Store").write_text(""), ".DS_Store: is none of the files that"),
-    "not recorded": (forget, "is there already, and no export of ours, as export.json does not name it"),
+    "a stray file": (lambda folder: (folder / ".DS_Store").write_text(""), ".DS_Store: was not made there by us"),
+    "not recorded": (forget, "is there already, and no export of ours (export.json does not name it)"),
     "a file for a folder": (replace_parent, "Toy: is not a folder"),
 }
 
@@ -61,7 +62,7 @@ def test_what_is_in_the_place_of_statistics_is_a_fault_of_one_collection(pair, m
     assert "Toy" in line and message in line and "move it away" in line and "OUT" not in line
     monkeypatch.setattr(measures, "of_collection", lambda *arguments: pytest.fail("measured in vain"))
     monkeypatch.setenv("DATASET", "Toy")
-    with pytest.raises(cli.UserError, match=message):
+    with pytest.raises(cli.UserError, match=re.escape(message)):
         stats.main()
 
 
@@ -70,6 +71,12 @@ def test_without_the_record_each_collection_is_named(pair, capsys):
     assert report.make()[0].read_text().count("No pictures of its weights") == 2
     assert stats.main() == 1
     assert capsys.readouterr().err.count("move it away, then run make stats again") == 2
+
+
+def test_a_record_of_another_kind_is_to_be_moved_away(pair):
+    (paths.SAVES / "stats" / derived.RECORD).write_text("[]")
+    with pytest.raises(cli.UserError, match="is no record of an export; move it away, then run make stats"):
+        stats.main()
 
 
 def test_what_comes_into_the_place_while_measuring_is_a_fault_of_one_collection(pair, monkeypatch, capsys):
@@ -83,12 +90,12 @@ def test_what_comes_into_the_place_while_measuring_is_a_fault_of_one_collection(
     monkeypatch.setattr(measures, "of_collection", of_collection)
     monkeypatch.setenv("FORCE", "1")
     assert stats.main() == 1
-    assert "notes.txt: is none of the files" in capsys.readouterr().err
+    assert "notes.txt: was not made there by us" in capsys.readouterr().err
 
 
 def test_the_record_is_read_once_for_all_collections(pair, monkeypatch):
     reads = []
     read = derived.read_record
-    monkeypatch.setattr(derived, "read_record", lambda out: reads.append(out) or read(out))
+    monkeypatch.setattr(derived, "read_record", lambda *arguments: reads.append(arguments) or read(*arguments))
     assert stats.main() == 0
     assert len(reads) == 1

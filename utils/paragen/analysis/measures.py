@@ -165,7 +165,7 @@ def measure(
 
 
 def layers_of(folder: Path, layout: Mapping[str, step_reader.Stored]) -> list[str]:
-    """The adapted layers; raises UnsupportedAdapter naming the collection where their factors are not linear layers'."""
+    """The adapted layers; raises UnsupportedAdapter naming the collection where they are not linear."""
     try:
         layers = checkpoints.layers_of(layout)
         if not layers:

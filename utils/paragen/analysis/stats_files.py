@@ -58,7 +58,7 @@ def update(chosen: list[index.Chosen], out: Path | None = None) -> int:
 
 def missing_of(chosen: list[index.Chosen], out: Path) -> list[index.Chosen]:
     """The collections without statistics that are up to date and have the bytes of when they were made."""
-    record = derived.read_record(out)
+    record = derived.read_record(out, WAY_OUT)
     return [one for one in chosen if not derived.is_whole(out, one.name, source_of(one), record)]
 
 

@@ -129,12 +129,12 @@ def check_replaceable(out: Path, name: str, source: dict[str, Any], way_out: str
         return
     if there is None:
         raise NotReplaceable(
-            f"{paths.relative(target)}: is there already, and no export of ours, as {RECORD} does not name it; {way_out}"
+            f"{paths.relative(target)}: is there already, and no export of ours ({RECORD} does not name it); {way_out}"
         )
     foreign = sorted(sizes_of(target).keys() - there["files"].keys()) if there["files"] is not None else []
     if foreign:
         raise NotReplaceable(
-            f"{paths.relative(target / foreign[0])}: is none of the files that were made there; move it away, then run it again"
+            f"{paths.relative(target / foreign[0])}: was not made there by us; move it away, then run it again"
         )
 
 
@@ -144,7 +144,7 @@ def remember(out: Path, name: str, entry: dict[str, Any]) -> None:
     files.write_json(out / RECORD, dict(sorted(record.items())))
 
 
-def read_record(out: Path) -> dict[str, Any]:
+def read_record(out: Path, way_out: str = ANOTHER_OUT) -> dict[str, Any]:
     """The parts that OUT/export.json records, by path; empty without that file. Raises UserError when it is broken.
 
     A part has `source`; `files`: the sizes of its files in bytes, None while it is moved to its place; and `sha256`:
@@ -156,11 +156,11 @@ def read_record(out: Path) -> dict[str, Any]:
     except FileNotFoundError:
         return {}
     except OSError as error:
-        raise UserError(f"{paths.relative(path)}: cannot be read: {error.strerror}; choose another OUT") from None
+        raise UserError(f"{paths.relative(path)}: cannot be read: {error.strerror}; {way_out}") from None
     except ValueError as error:
         raise UserError(f"{paths.relative(path)}: broken ({error}); remove the export and make it again") from None
     if not isinstance(record, dict) or not all(_is_entry(entry) for entry in record.values()):
-        raise UserError(f"{paths.relative(path)}: is no record of an export; choose another OUT")
+        raise UserError(f"{paths.relative(path)}: is no record of an export; {way_out}")
     return record
 
 
