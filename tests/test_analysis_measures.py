@@ -296,17 +296,18 @@ def odd_tensors(step, dtype=torch.bfloat16):
     }
 
 
-def test_files_whose_tensors_are_in_another_order_or_not_aligned_are_read(tmp_path):
+@pytest.mark.parametrize("size", [1, 2])
+def test_files_whose_tensors_are_in_another_order_or_not_aligned_are_read(tmp_path, size):
     orders = [["l.lora_A.weight", "l.lora_B.weight"], ["l.lora_B.weight", "l.lora_A.weight"]]
     entries = [
-        stored_as(tmp_path / f"checkpoint-{step}.safetensors", odd_tensors(step), orders[step % 2])
+        stored_as(tmp_path / f"checkpoint-{step}.safetensors", odd_tensors(step), orders[1 - step % 2])
         for step in (1, 2, 3)
     ]
     parts = [
         (steps.part, {key: steps.values(key).clone() for key in orders[0]})
-        for steps in step_reader.read(tmp_path, entries, 2, torch.device("cpu"))
+        for steps in step_reader.read(tmp_path, entries, size, torch.device("cpu"))
     ]
-    assert [part for part, _ in parts] == [slice(0, 2), slice(2, 3)]
+    assert [part for part, _ in parts] == [slice(start, min(start + size, 3)) for start in range(0, 3, size)]
     for key in orders[0]:
         expected = torch.stack([odd_tensors(step)[key].float() for step in (1, 2, 3)])
         assert torch.equal(torch.cat([values[key] for _, values in parts]), expected)
@@ -317,7 +318,7 @@ def test_files_whose_tensors_are_in_another_order_or_not_aligned_are_read(tmp_pa
     [
         (lambda tensors: {**tensors, "m.lora_A.weight": torch.zeros(1, 3)}, "has other keys, shapes or dtypes"),
         (lambda tensors: odd_tensors(2, torch.float32), "has other keys, shapes or dtypes"),
-        (lambda tensors: {key: value.int() for key, value in tensors.items()}, "no safetensors file of floating"),
+        (lambda tensors: {key: value.int() for key, value in tensors.items()}, "l.lora_A.weight is I32"),
         (lambda tensors: {key: value * float("nan") for key, value in tensors.items()}, "l.lora_A.weight holds values"),
         (lambda tensors: {**tensors, "l.lora_B.weight": torch.full((5, 1), torch.inf)}, "l.lora_B.weight holds values"),
     ],
@@ -330,6 +331,40 @@ def test_a_checkpoint_that_cannot_be_measured_with_the_others_is_named(tmp_path,
         entries.append(stored_as(tmp_path / f"checkpoint-{step}.safetensors", tensors, list(tensors)))
     with pytest.raises(UserError, match=f"checkpoint-2.safetensors: .*{message}"):
         measures.measure(tmp_path, entries, {"r": 1, "lora_alpha": 1}, "base")
+
+
+@pytest.mark.parametrize(
+    "shapes, message",
+    [
+        ({}, "has no LoRA factors"),
+        ({"A": (2, 3), "B": (5, 4)}, "l.lora_B.weight has 4 columns, and l.lora_A.weight has 2 rows"),
+        ({"A": (0, 3), "B": (5, 0)}, "l.lora_A.weight has no values: its shape is 0 x 3"),
+        ({"A": (2, 3), "B": (0, 2)}, "l.lora_B.weight has no values: its shape is 0 x 2"),
+        ({"A": (2, 3)}, "l: has only one of lora_A and lora_B"),
+        ({"A": (2, 3, 1, 1), "B": (5, 2, 1, 1)}, "l.lora_A.weight is no matrix"),
+    ],
+)
+def test_factors_that_are_not_those_of_linear_layers_are_named_with_their_collection(tmp_path, shapes, message):
+    tensors = {f"l.lora_{half}.weight": torch.ones(shape) for half, shape in shapes.items()}
+    entry = stored_as(tmp_path / "checkpoint-1.safetensors", tensors, list(tensors))
+    with pytest.raises(checkpoints.UnsupportedAdapter, match=f"{tmp_path.name}: {message}"):
+        measures.measure(tmp_path, [entry], {"r": 2, "lora_alpha": 2}, "base")
+
+
+def test_integers_are_another_kind_of_adapter(tmp_path):
+    tensors = {key: value.int() for key, value in odd_tensors(1).items()}
+    entry = stored_as(tmp_path / "checkpoint-1.safetensors", tensors, list(tensors))
+    with pytest.raises(checkpoints.UnsupportedAdapter, match="checkpoint-1.safetensors: l.lora_A.weight is I32"):
+        measures.measure(tmp_path, [entry], {"r": 1, "lora_alpha": 1}, "base")
+
+
+def test_norms_are_positive_with_a_negative_alpha(tmp_path):
+    entries = synthetic(tmp_path / "x", 3)
+    positive, negative = (
+        measures.measure(tmp_path / "x", entries, {"r": 2, "lora_alpha": alpha}, "base") for alpha in (3, -3)
+    )
+    assert torch.equal(negative.norm, positive.norm) and torch.equal(negative.change, positive.change)
+    assert torch.equal(negative.sketch, -positive.sketch) and (positive.norm > 0).all()
 
 
 def test_a_file_is_hashed_as_it_is_read_and_once(tmp_path, monkeypatch):

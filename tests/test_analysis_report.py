@@ -5,6 +5,8 @@ import contextlib
 import io
 import json
 import os
+import pwd
+import re
 import shutil
 import socket
 import sys
@@ -340,17 +342,27 @@ def test_statistics_for_which_no_time_is_left_are_said_and_made_later(own, monke
     assert "No pictures of its weights" not in text and len(list((own.top / "saves").rglob("stats.parquet"))) == 2
 
 
-def test_an_adapter_of_another_kind_is_a_collection_without_pictures_of_its_weights(own, monkeypatch, capsys):
+CONVOLUTION = {"x.lora_A.weight": torch.ones(4, 3, 1, 1), "x.lora_B.weight": torch.ones(5, 4, 1, 1)}
+OTHER_KINDS = {
+    "DoRA": ({"x.lora_magnitude_vector": torch.ones(3)}, ": x.lora_magnitude_vector: is no LoRA factor"),
+    "convolution": (CONVOLUTION, ": x.lora_A.weight is no matrix"),
+    "float8": ({"x.lora_A.weight": torch.ones(4, 3).to(torch.float8_e4m3fn)}, "x.lora_A.weight is F8_E4M3"),
+}
+
+
+@pytest.mark.parametrize("added, message", OTHER_KINDS.values(), ids=OTHER_KINDS)
+def test_an_adapter_of_another_kind_is_a_collection_without_pictures_of_its_weights(own, capsys, added, message):
     folder = own.run_folder("finetune")
     entries = []
     for path in sorted(folder.glob("*.safetensors"), key=lambda path: int(path.stem.split("-")[1])):
         tensors = load_file(path)
-        save_file(tensors | {"x.lora_magnitude_vector": torch.ones(3)}, path)
+        save_file(tensors | added, path)
         entries.append({"sha256": files.sha256_of(path), "bytes": path.stat().st_size})
     content = read_manifest(folder).content["checkpoints"]
     reseal(folder, checkpoints=[{**old, **new} for old, new in zip(content, entries, strict=True)])
     text = report.make()[0].read_text()
-    assert "No pictures of its weights: x.lora_magnitude_vector: is no LoRA factor" in text
+    (why,) = re.findall("No pictures of its weights: (.*)", text)
+    assert why.startswith(f"saves/common-sense-reasoning/Toy/{RUN}") and message in why
     assert "FAULTY" not in capsys.readouterr().err
 
 
@@ -468,3 +480,35 @@ def test_a_data_file_that_may_not_be_read_is_one_line(tmp_path, monkeypatch):
     monkeypatch.setattr(Path, "read_text", refuse)
     with pytest.raises(UserError, match="a.json: cannot be read: Permission denied"):
         dataset_info.load_rows(tmp_path / "a.json")
+
+
+@pytest.mark.parametrize("whole", [True, False])
+def test_a_folder_whose_name_is_no_utf8_is_on_the_page(own, whole):
+    folder = own.top / "saves" / "math" / os.fsdecode(b"a\xff") / RUN
+    shutil.copytree(own.run_folder("finetune"), folder)
+    reseal(folder, dataset="Odd")
+    if not whole:
+        (folder / "manifest.json").unlink()
+    text = report.make()[0].read_text()
+    assert f'data-name="math/a?/{RUN}"' in text and text.count('class="open"') == 2
+    assert ("the name is not UTF-8" if whole else "has no manifest.json") in text
+
+
+@pytest.mark.parametrize(
+    "home, text, expected",
+    [
+        ("/", "/data/x/y: is gone", "/data/x/y: is gone"),
+        ("", "/data/x: is gone", "/data/x: is gone"),
+        ("/root", "/rootfs/x and /root/x and /mnt/root/x", "/rootfs/x and ~/x and /mnt/root/x"),
+        ("/home/me/", "(/home/me/x)", "(~/x)"),
+    ],
+)
+def test_the_home_folder_alone_is_shortened(tmp_path, monkeypatch, home, text, expected):
+    monkeypatch.setenv("HOME", home)
+    assert report_data.without_places(text, tmp_path / "saves") == expected
+
+
+def test_a_user_without_a_home_folder_has_none_shortened(tmp_path, monkeypatch):
+    monkeypatch.delenv("HOME", raising=False)
+    monkeypatch.setattr(pwd, "getpwuid", lambda number: {}[number])
+    assert report_data.without_places("/data/x: is gone", tmp_path / "saves") == "/data/x: is gone"

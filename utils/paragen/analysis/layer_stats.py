@@ -98,9 +98,10 @@ def add_steps(running: Running, a: torch.Tensor, b: torch.Tensor) -> tuple[Runni
     """
     of_a, of_b = add_factor(running.factors[0], a, a), add_factor(running.factors[1], b, b.mT)
     values = singular_values(of_a.gram.cpu(), of_b.gram.cpu())
+    size = abs(running.scaling)  # negative with a negative lora_alpha
     figures = {
-        "norm": running.scaling * values.norm(dim=1),
-        "change": running.scaling * difference_norms(of_a, of_b),
+        "norm": size * values.norm(dim=1),
+        "change": size * difference_norms(of_a, of_b),
         "effective_rank": effective_ranks(values),
         "sketch": running.scaling * sketched(a, b, *running.projections),
         "factor_norm": torch.stack([norms_of(of_a.gram), norms_of(of_b.gram)]),

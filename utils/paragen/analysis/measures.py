@@ -10,7 +10,7 @@ the importances over all entries is 1; without any variation every importance is
 same per token, which is a block of columns of a factor; here it is per factor and per layer.
 """
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -127,12 +127,12 @@ def measure(
         budget, chunk: bytes.
         check: called before each file and each layer; what it raises ends the measuring.
         advance: called after each chunk, with the number of bytes that were measured.
+
+    Raises UserError naming a checkpoint that is damaged, UnsupportedAdapter for an adapter that has no such statistics.
     """
     layout = step_reader.first_layout(folder, entries)
-    layers = checkpoints.layers_of(layout)
+    layers = layers_of(folder, layout)
     keys = [(f"{layer}.lora_A.weight", f"{layer}.lora_B.weight") for layer in layers]
-    if odd := [key for pair in keys for key in pair if len(layout[key].shape) != 2]:
-        raise UserError(f"{paths.relative(folder)}: {odd[0]} is no matrix; statistics are of linear layers alone")
     shapes = [(layout[b].shape[0], layout[a].shape[1], layout[a].shape[0]) for a, b in keys]
     kept = {name: torch.zeros(len(layers), len(entries), dtype=torch.float64) for name in PER_LAYER}
     kept |= {name: torch.zeros(len(layers), 2, len(entries), dtype=torch.float64) for name in PER_FACTOR}
@@ -162,6 +162,31 @@ def measure(
             for name, values in found.items():
                 totals[name][number] = values
     return Measured(layers, shapes, sketch, **kept, **totals)
+
+
+def layers_of(folder: Path, layout: Mapping[str, step_reader.Stored]) -> list[str]:
+    """The adapted layers; raises UnsupportedAdapter naming the collection where they are not linear."""
+    try:
+        layers = checkpoints.layers_of(layout)
+        if not layers:
+            raise checkpoints.UnsupportedAdapter("has no LoRA factors")
+        for layer in layers:
+            check_shapes({key: layout[key].shape for key in (f"{layer}.lora_A.weight", f"{layer}.lora_B.weight")})
+    except checkpoints.UnsupportedAdapter as error:
+        raise checkpoints.UnsupportedAdapter(f"{paths.relative(folder)}: {error}") from None
+    return layers
+
+
+def check_shapes(shapes: dict[str, tuple[int, ...]]) -> None:
+    """Raise UnsupportedAdapter unless the factors A and B of a layer, in this order, can be multiplied."""
+    for key, shape in shapes.items():
+        if len(shape) != 2:
+            raise checkpoints.UnsupportedAdapter(f"{key} is no matrix; statistics are of linear layers alone")
+        if min(shape) < 1:
+            raise checkpoints.UnsupportedAdapter(f"{key} has no values: its shape is {shape[0]} x {shape[1]}")
+    (a, (rank, _)), (b, (_, columns)) = shapes.items()
+    if rank != columns:
+        raise checkpoints.UnsupportedAdapter(f"{b} has {columns} columns, and {a} has {rank} rows")
 
 
 def check_finite(

@@ -8,19 +8,21 @@ import base64
 import datetime
 import hashlib
 import json
+import os
 import sys
 import urllib.parse
 from pathlib import Path
 from typing import Any
 
 from paragen.analysis import benchmark_page, report_cells, report_data, report_statistics
-from paragen.collection import checkpoints, evaluation, index, quality_warnings, selection
+from paragen.collection import checkpoints, derived, evaluation, index, quality_warnings, selection
 from paragen.collection.manifest import require_manifest
 from paragen.common import files, locks, paths
 from paragen.common.cli import UserError
 from paragen.model import base_models
 
 TEMPLATE, SCRIPT = "report.html", "report.js"
+NO_FAULTS = (checkpoints.UnsupportedAdapter, derived.NotReplaceable)  # of a collection without statistics
 STATES = ("complete", "stale", "broken", "collecting", "pretrained", "missing")
 
 
@@ -35,7 +37,7 @@ def make(saves: Path | None = None) -> tuple[Path, int]:
         print(f"FAULTY {fault}", file=sys.stderr, flush=True)
     path = page_of(saves)
     path.parent.mkdir(parents=True, exist_ok=True)
-    files.write_atomically(path, render(facts).encode())
+    files.write_atomically(path, render(facts).encode(errors="replace"))  # a folder's name may be no UTF-8
     return path, len(facts["faults"])
 
 
@@ -158,7 +160,7 @@ def described(
         pictures["heat"] = report_data.heat([checkpoints.short_layer(layer) for layer in layers], steps, change)
         places = report_data.chosen_places(len(steps), total)
         shown = steps[places], sketch[places]
-    elif isinstance(without, checkpoints.UnsupportedAdapter) or str(without) == report_statistics.NOT_MADE:
+    elif isinstance(without, NO_FAULTS) or str(without) == report_statistics.NOT_MADE:
         pictures["none"] = report_data.without_places(str(without), saves)
     else:
         raise without
@@ -195,8 +197,8 @@ def named(name: str) -> dict[str, Any]:
     rank, seed = paths.rank_in(name) or (None, None)
     return {
         "name": name,
-        "href": "../" + urllib.parse.quote(name) + "/",
-        "anchor": urllib.parse.quote(name),
+        "href": "../" + urllib.parse.quote(os.fsencode(name)) + "/",
+        "anchor": urllib.parse.quote(name, errors="replace"),
         "category": parts[0] if len(parts) > 2 else "?",
         "dataset": parts[-2] if len(parts) > 1 else "?",
         "model": selection.place_of(name).model or parts[-1].split("_lora-rank_")[0],

@@ -6,6 +6,7 @@ Every picture is a dict; its `label` describes it in words and numbers.
 import base64
 import json
 import math
+import os
 import re
 from collections import Counter
 from pathlib import Path
@@ -377,4 +378,7 @@ def without_places(text: str, saves: Path) -> str:
     """A message without this machine's absolute paths."""
     for top in sorted({saves.absolute().parent, saves.resolve().parent, paths.ROOT}, key=lambda top: -len(str(top))):
         text = text.replace(f"{top}/", "")
-    return text.replace(str(Path.home()), "~")
+    home = os.path.expanduser("~")
+    if os.path.isabs(home) and home != "/":
+        text = re.sub(rf"(?<!\w){re.escape(home)}/", "~/", text)  # not /data/home/me/, where it is /home/me
+    return text

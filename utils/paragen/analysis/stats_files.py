@@ -24,6 +24,7 @@ if TYPE_CHECKING:
 METHOD = "stats-2"  # to be changed whenever the numbers change
 AT_ONCE = 2  # collections: one computes while another is read or written
 GPU_BYTES = 8 << 30  # that measuring takes of a GPU's memory at most
+WAY_OUT = "move it away, then run make stats again"  # of what is in the place of statistics
 
 
 class GivenUp(Exception):
@@ -57,7 +58,8 @@ def update(chosen: list[index.Chosen], out: Path | None = None) -> int:
 
 def missing_of(chosen: list[index.Chosen], out: Path) -> list[index.Chosen]:
     """The collections without statistics that are up to date and have the bytes of when they were made."""
-    return [one for one in chosen if not derived.is_whole(out, one.name, source_of(one))]
+    record = derived.read_record(out, WAY_OUT)
+    return [one for one in chosen if not derived.is_whole(out, one.name, source_of(one), record)]
 
 
 def source_of(one: index.Chosen) -> dict[str, Any]:
@@ -79,7 +81,8 @@ def make(
         deadline: by time.monotonic(); a collection that is not done then is given up.
         advance: called, from several threads, with the number of bytes that were measured.
 
-    Yields each collection that was not given up, in order, with the fault for which it has no statistics, or None.
+    Yields each collection that was not given up, in order, with the fault for which it has no statistics, or None. The
+    fault is derived.NotReplaceable where something that is not ours is in the place of its statistics.
     """
     if not missing:
         return
@@ -97,6 +100,7 @@ def make(
 
     def measured(one: index.Chosen) -> "Measured | UserError | GivenUp":
         try:
+            derived.check_replaceable(out, one.name, source_of(one), WAY_OUT)
             check()
             try:
                 return measures.of_collection(one, device, check, advance)
@@ -112,11 +116,18 @@ def make(
                 if isinstance(found, UserError):
                     yield one, found
                 elif not isinstance(found, GivenUp):
-                    write = partial(measures.write, one, found)
-                    derived.make_part(out, one.name, source_of(one), write, done="statistics")
-                    yield one, None
+                    yield one, written(one, out, partial(measures.write, one, found))
         finally:
             stopped.set()
+
+
+def written(one: index.Chosen, out: Path, write: Callable[[Path], None]) -> UserError | None:
+    """Put a collection's statistics in their place. Returns the fault where something that is not ours came there."""
+    try:
+        derived.make_part(out, one.name, source_of(one), write, done="statistics", way_out=WAY_OUT)
+    except derived.NotReplaceable as error:
+        return error
+    return None
 
 
 def choose_device() -> "torch.device":

@@ -20,6 +20,10 @@ from paragen.common.cli import UserError
 DTYPES = {"F64": torch.float64, "F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16}
 
 
+class OtherDtype(UserError):
+    """A tensor's dtype is none of DTYPES."""
+
+
 class Stored(NamedTuple):
     """A tensor in a safetensors file: its bytes are those from `begin` to `end` after the header."""
 
@@ -40,7 +44,8 @@ class Steps(NamedTuple):
         """A tensor in all these checkpoints, steps x rows x columns, float32. Do not write into it."""
         stored = self.layout[key]
         part = self.rows[:, stored.begin : stored.end]
-        part = part.contiguous() if stored.begin % stored.dtype.itemsize else part
+        if stored.begin % stored.dtype.itemsize:
+            part = part.clone(memory_format=torch.contiguous_format)  # starts at 0; contiguous() may copy nothing
         return part.view(stored.dtype).unflatten(1, stored.shape).float()
 
 
@@ -83,16 +88,22 @@ def read(
 
 
 def first_layout(folder: Path, entries: Sequence[CheckpointEntry]) -> dict[str, Stored]:
-    """Where the tensors of a collection's first checkpoint are."""
+    """Where the tensors of a collection's first checkpoint are. Raises UnsupportedAdapter for a dtype not in DTYPES."""
     entry = entries[0]
     path = folder / entry.file_name
-    return layout_of(path, checkpoints.read_into(path, entry.bytes, entry.sha256, None))
+    header = checkpoints.read_into(path, entry.bytes, entry.sha256, None)
+    try:
+        return layout_of(path, header)
+    except OtherDtype as error:
+        raise checkpoints.UnsupportedAdapter(str(error)) from None
 
 
 def layout_of(path: Path, header: bytes) -> dict[str, Stored]:
     """Where the tensors of a safetensors file are, by its header; raises UserError where it has none."""
     try:
         return _parsed(header)
+    except OtherDtype as error:
+        raise OtherDtype(f"{paths.relative(path)}: {error}") from None
     except (ValueError, KeyError, TypeError, AttributeError) as error:
         raise UserError(f"{paths.relative(path)}: is no safetensors file of floating-point tensors: {error}") from None
 
@@ -102,6 +113,8 @@ def _parsed(header: bytes) -> dict[str, Stored]:
     found = {}
     for key, about in json.loads(header).items():
         if key != "__metadata__":
+            if about["dtype"] not in DTYPES:
+                raise OtherDtype(f"{key} is {about['dtype']}, and statistics are of {', '.join(DTYPES)} alone")
             found[key] = stored = Stored(DTYPES[about["dtype"]], tuple(about["shape"]), *about["data_offsets"])
             if stored.end - stored.begin != math.prod(stored.shape) * stored.dtype.itemsize:
                 raise ValueError(f"{key} has other bytes than its shape")

@@ -17,6 +17,11 @@ from paragen.common import cli, files, locks, paths
 from paragen.common.cli import UserError, say
 
 RECORD = paths.EXPORT_RECORD
+ANOTHER_OUT = "choose another OUT"
+
+
+class NotReplaceable(UserError):
+    """At a part's path is something that its export did not make."""
 
 
 def make_part(
@@ -26,6 +31,7 @@ def make_part(
     make: Callable[[Path], None],
     done: str = "exported",
     quiet: bool = False,
+    way_out: str = ANOTHER_OUT,
 ) -> bool:
     """Make one part, a file or a folder, unless it exists and was made from the same source.
 
@@ -36,16 +42,17 @@ def make_part(
         make: writes the part at the path that it is given, a staging path where nothing exists.
         done: the word printed before its path once it is made.
         quiet: print nothing when it exists already.
+        way_out: what to do where something else is there, for messages.
 
-    Returns whether it was made. Raises UserError, with nothing changed, where its path holds something else: files that
-    no export made, an export of another format, or a folder into which other files were put since.
+    Returns whether it was made. Raises NotReplaceable, with nothing changed, where its path holds something else: files
+    that no export made, an export of another format, or a folder into which other files were put since.
     """
     if not PurePosixPath(name).parts or not {"..", "/"}.isdisjoint(PurePosixPath(name).parts):
         raise UserError(f"{name!r}: would lie outside of {paths.relative(out)}; rename the dataset")
     try:
         out.mkdir(parents=True, exist_ok=True)
     except OSError as error:
-        raise UserError(f"{paths.relative(out)}: cannot be made: {error.strerror}; choose another OUT") from None
+        raise UserError(f"{paths.relative(out)}: cannot be made: {error.strerror}; {way_out}") from None
     target = out / name
     with locks.lock(out / f".{RECORD}.lock", waiting=f"waiting for another export into {out}"):
         if target.parent.is_dir():
@@ -57,8 +64,8 @@ def make_part(
                     say(f"there already: {paths.relative(target)}{note}")
                 return False
             say(f"{paths.relative(target / damaged)}: was damaged since it was made; it is made again")
+        check_replaceable(out, name, source, way_out)
         target.parent.mkdir(parents=True, exist_ok=True)
-        check_replaceable(out, name, source)
         staging = files.beside(target, f"staging-{secrets.token_hex(4)}")
         try:
             with cli.writing_to(target):
@@ -79,50 +86,55 @@ def make_part(
     return True
 
 
-def is_there(out: Path, name: str, source: dict[str, Any]) -> bool:
+def is_there(out: Path, name: str, source: dict[str, Any], record: dict[str, Any] | None = None) -> bool:
     """Whether a part exists, made from `source`, with all its files at their sizes; never with FORCE=1.
 
-    The files are not read: see `check_content`.
+    The files are not read: see `check_content`. `record` is what `read_record` gave, unless it is to be read anew.
     """
-    there = read_record(out).get(name)
+    there = (read_record(out) if record is None else record).get(name)
     if there is None or there["source"] != source or there["files"] is None or run_identity.force_requested():
         return False
     return there["files"] == sizes_of(out / name)
 
 
-def is_whole(out: Path, name: str, source: dict[str, Any]) -> bool:
+def is_whole(out: Path, name: str, source: dict[str, Any], record: dict[str, Any]) -> bool:
     """Whether a part exists, made from `source`, with the bytes of when it was made; its files are read."""
-    return is_there(out, name, source) and check_content(out, name)[0] is None
+    return is_there(out, name, source, record) and check_content(out, name, record)[0] is None
 
 
-def check_content(out: Path, name: str) -> tuple[str | None, str]:
-    """Read a part that is there, and compare it with the hashes of when it was made.
+def check_content(out: Path, name: str, record: dict[str, Any] | None = None) -> tuple[str | None, str]:
+    """Read a part that is there, and compare it with the hashes of when it was made; `record` as for `is_there`.
 
     Returns the path in the part of the first file that differs, None where none does; and a note for a part that an
     earlier version made without hashes, which cannot be compared.
     """
-    recorded = read_record(out)[name].get("sha256")
+    recorded = (read_record(out) if record is None else record)[name].get("sha256")
     if recorded is None:
         return None, " (made without hashes, so that it was not checked again; FORCE=1 makes it anew)"
     found = files.hashes_below(out / name)
     return next((file for file in found if found[file] != recorded.get(file)), None), ""
 
 
-def check_replaceable(out: Path, name: str, source: dict[str, Any]) -> None:
-    """Raise UserError where making a part would delete files that its export did not make."""
+def check_replaceable(out: Path, name: str, source: dict[str, Any], way_out: str = ANOTHER_OUT) -> None:
+    """Raise NotReplaceable where making a part would delete files that its export did not make."""
     target, there = out / name, read_record(out).get(name)
     if there and there["source"].get("format") != source.get("format"):
-        raise UserError(
-            f"{paths.relative(out)}: holds an export of FORMAT={there['source'].get('format')}; take another OUT"
+        raise NotReplaceable(
+            f"{paths.relative(out)}: holds an export of FORMAT={there['source'].get('format')}; {way_out}"
         )
+    file = next((above for above in target.parents if os.path.lexists(above) and not above.is_dir()), None)
+    if file:
+        raise NotReplaceable(f"{paths.relative(file)}: is not a folder; {way_out}")
     if not os.path.lexists(target):
         return
     if there is None:
-        raise UserError(f"{paths.relative(target)}: is there already, and no export of ours; choose another OUT")
+        raise NotReplaceable(
+            f"{paths.relative(target)}: is there already, and no export of ours ({RECORD} does not name it); {way_out}"
+        )
     foreign = sorted(sizes_of(target).keys() - there["files"].keys()) if there["files"] is not None else []
     if foreign:
-        raise UserError(
-            f"{paths.relative(target / foreign[0])}: is not of this export; move it away, then run it again"
+        raise NotReplaceable(
+            f"{paths.relative(target / foreign[0])}: was not made there by us; move it away, then run it again"
         )
 
 
@@ -132,7 +144,7 @@ def remember(out: Path, name: str, entry: dict[str, Any]) -> None:
     files.write_json(out / RECORD, dict(sorted(record.items())))
 
 
-def read_record(out: Path) -> dict[str, Any]:
+def read_record(out: Path, way_out: str = ANOTHER_OUT) -> dict[str, Any]:
     """The parts that OUT/export.json records, by path; empty without that file. Raises UserError when it is broken.
 
     A part has `source`; `files`: the sizes of its files in bytes, None while it is moved to its place; and `sha256`:
@@ -144,11 +156,11 @@ def read_record(out: Path) -> dict[str, Any]:
     except FileNotFoundError:
         return {}
     except OSError as error:
-        raise UserError(f"{paths.relative(path)}: cannot be read: {error.strerror}; choose another OUT") from None
+        raise UserError(f"{paths.relative(path)}: cannot be read: {error.strerror}; {way_out}") from None
     except ValueError as error:
         raise UserError(f"{paths.relative(path)}: broken ({error}); remove the export and make it again") from None
     if not isinstance(record, dict) or not all(_is_entry(entry) for entry in record.values()):
-        raise UserError(f"{paths.relative(path)}: is no record of an export; choose another OUT")
+        raise UserError(f"{paths.relative(path)}: is no record of an export; {way_out}")
     return record
 
 

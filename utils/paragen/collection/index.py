@@ -194,10 +194,12 @@ def scores_stamp_of(folder: Path) -> list[int] | None:
 
 
 def rows_of(name: str, folder: Path) -> "tuple[pa.Table, str]":
-    """(The rows of one collection, its manifest's hash). Raises UserError when its manifest or its evaluation.json is
-    not sound."""
+    """(The rows of one collection, its manifest's hash). Raises UserError when its manifest, its evaluation.json or its
+    folder's name is not sound."""
     import pyarrow as pa
 
+    if name.encode(errors="replace").decode() != name:
+        raise UserError(f"{paths.relative(folder)}: the name is not UTF-8, which no index can hold; rename the folder")
     manifest = require_manifest(folder)
     scores = scores_by_step(evaluation.shown(evaluation.read(folder, manifest)))
     data = manifest.data[0] if manifest.data else None
