@@ -283,6 +283,8 @@ def test_what_the_hub_refuses_is_one_line_with_the_way_out(top, tiny, model, env
     ("model", "said"),
     [
         ("org/..", "is not a hub repository's name"),
+        ("org/tiny.git", "is not a hub repository's name (user/name, each of at most 96 letters"),
+        ("org/tiny.", "is not a hub repository's name"),
         ("org/gpt2", "models/gpt2 would be taken for gpt2 (openai-community/gpt2)"),
         ("org/BERT", "would be taken for bert"),
         ("org/name/more", "is not a hub repository's name"),

@@ -456,7 +456,7 @@ def test_descriptions_of_a_task_stand_on_the_card_and_come_back(licensed, empty,
     }
 
 
-@pytest.mark.parametrize("name", ["", "toy", "a/b/c", "user/to y", "../x", "user/--x"])
+@pytest.mark.parametrize("name", ["", "toy", "a/b/c", "user/to y", "../x", "user/--x", "user/x.git", "user/x-", "user/" + "x" * 97])
 def test_a_repository_is_named_as_the_hub_names_it(licensed, run, name):
     with pytest.raises(UserError, match="make publish REPO=user/name"):
         run(publish, licensed, REPO=name, DRY_RUN="1")

@@ -11,7 +11,8 @@ from paragen.common.cli import UserError
 Result = TypeVar("Result")
 HUB = "https://huggingface.co"
 LOG_IN = ".venv/bin/hf auth login, or set HF_TOKEN"
-REPOSITORY = re.compile(r"[A-Za-z0-9][\w.-]*/[A-Za-z0-9][\w.-]*")
+REPOSITORY = re.compile(r"[A-Za-z0-9]([\w.-]{0,94}\w)?/[A-Za-z0-9]([\w.-]{0,94}\w)?", re.ASCII)
+NAMING = "user/name, each of at most 96 letters, digits, _, - and ., with no - or . at an end, no -- or .., no .git"
 MIRROR = "check the network, or use a mirror: HF_ENDPOINT=https://hf-mirror.com"
 
 
@@ -25,10 +26,15 @@ def repository_of(text: str, target: str) -> str:
     Raises UserError for anything that is not such a name.
     """
     text = text.strip()
-    if not REPOSITORY.fullmatch(text) or ".." in text or "--" in text:
-        what = f"REPO {text!r} is not a hub repository's name" if text else "say which repository"
+    if not is_name(text):
+        what = f"REPO {text!r} is not a hub repository's name ({NAMING})" if text else "say which repository"
         raise UserError(f"{what}: {target} REPO=user/name")
     return text
+
+
+def is_name(text: str) -> bool:
+    """Whether the hub takes a text for a repository's name, as huggingface_hub's `validate_repo_id` does."""
+    return bool(REPOSITORY.fullmatch(text)) and not (".." in text or "--" in text or text.endswith(".git"))
 
 
 def translated(repository: str, revision: str | None, action: Callable[[], Result], uploads: bool = False) -> Result:

@@ -38,8 +38,8 @@ def requested_entry(text: str) -> dict[str, Any]:
         )
     name = base_models.without_models(name)
     if "/" in name:
-        if not errors.REPOSITORY.fullmatch(name) or ".." in name:
-            raise UserError(f"model {name!r} is not a hub repository's name; it looks like org/name")
+        if not errors.is_name(name):
+            raise UserError(f"model {name!r} is not a hub repository's name ({errors.NAMING}); it looks like org/name")
         entry = entry_of_repository(name)
     else:
         try:
