@@ -583,6 +583,18 @@ def test_an_error_of_the_hub_is_one_line_with_the_way_out(licensed, run, hub, mo
     assert "\n" not in str(error.value)
 
 
+def test_a_storage_that_cannot_be_reached_is_one_line_with_the_way_out(licensed, hub):
+    """With Xet, as by default; the hub grants a token for a storage that does not answer."""
+    without_peft_check(licensed)
+    hub.grants = {"casUrl": "http://127.0.0.1:9", "exp": 2**32, "accessToken": "xet_secret"}
+    quick = {"HF_XET_CLIENT_RETRY_MAX_ATTEMPTS": "1", "HF_XET_CLIENT_RETRY_BASE_DELAY": "10ms"}
+    process = start("publish.py", licensed, hub, RAW="1", HF_HUB_DISABLE_XET="0", **quick)
+    output, _ = process.communicate(timeout=60)
+    last = output.splitlines()[-1]
+    assert process.returncode == 1 and "Traceback" not in output, output
+    assert last.startswith(f"error: {REPO}: the storage of {hub.url} fails (Network error") and "secret" not in output
+
+
 # ------------------------------------------------------------------------------------------------------- what is pulled
 
 

@@ -49,7 +49,7 @@ def translated(repository: str, revision: str | None, action: Callable[[], Resul
     try:
         return action()
     except Exception as error:
-        if isinstance(error, UserError) or cli.storage_fault(error):
+        if isinstance(error, UserError) or (cli.storage_fault(error) and not of_network(error)):
             raise
         line = (refused(error, repository) if uploads else None) or explain(error, repository, revision)
         if line is None:
@@ -116,11 +116,41 @@ def explain(error: BaseException, hub_id: str, revision: str | None) -> str | No
         if isinstance(link, httpx.RequestError):
             why = str(link) or type(link).__name__
             return f"{hub_id}: {endpoint} cannot be reached ({why}); {MIRROR}; {kept}"
+        if of_xet(link):
+            return f"{hub_id}: {storage_failed(link, endpoint)}; {kept}"
     if isinstance(error, OSError) and "Consistency check failed" in str(error):
         return f"{hub_id}: a file did not arrive whole; {kept}"
     if isinstance(error, errors.EntryNotFoundError):
         return f"{hub_id}: {str(error).splitlines()[0]}; {kept}"
     return None
+
+
+def of_xet(link: BaseException) -> bool:
+    """Whether an exception is one of Xet, the hub's storage: its client raises Python's own, too, without a number."""
+    from huggingface_hub import errors
+
+    own = type(link).__module__ == "hf_xet" or isinstance(link, errors.XetDownloadError)
+    return own or (isinstance(link, ConnectionError | TimeoutError) and link.errno is None)
+
+
+def storage_failed(link: BaseException, endpoint: str) -> str:
+    """What an exception of Xet means for the user, without the signatures that addresses in its text may have."""
+    why = re.sub(r"\?[^\s)]*", "", " ".join(str(link).split())) or type(link).__name__
+    if type(link).__name__ == "XetAuthenticationError" or re.search(r"\(40[13] ", why):
+        return f"the storage of {endpoint} refuses the token ({why}); log in: {LOG_IN}"
+    return f"the storage of {endpoint} fails ({why}); check the network, or do without Xet: HF_HUB_DISABLE_XET=1"
+
+
+def of_network(error: BaseException) -> bool:
+    """Whether the network failed, not the disk: a connection can be refused with a number of STORAGE_ERRORS, too."""
+    import httpx
+
+    for link in chain_of(error):
+        if isinstance(link, httpx.RequestError) or of_xet(link):
+            return True
+        if isinstance(link, OSError) and link.errno in cli.STORAGE_ERRORS:
+            return False
+    return False
 
 
 def chain_of(error: BaseException) -> list[BaseException]:
