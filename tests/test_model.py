@@ -259,6 +259,7 @@ def test_the_hubs_own_login_is_used(top, tiny):
         ("org/tiny", {"HF_ENDPOINT": "hf-mirror.com"}, "HF_ENDPOINT=hf-mirror.com: is no address"),
         ("org/tiny", {"HF_ENDPOINT": "{hub}/elsewhere"}, "knows no such address; is HF_ENDPOINT a hub"),
         ("org/tiny", {"HF_ENDPOINT": "{hub}/a%20page"}, "does not answer as a hub does"),
+        ("org/tiny", {"HF_ENDPOINT": "{hub}/an%20error"}, "does not answer as a hub does"),
         ("org/tiny", {"HF_ENDPOINT": "http://127.0.0.1:{closed}"}, "cannot be reached"),
     ],
 )

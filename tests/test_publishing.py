@@ -17,7 +17,7 @@ import pytest
 from helpers import scored
 from helpers.copies import edit
 from helpers.forked_python import PYTHON
-from helpers.upload_server import READS, USER, WRITES, UploadHub
+from helpers.upload_server import READS, USER, WRITES, UploadHandler, UploadHub
 
 import publish
 import pull
@@ -456,7 +456,7 @@ def test_descriptions_of_a_task_stand_on_the_card_and_come_back(licensed, empty,
     }
 
 
-@pytest.mark.parametrize("name", ["", "toy", "a/b/c", "user/to y", "../x", "user/--x", "user/x.git", "user/x-", "user/" + "x" * 97])
+@pytest.mark.parametrize("name", ["", "toy", "a/b/c", "user/to y", "../x", "user/--x", "user/x.git", "user/x-"])
 def test_a_repository_is_named_as_the_hub_names_it(licensed, run, name):
     with pytest.raises(UserError, match="make publish REPO=user/name"):
         run(publish, licensed, REPO=name, DRY_RUN="1")
@@ -569,6 +569,8 @@ def test_a_stopped_upload_ends_at_once_and_goes_on_without_sending_a_file_twice(
         ({}, ("/api/datasets/.*/commit/main", 409, "A commit happened"), "somebody else changed it meanwhile"),
         ({}, ("/api/repos/create", 429, "Too many"), "too many requests"),
         ({}, ("/api/repos/create", 500, "Oops"), "HTTP status 500"),
+        ({}, ("/api/repos/create", 200, "Oops"), "does not answer as a hub does"),
+        ({}, (f"/api/datasets/{REPO}", 200, "Oops"), "does not answer as a hub does"),
         ({}, ("/lfs/.*", 403, "Private storage limit reached"), "has no room for it"),
         ({}, ("/api/validate-yaml", 400, "bad"), "refuses the card"),
     ],
@@ -933,6 +935,13 @@ def test_what_was_published_before_there_were_scores_or_later_columns_can_be_pul
     hub.repositories[REPO].files["index.parquet"] = published_tree.index_of(table.drop_columns(list(lacking)), marks)
     run(pull, empty)
     assert hashes(empty / "saves" / NAME) == hashes(licensed / "saves" / NAME)
+
+
+@pytest.mark.parametrize("answer", [{}, {"error": "try later"}, [], {"id": REPO}])
+def test_an_answer_that_is_no_hubs_is_said_to_be_none(empty, run, hub, monkeypatch, answer):
+    monkeypatch.setattr(UploadHandler, "answer_about", lambda self, *_: self.send_json(answer))
+    with pytest.raises(UserError, match=f"^HF_ENDPOINT={hub.url}: does not answer as a hub does"):
+        run(pull, empty)
 
 
 def test_a_selection_brings_that_alone(licensed, empty, run, hub):

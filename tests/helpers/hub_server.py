@@ -85,6 +85,8 @@ class Handler(BaseHTTPRequestHandler):
         self.hub.requests.append(self.noted)
         if path.startswith("/a page/"):
             return self.send_json("<html>a login page, say</html>")
+        if path.startswith("/an error/"):
+            return self.send_json({"error": "of a proxy, say"})
         if token == "hf_wrong":
             return self.refuse(401, None, "Invalid credentials in Authorization header")
         if found := re.fullmatch(r"/api/(?:models|datasets)/([^/]+/[^/]+)(?:/(revision|tree)/([^/]+))?", path):

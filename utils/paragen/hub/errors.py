@@ -1,8 +1,9 @@
 """Errors of the Hugging Face hub and of the network below it, as one line with the way out."""
 
+import contextlib
 import json
 import re
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from typing import TypeVar
 
 from paragen.common import cli
@@ -112,7 +113,7 @@ def explain(error: BaseException, hub_id: str, revision: str | None) -> str | No
         if isinstance(link, httpx.UnsupportedProtocol | httpx.InvalidURL | httpx.LocalProtocolError):
             return f"HF_ENDPOINT={endpoint}: is no address of a hub; the mirror's is https://hf-mirror.com"
         if isinstance(link, errors.FileMetadataError | json.JSONDecodeError):
-            return f"HF_ENDPOINT={endpoint}: does not answer as a hub does; unset it, or name a mirror"
+            return no_hub()
         if isinstance(link, httpx.RequestError):
             why = str(link) or type(link).__name__
             return f"{hub_id}: {endpoint} cannot be reached ({why}); {MIRROR}; {kept}"
@@ -123,6 +124,22 @@ def explain(error: BaseException, hub_id: str, revision: str | None) -> str | No
     if isinstance(error, errors.EntryNotFoundError):
         return f"{hub_id}: {str(error).splitlines()[0]}; {kept}"
     return None
+
+
+def no_hub() -> str:
+    """The line for an answer that no hub gives."""
+    from huggingface_hub import constants
+
+    return f"HF_ENDPOINT={constants.ENDPOINT}: does not answer as a hub does; unset it, or name a mirror"
+
+
+@contextlib.contextmanager
+def read_as_of_a_hub() -> Iterator[None]:
+    """Raise UserError where huggingface_hub does not find in an answer what a hub's has: it raises what it may be."""
+    try:
+        yield
+    except (KeyError, TypeError, AttributeError) as error:
+        raise UserError(no_hub()) from error
 
 
 def of_xet(link: BaseException) -> bool:

@@ -1,6 +1,5 @@
 """Downloads a base model from the Hugging Face hub into models/, and checks one that is there already."""
 
-import json
 import os
 import re
 import shutil
@@ -9,7 +8,7 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 
 from paragen.common import files, paths
 from paragen.common.cli import UserError, say
-from paragen.hub import errors
+from paragen.hub import errors, transfer
 from paragen.hub.transfer import allow_hub, download_file, fault_of, gigabytes, part_of
 from paragen.model import base_models, model_files
 
@@ -161,12 +160,8 @@ class Listing(NamedTuple):
 
 def look_up(entry: dict[str, Any]) -> Listing:
     """What the hub states of a repository at the requested revision."""
-    from huggingface_hub import HfApi
-
-    info = HfApi().model_info(entry["hub_id"], revision=entry["revision"], files_metadata=True)
-    if not info.sha or info.siblings is None:
-        raise json.JSONDecodeError("no commit or no files in the answer", "", 0)
-    return Listing(info.sha, getattr(info.card_data, "license", None), info.siblings)
+    stated = transfer.look_up(entry["hub_id"], entry["revision"])
+    return Listing(stated.commit, getattr(stated.info.card_data, "license", None), stated.files)
 
 
 def choose_files(hub_id: str, listing: Listing) -> dict[str, "RepoSibling"]:
