@@ -250,6 +250,8 @@ def test_the_hubs_own_login_is_used(top, tiny):
         ("gemma-3-4b", {}, "no token was sent; ask for access at https://huggingface.co/google/gemma-3-4b-it"),
         ("gemma-3-4b", {"HF_TOKEN": "hf_other"}, "no access yet; ask for access at https://huggingface.co/google/gem"),
         ("gemma-3-4b", {"HF_TOKEN": "hf_wrong"}, "the token is not valid"),
+        ("gemma-3-4b", {"HF_TOKEN": "\u201chf_granted\u201d"}, "no token has, such as a curly quote; copy it again"),
+        ("gemma-3-4b", {"HF_TOKEN": "hf_granted\x0b1"}, "no token has, such as a curly quote; copy it again"),
         ("org/nowhere", {}, "org/nowhere: no such repository at http://127.0.0.1"),
         ("org/nowhere", {"HF_TOKEN": "hf_granted"}, "org/nowhere: no such repository"),
         ("org/tiny@v9", {}, "org/tiny: has no revision 'v9'"),
@@ -275,7 +277,7 @@ def test_what_the_hub_refuses_is_one_line_with_the_way_out(top, tiny, model, env
         closed.bind(("127.0.0.1", 0))  # bound, not listening: connections are refused
         values = {"hub": hub.url, "closed": closed.getsockname()[1]}
         outcome = fetch(top, model, hub, **{name: value.format(**values) for name, value in environment.items()})
-        assert said in error_of(outcome)
+        assert said in error_of(outcome) and "hf_granted" not in outcome[2]
         assert not hub.of("model.safetensors") and not hub.of("pytorch_model.bin")
     assert [name for name in left_in(top) if not name.startswith(".")] == []
 

@@ -564,6 +564,7 @@ def test_a_stopped_upload_ends_at_once_and_goes_on_without_sending_a_file_twice(
     [
         ({"token": ""}, None, "publishing needs an account"),
         ({"token": "hf_wrong"}, None, "the token is not valid"),
+        ({"token": "\u201c" + WRITES + "\u201d"}, None, "has a character that no token has, such as a curly quote"),
         ({"token": READS}, None, "may not write there"),
         ({"REPO": "somebody/toy"}, None, "give it write access to somebody"),
         ({}, ("/api/datasets/.*/commit/main", 409, "A commit happened"), "somebody else changed it meanwhile"),
@@ -582,7 +583,7 @@ def test_an_error_of_the_hub_is_one_line_with_the_way_out(licensed, run, hub, mo
     hub.answers = [answer] if answer else []
     with pytest.raises(UserError, match=re.escape(told)) as error:
         run(publish, licensed, **settings)
-    assert "\n" not in str(error.value)
+    assert "\n" not in str(error.value) and WRITES not in str(error.value)
 
 
 def test_a_storage_that_cannot_be_reached_is_one_line_with_the_way_out(licensed, hub):

@@ -14,6 +14,7 @@ HUB = "https://huggingface.co"
 LOG_IN = ".venv/bin/hf auth login, or set HF_TOKEN"
 REPOSITORY = re.compile(r"[A-Za-z0-9]([\w.-]{0,94}\w)?/[A-Za-z0-9]([\w.-]{0,94}\w)?", re.ASCII)
 NAMING = "user/name, each of at most 96 letters, digits, _, - and ., with no - or . at an end, no -- or .., no .git"
+ODD_TOKEN = f"has a character that no token has, such as a curly quote; copy it again from {HUB}/settings/tokens"
 MIRROR = "check the network, or use a mirror: HF_ENDPOINT=https://hf-mirror.com"
 
 
@@ -110,6 +111,8 @@ def explain(error: BaseException, hub_id: str, revision: str | None) -> str | No
             return f"{hub_id}: no such repository at {endpoint}, or a private one; check its name, or log in: {LOG_IN}"
         if isinstance(link, errors.HfHubHTTPError | httpx.HTTPStatusError):
             return f"{hub_id}: {answered(link.response.status_code, hub_id, endpoint)}"
+        if isinstance(link, UnicodeEncodeError | httpx.LocalProtocolError) and token_is_odd():
+            return f"the token (HF_TOKEN, or the login's) {ODD_TOKEN}"
         if isinstance(link, httpx.UnsupportedProtocol | httpx.InvalidURL | httpx.LocalProtocolError):
             return f"HF_ENDPOINT={endpoint}: is no address of a hub; the mirror's is https://hf-mirror.com"
         if isinstance(link, errors.FileMetadataError | json.JSONDecodeError):
@@ -140,6 +143,14 @@ def read_as_of_a_hub() -> Iterator[None]:
         yield
     except (KeyError, TypeError, AttributeError) as error:
         raise UserError(no_hub()) from error
+
+
+def token_is_odd() -> bool:
+    """Whether the token cannot be sent, since it has characters that are not printable ASCII."""
+    from huggingface_hub import get_token
+
+    token = get_token() or ""
+    return not (token.isascii() and token.isprintable())
 
 
 def of_xet(link: BaseException) -> bool:
