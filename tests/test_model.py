@@ -146,6 +146,15 @@ def test_a_model_outside_the_table_is_known_by_its_folder_afterwards(top, tiny, 
     assert base_models.find_entry("Qwen2.5-0.5B-Instruct")[0] == "qwen2.5-0.5b"
 
 
+@pytest.mark.parametrize(
+    ("stated", "noted"), [(["mit", "apache-2.0"], "mit-and-apache-2.0"), ([], None), ({"name": "mit"}, None)]
+)
+def test_a_licence_is_noted_as_a_text_however_the_card_states_it(top, tiny, stated, noted):
+    with Hub({"org/tiny": Repository(tiny, license=stated)}) as hub:
+        assert fetch(top, "org/tiny", hub)[0] == 0
+    assert base_models.source_of(top / "models" / "tiny")["license"] == noted
+
+
 def test_a_killed_download_goes_on_in_the_middle_of_the_file(top, tiny):
     files = {**sharded(tiny), SHARDS[0]: weights_of(3 * MB), SHARDS[1]: weights_of(40 * MB)}
     with Hub({QWEN: Repository(files)}) as hub:

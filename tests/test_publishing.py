@@ -291,6 +291,23 @@ def test_one_licence_for_all_stands_alone_in_the_metadata(licensed, run):
     assert DatasetCard.load(tree_of(licensed) / "README.md").data.license == "mit"
 
 
+def test_a_model_card_with_several_licences_is_published_with_each_of_them(licensed, run):
+    """Also from a folder whose record has them as a list, as `make model` once wrote it."""
+    from huggingface_hub import DatasetCard
+
+    source = licensed / "models" / "Tiny-Llama" / "source.json"
+    record = json.loads(source.read_bytes())
+    for several in (["MIT", "llama3"], "MIT-and-llama3"):
+        source.write_text(json.dumps({**record, "license": several}))
+        run(publish, licensed, DRY_RUN="1", RAW="1")
+        card = DatasetCard.load(tree_of(licensed) / "README.md")
+        assert (card.data.license, card.data.license_name) == ("other", "cc-by-4.0-and-llama3-and-mit")
+        assert "has a licence of its own (MIT-and-llama3)" in card.text
+    source.write_text(json.dumps({**record, "license": {"name": "mit"}}))
+    with pytest.raises(UserError, match="the base model's licence is not known"):
+        run(publish, licensed, DRY_RUN="1", RAW="1")
+
+
 def index_with(checkpoints: int, per_collection: int, datasets: int, size: int = 17_600_000) -> pa.Table:
     """The index of so many checkpoints, of which no file exists."""
     numbers = range(checkpoints)

@@ -22,7 +22,7 @@ class Repository:
     files: dict[str, bytes]
     gated: bool = False  # files only for the token "hf_granted"
     private: bool = False  # not there for those without a token
-    license: str = "mit"
+    license: str | list | dict = "mit"
     commit: str = COMMIT
     tags: tuple[str, ...] = ()  # other names of this commit
     told_sizes: dict[str, int] = field(default_factory=dict)  # sizes that the listing gives instead of the real ones

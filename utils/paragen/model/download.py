@@ -161,7 +161,8 @@ class Listing(NamedTuple):
 def look_up(entry: dict[str, Any]) -> Listing:
     """What the hub states of a repository at the requested revision."""
     stated = transfer.look_up(entry["hub_id"], entry["revision"])
-    return Listing(stated.commit, getattr(stated.info.card_data, "license", None), stated.files)
+    license_name = base_models.license_of(getattr(stated.info.card_data, "license", None))
+    return Listing(stated.commit, license_name, stated.files)
 
 
 def choose_files(hub_id: str, listing: Listing) -> dict[str, "RepoSibling"]:
