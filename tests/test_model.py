@@ -146,6 +146,15 @@ def test_a_model_outside_the_table_is_known_by_its_folder_afterwards(top, tiny, 
     assert base_models.find_entry("Qwen2.5-0.5B-Instruct")[0] == "qwen2.5-0.5b"
 
 
+@pytest.mark.parametrize(
+    ("stated", "noted"), [(["mit", "apache-2.0"], "mit-and-apache-2.0"), ([], None), ({"name": "mit"}, None)]
+)
+def test_a_licence_is_noted_as_a_text_however_the_card_states_it(top, tiny, stated, noted):
+    with Hub({"org/tiny": Repository(tiny, license=stated)}) as hub:
+        assert fetch(top, "org/tiny", hub)[0] == 0
+    assert base_models.source_of(top / "models" / "tiny")["license"] == noted
+
+
 def test_a_killed_download_goes_on_in_the_middle_of_the_file(top, tiny):
     files = {**sharded(tiny), SHARDS[0]: weights_of(3 * MB), SHARDS[1]: weights_of(40 * MB)}
     with Hub({QWEN: Repository(files)}) as hub:
@@ -250,6 +259,8 @@ def test_the_hubs_own_login_is_used(top, tiny):
         ("gemma-3-4b", {}, "no token was sent; ask for access at https://huggingface.co/google/gemma-3-4b-it"),
         ("gemma-3-4b", {"HF_TOKEN": "hf_other"}, "no access yet; ask for access at https://huggingface.co/google/gem"),
         ("gemma-3-4b", {"HF_TOKEN": "hf_wrong"}, "the token is not valid"),
+        ("gemma-3-4b", {"HF_TOKEN": "\u201chf_granted\u201d"}, "no token has, such as a curly quote; copy it again"),
+        ("gemma-3-4b", {"HF_TOKEN": "hf_granted\x0b1"}, "no token has, such as a curly quote; copy it again"),
         ("org/nowhere", {}, "org/nowhere: no such repository at http://127.0.0.1"),
         ("org/nowhere", {"HF_TOKEN": "hf_granted"}, "org/nowhere: no such repository"),
         ("org/tiny@v9", {}, "org/tiny: has no revision 'v9'"),
@@ -259,6 +270,7 @@ def test_the_hubs_own_login_is_used(top, tiny):
         ("org/tiny", {"HF_ENDPOINT": "hf-mirror.com"}, "HF_ENDPOINT=hf-mirror.com: is no address"),
         ("org/tiny", {"HF_ENDPOINT": "{hub}/elsewhere"}, "knows no such address; is HF_ENDPOINT a hub"),
         ("org/tiny", {"HF_ENDPOINT": "{hub}/a%20page"}, "does not answer as a hub does"),
+        ("org/tiny", {"HF_ENDPOINT": "{hub}/an%20error"}, "does not answer as a hub does"),
         ("org/tiny", {"HF_ENDPOINT": "http://127.0.0.1:{closed}"}, "cannot be reached"),
     ],
 )
@@ -274,7 +286,7 @@ def test_what_the_hub_refuses_is_one_line_with_the_way_out(top, tiny, model, env
         closed.bind(("127.0.0.1", 0))  # bound, not listening: connections are refused
         values = {"hub": hub.url, "closed": closed.getsockname()[1]}
         outcome = fetch(top, model, hub, **{name: value.format(**values) for name, value in environment.items()})
-        assert said in error_of(outcome)
+        assert said in error_of(outcome) and "hf_granted" not in outcome[2]
         assert not hub.of("model.safetensors") and not hub.of("pytorch_model.bin")
     assert [name for name in left_in(top) if not name.startswith(".")] == []
 
@@ -283,6 +295,8 @@ def test_what_the_hub_refuses_is_one_line_with_the_way_out(top, tiny, model, env
     ("model", "said"),
     [
         ("org/..", "is not a hub repository's name"),
+        ("org/tiny.git", "is not a hub repository's name (user/name, each of at most 96 letters"),
+        ("org/tiny.", "is not a hub repository's name"),
         ("org/gpt2", "models/gpt2 would be taken for gpt2 (openai-community/gpt2)"),
         ("org/BERT", "would be taken for bert"),
         ("org/name/more", "is not a hub repository's name"),

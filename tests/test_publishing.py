@@ -17,7 +17,7 @@ import pytest
 from helpers import scored
 from helpers.copies import edit
 from helpers.forked_python import PYTHON
-from helpers.upload_server import READS, USER, WRITES, UploadHub
+from helpers.upload_server import READS, USER, WRITES, UploadHandler, UploadHub
 
 import publish
 import pull
@@ -291,6 +291,23 @@ def test_one_licence_for_all_stands_alone_in_the_metadata(licensed, run):
     assert DatasetCard.load(tree_of(licensed) / "README.md").data.license == "mit"
 
 
+def test_a_model_card_with_several_licences_is_published_with_each_of_them(licensed, run):
+    """Also from a folder whose record has them as a list, as `make model` once wrote it."""
+    from huggingface_hub import DatasetCard
+
+    source = licensed / "models" / "Tiny-Llama" / "source.json"
+    record = json.loads(source.read_bytes())
+    for several in (["MIT", "llama3"], "MIT-and-llama3"):
+        source.write_text(json.dumps({**record, "license": several}))
+        run(publish, licensed, DRY_RUN="1", RAW="1")
+        card = DatasetCard.load(tree_of(licensed) / "README.md")
+        assert (card.data.license, card.data.license_name) == ("other", "cc-by-4.0-and-llama3-and-mit")
+        assert "has a licence of its own (MIT-and-llama3)" in card.text
+    source.write_text(json.dumps({**record, "license": {"name": "mit"}}))
+    with pytest.raises(UserError, match="the base model's licence is not known"):
+        run(publish, licensed, DRY_RUN="1", RAW="1")
+
+
 def index_with(checkpoints: int, per_collection: int, datasets: int, size: int = 17_600_000) -> pa.Table:
     """The index of so many checkpoints, of which no file exists."""
     numbers = range(checkpoints)
@@ -456,7 +473,7 @@ def test_descriptions_of_a_task_stand_on_the_card_and_come_back(licensed, empty,
     }
 
 
-@pytest.mark.parametrize("name", ["", "toy", "a/b/c", "user/to y", "../x", "user/--x"])
+@pytest.mark.parametrize("name", ["", "toy", "a/b/c", "user/to y", "../x", "user/--x", "user/x.git", "user/x-"])
 def test_a_repository_is_named_as_the_hub_names_it(licensed, run, name):
     with pytest.raises(UserError, match="make publish REPO=user/name"):
         run(publish, licensed, REPO=name, DRY_RUN="1")
@@ -564,11 +581,14 @@ def test_a_stopped_upload_ends_at_once_and_goes_on_without_sending_a_file_twice(
     [
         ({"token": ""}, None, "publishing needs an account"),
         ({"token": "hf_wrong"}, None, "the token is not valid"),
+        ({"token": "\u201c" + WRITES + "\u201d"}, None, "has a character that no token has, such as a curly quote"),
         ({"token": READS}, None, "may not write there"),
         ({"REPO": "somebody/toy"}, None, "give it write access to somebody"),
         ({}, ("/api/datasets/.*/commit/main", 409, "A commit happened"), "somebody else changed it meanwhile"),
         ({}, ("/api/repos/create", 429, "Too many"), "too many requests"),
         ({}, ("/api/repos/create", 500, "Oops"), "HTTP status 500"),
+        ({}, ("/api/repos/create", 200, "Oops"), "does not answer as a hub does"),
+        ({}, (f"/api/datasets/{REPO}", 200, "Oops"), "does not answer as a hub does"),
         ({}, ("/lfs/.*", 403, "Private storage limit reached"), "has no room for it"),
         ({}, ("/api/validate-yaml", 400, "bad"), "refuses the card"),
     ],
@@ -580,7 +600,19 @@ def test_an_error_of_the_hub_is_one_line_with_the_way_out(licensed, run, hub, mo
     hub.answers = [answer] if answer else []
     with pytest.raises(UserError, match=re.escape(told)) as error:
         run(publish, licensed, **settings)
-    assert "\n" not in str(error.value)
+    assert "\n" not in str(error.value) and WRITES not in str(error.value)
+
+
+def test_a_storage_that_cannot_be_reached_is_one_line_with_the_way_out(licensed, hub):
+    """With Xet, as by default; the hub grants a token for a storage that does not answer."""
+    without_peft_check(licensed)
+    hub.grants = {"casUrl": "http://127.0.0.1:9", "exp": 2**32, "accessToken": "xet_secret"}
+    quick = {"HF_XET_CLIENT_RETRY_MAX_ATTEMPTS": "1", "HF_XET_CLIENT_RETRY_BASE_DELAY": "10ms"}
+    process = start("publish.py", licensed, hub, RAW="1", HF_HUB_DISABLE_XET="0", **quick)
+    output, _ = process.communicate(timeout=60)
+    last = output.splitlines()[-1]
+    assert process.returncode == 1 and "Traceback" not in output, output
+    assert last.startswith(f"error: {REPO}: the storage of {hub.url} fails (Network error") and "secret" not in output
 
 
 # ------------------------------------------------------------------------------------------------------- what is pulled
@@ -921,6 +953,13 @@ def test_what_was_published_before_there_were_scores_or_later_columns_can_be_pul
     hub.repositories[REPO].files["index.parquet"] = published_tree.index_of(table.drop_columns(list(lacking)), marks)
     run(pull, empty)
     assert hashes(empty / "saves" / NAME) == hashes(licensed / "saves" / NAME)
+
+
+@pytest.mark.parametrize("answer", [{}, {"error": "try later"}, [], {"id": REPO}])
+def test_an_answer_that_is_no_hubs_is_said_to_be_none(empty, run, hub, monkeypatch, answer):
+    monkeypatch.setattr(UploadHandler, "answer_about", lambda self, *_: self.send_json(answer))
+    with pytest.raises(UserError, match=f"^HF_ENDPOINT={hub.url}: does not answer as a hub does"):
+        run(pull, empty)
 
 
 def test_a_selection_brings_that_alone(licensed, empty, run, hub):

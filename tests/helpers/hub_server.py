@@ -22,7 +22,7 @@ class Repository:
     files: dict[str, bytes]
     gated: bool = False  # files only for the token "hf_granted"
     private: bool = False  # not there for those without a token
-    license: str = "mit"
+    license: str | list | dict = "mit"
     commit: str = COMMIT
     tags: tuple[str, ...] = ()  # other names of this commit
     told_sizes: dict[str, int] = field(default_factory=dict)  # sizes that the listing gives instead of the real ones
@@ -85,6 +85,8 @@ class Handler(BaseHTTPRequestHandler):
         self.hub.requests.append(self.noted)
         if path.startswith("/a page/"):
             return self.send_json("<html>a login page, say</html>")
+        if path.startswith("/an error/"):
+            return self.send_json({"error": "of a proxy, say"})
         if token == "hf_wrong":
             return self.refuse(401, None, "Invalid credentials in Authorization header")
         if found := re.fullmatch(r"/api/(?:models|datasets)/([^/]+/[^/]+)(?:/(revision|tree)/([^/]+))?", path):

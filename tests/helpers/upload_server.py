@@ -26,6 +26,7 @@ class UploadHub(Hub):
         self.commits = 0
         self.answers: list[tuple[str, int, str]] = []  # (regex of a path, status, message): answered so in place
         self.hold_puts: int | None = None  # large files to take before one is held in its middle
+        self.grants: dict | None = None  # the token of a Xet storage, with its address
 
 
 class UploadHandler(Handler):
@@ -40,6 +41,8 @@ class UploadHandler(Handler):
             if token not in (WRITES, READS):
                 return self.refuse(401, None, "Invalid username or password.")
             return self.send_json({"type": "user", "name": USER, "orgs": [], "auth": {}})
+        if self.hub.grants and re.fullmatch(r"/api/datasets/([^/]+/[^/]+)/xet-write-token/main", path):
+            return self.send_json(self.hub.grants)
         return super().do_GET()
 
     def do_POST(self) -> None:

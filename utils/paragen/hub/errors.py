@@ -1,8 +1,9 @@
 """Errors of the Hugging Face hub and of the network below it, as one line with the way out."""
 
+import contextlib
 import json
 import re
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from typing import TypeVar
 
 from paragen.common import cli
@@ -11,7 +12,9 @@ from paragen.common.cli import UserError
 Result = TypeVar("Result")
 HUB = "https://huggingface.co"
 LOG_IN = ".venv/bin/hf auth login, or set HF_TOKEN"
-REPOSITORY = re.compile(r"[A-Za-z0-9][\w.-]*/[A-Za-z0-9][\w.-]*")
+REPOSITORY = re.compile(r"[A-Za-z0-9]([\w.-]{0,94}\w)?/[A-Za-z0-9]([\w.-]{0,94}\w)?", re.ASCII)
+NAMING = "user/name, each of at most 96 letters, digits, _, - and ., with no - or . at an end, no -- or .., no .git"
+ODD_TOKEN = f"has a character that no token has, such as a curly quote; copy it again from {HUB}/settings/tokens"
 MIRROR = "check the network, or use a mirror: HF_ENDPOINT=https://hf-mirror.com"
 
 
@@ -25,10 +28,15 @@ def repository_of(text: str, target: str) -> str:
     Raises UserError for anything that is not such a name.
     """
     text = text.strip()
-    if not REPOSITORY.fullmatch(text) or ".." in text or "--" in text:
-        what = f"REPO {text!r} is not a hub repository's name" if text else "say which repository"
+    if not is_name(text):
+        what = f"REPO {text!r} is not a hub repository's name ({NAMING})" if text else "say which repository"
         raise UserError(f"{what}: {target} REPO=user/name")
     return text
+
+
+def is_name(text: str) -> bool:
+    """Whether the hub takes a text for a repository's name, as huggingface_hub's `validate_repo_id` does."""
+    return bool(REPOSITORY.fullmatch(text)) and not (".." in text or "--" in text or text.endswith(".git"))
 
 
 def translated(repository: str, revision: str | None, action: Callable[[], Result], uploads: bool = False) -> Result:
@@ -43,7 +51,7 @@ def translated(repository: str, revision: str | None, action: Callable[[], Resul
     try:
         return action()
     except Exception as error:
-        if isinstance(error, UserError) or cli.storage_fault(error):
+        if isinstance(error, UserError) or (cli.storage_fault(error) and not of_network(error)):
             raise
         line = (refused(error, repository) if uploads else None) or explain(error, repository, revision)
         if line is None:
@@ -103,18 +111,74 @@ def explain(error: BaseException, hub_id: str, revision: str | None) -> str | No
             return f"{hub_id}: no such repository at {endpoint}, or a private one; check its name, or log in: {LOG_IN}"
         if isinstance(link, errors.HfHubHTTPError | httpx.HTTPStatusError):
             return f"{hub_id}: {answered(link.response.status_code, hub_id, endpoint)}"
+        if isinstance(link, UnicodeEncodeError | httpx.LocalProtocolError) and token_is_odd():
+            return f"the token (HF_TOKEN, or the login's) {ODD_TOKEN}"
         if isinstance(link, httpx.UnsupportedProtocol | httpx.InvalidURL | httpx.LocalProtocolError):
             return f"HF_ENDPOINT={endpoint}: is no address of a hub; the mirror's is https://hf-mirror.com"
         if isinstance(link, errors.FileMetadataError | json.JSONDecodeError):
-            return f"HF_ENDPOINT={endpoint}: does not answer as a hub does; unset it, or name a mirror"
+            return no_hub()
         if isinstance(link, httpx.RequestError):
             why = str(link) or type(link).__name__
             return f"{hub_id}: {endpoint} cannot be reached ({why}); {MIRROR}; {kept}"
+        if of_xet(link):
+            return f"{hub_id}: {storage_failed(link, endpoint)}; {kept}"
     if isinstance(error, OSError) and "Consistency check failed" in str(error):
         return f"{hub_id}: a file did not arrive whole; {kept}"
     if isinstance(error, errors.EntryNotFoundError):
         return f"{hub_id}: {str(error).splitlines()[0]}; {kept}"
     return None
+
+
+def no_hub() -> str:
+    """The line for an answer that no hub gives."""
+    from huggingface_hub import constants
+
+    return f"HF_ENDPOINT={constants.ENDPOINT}: does not answer as a hub does; unset it, or name a mirror"
+
+
+@contextlib.contextmanager
+def read_as_of_a_hub() -> Iterator[None]:
+    """Raise UserError where huggingface_hub does not find in an answer what a hub's has: it raises what it may be."""
+    try:
+        yield
+    except (KeyError, TypeError, AttributeError) as error:
+        raise UserError(no_hub()) from error
+
+
+def token_is_odd() -> bool:
+    """Whether the token cannot be sent, since it has characters that are not printable ASCII."""
+    from huggingface_hub import get_token
+
+    token = get_token() or ""
+    return not (token.isascii() and token.isprintable())
+
+
+def of_xet(link: BaseException) -> bool:
+    """Whether an exception is one of Xet, the hub's storage: its client raises Python's own, too, without a number."""
+    from huggingface_hub import errors
+
+    own = type(link).__module__ == "hf_xet" or isinstance(link, errors.XetDownloadError)
+    return own or (isinstance(link, ConnectionError | TimeoutError) and link.errno is None)
+
+
+def storage_failed(link: BaseException, endpoint: str) -> str:
+    """What an exception of Xet means for the user, without the signatures that addresses in its text may have."""
+    why = re.sub(r"\?[^\s)]*", "", " ".join(str(link).split())) or type(link).__name__
+    if type(link).__name__ == "XetAuthenticationError" or re.search(r"\(40[13] ", why):
+        return f"the storage of {endpoint} refuses the token ({why}); log in: {LOG_IN}"
+    return f"the storage of {endpoint} fails ({why}); check the network, or do without Xet: HF_HUB_DISABLE_XET=1"
+
+
+def of_network(error: BaseException) -> bool:
+    """Whether the network failed, not the disk: a connection can be refused with a number of STORAGE_ERRORS, too."""
+    import httpx
+
+    for link in chain_of(error):
+        if isinstance(link, httpx.RequestError) or of_xet(link):
+            return True
+        if isinstance(link, OSError) and link.errno in cli.STORAGE_ERRORS:
+            return False
+    return False
 
 
 def chain_of(error: BaseException) -> list[BaseException]:

@@ -6,13 +6,14 @@ import signal
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from types import FrameType
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, NamedTuple
 
 from paragen.common import files
 from paragen.common.cli import UserError
+from paragen.hub import errors
 
 if TYPE_CHECKING:
-    from huggingface_hub.hf_api import RepoSibling
+    from huggingface_hub.hf_api import DatasetInfo, ModelInfo, RepoSibling
 
 
 def allow_hub() -> None:
@@ -48,6 +49,32 @@ def stopping_at_once() -> Iterator[None]:
     finally:
         for number, handler in zip(numbers, before, strict=True):
             signal.signal(number, handler)
+
+
+class Stated(NamedTuple):
+    """What the hub states of a repository at a revision."""
+
+    info: "ModelInfo | DatasetInfo"
+    commit: str
+    files: list["RepoSibling"]  # with sizes and hashes
+
+
+def look_up(hub_id: str, revision: str | None, repo_type: str | None = None) -> Stated:
+    """Ask the hub for a repository. Raises UserError for an answer that is no hub's, besides errors of the hub.
+
+    Args:
+        hub_id: user/name.
+        revision: a commit, branch or tag; None for the newest.
+        repo_type: `dataset`, or None for a model.
+    """
+    from huggingface_hub import HfApi
+
+    ask = HfApi().dataset_info if repo_type == "dataset" else HfApi().model_info
+    with errors.read_as_of_a_hub():
+        info = ask(hub_id, revision=revision, files_metadata=True)
+    if not info.sha or info.siblings is None:
+        raise UserError(errors.no_hub())
+    return Stated(info, info.sha, info.siblings)
 
 
 def download_file(hub_id: str, commit: str, file: "RepoSibling", staging: Path, repo_type: str | None = None) -> None:

@@ -77,7 +77,7 @@ def _entry_of(folder: Path) -> dict[str, Any]:
         "lora_target": "all",
         "parameters": None,
         "gated": None,
-        "license": source_of(folder).get("license"),
+        "license": license_of(source_of(folder).get("license")),
         "processor": has_processor(folder),
     }
 
@@ -148,6 +148,13 @@ def source_of(folder: Path) -> dict[str, Any]:
     """What `make model` recorded in a folder about where its model comes from; empty for a folder made by hand."""
     source = folder / SOURCE_FILE
     return model_files.read_json(source) if source.is_file() else {}
+
+
+def license_of(stated: Any) -> str | None:
+    """The licence that a model card or source.json states: of several, all, joined by -and-; None for no text."""
+    if isinstance(stated, list) and all(isinstance(name, str) for name in stated):
+        stated = "-and-".join(stated)
+    return stated if isinstance(stated, str) and stated else None
 
 
 def changed_files(folder: Path) -> list[str]:

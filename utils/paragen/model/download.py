@@ -1,6 +1,5 @@
 """Downloads a base model from the Hugging Face hub into models/, and checks one that is there already."""
 
-import json
 import os
 import re
 import shutil
@@ -9,7 +8,7 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 
 from paragen.common import files, paths
 from paragen.common.cli import UserError, say
-from paragen.hub import errors
+from paragen.hub import errors, transfer
 from paragen.hub.transfer import allow_hub, download_file, fault_of, gigabytes, part_of
 from paragen.model import base_models, model_files
 
@@ -38,8 +37,8 @@ def requested_entry(text: str) -> dict[str, Any]:
         )
     name = base_models.without_models(name)
     if "/" in name:
-        if not errors.REPOSITORY.fullmatch(name) or ".." in name:
-            raise UserError(f"model {name!r} is not a hub repository's name; it looks like org/name")
+        if not errors.is_name(name):
+            raise UserError(f"model {name!r} is not a hub repository's name ({errors.NAMING}); it looks like org/name")
         entry = entry_of_repository(name)
     else:
         try:
@@ -161,12 +160,9 @@ class Listing(NamedTuple):
 
 def look_up(entry: dict[str, Any]) -> Listing:
     """What the hub states of a repository at the requested revision."""
-    from huggingface_hub import HfApi
-
-    info = HfApi().model_info(entry["hub_id"], revision=entry["revision"], files_metadata=True)
-    if not info.sha or info.siblings is None:
-        raise json.JSONDecodeError("no commit or no files in the answer", "", 0)
-    return Listing(info.sha, getattr(info.card_data, "license", None), info.siblings)
+    stated = transfer.look_up(entry["hub_id"], entry["revision"])
+    license_name = base_models.license_of(getattr(stated.info.card_data, "license", None))
+    return Listing(stated.commit, license_name, stated.files)
 
 
 def choose_files(hub_id: str, listing: Listing) -> dict[str, "RepoSibling"]:

@@ -3,7 +3,6 @@
 card.md beside this file is its Jinja template; the metadata is huggingface_hub's DatasetCardData.
 """
 
-import re
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -76,9 +75,8 @@ def metadata_of(repository: str, rows: int, data: list[dict], bases: list[dict],
     from huggingface_hub import DatasetCardData
 
     languages = sorted({part["language"] for part in data if part["language"]})
-    known = sorted(
-        {licenses.spelled(part["license"]) for part in [*data, *bases]} | ({"unknown"} if unknown else set())
-    )
+    spelled = {licenses.spelled(part["license"]) for part in [*data, *bases]} | ({"unknown"} if unknown else set())
+    known = sorted({name for names in spelled for name in names.split("-and-")})
     extra: dict[str, Any] = {}
     if len(known) > 1 or known[0] in licenses.CUSTOM:
         extra = {"license_name": "-and-".join(known), "license_link": "README.md#on-what"}
@@ -158,7 +156,8 @@ def base_facts(chosen: list[index.Chosen], models_dir: Path) -> list[dict[str, A
 
 def is_custom(license_name: str | None) -> bool:
     """Whether a licence is a model's own and not a common one."""
-    return license_name is not None and re.match("|".join(licenses.CUSTOM), license_name.lower()) is not None
+    names = (license_name or "").lower().split("-and-")
+    return any(name.startswith(licenses.CUSTOM) for name in names)
 
 
 def collection_rows(table: "pa.Table") -> list[dict[str, str]]:

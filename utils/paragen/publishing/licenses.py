@@ -48,7 +48,7 @@ def of_base(base: BaseModel | None, models_dir: Path) -> dict[str, Any]:
     if base.sha256 is None or source.get("sha256") != base.sha256:
         source = {}
     listed = next((entry for entry in base_models.table().values() if entry["hub_id"] and same(entry, base)), {})
-    license_name = source.get("license") or listed.get("license")
+    license_name = base_models.license_of(source.get("license")) or listed.get("license")
     made_from = source.get("derived_from") or (source.get("hub_id") if not base.hub_id else None)
     return {**facts, "license": license_name, "made_from": made_from, "gated": bool(listed.get("gated"))}
 

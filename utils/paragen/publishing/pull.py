@@ -73,11 +73,9 @@ def pull(repository: str, revision: str | None, staging: Path) -> Pulled:
     """
     import pyarrow as pa
     import pyarrow.compute as pc
-    from huggingface_hub import HfApi
 
-    info = HfApi().dataset_info(repository, revision=revision, files_metadata=True)
-    assert info.sha is not None  # the hub names the commit of every revision
-    source = Source(repository, info.sha, {file.rfilename: file for file in info.siblings or []}, staging)
+    stated = transfer.look_up(repository, revision, "dataset")
+    source = Source(repository, stated.commit, {file.rfilename: file for file in stated.files}, staging)
     table, marks = read_index(source)
     wanted = selection.requested_filters()
     table = index.selected(table, wanted)

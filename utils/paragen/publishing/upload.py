@@ -14,7 +14,7 @@ from paragen.publishing import licenses, published_tree
 
 if TYPE_CHECKING:
     import pyarrow as pa
-    from huggingface_hub.hf_api import DatasetInfo, RepoSibling
+    from huggingface_hub.hf_api import RepoSibling
 
 FORCE_HINT = "FORCE=1 removes them there"
 
@@ -130,12 +130,13 @@ def upload(repository: str, tree: Path, private: bool, recorded: dict[str, str])
 
     transfer.quiet()
     api = HfApi()
-    api.create_repo(repository, repo_type="dataset", private=private or None, exist_ok=True)
-    info = api.dataset_info(repository, files_metadata=True)
-    if private and not info.private:
+    with errors.read_as_of_a_hub():
+        api.create_repo(repository, repo_type="dataset", private=private or None, exist_ok=True)
+    there = transfer.look_up(repository, None, "dataset")
+    if private and not there.info.private:
         raise UserError(f"{repository}: is public already; make it private in its settings, or omit PRIVATE")
     ours = published_tree.files_of(tree)
-    foreign = sorted({file.rfilename for file in info.siblings or []} - {*ours, ".gitattributes"})
+    foreign = sorted({file.rfilename for file in there.files} - {*ours, ".gitattributes"})
     if foreign and not settings.switch("FORCE"):
         raise UserError(
             f"{repository}: holds {len(foreign)} files that are not in this selection, such as {foreign[0]}; "
@@ -150,9 +151,9 @@ def upload(repository: str, tree: Path, private: bool, recorded: dict[str, str])
             ignore_patterns=[".cache/*"],
             delete_patterns=[glob.escape(name) for name in foreign] or None,
         )
-    check_arrived(api.dataset_info(repository, files_metadata=True), tree, ours, recorded)
+    check_arrived(transfer.look_up(repository, None, "dataset"), tree, ours, recorded)
     where = f"{api.endpoint}/datasets/{repository}"
-    say(f"published: {where} ({len(ours)} files{', private' if info.private else ''})")
+    say(f"published: {where} ({len(ours)} files{', private' if there.info.private else ''})")
 
 
 def _is_same(path: Path, there: "RepoSibling") -> bool:
@@ -161,12 +162,12 @@ def _is_same(path: Path, there: "RepoSibling") -> bool:
     return there.size == path.stat().st_size and (not in_git or there.blob_id == files.git_blob_id(path))
 
 
-def check_arrived(info: "DatasetInfo", tree: Path, ours: list[str], recorded: dict[str, str]) -> None:
+def check_arrived(stated: transfer.Stated, tree: Path, ours: list[str], recorded: dict[str, str]) -> None:
     """Raise UserError unless the hub lists each file of the tree with its size and, where one is recorded, its hash."""
-    there = {file.rfilename: file for file in info.siblings or []}
+    there = {file.rfilename: file for file in stated.files}
     wrong = [name for name in ours if name not in there or not _is_same(tree / name, there[name])]
     if wrong:
-        raise UserError(f"{info.id}: {len(wrong)} files did not arrive whole, such as {wrong[0]}; run it again")
+        raise UserError(f"{stated.info.id}: {len(wrong)} files did not arrive whole, such as {wrong[0]}; run it again")
     for name, sha256 in recorded.items():
         lfs = there[name].lfs
         if (lfs.sha256 if lfs else files.sha256_of(tree / name)) != sha256:
