@@ -241,7 +241,7 @@ def called(watch: Watch, script: str, *arguments: object, **settings: str) -> tu
     except BaseException as error:
         watch.on = False
         ended = f"{type(error).__name__}: {error}"
-        if type(error).__name__ != "UserError":
+        if "UserError" not in {kind.__name__ for kind in type(error).__mro__}:
             fault = "".join(traceback.format_exception(error)[-6:])
         elif "\n" in str(error):
             fault = f"more than one line: {error}"
